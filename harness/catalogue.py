@@ -1,0 +1,97 @@
+"""Finding a study by its name or file, and where everything that belongs to it lies."""
+
+from __future__ import annotations
+
+import importlib.util
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from harness.errors import InputError
+
+if TYPE_CHECKING:
+    from harness.config import Study
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A study and its places. `home` holds `studies/`, `mlruns/` and `data/`."""
+
+    study: Study
+    file: Path
+    home: Path
+
+    @property
+    def storage_url(self) -> str:
+        return f"sqlite:///{self.file.parent / self.study.name}.db"
+
+    @property
+    def model_folder(self) -> Path:
+        return self.file.parent / f"{self.study.name}.model"
+
+    @property
+    def report_folder(self) -> Path:
+        return self.file.parent / f"{self.study.name}.report"
+
+    @property
+    def mlruns(self) -> Path:
+        return self.home / "mlruns"
+
+
+def find_home() -> Path:
+    """The folder people work in: this one if it has studies/, else the project's own."""
+    return Path.cwd() if (Path.cwd() / "studies").is_dir() else PROJECT
+
+
+def find(name: str) -> Found:
+    """The study called `name` in studies/, or the one in the file `name`.
+
+    Raises InputError when there is none, or its file is no study.
+    """
+    if name.endswith(".py") or "/" in name:
+        file = Path(name).resolve()
+        if not file.is_file():
+            raise InputError(
+                f"There is no study file {file}; give the name of a study ({', '.join(names())}) or a file."
+            )
+    else:
+        file = find_home() / "studies" / f"{name}.py"
+        if not file.is_file():
+            raise InputError(f"There is no study {name!r}; there are {', '.join(names())}. A path to a file works too.")
+    home = file.parent.parent if file.parent.name == "studies" else file.parent
+    return Found(study=_load(file), file=file, home=home)
+
+
+def names() -> list[str]:
+    """The studies that can be named, in order."""
+    files = (find_home() / "studies").glob("*.py")
+    return sorted(file.stem for file in files if not file.stem.startswith("_"))
+
+
+def _load(file: Path) -> Study:
+    from harness.config import Study
+
+    spec = importlib.util.spec_from_file_location(f"study_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+    except Exception as error:
+        line = next(
+            (each.lineno for each in reversed(traceback.extract_tb(error.__traceback__)) if each.filename == str(file)),
+            None,
+        )
+        line = error.lineno if isinstance(error, SyntaxError) else line
+        reason = error.msg if isinstance(error, SyntaxError) else f"{type(error).__name__}: {error}"
+        raise InputError(f"{file}, line {line}: {reason}; mend the study file.") from error
+    study = getattr(module, "STUDY", None)
+    if not isinstance(study, Study):
+        raise InputError(f"{file} defines no STUDY = Study(...); see studies/demo.py for one.")
+    return study

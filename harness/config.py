@@ -1,0 +1,242 @@
+"""What a study is: frozen, keyword-only dataclasses that hold data and check themselves.
+
+Fields marked `identity=False` say where something runs or lies, not what is computed; they may differ between the
+start of a study and its resumption.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from harness import space as spaces
+from harness.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import nn
+
+    from harness.search import Grid, Pruner, Sampler
+
+SplitName = Literal["train", "val", "test"]
+
+
+def location(default: Any) -> Any:
+    """A field that says where, not what: left out of a study's identity."""
+    return field(default=default, metadata={"identity": False})
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+class Dataset(Protocol):
+    """What a data set must offer. See `harness.data.image_folder` for one; a new one is a file beside it."""
+
+    @property
+    def image_size(self) -> int: ...  # side of the square the model sees, pixels
+    @property
+    def stored_size(self) -> int: ...  # side of the cached training images; the margin is for crops
+    @property
+    def limit(self) -> int | None: ...  # at most that many images per split
+    @property
+    def cache(self) -> str: ...  # folder of the decoded images
+    def __hash__(self) -> int: ...  # frozen dataclasses have it; loaded splits are kept by it
+    def classes(self) -> tuple[str, ...]: ...
+    def samples(self, split: SplitName) -> Sequence[tuple[Any, int]]:
+        """(item, label) of every image of a split; an item is whatever `open` takes."""
+        ...
+
+    def stamp(self, item: Any) -> str:
+        """A cheap mark that changes when the item does (path, bytes, time)."""
+        ...
+
+    def content(self, item: Any) -> bytes:
+        """The bytes that decide the item's pixels."""
+        ...
+
+    def open(self, item: Any) -> Image.Image:
+        """The decoded image; raises InputError naming the file if it is none."""
+        ...
+
+
+class Backbone(Protocol):
+    """What a model family must offer. See `harness.models.maxvit`."""
+
+    def check(self, image_size: int) -> None:
+        """Raise InputError when the model cannot take images of this side, or its weights cannot be had."""
+        ...
+
+    def build(self, classes: int, image_size: int) -> nn.Module:
+        """The model with a new head for `classes` classes."""
+        ...
+
+    def depths(self, by: Literal["block", "layer"]) -> list[str]:
+        """Prefixes of parameter names from the first block to the head, one a depth."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes of a training image, drawn for each image anew. Ranges follow torchvision's transforms."""
+
+    crop_scale: tuple[float, float] = (0.5, 1.0)  # share of the image's area
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+    flip: float = 0.5  # probability
+    rotation_degrees: float = 30.0  # drawn from -r to +r
+    brightness: float = 0.03
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.03  # in turns of the colour circle
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, f"augment.crop_scale must satisfy 0 < low <= high <= 1, not {self.crop_scale}.")
+        low, high = self.crop_ratio
+        require(0 < low <= high, f"augment.crop_ratio must satisfy 0 < low <= high, not {self.crop_ratio}.")
+        require(0 <= self.flip <= 1, f"augment.flip is a probability between 0 and 1, not {self.flip}.")
+        require(0 <= self.rotation_degrees <= 180, "augment.rotation_degrees must lie between 0 and 180.")
+        for name in ("brightness", "contrast", "saturation"):
+            require(0 <= getattr(self, name) <= 1, f"augment.{name} must lie between 0 and 1.")
+        require(0 <= self.hue <= 0.5, "augment.hue must lie between 0 and 0.5 (half a turn of the colour circle).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer, its schedule, and how the learning rate falls with depth (`harness.optim`)."""
+
+    name: Literal["adamw", "adam"] = "adamw"
+    base_lr: float
+    depth_lr_mult: float  # a block's rate is base_lr * depth_lr_mult ** (its distance from the head)
+    depth_by: Literal["block", "layer"] = "block"
+    weight_decay: float = 0.02
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_epochs: float = 1.0
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.base_lr > 0, f"optim.base_lr must be greater than 0, not {self.base_lr}.")
+        require(0 <= self.depth_lr_mult <= 1, f"optim.depth_lr_mult must lie in 0..1, not {self.depth_lr_mult}.")
+        require(self.weight_decay >= 0, f"optim.weight_decay must not be negative, not {self.weight_decay}.")
+        require(self.warmup_epochs >= 0, f"optim.warmup_epochs must not be negative, not {self.warmup_epochs}.")
+        require(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm must be greater than 0, or null.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How a step runs. "auto" is measured once, at a study's first trial, and then kept (`harness.engine`)."""
+
+    device: str = location("auto")  # auto, cpu, cuda, cuda:1, mps
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    channels_last: Literal["auto", "on", "off"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One complete, runnable training job: the base that a study's space perturbs."""
+
+    data: Dataset
+    backbone: Backbone
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig
+    engine: EngineConfig = EngineConfig()
+    batch_size: int = 34
+    epochs: int = 15
+    label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}.")
+        require(self.epochs >= 1, f"epochs must be at least 1, not {self.epochs}.")
+        require(0 <= self.label_smoothing < 1, f"label_smoothing must lie in 0..1, not {self.label_smoothing}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalConfig:
+    """The step after the search: the best configuration retrained, and the test set opened."""
+
+    seeds: int = 3
+    fit_on: Literal["train", "train+val"] = "train+val"
+
+    def __post_init__(self) -> None:
+        require(self.seeds >= 1, f"final.seeds must be at least 1, not {self.seeds}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A search: a base configuration, the fields to vary, who chooses and who stops. The base is trial 0."""
+
+    name: str
+    train: TrainConfig
+    space: spaces.Space
+    sampler: Sampler | Grid
+    pruner: Pruner
+    trials: int = 50
+    seed: int = 0
+    final: FinalConfig = FinalConfig()
+
+    def __post_init__(self) -> None:
+        fits = self.name.replace("_", "").replace("-", "").isalnum()
+        require(fits, f"A study's name has letters, digits, - and _ only, not {self.name!r}.")
+        require(len(self.space) > 0, "A study's space is empty; name at least one field to search.")
+        require(self.trials >= 1, f"trials must be at least 1, not {self.trials}.")
+        spaces.check(self.space, self.train)
+        self.sampler.check(self)
+
+    def config(self, params: dict[str, Any]) -> TrainConfig:
+        """The training configuration of stored parameters."""
+        return spaces.apply(self.space, self.train, params)
+
+    def with_settings(self, settings: Sequence[str]) -> Study:
+        """This study with each "PATH=VALUE" applied to its base configuration, or to `final.*` or `seed`."""
+        study = self
+        for setting in settings:
+            path, equals, text = setting.partition("=")
+            require(bool(equals), f"--set {setting!r} has no value; write --set PATH=VALUE.")
+            part, inner = _owner(study, path)
+            try:
+                changed = spaces.replace(part, inner, spaces.parse(part, inner, text))
+            except InputError as error:
+                raise InputError(f"--set {setting}: {error}") from error
+            if part is study:
+                study = changed
+            else:
+                owner = "final" if part is study.final else "train"
+                study = dataclasses.replace(study, **{owner: changed})
+        return study
+
+    def located(self, home: Path, data_root: str | None, device: str | None) -> Study:
+        """This study with its folders made absolute: relative ones are taken from `home`, `data_root` from here."""
+        data: Any = self.train.data
+        changes = {"cache": str(home / data.cache)}
+        if hasattr(data, "root"):
+            changes["root"] = str(Path(data_root).resolve() if data_root else home / data.root)
+        elif data_root is not None:
+            raise InputError(f"--data-root: {type(data).__name__} draws its own images and reads none; leave it out.")
+        train = dataclasses.replace(self.train, data=dataclasses.replace(data, **changes))
+        if device is not None:
+            train = dataclasses.replace(train, engine=dataclasses.replace(train.engine, device=device))
+        return dataclasses.replace(self, train=train)
+
+    def definition(self) -> dict[str, Any]:
+        """Everything that decides the results, flat and ready for JSON; `trials` is left out, for it may grow."""
+        flat = {path: _plain(value) for path, value in spaces.leaves(self.train, identity_only=True)}
+        flat |= {f"space.{path}": repr(dimension) for path, dimension in self.space.items()}
+        flat |= {f"final.{path}": _plain(value) for path, value in spaces.leaves(self.final)}
+        return flat | {"sampler": repr(self.sampler), "pruner": repr(self.pruner), "seed": self.seed}
+
+
+def _owner(study: Study, path: str) -> tuple[Any, str]:
+    if path.startswith("final."):
+        return study.final, path.removeprefix("final.")
+    if path == "seed":
+        return study, path
+    return study.train, path
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back, so that a stored definition compares equal to a fresh one."""
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

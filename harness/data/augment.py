@@ -1,0 +1,88 @@
+"""Training images from stored ones, a whole batch at a time, on the training device.
+
+Crop, flip and rotation of an image are one affine map, sampled once; brightness, contrast, saturation and hue are one
+3x3 matrix and an offset. Every image of a batch has its own. The numbers are drawn on the CPU from a named generator,
+so they are the same whatever device trains.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from harness.config import AugmentConfig
+
+MEAN = (0.485, 0.456, 0.406)  # ImageNet, as the pretrained weights expect
+STD = (0.229, 0.224, 0.225)
+
+# RGB to YIQ (NTSC 1953): rotating the I-Q plane turns the hue and keeps the luma.
+_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+_LUMA = torch.tensor([0.299, 0.587, 0.114])
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] to float32 [B, 3, H, W], standardised with ImageNet's mean and deviation."""
+    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1) * 255
+    std = torch.tensor(STD, device=images.device).view(3, 1, 1) * 255
+    return (images.permute(0, 3, 1, 2).float() - mean) / std
+
+
+def augment(images: Tensor, config: AugmentConfig, size: int, generator: torch.Generator) -> Tensor:
+    """Random crop, flip, rotation and colour: uint8 [B, S, S, 3] to standardised float32 [B, 3, size, size]."""
+    count, device = len(images), images.device
+    theta = affine_maps(config, count, generator).to(device)
+    matrix, offset = (part.to(device) for part in colour_maps(config, count, generator))
+    source = images.permute(0, 3, 1, 2).float() / 255
+    grid = F.affine_grid(theta, [count, 3, size, size], align_corners=False)
+    # Reflection leaves no black corners behind a rotation, so the model cannot learn from them.
+    sampled = F.grid_sample(source, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    # Contrast works around the image's own mean luma, as in torchvision.
+    luma = (sampled * _LUMA.to(device).view(1, 3, 1, 1)).sum(1).mean((1, 2))
+    coloured = torch.baddbmm(offset * luma.view(-1, 1, 1), matrix, sampled.flatten(2)).clamp_(0, 1)
+    mean = torch.tensor(MEAN, device=device).view(1, 3, 1)
+    std = torch.tensor(STD, device=device).view(1, 3, 1)
+    return coloured.sub_(mean).div_(std).view(count, 3, size, size)
+
+
+def affine_maps(config: AugmentConfig, count: int, generator: torch.Generator) -> Tensor:
+    """One map [2, 3] an image from output to input coordinates, both in -1..1: crop and flip, then rotate."""
+    area = _uniform(count, *config.crop_scale, generator)
+    ratio = torch.exp(_uniform(count, math.log(config.crop_ratio[0]), math.log(config.crop_ratio[1]), generator))
+    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    x = _uniform(count, -1, 1, generator) * (1 - width)
+    y = _uniform(count, -1, 1, generator) * (1 - height)
+    sign = torch.where(_uniform(count, 0, 1, generator) < config.flip, -1.0, 1.0)
+    angle = _uniform(count, -1, 1, generator) * math.radians(config.rotation_degrees)
+    cos, sin = angle.cos(), angle.sin()
+    rotation = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)
+    zero = torch.zeros(count)
+    crop = torch.stack([torch.stack([width * sign, zero, x], 1), torch.stack([zero, height, y], 1)], 1)
+    return rotation @ crop
+
+
+def colour_maps(config: AugmentConfig, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One matrix [3, 3] and one offset [3, 1] an image; the offset counts in units of the image's mean luma.
+
+    Brightness, contrast and saturation scale by a factor from 1 - x to 1 + x, hue turns by -x to +x of a circle.
+    """
+    brightness, contrast, saturation = (
+        1 + _uniform(count, -1, 1, generator) * strength
+        for strength in (config.brightness, config.contrast, config.saturation)
+    )
+    angle = _uniform(count, -1, 1, generator) * config.hue * 2 * math.pi
+    turn = torch.eye(3).repeat(count, 1, 1)
+    turn[:, 1, 1], turn[:, 1, 2] = angle.cos(), -angle.sin()
+    turn[:, 2, 1], turn[:, 2, 2] = angle.sin(), angle.cos()
+    hue = torch.linalg.inv(_YIQ) @ turn @ _YIQ
+    grey = _LUMA.expand(3, 3)
+    mix = saturation.view(-1, 1, 1)
+    matrix = (contrast * brightness).view(-1, 1, 1) * (mix * torch.eye(3) + (1 - mix) * grey) @ hue
+    offset = ((1 - contrast) * brightness).view(-1, 1, 1).expand(-1, 3, 1)
+    return matrix, offset
+
+
+def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    return torch.rand(count, generator=generator) * (high - low) + low

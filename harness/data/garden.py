@@ -1,0 +1,80 @@
+"""The garden: flowers drawn by `harness.data.drawing`, so that the whole pipeline runs offline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from harness.config import SplitName, location, require
+from harness.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from harness.data.drawing import Species
+
+
+class Seedling(NamedTuple):
+    """One image to be drawn."""
+
+    species: Species
+    seed: int
+    size: int  # pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Garden:
+    """Drawn flowers of `species`; every image is made from its split, species and number alone."""
+
+    species: Literal["demo", "pretraining"] = "demo"
+    train_per_class: int = 15
+    val_per_class: int = 15
+    test_per_class: int = 40
+    seed: int = 0
+    image_size: int = 64
+    stored_size: int = 72
+    limit: int | None = None  # at most that many images per split, spread over the classes
+    cache: str = location("data/cache")
+
+    def __post_init__(self) -> None:
+        for name in ("train_per_class", "val_per_class", "test_per_class"):
+            require(getattr(self, name) >= 1, f"data.{name} must be at least 1, not {getattr(self, name)}.")
+        check_sizes(self.image_size, self.stored_size, self.limit)
+
+    def _all(self) -> tuple[Species, ...]:
+        from harness.data.drawing import DEMO_SPECIES, PRETRAINING_SPECIES  # numpy and Pillow: not for --help
+
+        return DEMO_SPECIES if self.species == "demo" else PRETRAINING_SPECIES
+
+    def classes(self) -> tuple[str, ...]:
+        return tuple(species.name for species in self._all())
+
+    def samples(self, split: SplitName) -> list[tuple[Seedling, int]]:
+        count = getattr(self, f"{split}_per_class")
+        return [
+            (Seedling(species, derive_seed(self.seed, split, number), self.stored_size), label)
+            for label, species in enumerate(self._all())
+            for number in range(count)
+        ]
+
+    def stamp(self, item: Seedling) -> str:
+        from harness.data.drawing import DRAWING_VERSION
+
+        return f"{DRAWING_VERSION} {item.species} {item.seed} {item.size}"
+
+    def content(self, item: Seedling) -> bytes:
+        return self.stamp(item).encode()
+
+    def open(self, item: Seedling) -> Image.Image:
+        from harness.data.drawing import draw
+
+        return draw(item.species, item.seed, item.size)
+
+
+def check_sizes(image_size: int, stored_size: int, limit: int | None) -> None:
+    require(image_size >= 1, f"data.image_size must be at least 1 pixel, not {image_size}.")
+    require(
+        stored_size >= image_size,
+        f"data.stored_size ({stored_size}) must not be smaller than data.image_size ({image_size}).",
+    )
+    require(limit is None or limit >= 1, f"data.limit must be at least 1, or null for all images, not {limit}.")

@@ -1,0 +1,116 @@
+"""From a data set to tensors: the splits a search may see, and, apart from them, the test split."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from harness.config import Dataset, SplitName
+from harness.data.cache import content_key, decoded
+from harness.errors import InputError
+from harness.seeds import derive_seed
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """`images` uint8 [N, side, side, 3], mapped from the cache and never written to; `labels` int64 [N]."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """What the search may see. There is no test field on purpose; see `load_test`."""
+
+    classes: tuple[str, ...]
+    train: ImageSet  # at the stored size, with a margin for crops
+    val: ImageSet  # at the size the model sees
+
+
+def prepare(dataset: Dataset) -> str:
+    """Decode every image that a study will need, the test images too, so that a bad file is named before the start.
+
+    Returns a fingerprint of all of them with their labels. Raises InputError when the data are not there, a class is
+    missing from a split, or a file is no image.
+    """
+    digest = hashlib.sha256()
+    sizes: list[tuple[SplitName, int]] = [
+        ("train", dataset.stored_size),
+        ("val", dataset.image_size),
+        ("val", dataset.stored_size),
+        ("test", dataset.image_size),
+    ]
+    for split, size in sizes:
+        items, labels = _select(dataset, split)
+        digest.update(f"{content_key(dataset, items, size)} {labels}".encode())
+    return digest.hexdigest()[:16]
+
+
+def load_splits(dataset: Dataset) -> Splits:
+    return Splits(
+        classes=dataset.classes(),
+        train=_load(dataset, "train", dataset.stored_size),
+        val=_load(dataset, "val", dataset.image_size),
+    )
+
+
+def load_train_and_val(dataset: Dataset) -> ImageSet:
+    """Both splits as one training set, for the final run."""
+    import torch
+
+    train, val = (_load(dataset, split, dataset.stored_size) for split in ("train", "val"))
+    return ImageSet(images=torch.cat([train.images, val.images]), labels=torch.cat([train.labels, val.labels]))
+
+
+def load_test(dataset: Dataset) -> ImageSet:
+    """The test split. Only `harness.final` calls this, once the search is over; a test checks it."""
+    return _load(dataset, "test", dataset.image_size)
+
+
+@lru_cache(maxsize=8)  # the mapped arrays and their checksums serve every trial of this process
+def _load(dataset: Dataset, split: SplitName, size: int) -> ImageSet:
+    import torch
+
+    items, labels = _select(dataset, split)
+    with warnings.catch_warnings():
+        # torch warns that a read-only array gives a writable tensor; nothing here writes into one.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        images = torch.from_numpy(decoded(dataset, items, size))
+    return ImageSet(images=images, labels=torch.tensor(labels, dtype=torch.int64))
+
+
+def _select(dataset: Dataset, split: SplitName) -> tuple[list[Any], list[int]]:
+    """The items and labels of a split, `dataset.limit` of them at most, spread evenly over the classes."""
+    samples = dataset.samples(split)
+    if dataset.limit is not None and dataset.limit < len(samples):
+        samples = _spread(samples, dataset.limit, derive_seed("limit", split))
+    present = {label for _, label in samples}
+    if dataset.limit is None and len(present) < len(dataset.classes()):
+        absent = next(name for label, name in enumerate(dataset.classes()) if label not in present)
+        raise InputError(f"Class {absent!r} has no images in the {split} split; add some or drop the class.")
+    return [item for item, _ in samples], [label for _, label in samples]
+
+
+def _spread(samples: Any, limit: int, seed: int) -> list[tuple[Any, int]]:
+    """`limit` samples: the first of every class in a seeded order, then the second of every class, and so on."""
+    order = np.random.default_rng(seed).permutation(len(samples))
+    rank: dict[int, int] = {}
+    ranked = []
+    for index in order:
+        label = samples[index][1]
+        ranked.append((rank.get(label, 0), label, int(index)))
+        rank[label] = rank.get(label, 0) + 1
+    chosen = sorted(index for _, _, index in sorted(ranked)[:limit])
+    return [samples[index] for index in chosen]

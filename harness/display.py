@@ -1,0 +1,170 @@
+"""What a person sees while a study runs: a live display in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from harness.config import Study
+from harness.results import (
+    Completed,
+    Diverged,
+    EpochEnded,
+    Event,
+    Failed,
+    Notice,
+    Pruned,
+    TrialEnded,
+    TrialOutcome,
+    TrialStarted,
+)
+from harness.storage import Store
+
+A_DAY_SECONDS = 86_400
+
+
+class Display:
+    """Shows the events of `study.run`. Use it as a context manager."""
+
+    def __init__(self, study: Study, store: Store, console: Console) -> None:
+        self._study = study
+        self._store = store
+        self._console = console
+        self._started: TrialStarted | None = None
+        self._trial_start = 0.0
+        self._finished = store.finished()
+        self._best = store.best()
+        self._epoch_seconds: list[float] = []
+        self._trial_seconds: list[float] = []
+        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Display:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def show(self, event: Event) -> None:
+        match event:
+            case TrialStarted():
+                self._started, self._trial_start = event, time.perf_counter()
+                if event.resumed:
+                    self._say(f"{event.name} was interrupted; it starts again with the same configuration.")
+            case EpochEnded():
+                self._epoch_ended(event)
+            case TrialEnded():
+                self._trial_ended(event)
+            case Notice():
+                self._say(event.text)
+
+    def _epoch_ended(self, event: EpochEnded) -> None:
+        result = event.result
+        self._epoch_seconds.append(result.seconds)
+        if not self._console.is_terminal:
+            measured = f"val {result.val.accuracy:.2%}" if result.val else f"train {result.train.accuracy:.2%}"
+            epochs = self._study.train.epochs
+            self._say(f"{event.name}  epoch {result.epoch}/{epochs}  loss {result.train.loss:.3f}  {measured}")
+        if len(self._epoch_seconds) == 1:
+            self._say(forecast(self._study, self._finished, result.seconds))
+
+    def _trial_ended(self, event: TrialEnded) -> None:
+        seconds = time.perf_counter() - self._trial_start
+        self._finished += 1
+        self._trial_seconds.append(seconds)
+        self._best = self._store.best()
+        params = self._started.params if self._started else {}
+        name = f"trial {event.number}".ljust(9)
+        best = "  best so far" if self._best is not None and self._best.number == event.number else ""
+        self._say(f"{name} {_outcome(event.outcome)}  {_params(params)}  {duration(seconds)}{best}")
+        self._started = None
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def _left(self) -> float | None:
+        """Estimated seconds until the end, from what was measured in this process; None before the first epoch."""
+        if not self._epoch_seconds:
+            return None
+        epoch = sum(self._epoch_seconds) / len(self._epoch_seconds)
+        trial = sum(self._trial_seconds) / len(self._trial_seconds) if self._trial_seconds else None
+        return estimate(self._study, self._finished, epoch, trial)
+
+    def _render(self) -> RenderableType:
+        study, left = self._study, self._left()
+        grid = Table.grid(padding=(0, 1))
+        done = min(self._finished, study.trials)
+        grid.add_row(
+            "study", ProgressBar(total=study.trials, completed=done, width=30), f"{done}/{study.trials} trials"
+        )
+        if self._started is not None:
+            progress: Any = self._started.progress
+            epochs = self._started.epochs
+            part = progress.step / max(progress.steps, 1)
+            bar = ProgressBar(total=epochs, completed=max(progress.epoch - 1, 0) + part, width=30)
+            grid.add_row(self._started.name, bar, f"epoch {max(progress.epoch, 1)}/{epochs}")
+        best = "none yet" if self._best is None else f"{self._best.value:.2%} (trial {self._best.number})"
+        return Group(grid, f"best {best}   time left {'…' if left is None else duration(left)}")
+
+
+def estimate(study: Study, finished: int, epoch_seconds: float, trial_seconds: float | None) -> float:
+    """Seconds until the end of the study. The final run's epochs are taken as twice as long with both splits."""
+    per_trial = trial_seconds if trial_seconds is not None else epoch_seconds * study.train.epochs
+    final = study.final.seeds * study.train.epochs * epoch_seconds * (2 if study.final.fit_on == "train+val" else 1)
+    return max(study.trials - finished, 0) * per_trial + final
+
+
+def forecast(study: Study, finished: int, epoch_seconds: float) -> str:
+    """What the first epoch says about the whole study."""
+    seconds = estimate(study, finished, epoch_seconds, None)
+    text = (
+        f"An epoch takes {duration(epoch_seconds)} here: the study will take about {duration(seconds)}, pruning aside."
+    )
+    if seconds > A_DAY_SECONDS:
+        text += (
+            " That is more than a day. Quicker: a GPU, fewer --trials, fewer epochs (--set epochs=5), fewer images "
+            "(--set data.limit=510), or a frozen backbone."
+        )
+    return text
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 8.3 s, 4 min 10 s, 3 h 20 min, 2.5 days."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    if seconds < A_DAY_SECONDS:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{seconds / A_DAY_SECONDS:.1f} days"
+
+
+def _outcome(outcome: TrialOutcome) -> str:
+    match outcome:
+        case Completed(value=value):
+            return f"complete  val {value:.2%}"
+        case Pruned(epoch=epoch):
+            return f"pruned after epoch {epoch}"
+        case Diverged(epoch=epoch):
+            return f"diverged in epoch {epoch}"
+        case Failed(reason=reason):
+            return f"failed: {reason}"
+
+
+def _params(params: dict[str, Any]) -> str:
+    shown = [
+        f"{path.rsplit('.', 1)[-1]}={value:.3g}" if isinstance(value, float) else f"{path.rsplit('.', 1)[-1]}={value}"
+        for path, value in params.items()
+    ]
+    return " ".join(shown)

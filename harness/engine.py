@@ -1,0 +1,139 @@
+"""How a step runs: device, precision, memory layout. Nothing here knows what is trained or why.
+
+"auto" is decided once, by timing a few steps, and then kept for the whole study: a study that changed its arithmetic
+half-way would compare numbers that cannot be compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from harness.config import EngineConfig
+from harness.errors import InputError
+
+# Another precision or layout must be this much faster than plain fp32 before "auto" takes it on a CPU: timing noise
+# must not decide, and fp32 is the arithmetic that everybody can repeat.
+WORTHWHILE = 1.15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """A decided engine: what every step of a study runs with."""
+
+    device: torch.device
+    bf16: bool
+    channels_last: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        precision = "bf16" if self.bf16 else "fp32"
+        return {"device": self.device.type, "precision": precision, "channels_last": self.channels_last}
+
+    def place(self, model: nn.Module) -> nn.Module:
+        model = model.to(self.device)
+        return model.to(memory_format=torch.channels_last) if self.channels_last else model
+
+    def move(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            yield
+
+
+def find_device(name: str) -> torch.device:
+    """The device that a name means; "auto" takes CUDA, then MPS, then the CPU.
+
+    Raises InputError when the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: torch knows no such device; use cpu, cuda, cuda:0, mps or auto.") from error
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(device.type, False):
+        raise InputError(f"--device {name}: this machine or this build of torch has none; use --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices, from cuda:0 on.")
+    return device
+
+
+def resolve(config: EngineConfig, build: Callable[[], nn.Module], image_size: int) -> Runtime:
+    """Decide what "auto" means for this model on this machine; `build` makes the model to time.
+
+    On CUDA: bf16 and channels-last. On MPS: fp32. On a CPU: whatever is clearly fastest in two training steps.
+    """
+    device = find_device(config.device)
+    precisions = {"fp32": [False], "bf16": [True], "auto": [True] if device.type == "cuda" else [False]}
+    layouts = {"on": [True], "off": [False], "auto": [device.type == "cuda"]}
+    if device.type == "cpu":
+        precisions["auto"] = layouts["auto"] = [False, True]
+    candidates = [
+        Runtime(device=device, bf16=bf16, channels_last=channels_last)
+        for bf16 in precisions[config.precision]
+        for channels_last in layouts[config.channels_last]
+    ]
+    if len(candidates) == 1:
+        return candidates[0]
+    seconds = [_time_steps(candidate, build, image_size) for candidate in candidates]
+    fastest = min(range(len(candidates)), key=seconds.__getitem__)
+    return candidates[fastest] if seconds[0] > WORTHWHILE * seconds[fastest] else candidates[0]
+
+
+def _time_steps(runtime: Runtime, build: Callable[[], nn.Module], image_size: int) -> float:
+    """The seconds of a training step on four images, the fastest of two after a warm-up."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = runtime.place(build())
+        images = runtime.move(torch.randn(4, 3, image_size, image_size, device=runtime.device))
+        labels = torch.zeros(4, dtype=torch.int64, device=runtime.device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            train_step(model, images, labels, optimizer, runtime, label_smoothing=0.0, clip_norm=None)
+            times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def train_step(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    optimizer: torch.optim.Optimizer,
+    runtime: Runtime,
+    *,
+    label_smoothing: float,
+    clip_norm: float | None,
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step on a batch: float [B, 3, H, W], int64 [B].
+
+    Returns the loss summed over the batch and the number of correct images, both still on the device.
+    """
+    with runtime.autocast():
+        logits = model(images)
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if clip_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    optimizer.step()
+    return loss.detach() * len(labels), (logits.argmax(1) == labels).sum()
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: Tensor, runtime: Runtime) -> Tensor:
+    """Logits, float32 [B, classes], of standardised images [B, 3, H, W]. The model must be in evaluation mode."""
+    with runtime.autocast():
+        logits: Tensor = model(runtime.move(images))
+    return logits.float()

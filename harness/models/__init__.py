@@ -1,0 +1,1 @@
+"""Backbones: each a frozen dataclass that builds the model it describes."""

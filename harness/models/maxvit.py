@@ -1,0 +1,201 @@
+"""MaxViT (Tu et al., 2022) from torchvision: the published MaxViT-T, and a tiny one for the demo and the tests.
+
+Nothing here imports torch before a model is built, so that reading a study stays quick.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from harness.config import require
+from harness.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# The published file, for the message when it is missing: torch checks the hash's beginning after a download.
+WEIGHTS_FILE = "maxvit_t-bc5ab103.pth"
+WEIGHTS_BYTES = 124_538_661
+WEIGHTS_SHA256 = "bc5ab103d47a7c6c02dc35bf65796b3a6cccf3d51bce330326dbdc634a3ac0e1"
+
+TINY_WEIGHTS = Path(__file__).with_name("tiny_maxvit.safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxViTT:
+    """torchvision's `maxvit_t`, 30.9 M parameters, with the weights IMAGENET1K_V1 unless `pretrained` is false."""
+
+    pretrained: bool = True
+    hidden: tuple[int, ...] = (1024,)
+    dropout: float = 0.2
+    stochastic_depth: float = 0.2
+    bn_momentum: float = 0.1  # see `_norm`
+
+    def __post_init__(self) -> None:
+        check_head(self.hidden, self.dropout, self.stochastic_depth, self.bn_momentum)
+
+    def check(self, image_size: int) -> None:
+        # The attention partitions are 7 x 7 in each of four stages that halve a stem that halves: 7 * 2**5.
+        require(
+            image_size % 224 == 0,
+            f"data.image_size must be a multiple of 224 for MaxViTT, not {image_size}.",
+        )
+        if self.pretrained:
+            _published_weights()
+
+    def build(self, classes: int, image_size: int) -> nn.Module:
+        """Parameters are drawn from torch's global generator where they are not pretrained."""
+        from torchvision.models import maxvit_t
+
+        model = maxvit_t(
+            weights=None,
+            input_size=(image_size, image_size),
+            stochastic_depth_prob=self.stochastic_depth,
+            norm_layer=_norm(self.bn_momentum),
+        )
+        if self.pretrained:
+            model.load_state_dict(_published_weights())
+        return with_head(model, self.hidden, self.dropout, classes)
+
+    def depths(self, by: Literal["block", "layer"]) -> list[str]:
+        return depth_prefixes(by, layers=(2, 2, 5, 2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyMaxViT:
+    """The same class with three blocks of one layer: 0.4 M parameters for 64 x 64 pixels.
+
+    Its pretrained weights ship with the project; `python -m harness.pretrain` makes them again from drawn flowers.
+    """
+
+    pretrained: bool = True
+    hidden: tuple[int, ...] = (128,)
+    dropout: float = 0.1
+    stochastic_depth: float = 0.0
+    bn_momentum: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_head(self.hidden, self.dropout, self.stochastic_depth, self.bn_momentum)
+
+    def check(self, image_size: int) -> None:
+        require(image_size % 64 == 0, f"data.image_size must be a multiple of 64 for TinyMaxViT, not {image_size}.")
+        if self.pretrained:
+            require(TINY_WEIGHTS.is_file(), f"{TINY_WEIGHTS} is missing; make it with `python -m harness.pretrain`.")
+
+    def build(self, classes: int, image_size: int) -> nn.Module:
+        """Parameters are drawn from torch's global generator where they are not pretrained."""
+        from torchvision.models.maxvit import MaxVit
+
+        model = MaxVit(
+            input_size=(image_size, image_size),
+            stem_channels=24,
+            block_channels=[24, 48, 96],
+            block_layers=[1, 1, 1],
+            head_dim=24,
+            stochastic_depth_prob=self.stochastic_depth,
+            partition_size=4,
+            norm_layer=_norm(self.bn_momentum),
+        )
+        if self.pretrained:
+            load_tiny_weights(model)
+        return with_head(model, self.hidden, self.dropout, classes)
+
+    def depths(self, by: Literal["block", "layer"]) -> list[str]:
+        return depth_prefixes(by, layers=(1, 1, 1))
+
+
+def check_head(hidden: tuple[int, ...], dropout: float, stochastic_depth: float, bn_momentum: float) -> None:
+    require(all(width >= 1 for width in hidden), f"backbone.hidden must list widths of at least 1, not {hidden}.")
+    require(0 <= dropout < 1, f"backbone.dropout must lie in 0..1, 1 excluded, not {dropout}.")
+    require(
+        0 <= stochastic_depth < 1, f"backbone.stochastic_depth must lie in 0..1, 1 excluded, not {stochastic_depth}."
+    )
+    require(0 < bn_momentum <= 1, f"backbone.bn_momentum must lie in 0..1, 0 excluded, not {bn_momentum}.")
+
+
+def with_head(model: Any, hidden: tuple[int, ...], dropout: float, classes: int) -> nn.Module:
+    """Replace the classifier's last Linear: per hidden width Linear, ReLU, Dropout, then the class layer.
+
+    The pretrained pooling, LayerNorm, Linear and Tanh before it stay, and train with the head.
+    """
+    from torch import nn
+
+    width, layers = model.classifier[-1].in_features, []
+    for each in hidden:
+        layers += [nn.Linear(width, each), nn.ReLU(), nn.Dropout(dropout)]
+        width = each
+    model.classifier[-1] = nn.Sequential(*layers, nn.Linear(width, classes))
+    result: nn.Module = model
+    return result
+
+
+def depth_prefixes(by: Literal["block", "layer"], layers: tuple[int, ...]) -> list[str]:
+    """Stem, then every block (or every layer of every block), then the head."""
+    blocks = [f"blocks.{block}." for block in range(len(layers))]
+    if by == "layer":
+        blocks = [f"blocks.{block}.layers.{layer}." for block, count in enumerate(layers) for layer in range(count)]
+    return ["stem.", *blocks, "classifier."]
+
+
+def _norm(momentum: float) -> Any:
+    """BatchNorm as torchvision builds it, but with our momentum.
+
+    Its 0.01 was meant for long pretraining: in 30 steps an epoch it would replace a quarter of ImageNet's statistics,
+    and the first validations, which decide about pruning, would be measured on stale ones.
+    """
+    from torch import nn
+
+    return partial(nn.BatchNorm2d, eps=1e-3, momentum=momentum)
+
+
+def _published_weights() -> dict[str, Any]:
+    """The checkpoint from torch's hub cache, downloaded if it is not there. Raises InputError if it cannot be had."""
+    import pickle
+    from urllib.error import URLError
+
+    import torch
+    from torchvision.models import MaxVit_T_Weights
+
+    place = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
+    wanted = f"{place} ({WEIGHTS_BYTES:,} bytes, sha256 {WEIGHTS_SHA256})"
+    # torchvision's own path calls torch.load without weights_only; a pickle that executes has no place here.
+    weights = MaxVit_T_Weights.IMAGENET1K_V1
+    try:
+        state: dict[str, Any] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (URLError, TimeoutError, ConnectionError) as error:
+        raise InputError(
+            f"The pretrained weights are missing and cannot be downloaded ({error}); put the file {wanted} there, "
+            "or train from scratch with --set backbone.pretrained=false."
+        ) from error
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise InputError(f"The weights file is damaged ({error}); remove it and put {wanted} there.") from error
+    return state
+
+
+def load_tiny_weights(model: nn.Module) -> None:
+    """Fill everything but the class layer from the shipped file. Stored as float16; it trains in float32."""
+    from safetensors.torch import load_file
+
+    state = {name: tensor.float() for name, tensor in load_file(TINY_WEIGHTS).items()}
+    absent = model.load_state_dict(state, strict=False)
+    unexpected = [name for name in absent.missing_keys if not is_rebuilt(name)]
+    if unexpected or absent.unexpected_keys:
+        raise InputError(f"{TINY_WEIGHTS} does not fit the model; make it again with `python -m harness.pretrain`.")
+
+
+def is_rebuilt(name: str) -> bool:
+    """The class layer is replaced; index tables and counters are made by the model itself."""
+    return name.startswith("classifier.5.") or name.endswith(("relative_position_index", "num_batches_tracked"))
+
+
+def weights_fingerprint(backbone: Any) -> str:
+    """What the pretrained weights are, for the study's record: a short hash, or "none"."""
+    if not backbone.pretrained:
+        return "none"
+    if isinstance(backbone, TinyMaxViT):
+        return hashlib.sha256(TINY_WEIGHTS.read_bytes()).hexdigest()[:16]
+    return WEIGHTS_SHA256[:16]

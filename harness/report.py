@@ -1,0 +1,264 @@
+"""What the storage says, as one object, as tables, and as a page with plots. Nothing is computed from anywhere else."""
+
+from __future__ import annotations
+
+import html
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.storage import Store, TrialRecord
+
+if TYPE_CHECKING:
+    import pandas
+    from plotly.graph_objects import Figure
+
+ACCURACY = "validation accuracy"
+
+
+def overview(name: str, store: Store, tracking: str) -> dict[str, Any]:
+    """The study as one JSON object (`show --json`)."""
+    best, final = store.best(), store.attribute("final")
+    keys = ("accuracy", "correct", "total", "per_seed", "interval", "spread", "trial", "fit_on", "test_openings")
+    return {
+        "study": name,
+        "trials": store.counts(),
+        "best": None if best is None else {"number": best.number, "value": best.value, "params": best.params},
+        "final": None if final is None else {key: final[key] for key in keys},
+        "runtime": store.attribute("runtime"),
+        "storage": store.url,
+        "tracking": tracking,
+    }
+
+
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.2f} %"
+
+
+def verdict(store: Store) -> str:
+    """One sentence about the search: does the best trial beat the base configuration, trial 0?"""
+    best = store.best()
+    if best is None:
+        return "No trial is complete yet."
+    base = next((trial for trial in store.trials() if trial.number == 0), None)
+    sentence = f"Best so far is trial {best.number} with a validation accuracy of {percent(best.value)}"
+    if best.number == 0:
+        return sentence + ": no trial beats the base configuration, trial 0."
+    if base is None or base.value is None:
+        return sentence + "; the base configuration, trial 0, did not complete."
+    points = 100 * (best.value - base.value)  # type: ignore[operator]
+    return sentence + f", {points:.2f} points above the base configuration, trial 0."
+
+
+def final_sentence(final: dict[str, Any] | None) -> str:
+    """The final result in one sentence, with what it was measured on."""
+    if final is None:
+        return "The test set has not been opened."
+    low, high = final["interval"]
+    seeds = len(final["per_seed"])
+    spread = (
+        "" if final["spread"] is None else f", standard deviation {100 * final['spread']:.2f} points over the seeds"
+    )
+    opened = final["test_openings"]
+    times = "once" if opened == 1 else f"{opened} times, so this number is no longer untouched by selection"
+    return (
+        f"Test accuracy {percent(final['accuracy'])} ({final['correct']:,} correct of {final['total']:,}: {seeds} seed"
+        f"{'s' if seeds > 1 else ''} on {final['per_seed'][0]['total']:,} images; 95 % interval {percent(low)} to "
+        f"{percent(high)}{spread}), trial {final['trial']} retrained on {final['fit_on']}. "
+        f"The test set was opened {times}."
+    )
+
+
+def frame(store: Store) -> pandas.DataFrame:
+    """One row a trial: number, state, value, epochs, seconds, reason, and each parameter."""
+    import pandas
+
+    rows = [
+        {
+            "number": trial.number,
+            "state": trial.state,
+            "value": trial.value,
+            "epochs": len(trial.curve),
+            "seconds": trial.seconds,
+            "reason": trial.reason,
+            **trial.params,
+        }
+        for trial in store.trials()
+    ]
+    return pandas.DataFrame(rows)
+
+
+def write_report(name: str, store: Store, tracking: str, folder: Path) -> Path:
+    """Write report.html and trials.csv into `folder`; returns the page's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    frame(store).to_csv(folder / "trials.csv", index=False)
+    page = folder / "report.html"
+    partial = folder / "report.html.partial"
+    partial.write_text(_page(name, store, tracking), encoding="utf-8")
+    partial.replace(page)
+    return page
+
+
+def figures(store: Store) -> dict[str, Figure | str]:
+    """Title to figure, or to the sentence that says why there is none yet."""
+    from optuna import visualization as plots
+
+    study, trials = store.optuna_study, store.trials()
+    complete = [trial for trial in trials if trial.state == "complete"]
+    names = sorted({name for trial in trials for name in trial.params})
+    pair: list[str] = [name for name in ("optim.base_lr", "optim.depth_lr_mult") if name in names]
+    made: dict[str, Figure | str] = {"Learning curves": _learning_curves(trials)}
+    if not complete:
+        return made | {"Optimisation history": "No trial is complete yet."}
+    made["Optimisation history"] = plots.plot_optimization_history(study, target_name=ACCURACY)
+    varied = len(complete) > 1 and len({trial.value for trial in complete}) > 1
+    made["Importances"] = (
+        plots.plot_param_importances(study, target_name=ACCURACY)
+        if varied
+        else "Importances need two complete trials with different results."
+    )
+    if len(complete) < 2:
+        return made
+    if len(pair) == 2:
+        made["Base LR against depth-LR multiplier"] = plots.plot_contour(study, params=pair, target_name=ACCURACY)
+    made["Parallel coordinates"] = plots.plot_parallel_coordinate(study, params=names, target_name=ACCURACY)
+    made["Slices"] = plots.plot_slice(study, params=names, target_name=ACCURACY)
+    return made
+
+
+def _learning_curves(trials: list[TrialRecord]) -> Figure:
+    import plotly.graph_objects as go
+
+    colours = {
+        "complete": "#2a9d8f",
+        "pruned": "#e9a23b",
+        "diverged": "#d1495b",
+        "failed": "#d1495b",
+        "running": "#4a7fd4",
+    }
+    figure = go.Figure()
+    seen = set()
+    for trial in trials:
+        epochs, values = list(trial.curve), list(trial.curve.values())
+        ends = ["circle"] * (len(epochs) - 1) + ["x" if trial.state == "pruned" else "circle"]
+        figure.add_scatter(
+            x=epochs,
+            y=values,
+            mode="lines+markers",
+            line={"color": colours[trial.state], "width": 1.5},
+            marker={"symbol": ends, "size": [0] * (len(epochs) - 1) + [8]},
+            name=trial.state,
+            legendgroup=trial.state,
+            showlegend=trial.state not in seen,
+            hovertemplate=f"trial {trial.number}, epoch %{{x}}: %{{y:.2%}}<extra>{trial.state}</extra>",
+        )
+        seen.add(trial.state)
+    figure.update_layout(xaxis_title="epoch", yaxis_title=ACCURACY, yaxis_tickformat=".0%")
+    return figure
+
+
+def _page(name: str, store: Store, tracking: str) -> str:
+    parts, first = [], True
+    for title, figure in figures(store).items():
+        if isinstance(figure, str):
+            body = f"<p>{html.escape(figure)}</p>"
+        else:
+            body, first = _figure_html(figure, first), False
+        parts.append(f"<section><h2>{html.escape(title)}</h2>{body}</section>")
+    final = store.attribute("final")
+    facts = {**store.counts(), "storage": store.url, "tracking": tracking, **(store.attribute("runtime") or {})}
+    return _TEMPLATE.format(
+        name=html.escape(name),
+        headline="not measured yet" if final is None else percent(final["accuracy"]),
+        final=html.escape(final_sentence(final)),
+        verdict=html.escape(verdict(store)),
+        best=_best_table(store),
+        figures="\n".join(parts),
+        trials=_trials_table(store),
+        facts="".join(
+            f"<dt>{html.escape(str(key))}</dt><dd>{html.escape(str(value))}</dd>" for key, value in facts.items()
+        ),
+    )
+
+
+def _figure_html(figure: Figure, with_plotly: bool) -> str:
+    # Neutral colours on a transparent ground read in light and dark alike.
+    figure.update_layout(
+        template="none",
+        title=None,
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"color": "#8a8f98", "family": "system-ui, sans-serif"},
+        margin={"l": 60, "r": 30, "t": 30, "b": 60},
+        height=440,
+    )
+    figure.update_xaxes(gridcolor="rgba(128,128,128,.2)", zeroline=False)
+    figure.update_yaxes(gridcolor="rgba(128,128,128,.2)", zeroline=False)
+    text: str = figure.to_html(
+        full_html=False, include_plotlyjs=with_plotly, config={"responsive": True, "displaylogo": False}
+    )
+    return text
+
+
+def _best_table(store: Store) -> str:
+    best = store.best()
+    if best is None:
+        return ""
+    rows = "".join(
+        f"<tr><td>{html.escape(key)}</td><td>{_short(value)}</td></tr>" for key, value in best.params.items()
+    )
+    return f"<table class='best'>{rows}</table>"
+
+
+def _trials_table(store: Store) -> str:
+    table = frame(store)
+    if table.empty:
+        return "<p>No trial has begun.</p>"
+    head = "".join(f"<th>{html.escape(str(column))}</th>" for column in table.columns)
+    body = "".join(
+        f"<tr class='{row['state']}'>" + "".join(f"<td>{_short(value)}</td>" for value in row) + "</tr>"
+        for _, row in table.iterrows()
+    )
+    return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _short(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else html.escape(str(value))
+
+
+_TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Study {name}</title>
+<style>
+:root {{ color-scheme: light dark; --line: rgba(128,128,128,.25); --soft: #8a8f98; --accent: #2a9d8f; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 0 auto; padding: 2rem 1rem 4rem; }}
+h1 {{ font-size: 1rem; font-weight: 600; color: var(--soft); margin: 0; }}
+h2 {{ font-size: 1.15rem; margin: 2.5rem 0 .5rem; }}
+.answer {{ font-size: 3.2rem; font-weight: 700; line-height: 1.15; color: var(--accent); margin: .2rem 0; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }}
+th, td {{ text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }}
+tr.pruned td {{ color: var(--soft); }}
+tr.failed td, tr.diverged td {{ color: #d1495b; }}
+dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .9rem; }}
+dt {{ color: var(--soft); }} dd {{ margin: 0; overflow-wrap: anywhere; }}
+section {{ border-top: 1px solid var(--line); }}
+</style>
+</head>
+<body>
+<h1>Study {name}</h1>
+<p class="answer">{headline}</p>
+<p>{final}</p>
+<p>{verdict}</p>
+{best}
+{figures}
+<section><h2>Trials</h2>{trials}</section>
+<section><h2>Where and with what</h2><dl>{facts}</dl></section>
+</body>
+</html>
+"""

@@ -1,0 +1,132 @@
+"""What training and trials give back: frozen records, standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """Counts over one pass of a split. Accuracy is always correct / total, never an average of batches."""
+
+    loss: float
+    correct: int
+    total: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.total
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochResult:
+    """One finished epoch. `epoch` counts from 1; `val` is None when the fit used the validation images too."""
+
+    epoch: int
+    lr: float  # the head's learning rate at the last step of the epoch
+    train: Metrics
+    val: Metrics | None
+    seconds: float  # training and validation together
+
+    def metrics(self) -> dict[str, float]:
+        """The flat names that MLflow and the report show."""
+        flat = {
+            "train_loss": self.train.loss,
+            "train_accuracy": self.train.accuracy,
+            "lr": self.lr,
+            "epoch_seconds": self.seconds,
+            "train_images_per_second": self.train.total / self.seconds if self.seconds else 0.0,
+        }
+        if self.val is not None:
+            flat |= {"val_loss": self.val.loss, "val_accuracy": self.val.accuracy}
+        return flat
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(record: dict[str, Any]) -> EpochResult:
+        val = record["val"]
+        return EpochResult(
+            epoch=record["epoch"],
+            lr=record["lr"],
+            train=Metrics(**record["train"]),
+            val=None if val is None else Metrics(**val),
+            seconds=record["seconds"],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completed:
+    """The trial ran all its epochs; `value` is the validation accuracy of the last one."""
+
+    value: float
+    state = "complete"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """The pruner stopped the trial after `epoch`."""
+
+    epoch: int
+    state = "pruned"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diverged:
+    """The training loss was no longer a finite number in `epoch`."""
+
+    epoch: int
+    state = "diverged"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """An exception ended the trial; `reason` is its last line, `traceback` the whole of it."""
+
+    reason: str
+    traceback: str
+    state = "failed"
+
+
+TrialOutcome = Completed | Pruned | Diverged | Failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialStarted:
+    """A trial, or one seed of the final run, begins. `progress` counts its steps while it runs."""
+
+    name: str  # "trial 3", "final seed 0"
+    number: int
+    params: dict[str, Any]
+    epochs: int
+    resumed: bool
+    progress: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochEnded:
+    """An epoch of the running trial, or of the final run's seed, is over."""
+
+    name: str
+    number: int
+    result: EpochResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialEnded:
+    """A trial has its outcome, and the storage knows it."""
+
+    number: int
+    outcome: TrialOutcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notice:
+    """A sentence for the person who watches."""
+
+    text: str
+
+
+Event = TrialStarted | EpochEnded | TrialEnded | Notice

@@ -1,0 +1,179 @@
+"""Who chooses the next configuration and who stops a trial: Optuna's samplers and pruners by name, and two of our own.
+
+Both are described by data in a study file and built anew for every question, because a seeded sampler that lives on
+would restart its stream when a study is resumed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial
+
+from harness.errors import InputError
+from harness.space import Choice, get, label
+
+if TYPE_CHECKING:
+    from harness.config import Study
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """An Optuna sampler: the name of its class and its arguments, e.g. Sampler("TPESampler", n_startup_trials=5)."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...]
+
+    def __init__(self, name: str, **options: Any) -> None:
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "options", tuple(sorted(options.items())))
+
+    def check(self, study: Study) -> None:
+        """Raise InputError unless Optuna has this sampler and it takes these arguments."""
+        self.build(study, seed=0)
+
+    def build(self, study: Study, seed: int) -> optuna.samplers.BaseSampler:
+        options = dict(self.options)
+        if self.name not in SAMPLERS_WITHOUT_SEED:
+            options["seed"] = seed
+        built: optuna.samplers.BaseSampler = _make(optuna.samplers, self.name, "Sampler", options)
+        return built
+
+
+SAMPLERS_WITHOUT_SEED = ("BruteForceSampler",)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every combination of a space of choices, once: trial 0 is the base, then the others in order."""
+
+    def check(self, study: Study) -> None:
+        for path, dimension in study.space.items():
+            if not isinstance(dimension, Choice):
+                raise InputError(f"The grid needs a Choice for {path}, not {dimension}; list the values to try.")
+        if study.trials > len(self.points(study)):
+            raise InputError(
+                f"The grid of study {study.name!r} has {len(self.points(study))} points; "
+                f"ask for at most that many trials, not {study.trials}."
+            )
+
+    def points(self, study: Study) -> list[dict[str, Any]]:
+        base = {path: label(get(study.train, path)) for path in study.space}
+        labels = [dimension.labels for dimension in study.space.values() if isinstance(dimension, Choice)]
+        points = [dict(zip(study.space, values, strict=True)) for values in itertools.product(*labels)]
+        return [base, *(point for point in points if point != base)]
+
+    def build(self, study: Study, seed: int) -> optuna.samplers.BaseSampler:
+        return _GridSampler(self.points(study))
+
+
+class _GridSampler(optuna.samplers.BaseSampler):
+    """The n-th trial takes the n-th point. Optuna's GridSampler keeps its own order and stops the study by itself."""
+
+    def __init__(self, points: list[dict[str, Any]]) -> None:
+        self._points = points
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._points[trial.number][param_name]
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """An Optuna pruner: the name of its class and its arguments, e.g. Pruner("MedianPruner", n_warmup_steps=5)."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...]
+
+    def __init__(self, name: str, **options: Any) -> None:
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "options", tuple(sorted(options.items())))
+        self.build()
+
+    def build(self) -> optuna.pruners.BasePruner:
+        if self.name == "Asha":
+            return Asha(**dict(self.options))
+        built: optuna.pruners.BasePruner = _make(optuna.pruners, self.name, "Pruner", dict(self.options))
+        return built
+
+
+class Asha(optuna.pruners.BasePruner):
+    """Asynchronous successive halving (Li et al., 2020, "A System for Massively Parallel Hyperparameter Tuning").
+
+    Rungs stand at epochs min_epochs * reduction**k. A trial goes on beyond a rung when its value there is among the
+    best 1/reduction of all trials that have reached the rung. The decisions are those of Optuna's
+    SuccessiveHalvingPruner, but computed from the reported values alone: no marks are written into the storage, so a
+    trial that was killed between a mark and its verdict is judged again in the same way.
+    """
+
+    def __init__(self, min_epochs: int = 5, reduction: int = 2) -> None:
+        if min_epochs < 1 or reduction < 2:
+            raise InputError(f"asha needs min_epochs >= 1 and reduction >= 2, not {min_epochs} and {reduction}.")
+        self.min_epochs = min_epochs
+        self.reduction = reduction
+
+    def rung(self, epoch: int) -> bool:
+        while epoch > self.min_epochs and epoch % self.reduction == 0:
+            epoch //= self.reduction
+        return epoch == self.min_epochs
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        epoch = trial.last_step
+        if epoch is None or not self.rung(epoch):
+            return False
+        value = trial.intermediate_values[epoch]
+        if math.isnan(value):
+            return True
+        reached = [
+            other.intermediate_values[epoch]
+            for other in study.get_trials(deepcopy=False)
+            if other.number != trial.number and epoch in other.intermediate_values
+        ]
+        # A diverged trial reached the rung too; NaN must not enter the ranking.
+        ranked = sorted([value, *(v for v in reached if not math.isnan(v))])
+        promotable = max(len(ranked) // self.reduction, 1)
+        if study.direction == optuna.study.StudyDirection.MAXIMIZE:
+            return value < ranked[-promotable]
+        return value > ranked[promotable - 1]
+
+
+def _make(module: Any, name: str, suffix: str, options: Mapping[str, Any]) -> Any:
+    known = sorted(each for each in vars(module) if each.endswith(suffix) and not each.startswith("Base"))
+    if name not in known:
+        raise InputError(f"Optuna has no {suffix.lower()} {name!r}; it has {', '.join(known)}.")
+    try:
+        return getattr(module, name)(**options)
+    except (TypeError, ValueError, ImportError) as error:
+        raise InputError(f"Optuna's {name} cannot be made with {dict(options)}: {error}") from error
+
+
+def tpe(**options: Any) -> Sampler:
+    """The tree-structured Parzen estimator (Bergstra et al., 2011), multivariate: Optuna's default."""
+    return Sampler("TPESampler", **options)
+
+
+def grid() -> Grid:
+    return Grid()
+
+
+def asha(*, min_epochs: int = 5, reduction: int = 2) -> Pruner:
+    return Pruner("Asha", min_epochs=min_epochs, reduction=reduction)
+
+
+def no_pruning() -> Pruner:
+    return Pruner("NopPruner")

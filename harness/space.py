@@ -1,0 +1,211 @@
+"""Paths into a configuration, and the search space over them.
+
+A configuration is a frozen dataclass of frozen dataclasses. A path such as `optim.base_lr` names one leaf field.
+`replace` is the only way a field is changed: the sampler, `--set` and the tests all pass through its checks.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import math
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from harness.errors import InputError
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclasses.dataclass(frozen=True)
+class Float:
+    """A real number in [low, high]; `log` searches its logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        _check_range(self)
+        if self.log and self.low <= 0:
+            raise InputError(f"{self} is logarithmic and needs low > 0; write the smallest value you want to try.")
+
+    def contains(self, value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
+
+
+@dataclasses.dataclass(frozen=True)
+class Int:
+    """A whole number in [low, high], both included."""
+
+    low: int
+    high: int
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        _check_range(self)
+        if self.log and self.low < 1:
+            raise InputError(f"{self} is logarithmic and needs low >= 1; write the smallest value you want to try.")
+
+    def contains(self, value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and self.low <= value <= self.high
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One of some values. Optuna stores scalars only, so a tuple such as (1024, 512) travels as its label, 1024-512."""
+
+    options: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.options) == 0:
+            raise InputError("Choice(()) offers nothing; list at least one value.")
+        if len(set(self.labels)) != len(self.options):
+            raise InputError(f"Choice{self.options} offers the same value twice; list each value once.")
+
+    def contains(self, value: Any) -> bool:
+        return value in self.options
+
+    @property
+    def labels(self) -> tuple[Any, ...]:
+        return tuple(label(option) for option in self.options)
+
+    def option(self, chosen: Any) -> Any:
+        """The value behind a label that came back from the storage."""
+        return self.options[self.labels.index(chosen)]
+
+
+Dimension = Float | Int | Choice
+Space = Mapping[str, Dimension]
+
+
+def _check_range(dimension: Float | Int) -> None:
+    low, high = dimension.low, dimension.high
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise InputError(f"{dimension} is an empty range; the first number must be the smaller one.")
+
+
+def label(value: Any) -> Any:
+    """How Optuna and MLflow show a value: tuples as 1024-512, scalars as they are."""
+    if isinstance(value, tuple):
+        return "-".join(str(item) for item in value) if value else "none"
+    return value
+
+
+def leaves(config: Any, prefix: str = "", identity_only: bool = False) -> Iterator[tuple[str, Any]]:
+    """Every leaf of a configuration as (path, value), in the order of the definition.
+
+    A field that holds a dataclass is walked into; which class it holds is itself a leaf, `data.type` for example.
+    `identity_only` leaves out the fields that say where something lies or runs, not what is computed.
+    """
+    for field in dataclasses.fields(config):
+        if identity_only and not field.metadata.get("identity", True):
+            continue
+        path, value = prefix + field.name, getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield f"{path}.type", type(value).__name__
+            yield from leaves(value, f"{path}.", identity_only)
+        else:
+            yield path, value
+
+
+def paths(config: Any) -> list[str]:
+    """The paths that `replace` accepts."""
+    return [path for path, _ in leaves(config) if not path.endswith(".type")]
+
+
+def get(config: Any, path: str) -> Any:
+    """The value at a path. Raises InputError listing the right paths if there is none."""
+    _check_path(config, path)
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def replace(config: ConfigT, path: str, value: Any) -> ConfigT:
+    """A copy of `config` with the field at `path` set to `value`, checked against the field's type and range.
+
+    Raises InputError when the path does not exist (listing the right ones) or the value does not fit.
+    """
+    _check_path(config, path)
+    return _replace(config, path.split("."), value, path)
+
+
+def _replace(config: Any, names: list[str], value: Any, path: str) -> Any:
+    name, rest = names[0], names[1:]
+    if rest:
+        return dataclasses.replace(config, **{name: _replace(getattr(config, name), rest, value, path)})
+    return dataclasses.replace(config, **{name: _checked(type(config), name, value, path)})
+
+
+def _checked(owner: type, name: str, value: Any, path: str) -> Any:
+    from pydantic import ConfigDict, TypeAdapter, ValidationError  # 0.1 s, and --help does without
+
+    hint = typing.get_type_hints(owner)[name]
+    try:
+        return TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(value)
+    except ValidationError as error:
+        kind = getattr(hint, "__name__", None) if isinstance(hint, type) else None
+        wanted = kind or str(hint).replace("typing.", "")
+        reason = error.errors()[0]["msg"]
+        raise InputError(f"{path} must be {wanted}, not {value!r} ({reason[0].lower() + reason[1:]}).") from error
+
+
+def parse(config: Any, path: str, text: str) -> Any:
+    """The value that `--set PATH=TEXT` means: a JSON or Python literal, otherwise the text itself.
+
+    A single number for a field of several becomes a tuple of one, so that `backbone.hidden=512` works.
+    """
+    value = _literal(text)
+    current = get(config, path)
+    if isinstance(value, list):
+        value = tuple(value)
+    if isinstance(current, tuple) and not isinstance(value, tuple):
+        value = (value,)
+    return value
+
+
+def _literal(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        pass  # not JSON: perhaps a Python literal, such as 1024,512 or None
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _check_path(config: Any, path: str) -> None:
+    known = paths(config)
+    if path not in known:
+        raise InputError(f"There is no field {path!r} in the configuration; the fields are {', '.join(known)}.")
+
+
+def check(space: Space, base: Any) -> None:
+    """Raise InputError unless every path of the space exists in `base` and the base's own value lies in its range."""
+    for path, dimension in space.items():
+        value = get(base, path)
+        if not dimension.contains(value):
+            raise InputError(
+                f"The base configuration has {path} = {value!r}, outside of its search range {dimension}; "
+                "trial 0 is the base configuration, so widen the range or change the base."
+            )
+        bounds = dimension.options if isinstance(dimension, Choice) else (dimension.low, dimension.high)
+        for bound in bounds:
+            replace(base, path, bound)
+
+
+def encode(space: Space, config: Any) -> dict[str, Any]:
+    """The configuration's own values of the searched fields, as Optuna stores them."""
+    return {path: label(get(config, path)) for path in space}
+
+
+def apply(space: Space, base: ConfigT, params: Mapping[str, Any]) -> ConfigT:
+    """The configuration that stored parameters mean: `base` with each searched field replaced."""
+    for path, dimension in space.items():
+        chosen = params[path]
+        base = replace(base, path, dimension.option(chosen) if isinstance(dimension, Choice) else chosen)
+    return base

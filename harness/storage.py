@@ -1,0 +1,385 @@
+"""A study's Optuna storage: opening, locking, resuming, and what counts as finished. The storage is the truth.
+
+SQLite runs in WAL mode with synchronous=NORMAL: a killed process loses nothing, and readers (a dashboard, `show`) do
+not block the writer. After a power cut the last few committed lines may be missing, never a broken file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import optuna
+import sqlalchemy
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from harness.config import Study
+from harness.errors import InputError
+from harness.results import Completed, EpochResult, Failed, TrialOutcome
+from harness.seeds import derive_seed
+from harness.space import Choice, Float, Int, encode
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+BUSY_TIMEOUT_SECONDS = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A trial that is to be evaluated: new, or left behind by a process that died."""
+
+    number: int
+    params: dict[str, Any]
+    resumed: bool
+    trial: optuna.Trial
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """A trial as the storage knows it, in the project's words."""
+
+    number: int
+    state: str  # complete, pruned, diverged, failed, running
+    value: float | None  # validation accuracy of the last epoch; None unless complete
+    params: dict[str, Any]
+    epochs: tuple[EpochResult, ...]
+    curve: dict[int, float]  # epoch -> validation accuracy, as reported so far
+    reason: str | None
+    seconds: float | None
+
+
+class Store:
+    """One study in an Optuna storage. Made by `open_store` (to run) or `read_store` (to look)."""
+
+    def __init__(self, url: str, optuna_study: optuna.Study) -> None:
+        self.url = url
+        self._study = optuna_study
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    @property
+    def optuna_study(self) -> optuna.Study:
+        """For Optuna's own plots and importances."""
+        return self._study
+
+    def attribute(self, name: str) -> Any:
+        """A fact about the whole study, or None."""
+        return self._study.user_attrs.get(name)
+
+    def finished(self) -> int:
+        return sum(trial.state in FINISHED for trial in self._study.get_trials(deepcopy=False))
+
+    def trials(self) -> list[TrialRecord]:
+        """All trials that have begun, by number."""
+        waiting = TrialState.WAITING
+        return [_record(trial) for trial in self._study.get_trials(deepcopy=False) if trial.state is not waiting]
+
+    def counts(self) -> dict[str, int]:
+        """Trials by state; a diverged trial is a failed one here."""
+        states = [trial.state for trial in self.trials()]
+        return {
+            "complete": states.count("complete"),
+            "pruned": states.count("pruned"),
+            "failed": states.count("failed") + states.count("diverged"),
+            "running": states.count("running"),
+        }
+
+    def best(self) -> TrialRecord | None:
+        """The complete trial with the highest value, the earliest of equals."""
+        complete = [trial for trial in self.trials() if trial.state == "complete"]
+        return max(complete, key=lambda trial: (trial.value, -trial.number), default=None)
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    def set_attribute(self, name: str, value: Any) -> None:
+        self._study.set_user_attr(name, value)
+
+    def ask(self, study: Study) -> Asked:
+        """The next trial to evaluate: an interrupted one first, under its own number and parameters, else a new one.
+
+        The sampler is made anew for every question, seeded from the study's seed, the number of finished trials and
+        the question. It therefore answers the same after a kill as without one.
+        """
+        running = [t for t in self._study.get_trials(deepcopy=False) if t.state is TrialState.RUNNING]
+        finished = self.finished()
+        self._study.sampler = study.sampler.build(study, derive_seed(study.seed, "ask", finished))
+        if running:
+            trial = optuna.Trial(self._study, running[0]._trial_id)
+        else:
+            if not self._study.get_trials(deepcopy=False):
+                self._study.enqueue_trial(encode(study.space, study.train))
+            trial = self._study.ask()
+        # Optuna draws jointly sampled parameters at the first question; have it drawn now, whatever was asked before.
+        _ = trial.relative_params
+        for path, dimension in study.space.items():
+            # A fresh stream for each parameter: a process may die between two of them.
+            self._study.sampler = study.sampler.build(study, derive_seed(study.seed, "ask", finished, path))
+            _suggest(trial, path, dimension)
+        return Asked(number=trial.number, params=dict(trial.params), resumed=bool(running), trial=trial)
+
+    def report(self, asked: Asked, epoch: int, value: float) -> None:
+        """Record the validation accuracy after an epoch; once is enough, a repeated epoch is left as it was."""
+        if epoch not in self._frozen(asked).intermediate_values:
+            asked.trial.report(value, epoch)
+
+    def should_prune(self, asked: Asked) -> bool:
+        return asked.trial.should_prune()
+
+    def tell(self, asked: Asked, outcome: TrialOutcome, epochs: list[EpochResult], seconds: float) -> None:
+        """End a trial. What belongs to it is written before its state, so a finished trial is always whole."""
+        asked.trial.set_user_attr("epochs", [result.to_dict() for result in epochs])
+        asked.trial.set_user_attr("seconds", seconds)
+        asked.trial.set_user_attr("outcome", dataclasses.asdict(outcome) | {"state": outcome.state})
+        if isinstance(outcome, Completed):
+            self._study.tell(asked.trial, outcome.value)
+        elif isinstance(outcome, Failed):
+            self._study.tell(asked.trial, state=TrialState.FAIL)
+        else:
+            # A diverged trial is told as pruned: Optuna's samplers ignore failures and would try its region again.
+            self._study.tell(asked.trial, state=TrialState.PRUNED)
+
+    def _frozen(self, asked: Asked) -> FrozenTrial:
+        return self._study._storage.get_trial(asked.trial._trial_id)
+
+
+def _suggest(trial: optuna.Trial, path: str, dimension: Float | Int | Choice) -> None:
+    if isinstance(dimension, Choice):
+        trial.suggest_categorical(path, dimension.labels)
+    elif isinstance(dimension, Int):
+        trial.suggest_int(path, dimension.low, dimension.high, log=dimension.log)
+    else:
+        trial.suggest_float(path, dimension.low, dimension.high, log=dimension.log)
+
+
+def _record(trial: FrozenTrial) -> TrialRecord:
+    states = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+    outcome = trial.user_attrs.get("outcome", {})
+    finished = trial.state in FINISHED
+    return TrialRecord(
+        number=trial.number,
+        state=(outcome.get("state") or states[trial.state]) if finished else "running",
+        value=trial.value if trial.state is TrialState.COMPLETE else None,
+        params=dict(trial.params),
+        epochs=tuple(EpochResult.from_dict(each) for each in trial.user_attrs.get("epochs", [])),
+        curve=dict(sorted(trial.intermediate_values.items())),
+        reason=outcome.get("reason"),
+        seconds=trial.user_attrs.get("seconds"),
+    )
+
+
+# -- opening ----------------------------------------------------------------------------------------------------------
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of a SQLite URL, None for other databases. Raises InputError when `url` is no database URL."""
+    try:
+        parsed = sqlalchemy.engine.make_url(url)
+    except SQLAlchemyError as error:
+        raise InputError(f"--storage {url!r} is no database URL; write sqlite:///FILE or postgresql://...") from error
+    if parsed.get_backend_name() != "sqlite":
+        return None
+    if not parsed.database or parsed.database == ":memory:":
+        raise InputError(f"--storage {url!r} lives in memory and could not be resumed; write sqlite:///FILE.")
+    return Path(parsed.database)
+
+
+@contextmanager
+def open_store(study: Study, url: str, content: Mapping[str, str] | None = None) -> Iterator[Store]:
+    """Open a study for running, and hold it: a second process on the same SQLite study is refused.
+
+    `content` are fingerprints of what the definition only names, the images and the pretrained weights; None skips
+    their comparison. Raises InputError when the database cannot be opened or is none of ours, when another process
+    holds the study, and when the stored definition differs from `study` (naming the fields).
+    """
+    file = sqlite_file(url)
+    with _held(file, study.name):
+        check_database(url)
+        storage = _connect(url)
+        optuna_study = optuna.create_study(
+            storage=storage,
+            study_name=study.name,
+            direction="maximize",
+            pruner=study.pruner.build(),
+            load_if_exists=True,
+        )
+        store = Store(url, optuna_study)
+        _check_definition(study, store, content)
+        try:
+            yield store
+        finally:
+            _dispose(storage)
+
+
+@contextmanager
+def read_store(name: str, url: str) -> Iterator[Store]:
+    """Open a study to look at it; it may be running. Raises InputError when there is none."""
+    file = sqlite_file(url)
+    if file is not None and not file.is_file():
+        raise InputError(f"Study {name!r} has no results yet ({file} does not exist); run it with --study {name}.")
+    check_database(url)
+    storage = _connect(url)
+    try:
+        try:
+            optuna_study = optuna.load_study(storage=storage, study_name=name)
+        except KeyError as error:
+            raise InputError(f"{url} holds no study named {name!r}; check --storage and the name.") from error
+        yield Store(url, optuna_study)
+    finally:
+        _dispose(storage)
+
+
+def exists(name: str, url: str) -> bool:
+    """Whether the storage holds this study already. Raises InputError when it cannot be opened."""
+    file = sqlite_file(url)
+    if file is not None and (not file.is_file() or file.stat().st_size == 0):
+        return False
+    check_database(url)
+    storage = _connect(url)
+    try:
+        return name in optuna.get_all_study_names(storage)
+    finally:
+        _dispose(storage)
+
+
+def check_database(url: str) -> None:
+    """Raise InputError unless the URL can be opened and holds either nothing or Optuna's tables. Writes nothing."""
+    file = sqlite_file(url)
+    if file is not None:
+        if not file.exists() or file.stat().st_size == 0:
+            if not file.parent.is_dir():
+                raise InputError(f"--storage {url!r}: there is no folder {file.parent}; make it first.")
+            return
+        _check_tables(url, *_sqlite_tables(file))
+        return
+    try:
+        engine = sqlalchemy.create_engine(url)
+        _check_tables(url, *sqlalchemy.inspect(engine).get_table_names())
+        engine.dispose()
+    except (SQLAlchemyError, ImportError) as error:
+        raise InputError(f"--storage {url!r} cannot be opened: {_first_line(error)}") from error
+
+
+def _sqlite_tables(file: Path) -> list[str]:
+    try:
+        connection = sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT_SECONDS)
+        try:
+            return [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        raise InputError(
+            f"{file} cannot be opened as a study ({error}); give another --storage, or move it."
+        ) from error
+
+
+def _check_tables(url: str, *tables: str) -> None:
+    if tables and "studies" not in tables:
+        raise InputError(f"{url} is a database but not a study; give another --storage.")
+
+
+def _connect(url: str) -> optuna.storages.RDBStorage:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        storage = optuna.storages.RDBStorage(url, engine_kwargs=_engine_options(url))
+    except (SQLAlchemyError, ImportError, RuntimeError) as error:
+        raise InputError(f"--storage {url!r} cannot be opened: {_first_line(error)}") from error
+    if sqlite_file(url) is not None:
+        sqlalchemy.event.listen(storage.engine, "connect", _set_pragmas)
+        storage.engine.dispose()  # connections made before the listener are given back
+    return storage
+
+
+def _engine_options(url: str) -> dict[str, Any]:
+    return {"connect_args": {"timeout": BUSY_TIMEOUT_SECONDS}} if sqlite_file(url) is not None else {}
+
+
+def _set_pragmas(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=NORMAL")
+    cursor.close()
+
+
+def _dispose(storage: optuna.storages.RDBStorage) -> None:
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+def _check_definition(study: Study, store: Store, content: Mapping[str, str] | None) -> None:
+    """Keep the definition at the first start; at every later one, refuse a study that would not continue it."""
+    now = study.definition() | {f"content of {name}": value for name, value in (content or {}).items()}
+    stored = store.attribute("definition")
+    if stored is None:
+        store.set_attribute("uid", uuid.uuid4().hex)
+        store.set_attribute("definition", now)
+        return
+    unknown = {path for path in stored if path.startswith("content of ")} if content is None else set()
+    differing = [path for path in {**stored, **now} if stored.get(path) != now.get(path) and path not in unknown]
+    if differing:
+        changes = "; ".join(f"{path} was {stored.get(path)!r}, is {now.get(path)!r}" for path in differing)
+        raise InputError(
+            f"Study {study.name!r} was begun with another definition ({changes}); its results could not be compared. "
+            "Change it back, or start anew with --fresh (the old study is kept under another name)."
+        )
+
+
+@contextmanager
+def _held(file: Path | None, name: str) -> Iterator[None]:
+    """Hold the study's lock file. The lock goes with the process, however it ends; the PID beside it is a courtesy."""
+    if file is None:
+        yield
+        return
+    if not file.parent.is_dir():
+        raise InputError(f"--storage: there is no folder {file.parent}; make it first.")
+    lock, pid = filelock.FileLock(f"{file}.lock", blocking=False), Path(f"{file}.pid")
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        holder = pid.read_text().strip() if pid.exists() else "unknown"
+        raise InputError(
+            f"Study {name!r} is being run by process {holder}; wait for it, or stop it with `kill {holder}`."
+        ) from error
+    except OSError as error:
+        raise InputError(f"{file} cannot be written ({error}); make its folder writable or give --storage.") from error
+    try:
+        pid.write_text(f"{os.getpid()}\n")
+        yield
+    finally:
+        pid.unlink(missing_ok=True)
+        lock.release()
+
+
+def move_aside(name: str, url: str, model_folder: Path) -> Path | None:
+    """Give an existing study and its model another name (`--fresh`); nothing is deleted. None if there was none."""
+    file = sqlite_file(url)
+    if file is None:
+        raise InputError("--fresh moves a SQLite file; with another database, give the new study another --storage.")
+    if not file.exists():
+        return None
+    with _held(file, name):
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        target = next(
+            path
+            for number in range(1000)
+            if not (path := file.with_name(f"{file.stem}.{stamp}{f'-{number}' if number else ''}.db")).exists()
+        )
+        for suffix in ("-wal", "-shm", ""):  # the main file last: until then the study is still the old one
+            part = file.with_name(file.name + suffix)
+            if part.exists():
+                part.rename(target.with_name(target.name + suffix))
+        if model_folder.exists():
+            model_folder.rename(target.with_suffix(".model"))
+    return target
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,8 @@
+"""Run a hyperparameter study: `python run_study.py --trials 50`. The work is done in `harness.cli`."""
+
+import sys
+
+from harness.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["run", *sys.argv[1:]], program="run_study.py"))
