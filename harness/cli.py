@@ -115,7 +115,6 @@ def _positive(text: str) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from harness import catalogue, storage
-    from harness.study import is_complete
 
     signal.signal(signal.SIGTERM, _as_interrupt)
     found = catalogue.find(args.study)
@@ -126,7 +125,7 @@ def _run(args: argparse.Namespace) -> int:
     storage.check_database(url)
     if not args.fresh and storage.exists(study.name, url):
         with storage.open_store(study, url) as store:
-            if is_complete(study, store):
+            if store.is_complete(study):
                 print(f"Nothing is missing: {store.finished()} trials are finished (asked for: {study.trials}).")
                 print(_summary(study.name, store, _tracking_uri(args, found)))
                 return DONE
@@ -182,8 +181,7 @@ def _run_study(
     store.set_attribute("runtime", runtime.to_dict())
     tracker.start(study, store, tracking.facts(study, runtime.to_dict()))
     console.print(
-        f"Study {study.name}: {store.finished()} of {study.trials} trials finished, "
-        + _in_words(runtime.to_dict()),
+        f"Study {study.name}: {store.finished()} of {study.trials} trials finished, " + _in_words(runtime.to_dict()),
         highlight=False,
         soft_wrap=True,
     )

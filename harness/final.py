@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from harness.config import Study, TrainConfig
 from harness.data.augment import MEAN, STD
@@ -31,19 +31,13 @@ from harness.trainer import Training, evaluate, fit
 CONFIDENCE = 0.95
 
 
-def is_done(store: Store) -> bool:
-    """Whether the storage has the final result of its best trial."""
-    final, best = store.attribute("final"), store.best()
-    return final is not None and best is not None and final["trial"] == best.number
-
-
 def final_run(study: Study, store: Store, tracker: Tracker, runtime: Runtime, folder: Path) -> Iterator[Event]:
     """Retrain the best configuration, open the test set, save the model in `folder`, record the result.
 
     A seed that was trained before an interruption is not trained again. Does nothing when no trial is complete.
     """
     best = store.best()
-    if best is None or is_done(store):
+    if best is None or store.has_final():
         return
     config = study.config(best.params)
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,8 +153,9 @@ def _save(training: Training, path: Path) -> None:
     """Write the weights under another name and rename: the file is whole or not there."""
     partial = path.with_name(path.name + ".partial")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in training.model.state_dict().items()}
-    save_file(state, partial)
-    with partial.open("rb+") as file:
+    with partial.open("wb") as file:
+        file.write(save(state))
+        file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
 

@@ -98,6 +98,16 @@ class Store:
         complete = [trial for trial in self.trials() if trial.state == "complete"]
         return max(complete, key=lambda trial: (trial.value, -trial.number), default=None)
 
+    def has_final(self) -> bool:
+        """Whether the final result is there and belongs to the best trial."""
+        final, best = self.attribute("final"), self.best()
+        return final is not None and best is not None and final["trial"] == best.number
+
+    def is_complete(self, study: Study) -> bool:
+        """Whether nothing is missing: the trials, the final result, and their publication in MLflow."""
+        enough = self.finished() >= study.trials and self.attribute("published") == self.finished()
+        return enough and (self.best() is None or self.has_final())
+
     # -- writing ------------------------------------------------------------------------------------------------
 
     def set_attribute(self, name: str, value: Any) -> None:

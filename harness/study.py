@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness.config import Study
 from harness.engine import Runtime
-from harness.final import final_run, is_done
+from harness.final import final_run
 from harness.objective import evaluate_trial
 from harness.results import Event, Failed, TrialEnded
 from harness.storage import Store
@@ -24,13 +24,6 @@ def run(study: Study, store: Store, tracker: Tracker, runtime: Runtime, model_fo
     """Whatever the study still lacks, yielding what happens. Closing the generator stops it."""
     yield from search(study, store, tracker, runtime)
     yield from final_run(study, store, tracker, runtime, model_folder)
-
-
-def is_complete(study: Study, store: Store) -> bool:
-    """Whether nothing is missing: the trials, the final result, and their publication in MLflow."""
-    if store.finished() < study.trials or store.attribute("published") != store.finished():
-        return False
-    return store.best() is None or is_done(store)
 
 
 def search(study: Study, store: Store, tracker: Tracker, runtime: Runtime) -> Iterator[Event]:

@@ -1,0 +1,69 @@
+"""What the tests share: a tiny study that runs in a second, and a workspace like a user's own folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Two threads for two cores, the same on every machine: thread counts change the bits of a sum.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+from harness.config import EngineConfig, FinalConfig, OptimConfig, Study, TrainConfig
+from harness.data.garden import Garden
+from harness.models.maxvit import TinyMaxViT
+from harness.search import no_pruning, tpe
+from harness.space import Choice, Float
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def make_study(cache: Path | str, **changes: Any) -> Study:
+    """A study of seconds: the tiny MaxViT untrained, 32 drawn images a split, two epochs, one final seed."""
+    study = Study(
+        name="tiny",
+        train=TrainConfig(
+            data=Garden(train_per_class=2, val_per_class=2, test_per_class=2, cache=str(cache)),
+            backbone=TinyMaxViT(pretrained=False, hidden=(16,)),
+            optim=OptimConfig(base_lr=1e-3, depth_lr_mult=0.5),
+            engine=EngineConfig(device="cpu", precision="fp32", channels_last="off"),
+            batch_size=16,
+            epochs=2,
+        ),
+        space={
+            "backbone.dropout": Float(0.0, 0.6),
+            "backbone.hidden": Choice(((16,), (16, 8))),
+            "optim.base_lr": Float(1e-4, 1e-2, log=True),
+            "optim.depth_lr_mult": Float(0.0, 1.0),
+        },
+        sampler=tpe(n_startup_trials=2),
+        pruner=no_pruning(),
+        trials=3,
+        final=FinalConfig(seeds=1),
+    )
+    return dataclasses.replace(study, **changes)
+
+
+@pytest.fixture(scope="session")
+def image_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache of drawn images for the whole run of the tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def study(image_cache: Path) -> Study:
+    return make_study(image_cache)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder with the project's studies, as the working directory."""
+    shutil.copytree(
+        PROJECT / "studies", tmp_path / "studies", ignore=shutil.ignore_patterns("*.db*", "*.model", "*.report")
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
