@@ -41,6 +41,7 @@ class Display:
         self._finished = store.finished()
         self._best = store.best()
         self._epoch_seconds: list[float] = []
+        self._final_ratio = 1.0  # how much longer an epoch of the final run is, with the validation images trained on
         self._trial_seconds: list[float] = []
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
 
@@ -76,7 +77,9 @@ class Display:
             epochs = self._study.train.epochs
             self._say(f"{event.name}  epoch {result.epoch}/{epochs}  loss {result.train.loss:.3f}  {measured}")
         if len(self._epoch_seconds) == 1:
-            self._say(forecast(self._study, self._finished, result.seconds))
+            if result.val and self._study.final.fit_on == "train+val":
+                self._final_ratio = 1 + result.val.total / result.train.total
+            self._say(forecast(self._study, self._finished, result.seconds, self._final_ratio))
 
     def _trial_ended(self, event: TrialEnded) -> None:
         seconds = time.perf_counter() - self._trial_start
@@ -98,7 +101,7 @@ class Display:
             return None
         epoch = sum(self._epoch_seconds) / len(self._epoch_seconds)
         trial = sum(self._trial_seconds) / len(self._trial_seconds) if self._trial_seconds else None
-        return estimate(self._study, self._finished, epoch, trial)
+        return estimate(self._study, self._finished, epoch, trial, self._final_ratio)
 
     def _render(self) -> RenderableType:
         study, left = self._study, self._left()
@@ -117,16 +120,18 @@ class Display:
         return Group(grid, f"best {best}   time left {'…' if left is None else duration(left)}")
 
 
-def estimate(study: Study, finished: int, epoch_seconds: float, trial_seconds: float | None) -> float:
-    """Seconds until the end of the study. The final run's epochs are taken as twice as long with both splits."""
+def estimate(
+    study: Study, finished: int, epoch_seconds: float, trial_seconds: float | None, final_ratio: float
+) -> float:
+    """Seconds until the end of the study; an epoch of the final run takes `final_ratio` as long as a trial's."""
     per_trial = trial_seconds if trial_seconds is not None else epoch_seconds * study.train.epochs
-    final = study.final.seeds * study.train.epochs * epoch_seconds * (2 if study.final.fit_on == "train+val" else 1)
+    final = study.final.seeds * study.train.epochs * epoch_seconds * final_ratio
     return max(study.trials - finished, 0) * per_trial + final
 
 
-def forecast(study: Study, finished: int, epoch_seconds: float) -> str:
+def forecast(study: Study, finished: int, epoch_seconds: float, final_ratio: float) -> str:
     """What the first epoch says about the whole study."""
-    seconds = estimate(study, finished, epoch_seconds, None)
+    seconds = estimate(study, finished, epoch_seconds, None, final_ratio)
     text = (
         f"An epoch takes {duration(epoch_seconds)} here: the study will take about {duration(seconds)}, pruning aside."
     )

@@ -31,6 +31,7 @@ from harness.space import Choice, Float, Int, encode
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 BUSY_TIMEOUT_SECONDS = 60
+OPTUNA_TABLES = {"studies", "study_directions", "trials", "version_info"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +234,7 @@ def open_store(study: Study, url: str, content: Mapping[str, str] | None = None)
 def read_store(name: str, url: str) -> Iterator[Store]:
     """Open a study to look at it; it may be running. Raises InputError when there is none."""
     file = sqlite_file(url)
-    if file is not None and not file.is_file():
+    if file is not None and (not file.is_file() or file.stat().st_size == 0):
         raise InputError(f"Study {name!r} has no results yet ({file} does not exist); run it with --study {name}.")
     check_database(url)
     storage = _connect(url)
@@ -292,7 +293,8 @@ def _sqlite_tables(file: Path) -> list[str]:
 
 
 def _check_tables(url: str, *tables: str) -> None:
-    if tables and "studies" not in tables:
+    # Any of Optuna's will do: a process may have been killed while it made them, and they are completed on opening.
+    if tables and not OPTUNA_TABLES.intersection(tables):
         raise InputError(f"{url} is a database but not a study; give another --storage.")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -134,13 +135,11 @@ class MLflowTracker:
 
     def start(self, study: Study, store: Store, facts: Mapping[str, str]) -> None:
         """Open or reopen the study's parent run. Raises InputError when MLflow cannot be reached or written."""
-        import logging
-
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # not a line for each table it creates
+        _quiet()
         try:
             self._client = MlflowClient(tracking_uri=self.uri)
             self._experiment = self._get_experiment(study.name)
@@ -234,7 +233,27 @@ class MLflowTracker:
 def local_tracker(folder: Path) -> MLflowTracker:
     """A tracker on `folder`/mlflow.db. Raises InputError when the folder cannot be written."""
     check_writable(folder)
+    if not (folder / "mlflow.db").exists():
+        _create_database(folder)
     return MLflowTracker(local_uri(folder), folder / "artifacts")
+
+
+def _create_database(folder: Path) -> None:
+    """Make mlflow.db whole or not at all: MLflow cannot open one whose migrations were killed half-way."""
+    from mlflow import MlflowClient
+
+    _quiet()
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as place:
+        made = Path(place) / "mlflow.db"
+        MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments(max_results=1)
+        made.replace(folder / "mlflow.db")
+
+
+def _quiet() -> None:
+    """MLflow announces each table that it creates; a study has better things to say."""
+    import logging
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
 
 
 def local_uri(folder: Path) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +104,18 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _share(files: list[Path], split: SplitName) -> list[Path]:
-    ordered = sorted(files, key=lambda file: (hashlib.sha256(file.read_bytes()).digest(), file.name))
+    ordered = sorted(files, key=lambda file: (_content_hash(file, file.stat().st_mtime_ns), file.name))
     bounds, start = {}, 0.0
     for name, share in SHARES.items():
         bounds[name] = (round(start * len(files)), round((start + share) * len(files)))
         start += share
     first, last = bounds[split]
     return ordered[first:last]
+
+
+@cache
+def _content_hash(file: Path, changed_ns: int) -> bytes:
+    return hashlib.sha256(file.read_bytes()).digest()
 
 
 def _read_names(path: Path) -> Mapping[str, str]:

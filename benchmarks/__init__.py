@@ -1,0 +1,1 @@
+"""One script a claim; `RESULTS.md` holds what they measured."""

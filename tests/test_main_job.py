@@ -1,0 +1,209 @@
+"""The main job in processes of its own, killed for real: SQLite, MLflow and the command line as a user has them."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from optuna.trial import TrialState
+
+from harness.storage import read_store
+from tests.conftest import PROJECT
+
+pytestmark = pytest.mark.slow
+
+STUDY_FILE = """
+from harness.config import EngineConfig, FinalConfig, OptimConfig, Study, TrainConfig
+from harness.data.garden import Garden
+from harness.models.maxvit import TinyMaxViT
+from harness.search import asha, tpe
+from harness.space import Choice, Float
+
+STUDY = Study(
+    name="small",
+    train=TrainConfig(
+        data=Garden(train_per_class=4, val_per_class=4, test_per_class=4),
+        backbone=TinyMaxViT(hidden=(16,)),
+        optim=OptimConfig(base_lr=1e-3, depth_lr_mult=0.5),
+        engine=EngineConfig(precision="fp32", channels_last="on"),
+        epochs=4,
+    ),
+    space={
+        "backbone.dropout": Float(0.0, 0.6),
+        "backbone.hidden": Choice(((16,), (16, 8))),
+        "optim.base_lr": Float(1e-4, 1e-2, log=True),
+        "optim.depth_lr_mult": Float(0.0, 1.0),
+    },
+    sampler=tpe(n_startup_trials=3),
+    pruner=asha(min_epochs=1, reduction=2),
+    trials=6,
+    final=FinalConfig(seeds=2),
+)
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "small.py").write_text(STUDY_FILE)
+    return tmp_path
+
+
+def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-u", str(PROJECT / "run_study.py"), "--study", "small", *arguments]
+    return subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(place: Path, *arguments: str) -> str:
+    process = start(place, *arguments)
+    output, _ = process.communicate(timeout=250)
+    assert process.returncode == 0, output
+    return output
+
+
+def outcome(place: Path) -> dict[str, Any]:
+    """All that two equal studies must agree on."""
+    with read_store("small", f"sqlite:///{place}/studies/small.db") as store:
+        assert [t for t in store.optuna_study.get_trials() if t.state in (TrialState.RUNNING, TrialState.WAITING)] == []
+        trials = [(t.number, t.state, t.value, t.params, t.curve) for t in store.trials()]
+        losses = [[(each.train, each.val) for each in t.epochs] for t in store.trials()]
+        return {"trials": trials, "losses": losses, "final": store.attribute("final")}
+
+
+def check_mlflow(place: Path, trials: int, seeds: int) -> None:
+    """One run a trial and seed, none open, no step twice."""
+    client = MlflowClient(f"sqlite:///{place}/mlruns/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("small").experiment_id])
+    assert [run.info.run_name for run in runs if run.info.status == "RUNNING"] == []
+    kinds = [run.data.tags.get("harness.kind") for run in runs]
+    assert (kinds.count("trial"), kinds.count(None)) == (trials, 1)
+    assert kinds.count("final") % seeds == 0
+    for each in runs:
+        for name in ("train_loss", "val_accuracy"):
+            steps = [metric.step for metric in client.get_metric_history(each.info.run_id, name)]
+            assert steps == sorted(set(steps)), f"{each.info.run_name} has a step of {name} twice"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    place = tmp_path_factory.mktemp("uninterrupted")
+    (place / "studies").mkdir()
+    (place / "studies" / "small.py").write_text(STUDY_FILE)
+    run(place)
+    check_mlflow(place, trials=6, seeds=2)
+    return outcome(place)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_study_killed_again_and_again_ends_as_one_that_was_not(
+    place: Path, uninterrupted: dict[str, Any], seed: int
+) -> None:
+    chance = random.Random(seed)
+    kills = 0
+    # One kill at a random moment of each process's life, from its imports to the final run, then a last one in peace.
+    for words in ("trial 0", "trial 2", "trial 4", "final seed", "final seed 1"):
+        process = start(place)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(words):
+                time.sleep(chance.uniform(0, 0.6))
+                break
+        process.kill()
+        kills += process.wait(timeout=60) == -signal.SIGKILL
+    assert kills >= 3
+    run(place)
+    assert outcome(place) == uninterrupted
+    check_mlflow(place, trials=6, seeds=2)
+
+
+def test_killed_before_anything_is_written_and_while_databases_are_made(
+    place: Path, uninterrupted: dict[str, Any]
+) -> None:
+    for seconds in (1.0, 5.0, 7.0):
+        process = start(place)
+        time.sleep(seconds)
+        process.kill()
+        process.wait(timeout=60)
+    run(place)
+    assert outcome(place) == uninterrupted
+    check_mlflow(place, trials=6, seeds=2)
+
+
+def test_the_same_command_again_is_a_no_op_and_a_larger_total_extends(
+    place: Path, uninterrupted: dict[str, Any]
+) -> None:
+    run(place, "--trials", "3")
+    with read_store("small", f"sqlite:///{place}/studies/small.db") as store:
+        first = store.attribute("final")
+    assert "Nothing is missing: 3 trials are finished" in run(place, "--trials", "3")
+    run(place, "--trials", "6")
+    extended = outcome(place)
+    assert extended["trials"] == uninterrupted["trials"]
+    openings = 1 if first["trial"] == uninterrupted["final"]["trial"] else 2
+    assert extended["final"] == uninterrupted["final"] | {"test_openings": openings}
+    check_mlflow(place, trials=6, seeds=2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_with_130_and_the_command_that_goes_on(
+    place: Path, uninterrupted: dict[str, Any], number: signal.Signals
+) -> None:
+    process = start(place)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("trial 1"):
+            break
+    process.send_signal(number)
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 130, rest
+    assert "run_study.py --study small" in rest.strip().splitlines()[-1]
+    assert "Traceback" not in rest
+    client = MlflowClient(f"sqlite:///{place}/mlruns/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("small").experiment_id])
+    assert {each.info.status for each in runs} <= {"FINISHED", "KILLED"}
+    run(place)
+    assert outcome(place) == uninterrupted
+
+
+def test_a_second_process_is_refused_and_told_the_first_ones_pid(place: Path) -> None:
+    first = start(place)
+    assert first.stdout is not None
+    for line in first.stdout:
+        if line.startswith("Study small"):
+            break
+    second = start(place)
+    output, _ = second.communicate(timeout=120)
+    first.kill()
+    first.wait(timeout=60)
+    assert second.returncode == 2, output
+    assert f"is being run by process {first.pid}" in output
+
+
+def test_fresh_moves_the_old_study_aside(place: Path) -> None:
+    run(place, "--trials", "1", "--set", "epochs=1")
+    old = outcome(place)
+    run(place, "--trials", "1", "--fresh")
+    kept = list((place / "studies").glob("small.2*.db"))
+    assert len(kept) == 1
+    with read_store("small", f"sqlite:///{kept[0]}") as store:
+        assert store.attribute("final") == old["final"]
+    assert kept[0].with_suffix(".model").is_dir()
+
+
+def test_show_json_and_the_saved_model_agree_with_the_run(place: Path) -> None:
+    run(place, "--trials", "1")
+    command = [sys.executable, "-m", "harness", "show", str(place / "studies" / "small.py"), "--json"]
+    shown = json.loads(subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout)
+    assert shown["trials"] == {"complete": 1, "pruned": 0, "failed": 0, "running": 0}
+    assert shown["final"]["accuracy"] == shown["final"]["correct"] / shown["final"]["total"]
+    model = json.loads((place / "studies" / "small.model" / "model.json").read_text())
+    assert model["test"]["correct"] == shown["final"]["per_seed"][0]["correct"]
+    assert len(model["classes"]) == 16
