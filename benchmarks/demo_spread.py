@@ -20,6 +20,7 @@ from scipy.stats import f as f_distribution
 
 from benchmarks.machine import describe
 from harness.catalogue import find
+from harness.data.tensors import prepare
 from harness.experiment import decide_runtime
 from harness.search import Sampler, no_pruning
 from harness.storage import TrialRecord, open_store
@@ -40,11 +41,12 @@ def main() -> None:
         pruner=no_pruning(),
         trials=args.configurations + 1,  # trial 0 is the base configuration, not a random one
     )
-    with tempfile.TemporaryDirectory() as place:
-        with open_store(study, f"sqlite:///{Path(place) / 'spread.db'}") as store:
-            for _ in search(study, store, NoTracker(), decide_runtime(study.train, None)):
-                pass
-            base, *trials = store.trials()
+    prepare(study.train.data)
+    runtime = decide_runtime(study.train, None)
+    with tempfile.TemporaryDirectory() as place, open_store(study, f"sqlite:///{Path(place) / 'spread.db'}") as store:
+        for _ in search(study, store, NoTracker(), runtime):
+            pass
+        base, *trials = store.trials()
     print(describe())
     complete = [trial for trial in trials if trial.value is not None]
     values = sorted(100 * trial.value for trial in complete if trial.value is not None)

@@ -29,7 +29,7 @@ DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 def main(arguments: Sequence[str], program: str = "python -m harness") -> int:
     """Run a command and return the exit code."""
-    args = _parser(program).parse_args(_with_command(arguments, program))
+    args = build_parser(program).parse_args(_with_command(arguments, program))
     try:
         code: int = args.function(args)
     except InputError as error:
@@ -46,7 +46,8 @@ def _with_command(arguments: Sequence[str], program: str) -> list[str]:
     return list(arguments[1:]) if program == "run_study.py" else list(arguments)
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
+def build_parser(program: str) -> argparse.ArgumentParser:
+    """The command line; `run_study.py` is `run` alone."""
     if program == "run_study.py":
         parser = argparse.ArgumentParser(prog=program, description="Run or resume a hyperparameter study.")
         _add_run(parser)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -20,8 +21,9 @@ from harness.experiment import assemble, decide_runtime
 from harness.models.maxvit import TINY_WEIGHTS, TinyMaxViT, is_rebuilt
 from harness.trainer import fit
 
+GARDEN = Garden(species="pretraining", train_per_class=100, val_per_class=10, test_per_class=1, seed=1)
 CONFIG = TrainConfig(
-    data=Garden(species="pretraining", train_per_class=100, val_per_class=10, test_per_class=1, seed=1),
+    data=GARDEN,
     backbone=TinyMaxViT(pretrained=False, hidden=(), dropout=0.0),
     augment=AugmentConfig(crop_scale=(0.5, 1.0), rotation_degrees=180, brightness=0.1, saturation=0.1),
     optim=OptimConfig(base_lr=3e-3, depth_lr_mult=1.0, weight_decay=0.05, warmup_epochs=2),
@@ -31,13 +33,15 @@ CONFIG = TrainConfig(
 )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Pretrain the tiny MaxViT on drawn species.")
     parser.add_argument("--output", type=Path, default=TINY_WEIGHTS, help="the file to write (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=CONFIG.epochs)
-    args = parser.parse_args()
-    config = dataclasses.replace(CONFIG, epochs=args.epochs)
-    prepare(config.data)
+    parser.add_argument("--epochs", type=int, default=CONFIG.epochs, help="default: %(default)s")
+    parser.add_argument("--images-per-species", type=int, default=100, help="default: %(default)s")
+    args = parser.parse_args(arguments)
+    data = dataclasses.replace(GARDEN, train_per_class=args.images_per_species)
+    config = dataclasses.replace(CONFIG, data=data, epochs=args.epochs)
+    prepare(data)
     training = assemble(config, decide_runtime(config, None), seed=0)
     for result in fit(training):
         assert result.val is not None

@@ -1,0 +1,150 @@
+"""From a data set to tensors: sizes, limits, fingerprints, and the wall around the test split."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from harness.data.garden import Garden
+from harness.data.image_folder import ImageFolder
+from harness.data.tensors import Splits, load_splits, load_test, load_train_and_val, prepare
+from tests.conftest import PROJECT
+
+
+@pytest.fixture
+def garden(image_cache: Path) -> Garden:
+    return Garden(train_per_class=2, val_per_class=2, test_per_class=3, cache=str(image_cache))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> ImageFolder:
+    """Two classes, two images a split, 20 pixels wide."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for name in ("daisy", "rose"):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for number in range(2):
+                image = Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))
+                image.save(tmp_path / "photos" / split / name / f"{number}.png")
+    return ImageFolder(root=str(tmp_path / "photos"), image_size=8, stored_size=10, cache=str(tmp_path / "cache"))
+
+
+def test_train_has_the_stored_size_and_val_the_models_size_in_uint8(garden: Garden) -> None:
+    splits = load_splits(garden)
+    assert splits.classes == garden.classes()
+    assert splits.train.images.shape == (32, 72, 72, 3)
+    assert splits.val.images.shape == (32, 64, 64, 3)
+    for part in (splits.train, splits.val):
+        assert part.images.dtype == torch.uint8
+        assert part.labels.dtype == torch.int64
+        assert Counter(part.labels.tolist()) == dict.fromkeys(range(16), 2)
+
+
+def test_the_final_runs_training_set_is_train_and_val_at_the_stored_size(garden: Garden) -> None:
+    both, splits = load_train_and_val(garden), load_splits(garden)
+    assert both.images.shape == (64, 72, 72, 3)
+    assert torch.equal(both.images[:32], splits.train.images)
+    assert torch.equal(both.labels, torch.cat([splits.train.labels, splits.val.labels]))
+
+
+def test_the_test_split_has_the_models_size_and_its_own_images(garden: Garden) -> None:
+    test, splits = load_test(garden), load_splits(garden)
+    assert test.images.shape == (48, 64, 64, 3)
+    seen = {image.numpy().tobytes() for image in splits.val.images}
+    assert not any(image.numpy().tobytes() in seen for image in test.images)
+
+
+# --- limit ---
+
+
+@pytest.mark.parametrize("limit", [1, 8, 16, 20, 32, 1000])
+def test_a_limit_spreads_over_the_classes(garden: Garden, limit: int) -> None:
+    splits = load_splits(dataclasses.replace(garden, limit=limit))
+    for part in (splits.train, splits.val):
+        counts = Counter(part.labels.tolist())
+        assert sum(counts.values()) == min(limit, 32)
+        every = [counts[label] for label in range(16)]
+        assert max(every) - min(every) <= 1
+
+
+def test_a_limit_chooses_the_same_images_again(garden: Garden) -> None:
+    limited = dataclasses.replace(garden, limit=20)
+    first = load_splits(limited)
+    again = load_splits(dataclasses.replace(limited, cache=limited.cache + "/again"))  # loaded anew
+    assert torch.equal(first.train.images, again.train.images)
+    assert torch.equal(first.val.labels, again.val.labels)
+
+
+def test_a_smaller_limit_chooses_among_the_larger_ones_images(garden: Garden) -> None:
+    small, large = (load_splits(dataclasses.replace(garden, limit=limit)).train for limit in (16, 24))
+    larger = {image.numpy().tobytes() for image in large.images}
+    assert all(image.numpy().tobytes() in larger for image in small.images)
+
+
+# --- the wall around the test split ---
+
+
+def test_splits_has_no_test_field() -> None:
+    assert {field.name for field in dataclasses.fields(Splits)} == {"classes", "train", "val"}
+
+
+def test_only_final_mentions_load_test() -> None:
+    """Names, attributes, imports and strings; prose in docstrings may explain it."""
+    sources = [*(PROJECT / "harness").rglob("*.py"), *(PROJECT / "studies").glob("*.py"), PROJECT / "run_study.py"]
+    offenders = []
+    for source in sources:
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            named = {
+                ast.Name: lambda node: node.id,
+                ast.Attribute: lambda node: node.attr,
+                ast.alias: lambda node: node.name.split(".")[-1],
+                ast.Constant: lambda node: node.value,
+                ast.FunctionDef: lambda node: node.name,
+            }.get(type(node), lambda node: None)(node)
+            if named == "load_test":
+                defines = isinstance(node, ast.FunctionDef) and source.name == "tensors.py"
+                if not defines and source != PROJECT / "harness" / "final.py":
+                    offenders.append(f"{source.relative_to(PROJECT)}:{getattr(node, 'lineno', '?')}")
+    assert not offenders, f"only harness/final.py may use load_test, not {', '.join(offenders)}"
+
+
+# --- the fingerprint ---
+
+
+def test_prepare_gives_the_same_fingerprint_twice_and_with_another_cache(folder: ImageFolder) -> None:
+    elsewhere = dataclasses.replace(folder, cache=folder.cache + "-2")
+    assert prepare(folder) == prepare(folder) == prepare(elsewhere)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_changed_image_changes_the_fingerprint(folder: ImageFolder, split: str) -> None:
+    before = prepare(folder)
+    path = Path(folder.root) / split / "rose" / "0.png"
+    Image.new("RGB", (20, 20), "blue").save(path)
+    assert prepare(folder) != before
+
+
+def test_a_changed_label_changes_the_fingerprint(folder: ImageFolder) -> None:
+    before, train = prepare(folder), Path(folder.root) / "train"
+    (train / "daisy" / "1.png").rename(train / "rose" / "a.png")
+    assert prepare(folder) != before
+
+
+def test_prepare_decodes_everything_a_study_needs(folder: ImageFolder) -> None:
+    prepare(folder)
+    for path in Path(folder.root).rglob("*.png"):
+        stat = path.stat()
+        path.write_bytes(bytes(stat.st_size))  # no image any more, with the same stamp
+
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert len(load_splits(folder).train) == 4
+    assert len(load_train_and_val(folder)) == 8
+    assert len(load_test(folder)) == 4
