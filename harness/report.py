@@ -99,30 +99,38 @@ def write_report(name: str, store: Store, tracking: str, folder: Path) -> Path:
     return page
 
 
-def figures(store: Store) -> dict[str, Figure | str]:
-    """Title to figure, or to the sentence that says why there is none yet."""
+def figures(store: Store) -> dict[str, tuple[Figure | None, str]]:
+    """Title to figure and caption; where there is no figure yet, the caption says why."""
     from optuna import visualization as plots
 
     study, trials = store.optuna_study, store.trials()
     complete = [trial for trial in trials if trial.state == "complete"]
     names = sorted({name for trial in trials for name in trial.params})
-    pair: list[str] = [name for name in ("optim.base_lr", "optim.depth_lr_mult") if name in names]
-    made: dict[str, Figure | str] = {"Learning curves": _learning_curves(trials)}
+    curves = _learning_curves(trials), "Validation accuracy after each epoch; a cross marks where a trial was pruned."
     if not complete:
-        return made | {"Optimisation history": "No trial is complete yet."}
-    made["Optimisation history"] = plots.plot_optimization_history(study, target_name=ACCURACY)
-    varied = len(complete) > 1 and len({trial.value for trial in complete}) > 1
+        return {"Optimisation history": (None, "No trial is complete yet."), "Learning curves": curves}
+    history = plots.plot_optimization_history(study, target_name=ACCURACY)
+    made: dict[str, tuple[Figure | None, str]] = {
+        "Optimisation history": (history, "Complete trials, and the best up to each of them."),
+        "Learning curves": curves,
+    }
+    if len({trial.value for trial in complete}) < 2:
+        return made | {"Importances": (None, "Importances need two complete trials with different results.")}
+    few = " With so few, take it as a hint at most." if len(complete) < 20 else ""
     made["Importances"] = (
-        plots.plot_param_importances(study, target_name=ACCURACY)
-        if varied
-        else "Importances need two complete trials with different results."
+        plots.plot_param_importances(study, target_name=ACCURACY),
+        f"PED-ANOVA over {len(complete)} complete trials.{few}",
     )
-    if len(complete) < 2:
-        return made
+    pair: list[str] = [name for name in ("optim.base_lr", "optim.depth_lr_mult") if name in names]
     if len(pair) == 2:
-        made["Base LR against depth-LR multiplier"] = plots.plot_contour(study, params=pair, target_name=ACCURACY)
-    made["Parallel coordinates"] = plots.plot_parallel_coordinate(study, params=names, target_name=ACCURACY)
-    made["Slices"] = plots.plot_slice(study, params=names, target_name=ACCURACY)
+        contour = plots.plot_contour(study, params=pair, target_name=ACCURACY)
+        made["Base LR against depth-LR multiplier"] = contour, "Interpolated between complete trials (the dots)."
+    parallel = plots.plot_parallel_coordinate(study, params=names, target_name=ACCURACY)
+    made["Parallel coordinates"] = parallel, "A line a complete trial."
+    made["Slices"] = (
+        plots.plot_slice(study, params=names, target_name=ACCURACY),
+        "A dot a complete trial; darker is later.",
+    )
     return made
 
 
@@ -159,12 +167,13 @@ def _learning_curves(trials: list[TrialRecord]) -> Figure:
 
 def _page(name: str, store: Store, tracking: str) -> str:
     parts, first = [], True
-    for title, figure in figures(store).items():
-        if isinstance(figure, str):
-            body = f"<p>{html.escape(figure)}</p>"
-        else:
+    for title, (figure, caption) in figures(store).items():
+        body = ""
+        if figure is not None:
             body, first = _figure_html(figure, first), False
-        parts.append(f"<section><h2>{html.escape(title)}</h2>{body}</section>")
+        parts.append(
+            f"<section><h2>{html.escape(title)}</h2><p class='caption'>{html.escape(caption)}</p>{body}</section>"
+        )
     final = store.attribute("final")
     facts = {**store.counts(), "storage": store.url, "tracking": tracking, **(store.attribute("runtime") or {})}
     return _TEMPLATE.format(
@@ -191,9 +200,15 @@ def _figure_html(figure: Figure, with_plotly: bool) -> str:
         font={"color": "#8a8f98", "family": "system-ui, sans-serif"},
         margin={"l": 60, "r": 30, "t": 30, "b": 60},
         height=440,
+        width=None,
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#8a8f98"},
+        legend={"orientation": "h", "y": 1.12},
+        colorway=["#2a9d8f", "#e9a23b", "#4a7fd4", "#d1495b"],
     )
-    figure.update_xaxes(gridcolor="rgba(128,128,128,.2)", zeroline=False)
-    figure.update_yaxes(gridcolor="rgba(128,128,128,.2)", zeroline=False)
+    axes = {"gridcolor": "rgba(128,128,128,.2)", "zeroline": False, "automargin": True}
+    figure.update_xaxes(**axes)
+    figure.update_yaxes(**axes)
+    figure.update_traces(marker_color="#2a9d8f", selector={"type": "bar"})
     text: str = figure.to_html(
         full_html=False, include_plotlyjs=with_plotly, config={"responsive": True, "displaylogo": False}
     )
@@ -211,7 +226,7 @@ def _best_table(store: Store) -> str:
 
 
 def _trials_table(store: Store) -> str:
-    table = frame(store)
+    table = frame(store).dropna(axis="columns", how="all")
     if table.empty:
         return "<p>No trial has begun.</p>"
     head = "".join(f"<th>{html.escape(str(column))}</th>" for column in table.columns)
@@ -247,7 +262,9 @@ tr.pruned td {{ color: var(--soft); }}
 tr.failed td, tr.diverged td {{ color: #d1495b; }}
 dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .9rem; }}
 dt {{ color: var(--soft); }} dd {{ margin: 0; overflow-wrap: anywhere; }}
-section {{ border-top: 1px solid var(--line); }}
+section {{ border-top: 1px solid var(--line); margin-top: 1.5rem; }}
+section h2 {{ margin: 1.2rem 0 0; }}
+.caption {{ color: var(--soft); font-size: .9rem; margin: .1rem 0 .6rem; }}
 </style>
 </head>
 <body>

@@ -199,7 +199,8 @@ class MLflowTracker:
             found: str = existing.experiment_id
             return found
         location = (self._artifacts / name).resolve().as_uri() if self._artifacts else None
-        made: str = self._client.create_experiment(name, artifact_location=location)
+        tags = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on training runs, not on traces
+        made: str = self._client.create_experiment(name, artifact_location=location, tags=tags)
         return made
 
     def _known_runs(self) -> dict[str, Run]:
