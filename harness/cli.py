@@ -164,10 +164,9 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
 def _prepare(study: Study, console: Any) -> dict[str, str]:
     """Decode the images once and fingerprint what the definition only names."""
     from harness.data.tensors import prepare
-    from harness.models.maxvit import weights_fingerprint
 
     with console.status("Looking at the images (the first time they are decoded and cached) …"):
-        return {"data": prepare(study.train.data), "weights": weights_fingerprint(study.train.backbone)}
+        return {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
 
 
 def _run_study(

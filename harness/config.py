@@ -79,6 +79,10 @@ class Backbone(Protocol):
         """Prefixes of parameter names from the first block to the head, one a depth."""
         ...
 
+    def weights(self) -> str:
+        """A fingerprint of the pretrained weights, or "none": a study is not continued with others."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:

@@ -18,7 +18,6 @@ from harness.results import (
     EpochEnded,
     Event,
     Failed,
-    Notice,
     Pruned,
     TrialEnded,
     TrialOutcome,
@@ -66,8 +65,6 @@ class Display:
                 self._epoch_ended(event)
             case TrialEnded():
                 self._trial_ended(event)
-            case Notice():
-                self._say(event.text)
 
     def _epoch_ended(self, event: EpochEnded) -> None:
         result = event.result

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Generator
 from contextlib import closing
 
-from harness.config import Study, TrainConfig
+from harness.config import Study
 from harness.engine import Runtime
 from harness.experiment import assemble
 from harness.optim import group_table
@@ -26,7 +26,7 @@ from harness.results import (
 from harness.seeds import derive_seed
 from harness.storage import Asked, Store
 from harness.tracking import RunLog, Tracker, trial_key
-from harness.trainer import fit
+from harness.trainer import Training, fit
 
 
 def evaluate_trial(
@@ -39,9 +39,12 @@ def evaluate_trial(
     """
     start, epochs = time.perf_counter(), list[EpochResult]()
     config = study.config(asked.params)
-    log = tracker.run(trial_key(asked.number), config, {"harness.kind": "trial"})
+    seed = derive_seed(study.seed, "trial", asked.number)
+    log = tracker.run(trial_key(asked.number), config, {"harness.kind": "trial", "harness.trial_seed": str(seed)})
     try:
-        outcome = yield from _train(study, config, asked, store, log, runtime, epochs)
+        training = assemble(config, runtime, seed)
+        log.text(group_table(training.groups), "parameter_groups.txt")
+        outcome = yield from _train(training, asked, store, log, epochs)
     except Exception as error:  # noqa: BLE001 - whatever breaks a trial is that trial's result
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         outcome = Failed(reason=reason, traceback=traceback.format_exc())
@@ -52,22 +55,14 @@ def evaluate_trial(
 
 
 def _train(
-    study: Study,
-    config: TrainConfig,
-    asked: Asked,
-    store: Store,
-    log: RunLog,
-    runtime: Runtime,
-    epochs: list[EpochResult],
+    training: Training, asked: Asked, store: Store, log: RunLog, epochs: list[EpochResult]
 ) -> Generator[Event, None, TrialOutcome]:
-    name = f"trial {asked.number}"
-    training = assemble(config, runtime, derive_seed(study.seed, "trial", asked.number))
-    log.text(group_table(training.groups), "parameter_groups.txt")
+    name, last = f"trial {asked.number}", training.config.epochs
     yield TrialStarted(
         name=name,
         number=asked.number,
         params=asked.params,
-        epochs=config.epochs,
+        epochs=last,
         resumed=asked.resumed,
         progress=training.progress,
     )
@@ -78,9 +73,10 @@ def _train(
             if not math.isfinite(result.train.loss):
                 return Diverged(epoch=result.epoch)
             epochs.append(result)
-            store.report(asked, result.epoch, result.val.accuracy)
+            value = result.val.accuracy
+            store.report(asked, result.epoch, value)
             log.epoch(result)
             yield EpochEnded(name=name, number=asked.number, result=result)
-            if result.epoch < config.epochs and store.should_prune(asked):
+            if result.epoch < last and store.should_prune(asked):
                 return Pruned(epoch=result.epoch)
-    return Completed(value=epochs[-1].val.accuracy)  # type: ignore[union-attr]
+    return Completed(value=value)

@@ -122,11 +122,4 @@ class TrialEnded:
     outcome: TrialOutcome
 
 
-@dataclass(frozen=True, kw_only=True)
-class Notice:
-    """A sentence for the person who watches."""
-
-    text: str
-
-
-Event = TrialStarted | EpochEnded | TrialEnded | Notice
+Event = TrialStarted | EpochEnded | TrialEnded

@@ -64,6 +64,9 @@ class MaxViTT:
     def depths(self, by: Literal["block", "layer"]) -> list[str]:
         return depth_prefixes(by, layers=(2, 2, 5, 2))
 
+    def weights(self) -> str:
+        return WEIGHTS_SHA256[:16] if self.pretrained else "none"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TinyMaxViT:
@@ -106,6 +109,9 @@ class TinyMaxViT:
 
     def depths(self, by: Literal["block", "layer"]) -> list[str]:
         return depth_prefixes(by, layers=(1, 1, 1))
+
+    def weights(self) -> str:
+        return hashlib.sha256(TINY_WEIGHTS.read_bytes()).hexdigest()[:16] if self.pretrained else "none"
 
 
 def check_head(hidden: tuple[int, ...], dropout: float, stochastic_depth: float, bn_momentum: float) -> None:
@@ -190,12 +196,3 @@ def load_tiny_weights(model: nn.Module) -> None:
 def is_rebuilt(name: str) -> bool:
     """The class layer is replaced; index tables and counters are made by the model itself."""
     return name.startswith("classifier.5.") or name.endswith(("relative_position_index", "num_batches_tracked"))
-
-
-def weights_fingerprint(backbone: Any) -> str:
-    """What the pretrained weights are, for the study's record: a short hash, or "none"."""
-    if not backbone.pretrained:
-        return "none"
-    if isinstance(backbone, TinyMaxViT):
-        return hashlib.sha256(TINY_WEIGHTS.read_bytes()).hexdigest()[:16]
-    return WEIGHTS_SHA256[:16]

@@ -30,7 +30,15 @@ def test_a_missing_root_without_network_names_the_folder_and_the_option(tmp_path
         Flowers102(root=str(tmp_path / "nowhere")).samples("train")
     assert str(tmp_path / "nowhere" / "flowers-102") in str(caught.value)
     assert "--data-root" in str(caught.value)
-    assert list(tmp_path.iterdir()) == [], "an input error leaves nothing behind"
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.timeout(60)
+def test_a_download_that_failed_leaves_nothing_behind(tmp_path: Path) -> None:
+    """As `InputError` promises: nothing has been written when it is raised."""
+    with pytest.raises(InputError):
+        Flowers102(root=str(tmp_path / "nowhere")).samples("train")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("offline")

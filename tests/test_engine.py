@@ -1,0 +1,179 @@
+"""How a step runs: devices that exist, settings that are kept, and steps that agree whatever they run with."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from harness.config import EngineConfig
+from harness.engine import Runtime, find_device, predict, resolve, train_step
+from harness.errors import InputError
+from harness.models.maxvit import TinyMaxViT
+
+
+def runtime(bf16: bool = False, channels_last: bool = False) -> Runtime:
+    return Runtime(device=torch.device("cpu"), bf16=bf16, channels_last=channels_last)
+
+
+def build() -> nn.Module:
+    """The same tiny model at every call, without dropout."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return TinyMaxViT(pretrained=False, hidden=(16,), dropout=0.0).build(4, 64)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(8, 3, 64, 64, generator=generator), torch.arange(8) % 4
+
+
+# --- devices ---
+
+
+def test_auto_finds_a_device() -> None:
+    assert find_device("auto").type in ("cuda", "mps", "cpu")
+    assert find_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "CPU", "cuda:x", "cuda:-1", "xpu", "meta", "nonsense:0"])
+def test_a_device_that_makes_no_sense_is_an_input_error(name: str) -> None:
+    with pytest.raises(InputError, match=f"--device {name}"):
+        find_device(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:7"])
+def test_cuda_without_cuda_points_to_the_cpu(name: str) -> None:
+    with pytest.raises(InputError, match=f"--device {name}.*--device cpu"):
+        find_device(name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA")
+def test_a_cuda_device_that_is_not_there_is_an_input_error() -> None:
+    with pytest.raises(InputError, match="--device cuda:99"):
+        find_device("cuda:99")
+
+
+# --- deciding ---
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", ["on", "off"])
+def test_explicit_settings_are_kept_and_nothing_is_timed(precision: Any, layout: Any) -> None:
+    def refuse() -> nn.Module:
+        raise AssertionError("a model was built although nothing is to be measured")
+
+    decided = resolve(EngineConfig(device="cpu", precision=precision, channels_last=layout), refuse, 64)
+    assert decided == runtime(bf16=precision == "bf16", channels_last=layout == "on")
+    expected = {"device": "cpu", "precision": precision, "channels_last": layout == "on"}
+    assert decided.to_dict() == expected
+
+
+@pytest.mark.parametrize(("precision", "layout"), [("auto", "auto"), ("auto", "off"), ("fp32", "auto")])
+def test_auto_on_a_cpu_decides_among_what_is_left_open(precision: Any, layout: Any) -> None:
+    state = torch.get_rng_state()
+    decided = resolve(EngineConfig(device="cpu", precision=precision, channels_last=layout), build, 64)
+    assert decided.device == torch.device("cpu")
+    assert precision == "auto" or not decided.bf16
+    assert layout == "auto" or not decided.channels_last
+    assert torch.equal(torch.get_rng_state(), state), "measuring must not move torch's global generator"
+
+
+# --- a training step ---
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, where: Runtime, **settings: Any) -> tuple[Tensor, Tensor]:
+    images, labels = batch()
+    settings = {"label_smoothing": 0.0, "clip_norm": None, **settings}
+    return train_step(model, where.move(images), labels, optimizer, where, **settings)
+
+
+@pytest.mark.parametrize("where", [runtime(), runtime(bf16=True), runtime(channels_last=True)], ids=str)
+def test_twenty_steps_on_one_batch_lower_the_loss(where: Runtime) -> None:
+    model = where.place(build())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = [step(model, optimizer, where, clip_norm=1.0)[0].item() for _ in range(20)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_step_returns_the_batchs_summed_loss_and_its_hits_from_before_the_update() -> None:
+    model = build()
+    images, labels = batch()
+    logits = copy.deepcopy(model)(images)
+    loss, hits = step(model, torch.optim.SGD(model.parameters(), lr=0.1), runtime(), label_smoothing=0.1)
+    expected = F.cross_entropy(logits, labels, label_smoothing=0.1, reduction="sum")
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-5)
+    assert hits == (logits.argmax(1) == labels).sum()
+    assert not loss.requires_grad
+
+
+def test_clipping_bounds_the_norm_of_the_update() -> None:
+    model = build()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    step(model, torch.optim.SGD(model.parameters(), lr=1.0), runtime(), clip_norm=1e-2)
+    moved = torch.cat([(new - old).flatten() for new, old in zip(model.parameters(), before, strict=True)]).norm()
+    assert moved.item() == pytest.approx(1e-2, rel=0.05)
+
+
+def first_loss(where: Runtime) -> float:
+    model = where.place(build())
+    return step(model, torch.optim.SGD(model.parameters(), lr=0.0), where)[0].item()
+
+
+def test_bf16_and_fp32_agree_on_the_loss_of_a_step_within_five_percent() -> None:
+    assert first_loss(runtime(bf16=True)) == pytest.approx(first_loss(runtime()), rel=0.05)
+
+
+def test_weights_and_optimizer_state_stay_in_fp32_under_bf16() -> None:
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loss, _ = step(model, optimizer, runtime(bf16=True))
+    assert loss.dtype == torch.float32
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.float32}
+
+
+def test_channels_last_and_contiguous_agree() -> None:
+    assert first_loss(runtime(channels_last=True)) == pytest.approx(first_loss(runtime()), rel=1e-4)
+    images, _ = batch()
+    plain, last = (predict(where.place(build()).eval(), images, where) for where in (runtime(), runtime(False, True)))
+    torch.testing.assert_close(last, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_channels_last_reaches_weights_and_images() -> None:
+    where = runtime(channels_last=True)
+    weight = where.place(build()).stem[0][0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert where.move(batch()[0]).is_contiguous(memory_format=torch.channels_last)
+
+
+# --- prediction ---
+
+
+def test_predictions_repeat_and_equal_the_plain_model() -> None:
+    model, (images, _) = build().eval(), batch()
+    first, again = predict(model, images, runtime()), predict(model, images, runtime())
+    assert torch.equal(first, again)
+    assert not first.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(first, model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_predictions_are_fp32_under_bf16_too() -> None:
+    assert predict(build().eval(), batch()[0], runtime(bf16=True)).dtype == torch.float32
+
+
+def test_training_goes_on_after_a_prediction() -> None:
+    """Tensors of inference mode, cached by autocast, would break the next backward pass."""
+    for where in (runtime(), runtime(bf16=True)):
+        model = build()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step(model, optimizer, where)
+        predict(model.eval(), batch()[0], where)
+        loss, _ = step(model.train(), optimizer, where)
+        assert torch.isfinite(loss)
