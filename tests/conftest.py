@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-# Two threads for two cores, the same on every machine: thread counts change the bits of a sum.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# One thread, in child processes too: thread counts change the bits of a sum, and the threads of several processes on a
+# busy machine wait for each other (seen: 30 s of work in 7 minutes).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from harness.config import EngineConfig, FinalConfig, OptimConfig, Study, TrainConfig
 from harness.data.garden import Garden

@@ -29,7 +29,7 @@ def build() -> nn.Module:
 
 def batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(8, 3, 64, 64, generator=generator), torch.arange(8) % 4
+    return torch.randn(4, 3, 64, 64, generator=generator), torch.arange(4)
 
 
 # --- devices ---

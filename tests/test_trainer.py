@@ -59,7 +59,9 @@ def test_the_same_seed_gives_the_same_results_and_weights_bit_for_bit(study: Stu
 
 
 def test_another_seed_gives_another_curve(study: Study) -> None:
-    assert timeless(list(fit(training_of(study, 0)))) != timeless(list(fit(training_of(study, 1))))
+    first, other = (next(fit(training_of(study, seed))) for seed in (0, 1))
+    assert first.train != other.train
+    assert first.val != other.val
 
 
 def test_torchs_global_generator_is_left_alone_in_every_epoch(study: Study) -> None:
@@ -141,12 +143,12 @@ def test_training_leaves_the_images_as_they_are(study: Study) -> None:
 
 
 def test_the_last_rate_of_a_cosine_is_small(study: Study) -> None:
-    results = list(fit(training_of(study, epochs=4)))
+    results = list(fit(training_of(study, epochs=3)))
     peak, steps = study.train.optim.base_lr, 2
     for result in results:
-        factor = lr_factor(result.epoch * steps - 1, 4 * steps, study.train.optim.warmup_epochs * steps, "cosine")
+        factor = lr_factor(result.epoch * steps - 1, 3 * steps, study.train.optim.warmup_epochs * steps, "cosine")
         assert result.lr == pytest.approx(peak * factor)
-    assert 0 < results[-1].lr < 0.1 * peak
+    assert 0 < results[-1].lr < 0.2 * peak
 
 
 def test_without_validation_images_there_is_no_validation_and_more_to_train_on(study: Study) -> None:
@@ -189,8 +191,7 @@ def test_pixels_that_are_no_numbers_give_a_loss_that_is_none_not_an_exception(st
 
 def test_an_absurd_learning_rate_gives_a_result_not_an_exception(study: Study) -> None:
     optim = dataclasses.replace(study.train.optim, base_lr=1e30, depth_lr_mult=1.0, warmup_epochs=0.0)
-    results = list(fit(training_of(study, optim=optim)))
-    assert not math.isfinite(results[-1].train.loss)
+    assert not math.isfinite(next(fit(training_of(study, optim=optim))).train.loss)
 
 
 # --- batches ---

@@ -45,13 +45,13 @@ def _decoded(dataset: Dataset, items: Sequence[Any], size: int) -> tuple[str, ND
     folder = Path(dataset.cache)
     stamp = _digest([FORMAT, str(size)], (dataset.stamp(item).encode() for item in items))
     remembered = folder / f"{stamp}.key"
-    key = remembered.read_text() if remembered.exists() else ""
+    key = before = remembered.read_text(errors="replace") if remembered.exists() else ""
     images = _open(folder, key) if key else None
     if images is not None:
         return key, images
     with ThreadPoolExecutor(WORKERS) as pool:
         key = _digest([FORMAT, str(size)], pool.map(lambda item: hashlib.sha256(dataset.content(item)).digest(), items))
-        images = _open(folder, key)
+        images = _open(folder, key) if key != before else None  # else it was found damaged just now
         if images is None:
             squares = pool.map(lambda item: square(dataset.open(item), size), items)
             _write(folder, key, (len(items), size, size, 3), squares)
@@ -90,11 +90,18 @@ def _open(folder: Path, key: str) -> NDArray[np.uint8] | None:
     if not (array.exists() and record.exists()):
         return None
     with array.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != json.loads(record.read_text())["sha256"]:
+        if hashlib.file_digest(file, "sha256").hexdigest() != _checksum(record):
             print(f"The image cache {array} is damaged (its checksum is wrong) and is made again.", file=sys.stderr)
             return None
     images: NDArray[np.uint8] = np.load(array, mmap_mode="r", allow_pickle=False)
     return images
+
+
+def _checksum(record: Path) -> str | None:
+    try:
+        return str(json.loads(record.read_bytes())["sha256"])
+    except (ValueError, LookupError, TypeError):
+        return None
 
 
 def _write(folder: Path, key: str, shape: tuple[int, ...], squares: Iterator[NDArray[np.uint8]]) -> None:
@@ -137,16 +144,33 @@ class ImageFiles:
         return open_image(item)
 
 
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Not ImageOps.exif_transpose: that writes the whole EXIF anew and fails at a single wrong field."""
+    turn = TURNS.get(image.getexif().get(0x0112, 1))
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would cut everything above 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image if turn is None else image.transpose(turn)
+
+
 def open_image(path: Path) -> Image.Image:
     """Decode an image file to RGB, upright as its EXIF orientation says.
 
     Raises InputError naming the file when it is truncated, no image, or too large to be decoded safely.
     """
-    from PIL import ImageOps
-
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
+            upright = _upright(image)
             if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
                 backdrop = Image.new("RGBA", upright.size, "white")
                 upright = Image.alpha_composite(backdrop, upright.convert("RGBA"))

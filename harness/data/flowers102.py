@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -47,9 +48,13 @@ def _listing(root: str, split: SplitName) -> list[tuple[Path, int]]:
     from torchvision.datasets import Flowers102 as Source
 
     folder = Path(root) / "flowers-102"
+    absent = [place for place in (folder, folder.parent) if not place.exists()]
     try:
         source = Source(root, split, download=not _complete(folder))
     except (OSError, RuntimeError) as error:
+        for place in absent:  # torchvision makes them before it downloads
+            with contextlib.suppress(OSError):
+                place.rmdir()
         raise InputError(
             f"{folder} does not hold Oxford Flowers-102 (jpg/, imagelabels.mat and setid.mat with their published "
             f"md5) and it cannot be downloaded ({error}); give the folder above flowers-102 with --data-root."

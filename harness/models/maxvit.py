@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # The published file, for the message when it is missing: torch checks the hash's beginning after a download.
 WEIGHTS_FILE = "maxvit_t-bc5ab103.pth"
 WEIGHTS_BYTES = 124_538_661
+WEIGHTS_TENSORS = 582
 WEIGHTS_SHA256 = "bc5ab103d47a7c6c02dc35bf65796b3a6cccf3d51bce330326dbdc634a3ac0e1"
 
 TINY_WEIGHTS = Path(__file__).with_name("tiny_maxvit.safetensors")
@@ -50,13 +51,12 @@ class MaxViTT:
     def build(self, classes: int, image_size: int) -> nn.Module:
         """Parameters are drawn from torch's global generator where they are not pretrained."""
         from torchvision.models import maxvit_t
+        from torchvision.ops import StochasticDepth
 
-        model = maxvit_t(
-            weights=None,
-            input_size=(image_size, image_size),
-            stochastic_depth_prob=self.stochastic_depth,
-            norm_layer=_norm(self.bn_momentum),
-        )
+        model = maxvit_t(weights=None, input_size=(image_size, image_size), norm_layer=_norm(self.bn_momentum))
+        for module in model.modules():
+            if isinstance(module, StochasticDepth):  # `maxvit_t` takes no other than its own, rising to 0.2
+                module.p *= self.stochastic_depth / 0.2
         if self.pretrained:
             model.load_state_dict(_published_weights())
         return with_head(model, self.hidden, self.dropout, classes)
@@ -160,7 +160,6 @@ def _norm(momentum: float) -> Any:
 
 def _published_weights() -> dict[str, Any]:
     """The checkpoint from torch's hub cache, downloaded if it is not there. Raises InputError if it cannot be had."""
-    import pickle
     from urllib.error import URLError
 
     import torch
@@ -177,8 +176,11 @@ def _published_weights() -> dict[str, Any]:
             f"The pretrained weights are missing and cannot be downloaded ({error}); put the file {wanted} there, "
             "or train from scratch with --set backbone.pretrained=false."
         ) from error
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+    # A damaged pickle ends in whatever its first wrong byte happens to mean.
+    except Exception as error:
         raise InputError(f"The weights file is damaged ({error}); remove it and put {wanted} there.") from error
+    if not isinstance(state, dict) or "classifier.5.weight" not in state or len(state) != WEIGHTS_TENSORS:
+        raise InputError(f"The weights file holds another model; remove it and put {wanted} there.")
     return state
 
 
