@@ -83,13 +83,13 @@ def _load(file: Path) -> Study:
         spec.loader.exec_module(module)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         line = next(
             (each.lineno for each in reversed(traceback.extract_tb(error.__traceback__)) if each.filename == str(file)),
             None,
         )
         line = error.lineno if isinstance(error, SyntaxError) else line
-        reason = error.msg if isinstance(error, SyntaxError) else f"{type(error).__name__}: {error}"
+        reason = error.msg if isinstance(error, SyntaxError) else f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"{file}, line {line}: {reason}; mend the study file.") from error
     study = getattr(module, "STUDY", None)
     if not isinstance(study, Study):

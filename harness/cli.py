@@ -136,14 +136,17 @@ def _run(args: argparse.Namespace) -> int:
 def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, url: str) -> int:
     from rich.console import Console
 
-    from harness import storage
+    from harness import storage, tracking
     from harness.engine import find_device
 
     console = Console()
     find_device(study.train.engine.device)
-    tracker = _tracker(args, found)
+    if not args.tracking_uri:
+        tracking.check_writable(found.mlruns)
     study.train.backbone.check(study.train.data.image_size)
     content = _prepare(study, console)
+    tracker = _tracker(args, found)
+    tracker.connect()
     if args.fresh:
         moved = storage.move_aside(study.name, url, found.model_folder)
         if moved is not None:

@@ -7,6 +7,7 @@ start of a study and its resumption.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,10 +124,11 @@ class OptimConfig:
     clip_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
-        require(self.base_lr > 0, f"optim.base_lr must be greater than 0, not {self.base_lr}.")
+        require(0 < self.base_lr < math.inf, f"optim.base_lr must be greater than 0 and finite, not {self.base_lr}.")
         require(0 <= self.depth_lr_mult <= 1, f"optim.depth_lr_mult must lie in 0..1, not {self.depth_lr_mult}.")
-        require(self.weight_decay >= 0, f"optim.weight_decay must not be negative, not {self.weight_decay}.")
-        require(self.warmup_epochs >= 0, f"optim.warmup_epochs must not be negative, not {self.warmup_epochs}.")
+        for name in ("weight_decay", "warmup_epochs"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"optim.{name} must be a finite number of at least 0, not {value}.")
         require(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm must be greater than 0, or null.")
 
 

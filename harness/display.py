@@ -142,12 +142,12 @@ def forecast(study: Study, finished: int, epoch_seconds: float, final_ratio: flo
 
 def duration(seconds: float) -> str:
     """Seconds in words: 8.3 s, 4 min 10 s, 3 h 20 min, 2.5 days."""
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    if seconds < 3600:
-        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
-    if seconds < A_DAY_SECONDS:
+    whole, minutes = round(seconds), round(seconds / 60)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if minutes < 24 * 60:
         return f"{minutes // 60} h {minutes % 60} min"
     return f"{seconds / A_DAY_SECONDS:.1f} days"
 

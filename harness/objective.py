@@ -77,6 +77,6 @@ def _train(
             store.report(asked, result.epoch, value)
             log.epoch(result)
             yield EpochEnded(name=name, number=asked.number, result=result)
-            if result.epoch < last and store.should_prune(asked):
+            if result.epoch < last and store.should_prune(asked, result.epoch):
                 return Pruned(epoch=result.epoch)
     return Completed(value=value)

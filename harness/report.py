@@ -85,7 +85,7 @@ def frame(store: Store) -> pandas.DataFrame:
         }
         for trial in store.trials()
     ]
-    return pandas.DataFrame(rows)
+    return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=["number", "state", "value"])
 
 
 def write_report(name: str, store: Store, tracking: str, folder: Path) -> Path:

@@ -6,6 +6,7 @@ would restart its stream when a study is resumed.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 from collections.abc import Mapping
@@ -35,18 +36,28 @@ class Sampler:
         object.__setattr__(self, "options", tuple(sorted(options.items())))
 
     def check(self, study: Study) -> None:
-        """Raise InputError unless Optuna has this sampler and it takes these arguments."""
+        """Raise InputError unless Optuna has this sampler, it takes these arguments, and a study can resume with it."""
+        if "seed" in dict(self.options):
+            raise InputError(f"{self.name} takes its seed from the study; write Study(seed=...) instead.")
+        if self.name == "CmaEsSampler" and importlib.util.find_spec("cmaes") is None:
+            raise InputError("CmaEsSampler needs the package cmaes; install it with `pip install cmaes`.")
         self.build(study, seed=0)
 
     def build(self, study: Study, seed: int) -> optuna.samplers.BaseSampler:
-        options = dict(self.options)
-        if self.name not in SAMPLERS_WITHOUT_SEED:
-            options["seed"] = seed
-        built: optuna.samplers.BaseSampler = _make(optuna.samplers, self.name, "Sampler", options)
+        built: optuna.samplers.BaseSampler
+        built = _make(optuna.samplers, self.name, "Sampler", {**dict(self.options), "seed": seed})
         return built
 
 
-SAMPLERS_WITHOUT_SEED = ("BruteForceSampler",)
+# What keeps state of its own in the storage or the process, and could not repeat an uninterrupted study.
+NOT_RESUMABLE = {
+    "GridSampler": "grid()",
+    "BruteForceSampler": "grid()",
+    "QMCSampler": 'Sampler("RandomSampler")',
+    "PartialFixedSampler": "a space without the fixed fields",
+    "SuccessiveHalvingPruner": "asha()",
+    "HyperbandPruner": "asha()",
+}
 
 
 @dataclass(frozen=True)
@@ -106,9 +117,11 @@ class Pruner:
         self.build()
 
     def build(self) -> optuna.pruners.BasePruner:
+        built: optuna.pruners.BasePruner
         if self.name == "Asha":
-            return Asha(**dict(self.options))
-        built: optuna.pruners.BasePruner = _make(optuna.pruners, self.name, "Pruner", dict(self.options))
+            built = _call(Asha, self.name, dict(self.options))
+        else:
+            built = _make(optuna.pruners, self.name, "Pruner", dict(self.options))
         return built
 
 
@@ -153,13 +166,21 @@ class Asha(optuna.pruners.BasePruner):
 
 
 def _make(module: Any, name: str, suffix: str, options: Mapping[str, Any]) -> Any:
-    known = sorted(each for each in vars(module) if each.endswith(suffix) and not each.startswith("Base"))
+    if name in NOT_RESUMABLE:
+        raise InputError(f"{name} cannot be resumed as if it had not stopped; use {NOT_RESUMABLE[name]} instead.")
+    known = {each for each in vars(module) if each.endswith(suffix) and not each.startswith("Base")}
     if name not in known:
-        raise InputError(f"Optuna has no {suffix.lower()} {name!r}; it has {', '.join(known)}.")
+        ours = ["Asha"] if suffix == "Pruner" else []
+        names = ", ".join(sorted(known - NOT_RESUMABLE.keys()) + ours)
+        raise InputError(f"There is no {suffix.lower()} {name!r}; there are {names}.")
+    return _call(getattr(module, name), name, options)
+
+
+def _call(kind: Any, name: str, options: Mapping[str, Any]) -> Any:
     try:
-        return getattr(module, name)(**options)
+        return kind(**options)
     except (TypeError, ValueError, ImportError) as error:
-        raise InputError(f"Optuna's {name} cannot be made with {dict(options)}: {error}") from error
+        raise InputError(f"{name} cannot be made with {dict(options)}: {error}") from error
 
 
 def tpe(**options: Any) -> Sampler:

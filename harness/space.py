@@ -143,7 +143,9 @@ def _replace(config: Any, names: list[str], value: Any, path: str) -> Any:
 def _checked(owner: type, name: str, value: Any, path: str) -> Any:
     from pydantic import ConfigDict, TypeAdapter, ValidationError  # 0.1 s, and --help does without
 
-    hint = typing.get_type_hints(owner)[name]
+    # This one hint alone: others of the class may name types that only the type checker imports.
+    alone = {"__annotations__": {name: owner.__annotations__[name]}, "__module__": owner.__module__}
+    hint = typing.get_type_hints(type(owner.__name__, (), alone))[name]
     try:
         return TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(value)
     except ValidationError as error:

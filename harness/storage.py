@@ -142,8 +142,9 @@ class Store:
         if epoch not in self._frozen(asked).intermediate_values:
             asked.trial.report(value, epoch)
 
-    def should_prune(self, asked: Asked) -> bool:
-        return asked.trial.should_prune()
+    def should_prune(self, asked: Asked, epoch: int) -> bool:
+        """The pruner's verdict after `epoch`; an epoch that an earlier process went beyond was judged then."""
+        return epoch == self._frozen(asked).last_step and asked.trial.should_prune()
 
     def tell(self, asked: Asked, outcome: TrialOutcome, epochs: list[EpochResult], seconds: float) -> None:
         """End a trial. What belongs to it is written before its state, so a finished trial is always whole."""
@@ -215,16 +216,16 @@ def open_store(study: Study, url: str, content: Mapping[str, str] | None = None)
     with _held(file, study.name):
         check_database(url)
         storage = _connect(url)
-        optuna_study = optuna.create_study(
-            storage=storage,
-            study_name=study.name,
-            direction="maximize",
-            pruner=study.pruner.build(),
-            load_if_exists=True,
-        )
-        store = Store(url, optuna_study)
-        _check_definition(study, store, content)
         try:
+            optuna_study = optuna.create_study(
+                storage=storage,
+                study_name=study.name,
+                direction="maximize",
+                pruner=study.pruner.build(),
+                load_if_exists=True,
+            )
+            store = Store(url, optuna_study)
+            _check_definition(study, store, content)
             yield store
         finally:
             _dispose(storage)
@@ -384,12 +385,12 @@ def move_aside(name: str, url: str, model_folder: Path) -> Path | None:
             for number in range(1000)
             if not (path := file.with_name(f"{file.stem}.{stamp}{f'-{number}' if number else ''}.db")).exists()
         )
-        for suffix in ("-wal", "-shm", ""):  # the main file last: until then the study is still the old one
-            part = file.with_name(file.name + suffix)
-            if part.exists():
-                part.rename(target.with_name(target.name + suffix))
+        connection = sqlite3.connect(file, timeout=BUSY_TIMEOUT_SECONDS)
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # all of the study is in the one file that is renamed
+        connection.close()
         if model_folder.exists():
             model_folder.rename(target.with_suffix(".model"))
+        file.rename(target)
     return target
 
 

@@ -6,12 +6,13 @@ written through MlflowClient with explicit ids; the storage is the truth, and `s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -134,23 +135,35 @@ class MLflowTracker:
         self._open: set[str] = set()
         self._runs: dict[str, Run] = {}
 
-    def start(self, study: Study, store: Store, facts: Mapping[str, str]) -> None:
-        """Open or reopen the study's parent run. Raises InputError when MLflow cannot be reached or written."""
+    def connect(self) -> None:
+        """Raise InputError unless the server or database answers; no run is made."""
         from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
 
         _quiet()
-        try:
+        with self._as_input_error():
             self._client = MlflowClient(tracking_uri=self.uri)
+            self._client.search_experiments(max_results=1)
+
+    def start(self, study: Study, store: Store, facts: Mapping[str, str]) -> None:
+        """Open or reopen the study's parent run. Raises InputError when MLflow cannot be reached or written."""
+        self.connect()
+        with self._as_input_error():
             self._experiment = self._get_experiment(study.name)
             self._tags = {UID: store.attribute("uid"), **facts}
             self._runs = self._known_runs()
             self._parent = self._reopen("study", study.name, {}, self._tags)
+        self.synchronise(study, store)
+
+    @contextlib.contextmanager
+    def _as_input_error(self) -> Iterator[None]:
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            yield
         except (MlflowException, SQLAlchemyError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"MLflow at {self.uri} cannot be used ({reason}); check --tracking-uri.") from error
-        self.synchronise(study, store)
 
     def run(self, key: str, config: TrainConfig, tags: Mapping[str, str]) -> MLflowRun:
         """A child run: the one with this key if there is one already, else a new one."""
@@ -166,7 +179,8 @@ class MLflowTracker:
         """Make the runs of finished trials say what the storage says: add what is missing, close what is open."""
         for record in store.trials():
             run = self._runs.get(trial_key(record.number))
-            if record.state == "running" or (run is not None and run.info.status == STATUS[record.state]):
+            said = None if run is None else (run.info.status, run.data.tags.get(STATE))
+            if record.state == "running" or said == (STATUS[record.state], record.state):
                 continue
             log = self.run(trial_key(record.number), study.config(record.params), {"harness.kind": "trial"})
             for result in record.epochs:
@@ -235,6 +249,7 @@ class MLflowTracker:
 def local_tracker(folder: Path) -> MLflowTracker:
     """A tracker on `folder`/mlflow.db. Raises InputError when the folder cannot be written."""
     check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "mlflow.db").exists():
         _create_database(folder)
     return MLflowTracker(local_uri(folder), folder / "artifacts")
@@ -263,10 +278,12 @@ def local_uri(folder: Path) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise InputError unless files can be made in the folder, which is made if it is not there."""
-    probe = folder / f".probe-{os.getpid()}"
+    """Raise InputError unless the folder can be made and written; leaves nothing behind."""
+    place = folder
+    while not place.exists() and not place.is_symlink():
+        place = place.parent
+    probe = place / f".probe-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
+
+import optuna
 
 from harness.config import Study
 from harness.results import Completed, Diverged, EpochResult, Failed, Metrics, Pruned, TrialOutcome
@@ -105,7 +106,7 @@ def evaluate(
 
 def should_prune(store: Store, asked: Asked, epoch: int) -> bool:
     """The question that objective.py puts to the store, in one place."""
-    return store.should_prune(asked)
+    return store.should_prune(asked, epoch)
 
 
 def run_analytic(
@@ -122,10 +123,14 @@ def run_analytic(
         evaluate(study, store, store.ask(study), epochs=epochs, curve=curve, stop_after=stop_after)
 
 
-def run_until_death(study: Study, store: Store, trials: int, **options: Any) -> None:
-    """`run_analytic`, with the death swallowed: what a test does before it opens the store again."""
-    with suppress(Died):
-        run_analytic(study, store, trials, **options)
+def memory_study(pruner: optuna.pruners.BasePruner) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(direction="maximize", pruner=pruner)
+
+
+def memory_store(study: Study) -> Store:
+    """A store without a file, ten times as fast, for tests that do not ask what is on disk."""
+    return Store("sqlite:///nowhere.db", memory_study(study.pruner.build()))
 
 
 def fail_trial(study: Study, store: Store, reason: str = "RuntimeError: out of memory") -> int:
@@ -143,6 +148,7 @@ __all__ = [
     "epoch_result",
     "evaluate",
     "fail_trial",
+    "memory_store",
+    "memory_study",
     "run_analytic",
-    "run_until_death",
 ]

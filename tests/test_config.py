@@ -58,7 +58,7 @@ OTHER: dict[str, Any] = {
 }
 
 
-# -- --set ---------------------------------------------------------------------------------------------------------------
+# -- --set ---------------------------------------------------------------------------------------------------------
 
 
 def test_settings_change_the_base_the_final_run_and_the_seed() -> None:
@@ -112,7 +112,7 @@ def test_a_setting_outside_of_the_search_range_is_refused_for_trial_0_is_the_bas
         STUDY.with_settings(["optim.base_lr=0.5"])
 
 
-# -- places ---------------------------------------------------------------------------------------------------------------
+# -- places --------------------------------------------------------------------------------------------------------
 
 
 def with_folder(**changes: Any) -> Study:
@@ -152,7 +152,7 @@ def test_where_a_study_runs_is_no_part_of_what_it_is(tmp_path: Path) -> None:
     assert study.definition() == study.located(tmp_path, "elsewhere", "cuda:1").definition()
 
 
-# -- definition -----------------------------------------------------------------------------------------------------------
+# -- definition ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("study", [STUDY, make_study("c", pruner=asha(min_epochs=3)), with_folder()])
@@ -204,7 +204,7 @@ def test_a_definition_changes_with_the_class_of_the_data_and_of_the_backbone() -
     assert other.definition()["backbone.type"] == "MaxViTT"
 
 
-# -- a study checks itself --------------------------------------------------------------------------------------------------
+# -- a study checks itself -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a", "Flowers-102_b", "7"])

@@ -14,7 +14,9 @@ from harness.cli import build_parser
 from tests.conftest import PROJECT
 
 README = (PROJECT / "README.md").read_text()
-COMMANDS = re.findall(r"^(?:.* && )?(python .*?)(?: +#.*)?$", "\n".join(re.findall(r"```\n(.*?)```", README, re.S)), re.M)
+COMMANDS = re.findall(
+    r"^(?:.* && )?(python .*?)(?: +#.*)?$", "\n".join(re.findall(r"```\n(.*?)```", README, re.S)), re.M
+)
 
 
 def test_every_command_in_the_readme_parses() -> None:

@@ -18,20 +18,10 @@ from harness.config import Study
 from harness.errors import InputError
 from harness.search import Asha, Grid, Pruner, Sampler, asha, grid, no_pruning, tpe
 from harness.space import Choice, Float
-from harness.storage import Store
-from tests.analytic import ceiling, run_analytic
+from tests.analytic import ceiling, memory_store, memory_study, run_analytic
 from tests.conftest import make_study
 
 SETTINGS: dict[str, Any] = {"deadline": None, "derandomize": True, "database": None}
-
-
-def memory_study(pruner: optuna.pruners.BasePruner) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(direction="maximize", pruner=pruner)
-
-
-def memory_store(study: Study) -> Store:
-    return Store("memory", memory_study(study.pruner.build()))
 
 
 def verdicts(pruner: optuna.pruners.BasePruner, curves: list[list[float]], epochs: int) -> list[int]:
@@ -63,7 +53,7 @@ CURVES = st.lists(
 )
 
 
-# -- Asha ------------------------------------------------------------------------------------------------------------------
+# -- Asha ----------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, **SETTINGS)
@@ -84,7 +74,7 @@ def test_asha_decides_as_optuna_over_many_noisy_trials(seed: int) -> None:
         theirs = optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=reduction)
         ours = verdicts(Asha(first, reduction), curves, 16)
         assert ours == verdicts(theirs, curves, 16)
-        assert 1 < len(set(ours))  # something was pruned and something was not
+        assert len(set(ours)) > 1  # something was pruned and something was not
 
 
 @settings(max_examples=20, **SETTINGS)
@@ -141,7 +131,7 @@ def test_an_unknown_argument_of_asha_in_a_study_is_wrong_input() -> None:
         Pruner("Asha", epochs=3)
 
 
-# -- by name ---------------------------------------------------------------------------------------------------------------
+# -- by name -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -150,7 +140,6 @@ def test_an_unknown_argument_of_asha_in_a_study_is_wrong_input() -> None:
         tpe(),
         tpe(n_startup_trials=3, multivariate=True),
         Sampler("RandomSampler"),
-        Sampler("QMCSampler"),
         Sampler("NSGAIISampler", population_size=4),
     ],
     ids=lambda sampler: sampler.name,
@@ -199,7 +188,6 @@ def test_the_list_of_samplers_names_only_what_can_be_made() -> None:
     [
         lambda: make_study("cache", sampler=tpe(startup=3)),
         lambda: make_study("cache", sampler=Sampler("RandomSampler", n_startup_trials=3)),
-        lambda: make_study("cache", sampler=Sampler("QMCSampler", qmc_type="nonsense")),
         lambda: Pruner("MedianPruner", warmup=3),
         lambda: Pruner("MedianPruner", n_startup_trials=-1),
         lambda: Pruner("PatientPruner"),
@@ -230,7 +218,7 @@ def test_the_order_of_arguments_does_not_matter() -> None:
     assert repr(tpe(multivariate=True, n_startup_trials=2)) == repr(tpe(n_startup_trials=2, multivariate=True))
 
 
-# -- the grid --------------------------------------------------------------------------------------------------------------
+# -- the grid ------------------------------------------------------------------------------------------------------
 
 POINTS = {"optim.base_lr": Choice((1e-2, 1e-3, 1e-4)), "backbone.hidden": Choice(((16, 8), (16,)))}
 
@@ -294,7 +282,7 @@ def test_optunas_exhaustive_samplers_run_to_the_last_point_or_are_refused_at_onc
     assert store.finished() == 8
 
 
-# -- does it search? ----------------------------------------------------------------------------------------------------------
+# -- does it search? -----------------------------------------------------------------------------------------------
 
 
 def found(sampler: Sampler, seed: int, trials: int = 30) -> float:
@@ -350,4 +338,4 @@ def test_tpe_finds_better_configurations_than_chance() -> None:
     guided = [found(tpe(n_startup_trials=8), seed) for seed in seeds]
     blind = [found(Sampler("RandomSampler"), seed) for seed in seeds]
     assert statistics.median(guided) > statistics.median(blind)
-    assert statistics.median(guided) > 0.8
+    assert statistics.median(guided) > 0.91

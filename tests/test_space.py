@@ -59,7 +59,7 @@ def configs() -> st.SearchStrategy[TrainConfig]:
     )
 
 
-# -- paths ----------------------------------------------------------------------------------------------------------
+# -- paths ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["optim.base_rl", "lr", "optim", "data.type", "optim.base_lr.x", "", ".", "__class__"])
@@ -96,7 +96,7 @@ def test_get_gives_the_value() -> None:
     assert get(BASE, "epochs") == 2
 
 
-# -- replace --------------------------------------------------------------------------------------------------------
+# -- replace -------------------------------------------------------------------------------------------------------
 
 
 @given(FITTING)
@@ -200,7 +200,7 @@ def test_replace_works_on_other_configurations_too() -> None:
     assert replace(FinalConfig(), "seeds", 5).seeds == 5
 
 
-# -- what --set means -------------------------------------------------------------------------------------------------
+# -- what --set means ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_parse_never_breaks_whatever_is_typed(text: str) -> None:
     parse(BASE, "engine.device", text)
 
 
-# -- dimensions ---------------------------------------------------------------------------------------------------------
+# -- dimensions ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_labels_are_what_a_person_would_write() -> None:
     assert label(None) is None
 
 
-# -- a space over a base --------------------------------------------------------------------------------------------------
+# -- a space over a base -------------------------------------------------------------------------------------------
 
 
 def test_a_space_around_the_base_passes() -> None:

@@ -1,0 +1,92 @@
+"""What every tracker promises to the loop that drives it, whatever it keeps."""
+
+from __future__ import annotations
+
+import inspect
+import uuid
+from pathlib import Path
+
+import pytest
+
+from harness import tracking
+from harness.config import Study
+from harness.storage import Store
+from harness.tracking import NoTracker, Tracker, local_tracker, trial_key
+from tests.analytic import epoch_result, memory_store
+from tests.conftest import make_study
+
+
+class TrackerContract:
+    """Subclass it with a `tracker` fixture."""
+
+    @pytest.fixture
+    def study(self) -> Study:
+        return make_study("cache")
+
+    @pytest.fixture
+    def store(self, study: Study) -> Store:
+        store = memory_store(study)
+        store.set_attribute("uid", uuid.uuid4().hex)
+        return store
+
+    def test_it_has_the_methods_of_the_protocol(self, tracker: Tracker) -> None:
+        for name, wanted in inspect.getmembers(Tracker, inspect.isfunction):
+            if name.startswith("_"):
+                continue
+            assert list(inspect.signature(getattr(tracker, name)).parameters) == [
+                each for each in inspect.signature(wanted).parameters if each != "self"
+            ], name
+
+    def test_a_study_can_be_told_from_start_to_end(
+        self, tracker: Tracker, study: Study, store: Store, tmp_path: Path
+    ) -> None:
+        tracker.start(study, store, {"harness.seed": "0"})
+        for number, state in enumerate(("complete", "pruned", "diverged", "failed")):
+            log = tracker.run(trial_key(number), study.train, {"harness.kind": "trial"})
+            log.text("stem 1e-3", "parameter_groups.txt")
+            log.epoch(epoch_result(1, 0.5))
+            log.epoch(epoch_result(1, 0.5))
+            log.metrics({"test_accuracy": 0.5}, step=1)
+            log.end(state)
+        (tmp_path / "report").mkdir()
+        (tmp_path / "report" / "report.html").write_text("<html></html>")
+        tracker.finish({"best_val_accuracy": 0.5}, [tmp_path / "report"], "complete")
+
+    def test_it_can_be_interrupted_at_any_time(self, tracker: Tracker, study: Study, store: Store) -> None:
+        tracker.interrupt()
+        tracker.start(study, store, {})
+        tracker.interrupt()
+        tracker.start(study, store, {})
+        tracker.run(trial_key(0), study.train, {})
+        tracker.interrupt()
+        tracker.interrupt()
+
+    def test_a_run_can_be_taken_up_again(self, tracker: Tracker, study: Study, store: Store) -> None:
+        for _ in range(2):
+            tracker.start(study, store, {})
+            log = tracker.run(trial_key(0), study.train, {"harness.kind": "trial"})
+            log.epoch(epoch_result(1, 0.5))
+        log.end("complete")
+        tracker.finish({}, [], "complete")
+
+
+class TestNoTracker(TrackerContract):
+    @pytest.fixture
+    def tracker(self) -> Tracker:
+        return NoTracker()
+
+
+class TestMLflowTracker(TrackerContract):
+    @pytest.fixture(scope="class")
+    def mlruns(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """One folder for all tests, for MLflow takes seconds to make a database; each test has a study of its own."""
+        return tmp_path_factory.mktemp("mlruns")
+
+    @pytest.fixture
+    def tracker(self, mlruns: Path) -> Tracker:
+        return local_tracker(mlruns)
+
+
+def test_every_tracker_of_the_module_is_held_to_the_contract() -> None:
+    trackers = {name for name in vars(tracking) if name.endswith("Tracker") and name != "Tracker"}
+    assert trackers == {"NoTracker", "MLflowTracker"}

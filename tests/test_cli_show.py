@@ -1,0 +1,110 @@
+"""`show` and `report`: what a study found so far, for people and for programs, while it runs or after."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+
+from harness import catalogue
+from harness.cli import main
+from harness.storage import open_store
+from tests.analytic import Died, run_analytic
+
+
+@pytest.fixture
+def demo(workspace: Path) -> catalogue.Found:
+    """The demo with six analytic trials, the seventh of them running."""
+    found = catalogue.find("demo")
+    with open_store(found.study, found.storage_url) as store, pytest.raises(Died):
+        run_analytic(found.study, store, 8, epochs=8, stop_after=(6, 1, "report"))
+    return found
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main([*arguments]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_show_prints_one_json_object(demo: catalogue.Found, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: dict[str, Any] = json.loads(shown(capsys, "show", "demo", "--json"))
+    assert set(seen) >= {"study", "trials", "best", "final", "storage", "tracking"}
+    assert seen["study"] == "demo"
+    assert set(seen["trials"]) == {"complete", "pruned", "failed", "running"}
+    assert sum(seen["trials"].values()) == 7
+    assert seen["trials"]["running"] == 1
+    assert set(seen["best"]) == {"number", "value", "params"}
+    assert set(seen["best"]["params"]) == set(demo.study.space)
+    assert seen["final"] is None
+    assert seen["storage"] == demo.storage_url
+    assert seen["tracking"].endswith("mlruns/mlflow.db")
+
+
+def test_show_prints_a_summary_for_people(demo: catalogue.Found, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(capsys, "show", "demo").splitlines()
+    assert lines[0].startswith("study     demo: ")
+    assert "1 running" in lines[0]
+    assert any(line.startswith("best      ") for line in lines)
+    assert "final     The test set has not been opened." in lines
+    assert f"storage   {demo.storage_url}" in lines
+
+
+def test_show_takes_a_file_and_a_storage(
+    demo: catalogue.Found, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_name = shown(capsys, "show", "demo", "--json")
+    by_file = shown(capsys, "show", "studies/demo.py", "--storage", demo.storage_url, "--json")
+    assert json.loads(by_file) == json.loads(by_name)
+    other = shown(capsys, "show", "demo", "--tracking-uri", "http://mlflow:5000", "--json")
+    assert json.loads(other)["tracking"] == "http://mlflow:5000"
+
+
+def test_show_answers_while_the_study_is_held(demo: catalogue.Found, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_store(demo.study, demo.storage_url):
+        assert json.loads(shown(capsys, "show", "demo", "--json"))["study"] == "demo"
+
+
+def test_show_changes_nothing(demo: catalogue.Found, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def files() -> dict[str, bytes]:
+        return {
+            str(file): file.read_bytes()
+            for file in workspace.rglob("*")
+            if file.is_file() and "__pycache__" not in file.parts
+        }
+
+    before = files()
+    shown(capsys, "show", "demo")
+    shown(capsys, "show", "demo", "--json")
+    assert files() == before
+
+
+def test_show_groups_lists_the_learning_rate_of_every_depth(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = shown(capsys, "show", "demo", "--groups")
+    for depth in ("stem", "blocks.0", "blocks.1", "blocks.2", "classifier"):
+        assert depth in text
+    assert not list(workspace.glob("studies/*.db"))
+
+
+def test_report_writes_a_page_and_a_table(
+    demo: catalogue.Found, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, table = (Path(line) for line in shown(capsys, "report", "demo").splitlines())
+    assert page == workspace / "studies" / "demo.report" / "report.html"
+    assert page.stat().st_size > 1000
+    assert len(pandas.read_csv(table)) == 7
+
+
+def test_report_writes_where_it_is_told(
+    demo: catalogue.Found, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown(capsys, "report", "demo", "--output", "elsewhere")
+    assert {file.name for file in (workspace / "elsewhere").iterdir()} == {"report.html", "trials.csv"}
+    assert not (workspace / "studies" / "demo.report").exists()

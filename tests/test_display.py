@@ -1,0 +1,191 @@
+"""What people read while a study runs: durations in words, an honest forecast, one line an epoch."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from harness.config import FinalConfig, Study
+from harness.display import Display, duration, estimate, forecast
+from harness.results import (
+    Completed,
+    Diverged,
+    EpochEnded,
+    Failed,
+    Metrics,
+    Pruned,
+    TrialEnded,
+    TrialOutcome,
+    TrialStarted,
+)
+from harness.storage import Store
+from tests.analytic import epoch_result, memory_store
+from tests.conftest import make_study
+
+STUDY = make_study("cache", trials=10, final=FinalConfig(seeds=3, fit_on="train"))  # two epochs
+
+
+# -- durations -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.0, "0.0 s"),
+        (8.34, "8.3 s"),
+        (59.0, "59.0 s"),
+        (60.0, "1 min 0 s"),
+        (250.0, "4 min 10 s"),
+        (3599.0, "59 min 59 s"),
+        (3600.0, "1 h 0 min"),
+        (12_000.0, "3 h 20 min"),
+        (86_400.0, "1.0 days"),
+        (216_000.0, "2.5 days"),
+    ],
+)
+def test_durations_are_said_in_words(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+@given(st.floats(0, 1e7))
+@example(59.97)
+@example(119.97)
+@example(3599.97)
+@example(86_399.0)
+def test_no_duration_counts_sixty_seconds_or_minutes(seconds: float) -> None:
+    words = duration(seconds).split()
+    assert not {("60.0", "s"), ("60", "s"), ("60", "min"), ("24", "h")} & set(zip(words[::2], words[1::2], strict=True))
+
+
+# -- the estimate --------------------------------------------------------------------------------------------------
+
+
+def test_the_estimate_adds_the_trials_left_and_the_final_run() -> None:
+    # 10 trials of 2 epochs of 3 s, and 3 seeds of 2 epochs.
+    assert estimate(STUDY, 0, 3.0, None, 1.0) == 10 * 2 * 3.0 + 3 * 2 * 3.0
+    assert estimate(STUDY, 4, 3.0, None, 1.0) == 6 * 2 * 3.0 + 3 * 2 * 3.0
+
+
+def test_the_estimate_prefers_measured_trials_for_pruning_shortens_them() -> None:
+    assert estimate(STUDY, 4, 3.0, 4.0, 1.0) == 6 * 4.0 + 3 * 2 * 3.0
+
+
+def test_the_final_run_takes_longer_when_it_trains_on_the_validation_images_too() -> None:
+    assert estimate(STUDY, 10, 3.0, None, 1.5) == 1.5 * estimate(STUDY, 10, 3.0, None, 1.0)
+    assert estimate(STUDY, 4, 3.0, None, 1.5) == 6 * 2 * 3.0 + 1.5 * 3 * 2 * 3.0
+
+
+def test_the_estimate_is_never_negative() -> None:
+    assert estimate(STUDY, 99, 3.0, None, 1.0) == 3 * 2 * 3.0
+
+
+def test_a_forecast_of_more_than_a_day_says_so_and_what_helps() -> None:
+    text = forecast(STUDY, 0, 4000.0, 1.0)
+    assert "An epoch takes 1 h 7 min here" in text
+    assert duration(estimate(STUDY, 0, 4000.0, None, 1.0)) in text
+    assert "more than a day" in text
+    assert "--set epochs=" in text
+    assert "--trials" in text
+
+
+def test_a_forecast_of_less_than_a_day_does_not() -> None:
+    text = forecast(STUDY, 0, 3.0, 1.0)
+    assert "3.0 s here" in text
+    assert "1 min 18 s" in text
+    assert "day" not in text
+
+
+# -- without a terminal --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store() -> Store:
+    return memory_store(STUDY)
+
+
+def shown(study: Study, store: Store, outcomes: list[TrialOutcome], terminal: bool = False) -> str:
+    """What is printed while one trial an outcome runs."""
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=120)
+    with Display(study, store, console) as display:
+        for outcome in outcomes:
+            asked = store.ask(study)
+            name = f"trial {asked.number}"
+            display.show(
+                TrialStarted(
+                    name=name, number=asked.number, params=asked.params, epochs=2, resumed=False, progress=Progress()
+                )
+            )
+            results = [epoch_result(epoch, 0.3 * epoch) for epoch in (1, 2)]
+            for result in results:
+                store.report(asked, result.epoch, 0.3 * result.epoch)
+                display.show(EpochEnded(name=name, number=asked.number, result=result))
+            store.tell(asked, outcome, results, seconds=1.0)
+            display.show(TrialEnded(number=asked.number, outcome=outcome))
+    return out.getvalue()
+
+
+class Progress:
+    epoch, step, steps = 1, 3, 10
+
+
+def test_elsewhere_than_in_a_terminal_there_is_one_line_an_epoch_and_one_a_trial(store: Store) -> None:
+    lines = shown(STUDY, store, [Completed(value=0.6), Completed(value=0.5)]).splitlines()
+    epochs = [line for line in lines if "  epoch " in line]
+    assert [line.split("  loss")[0] for line in epochs] == [
+        "trial 0  epoch 1/2",
+        "trial 0  epoch 2/2",
+        "trial 1  epoch 1/2",
+        "trial 1  epoch 2/2",
+    ]
+    assert "val 30.00%" in epochs[0]
+    trials = [line for line in lines if "complete" in line]
+    assert len(trials) == 2
+    assert trials[0].startswith("trial 0")
+    assert "val 60.00%" in trials[0]
+    assert len(lines) == 4 + 2 + 1  # and the forecast
+    assert all("\x1b" not in line for line in lines)
+
+
+def test_the_forecast_comes_once_after_the_first_epoch(store: Store) -> None:
+    lines = shown(STUDY, store, [Completed(value=0.6), Completed(value=0.5)]).splitlines()
+    assert [number for number, line in enumerate(lines) if line.startswith("An epoch takes")] == [1]
+
+
+def test_the_best_trial_so_far_is_marked(store: Store) -> None:
+    lines = shown(STUDY, store, [Completed(value=0.5), Completed(value=0.4), Completed(value=0.6)]).splitlines()
+    assert [("best so far" in line) for line in lines if "complete" in line] == [True, False, True]
+
+
+def test_every_outcome_has_its_words(store: Store) -> None:
+    failed = Failed(reason="RuntimeError: out of memory", traceback="")
+    text = shown(STUDY, store, [Pruned(epoch=1), Diverged(epoch=2), failed])
+    assert "pruned after epoch 1" in text
+    assert "diverged in epoch 2" in text
+    assert "failed: RuntimeError: out of memory" in text
+
+
+def test_an_epoch_without_validation_shows_the_training_accuracy(store: Store) -> None:
+    out = io.StringIO()
+    result = dataclasses.replace(epoch_result(1, 0.5), val=None, train=Metrics(loss=1.0, correct=1, total=4))
+    with Display(STUDY, store, Console(file=out)) as display:
+        display.show(EpochEnded(name="final seed 0", number=0, result=result))
+    assert "final seed 0  epoch 1/2  loss 1.000  train 25.00%" in out.getvalue()
+
+
+def test_a_resumed_trial_says_that_it_starts_again(store: Store) -> None:
+    out = io.StringIO()
+    with Display(STUDY, store, Console(file=out)) as display:
+        display.show(TrialStarted(name="trial 4", number=4, params={}, epochs=2, resumed=True, progress=Progress()))
+    assert "trial 4 was interrupted" in out.getvalue()
+
+
+def test_in_a_terminal_trials_are_printed_and_epochs_are_not(store: Store) -> None:
+    text = shown(STUDY, store, [Completed(value=0.6)], terminal=True)
+    assert "complete" in text
+    assert "trial 0  epoch 1/2" not in text
