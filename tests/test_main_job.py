@@ -30,11 +30,11 @@ from harness.space import Choice, Float
 STUDY = Study(
     name="small",
     train=TrainConfig(
-        data=Garden(train_per_class=4, val_per_class=4, test_per_class=4),
+        data=Garden(train_per_class=2, val_per_class=2, test_per_class=2),
         backbone=TinyMaxViT(hidden=(16,)),
         optim=OptimConfig(base_lr=1e-3, depth_lr_mult=0.5),
         engine=EngineConfig(precision="fp32", channels_last="on"),
-        epochs=4,
+        epochs=3,
     ),
     space={
         "backbone.dropout": Float(0.0, 0.6),
