@@ -49,6 +49,17 @@ class Runtime:
             yield
 
 
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's global generators started from `seed`, and put back as they were afterwards.
+
+    Weight initialisation, dropout and stochastic depth draw from them and take no other.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def find_device(name: str) -> torch.device:
     """The device that a name means; "auto" takes CUDA, then MPS, then the CPU.
 
@@ -92,8 +103,7 @@ def resolve(config: EngineConfig, build: Callable[[], nn.Module], image_size: in
 
 def _time_steps(runtime: Runtime, build: Callable[[], nn.Module], image_size: int) -> float:
     """The seconds of a training step on four images, the fastest of two after a warm-up."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0, runtime.device):
         model = runtime.place(build())
         images = runtime.move(torch.randn(4, 3, image_size, image_size, device=runtime.device))
         labels = torch.zeros(4, dtype=torch.int64, device=runtime.device)

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from harness.config import TrainConfig
 from harness.data.tensors import load_splits, load_train_and_val
-from harness.engine import Runtime, find_device, resolve
+from harness.engine import Runtime, find_device, resolve, seeded
 from harness.errors import InputError
 from harness.optim import build_optimizer, freeze, parameter_groups
 from harness.seeds import derive_seed
@@ -20,8 +18,7 @@ from harness.trainer import Training
 def assemble(config: TrainConfig, runtime: Runtime, seed: int) -> Training:
     """Everything that `trainer.fit` needs. The new head is drawn from `seed`; pretrained weights are what they are."""
     splits = load_splits(config.data)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "model"))
+    with seeded(derive_seed(seed, "model"), runtime.device):
         model = runtime.place(config.backbone.build(len(splits.classes), config.data.image_size))
     groups = parameter_groups(model, config.backbone.depths(config.optim.depth_by), config.optim)
     freeze(model, groups)

@@ -197,8 +197,10 @@ class MLflowTracker:
                 self._client.log_artifacts(self._parent, str(path), path.name)
             else:
                 self._client.log_artifact(self._parent, str(path))
-        for run_id in self._open - {self._parent}:
-            self._client.set_terminated(run_id, "KILLED")
+        # A seed of an earlier final run, killed before the study was extended and found a better trial.
+        for run in self._known_runs().values():
+            if run.info.status == "RUNNING" and run.info.run_id != self._parent:
+                self._client.set_terminated(run.info.run_id, "KILLED")
         log.end(state)
 
     def interrupt(self) -> None:

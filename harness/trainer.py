@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from harness.config import TrainConfig
 from harness.data.augment import augment, normalise
 from harness.data.tensors import ImageSet
-from harness.engine import Runtime, predict, train_step
+from harness.engine import Runtime, predict, seeded, train_step
 from harness.optim import ParameterGroup, lr_factor, set_lr, set_training
 from harness.results import EpochResult, Metrics
 from harness.seeds import derive_seed
@@ -74,10 +74,7 @@ def _train_epoch(training: Training, epoch: int) -> Metrics:
     loss_sum = torch.zeros((), device=runtime.device)
     correct = torch.zeros((), dtype=torch.int64, device=runtime.device)
     set_training(training.model, training.groups)
-    # Dropout and stochastic depth draw from torch's global generator and take no other.
-    devices = [runtime.device] if runtime.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with seeded(seed, runtime.device):
         for step, batch in enumerate(batches):
             training.progress.step = step
             set_lr(

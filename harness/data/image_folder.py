@@ -54,10 +54,12 @@ class ImageFolder(ImageFiles):
         root, found = Path(self.root), []
         for label, name in enumerate(self._class_folders()):
             folder = self._split_folder(split)
-            files = _images(folder / name) if folder else _share(_images(root / name), split)
+            images = _images((folder or root) / name)
+            files = images if folder else _share(images, split)
             if not files:
-                place = folder / name if folder else root / name
-                raise InputError(f"Class {name!r} has no images in the {split} split ({place}); add some or drop it.")
+                few = f"only {len(images)}, too few to split 70 / 15 / 15" if images else "none"
+                place = f"Class {name!r} has no images in the {split} split"
+                raise InputError(f"{place} ({(folder or root) / name} holds {few}); add some or drop the class.")
             found += [(file, label) for file in files]
         return found
 

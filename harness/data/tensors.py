@@ -94,12 +94,12 @@ def _load(dataset: Dataset, split: SplitName, size: int) -> ImageSet:
 def _select(dataset: Dataset, split: SplitName) -> tuple[list[Any], list[int]]:
     """The items and labels of a split, `dataset.limit` of them at most, spread evenly over the classes."""
     samples = dataset.samples(split)
-    if dataset.limit is not None and dataset.limit < len(samples):
-        samples = _spread(samples, dataset.limit, derive_seed("limit", split))
     present = {label for _, label in samples}
-    if dataset.limit is None and len(present) < len(dataset.classes()):
+    if len(present) < len(dataset.classes()):
         absent = next(name for label, name in enumerate(dataset.classes()) if label not in present)
         raise InputError(f"Class {absent!r} has no images in the {split} split; add some or drop the class.")
+    if dataset.limit is not None and dataset.limit < len(samples):
+        samples = _spread(samples, dataset.limit, derive_seed("limit", split))
     return [item for item, _ in samples], [label for _, label in samples]
 
 
