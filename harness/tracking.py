@@ -45,7 +45,7 @@ def trial_key(number: int) -> str:
 
 def final_key(trial: int, seed_number: int) -> str:
     """The best trial is part of it: an extended study may find a better one and retrain that."""
-    return f"final-{trial}-seed-{seed_number}"
+    return f"final-seed-{seed_number}-of-trial-{trial}"
 
 
 class RunLog(Protocol):

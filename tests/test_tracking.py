@@ -179,7 +179,12 @@ def test_final_runs_are_found_by_trial_and_seed(study: Study, store: Store, mlru
     for trial, seed in ((3, 0), (3, 1), (7, 0)):
         tracker.run(final_key(trial, seed), study.train, {"harness.kind": "final"}).end("complete")
     tracker.finish({}, [], "complete")
-    assert set(runs_of(mlruns)) == {"study", "final-3-seed-0", "final-3-seed-1", "final-7-seed-0"}
+    assert set(runs_of(mlruns)) == {
+        "study",
+        "final-seed-0-of-trial-3",
+        "final-seed-1-of-trial-3",
+        "final-seed-0-of-trial-7",
+    }
 
 
 def test_report_and_model_lie_with_the_parent_run(study: Study, store: Store, mlruns: Path, tmp_path: Path) -> None:
