@@ -29,13 +29,14 @@ class Found:
     def storage_url(self) -> str:
         return f"sqlite:///{self.file.parent / self.study.name}.db"
 
-    @property
-    def model_folder(self) -> Path:
-        return self.file.parent / f"{self.study.name}.model"
+    def beside(self, url: str, suffix: str) -> Path:
+        """A folder that belongs to the results at `url`: beside a SQLite file, else beside the study file."""
+        from harness.storage import sqlite_file
 
-    @property
-    def report_folder(self) -> Path:
-        return self.file.parent / f"{self.study.name}.report"
+        file = sqlite_file(url)
+        return (
+            (self.file.parent / f"{self.study.name}{suffix}") if file is None else file.absolute().with_suffix(suffix)
+        )
 
     @property
     def mlruns(self) -> Path:
@@ -43,8 +44,9 @@ class Found:
 
 
 def find_home() -> Path:
-    """The folder people work in: this one if it has studies/, else the project's own."""
-    return Path.cwd() if (Path.cwd() / "studies").is_dir() else PROJECT
+    """The folder people work in: this one if it has studies/ or runs, else the project's own."""
+    here = Path.cwd()
+    return here if (here / "studies").is_dir() or (here / "mlruns" / "mlflow.db").is_file() else PROJECT
 
 
 def find(name: str) -> Found:

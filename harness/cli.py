@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,9 @@ def main(arguments: Sequence[str], program: str = "python -m harness") -> int:
         code: int = args.function(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except PermissionError as error:
+        print(f"error: {error.filename} may not be read or written; change its permissions.", file=sys.stderr)
         return WRONG_INPUT
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
@@ -127,8 +131,10 @@ def _run(args: argparse.Namespace) -> int:
     url = args.storage or found.storage_url
     storage.check_database(url)
     if not args.fresh and storage.exists(study.name, url):
-        with storage.open_store(study, url) as store:
-            if store.is_complete(study):
+        # Without --data-root nothing says that the images are others; to look would take longer than the answer.
+        content = _prepare(study) if args.data_root else None
+        with storage.open_store(study, url, content) as store:
+            if store.is_complete(study) and _is_saved(store, found.beside(url, ".model")):
                 print(f"Nothing is missing: {store.finished()} trials are finished (asked for: {study.trials}).")
                 print(_summary(study.name, store, _tracking_uri(args, found)))
                 return DONE
@@ -139,7 +145,7 @@ def _share_cores() -> None:
     """Let waiting threads of GNU OpenMP sleep sooner; must come before torch is imported.
 
     By default they spin for milliseconds, and two processes on the same cores keep each other from working: a step took
-    75 times as long. Spinning a thirtieth of that costs one process alone 7 % (benchmarks/RESULTS.md).
+    1.7 s, against 0.36 s with a thirtieth of the spinning and 0.09 s alone (benchmarks/RESULTS.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -155,17 +161,20 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
     find_device(study.train.engine.device)
     if not args.tracking_uri:
         tracking.check_writable(found.mlruns)
-    study.train.backbone.check(study.train.data.image_size)
-    content = _prepare(study, console)
+    study.train.data.samples("train")
+    for image_size in study.image_sizes():
+        study.train.backbone.check(image_size)
+    with console.status("Looking at the images (the first time they are decoded and cached) …"):
+        content = _prepare(study)
     tracker = _tracker(args, found)
     tracker.connect()
     if args.fresh:
-        moved = storage.move_aside(study.name, url, found.model_folder)
+        moved = storage.move_aside(study.name, url, found.beside(url, ".model"))
         if moved is not None:
             console.print(f"The old study is now {moved}.", highlight=False, soft_wrap=True)
     with storage.open_store(study, url, content) as store:
         try:
-            return _run_study(args, found, study, store, tracker, console)
+            return _run_study(found, study, store, tracker, console)
         except KeyboardInterrupt:
             tracker.interrupt()
             command = shlex.join([Path(sys.executable).name, *(arg for arg in sys.argv if arg != "--fresh")])
@@ -176,17 +185,19 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
             return INTERRUPTED
 
 
-def _prepare(study: Study, console: Any) -> dict[str, str]:
+def _is_saved(store: Store, model: Path) -> bool:
+    """Whether the model is where the final result left it."""
+    return not store.has_final() or all((model / name).is_file() for name in ("model.safetensors", "model.json"))
+
+
+def _prepare(study: Study) -> dict[str, str]:
     """Decode the images once and fingerprint what the definition only names."""
     from harness.data.tensors import prepare
 
-    with console.status("Looking at the images (the first time they are decoded and cached) …"):
-        return {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
+    return {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
 
 
-def _run_study(
-    args: argparse.Namespace, found: Found, study: Study, store: Store, tracker: MLflowTracker, console: Any
-) -> int:
+def _run_study(found: Found, study: Study, store: Store, tracker: MLflowTracker, console: Any) -> int:
     from harness import report, tracking
     from harness.display import Display
     from harness.experiment import decide_runtime
@@ -201,25 +212,26 @@ def _run_study(
         soft_wrap=True,
     )
     failure = None
+    model_folder, report_folder = (found.beside(store.url, suffix) for suffix in (".model", ".report"))
     with Display(study, store, console) as display:
         try:
-            for event in run(study, store, tracker, runtime, found.model_folder):
+            for event in run(study, store, tracker, runtime, model_folder):
                 display.show(event)
         except TooManyFailures as error:
             failure = error
-    report.write_report(study.name, store, tracker.uri, found.report_folder)
+    report.write_report(study.name, store, tracker.uri, report_folder)
     final, best = store.attribute("final"), store.best()
     metrics = {} if best is None or best.value is None else {"best_val_accuracy": best.value}
     if final is not None:
         metrics |= {"test_accuracy": final["accuracy"]}
-    model = [found.model_folder] if final is not None and found.model_folder.exists() else []
-    tracker.finish(metrics, [found.report_folder, *model], "failed" if failure else "complete")
+    model = [model_folder] if final is not None and model_folder.exists() else []
+    tracker.finish(metrics, [report_folder, *model], "failed" if failure else "complete")
     if failure:
         print(f"error: {failure}", file=sys.stderr)
         return FAILED
     store.set_attribute("published", store.finished())
     print(_summary(study.name, store, tracker.uri))
-    print(f"report    {found.report_folder / 'report.html'}")
+    print(f"report    {report_folder / 'report.html'}")
     return DONE
 
 
@@ -228,9 +240,11 @@ def _summary(name: str, store: Store, tracking: str) -> str:
 
     counts = ", ".join(f"{number} {state}" for state, number in store.counts().items())
     best = store.best()
-    params = (
-        "" if best is None else "\n          " + ", ".join(f"{key} = {value}" for key, value in best.params.items())
-    )
+    values = {} if best is None else best.params
+    shown = [
+        f"{key} = {value:.4g}" if isinstance(value, float) else f"{key} = {value}" for key, value in values.items()
+    ]
+    params = "\n          " + ", ".join(shown) if shown else ""
     return "\n".join(
         [
             f"study     {name}: {counts}",
@@ -285,7 +299,9 @@ def _report(args: argparse.Namespace) -> int:
 
     found = catalogue.find(args.study)
     with storage.read_store(found.study.name, args.storage or found.storage_url) as store:
-        folder = args.output or found.report_folder
+        folder = args.output or found.beside(store.url, ".report")
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"--output {folder} is a file; give a folder.")
         page = report.write_report(found.study.name, store, _tracking_uri(args, found), folder)
     print(page)
     print(page.with_name("trials.csv"))
@@ -299,8 +315,31 @@ def _ui(args: argparse.Namespace) -> int:
     uri = args.tracking_uri or tracking.local_uri(folder)
     if not args.tracking_uri and not (folder / "mlflow.db").is_file():
         raise InputError(f"There are no runs yet ({folder / 'mlflow.db'} does not exist); run a study first.")
+    _check_port(args.host, args.port)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
-    return subprocess.call([*command, "--host", args.host, "--port", str(args.port)])
+    print(f"The MLflow UI opens at http://{args.host}:{args.port} (Ctrl-C ends it).", flush=True)
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    # A session of its own: MLflow's servers have workers, and all of them should go when this process does.
+    server = subprocess.Popen(
+        [*command, "--host", args.host, "--port", str(args.port)],
+        start_new_session=True,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},  # its libraries' deprecations are no news to a user
+    )
+    try:
+        return DONE if server.wait() == 0 else FAILED
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait()
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise InputError when nothing can listen there."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except (OSError, OverflowError) as error:
+        raise InputError(f"Nothing can listen at {host}:{port} ({error}); give another --port.") from error
 
 
 def _tracking_uri(args: argparse.Namespace, found: Found) -> str:
@@ -313,7 +352,7 @@ def _tracker(args: argparse.Namespace, found: Found) -> MLflowTracker:
     from harness import tracking
 
     if args.tracking_uri:
-        return tracking.MLflowTracker(args.tracking_uri, None)
+        return tracking.tracker_at(args.tracking_uri)
     return tracking.local_tracker(found.mlruns)
 
 

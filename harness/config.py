@@ -190,7 +190,14 @@ class Study:
         require(len(self.space) > 0, "A study's space is empty; name at least one field to search.")
         require(self.trials >= 1, f"trials must be at least 1, not {self.trials}.")
         spaces.check(self.space, self.train)
+        chosen = isinstance(self.sampler, str) or not hasattr(self.sampler, "check")
+        require(not chosen, f'sampler must be tpe(), grid() or Sampler("NAME"), not {self.sampler!r}.')
         self.sampler.check(self)
+
+    def image_sizes(self) -> set[int]:
+        """The sides of the images that the model may be asked to take."""
+        searched = self.space.get("data.image_size")
+        return {self.train.data.image_size, *(spaces.extremes(searched) if searched is not None else ())}
 
     def config(self, params: dict[str, Any]) -> TrainConfig:
         """The training configuration of stored parameters."""
@@ -202,8 +209,11 @@ class Study:
         for setting in settings:
             path, equals, text = setting.partition("=")
             require(bool(equals), f"--set {setting!r} has no value; write --set PATH=VALUE.")
-            part, inner = _owner(study, path)
+            known = [*spaces.paths(study.train), *(f"final.{name}" for name in spaces.paths(study.final)), "seed"]
             try:
+                if path not in known:
+                    raise spaces.unknown_field(path, known)
+                part, inner = _owner(study, path)
                 changed = spaces.replace(part, inner, spaces.parse(part, inner, text))
             except InputError as error:
                 raise InputError(f"--set {setting}: {error}") from error

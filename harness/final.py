@@ -34,19 +34,29 @@ CONFIDENCE = 0.95
 def final_run(study: Study, store: Store, tracker: Tracker, runtime: Runtime, folder: Path) -> Iterator[Event]:
     """Retrain the best configuration, open the test set, save the model in `folder`, record the result.
 
-    A seed that was trained before an interruption is not trained again. Does nothing when no trial is complete.
+    A seed that was trained before an interruption is not trained again. When the result is there and only the model is
+    lost, its seed is trained once more, and the test set stays closed. Does nothing when no trial is complete.
     """
     best = store.best()
-    if best is None or store.has_final():
+    if best is None or (store.has_final() and has_model(folder)):
         return
     config = study.config(best.params)
     folder.mkdir(parents=True, exist_ok=True)
+    if store.has_final():
+        yield from _train_seed(study, config, best, 0, tracker, runtime, folder)
+        model = _assemble(study, config, 0, runtime)
+        _load(model, _weights(folder, best, 0))
+        save_model(folder, model, best, store.attribute("final"))
+        _run_of(tracker, config, best, 0).end("complete")
+        _weights(folder, best, 0).unlink()
+        return
     seeds = range(study.final.seeds)
     for number in seeds:
         yield from _train_seed(study, config, best, number, tracker, runtime, folder)
     # The only place where the test split is read. Every seed is trained; nothing is decided after this line.
     test = load_test(config.data)
-    per_seed, model = [], None
+    per_seed: list[dict[str, Any]] = []
+    saved = None
     for number in seeds:
         training = _assemble(study, config, number, runtime)
         _load(training, _weights(folder, best, number))
@@ -55,14 +65,18 @@ def final_run(study: Study, store: Store, tracker: Tracker, runtime: Runtime, fo
         log = _run_of(tracker, config, best, number)
         log.metrics({"test_accuracy": metrics.accuracy, "test_loss": metrics.loss}, step=config.epochs)
         log.end("complete")
-        model = model or training
-    assert model is not None
+        saved = saved or training
+    assert saved is not None
     openings = (store.attribute("final") or {}).get("test_openings", 0) + 1
     final = summary(per_seed) | {"trial": best.number, "fit_on": study.final.fit_on, "test_openings": openings}
-    save_model(folder, model, best, final)
+    save_model(folder, saved, best, final)
     store.set_attribute("final", final)
     for trained in folder.glob("trial-*-seed-*.safetensors*"):
         trained.unlink()
+
+
+def has_model(folder: Path) -> bool:
+    return (folder / "model.safetensors").is_file() and (folder / "model.json").is_file()
 
 
 def _train_seed(

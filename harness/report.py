@@ -41,7 +41,7 @@ def verdict(store: Store) -> str:
     if best is None:
         return "No trial is complete yet."
     base = next((trial for trial in store.trials() if trial.number == 0), None)
-    sentence = f"Best so far is trial {best.number} with a validation accuracy of {percent(best.value)}"
+    sentence = f"Best is trial {best.number} with a validation accuracy of {percent(best.value)}"
     if best.number == 0:
         return sentence + ": no trial beats the base configuration, trial 0."
     if base is None or base.value is None:
@@ -63,7 +63,7 @@ def final_sentence(final: dict[str, Any] | None) -> str:
     times = "once" if opened == 1 else f"{opened} times, so this number is no longer untouched by selection"
     return (
         f"Test accuracy {percent(final['accuracy'])} ({final['correct']:,} correct of {final['total']:,}: {seeds} seed"
-        f"{'s' if seeds > 1 else ''} on {final['per_seed'][0]['total']:,} images; 95 % interval {percent(low)} to "
+        f"{'s' if seeds > 1 else ''} on {final['per_seed'][0]['total']:,} test images; 95 % interval {percent(low)} to "
         f"{percent(high)}{spread}), trial {final['trial']} retrained on {final['fit_on']}. "
         f"The test set was opened {times}."
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import json
 import math
 import typing
@@ -183,21 +184,36 @@ def _literal(text: str) -> Any:
 def _check_path(config: Any, path: str) -> None:
     known = paths(config)
     if path not in known:
-        raise InputError(f"There is no field {path!r} in the configuration; the fields are {', '.join(known)}.")
+        raise unknown_field(path, known)
+
+
+def unknown_field(path: str, known: list[str]) -> InputError:
+    close = difflib.get_close_matches(path, known, n=1)
+    hint = f"did you mean {close[0]}? The" if close else "the"
+    return InputError(f"There is no field {path!r} in the configuration; {hint} fields are {', '.join(known)}.")
 
 
 def check(space: Space, base: Any) -> None:
     """Raise InputError unless every path of the space exists in `base` and the base's own value lies in its range."""
     for path, dimension in space.items():
+        if not isinstance(dimension, Float | Int | Choice):
+            raise InputError(f"The space of {path} must be Float(...), Int(...) or Choice((...)), not {dimension!r}.")
         value = get(base, path)
         if not dimension.contains(value):
             raise InputError(
                 f"The base configuration has {path} = {value!r}, outside of its search range {dimension}; "
                 "trial 0 is the base configuration, so widen the range or change the base."
             )
-        bounds = dimension.options if isinstance(dimension, Choice) else (dimension.low, dimension.high)
-        for bound in bounds:
+        for bound in extremes(dimension):
             replace(base, path, bound)
+
+
+def extremes(dimension: Dimension) -> tuple[Any, ...]:
+    """All options, or both ends, as the sampler would give them."""
+    if isinstance(dimension, Choice):
+        return dimension.options
+    kind = float if isinstance(dimension, Float) else int
+    return kind(dimension.low), kind(dimension.high)
 
 
 def encode(space: Space, config: Any) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import filelock
+
 from harness.errors import InputError
 from harness.results import EpochResult
 from harness.space import label, leaves
@@ -252,9 +254,23 @@ def local_tracker(folder: Path) -> MLflowTracker:
     """A tracker on `folder`/mlflow.db. Raises InputError when the folder cannot be written."""
     check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "mlflow.db").exists():
-        _create_database(folder)
+    with filelock.FileLock(folder / "mlflow.db.lock"):  # two studies may be started at the same time
+        if not (folder / "mlflow.db").exists():
+            _create_database(folder)
     return MLflowTracker(local_uri(folder), folder / "artifacts")
+
+
+def tracker_at(uri: str) -> MLflowTracker:
+    """A tracker on a server, or on a SQLite database with its files beside it.
+
+    Raises InputError when the database's folder does not exist.
+    """
+    if not uri.startswith("sqlite:///"):
+        return MLflowTracker(uri, None)
+    folder = Path(uri.removeprefix("sqlite:///")).parent
+    if not folder.is_dir():
+        raise InputError(f"--tracking-uri {uri}: there is no folder {folder}; make it first.")
+    return MLflowTracker(uri, folder / "artifacts")
 
 
 def _create_database(folder: Path) -> None:

@@ -292,13 +292,13 @@ def test_another_definition_is_refused_without_a_trace(workspace: Path, capsys: 
 
 def test_a_data_root_without_data_is_refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pictures(workspace, classes=0)
-    refused(workspace, capsys, ["run", "--study", "folder"], ["pictures", "at least two"])
+    refused(workspace, capsys, ["run", "--study", "folder"], ["pictures", "holds no class folders", "--data-root"])
     refused(workspace, capsys, ["run", "--study", "folder", "--data-root", "nowhere"], ["nowhere", "--data-root"])
 
 
 def test_a_single_class_is_refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pictures(workspace, classes=1)
-    refused(workspace, capsys, ["run", "--study", "folder"], ["1 class folder", "at least two"])
+    refused(workspace, capsys, ["run", "--study", "folder"], ["one class folder", "at least two"])
 
 
 def test_a_class_without_images_is_refused_by_name(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,6 +197,32 @@ def test_fresh_moves_the_old_study_aside(place: Path) -> None:
     with read_store("small", f"sqlite:///{kept[0]}") as store:
         assert store.attribute("final") == old["final"]
     assert kept[0].with_suffix(".model").is_dir()
+
+
+def test_two_studies_started_at_once_in_an_empty_folder_do_not_harm_each_other(place: Path) -> None:
+    other = (place / "studies" / "small.py").read_text().replace('name="small"', 'name="other"')
+    (place / "studies" / "other.py").write_text(other)
+    quick = ("--trials", "1", "--set", "epochs=1", "--set", "final.seeds=1")
+    processes = [start(place, *quick), start(place, *quick), start(place, *quick, "--study", "other")]
+    outputs = [process.communicate(timeout=250)[0] for process in processes]
+    codes = [process.returncode for process in processes]
+    assert sorted(codes[:2]) == [0, 2], outputs
+    assert codes[2] == 0, outputs[2]
+    assert "Traceback" not in "".join(outputs)
+
+
+def test_a_lost_model_is_made_again_and_the_test_set_stays_closed(place: Path) -> None:
+    run(place, "--trials", "1")
+    before, weights = outcome(place), (place / "studies" / "small.model" / "model.safetensors").read_bytes()
+    shutil.rmtree(place / "studies" / "small.model")
+    run(place, "--trials", "1")
+    assert (place / "studies" / "small.model" / "model.safetensors").read_bytes() == weights
+    assert outcome(place) == before
+    check_mlflow(place, trials=1, seeds=2)
+    # Another storage has a model of its own.
+    run(place, "--trials", "1", "--set", "epochs=1", "--storage", f"sqlite:///{place}/elsewhere.db")
+    assert (place / "elsewhere.model" / "model.safetensors").is_file()
+    assert (place / "studies" / "small.model" / "model.safetensors").read_bytes() == weights
 
 
 def test_show_json_and_the_saved_model_agree_with_the_run(place: Path) -> None:

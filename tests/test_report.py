@@ -124,7 +124,7 @@ def test_the_final_sentence_names_counts_interval_seeds_and_openings() -> None:
     for words in (
         "91.00 %",
         "273 correct of 300",
-        "3 seeds on 100 images",
+        "3 seeds on 100 test images",
         "95 % interval",
         "1.00 points",
         "train+val",
@@ -132,7 +132,7 @@ def test_the_final_sentence_names_counts_interval_seeds_and_openings() -> None:
         assert words in text
     assert text.endswith("The test set was opened once.")
     one = final_sentence(final_result(seeds=1))
-    assert "1 seed on 100 images" in one
+    assert "1 seed on 100 test images" in one
     assert "deviation" not in one
     again = final_sentence(final_result() | {"test_openings": 2})
     assert "opened 2 times, so this number is no longer untouched" in again

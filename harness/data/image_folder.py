@@ -68,9 +68,11 @@ class ImageFolder(ImageFiles):
         if not folder.is_dir():
             raise InputError(f"There is no folder {folder}; give the one that holds the images with --data-root.")
         # In text order, as the notebook and torchvision number their classes: 1, 10, 100, 101, 102, 11, ...
-        names = tuple(sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")))
+        names = tuple(sorted(self._folders(folder)))
+        if not names:
+            raise InputError(f"{folder} holds no class folders; give the folder that does with --data-root.")
         if len(names) < 2:
-            raise InputError(f"{folder} holds {len(names)} class folder(s); a classifier needs at least two.")
+            raise InputError(f"{folder} holds one class folder, {names[0]!r}; a classifier needs at least two.")
         for split in SPLIT_FOLDERS:
             self._check_same_classes(split, names)
         return names
@@ -79,9 +81,13 @@ class ImageFolder(ImageFiles):
         folder = self._split_folder(split)
         if folder is None:
             return
-        there = {each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")}
-        if extra := sorted(there - set(names)):
+        if extra := sorted(self._folders(folder) - set(names)):
             raise InputError(f"{folder} has a class {extra[0]!r} that the train folder lacks; the labels must match.")
+
+    def _folders(self, folder: Path) -> set[str]:
+        """Names of the folders in a folder, without hidden ones and our own cache."""
+        inside = (each for each in folder.iterdir() if each.is_dir() and not each.name.startswith((".", "__")))
+        return {each.name for each in inside if each.resolve() != Path(self.cache).resolve()}
 
     def _split_folder(self, split: SplitName) -> Path | None:
         """The folder of a split, or None when the root holds class folders itself."""
@@ -101,7 +107,9 @@ def _images(folder: Path) -> list[Path]:
     files = sorted(each for each in folder.iterdir() if each.is_file() and not each.name.startswith("."))
     for file in files:
         if file.suffix.lower() not in EXTENSIONS:
-            raise InputError(f"{file} is not an image by its name; take it out of the class folder.")
+            raise InputError(
+                f"{file} is not an image by its name, and a class folder holds images only; is --data-root right?"
+            )
     return files
 
 

@@ -167,7 +167,8 @@ def test_fewer_than_two_classes(tmp_path: Path, count: int) -> None:
     (tmp_path / "photos").mkdir()
     for number in range(count):
         plant(tmp_path / "photos" / f"class-{number}", 10)
-    assert f"{tmp_path / 'photos'} holds {count} class folder" in complaint(tmp_path / "photos")
+    held = ("no class folders", "one class folder, 'class-0'")[count]
+    assert f"{tmp_path / 'photos'} holds {held}" in complaint(tmp_path / "photos")
 
 
 @pytest.mark.parametrize("folder", ["valid", "test"])

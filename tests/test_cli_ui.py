@@ -1,0 +1,65 @@
+"""`python -m harness ui`: the real MLflow server, and what stands in its way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from harness.cli import main
+from harness.tracking import local_tracker
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize("port", ["99999", "-5"])
+def test_a_port_that_does_not_exist_is_refused(workspace: Path, capsys: pytest.CaptureFixture[str], port: str) -> None:
+    local_tracker(workspace / "mlruns")
+    assert main(["ui", "--port", port]) == 2
+    assert "give another --port" in capsys.readouterr().err
+
+
+def test_a_taken_port_is_refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    local_tracker(workspace / "mlruns")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert main(["ui", "--port", str(server.getsockname()[1])]) == 2
+    assert "give another --port" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_page_answers_on_this_machine_and_goes_with_the_command(workspace: Path) -> None:
+    local_tracker(workspace / "mlruns")
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-m", "harness", "ui", "--port", str(port)], cwd=workspace)
+    url = f"http://127.0.0.1:{port}/"
+    try:
+        assert answers(url, seconds=120)
+    finally:
+        os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 130
+    assert not answers(url, seconds=0)
+
+
+def answers(url: str, seconds: float) -> bool:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # not through the environment's proxy
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with direct.open(url, timeout=10) as reply:
+                return bool(reply.status == 200)
+        except (urllib.error.URLError, ConnectionError):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.5)
