@@ -134,7 +134,8 @@ def _run(args: argparse.Namespace) -> int:
         # Without --data-root nothing says that the images are others; to look would take longer than the answer.
         content = _prepare(study) if args.data_root else None
         with storage.open_store(study, url, content) as store:
-            if store.is_complete(study) and _is_saved(store, found.beside(url, ".model")):
+            saved = not store.has_final() or storage.has_model(found.beside(url, ".model"))
+            if store.is_complete(study) and saved:
                 print(f"Nothing is missing: {store.finished()} trials are finished (asked for: {study.trials}).")
                 print(_summary(study.name, store, _tracking_uri(args, found)))
                 return DONE
@@ -183,11 +184,6 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
             )
             print(command)
             return INTERRUPTED
-
-
-def _is_saved(store: Store, model: Path) -> bool:
-    """Whether the model is where the final result left it."""
-    return not store.has_final() or all((model / name).is_file() for name in ("model.safetensors", "model.json"))
 
 
 def _prepare(study: Study) -> dict[str, str]:

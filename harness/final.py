@@ -24,7 +24,7 @@ from harness.experiment import assemble, with_validation_images
 from harness.results import EpochEnded, Event, Metrics, TrialStarted
 from harness.seeds import derive_seed
 from harness.space import label, leaves
-from harness.storage import Store, TrialRecord
+from harness.storage import Store, TrialRecord, has_model
 from harness.tracking import RunLog, Tracker, final_key
 from harness.trainer import Training, evaluate, fit
 
@@ -73,10 +73,6 @@ def final_run(study: Study, store: Store, tracker: Tracker, runtime: Runtime, fo
     store.set_attribute("final", final)
     for trained in folder.glob("trial-*-seed-*.safetensors*"):
         trained.unlink()
-
-
-def has_model(folder: Path) -> bool:
-    return (folder / "model.safetensors").is_file() and (folder / "model.json").is_file()
 
 
 def _train_seed(

@@ -394,5 +394,10 @@ def move_aside(name: str, url: str, model_folder: Path) -> Path | None:
     return target
 
 
+def has_model(folder: Path) -> bool:
+    """Whether the final run's model lies whole in its folder; it is written as these two files, in this order."""
+    return (folder / "model.safetensors").is_file() and (folder / "model.json").is_file()
+
+
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -68,7 +68,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
     return found
 
 
-def refused(workspace: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]) -> None:
+def assert_refused(workspace: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]) -> None:
     before = tree(workspace)
     capsys.readouterr()
     code = main(arguments)
@@ -191,8 +191,8 @@ def test_a_wrong_study_is_refused(
 ) -> None:
     if prepare is not None:
         prepare(workspace)
-    refused(workspace, capsys, ["run", *arguments], words)
-    refused(workspace, capsys, ["show", arguments[1]], words)
+    assert_refused(workspace, capsys, ["run", *arguments], words)
+    assert_refused(workspace, capsys, ["show", arguments[1]], words)
 
 
 # -- arguments -----------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
 def test_wrong_arguments_are_refused(
     arguments: list[str], words: list[str], workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused(workspace, capsys, ["run", "--study", "demo", *arguments], words)
+    assert_refused(workspace, capsys, ["run", "--study", "demo", *arguments], words)
 
 
 @pytest.mark.parametrize("uri", ["nonsense://x", "sqlite:///studies/demo.py"])
@@ -251,32 +251,32 @@ def test_a_tracking_uri_that_cannot_be_used_is_refused(
     uri: str, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = [f"--set=data.{split}_per_class=1" for split in ("train", "val", "test")]
-    refused(workspace, capsys, ["run", "--study", "demo", *few, "--tracking-uri", uri], ["--tracking-uri"])
+    assert_refused(workspace, capsys, ["run", "--study", "demo", *few, "--tracking-uri", uri], ["--tracking-uri"])
 
 
 def test_more_trials_than_the_grid_has_points_are_refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["run", "--study", "flowers102_grid", "--trials", "10"]
-    refused(workspace, capsys, arguments, ["has 9 points", "not 10"])
+    assert_refused(workspace, capsys, arguments, ["has 9 points", "not 10"])
 
 
 def test_cuda_without_cuda_is_refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
     device = f"cuda:{torch.cuda.device_count()}"  # one more than there are
-    refused(workspace, capsys, ["run", "--study", "demo", "--device", device], [f"--device {device}"])
+    assert_refused(workspace, capsys, ["run", "--study", "demo", "--device", device], [f"--device {device}"])
 
 
 def test_mlruns_that_is_a_file_is_refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (workspace / "mlruns").write_text("a file")
-    refused(workspace, capsys, ["run", "--study", "demo"], ["mlruns", "cannot be written"])
+    assert_refused(workspace, capsys, ["run", "--study", "demo"], ["mlruns", "cannot be written"])
 
 
 def test_a_database_that_is_no_study_is_refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with contextlib.closing(sqlite3.connect(workspace / "other.db")) as connection:
         connection.execute("CREATE TABLE recipes (name TEXT)")
         connection.commit()
-    refused(workspace, capsys, ["run", "--study", "demo", "--storage", "sqlite:///other.db"], ["not a study"])
-    refused(workspace, capsys, ["show", "demo", "--storage", "sqlite:///other.db"], ["not a study"])
+    assert_refused(workspace, capsys, ["run", "--study", "demo", "--storage", "sqlite:///other.db"], ["not a study"])
+    assert_refused(workspace, capsys, ["show", "demo", "--storage", "sqlite:///other.db"], ["not a study"])
 
 
 def test_another_definition_is_refused_without_a_trace(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,7 +284,7 @@ def test_another_definition_is_refused_without_a_trace(workspace: Path, capsys: 
     with open_store(found.study, found.storage_url) as store:
         run_analytic(found.study, store, 1)
     words = ["epochs was 8, is 5", "--fresh"]
-    refused(workspace, capsys, ["run", "--study", "demo", "--set", "epochs=5"], words)
+    assert_refused(workspace, capsys, ["run", "--study", "demo", "--set", "epochs=5"], words)
 
 
 # -- images and weights --------------------------------------------------------------------------------------------
@@ -292,34 +292,38 @@ def test_another_definition_is_refused_without_a_trace(workspace: Path, capsys: 
 
 def test_a_data_root_without_data_is_refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pictures(workspace, classes=0)
-    refused(workspace, capsys, ["run", "--study", "folder"], ["pictures", "holds no class folders", "--data-root"])
-    refused(workspace, capsys, ["run", "--study", "folder", "--data-root", "nowhere"], ["nowhere", "--data-root"])
+    assert_refused(
+        workspace, capsys, ["run", "--study", "folder"], ["pictures", "holds no class folders", "--data-root"]
+    )
+    assert_refused(
+        workspace, capsys, ["run", "--study", "folder", "--data-root", "nowhere"], ["nowhere", "--data-root"]
+    )
 
 
 def test_a_single_class_is_refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pictures(workspace, classes=1)
-    refused(workspace, capsys, ["run", "--study", "folder"], ["one class folder", "at least two"])
+    assert_refused(workspace, capsys, ["run", "--study", "folder"], ["one class folder", "at least two"])
 
 
 def test_a_class_without_images_is_refused_by_name(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (pictures(workspace) / "class_empty").mkdir()
-    refused(workspace, capsys, ["run", "--study", "folder"], ["'class_empty' has no images"])
+    assert_refused(workspace, capsys, ["run", "--study", "folder"], ["'class_empty' has no images"])
 
 
 def test_a_broken_image_is_refused_by_name(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (pictures(workspace) / "class_1" / "3.png").write_bytes(b"no image at all")
-    refused(workspace, capsys, ["run", "--study", "folder"], ["class_1/3.png", "cannot be read as an image"])
+    assert_refused(workspace, capsys, ["run", "--study", "folder"], ["class_1/3.png", "cannot be read as an image"])
 
 
 def test_a_truncated_image_is_refused_by_name(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = pictures(workspace) / "class_0" / "5.png"
     image.write_bytes(image.read_bytes()[:-40])
-    refused(workspace, capsys, ["run", "--study", "folder"], ["class_0/5.png"])
+    assert_refused(workspace, capsys, ["run", "--study", "folder"], ["class_0/5.png"])
 
 
 def test_a_stray_file_is_refused_by_name(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (pictures(workspace) / "class_1" / "notes.txt").write_text("mine")
-    refused(workspace, capsys, ["run", "--study", "folder"], ["notes.txt", "not an image by its name"])
+    assert_refused(workspace, capsys, ["run", "--study", "folder"], ["notes.txt", "not an image by its name"])
 
 
 def test_missing_weights_are_refused_with_where_to_put_them(
@@ -328,13 +332,13 @@ def test_missing_weights_are_refused_with_where_to_put_them(
     pictures(workspace)
     words = ["weights", "maxvit_t", "sha256", os.environ["TORCH_HOME"], "backbone.pretrained=false"]
     arguments = ["run", "--study", "flowers102_grid", "--data-root", "pictures", "--device", "cpu"]
-    refused(workspace, capsys, arguments, words)
+    assert_refused(workspace, capsys, arguments, words)
 
 
 def test_missing_flowers_are_refused_with_what_is_wanted(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (workspace / "empty").mkdir()
     arguments = ["run", "--data-root", "empty", "--set", "backbone.pretrained=false", "--device", "cpu"]
-    refused(workspace, capsys, arguments, ["flowers-102", "imagelabels.mat", "--data-root"])
+    assert_refused(workspace, capsys, arguments, ["flowers-102", "imagelabels.mat", "--data-root"])
 
 
 # -- looking -------------------------------------------------------------------------------------------------------
@@ -342,11 +346,11 @@ def test_missing_flowers_are_refused_with_what_is_wanted(workspace: Path, capsys
 
 def test_a_study_that_never_ran_has_nothing_to_show(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["show", "demo"], ["show", "demo", "--json"], ["report", "demo"]):
-        refused(workspace, capsys, command, ["'demo' has no results yet", "--study demo"])
+        assert_refused(workspace, capsys, command, ["'demo' has no results yet", "--study demo"])
 
 
 def test_there_is_no_ui_without_runs(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    refused(workspace, capsys, ["ui"], ["no runs yet", "mlflow.db"])
+    assert_refused(workspace, capsys, ["ui"], ["no runs yet", "mlflow.db"])
 
 
 # -- in a process of its own ---------------------------------------------------------------------------------------
@@ -372,4 +376,4 @@ def test_in_a_folder_without_studies_the_projects_own_are_meant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    refused(tmp_path, capsys, ["show", "nothing"], ["no study 'nothing'", "demo"])
+    assert_refused(tmp_path, capsys, ["show", "nothing"], ["no study 'nothing'", "demo"])
