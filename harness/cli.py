@@ -34,6 +34,10 @@ def main(arguments: Sequence[str], program: str = "python -m harness") -> int:
     args = build_parser(program).parse_args(_with_command(arguments, program))
     try:
         code: int = args.function(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `show | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_INPUT

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +111,12 @@ def test_report_writes_where_it_is_told(
     shown(capsys, "report", "demo", "--output", "elsewhere")
     assert {file.name for file in (workspace / "elsewhere").iterdir()} == {"report.html", "trials.csv"}
     assert not (workspace / "studies" / "demo.report").exists()
+
+
+def test_a_reader_that_leaves_early_is_no_error(demo: catalogue.Found, workspace: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "harness", "show", "demo"]
+    done = subprocess.run(command, cwd=workspace, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
