@@ -190,8 +190,9 @@ class Study:
         require(len(self.space) > 0, "A study's space is empty; name at least one field to search.")
         require(self.trials >= 1, f"trials must be at least 1, not {self.trials}.")
         spaces.check(self.space, self.train)
-        chosen = isinstance(self.sampler, str) or not hasattr(self.sampler, "check")
-        require(not chosen, f'sampler must be tpe(), grid() or Sampler("NAME"), not {self.sampler!r}.')
+        require(
+            hasattr(self.sampler, "check"), f'sampler must be tpe(), grid() or Sampler("NAME"), not {self.sampler!r}.'
+        )
         self.sampler.check(self)
 
     def image_sizes(self) -> set[int]:

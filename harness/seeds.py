@@ -12,4 +12,4 @@ import hashlib
 def derive_seed(*parts: int | str) -> int:
     """A seed in [0, 2**32) from named parts, the same on every machine: `derive_seed(0, "trial", 12, "epoch", 7)`."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:4], "big")

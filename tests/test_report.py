@@ -276,7 +276,7 @@ def test_the_page_of_a_study_whose_trials_all_failed(study: Study, store: Store,
 def test_the_page_of_a_study_whose_trials_are_all_equal(study: Study, store: Store, tmp_path: Path) -> None:
     for _ in range(3):
         complete(study, store, 0.5)
-    page_of(store, tmp_path)
+    assert "Importances need two complete trials with different results." in page_of(store, tmp_path)[0]
 
 
 def test_the_page_of_a_finished_study_needs_no_network_and_is_light(study: Study, store: Store, tmp_path: Path) -> None:

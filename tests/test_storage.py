@@ -419,8 +419,11 @@ def test_a_second_process_is_refused_with_the_pid_and_sigkill_frees_the_lock(tmp
 
 
 def test_studies_in_different_files_do_not_wait_for_each_other(tmp_path: Path) -> None:
-    with open_store(searching(), url_of(tmp_path / "a.db")), open_store(searching(), url_of(tmp_path / "b.db")):
-        pass
+    with (
+        open_store(searching(), url_of(tmp_path / "a.db")),
+        open_store(searching(), url_of(tmp_path / "b.db")) as other,
+    ):
+        assert other.finished() == 0
 
 
 # -- what cannot be opened -----------------------------------------------------------------------------------------

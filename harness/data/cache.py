@@ -43,7 +43,8 @@ def content_key(dataset: Dataset, items: Sequence[Any], size: int) -> str:
 
 def _decoded(dataset: Dataset, items: Sequence[Any], size: int) -> tuple[str, NDArray[np.uint8]]:
     folder = Path(dataset.cache)
-    stamp = _digest([FORMAT, str(size)], (dataset.stamp(item).encode() for item in items))
+    # A file name may hold bytes that are no UTF-8; Python shows them as lone surrogates.
+    stamp = _digest([FORMAT, str(size)], (dataset.stamp(item).encode(errors="surrogatepass") for item in items))
     remembered = folder / f"{stamp}.key"
     key = before = remembered.read_text(errors="replace") if remembered.exists() else ""
     images = _open(folder, key) if key else None

@@ -18,6 +18,7 @@ from torchvision.transforms import functional as F
 
 from harness.data.augment import normalise
 from harness.data.cache import ImageFiles, decoded, open_image, square
+from harness.data.image_folder import ImageFolder
 from harness.errors import InputError
 
 SIZES = [(300, 200), (200, 300), (256, 256), (32, 32), (33, 32), (101, 57), (57, 101), (31, 500), (20, 12), (499, 333)]
@@ -316,3 +317,10 @@ def test_a_transparent_palette_colour_shows_white(tmp_path: Path) -> None:
     image.putpalette([255, 0, 0, 0, 255, 0])
     image.save(tmp_path / "photo.png", transparency=0)
     assert open_image(tmp_path / "photo.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_file_name_that_is_no_utf_8_is_read(tmp_path: Path) -> None:
+    file = tmp_path / os.fsdecode(b"fl\xf6wer.png")
+    Image.new("RGB", (8, 8), "red").save(file)
+    images = decoded(ImageFolder(root=str(tmp_path), cache=str(tmp_path / "cache")), [file], 8)
+    assert images[0, 0, 0].tolist() == [255, 0, 0]
