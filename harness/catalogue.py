@@ -31,7 +31,7 @@ class Found:
 
     def beside(self, url: str, suffix: str) -> Path:
         """A folder that belongs to the results at `url`: beside a SQLite file, else beside the study file."""
-        from harness.storage import sqlite_file
+        from harness.database import sqlite_file
 
         file = sqlite_file(url)
         return (

@@ -124,7 +124,7 @@ def _positive(text: str) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from harness import catalogue, storage
+    from harness import catalogue, database, storage
 
     signal.signal(signal.SIGTERM, _as_interrupt)
     _share_cores()
@@ -133,7 +133,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.trials is not None:
         study = dataclasses.replace(study, trials=args.trials)
     url = args.storage or found.storage_url
-    storage.check_database(url)
+    database.check_database(url)
     if not args.fresh and storage.exists(study.name, url):
         # Without --data-root nothing says that the images are others; to look would take longer than the answer.
         content = _prepare(study) if args.data_root else None

@@ -1,13 +1,8 @@
-"""A study's Optuna storage: opening, locking, resuming, and what counts as finished. The storage is the truth.
-
-SQLite runs in WAL mode with synchronous=NORMAL: a killed process loses nothing, and readers (a dashboard, `show`) do
-not block the writer. After a power cut the last few committed lines may be missing, never a broken file.
-"""
+"""A study's Optuna storage: opening, resuming, and what counts as finished. The storage is the truth."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import sqlite3
 import time
 import uuid
@@ -17,21 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import optuna
-import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from harness.config import Study
+from harness.database import BUSY_TIMEOUT_SECONDS, check_database, connect, dispose, held, sqlite_file
 from harness.errors import InputError
 from harness.results import Completed, EpochResult, Failed, TrialOutcome
 from harness.seeds import derive_seed
 from harness.space import Choice, Float, Int, encode
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-BUSY_TIMEOUT_SECONDS = 60
-OPTUNA_TABLES = {"studies", "study_directions", "trials", "version_info"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,20 +179,7 @@ def _record(trial: FrozenTrial) -> TrialRecord:
     )
 
 
-# -- opening ----------------------------------------------------------------------------------------------------------
-
-
-def sqlite_file(url: str) -> Path | None:
-    """The file of a SQLite URL, None for other databases. Raises InputError when `url` is no database URL."""
-    try:
-        parsed = sqlalchemy.engine.make_url(url)
-    except SQLAlchemyError as error:
-        raise InputError(f"--storage {url!r} is no database URL; write sqlite:///FILE or postgresql://...") from error
-    if parsed.get_backend_name() != "sqlite":
-        return None
-    if not parsed.database or parsed.database == ":memory:":
-        raise InputError(f"--storage {url!r} lives in memory and could not be resumed; write sqlite:///FILE.")
-    return Path(parsed.database)
+# -- opening -----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -213,9 +191,9 @@ def open_store(study: Study, url: str, content: Mapping[str, str] | None = None)
     holds the study, and when the stored definition differs from `study` (naming the fields).
     """
     file = sqlite_file(url)
-    with _held(file, study.name):
+    with held(file, study.name):
         check_database(url)
-        storage = _connect(url)
+        storage = connect(url)
         try:
             optuna_study = optuna.create_study(
                 storage=storage,
@@ -228,7 +206,7 @@ def open_store(study: Study, url: str, content: Mapping[str, str] | None = None)
             _check_definition(study, store, content)
             yield store
         finally:
-            _dispose(storage)
+            dispose(storage)
 
 
 @contextmanager
@@ -238,7 +216,7 @@ def read_store(name: str, url: str) -> Iterator[Store]:
     if file is not None and (not file.is_file() or file.stat().st_size == 0):
         raise InputError(f"Study {name!r} has no results yet ({file} does not exist); run it with --study {name}.")
     check_database(url)
-    storage = _connect(url)
+    storage = connect(url)
     try:
         try:
             optuna_study = optuna.load_study(storage=storage, study_name=name)
@@ -246,7 +224,7 @@ def read_store(name: str, url: str) -> Iterator[Store]:
             raise InputError(f"{url} holds no study named {name!r}; check --storage and the name.") from error
         yield Store(url, optuna_study)
     finally:
-        _dispose(storage)
+        dispose(storage)
 
 
 def exists(name: str, url: str) -> bool:
@@ -255,76 +233,11 @@ def exists(name: str, url: str) -> bool:
     if file is not None and (not file.is_file() or file.stat().st_size == 0):
         return False
     check_database(url)
-    storage = _connect(url)
+    storage = connect(url)
     try:
         return name in optuna.get_all_study_names(storage)
     finally:
-        _dispose(storage)
-
-
-def check_database(url: str) -> None:
-    """Raise InputError unless the URL can be opened and holds either nothing or Optuna's tables. Writes nothing."""
-    file = sqlite_file(url)
-    if file is not None:
-        if not file.exists() or file.stat().st_size == 0:
-            if not file.parent.is_dir():
-                raise InputError(f"--storage {url!r}: there is no folder {file.parent}; make it first.")
-            return
-        _check_tables(url, *_sqlite_tables(file))
-        return
-    try:
-        engine = sqlalchemy.create_engine(url)
-        _check_tables(url, *sqlalchemy.inspect(engine).get_table_names())
-        engine.dispose()
-    except (SQLAlchemyError, ImportError) as error:
-        raise InputError(f"--storage {url!r} cannot be opened: {_first_line(error)}") from error
-
-
-def _sqlite_tables(file: Path) -> list[str]:
-    try:
-        connection = sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT_SECONDS)
-        try:
-            return [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        finally:
-            connection.close()
-    except sqlite3.Error as error:
-        raise InputError(
-            f"{file} cannot be opened as a study ({error}); give another --storage, or move it."
-        ) from error
-
-
-def _check_tables(url: str, *tables: str) -> None:
-    # Any of Optuna's will do: a process may have been killed while it made them, and they are completed on opening.
-    if tables and not OPTUNA_TABLES.intersection(tables):
-        raise InputError(f"{url} is a database but not a study; give another --storage.")
-
-
-def _connect(url: str) -> optuna.storages.RDBStorage:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        storage = optuna.storages.RDBStorage(url, engine_kwargs=_engine_options(url))
-    except (SQLAlchemyError, ImportError, RuntimeError) as error:
-        raise InputError(f"--storage {url!r} cannot be opened: {_first_line(error)}") from error
-    if sqlite_file(url) is not None:
-        sqlalchemy.event.listen(storage.engine, "connect", _set_pragmas)
-        storage.engine.dispose()  # connections made before the listener are given back
-    return storage
-
-
-def _engine_options(url: str) -> dict[str, Any]:
-    return {"connect_args": {"timeout": BUSY_TIMEOUT_SECONDS}} if sqlite_file(url) is not None else {}
-
-
-def _set_pragmas(connection: Any, _record: Any) -> None:
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=NORMAL")
-    cursor.close()
-
-
-def _dispose(storage: optuna.storages.RDBStorage) -> None:
-    storage.remove_session()
-    storage.engine.dispose()
+        dispose(storage)
 
 
 def _check_definition(study: Study, store: Store, content: Mapping[str, str] | None) -> None:
@@ -345,32 +258,6 @@ def _check_definition(study: Study, store: Store, content: Mapping[str, str] | N
         )
 
 
-@contextmanager
-def _held(file: Path | None, name: str) -> Iterator[None]:
-    """Hold the study's lock file. The lock goes with the process, however it ends; the PID beside it is a courtesy."""
-    if file is None:
-        yield
-        return
-    if not file.parent.is_dir():
-        raise InputError(f"--storage: there is no folder {file.parent}; make it first.")
-    lock, pid = filelock.FileLock(f"{file}.lock", blocking=False), Path(f"{file}.pid")
-    try:
-        lock.acquire()
-    except filelock.Timeout as error:
-        holder = pid.read_text().strip() if pid.exists() else "unknown"
-        raise InputError(
-            f"Study {name!r} is being run by process {holder}; wait for it, or stop it with `kill {holder}`."
-        ) from error
-    except OSError as error:
-        raise InputError(f"{file} cannot be written ({error}); make its folder writable or give --storage.") from error
-    try:
-        pid.write_text(f"{os.getpid()}\n")
-        yield
-    finally:
-        pid.unlink(missing_ok=True)
-        lock.release()
-
-
 def move_aside(name: str, url: str, model_folder: Path) -> Path | None:
     """Give an existing study and its model another name (`--fresh`); nothing is deleted. None if there was none."""
     file = sqlite_file(url)
@@ -378,7 +265,7 @@ def move_aside(name: str, url: str, model_folder: Path) -> Path | None:
         raise InputError("--fresh moves a SQLite file; with another database, give the new study another --storage.")
     if not file.exists():
         return None
-    with _held(file, name):
+    with held(file, name):
         stamp = time.strftime("%Y%m%d-%H%M%S")
         target = next(
             path
@@ -397,7 +284,3 @@ def move_aside(name: str, url: str, model_folder: Path) -> Path | None:
 def has_model(folder: Path) -> bool:
     """Whether the final run's model lies whole in its folder; it is written as these two files, in this order."""
     return (folder / "model.safetensors").is_file() and (folder / "model.json").is_file()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -16,7 +16,7 @@ HARNESS = PROJECT / "harness"
 # Lowest first; `config` stands on `errors` and `space`.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "results", "seeds", "space", "config"),
-    ("data", "models", "optim", "engine", "search"),
+    ("data", "models", "optim", "engine", "search", "database"),
     ("trainer",),
     ("experiment",),
     ("objective", "storage", "tracking"),

@@ -1,0 +1,132 @@
+"""Databases: what their URLs mean, opening them, and holding one against a second process.
+
+SQLite runs in WAL mode with synchronous=NORMAL: a killed process loses nothing, and readers (a dashboard, `show`) do
+not block the writer. After a power cut the last few committed lines may be missing, never a broken file.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+import optuna
+import sqlalchemy
+from sqlalchemy.exc import SQLAlchemyError
+
+from harness.errors import InputError
+
+BUSY_TIMEOUT_SECONDS = 60
+OPTUNA_TABLES = {"studies", "study_directions", "trials", "version_info"}
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of a SQLite URL, None for other databases. Raises InputError when `url` is no database URL."""
+    try:
+        parsed = sqlalchemy.engine.make_url(url)
+    except SQLAlchemyError as error:
+        raise InputError(f"--storage {url!r} is no database URL; write sqlite:///FILE or postgresql://...") from error
+    if parsed.get_backend_name() != "sqlite":
+        return None
+    if not parsed.database or parsed.database == ":memory:":
+        raise InputError(f"--storage {url!r} lives in memory and could not be resumed; write sqlite:///FILE.")
+    return Path(parsed.database)
+
+
+def check_database(url: str) -> None:
+    """Raise InputError unless the URL can be opened and holds either nothing or Optuna's tables. Writes nothing."""
+    file = sqlite_file(url)
+    if file is not None:
+        if not file.exists() or file.stat().st_size == 0:
+            if not file.parent.is_dir():
+                raise InputError(f"--storage {url!r}: there is no folder {file.parent}; make it first.")
+            return
+        _check_tables(url, *_sqlite_tables(file))
+        return
+    try:
+        engine = sqlalchemy.create_engine(url)
+        _check_tables(url, *sqlalchemy.inspect(engine).get_table_names())
+        engine.dispose()
+    except (SQLAlchemyError, ImportError) as error:
+        raise InputError(f"--storage {url!r} cannot be opened: {_first_line(error)}") from error
+
+
+def _sqlite_tables(file: Path) -> list[str]:
+    try:
+        connection = sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT_SECONDS)
+        try:
+            return [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        raise InputError(
+            f"{file} cannot be opened as a study ({error}); give another --storage, or move it."
+        ) from error
+
+
+def _check_tables(url: str, *tables: str) -> None:
+    # Any of Optuna's will do: a process may have been killed while it made them, and they are completed on opening.
+    if tables and not OPTUNA_TABLES.intersection(tables):
+        raise InputError(f"{url} is a database but not a study; give another --storage.")
+
+
+def connect(url: str) -> optuna.storages.RDBStorage:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        storage = optuna.storages.RDBStorage(url, engine_kwargs=_engine_options(url))
+    except (SQLAlchemyError, ImportError, RuntimeError) as error:
+        raise InputError(f"--storage {url!r} cannot be opened: {_first_line(error)}") from error
+    if sqlite_file(url) is not None:
+        sqlalchemy.event.listen(storage.engine, "connect", _set_pragmas)
+        storage.engine.dispose()  # connections made before the listener are given back
+    return storage
+
+
+def _engine_options(url: str) -> dict[str, Any]:
+    return {"connect_args": {"timeout": BUSY_TIMEOUT_SECONDS}} if sqlite_file(url) is not None else {}
+
+
+def _set_pragmas(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=NORMAL")
+    cursor.close()
+
+
+def dispose(storage: optuna.storages.RDBStorage) -> None:
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+@contextmanager
+def held(file: Path | None, name: str) -> Iterator[None]:
+    """Hold the study's lock file. The lock goes with the process, however it ends; the PID beside it is a courtesy."""
+    if file is None:
+        yield
+        return
+    if not file.parent.is_dir():
+        raise InputError(f"--storage: there is no folder {file.parent}; make it first.")
+    lock, pid = filelock.FileLock(f"{file}.lock", blocking=False), Path(f"{file}.pid")
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        holder = pid.read_text().strip() if pid.exists() else "unknown"
+        raise InputError(
+            f"Study {name!r} is being run by process {holder}; wait for it, or stop it with `kill {holder}`."
+        ) from error
+    except OSError as error:
+        raise InputError(f"{file} cannot be written ({error}); make its folder writable or give --storage.") from error
+    try:
+        pid.write_text(f"{os.getpid()}\n")
+        yield
+    finally:
+        pid.unlink(missing_ok=True)
+        lock.release()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
