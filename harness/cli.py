@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import json
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -18,13 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from harness.errors import InputError
+from harness.errors import Halt, InputError
 
 if TYPE_CHECKING:
     from harness.catalogue import Found
     from harness.config import Study
-    from harness.storage import Store
-    from harness.tracking import MLflowTracker
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -41,6 +38,9 @@ def main(arguments: Sequence[str], program: str = "python -m harness") -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_INPUT
+    except Halt as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
     except PermissionError as error:
         print(f"error: {error.filename} may not be read or written; change its permissions.", file=sys.stderr)
         return WRONG_INPUT
@@ -68,13 +68,24 @@ def build_parser(program: str) -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="what a study found so far")
     show.add_argument("study", metavar="STUDY", help="a study's name or file")
     show.add_argument("--json", action="store_true", help="print one JSON object")
+    show.add_argument("--digest", action="store_true", help="print a sha256 of the results: equal ones, equal studies")
     show.add_argument("--groups", action="store_true", help="print the parameter groups of the base configuration")
     show.set_defaults(function=_show)
     report = commands.add_parser("report", help="write a study's report (HTML) and its trials (CSV)")
     report.add_argument("study", metavar="STUDY", help="a study's name or file")
     report.add_argument("--output", metavar="DIR", type=Path, help="where to (default: studies/NAME.report)")
     report.set_defaults(function=_report)
-    for command in (show, report):
+    reproduce = commands.add_parser("reproduce", help="train a trial again and compare every epoch with the record")
+    reproduce.add_argument("study", metavar="STUDY", help="a study's name or file")
+    reproduce.add_argument("trial", metavar="N", type=_number, help="the trial's number")
+    reproduce.add_argument("--data-root", metavar="DIR", help="the folder that holds the data set")
+    reproduce.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps (default: what the study ran on)")
+    reproduce.set_defaults(function=_reproduce)
+    doctor = commands.add_parser("doctor", help="whether storage, MLflow, checkpoints and processes agree")
+    doctor.add_argument("study", metavar="STUDY", help="a study's name or file")
+    doctor.add_argument("--fix", action="store_true", help="mend what disagrees; the storage is right")
+    doctor.set_defaults(function=_doctor)
+    for command in (show, report, reproduce, doctor):
         _add_places(command)
     ui = commands.add_parser("ui", help="open the MLflow UI on the logged runs")
     ui.add_argument("--tracking-uri", metavar="URI", help="the MLflow database or server (default: mlruns/mlflow.db)")
@@ -113,6 +124,12 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"it must be a trial's number, 0 or more, not {text!r}")
+    return int(text)
+
+
 def _positive(text: str) -> int:
     try:
         number = int(text)
@@ -124,144 +141,9 @@ def _positive(text: str) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from harness import catalogue, database, storage
+    from harness.running import run
 
-    signal.signal(signal.SIGTERM, _as_interrupt)
-    _share_cores()
-    found = catalogue.find(args.study)
-    study = found.study.with_settings(args.set).located(found.home, args.data_root, args.device)
-    if args.trials is not None:
-        study = dataclasses.replace(study, trials=args.trials)
-    url = args.storage or found.storage_url
-    database.check_database(url)
-    if not args.fresh and storage.exists(study.name, url):
-        # Without --data-root nothing says that the images are others; to look would take longer than the answer.
-        content = _prepare(study) if args.data_root else None
-        with storage.open_store(study, url, content) as store:
-            saved = not store.has_final() or storage.has_model(found.beside(url, ".model"))
-            if store.is_complete(study) and saved:
-                print(f"Nothing is missing: {store.finished()} trials are finished (asked for: {study.trials}).")
-                print(_summary(study.name, store, _tracking_uri(args, found)))
-                return DONE
-    return _run_what_is_missing(args, found, study, url)
-
-
-def _share_cores() -> None:
-    """Let waiting threads of GNU OpenMP sleep sooner; must come before torch is imported.
-
-    By default they spin for milliseconds, and two processes on the same cores keep each other from working: a step took
-    1.7 s, against 0.36 s with a thirtieth of the spinning and 0.09 s alone (benchmarks/RESULTS.md).
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-
-def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, url: str) -> int:
-    from rich.console import Console
-
-    from harness import storage, tracking
-    from harness.engine import find_device
-
-    console = Console()
-    find_device(study.train.engine.device)
-    if not args.tracking_uri:
-        tracking.check_writable(found.mlruns)
-    study.train.data.samples("train")
-    for image_size in study.image_sizes():
-        study.train.backbone.check(image_size)
-    with console.status("Looking at the images (the first time they are decoded and cached) …"):
-        content = _prepare(study)
-    tracker = _tracker(args, found)
-    tracker.connect()
-    if args.fresh:
-        moved = storage.move_aside(study.name, url, found.beside(url, ".model"))
-        if moved is not None:
-            console.print(f"The old study is now {moved}.", highlight=False, soft_wrap=True)
-    with storage.open_store(study, url, content) as store:
-        try:
-            return _run_study(found, study, store, tracker, console)
-        except KeyboardInterrupt:
-            tracker.interrupt()
-            command = shlex.join([Path(sys.executable).name, *(arg for arg in sys.argv if arg != "--fresh")])
-            console.print(
-                f"Interrupted with {store.finished()} of {study.trials} trials finished. Go on with:", highlight=False
-            )
-            print(command)
-            return INTERRUPTED
-
-
-def _prepare(study: Study) -> dict[str, str]:
-    """Decode the images once and fingerprint what the definition only names."""
-    from harness.data.tensors import prepare
-
-    return {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
-
-
-def _run_study(found: Found, study: Study, store: Store, tracker: MLflowTracker, console: Any) -> int:
-    from harness import report, tracking
-    from harness.display import Display
-    from harness.experiment import decide_runtime
-    from harness.study import TooManyFailures, run
-
-    runtime = decide_runtime(study.train, store.attribute("runtime"))
-    store.set_attribute("runtime", runtime.to_dict())
-    tracker.start(study, store, tracking.facts(study, runtime.to_dict()))
-    console.print(
-        f"Study {study.name}: {store.finished()} of {study.trials} trials finished, " + _in_words(runtime.to_dict()),
-        highlight=False,
-        soft_wrap=True,
-    )
-    failure = None
-    model_folder, report_folder = (found.beside(store.url, suffix) for suffix in (".model", ".report"))
-    with Display(study, store, console) as display:
-        try:
-            for event in run(study, store, tracker, runtime, model_folder):
-                display.show(event)
-        except TooManyFailures as error:
-            failure = error
-    report.write_report(study.name, store, tracker.uri, report_folder)
-    final, best = store.attribute("final"), store.best()
-    metrics = {} if best is None or best.value is None else {"best_val_accuracy": best.value}
-    if final is not None:
-        metrics |= {"test_accuracy": final["accuracy"]}
-    model = [model_folder] if final is not None and model_folder.exists() else []
-    tracker.finish(metrics, [report_folder, *model], "failed" if failure else "complete")
-    if failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return FAILED
-    store.set_attribute("published", store.finished())
-    print(_summary(study.name, store, tracker.uri))
-    print(f"report    {report_folder / 'report.html'}")
-    return DONE
-
-
-def _summary(name: str, store: Store, tracking: str) -> str:
-    from harness import report
-
-    counts = ", ".join(f"{number} {state}" for state, number in store.counts().items())
-    best = store.best()
-    values = {} if best is None else best.params
-    shown = [
-        f"{key} = {value:.4g}" if isinstance(value, float) else f"{key} = {value}" for key, value in values.items()
-    ]
-    params = "\n          " + ", ".join(shown) if shown else ""
-    return "\n".join(
-        [
-            f"study     {name}: {counts}",
-            f"best      {report.verdict(store)}{params}",
-            f"final     {report.final_sentence(store.attribute('final'))}",
-            f"runtime   {_in_words(store.attribute('runtime'))}",
-            f"storage   {store.url}",
-            f"tracking  {tracking}",
-        ]
-    )
-
-
-def _in_words(runtime: dict[str, Any] | None) -> str:
-    if runtime is None:
-        return "not decided yet"
-    layout = "channels last" if runtime["channels_last"] else "channels first"
-    return f"{runtime['device']}, {runtime['precision']}, {layout}"
+    return run(args)
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -273,10 +155,12 @@ def _show(args: argparse.Namespace) -> int:
         return DONE
     with storage.read_store(found.study.name, args.storage or found.storage_url) as store:
         uri = _tracking_uri(args, found)
-        if args.json:
+        if args.digest:
+            print(report.digest(store))
+        elif args.json:
             print(json.dumps(report.overview(found.study.name, store, uri), indent=2, ensure_ascii=False))
         else:
-            print(_summary(found.study.name, store, uri))
+            print(report.summary(found.study.name, store, uri))
     return DONE
 
 
@@ -308,11 +192,47 @@ def _report(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _reproduce(args: argparse.Namespace) -> int:
+    from harness import catalogue, storage
+    from harness.data.tensors import prepare
+    from harness.experiment import decide_runtime
+    from harness.reproduce import explanation, reproduce
+
+    found = catalogue.find(args.study)
+    study = found.study.located(found.home, args.data_root, args.device)
+    with storage.read_store(study.name, args.storage or found.storage_url) as store:
+        study = storage.as_begun(study, store)
+        trials = {trial.number: trial for trial in store.trials()}
+        if args.trial not in trials:
+            raise InputError(f"Study {study.name!r} has no trial {args.trial}; it has 0 to {max(trials, default=0)}.")
+        runtime = decide_runtime(study.train, store.attribute("runtime"))
+        content = {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
+        storage.as_begun(study, store, content)
+    trial, same = trials[args.trial], True
+    for each in reproduce(study, trial, runtime):
+        print(each.line(), flush=True)
+        same = same and each.same
+    if same:
+        print(f"Trial {trial.number} is reproduced: {len(trial.epochs)} epochs, each to the last bit.")
+        return DONE
+    print(f"Trial {trial.number} is not reproduced. {explanation(trial, runtime)}")
+    return FAILED
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from harness import catalogue
+    from harness.doctor import consult
+
+    found = catalogue.find(args.study)
+    return DONE if consult(found, args.storage or found.storage_url, args.tracking_uri, fix=args.fix) else FAILED
+
+
 def _ui(args: argparse.Namespace) -> int:
-    from harness import catalogue, tracking
+    from harness import catalogue
+    from harness.mlflow_places import local_uri
 
     folder = catalogue.find_home() / "mlruns"
-    uri = args.tracking_uri or tracking.local_uri(folder)
+    uri = args.tracking_uri or local_uri(folder)
     if not args.tracking_uri and not (folder / "mlflow.db").is_file():
         raise InputError(f"There are no runs yet ({folder / 'mlflow.db'} does not exist); run a study first.")
     _check_port(args.host, args.port)
@@ -343,17 +263,9 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _tracking_uri(args: argparse.Namespace, found: Found) -> str:
-    from harness import tracking
+    from harness.mlflow_places import uri_of
 
-    return args.tracking_uri or tracking.local_uri(found.mlruns)
-
-
-def _tracker(args: argparse.Namespace, found: Found) -> MLflowTracker:
-    from harness import tracking
-
-    if args.tracking_uri:
-        return tracking.tracker_at(args.tracking_uri)
-    return tracking.local_tracker(found.mlruns)
+    return uri_of(args.tracking_uri, found.mlruns)
 
 
 def _as_interrupt(number: int, frame: Any) -> NoReturn:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -153,10 +153,12 @@ class TrainConfig:
     batch_size: int = 34
     epochs: int = 15
     label_smoothing: float = 0.1
+    checkpoint_seconds: float = location(60.0)  # time between two checkpoints of a training, at least
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}.")
         require(self.epochs >= 1, f"epochs must be at least 1, not {self.epochs}.")
+        require(self.checkpoint_seconds >= 0, f"checkpoint_seconds must be 0 or more, not {self.checkpoint_seconds}.")
         require(0 <= self.label_smoothing < 1, f"label_smoothing must lie in 0..1, not {self.label_smoothing}.")
 
 
@@ -223,6 +225,20 @@ class Study:
             else:
                 owner = "final" if part is study.final else "train"
                 study = dataclasses.replace(study, **{owner: changed})
+        return study
+
+    def with_definition(self, stored: Mapping[str, Any]) -> Study:
+        """This study with the base configuration, the final step and the seed of a stored definition."""
+        study = self
+        for path, value in stored.items():
+            owner = study.final if path.startswith("final.") else study.train
+            inner = path.removeprefix("final.")
+            if path == "seed":
+                study = dataclasses.replace(study, seed=value)
+            elif inner in spaces.paths(owner) and _plain(spaces.get(owner, inner)) != value:
+                changed = spaces.replace(owner, inner, tuple(value) if isinstance(value, list) else value)
+                part: Any = {"final" if owner is study.final else "train": changed}
+                study = dataclasses.replace(study, **part)
         return study
 
     def located(self, home: Path, data_root: str | None, device: str | None) -> Study:

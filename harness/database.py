@@ -102,6 +102,27 @@ def dispose(storage: optuna.storages.RDBStorage) -> None:
     storage.engine.dispose()
 
 
+def holder(file: Path | None) -> str | None:
+    """The PID of the process that holds a SQLite study, None when nobody does."""
+    lock = None if file is None else Path(f"{file}.lock")
+    if lock is None or not lock.exists():
+        return None
+    try:
+        with filelock.FileLock(lock, blocking=False):
+            return None
+    except filelock.Timeout:
+        return _pid(file)
+
+
+def pid_file(file: Path) -> Path:
+    return Path(f"{file}.pid")
+
+
+def _pid(file: Path | None) -> str:
+    named = None if file is None else pid_file(file)
+    return named.read_text().strip() if named is not None and named.exists() else "unknown"
+
+
 @contextmanager
 def held(file: Path | None, name: str) -> Iterator[None]:
     """Hold the study's lock file. The lock goes with the process, however it ends; the PID beside it is a courtesy."""
@@ -110,13 +131,12 @@ def held(file: Path | None, name: str) -> Iterator[None]:
         return
     if not file.parent.is_dir():
         raise InputError(f"--storage: there is no folder {file.parent}; make it first.")
-    lock, pid = filelock.FileLock(f"{file}.lock", blocking=False), Path(f"{file}.pid")
+    lock, pid = filelock.FileLock(f"{file}.lock", blocking=False), pid_file(file)
     try:
         lock.acquire()
     except filelock.Timeout as error:
-        holder = pid.read_text().strip() if pid.exists() else "unknown"
         raise InputError(
-            f"Study {name!r} is being run by process {holder}; wait for it, or stop it with `kill {holder}`."
+            f"Study {name!r} is being run by process {_pid(file)}; wait for it, or stop it with `kill {_pid(file)}`."
         ) from error
     except OSError as error:
         raise InputError(f"{file} cannot be written ({error}); make its folder writable or give --storage.") from error

@@ -60,7 +60,7 @@ class Display:
             case TrialStarted():
                 self._started, self._trial_start = event, time.perf_counter()
                 if event.resumed:
-                    self._say(f"{event.name} was interrupted; it starts again with the same configuration.")
+                    self._say(f"{event.name} was interrupted; it {_place(event)}.")
             case EpochEnded():
                 self._epoch_ended(event)
             case TrialEnded():
@@ -111,8 +111,8 @@ class Display:
             progress: Any = self._started.progress
             epochs = self._started.epochs
             part = progress.step / max(progress.steps, 1)
-            bar = ProgressBar(total=epochs, completed=max(progress.epoch - 1, 0) + part, width=30)
-            grid.add_row(self._started.name, bar, f"epoch {max(progress.epoch, 1)}/{epochs}")
+            bar = ProgressBar(total=epochs, completed=progress.epoch - 1 + part, width=30)
+            grid.add_row(self._started.name, bar, f"epoch {min(progress.epoch, epochs)}/{epochs}")
         best = "none yet" if self._best is None else f"{self._best.value:.2%} (trial {self._best.number})"
         return Group(grid, f"best {best}   time left {'…' if left is None else duration(left)}")
 
@@ -152,14 +152,24 @@ def duration(seconds: float) -> str:
     return f"{seconds / A_DAY_SECONDS:.1f} days"
 
 
+def _place(started: TrialStarted) -> str:
+    """Where an interrupted training goes on."""
+    progress = started.progress
+    if progress.step and progress.step == progress.steps:
+        return f"goes on with the end of epoch {progress.epoch}"
+    if progress.step:
+        return f"goes on in epoch {progress.epoch} after {progress.step} of {progress.steps} batches"
+    return f"goes on with epoch {progress.epoch}" if progress.epoch > 1 else "starts again with the same configuration"
+
+
 def _outcome(outcome: TrialOutcome) -> str:
     match outcome:
         case Completed(value=value):
             return f"complete  val {value:.2%}"
         case Pruned(epoch=epoch):
             return f"pruned after epoch {epoch}"
-        case Diverged(epoch=epoch):
-            return f"diverged in epoch {epoch}"
+        case Diverged():
+            return f"diverged: {outcome.reason}"
         case Failed(reason=reason):
             return f"failed: {reason}"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,16 @@ def _time_steps(runtime: Runtime, build: Callable[[], nn.Module], image_size: in
     return min(times[1:])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What an optimizer step gives back; the tensors are scalars, still on the device."""
+
+    loss: Tensor  # summed over the batch
+    correct: Tensor
+    grad_norm: Tensor  # before clipping
+    micro_batch: int  # images in one pass at most; the next step had better start with it
+
+
 def train_step(
     model: nn.Module,
     images: Tensor,
@@ -125,20 +135,88 @@ def train_step(
     *,
     label_smoothing: float,
     clip_norm: float | None,
-) -> tuple[Tensor, Tensor]:
+    micro_batch: int | None = None,
+) -> Step:
     """One optimizer step on a batch: float [B, 3, H, W], int64 [B].
 
-    Returns the loss summed over the batch and the number of correct images, both still on the device.
+    With `micro_batch`, the gradient of the same batch is accumulated over parts of at most that many images. When
+    memory runs out, the parts are halved, down to one image. Only dropout and BatchNorm notice: BatchNorm sees smaller
+    batches, and those of a failed attempt twice. Raises MemoryError when one image at a time is too much.
     """
-    with runtime.autocast():
-        logits = model(images)
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    size = min(micro_batch or len(labels), len(labels))
+    states = random_states(runtime.device)
+    while True:
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            loss, correct = accumulate_gradient(model, images, labels, runtime, label_smoothing, size)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise MemoryError(f"out of memory with one image at a time ({_first_line(error)})") from error
+        # Not inside the except: the traceback holds the activations.
+        size = -(-size // 2)
+        free_memory(runtime.device)
+        set_random_states(states, runtime.device)
+    norm = nn.utils.get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
     if clip_norm is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
     optimizer.step()
-    return loss.detach() * len(labels), (logits.argmax(1) == labels).sum()
+    return Step(loss=loss, correct=correct, grad_norm=norm, micro_batch=size)
+
+
+def accumulate_gradient(
+    model: nn.Module, images: Tensor, labels: Tensor, runtime: Runtime, label_smoothing: float, size: int
+) -> tuple[Tensor, Tensor]:
+    """Add the gradient of the batch's mean loss to the parameters, `size` images at a time: (summed loss, correct)."""
+    losses, hits = [], []
+    for part, wanted in zip(images.split(size), labels.split(size), strict=True):
+        with runtime.autocast():
+            logits = model(part)
+        loss = F.cross_entropy(logits.float(), wanted, label_smoothing=label_smoothing)
+        (loss * (len(wanted) / len(labels))).backward()
+        losses.append(loss.detach() * len(wanted))
+        hits.append((logits.argmax(1) == wanted).sum())
+    return torch.stack(losses).sum(), torch.stack(hits).sum()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch (on any device) found no memory; on a CPU and on MPS it says so in words only."""
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    )
+
+
+def free_memory(device: torch.device) -> None:
+    """Give cached blocks back, so that smaller ones can be cut."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Torch's global generators as uint8 tensors; `set_random_states` puts them back."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(states["mps"])
 
 
 @torch.inference_mode()

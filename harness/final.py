@@ -7,109 +7,156 @@ beforehand (seed 0), so nothing is chosen by the test set.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save
-
-from harness.config import Study, TrainConfig
+from harness.checkpoint import SUFFIX, Checkpoint, fingerprint, identity_of, remove, replace_file, write_tensors
+from harness.config import Study
 from harness.data.augment import MEAN, STD
 from harness.data.tensors import load_test
 from harness.engine import Runtime
+from harness.environment import environment
+from harness.errors import Halt
 from harness.experiment import assemble, with_validation_images
 from harness.results import EpochEnded, Event, Metrics, TrialStarted
 from harness.seeds import derive_seed
 from harness.space import label, leaves
 from harness.storage import Store, TrialRecord, has_model
-from harness.tracking import RunLog, Tracker, final_key
+from harness.tracking import RunLog, Tracker, final_key, final_tags
 from harness.trainer import Training, evaluate, fit
 
 CONFIDENCE = 0.95
 
 
-def final_run(study: Study, store: Store, tracker: Tracker, runtime: Runtime, folder: Path) -> Iterator[Event]:
+def final_run(
+    study: Study, store: Store, tracker: Tracker, runtime: Runtime, folder: Path, checkpoints: Path
+) -> Iterator[Event]:
     """Retrain the best configuration, open the test set, save the model in `folder`, record the result.
 
-    A seed that was trained before an interruption is not trained again. When the result is there and only the model is
-    lost, its seed is trained once more, and the test set stays closed. Does nothing when no trial is complete.
+    A seed that was trained before an interruption is not trained again, for its last checkpoint stays until the result
+    is recorded. When the result is there and only the model is lost, its seed is trained once more, and the test set
+    stays closed. Does nothing when no trial is complete.
     """
     best = store.best()
     if best is None or (store.has_final() and has_model(folder)):
         return
-    config = study.config(best.params)
+    seeds = [FinalSeed(study, store, tracker, runtime, best, number, checkpoints) for number in _seeds(study, store)]
+    for seed in seeds:
+        yield from seed.train()
     folder.mkdir(parents=True, exist_ok=True)
     if store.has_final():
-        yield from _train_seed(study, config, best, 0, tracker, runtime, folder)
-        model = _assemble(study, config, 0, runtime)
-        _load(model, _weights(folder, best, 0))
-        save_model(folder, model, best, store.attribute("final"))
-        _run_of(tracker, config, best, 0).end("complete")
-        _weights(folder, best, 0).unlink()
-        return
-    seeds = range(study.final.seeds)
-    for number in seeds:
-        yield from _train_seed(study, config, best, number, tracker, runtime, folder)
+        save_model(folder, seeds[0].trained(), best, store.attribute("final"))
+    else:
+        _open_test_set(study, store, seeds, best, folder)
+    for seed in seeds:
+        seed.end()
+
+
+def _seeds(study: Study, store: Store) -> range:
+    """The seeds to train: all, or the saved model's alone when the result is there."""
+    return range(1) if store.has_final() else range(study.final.seeds)
+
+
+def _open_test_set(study: Study, store: Store, seeds: list[FinalSeed], best: TrialRecord, folder: Path) -> None:
     # The only place where the test split is read. Every seed is trained; nothing is decided after this line.
-    test = load_test(config.data)
+    test = load_test(study.config(best.params).data)
     per_seed: list[dict[str, Any]] = []
     saved = None
-    for number in seeds:
-        training = _assemble(study, config, number, runtime)
-        _load(training, _weights(folder, best, number))
-        metrics = evaluate(training.model, test, runtime)
-        per_seed.append({"seed": number, **_counts(metrics)})
-        log = _run_of(tracker, config, best, number)
-        log.metrics({"test_accuracy": metrics.accuracy, "test_loss": metrics.loss}, step=config.epochs)
-        log.end("complete")
+    for seed in seeds:
+        training = seed.trained()
+        metrics = evaluate(training.model, test, training.runtime)
+        per_seed.append({"seed": seed.number, **_counts(metrics), **seed.record(training)})
+        seed.log.metrics({"test_accuracy": metrics.accuracy, "test_loss": metrics.loss}, training.config.epochs)
         saved = saved or training
     assert saved is not None
     openings = (store.attribute("final") or {}).get("test_openings", 0) + 1
     final = summary(per_seed) | {"trial": best.number, "fit_on": study.final.fit_on, "test_openings": openings}
     save_model(folder, saved, best, final)
     store.set_attribute("final", final)
-    for trained in folder.glob("trial-*-seed-*.safetensors*"):
-        trained.unlink()
 
 
-def _train_seed(
-    study: Study, config: TrainConfig, best: TrialRecord, number: int, tracker: Tracker, runtime: Runtime, folder: Path
-) -> Iterator[Event]:
-    if _weights(folder, best, number).exists():
-        return
-    name = f"final seed {number}"
-    training = _assemble(study, config, number, runtime)
-    log = _run_of(tracker, config, best, number)
-    yield TrialStarted(
-        name=name,
-        number=number,
-        params=best.params,
-        epochs=config.epochs,
-        resumed=False,
-        progress=training.progress,
-    )
-    with closing(fit(training)) as results:
-        for result in results:
-            log.epoch(result)
-            yield EpochEnded(name=name, number=number, result=result)
-    _save(training, _weights(folder, best, number))
+class FinalSeed:
+    """The best configuration trained from one of the final run's seeds."""
 
+    def __init__(
+        self,
+        study: Study,
+        store: Store,
+        tracker: Tracker,
+        runtime: Runtime,
+        best: TrialRecord,
+        number: int,
+        checkpoints: Path,
+    ) -> None:
+        self.number = number
+        self._study, self._runtime, self._best = study, runtime, best
+        self._config, self._key = study.config(best.params), final_key(best.number, number)
+        self._path = checkpoints / f"{self._key}{SUFFIX}"
+        self._uid = store.attribute("uid")
+        self._tracker = tracker
 
-def _assemble(study: Study, config: TrainConfig, number: int, runtime: Runtime) -> Training:
-    training = assemble(config, runtime, derive_seed(study.seed, "final", number))
-    return training if study.final.fit_on == "train" else with_validation_images(training)
+    @cached_property
+    def log(self) -> RunLog:
+        return self._tracker.run(self._key, self._config, final_tags(self._best.number, self.number))
 
+    def train(self) -> Iterator[Event]:
+        """Train to the end, from the checkpoint if there is one; leaves the trained weights in it."""
+        checkpoint = self._checkpoint()
+        training = checkpoint.training
+        resumed = checkpoint.restore()
+        for result in training.progress.epochs:
+            self.log.epoch(result)
+        if training.progress.epoch > self._config.epochs:
+            return
+        name = f"final seed {self.number}"
+        yield TrialStarted(
+            name=name,
+            number=self.number,
+            params=self._best.params,
+            epochs=self._config.epochs,
+            resumed=resumed,
+            progress=training.progress,
+        )
+        with checkpoint.saved_when_stopped(), closing(fit(training, checkpoint.after_batch)) as results:
+            for result in results:
+                self.log.epoch(result)
+                yield EpochEnded(name=name, number=self.number, result=result)
+        checkpoint.save()
 
-def _run_of(tracker: Tracker, config: TrainConfig, best: TrialRecord, number: int) -> RunLog:
-    tags = {"harness.kind": "final", "harness.final_seed": str(number), "harness.best_trial": str(best.number)}
-    return tracker.run(final_key(best.number, number), config, tags)
+    def trained(self) -> Training:
+        """The trained model, from its checkpoint. Raises Halt when that was damaged in the meantime."""
+        checkpoint = self._checkpoint()
+        if not checkpoint.restore():
+            raise Halt(f"The trained weights {self._path} are gone or damaged; the same command trains them again.")
+        return checkpoint.training
+
+    def record(self, training: Training) -> dict[str, Any]:
+        """What the storage keeps of the training: the weights' sha256 and every epoch."""
+        return {
+            "weights": fingerprint(training.model.state_dict()),
+            "epochs": [result.to_dict() for result in training.progress.epochs],
+        }
+
+    def end(self) -> None:
+        """Close the run and drop the checkpoint; to be called when the result is recorded."""
+        self.log.end("complete")
+        remove(self._path)
+
+    def _checkpoint(self) -> Checkpoint:
+        seed = derive_seed(self._study.seed, "final", self.number)
+        training = assemble(self._config, self._runtime, seed)
+        if self._study.final.fit_on == "train+val":
+            training = with_validation_images(training)
+        identity = identity_of(self._uid, self._key, seed, self._config) | {"fit_on": self._study.final.fit_on}
+        return Checkpoint(self._path, identity, training, environment(self._runtime.device.type))
 
 
 def _counts(metrics: Metrics) -> dict[str, Any]:
-    return {"correct": metrics.correct, "total": metrics.total, "accuracy": metrics.accuracy}
+    return {"correct": metrics.correct, "total": metrics.total, "accuracy": metrics.accuracy, "loss": metrics.loss}
 
 
 def summary(per_seed: list[dict[str, Any]]) -> dict[str, Any]:
@@ -151,30 +198,5 @@ def save_model(folder: Path, training: Training, best: TrialRecord, final: Mappi
         "validation_accuracy": best.value,
         "test": {"seed": 0, **final["per_seed"][0]},
     }
-    _save(training, folder / "model.safetensors")
-    _replace(folder / "model.json", json.dumps(description, indent=2, ensure_ascii=False).encode())
-
-
-def _weights(folder: Path, best: TrialRecord, number: int) -> Path:
-    return folder / f"trial-{best.number}-seed-{number}.safetensors"
-
-
-def _save(training: Training, path: Path) -> None:
-    """Write the weights under another name and rename: the file is whole or not there."""
-    partial = path.with_name(path.name + ".partial")
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in training.model.state_dict().items()}
-    with partial.open("wb") as file:
-        file.write(save(state))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _load(training: Training, path: Path) -> None:
-    training.model.load_state_dict(load_file(path, device=str(training.runtime.device)))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    write_tensors(folder / "model.safetensors", training.model.state_dict(), {"trial": best.number, "seed": 0})
+    replace_file(folder / "model.json", json.dumps(description, indent=2, ensure_ascii=False).encode())

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import time
 import traceback
 from collections.abc import Generator
 from contextlib import closing
+from itertools import chain
+from pathlib import Path
 
+from harness.checkpoint import SUFFIX, Checkpoint, identity_of, remove
 from harness.config import Study
 from harness.engine import Runtime
+from harness.environment import environment
+from harness.errors import Halt, no_room
 from harness.experiment import assemble
 from harness.optim import group_table
 from harness.results import (
     Completed,
     Diverged,
     EpochEnded,
-    EpochResult,
     Event,
     Failed,
     Pruned,
@@ -25,39 +28,55 @@ from harness.results import (
 )
 from harness.seeds import derive_seed
 from harness.storage import Asked, Store
-from harness.tracking import RunLog, Tracker, trial_key
+from harness.tracking import RunLog, Tracker, trial_key, trial_tags
 from harness.trainer import Training, fit
 
 
 def evaluate_trial(
-    study: Study, asked: Asked, store: Store, tracker: Tracker, runtime: Runtime
+    study: Study, asked: Asked, store: Store, tracker: Tracker, runtime: Runtime, checkpoints: Path
 ) -> Generator[Event, None, TrialOutcome]:
     """Train one configuration, yielding what happens; the generator's return value is the outcome, already told.
 
-    An exception inside the trial is an outcome too (Failed); one that stops the process is not, and leaves the trial
-    to be taken up again.
+    An exception inside the trial is an outcome too (Failed). What stops the process is not: the trial is left to be
+    taken up again, from a checkpoint when there was time to write one. So is what breaks the ground under all trials
+    (Halt).
     """
-    start, epochs = time.perf_counter(), list[EpochResult]()
-    config = study.config(asked.params)
+    start = time.monotonic()
+    config, key = study.config(asked.params), trial_key(asked.number)
     seed = derive_seed(study.seed, "trial", asked.number)
-    log = tracker.run(trial_key(asked.number), config, {"harness.kind": "trial", "harness.trial_seed": str(seed)})
+    log = tracker.run(key, config, trial_tags(study, asked.number))
+    checkpoint = None
     try:
         training = assemble(config, runtime, seed)
         log.text(group_table(training.groups), "parameter_groups.txt")
-        outcome = yield from _train(training, asked, store, log, epochs)
-    except Exception as error:  # noqa: BLE001 - whatever breaks a trial is that trial's result
+        identity = identity_of(store.attribute("uid"), key, seed, config)
+        here = environment(runtime.device.type)
+        checkpoint = Checkpoint(checkpoints / f"{key}{SUFFIX}", identity, training, here)
+        outcome = yield from _train(training, asked, store, log, checkpoint)
+    except Halt:
+        raise
+    except Exception as error:
+        if no_room(error):
+            raise Halt(f"{error}; make room.") from error
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         outcome = Failed(reason=reason, traceback=traceback.format_exc())
         log.text(outcome.traceback, "traceback.txt")
-    store.tell(asked, outcome, epochs, seconds=time.perf_counter() - start)
+    if checkpoint is None:
+        store.tell(asked, outcome, [], time.monotonic() - start)
+    else:
+        epochs = [result for result in training.progress.epochs if result.is_finite()]
+        store.tell(asked, outcome, epochs, checkpoint.seconds(), checkpoint.environments)
+        remove(checkpoint.path)
     log.end(outcome.state)
     return outcome
 
 
 def _train(
-    training: Training, asked: Asked, store: Store, log: RunLog, epochs: list[EpochResult]
+    training: Training, asked: Asked, store: Store, log: RunLog, checkpoint: Checkpoint
 ) -> Generator[Event, None, TrialOutcome]:
     name, last = f"trial {asked.number}", training.config.epochs
+    checkpoint.restore()
+    restored = tuple(training.progress.epochs)
     yield TrialStarted(
         name=name,
         number=asked.number,
@@ -66,17 +85,17 @@ def _train(
         resumed=asked.resumed,
         progress=training.progress,
     )
-    with closing(fit(training)) as results:
-        for result in results:
+    with checkpoint.saved_when_stopped(), closing(fit(training, checkpoint.after_batch)) as results:
+        for result in chain(restored, results):
+            if not result.is_finite():
+                return Diverged(epoch=result.epoch, step=result.diverged_step, lr=result.lr, grad_norm=result.grad_norm)
             if result.val is None:
                 raise ValueError("A trial needs a validation split.")
-            if not math.isfinite(result.train.loss):
-                return Diverged(epoch=result.epoch)
-            epochs.append(result)
             value = result.val.accuracy
             store.report(asked, result.epoch, value)
             log.epoch(result)
-            yield EpochEnded(name=name, number=asked.number, result=result)
+            if result not in restored:
+                yield EpochEnded(name=name, number=asked.number, result=result)
             if result.epoch < last and store.should_prune(asked, result.epoch):
                 return Pruned(epoch=result.epoch)
     return Completed(value=value)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,8 @@ ACCURACY = "validation accuracy"
 def overview(name: str, store: Store, tracking: str) -> dict[str, Any]:
     """The study as one JSON object (`show --json`)."""
     best, final = store.best(), store.attribute("final")
+    if final is not None:
+        final = final | {"per_seed": [{k: v for k, v in seed.items() if k != "epochs"} for seed in final["per_seed"]]}
     keys = ("accuracy", "correct", "total", "per_seed", "interval", "spread", "trial", "fit_on", "test_openings")
     return {
         "study": name,
@@ -29,6 +33,54 @@ def overview(name: str, store: Store, tracking: str) -> dict[str, Any]:
         "storage": store.url,
         "tracking": tracking,
     }
+
+
+def summary(name: str, store: Store, tracking: str) -> str:
+    """The study in a few lines (`show`)."""
+    counts = ", ".join(f"{number} {state}" for state, number in store.counts().items())
+    best = store.best()
+    values = {} if best is None else best.params
+    shown = [
+        f"{key} = {value:.4g}" if isinstance(value, float) else f"{key} = {value}" for key, value in values.items()
+    ]
+    params = "\n          " + ", ".join(shown) if shown else ""
+    return "\n".join(
+        [
+            f"study     {name}: {counts}",
+            f"best      {verdict(store)}{params}",
+            f"final     {final_sentence(store.attribute('final'))}",
+            f"runtime   {in_words(store.attribute('runtime'))}",
+            f"storage   {store.url}",
+            f"tracking  {tracking}",
+        ]
+    )
+
+
+def in_words(runtime: dict[str, Any] | None) -> str:
+    """The decided engine as a person says it."""
+    if runtime is None:
+        return "not decided yet"
+    layout = "channels last" if runtime["channels_last"] else "channels first"
+    return f"{runtime['device']}, {runtime['precision']}, {layout}"
+
+
+def digest(store: Store) -> str:
+    """A sha256 over what two runs of the same study must agree on.
+
+    Trial numbers, parameters, states, values and intermediate values, and each final seed's result and weights. Times
+    and places are left out.
+    """
+    final = store.attribute("final")
+    seeds = [] if final is None else final["per_seed"]
+    content = {
+        "trials": [
+            [trial.number, trial.params, trial.state, trial.value, list(trial.curve.items())]
+            for trial in store.trials()
+        ],
+        "final": None if final is None else final["trial"],
+        "seeds": [[seed[key] for key in ("seed", "correct", "total", "weights")] for seed in seeds],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def percent(share: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,6 +29,16 @@ class EpochResult:
     train: Metrics
     val: Metrics | None
     seconds: float  # training and validation together
+    grad_norm: float | None = None  # the largest of the epoch's steps, before clipping; None before the first
+    diverged_step: int | None = None  # the first step whose loss or gradient was no finite number, from 1
+    micro_batch: int | None = (
+        None  # images in one pass through the model at most; less than the batch when memory ran out
+    )
+
+    def is_finite(self) -> bool:
+        """Whether training and validation gave numbers."""
+        losses = [self.train.loss] + ([] if self.val is None else [self.val.loss])
+        return self.diverged_step is None and all(math.isfinite(loss) for loss in losses)
 
     def metrics(self) -> dict[str, float]:
         """The flat names that MLflow and the report show."""
@@ -38,6 +49,8 @@ class EpochResult:
             "epoch_seconds": self.seconds,
             "train_images_per_second": self.train.total / self.seconds if self.seconds else 0.0,
         }
+        if self.grad_norm is not None:
+            flat["grad_norm"] = self.grad_norm
         if self.val is not None:
             flat |= {"val_loss": self.val.loss, "val_accuracy": self.val.accuracy}
         return flat
@@ -54,6 +67,9 @@ class EpochResult:
             train=Metrics(**record["train"]),
             val=None if val is None else Metrics(**val),
             seconds=record["seconds"],
+            grad_norm=record.get("grad_norm"),
+            diverged_step=record.get("diverged_step"),
+            micro_batch=record.get("micro_batch"),
         )
 
 
@@ -75,9 +91,20 @@ class Pruned:
 
 @dataclass(frozen=True, kw_only=True)
 class Diverged:
-    """The training loss was no longer a finite number in `epoch`."""
+    """A loss or a gradient was no longer a finite number, first at `step` of `epoch` (both from 1)."""
 
     epoch: int
+    step: int | None = None  # None when only the validation loss was not finite
+    lr: float | None = None  # the head's learning rate at that step
+    grad_norm: float | None = None  # the largest of the epoch's steps before it; None when it was the first
+
+    @property
+    def reason(self) -> str:
+        where = f"in epoch {self.epoch}" if self.step is None else f"at step {self.step} of epoch {self.epoch}"
+        lr = "" if self.lr is None else f", learning rate {self.lr:.3g}"
+        norm = "" if self.grad_norm is None else f", gradient norm up to {self.grad_norm:.3g} before"
+        return f"loss or gradient not finite {where}{lr}{norm}"
+
     state = "diverged"
 
 
@@ -95,7 +122,7 @@ TrialOutcome = Completed | Pruned | Diverged | Failed
 
 @dataclass(frozen=True, kw_only=True)
 class TrialStarted:
-    """A trial, or one seed of the final run, begins. `progress` counts its steps while it runs."""
+    """A trial, or one seed of the final run, begins or goes on. `progress` counts its steps while it runs."""
 
     name: str  # "trial 3", "final seed 0"
     number: int

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sqlite3
+import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from harness.config import Study
 from harness.database import BUSY_TIMEOUT_SECONDS, check_database, connect, dispose, held, sqlite_file
-from harness.errors import InputError
-from harness.results import Completed, EpochResult, Failed, TrialOutcome
+from harness.errors import Halt, InputError
+from harness.results import Completed, Diverged, EpochResult, Failed, TrialOutcome
 from harness.seeds import derive_seed
 from harness.space import Choice, Float, Int, encode
 
+P = ParamSpec("P")
+T = TypeVar("T")
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -47,6 +53,33 @@ class TrialRecord:
     curve: dict[int, float]  # epoch -> validation accuracy, as reported so far
     reason: str | None
     seconds: float | None
+    environments: tuple[dict[str, str], ...] = ()
+    traceback: str | None = None
+
+
+def outlasting(method: Callable[Concatenate[Store, P], T]) -> Callable[Concatenate[Store, P], T]:
+    """A method of Store that waits while another program locks the database. Raises Halt when the database fails.
+
+    Each of these methods may be cut off anywhere and called again, for a process may die anywhere in it.
+    """
+
+    @functools.wraps(method)
+    def patient(self: Store, *args: P.args, **kwargs: P.kwargs) -> T:
+        said = False
+        while True:
+            try:
+                return method(self, *args, **kwargs)
+            except (StorageInternalError, SQLAlchemyError) as error:
+                cause = str(error.__cause__ or error).splitlines()[0]
+                if "locked" not in cause:
+                    raise Halt(
+                        f"The database {self.url} failed ({cause}); mend that, nothing finished is lost."
+                    ) from error
+                if not said:
+                    print(f"The database {self.url} is locked by another program; waiting for it.", file=sys.stderr)
+                    said = True
+
+    return patient
 
 
 class Store:
@@ -63,13 +96,16 @@ class Store:
         """For Optuna's own plots and importances."""
         return self._study
 
+    @outlasting
     def attribute(self, name: str) -> Any:
         """A fact about the whole study, or None."""
         return self._study.user_attrs.get(name)
 
+    @outlasting
     def finished(self) -> int:
         return sum(trial.state in FINISHED for trial in self._study.get_trials(deepcopy=False))
 
+    @outlasting
     def trials(self) -> list[TrialRecord]:
         """All trials that have begun, by number."""
         waiting = TrialState.WAITING
@@ -102,9 +138,11 @@ class Store:
 
     # -- writing ------------------------------------------------------------------------------------------------
 
+    @outlasting
     def set_attribute(self, name: str, value: Any) -> None:
         self._study.set_user_attr(name, value)
 
+    @outlasting
     def ask(self, study: Study) -> Asked:
         """The next trial to evaluate: an interrupted one first, under its own number and parameters, else a new one.
 
@@ -128,20 +166,37 @@ class Store:
             _suggest(trial, path, dimension)
         return Asked(number=trial.number, params=dict(trial.params), resumed=bool(running), trial=trial)
 
+    @outlasting
     def report(self, asked: Asked, epoch: int, value: float) -> None:
         """Record the validation accuracy after an epoch; once is enough, a repeated epoch is left as it was."""
         if epoch not in self._frozen(asked).intermediate_values:
             asked.trial.report(value, epoch)
 
+    @outlasting
     def should_prune(self, asked: Asked, epoch: int) -> bool:
         """The pruner's verdict after `epoch`; an epoch that an earlier process went beyond was judged then."""
         return epoch == self._frozen(asked).last_step and asked.trial.should_prune()
 
-    def tell(self, asked: Asked, outcome: TrialOutcome, epochs: list[EpochResult], seconds: float) -> None:
-        """End a trial. What belongs to it is written before its state, so a finished trial is always whole."""
+    @outlasting
+    def tell(
+        self,
+        asked: Asked,
+        outcome: TrialOutcome,
+        epochs: Sequence[EpochResult],
+        seconds: float,
+        environments: Sequence[Mapping[str, str]] = (),
+    ) -> None:
+        """End a trial. What belongs to it is written before its state, so a finished trial is always whole.
+
+        `environments` are those that it was trained in, one after the other (`harness.environment`).
+        """
         asked.trial.set_user_attr("epochs", [result.to_dict() for result in epochs])
         asked.trial.set_user_attr("seconds", seconds)
-        asked.trial.set_user_attr("outcome", dataclasses.asdict(outcome) | {"state": outcome.state})
+        asked.trial.set_user_attr("environments", [dict(each) for each in environments])
+        described = dataclasses.asdict(outcome) | {"state": outcome.state}
+        if isinstance(outcome, Diverged):
+            described["reason"] = outcome.reason
+        asked.trial.set_user_attr("outcome", described)
         if isinstance(outcome, Completed):
             self._study.tell(asked.trial, outcome.value)
         elif isinstance(outcome, Failed):
@@ -176,6 +231,8 @@ def _record(trial: FrozenTrial) -> TrialRecord:
         curve=dict(sorted(trial.intermediate_values.items())),
         reason=outcome.get("reason"),
         seconds=trial.user_attrs.get("seconds"),
+        environments=tuple(trial.user_attrs.get("environments", [])),
+        traceback=outcome.get("traceback"),
     )
 
 
@@ -240,6 +297,20 @@ def exists(name: str, url: str) -> bool:
         dispose(storage)
 
 
+def as_begun(study: Study, store: Store, content: Mapping[str, str] | None = None) -> Study:
+    """The study as the storage knows it: settings given on the command line at its start are put back.
+
+    `content` are fingerprints as in `open_store`. Raises InputError when the study's file says something else today
+    that no setting can.
+    """
+    stored = store.attribute("definition")
+    if stored is None:
+        raise InputError(f"Study {study.name!r} has not begun; run it with --study {study.name}.")
+    study = study.with_definition(stored)
+    _check_definition(study, store, content)
+    return study
+
+
 def _check_definition(study: Study, store: Store, content: Mapping[str, str] | None) -> None:
     """Keep the definition at the first start; at every later one, refuse a study that would not continue it."""
     now = study.definition() | {f"content of {name}": value for name, value in (content or {}).items()}
@@ -258,8 +329,11 @@ def _check_definition(study: Study, store: Store, content: Mapping[str, str] | N
         )
 
 
-def move_aside(name: str, url: str, model_folder: Path) -> Path | None:
-    """Give an existing study and its model another name (`--fresh`); nothing is deleted. None if there was none."""
+def move_aside(name: str, url: str, *folders: Path) -> Path | None:
+    """Give an existing study, and the folders beside it, another name (`--fresh`); nothing is deleted.
+
+    Returns the new file, None if there was none.
+    """
     file = sqlite_file(url)
     if file is None:
         raise InputError("--fresh moves a SQLite file; with another database, give the new study another --storage.")
@@ -275,8 +349,9 @@ def move_aside(name: str, url: str, model_folder: Path) -> Path | None:
         connection = sqlite3.connect(file, timeout=BUSY_TIMEOUT_SECONDS)
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # all of the study is in the one file that is renamed
         connection.close()
-        if model_folder.exists():
-            model_folder.rename(target.with_suffix(".model"))
+        for folder in folders:
+            if folder.exists():
+                folder.rename(target.with_suffix(folder.suffix))
         file.rename(target)
     return target
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +15,17 @@ from torch import Tensor, nn
 from harness.config import TrainConfig
 from harness.data.augment import augment, normalise
 from harness.data.tensors import ImageSet
-from harness.engine import Runtime, predict, seeded, train_step
+from harness.engine import (
+    Runtime,
+    free_memory,
+    is_out_of_memory,
+    predict,
+    random_states,
+    seeded,
+    set_random_states,
+    train_step,
+)
+from harness.interrupt import undivided
 from harness.optim import ParameterGroup, lr_factor, set_lr, set_training
 from harness.results import EpochResult, Metrics
 from harness.seeds import derive_seed
@@ -23,11 +35,36 @@ EVALUATION_BATCH = 128
 
 @dataclass
 class Progress:
-    """How far a fit is; a display may read it from another thread."""
+    """How far a fit is: all of its state that is not in the model and the optimizer.
 
-    epoch: int = 0
-    step: int = 0
-    steps: int = 0  # in this epoch
+    A display may read it from another thread, and a checkpoint keeps it.
+    """
+
+    epochs: list[EpochResult] = field(default_factory=list)  # the finished ones
+    step: int = 0  # batches done in the epoch after them
+    steps: int = 0  # batches in an epoch
+    trace: Tensor = field(default_factory=lambda: torch.zeros(0, 3))  # loss sum, correct, gradient norm of each batch
+    random_states: dict[str, Tensor] = field(default_factory=dict)  # after `step` batches; empty before the first
+    micro_batch: int | None = None  # see engine.train_step
+    seconds: float = 0.0  # spent in this epoch by processes before this one
+    started: float = 0.0  # when this process began with it
+    whole: bool = True  # False while it moves: model, optimizer and this lie between two states
+
+    @property
+    def epoch(self) -> int:
+        return len(self.epochs) + 1
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """From one whole state to the next; a request to stop waits for the end of it."""
+        with undivided():
+            self.whole = False
+            yield
+            self.whole = True
+
+    def elapsed(self) -> float:
+        """Seconds spent in the epoch that is under way."""
+        return self.seconds + (time.perf_counter() - self.started if self.started else 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,61 +83,98 @@ class Training:
     progress: Progress = field(default_factory=Progress)
 
 
-def fit(training: Training) -> Generator[EpochResult, None, None]:
-    """Train epoch by epoch, yielding each one's result. Closing the generator stops the training.
+def fit(training: Training, after_batch: Callable[[], None] = lambda: None) -> Generator[EpochResult, None, None]:
+    """Train epoch by epoch from where `training.progress` is, yielding each one's result.
 
-    All random draws of an epoch (order, augmentation, dropout, stochastic depth) follow from the training's seed and
-    the epoch's number; torch's global generator is left as it was found.
+    Closing the generator stops the training. `after_batch` is called between two batches, where a checkpoint may be
+    written. All random draws of an epoch (order, augmentation, dropout, stochastic depth) start from the training's
+    seed and the epoch's number; torch's global generator is left as it was found.
     """
-    for epoch in range(1, training.config.epochs + 1):
-        start = time.perf_counter()
-        train = _train_epoch(training, epoch)
-        val = evaluate(training.model, training.val, training.runtime) if training.val is not None else None
-        yield EpochResult(
-            epoch=epoch,
-            lr=training.optimizer.param_groups[0]["lr"],
-            train=train,
-            val=val,
-            seconds=time.perf_counter() - start,
-        )
+    progress = training.progress
+    while progress.epoch <= training.config.epochs:
+        progress.started = time.perf_counter()
+        _train_epoch(training, after_batch)
+        result = _result(training)
+        with progress.moving():
+            progress.epochs.append(result)
+            progress.step, progress.seconds, progress.random_states = 0, 0.0, {}
+        yield result
 
 
-def _train_epoch(training: Training, epoch: int) -> Metrics:
-    config, runtime = training.config, training.runtime
-    seed = derive_seed(training.seed, "epoch", epoch)
+def _train_epoch(training: Training, after_batch: Callable[[], None]) -> None:
+    progress, runtime = training.progress, training.runtime
+    seed = derive_seed(training.seed, "epoch", progress.epoch)
     generator = torch.Generator().manual_seed(seed)
-    batches = _batches(len(training.train), config.batch_size, generator)
-    training.progress.epoch, training.progress.steps = epoch, len(batches)
-    loss_sum = torch.zeros((), device=runtime.device)
-    correct = torch.zeros((), dtype=torch.int64, device=runtime.device)
+    batches = _batches(len(training.train), training.config.batch_size, generator)
+    progress.steps = len(batches)
+    if progress.step == 0:
+        progress.trace = torch.zeros(len(batches), 3, device=runtime.device)
     set_training(training.model, training.groups)
     with seeded(seed, runtime.device):
-        for step, batch in enumerate(batches):
-            training.progress.step = step
-            set_lr(
-                training.optimizer,
-                lr_factor(
-                    step + (epoch - 1) * len(batches),
-                    config.epochs * len(batches),
-                    config.optim.warmup_epochs * len(batches),
-                    config.optim.schedule,
-                ),
-            )
-            stored = training.train.images[batch].to(runtime.device)
-            images = runtime.move(augment(stored, config.augment, config.data.image_size, generator))
-            loss, hits = train_step(
-                training.model,
-                images,
-                training.train.labels[batch].to(runtime.device),
-                training.optimizer,
-                runtime,
-                label_smoothing=config.label_smoothing,
-                clip_norm=config.optim.clip_norm,
-            )
-            loss_sum += loss
-            correct += hits
-    total = len(training.train)
-    return Metrics(loss=loss_sum.item() / total, correct=int(correct.item()), total=total)
+        if progress.random_states:
+            generator.set_state(progress.random_states["augment"])
+            set_random_states(progress.random_states, runtime.device)
+        while progress.step < len(batches):
+            with progress.moving():
+                _train_batch(training, batches[progress.step], generator)
+                progress.random_states = {**random_states(runtime.device), "augment": generator.get_state()}
+                progress.step += 1
+            after_batch()
+
+
+def _train_batch(training: Training, batch: Tensor, generator: torch.Generator) -> None:
+    config, runtime, progress = training.config, training.runtime, training.progress
+    set_lr(training.optimizer, _lr_factor(training, progress.step))
+    stored = training.train.images[batch].to(runtime.device)
+    images = runtime.move(augment(stored, config.augment, config.data.image_size, generator))
+    done = train_step(
+        training.model,
+        images,
+        training.train.labels[batch].to(runtime.device),
+        training.optimizer,
+        runtime,
+        label_smoothing=config.label_smoothing,
+        clip_norm=config.optim.clip_norm,
+        micro_batch=progress.micro_batch,
+    )
+    progress.trace[progress.step] = torch.stack([done.loss, done.correct, done.grad_norm])
+    if done.micro_batch < min(progress.micro_batch or len(batch), len(batch)):
+        progress.micro_batch = done.micro_batch
+        text = f"Out of memory: going on with {done.micro_batch} images at a time, accumulated to the same batch."
+        print(text, file=sys.stderr)
+
+
+def _lr_factor(training: Training, step: int) -> float:
+    """The schedule's factor at a step of the epoch that is under way."""
+    config, progress = training.config, training.progress
+    return lr_factor(
+        step + (progress.epoch - 1) * progress.steps,
+        config.epochs * progress.steps,
+        config.optim.warmup_epochs * progress.steps,
+        config.optim.schedule,
+    )
+
+
+def _result(training: Training) -> EpochResult:
+    """What the finished batches add up to, and the validation."""
+    config, progress, total = training.config, training.progress, len(training.train)
+    trace = progress.trace.double().cpu()
+    bad = (~trace.isfinite().all(1)).nonzero()
+    good = trace[: int(bad[0]) if len(bad) else len(trace)]
+    last = int(bad[0]) if len(bad) else progress.steps - 1
+    val = None
+    if training.val is not None and not len(bad):
+        val = evaluate(training.model, training.val, training.runtime)
+    return EpochResult(
+        epoch=progress.epoch,
+        lr=training.groups[0].lr * _lr_factor(training, last),
+        train=Metrics(loss=trace[:, 0].sum().item() / total, correct=int(good[:, 1].sum()), total=total),
+        val=val,
+        seconds=progress.elapsed(),
+        grad_norm=good[:, 2].max().item() if len(good) else None,
+        diverged_step=last + 1 if len(bad) else None,
+        micro_batch=min(progress.micro_batch or config.batch_size, config.batch_size),
+    )
 
 
 def _batches(count: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:
@@ -121,7 +195,13 @@ def evaluate(model: nn.Module, images: ImageSet, runtime: Runtime) -> Metrics:
 def logits_of(model: nn.Module, images: ImageSet, runtime: Runtime) -> Tensor:
     """Logits float32 [N, classes] of every image of a split, in its order."""
     model.eval()
-    parts = [
-        predict(model, normalise(part.to(runtime.device)), runtime) for part in images.images.split(EVALUATION_BATCH)
-    ]
-    return torch.cat(parts)
+    size = EVALUATION_BATCH
+    while True:
+        try:
+            parts = [predict(model, normalise(part.to(runtime.device)), runtime) for part in images.images.split(size)]
+            return torch.cat(parts)
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+        size //= 2
+        free_memory(runtime.device)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from harness.cli import main
-from harness.tracking import local_tracker
+from harness.mlflow_places import local_tracker
 
 
 def free_port() -> int:

@@ -164,9 +164,12 @@ def test_the_best_trial_so_far_is_marked(store: Store) -> None:
 
 def test_every_outcome_has_its_words(store: Store) -> None:
     failed = Failed(reason="RuntimeError: out of memory", traceback="")
-    text = shown(STUDY, store, [Pruned(epoch=1), Diverged(epoch=2), failed])
+    text = shown(STUDY, store, [Pruned(epoch=1), Diverged(epoch=2, step=7, lr=0.5, grad_norm=31.4), failed])
     assert "pruned after epoch 1" in text
-    assert "diverged in epoch 2" in text
+    assert (
+        "diverged: loss or gradient not finite at step 7 of epoch 2, learning rate 0.5, gradient norm up to 31.4"
+        in text
+    )
     assert "failed: RuntimeError: out of memory" in text
 
 

@@ -90,7 +90,8 @@ def test_auto_on_a_cpu_decides_among_what_is_left_open(precision: Any, layout: A
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, where: Runtime, **settings: Any) -> tuple[Tensor, Tensor]:
     images, labels = batch()
     settings = {"label_smoothing": 0.0, "clip_norm": None, **settings}
-    return train_step(model, where.move(images), labels, optimizer, where, **settings)
+    done = train_step(model, where.move(images), labels, optimizer, where, **settings)
+    return done.loss, done.correct
 
 
 @pytest.mark.parametrize("where", [runtime(), runtime(bf16=True), runtime(channels_last=True)], ids=str)

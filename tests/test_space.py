@@ -77,12 +77,12 @@ def test_leaves_walk_every_field_in_order_and_name_the_classes() -> None:
     assert found["backbone.type"] == "TinyMaxViT"
     assert found["optim.base_lr"] == BASE.optim.base_lr
     assert list(found)[:2] == ["data.type", "data.species"]
-    assert list(found)[-3:] == ["batch_size", "epochs", "label_smoothing"]
+    assert list(found)[-4:] == ["batch_size", "epochs", "label_smoothing", "checkpoint_seconds"]
 
 
 def test_leaves_of_the_identity_leave_out_where_things_lie() -> None:
     names = {path for path, _ in leaves(BASE, identity_only=True)}
-    assert {path for path, _ in leaves(BASE)} - names == {"data.cache", "engine.device"}
+    assert {path for path, _ in leaves(BASE)} - names == {"data.cache", "engine.device", "checkpoint_seconds"}
 
 
 def test_paths_are_exactly_what_get_accepts() -> None:

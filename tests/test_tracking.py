@@ -15,10 +15,12 @@ import pytest
 
 from harness.config import Study
 from harness.errors import InputError
+from harness.mlflow_places import check_writable, local_tracker, local_uri
+from harness.mlflow_tracker import MLflowTracker
 from harness.results import Completed, Diverged, Failed, Pruned, TrialOutcome
 from harness.search import no_pruning
 from harness.storage import Store, open_store
-from harness.tracking import MLflowTracker, check_writable, facts, final_key, local_tracker, local_uri, trial_key
+from harness.tracking import facts, final_key, trial_key
 from tests.analytic import epoch_result
 from tests.conftest import PROJECT, make_study
 
@@ -339,12 +341,14 @@ def test_nothing_but_the_tracking_module_imports_mlflow() -> None:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             if any(name.split(".")[0] == "mlflow" for name in names):
                 offenders.append(file.name)
-    assert set(offenders) == {"tracking.py"}
+    assert set(offenders) == {"mlflow_tracker.py", "mlflow_places.py"}
 
 
 def test_mlflow_sends_no_telemetry_and_starts_no_jobs() -> None:
     names = ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION")
-    code = f"import os, harness.tracking, sys; print(*(os.environ[n] for n in {names!r}), 'mlflow' in sys.modules)"
+    code = (
+        f"import os, harness.mlflow_tracker, sys; print(*(os.environ[n] for n in {names!r}), 'mlflow' in sys.modules)"
+    )
     clean = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=PROJECT, env=clean, capture_output=True, text=True, check=True

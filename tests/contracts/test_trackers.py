@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from harness import tracking
+from harness import mlflow_tracker, tracking
 from harness.config import Study
+from harness.mlflow_places import local_tracker
 from harness.storage import Store
-from harness.tracking import NoTracker, Tracker, local_tracker, trial_key
+from harness.tracking import NoTracker, Tracker, trial_key
 from tests.analytic import epoch_result, memory_store
 from tests.conftest import make_study
 
@@ -88,5 +89,7 @@ class TestMLflowTracker(TrackerContract):
 
 
 def test_every_tracker_of_the_module_is_held_to_the_contract() -> None:
-    trackers = {name for name in vars(tracking) if name.endswith("Tracker") and name != "Tracker"}
+    trackers = {
+        name for name in {**vars(tracking), **vars(mlflow_tracker)} if name.endswith("Tracker") and name != "Tracker"
+    }
     assert trackers == {"NoTracker", "MLflowTracker"}

@@ -1,0 +1,130 @@
+"""Whether storage, MLflow, checkpoints, model and processes agree, and mending it when they do not.
+
+The storage is the truth: MLflow is brought into line with it, files that no training will read are dropped. A result
+is never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.catalogue import Found
+from harness.checkpoint import Damaged, fingerprint, read_tensors, remove, stale
+from harness.config import Study
+from harness.database import holder, pid_file, sqlite_file
+from harness.errors import InputError
+from harness.storage import Store, as_begun, has_model, open_store, read_store
+from harness.study import wanted_keys
+from harness.tracking import Finding, expected_runs, facts, trial_key
+
+if TYPE_CHECKING:
+    from harness.mlflow_tracker import MLflowTracker
+
+
+def consult(found: Found, url: str, tracking_uri: str | None, fix: bool) -> bool:
+    """Print each disagreement in a line, and mend it if asked to; whether all is well now.
+
+    Raises InputError when the study cannot be read, and with `fix` also while a process runs it.
+    """
+    from harness.mlflow_places import attached
+
+    file = sqlite_file(url)
+    study = found.study.located(found.home, None, None)
+    checkpoints, model = (found.beside(url, suffix) for suffix in (".checkpoints", ".model"))
+    process = holder(file)
+    if fix and process is not None:
+        raise InputError(f"Study {study.name!r} is being run by process {process}; wait for it, then mend.")
+    with read_store(study.name, url) as store:
+        study = as_begun(study, store)
+        tracker = attached(tracking_uri, found.mlruns, study, store)
+        findings = list(examine(study, store, tracker, checkpoints, model, process is not None))
+        if file is not None and process is None and pid_file(file).exists():
+            text = f"{pid_file(file)} names process {pid_file(file).read_text().strip()}, which is gone"
+            findings.append(Finding(text, pid_file(file).unlink))
+        for finding in findings:
+            print(finding.text)
+        if not findings:
+            print(_well(store))
+    if not (fix and findings):
+        return not findings
+    with open_store(study, url) as store:
+        return _mend(study, store, found, tracking_uri, checkpoints, model)
+
+
+def _well(store: Store) -> str:
+    interrupted = [str(trial.number) for trial in store.trials() if trial.state == "running"]
+    waiting = f"; trial {', '.join(interrupted)} goes on when the study does" if interrupted else ""
+    return f"Storage, MLflow, checkpoints and processes agree on {store.finished()} finished trials{waiting}."
+
+
+def _mend(study: Study, store: Store, found: Found, tracking_uri: str | None, checkpoints: Path, model: Path) -> bool:
+    """Mend everything that can be; whether nothing is left. The study must be held."""
+    from harness.mlflow_places import tracker_for
+
+    tracker = tracker_for(tracking_uri, found.mlruns)
+    tracker.start(study, store, facts(study, store.attribute("runtime") or {}))
+    left = 0
+    for finding in list(examine(study, store, tracker, checkpoints, model, living=False)):
+        if finding.mend is None:
+            left += 1
+        else:
+            finding.mend()
+    told = tracker.settle("complete" if store.is_complete(study) else None)
+    if not told:
+        print("MLflow did not take everything; run the doctor again when it answers.")
+    left += sum(finding.mend is None for finding in examine(study, store, tracker, checkpoints, model, living=False))
+    print("Mended." if told and not left else "Not all of it could be mended.")
+    return told and not left
+
+
+def examine(
+    study: Study, store: Store, tracker: MLflowTracker | None, checkpoints: Path, model: Path, living: bool
+) -> Iterator[Finding]:
+    """Every disagreement. While a process is `living` that runs the study, what is under way is left out.
+
+    The tracker must be attached; None means that there is no MLflow database. Writes nothing; a finding's `mend` does.
+    """
+    if not living:
+        yield from _checkpoints(study, store, checkpoints)
+    yield from _model(store, model)
+    running = {trial_key(trial.number) for trial in store.trials() if trial.state == "running"}
+    expected = expected_runs(study, store)
+    if tracker is not None:
+        yield from tracker.disagreements(expected, running, living)
+    elif expected:
+        yield Finding(f"MLflow has no database and lacks {len(expected)} runs")
+
+
+def _checkpoints(study: Study, store: Store, folder: Path) -> Iterator[Finding]:
+    useless = stale(folder, wanted_keys(study, store))
+    for path in useless:
+        yield Finding(f"{path} is left over: nothing will read it", partial(remove, path))
+    for path in sorted(set(folder.glob("*")) - set(useless)):
+        try:
+            whose = read_tensors(path)[1]["identity"]["study"]
+        except (Damaged, KeyError) as error:
+            yield Finding(f"{error}; its training would start again", partial(remove, path))
+            continue
+        if whose != store.attribute("uid"):
+            yield Finding(f"{path} belongs to another study", partial(remove, path))
+
+
+def _model(store: Store, folder: Path) -> Iterator[Finding]:
+    final = store.attribute("final")
+    if final is None or not store.has_final():
+        return
+    again = "run the study again to have it trained again"
+    if not has_model(folder):
+        yield Finding(f"{folder} holds no model, but the final run is recorded; {again}")
+        return
+    weights = folder / "model.safetensors"
+    try:
+        known = fingerprint(read_tensors(weights)[0]) in (None, final["per_seed"][0].get("weights"))
+    except Damaged as error:
+        yield Finding(f"{error}; {again}", weights.unlink)
+        return
+    if not known:
+        yield Finding(f"{weights} holds other weights than the final run's; {again}", weights.unlink)

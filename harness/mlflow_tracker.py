@@ -1,0 +1,367 @@
+"""MLflow, the view that people browse. Nothing else imports mlflow.
+
+One parent run a study, one child run a trial and one a final seed, found again by tags after a restart. Runs are
+written through MlflowClient with explicit ids; the storage is the truth, and `synchronise` brings MLflow into line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.errors import InputError
+from harness.outbox import Away, Outbox
+from harness.results import EpochResult
+from harness.space import label, leaves
+from harness.tracking import Expected, Finding, expected_runs
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+    from harness.config import Study, TrainConfig
+    from harness.storage import Store
+
+# Before mlflow is imported anywhere: no telemetry, no background jobs.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+# A server that is away or hangs is named after seconds; entries for it wait in an outbox, not in its client.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+
+STATUS = {"complete": "FINISHED", "pruned": "KILLED", "diverged": "FAILED", "failed": "FAILED"}
+UID, KEY, STATE = "harness.study_uid", "harness.key", "harness.state"
+REFUSALS = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
+
+
+class MLflowRun:
+    """One MLflow run, opened when the first entry arrives; what it already has at a step is not written twice."""
+
+    def __init__(self, tracker: MLflowTracker, key: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+        self._tracker, self._key, self._params, self._tags = tracker, key, params, tags
+        self._run_id: str | None = None
+        self._steps: set[int] | None = None  # epochs that it has; None when that must be asked
+        tracker.tell(self._open)
+
+    def epoch(self, result: EpochResult) -> None:
+        self._tracker.tell(lambda: self._log_epoch(result))
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        self._tracker.tell(lambda: self._tracker.log_once(self._open(), values, step))
+
+    def text(self, content: str, name: str) -> None:
+        self._tracker.tell(lambda: self._tracker.client.log_text(self._open(), content, name))
+
+    def end(self, state: str) -> None:
+        self._tracker.tell(lambda: self._tracker.close_run(self._open(), state))
+
+    def _log_epoch(self, result: EpochResult) -> None:
+        # Until it is known that the entry arrived, nothing is known about the steps.
+        run_id, (steps, self._steps) = self._open(), (self._steps, None)
+        if steps is None:
+            steps = self._tracker.steps(run_id, "train_loss")
+        if result.epoch not in steps:
+            self._tracker.log(run_id, result.metrics(), result.epoch)
+        self._steps = steps | {result.epoch}
+
+    def _open(self) -> str:
+        if self._run_id is None:
+            new = not self._tracker.has(self._key)
+            self._run_id = self._tracker.open_run(self._key, self._params, self._tags)
+            self._steps = set() if new else None
+        return self._run_id
+
+
+class MLflowTracker:
+    """Logs a study to an MLflow tracking server or database at `uri`.
+
+    When MLflow goes away after the start, entries wait in order until it is back, or until the study's next start.
+    """
+
+    def __init__(self, uri: str, artifacts: Path | None) -> None:
+        """`artifacts` is the folder for a local database's files; None leaves them to the server."""
+        self.uri = uri
+        self._artifacts = artifacts
+        self._experiment: str | None = None
+        self._open: set[str] = set()
+        self._runs: dict[str, Run] | None = {}  # by key; None when that must be asked
+        self._outbox = Outbox(lambda text: print(text, file=sys.stderr), f"MLflow at {uri}")
+
+    def connect(self) -> None:
+        """Raise InputError unless the server or database answers; no run is made."""
+        from mlflow import MlflowClient
+
+        quiet()
+        with self._as_input_error():
+            self.client = MlflowClient(tracking_uri=self.uri)
+            self.client.search_experiments(max_results=1)
+
+    def start(self, study: Study, store: Store, facts: Mapping[str, str]) -> None:
+        """Open or reopen the study's parent run. Raises InputError when MLflow cannot be reached or written."""
+        self.connect()
+        with self._as_input_error():
+            self._experiment = self._get_experiment(study.name)
+            self._tags = {UID: store.attribute("uid"), **facts}
+            self._runs = None
+            self._parent = self.open_run("study", {}, self._tags, study.name)
+        self.synchronise(study, store)
+
+    def attach(self, study: Study, store: Store) -> None:
+        """Look at a study's runs without writing anything. Raises InputError when MLflow cannot be reached."""
+        self.connect()
+        with self._as_input_error():
+            experiment = self.client.get_experiment_by_name(study.name)
+            self._experiment = None if experiment is None else experiment.experiment_id
+            self._tags = {UID: store.attribute("uid")}
+
+    @contextlib.contextmanager
+    def _as_input_error(self) -> Iterator[None]:
+        try:
+            yield
+        except _faults() as error:
+            raise InputError(
+                f"MLflow at {self.uri} cannot be used ({_first_line(error)}); check --tracking-uri."
+            ) from error
+
+    def run(self, key: str, config: TrainConfig, tags: Mapping[str, str]) -> MLflowRun:
+        """A child run: the one with this key if there is one already, else a new one."""
+        params = {path: str(label(value)) for path, value in leaves(config)}
+        return MLflowRun(self, key, params, {**self._tags, **tags, "mlflow.parentRunId": self._parent})
+
+    def synchronise(self, study: Study, store: Store) -> None:
+        """Make the runs of finished trials say what the storage says: add what is missing, close what is open."""
+        for wanted in expected_runs(study, store):
+            run = (self._runs or {}).get(wanted.key)
+            said = None if run is None else (run.info.status, run.data.tags.get(STATE))
+            if said != (STATUS[wanted.state], wanted.state):
+                self.write(wanted)
+
+    def write(self, wanted: Expected) -> None:
+        """Write a finished run whole; what it has already stays."""
+        log = self.run(wanted.key, wanted.config, wanted.tags)
+        for result in wanted.epochs:
+            log.epoch(result)
+        if wanted.metrics:
+            log.metrics(wanted.metrics, wanted.config.epochs)
+        if wanted.traceback is not None:
+            log.text(wanted.traceback, "traceback.txt")
+        log.end(wanted.state)
+
+    def disagreements(self, expected: list[Expected], running: set[str], living: bool) -> Iterator[Finding]:
+        """Where MLflow differs from what is expected of it; `running` are the keys of unfinished trials."""
+        known: dict[str, Run] = {}
+        for run in reversed(self._all_runs()):
+            key = run.data.tags[KEY]
+            if key in known:
+                yield Finding(f"MLflow has a second run of {key}", self._later(self._delete, run))
+            else:
+                known[key] = run
+        wanted = {each.key: each for each in expected}
+        for key, each in wanted.items():
+            yield from self._compare(each, known.get(key))
+        for key, run in known.items():
+            if key in wanted or (living and run.info.status == "RUNNING"):
+                continue
+            if key.startswith("trial-") and key not in running:
+                yield Finding(
+                    f"MLflow has a run of {key}, which the storage does not know", self._later(self._delete, run)
+                )
+            elif run.info.status == "RUNNING":
+                kill = self._later(self.kill_run, run.info.run_id)
+                yield Finding(f"MLflow shows {key} as running, but no process runs it", kill)
+
+    def _compare(self, wanted: Expected, run: Run | None) -> Iterator[Finding]:
+        if run is None:
+            yield Finding(f"MLflow lacks the run of {wanted.key}", functools.partial(self.write, wanted))
+            return
+        for name, values in wanted.series().items():
+            history = [(each.step, each.value) for each in self.client.get_metric_history(run.info.run_id, name)]
+            if not set(history) <= set(values) or len(set(history)) < len(history):
+                anew = functools.partial(self._write_anew, wanted, run)
+                yield Finding(f"MLflow has other values of {name} for {wanted.key} than the storage", anew)
+                return
+            if len(history) < len(values):
+                text = f"MLflow has {name} of {wanted.key} at {len(history)} of {len(values)} steps"
+                yield Finding(text, functools.partial(self.write, wanted))
+                return
+        said = run.info.status, run.data.tags.get(STATE)
+        if said != (STATUS[wanted.state], wanted.state):
+            text = f"MLflow shows {wanted.key} as {said[1] or said[0]}, but it is {wanted.state}"
+            yield Finding(text, functools.partial(self.write, wanted))
+
+    def _later(self, operation: Callable[..., object], *arguments: object) -> Callable[[], None]:
+        return functools.partial(self.tell, functools.partial(operation, *arguments))
+
+    def _delete(self, run: Run) -> None:
+        self.client.delete_run(run.info.run_id)
+        self._runs = None
+
+    def _write_anew(self, wanted: Expected, run: Run) -> None:
+        self.tell(functools.partial(self._delete, run))
+        self.write(wanted)
+
+    def settle(self, state: str | None) -> bool:
+        """End the parent run as `state`, None for a study that is not finished; whether MLflow has taken everything."""
+        end = (
+            functools.partial(self.close_run, self._parent, state)
+            if state
+            else functools.partial(self.kill_run, self._parent)
+        )
+        self.tell(end)
+        return self._outbox.flush()
+
+    def finish(self, metrics: Mapping[str, float], artifacts: Iterable[Path], state: str) -> bool:
+        """Write the study's own metrics and files to the parent run and end it; folders are logged whole.
+
+        Returns whether MLflow has taken everything.
+        """
+        if metrics:
+            self.tell(lambda: self.log_once(self._parent, metrics, self._count_trials()))
+        for path in artifacts:
+            self.tell(functools.partial(self._log_artifact, path))
+        self.tell(self._close_leftovers)
+        self.tell(lambda: self.close_run(self._parent, state))
+        return self._outbox.flush()
+
+    def interrupt(self) -> None:
+        """Mark what is open as killed; a resumed study takes the same runs up again."""
+        for run_id in list(self._open):
+            self.tell(functools.partial(self.kill_run, run_id))
+        self._outbox.flush()
+        self._open.clear()
+
+    # -- the operations: each may be repeated ----------------------------------------------------------------------
+
+    def tell(self, operation: Callable[[], object]) -> None:
+        """Do it now if MLflow answers, else when it is back; what MLflow refuses for good is named and left out."""
+
+        def attempt() -> None:
+            try:
+                operation()
+            except _faults() as error:
+                if getattr(error, "error_code", None) in REFUSALS:
+                    print(f"MLflow refuses an entry and it is left out: {_first_line(error)}", file=sys.stderr)
+                    return
+                self._runs = None
+                raise Away(_first_line(error)) from error
+
+        self._outbox.add(attempt)
+
+    def has(self, key: str) -> bool:
+        if self._runs is None:
+            self._runs = self.known_runs()
+        return key in self._runs
+
+    def open_run(self, key: str, params: Mapping[str, str], tags: Mapping[str, str], name: str | None = None) -> str:
+        from mlflow.entities import Param
+
+        if self.has(key):
+            assert self._runs is not None
+            known = self._runs[key]
+            run_id: str = known.info.run_id
+            self.client.update_run(run_id, status="RUNNING")
+            self.client.set_tag(run_id, STATE, "running")
+            # Parameters cannot be changed; where something lies may be another place today.
+            params = {path: value for path, value in params.items() if path not in known.data.params}
+        else:
+            every = {**tags, KEY: key, STATE: "running"}
+            run = self.client.create_run(self._experiment, tags=every, run_name=name or key.replace("-", " "))
+            run_id = run.info.run_id
+            assert self._runs is not None
+            self._runs[key] = run
+        if params:
+            self.client.log_batch(run_id, params=[Param(path, value) for path, value in params.items()])
+        self._open.add(run_id)
+        return run_id
+
+    def close_run(self, run_id: str, state: str) -> None:
+        self.client.set_tag(run_id, STATE, state)
+        self.client.set_terminated(run_id, STATUS[state])
+        self._open.discard(run_id)
+
+    def kill_run(self, run_id: str) -> None:
+        self.client.set_tag(run_id, STATE, "interrupted")
+        self.client.set_terminated(run_id, "KILLED")
+
+    def steps(self, run_id: str, metric: str) -> set[int]:
+        return {each.step for each in self.client.get_metric_history(run_id, metric)}
+
+    def log(self, run_id: str, values: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self.client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
+
+    def log_once(self, run_id: str, values: Mapping[str, float], step: int) -> None:
+        missing = {name: value for name, value in values.items() if step not in self.steps(run_id, name)}
+        if missing:
+            self.log(run_id, missing, step)
+
+    def _log_artifact(self, path: Path) -> None:
+        if path.is_dir():
+            self.client.log_artifacts(self._parent, str(path), path.name)
+        else:
+            self.client.log_artifact(self._parent, str(path))
+
+    def _count_trials(self) -> int:
+        return sum(key.startswith("trial-") for key in self.known_runs())
+
+    def _close_leftovers(self) -> None:
+        """A seed of an earlier final run, killed before the study was extended and found a better trial."""
+        for run in self.known_runs().values():
+            if run.info.status == "RUNNING" and run.info.run_id != self._parent:
+                self.client.set_terminated(run.info.run_id, "KILLED")
+
+    def _get_experiment(self, name: str) -> str:
+        existing = self.client.get_experiment_by_name(name)
+        if existing is not None:
+            found: str = existing.experiment_id
+            return found
+        location = (self._artifacts / name).resolve().as_uri() if self._artifacts else None
+        tags = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on training runs, not on traces
+        made: str = self.client.create_experiment(name, artifact_location=location, tags=tags)
+        return made
+
+    def known_runs(self) -> dict[str, Run]:
+        """This study's runs by key; of two with the same key, the older one."""
+        return {run.data.tags[KEY]: run for run in self._all_runs()}
+
+    def _all_runs(self) -> list[Run]:
+        """Newest first."""
+        if self._experiment is None:
+            return []
+        runs: list[Run] = []
+        token = None
+        query = f"tags.`{UID}` = '{self._tags[UID]}'"
+        while True:
+            page = self.client.search_runs([self._experiment], query, max_results=1000, page_token=token)
+            runs += page
+            token = page.token
+            if not token:
+                return runs
+
+
+def _faults() -> tuple[type[Exception], ...]:
+    """What MLflow's client raises when its server or database does not do as it is told."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, SQLAlchemyError, OSError
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def quiet() -> None:
+    """MLflow announces each table that it creates; a study has better things to say."""
+    import logging
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # what it raises is told in our words

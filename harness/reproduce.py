@@ -1,0 +1,60 @@
+"""Training a trial again, and holding every epoch against the record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+from harness.checkpoint import differences
+from harness.config import Study
+from harness.engine import Runtime
+from harness.environment import environment
+from harness.errors import InputError
+from harness.experiment import assemble
+from harness.results import EpochResult
+from harness.seeds import derive_seed
+from harness.storage import TrialRecord
+from harness.trainer import fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """An epoch as it was recorded, and as it came out now."""
+
+    recorded: EpochResult
+    now: EpochResult
+
+    @property
+    def same(self) -> bool:
+        return (self.recorded.train, self.recorded.val, self.recorded.lr) == (self.now.train, self.now.val, self.now.lr)
+
+    def line(self) -> str:
+        """Recorded and new numbers side by side."""
+        then, now = self.recorded, self.now
+        words = [f"epoch {then.epoch}", f"loss {then.train.loss:.6f} {now.train.loss:.6f}"]
+        if then.val is not None and now.val is not None:
+            words.append(f"val {then.val.accuracy:.2%} {now.val.accuracy:.2%}")
+        return "  ".join([*words, "same" if self.same else "DIFFERENT"])
+
+
+def reproduce(study: Study, trial: TrialRecord, runtime: Runtime) -> Iterator[Compared]:
+    """Train the trial's recorded epochs again from its seed. Raises InputError when none was recorded."""
+    if not trial.epochs:
+        raise InputError(f"Trial {trial.number} has no recorded epoch to compare with ({trial.state}); take another.")
+    training = assemble(study.config(trial.params), runtime, derive_seed(study.seed, "trial", trial.number))
+    training.progress.micro_batch = trial.epochs[0].micro_batch
+    with closing(fit(training)) as results:
+        for recorded, now in zip(trial.epochs, results, strict=False):
+            yield Compared(recorded=recorded, now=now)
+
+
+def explanation(trial: TrialRecord, runtime: Runtime) -> str:
+    """Why the numbers may differ: what was another version, device or number of threads then."""
+    here = environment(runtime.device.type)
+    found = [text for each in trial.environments if (text := differences(each, here))]
+    if len(trial.environments) > 1:
+        found.append("the trial was interrupted and went on elsewhere")
+    if not found:
+        return "Versions, device, threads and commit are those of then; uncommitted code or the machine differs."
+    return "Different from then: " + "; ".join(found) + "."
