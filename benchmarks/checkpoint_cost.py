@@ -2,8 +2,8 @@
 
     python -m benchmarks.checkpoint_cost [--trials 8]
 
-The share is counted, not compared: every call of Checkpoint.save and Checkpoint.after_batch is timed in the study itself,
-for the noise between two whole studies is larger than what is measured.
+The share is counted, not compared: every call of Checkpoint.save and Checkpoint.after_batch is timed in the study
+itself, for the noise between two whole studies is larger than what is measured.
 """
 
 from __future__ import annotations

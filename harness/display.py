@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from harness import interrupt
 from harness.config import Study
 from harness.results import (
     Completed,
@@ -114,7 +115,8 @@ class Display:
             bar = ProgressBar(total=epochs, completed=progress.epoch - 1 + part, width=30)
             grid.add_row(self._started.name, bar, f"epoch {min(progress.epoch, epochs)}/{epochs}")
         best = "none yet" if self._best is None else f"{self._best.value:.2%} (trial {self._best.number})"
-        return Group(grid, f"best {best}   time left {'…' if left is None else duration(left)}")
+        last = f"best {best}   time left {'…' if left is None else duration(left)}"
+        return Group(grid, interrupt.NOTICE if interrupt.requested() else last)
 
 
 def estimate(

@@ -5,11 +5,15 @@ SIGTERM, which schedulers send before they kill, is a polite request however oft
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+
+NOTICE = "Stopping: the batch is finished first, then saved. Ctrl-C again stops at once."
 
 
 class _State:
@@ -22,6 +26,11 @@ def install() -> None:
     _State.requested = False
     signal.signal(signal.SIGINT, _handle)
     signal.signal(signal.SIGTERM, _handle)
+
+
+def requested() -> bool:
+    """Whether somebody asked this process to stop."""
+    return _State.requested
 
 
 @contextmanager
@@ -42,4 +51,5 @@ def _handle(number: int, frame: Any) -> None:
         return
     if again or not _State.undivided:
         raise KeyboardInterrupt
-    print("Stopping: the batch is finished first, then saved. Ctrl-C again stops at once.", file=sys.stderr, flush=True)
+    if not sys.stdout.isatty():  # a live display says it itself; and print may not be called inside a print
+        os.write(2, f"{NOTICE}\n".encode())

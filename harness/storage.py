@@ -168,9 +168,16 @@ class Store:
 
     @outlasting
     def report(self, asked: Asked, epoch: int, value: float) -> None:
-        """Record the validation accuracy after an epoch; once is enough, a repeated epoch is left as it was."""
-        if epoch not in self._frozen(asked).intermediate_values:
+        """Record the validation accuracy after an epoch; once is enough, a repeated epoch is left as it was.
+
+        A repeated epoch with another result is named on stderr: the trial went on where the same steps give other bits.
+        """
+        known = self._frozen(asked).intermediate_values.get(epoch)
+        if known is None:
             asked.trial.report(value, epoch)
+        elif known != value:
+            text = f"Trial {asked.number} was redone from before epoch {epoch} and gives {value:.4f} there, not {known:.4f}"
+            print(f"{text}; it is no longer the trial of an uninterrupted study.", file=sys.stderr)
 
     @outlasting
     def should_prune(self, asked: Asked, epoch: int) -> bool:
