@@ -37,6 +37,8 @@ class Runtime:
         return {"device": self.device.type, "precision": precision, "channels_last": self.channels_last}
 
     def place(self, model: nn.Module) -> nn.Module:
+        if self.device.type == "cuda":  # without it, cuDNN may sum in another order from run to run
+            torch.backends.cudnn.deterministic = True
         model = model.to(self.device)
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
 

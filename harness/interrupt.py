@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-
 NOTICE = "Stopping: the batch is finished first, then saved. Ctrl-C again stops at once."
 
 

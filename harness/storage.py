@@ -176,8 +176,8 @@ class Store:
         if known is None:
             asked.trial.report(value, epoch)
         elif known != value:
-            text = f"Trial {asked.number} was redone from before epoch {epoch} and gives {value:.4f} there, not {known:.4f}"
-            print(f"{text}; it is no longer the trial of an uninterrupted study.", file=sys.stderr)
+            text = f"Trial {asked.number} gives {value:.4f} in the redone epoch {epoch}, not {known:.4f} as before"
+            print(f"{text}: its later epochs are not those of an uninterrupted trial.", file=sys.stderr)
 
     @outlasting
     def should_prune(self, asked: Asked, epoch: int) -> bool:
