@@ -41,7 +41,9 @@ def fingerprint(tensors: Mapping[str, Tensor], record: str = "") -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        # Of a single number torch calls any stride contiguous, and then does not show its bytes.
+        flat = tensor.reshape(-1).as_strided((tensor.numel(),), (1,))
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -135,7 +137,7 @@ class Checkpoint:
         except Damaged as error:
             print(f"{error}; it is not used, and the training starts again.", file=sys.stderr)
             return False
-        if record["identity"] != self._identity:
+        if record.get("identity") != self._identity:
             print(f"{self.path} belongs to another training; it is not used.", file=sys.stderr)
             return False
         self._restore(tensors, record)
