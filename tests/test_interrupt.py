@@ -1,0 +1,250 @@
+"""Signals as a user and a scheduler send them, to processes of their own: a batch is finished first, or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import interrupt
+from harness.config import Study
+from harness.trainer import fit
+from tests.conftest import PROJECT
+from tests.test_checkpoint import SmallNet, fresh, parameters, run_until
+from tests.test_trainer import equal, state, timeless
+
+HEAD = """
+import os, signal, sys
+from harness import interrupt
+
+def send(*names):
+    for name in names:
+        os.kill(os.getpid(), getattr(signal, name))
+
+interrupt.install()
+"""
+
+
+def child(code: str) -> tuple[list[str], str]:
+    """The words that a process of its own says, and its stderr."""
+    done = subprocess.run(
+        [sys.executable, "-c", HEAD + code], cwd=PROJECT, capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout.split(), done.stderr
+
+
+INSIDE = """
+try:
+    with interrupt.undivided():
+        send({signals})
+        print("finished")
+    print("after")
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+OUTSIDE = """
+try:
+    send({signals})
+    print("after")
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+@pytest.mark.parametrize("names", [("SIGINT",), ("SIGTERM",), ("SIGTERM",) * 3, ("SIGINT", "SIGTERM", "SIGTERM")])
+def test_a_request_inside_waits_for_the_end(names: tuple[str, ...]) -> None:
+    words, said = child(INSIDE.format(signals=", ".join(map(repr, names))))
+    assert words == ["finished", "stopped"]
+    assert said.count("the batch is finished first") == 1
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("names", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGINT"), ("SIGTERM", "SIGTERM", "SIGINT")])
+def test_ctrl_c_after_a_request_stops_at_once(names: tuple[str, ...]) -> None:
+    words, said = child(INSIDE.format(signals=", ".join(map(repr, names))))
+    assert words == ["stopped"]
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_outside_it_stops_at_once(name: str) -> None:
+    words, said = child(OUTSIDE.format(signals=repr(name)))
+    assert words == ["stopped"]
+    assert said == ""
+
+
+def test_between_two_batches_it_stops_at_once() -> None:
+    code = """
+try:
+    with interrupt.undivided():
+        print("one")
+    send("SIGTERM")
+    print("between")
+except KeyboardInterrupt:
+    print("stopped")
+"""
+    assert child(code) == (["one", "stopped"], "")
+
+
+def test_sigterm_again_does_not_disturb_the_way_out() -> None:
+    """A scheduler repeats itself while the checkpoint is written."""
+    code = """
+try:
+    with interrupt.undivided():
+        send("SIGTERM")
+except KeyboardInterrupt:
+    send("SIGTERM", "SIGTERM")
+    print("saved")
+"""
+    assert child(code)[0] == ["saved"]
+
+
+def test_an_error_inside_is_not_hidden_and_the_request_is_kept() -> None:
+    code = """
+try:
+    with interrupt.undivided():
+        send("SIGINT")
+        raise ValueError
+except ValueError:
+    print("error")
+try:
+    with interrupt.undivided():
+        print("next")
+except KeyboardInterrupt:
+    print("stopped")
+"""
+    assert child(code)[0] == ["error", "next", "stopped"]
+
+
+def test_without_a_request_nothing_stops() -> None:
+    code = """
+for _ in range(3):
+    with interrupt.undivided():
+        pass
+print("done")
+"""
+    assert child(code) == (["done"], "")
+
+
+def test_a_signal_at_a_random_moment_never_cuts_a_batch() -> None:
+    """Whatever the moment, inside, between or at the edges: what has begun has ended."""
+    code = """
+import threading, time
+begun = ended = 0
+threading.Timer(0.05, send, ("SIGTERM",)).start()
+try:
+    while True:
+        with interrupt.undivided():
+            begun += 1
+            ended += 1
+except KeyboardInterrupt:
+    print(begun - ended)
+"""
+    assert {child(code)[0][0] for _ in range(5)} == {"0"}
+
+
+# --- a training that is asked to stop ---
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """This process asked to stop as a study is; afterwards the tests' own handlers are back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    interrupt.install()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    interrupt._State.requested = interrupt._State.undivided = False
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("names", [("SIGINT",), ("SIGTERM",), ("SIGTERM", "SIGTERM")])
+@pytest.mark.parametrize("step_of_signal", [1, 2, 3])
+def test_the_checkpoint_after_a_request_inside_a_batch_has_that_batch_done(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], step_of_signal: int
+) -> None:
+    path = tmp_path / "a.safetensors"
+    config = dataclasses.replace(study.train, backbone=SmallNet(), batch_size=32, epochs=4)
+    checkpoint = fresh(path, config)
+    optimizer, step, steps = checkpoint.training.optimizer, checkpoint.training.optimizer.step, []
+
+    def signalled(*args: Any) -> None:
+        steps.append(1)
+        if len(steps) == step_of_signal:
+            for name in names:
+                os.kill(os.getpid(), getattr(signal, name))
+        step()
+
+    monkeypatch.setattr(optimizer, "step", signalled)
+    with pytest.raises(KeyboardInterrupt), checkpoint.saved_when_stopped():
+        list(fit(checkpoint.training, checkpoint.after_batch))
+    assert len(steps) == step_of_signal
+    again = fresh(path, config)
+    assert again.restore()
+    assert len(again.training.progress.epochs) + again.training.progress.step == step_of_signal
+    counts = {int(again.training.optimizer.state[each]["step"]) for each in parameters(again.training)}
+    assert counts == {step_of_signal}
+
+
+@pytest.mark.usefixtures("handlers")
+def test_ctrl_c_twice_inside_a_batch_writes_nothing(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = fresh(tmp_path / "a.safetensors", dataclasses.replace(study.train, backbone=SmallNet()))
+
+    def signalled(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(checkpoint.training.optimizer, "step", signalled)
+    with pytest.raises(KeyboardInterrupt), checkpoint.saved_when_stopped():
+        list(fit(checkpoint.training, checkpoint.after_batch))
+    assert not checkpoint.path.exists()
+
+
+TRAINING = """
+import pathlib
+from tests.conftest import make_study
+from tests.test_checkpoint import fresh
+from harness.trainer import fit
+
+checkpoint = fresh(pathlib.Path({path!r}), make_study({cache!r}).train)
+forward = checkpoint.training.model.forward
+
+def signalled(images):
+    if checkpoint.training.progress.step == 1:
+        send("SIGTERM")
+    return forward(images)
+
+checkpoint.training.model.forward = signalled
+try:
+    with checkpoint.saved_when_stopped():
+        for result in fit(checkpoint.training, checkpoint.after_batch):
+            print("epoch")
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+@pytest.mark.slow
+def test_a_process_told_to_end_inside_a_batch_is_gone_on_with_to_the_same_bits(
+    study: Study, image_cache: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    words, _ = child(TRAINING.format(path=str(path), cache=str(image_cache)))
+    assert words == ["stopped"]
+    again, whole = fresh(path, study.train), fresh(tmp_path / "b.safetensors", study.train)
+    assert again.restore()
+    assert again.training.progress.step == 2
+    run_until(again)
+    run_until(whole)
+    assert timeless(again.training.progress.epochs) == timeless(whole.training.progress.epochs)
+    assert equal(state(again.training), state(whole.training))
