@@ -229,17 +229,29 @@ class Study:
 
     def with_definition(self, stored: Mapping[str, Any]) -> Study:
         """This study with the base configuration, the final step and the seed of a stored definition."""
-        study = self
-        for path, value in stored.items():
-            owner = study.final if path.startswith("final.") else study.train
-            inner = path.removeprefix("final.")
-            if path == "seed":
-                study = dataclasses.replace(study, seed=value)
-            elif inner in spaces.paths(owner) and _plain(spaces.get(owner, inner)) != value:
-                changed = spaces.replace(owner, inner, tuple(value) if isinstance(value, list) else value)
-                part: Any = {"final" if owner is study.final else "train": changed}
-                study = dataclasses.replace(study, **part)
+        study, waiting = self, dict(stored)
+        while waiting:
+            refused = {}
+            for path, value in waiting.items():
+                try:
+                    study = study._with_stored(path, value)
+                except InputError as error:  # it may need another field first: a larger image, a larger stored one
+                    refused[path] = value, error
+            if len(refused) == len(waiting):
+                raise next(iter(refused.values()))[1]
+            waiting = {path: value for path, (value, _) in refused.items()}
         return study
+
+    def _with_stored(self, path: str, value: Any) -> Study:
+        if path == "seed":
+            return dataclasses.replace(self, seed=value)
+        owner = self.final if path.startswith("final.") else self.train
+        inner = path.removeprefix("final.")
+        if inner not in spaces.paths(owner) or _plain(spaces.get(owner, inner)) == value:
+            return self
+        changed = spaces.replace(owner, inner, tuple(value) if isinstance(value, list) else value)
+        part: Any = {"final" if owner is self.final else "train": changed}
+        return dataclasses.replace(self, **part)
 
     def located(self, home: Path, data_root: str | None, device: str | None) -> Study:
         """This study with its folders made absolute: relative ones are taken from `home`, `data_root` from here."""
