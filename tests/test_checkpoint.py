@@ -10,9 +10,8 @@ import math
 import os
 import pickle
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +39,7 @@ from harness.errors import Halt
 from harness.experiment import assemble
 from harness.results import EpochResult
 from harness.trainer import Training, fit
+from tests.small import SmallNet
 from tests.test_trainer import equal, state, timeless
 
 HERE = {"torch": "2", "device": "this one", "threads": "1"}
@@ -52,30 +52,6 @@ RUNTIMES = {
 EPOCHS, BATCHES = 3, 2
 # Where a training stops: after batch b of epoch e, or after the end of epoch e ("end").
 STOPS = [(epoch, batch) for epoch in range(1, EPOCHS + 1) for batch in (1, 2, "end")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SmallNet:
-    """A backbone of milliseconds with everything that has a state: convolutions, BatchNorm, dropout."""
-
-    dropout: float = 0.3
-
-    def check(self, image_size: int) -> None:
-        """Takes all."""
-
-    def build(self, classes: int, image_size: int) -> nn.Module:
-        head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 8), nn.ReLU(), nn.Dropout(self.dropout)]
-        return nn.Sequential(
-            nn.Sequential(nn.Conv2d(3, 4, 3, stride=8), nn.BatchNorm2d(4), nn.ReLU()),
-            nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()),
-            nn.Sequential(*head, nn.Linear(8, classes)),
-        )
-
-    def depths(self, by: Literal["block", "layer"]) -> list[str]:
-        return ["0.", "1.", "2."]
-
-    def weights(self) -> str:
-        return "none"
 
 
 @pytest.fixture

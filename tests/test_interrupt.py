@@ -17,7 +17,8 @@ from harness import interrupt
 from harness.config import Study
 from harness.trainer import fit
 from tests.conftest import PROJECT
-from tests.test_checkpoint import SmallNet, fresh, parameters, run_until
+from tests.small import SmallNet
+from tests.test_checkpoint import fresh, parameters, run_until
 from tests.test_trainer import equal, state, timeless
 
 HEAD = """

@@ -1,0 +1,57 @@
+"""A backbone and a study of milliseconds, for tests of what surrounds a training."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from harness.config import Study
+from tests.conftest import make_study
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallNet:
+    """Everything that has a state: convolutions, BatchNorm, dropout; no depth takes more than a moment."""
+
+    hidden: tuple[int, ...] = (16,)
+    dropout: float = 0.3
+
+    def check(self, image_size: int) -> None:
+        """Takes all."""
+
+    def build(self, classes: int, image_size: int) -> nn.Module:
+        head: list[nn.Module] = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        width = 6
+        for each in self.hidden:
+            head += [nn.Linear(width, each), nn.ReLU(), nn.Dropout(self.dropout)]
+            width = each
+        return nn.Sequential(
+            nn.Sequential(nn.Conv2d(3, 4, 3, stride=8), nn.BatchNorm2d(4), nn.ReLU()),
+            nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()),
+            nn.Sequential(*head, nn.Linear(width, classes)),
+        )
+
+    def depths(self, by: Literal["block", "layer"]) -> list[str]:
+        return ["0.", "1.", "2."]
+
+    def weights(self) -> str:
+        return "none"
+
+
+def small_study(cache: Path | str) -> Study:
+    """The tests' tiny study with the small net."""
+    study = make_study(cache)
+    return dataclasses.replace(study, train=dataclasses.replace(study.train, backbone=SmallNet()))
+
+
+def study_in(folder: Path, cache: Path) -> tuple[Study, str]:
+    """Write the small study's file into a folder as a user has one; returns the study and its database's URL."""
+    (folder / "studies").mkdir()
+    (folder / "studies" / "tiny.py").write_text(
+        f"from tests.small import small_study\n\nSTUDY = small_study({str(cache)!r})\n"
+    )
+    return small_study(cache), f"sqlite:///{folder}/studies/tiny.db"
