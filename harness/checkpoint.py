@@ -216,7 +216,7 @@ def remove(path: Path) -> None:
 
 def stale(folder: Path, wanted: Collection[str]) -> list[Path]:
     """The files in a folder of checkpoints that no training among the `wanted` keys will read."""
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
     return [path for path in files if path.suffix == ".partial" or path.stem not in wanted]
 
 
