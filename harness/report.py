@@ -78,7 +78,7 @@ def digest(store: Store) -> str:
             for trial in store.trials()
         ],
         "final": None if final is None else final["trial"],
-        "seeds": [[seed[key] for key in ("seed", "correct", "total", "weights")] for seed in seeds],
+        "seeds": [[seed.get(key) for key in ("seed", "correct", "total", "weights")] for seed in seeds],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
