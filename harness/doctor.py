@@ -66,18 +66,21 @@ def _mend(study: Study, store: Store, found: Found, tracking_uri: str | None, ch
 
     tracker = tracker_for(tracking_uri, found.mlruns)
     tracker.start(study, store, facts(study, store.attribute("runtime") or {}))
-    left = 0
     for finding in list(examine(study, store, tracker, checkpoints, model, living=False)):
-        if finding.mend is None:
-            left += 1
-        else:
+        if finding.mend is not None:
             finding.mend()
-    told = tracker.settle("complete" if store.is_complete(study) else None)
+    told = tracker.settle("complete" if _was_published(store) else None)
     if not told:
         print("MLflow did not take everything; run the doctor again when it answers.")
-    left += sum(finding.mend is None for finding in examine(study, store, tracker, checkpoints, model, living=False))
-    print("Mended." if told and not left else "Not all of it could be mended.")
-    return told and not left
+    well = told and not list(examine(study, store, tracker, checkpoints, model, living=False))
+    print("Mended." if well else "Not all of it could be mended.")
+    return well
+
+
+def _was_published(store: Store) -> bool:
+    """Whether the study's last run came to its end, whatever number of trials it was asked for."""
+    running = any(trial.state == "running" for trial in store.trials())
+    return not running and store.attribute("published") == store.finished()
 
 
 def examine(
@@ -102,13 +105,13 @@ def _checkpoints(study: Study, store: Store, folder: Path) -> Iterator[Finding]:
     useless = stale(folder, wanted_keys(study, store))
     for path in useless:
         yield Finding(f"{path} is left over: nothing will read it", partial(remove, path))
-    for path in sorted(set(folder.glob("*")) - set(useless)):
+    for path in sorted(path for path in folder.glob("*") if path.is_file() and path not in useless):
         try:
-            whose = read_tensors(path)[1]["identity"]["study"]
-        except (Damaged, KeyError) as error:
+            identity = read_tensors(path)[1].get("identity", {})
+        except Damaged as error:
             yield Finding(f"{error}; its training would start again", partial(remove, path))
             continue
-        if whose != store.attribute("uid"):
+        if identity.get("study") != store.attribute("uid"):
             yield Finding(f"{path} belongs to another study", partial(remove, path))
 
 
@@ -122,7 +125,8 @@ def _model(store: Store, folder: Path) -> Iterator[Finding]:
         return
     weights = folder / "model.safetensors"
     try:
-        known = fingerprint(read_tensors(weights)[0]) in (None, final["per_seed"][0].get("weights"))
+        recorded = final["per_seed"][0].get("weights")  # studies finished before these were kept have none
+        known = recorded is None or fingerprint(read_tensors(weights)[0]) == recorded
     except Damaged as error:
         yield Finding(f"{error}; {again}", weights.unlink)
         return

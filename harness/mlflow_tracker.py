@@ -37,6 +37,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
 STATUS = {"complete": "FINISHED", "pruned": "KILLED", "diverged": "FAILED", "failed": "FAILED"}
 UID, KEY, STATE = "harness.study_uid", "harness.key", "harness.state"
+STUDY, PARENT = "study", "mlflow.parentRunId"  # the key of a study's own run, and the tag that its children carry
 REFUSALS = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
 
 
@@ -108,8 +109,9 @@ class MLflowTracker:
         with self._as_input_error():
             self._experiment = self._get_experiment(study.name)
             self._tags = {UID: store.attribute("uid"), **facts}
-            self._runs = None
-            self._parent = self.open_run("study", {}, self._tags, study.name)
+            self._runs = self.known_runs()
+            self._ended_as = self._runs[STUDY].data.tags.get(STATE) if STUDY in self._runs else None
+            self._parent = self.open_run(STUDY, {}, self._tags, study.name)
         self.synchronise(study, store)
 
     def attach(self, study: Study, store: Store) -> None:
@@ -132,7 +134,7 @@ class MLflowTracker:
     def run(self, key: str, config: TrainConfig, tags: Mapping[str, str]) -> MLflowRun:
         """A child run: the one with this key if there is one already, else a new one."""
         params = {path: str(label(value)) for path, value in leaves(config)}
-        return MLflowRun(self, key, params, {**self._tags, **tags, "mlflow.parentRunId": self._parent})
+        return MLflowRun(self, key, params, {**self._tags, **tags, PARENT: self._parent})
 
     def synchronise(self, study: Study, store: Store) -> None:
         """Make the runs of finished trials say what the storage says: add what is missing, close what is open."""
@@ -163,6 +165,13 @@ class MLflowTracker:
             else:
                 known[key] = run
         wanted = {each.key: each for each in expected}
+        if STUDY not in known and (known or wanted):
+            yield Finding("MLflow lacks the study's own run")  # any start makes it
+        for key, run in known.items():
+            parent = known[STUDY].info.run_id if STUDY in known else None
+            if parent and key != STUDY and run.data.tags.get(PARENT) != parent:
+                move = self._later(self.client.set_tag, run.info.run_id, PARENT, parent)
+                yield Finding(f"MLflow does not show {key} under the study's own run", move)
         for key, each in wanted.items():
             yield from self._compare(each, known.get(key))
         for key, run in known.items():
@@ -180,15 +189,22 @@ class MLflowTracker:
         if run is None:
             yield Finding(f"MLflow lacks the run of {wanted.key}", functools.partial(self.write, wanted))
             return
-        for name, values in wanted.series().items():
-            history = [(each.step, each.value) for each in self.client.get_metric_history(run.info.run_id, name)]
-            if not set(history) <= set(values) or len(set(history)) < len(history):
-                anew = functools.partial(self._write_anew, wanted, run)
+        series, anew = wanted.series(), functools.partial(self._write_anew, wanted, run)
+        found = {
+            name: [(each.step, each.value) for each in self.client.get_metric_history(run.info.run_id, name)]
+            for name in series
+        }
+        for name, history in found.items():
+            if not set(history) <= set(series[name]) or len(set(history)) < len(history):
                 yield Finding(f"MLflow has other values of {name} for {wanted.key} than the storage", anew)
                 return
-            if len(history) < len(values):
-                text = f"MLflow has {name} of {wanted.key} at {len(history)} of {len(values)} steps"
-                yield Finding(text, functools.partial(self.write, wanted))
+        for name, history in found.items():
+            if len(history) < len(series[name]):
+                text = f"MLflow has {name} of {wanted.key} at {len(history)} of {len(series[name])} steps"
+                # Whole epochs can be added; to one that is there in part nothing is added.
+                steps = [{step for step, _ in found[each]} for each in ("train_loss", "val_accuracy") if series[each]]
+                even = all(each == steps[0] for each in steps)
+                yield Finding(text, functools.partial(self.write, wanted) if even else anew)
                 return
         said = run.info.status, run.data.tags.get(STATE)
         if said != (STATUS[wanted.state], wanted.state):
@@ -207,7 +223,14 @@ class MLflowTracker:
         self.write(wanted)
 
     def settle(self, state: str | None) -> bool:
-        """End the parent run as `state`, None for a study that is not finished; whether MLflow has taken everything."""
+        """End the parent run as it had ended before this start; whether MLflow has taken everything.
+
+        `state` is for one that had not, None for a study that is not finished.
+        """
+        if self._ended_as in STATUS:
+            state = self._ended_as
+        elif self._ended_as == "interrupted":
+            state = None
         end = (
             functools.partial(self.close_run, self._parent, state)
             if state
