@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from harness.config import EngineConfig, FinalConfig, OptimConfig, Study, TrainConfig
 from harness.data.garden import Garden
+from harness.mlflow_places import local_tracker
 from harness.models.maxvit import TinyMaxViT
 from harness.search import no_pruning, tpe
 from harness.space import Choice, Float
@@ -53,6 +54,14 @@ def make_study(cache: Path | str, **changes: Any) -> Study:
 def image_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache of drawn images for the whole run of the tests."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its tables and nothing else: making one takes seconds, copying it does not."""
+    folder = tmp_path_factory.mktemp("empty")
+    local_tracker(folder)
+    return folder / "mlflow.db"
 
 
 @pytest.fixture

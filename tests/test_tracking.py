@@ -34,15 +34,6 @@ OUTCOMES: tuple[TrialOutcome, ...] = (
 STATUS = {"complete": "FINISHED", "pruned": "KILLED", "diverged": "FAILED", "failed": "FAILED"}
 
 
-@pytest.fixture(scope="module")
-def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database with its tables and nothing else: making one takes seconds, copying it does not."""
-    folder = tmp_path_factory.mktemp("empty")
-    local_tracker(folder)
-    client_of(folder).search_experiments()
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
 def mlruns(tmp_path: Path, empty_mlflow: Path) -> Path:
     (tmp_path / "mlruns").mkdir()
