@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,7 @@ def _load(file: Path) -> Study:
     assert spec is not None
     assert spec.loader is not None
     module: ModuleType = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there, should the study define one
     try:
         spec.loader.exec_module(module)
     except InputError as error:
@@ -92,7 +94,8 @@ def _load(file: Path) -> Study:
         )
         line = error.lineno if isinstance(error, SyntaxError) else line
         reason = error.msg if isinstance(error, SyntaxError) else f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"{file}, line {line}: {reason}; mend the study file.") from error
+        place = f"{file}, line {line}" if line else str(file)
+        raise InputError(f"{place}: {reason}; mend the study file.") from error
     study = getattr(module, "STUDY", None)
     if not isinstance(study, Study):
         raise InputError(f"{file} defines no STUDY = Study(...); see studies/demo.py for one.")

@@ -99,10 +99,12 @@ class AugmentConfig:
     hue: float = 0.03  # in turns of the colour circle
 
     def __post_init__(self) -> None:
+        spaces.check_types(self, "augment.")
         low, high = self.crop_scale
         require(0 < low <= high <= 1, f"augment.crop_scale must satisfy 0 < low <= high <= 1, not {self.crop_scale}.")
         low, high = self.crop_ratio
-        require(0 < low <= high, f"augment.crop_ratio must satisfy 0 < low <= high, not {self.crop_ratio}.")
+        fits = 0 < low <= high < math.inf
+        require(fits, f"augment.crop_ratio must satisfy 0 < low <= high and be finite, not {self.crop_ratio}.")
         require(0 <= self.flip <= 1, f"augment.flip is a probability between 0 and 1, not {self.flip}.")
         require(0 <= self.rotation_degrees <= 180, "augment.rotation_degrees must lie between 0 and 180.")
         for name in ("brightness", "contrast", "saturation"):
@@ -124,6 +126,7 @@ class OptimConfig:
     clip_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
+        spaces.check_types(self, "optim.")
         require(0 < self.base_lr < math.inf, f"optim.base_lr must be greater than 0 and finite, not {self.base_lr}.")
         require(0 <= self.depth_lr_mult <= 1, f"optim.depth_lr_mult must lie in 0..1, not {self.depth_lr_mult}.")
         for name in ("weight_decay", "warmup_epochs"):
@@ -139,6 +142,9 @@ class EngineConfig:
     device: str = location("auto")  # auto, cpu, cuda, cuda:1, mps
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: Literal["auto", "on", "off"] = "auto"
+
+    def __post_init__(self) -> None:
+        spaces.check_types(self, "engine.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +162,12 @@ class TrainConfig:
     checkpoint_seconds: float = location(60.0)  # time between two checkpoints of a training, at least
 
     def __post_init__(self) -> None:
+        spaces.check_types(self)
+        require(hasattr(self.data, "samples"), f"data must be a data set such as Garden(), not {self.data!r}.")
+        require(hasattr(self.backbone, "build"), f"backbone must be a model such as MaxViTT(), not {self.backbone!r}.")
+        for name, kind in (("augment", AugmentConfig), ("optim", OptimConfig), ("engine", EngineConfig)):
+            held = getattr(self, name)
+            require(isinstance(held, kind), f"{name} must be {kind.__name__}(...), not {held!r}.")
         require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}.")
         require(self.epochs >= 1, f"epochs must be at least 1, not {self.epochs}.")
         require(self.checkpoint_seconds >= 0, f"checkpoint_seconds must be 0 or more, not {self.checkpoint_seconds}.")
@@ -170,6 +182,7 @@ class FinalConfig:
     fit_on: Literal["train", "train+val"] = "train+val"
 
     def __post_init__(self) -> None:
+        spaces.check_types(self, "final.")
         require(self.seeds >= 1, f"final.seeds must be at least 1, not {self.seeds}.")
 
 
@@ -187,14 +200,18 @@ class Study:
     final: FinalConfig = FinalConfig()
 
     def __post_init__(self) -> None:
+        spaces.check_types(self)
         fits = self.name.replace("_", "").replace("-", "").isalnum()
         require(fits, f"A study's name has letters, digits, - and _ only, not {self.name!r}.")
-        require(len(self.space) > 0, "A study's space is empty; name at least one field to search.")
+        require(isinstance(self.train, TrainConfig), f"train must be TrainConfig(...), not {self.train!r}.")
+        require(isinstance(self.final, FinalConfig), f"final must be FinalConfig(...), not {self.final!r}.")
+        require(self.space != {}, "A study's space is empty; name at least one field to search.")
         require(self.trials >= 1, f"trials must be at least 1, not {self.trials}.")
         spaces.check(self.space, self.train)
         require(
             hasattr(self.sampler, "check"), f'sampler must be tpe(), grid() or Sampler("NAME"), not {self.sampler!r}.'
         )
+        require(hasattr(self.pruner, "build"), f'pruner must be asha() or Pruner("NAME"), not {self.pruner!r}.')
         self.sampler.check(self)
 
     def image_sizes(self) -> set[int]:

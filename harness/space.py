@@ -9,13 +9,19 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import json
 import math
+import re
+import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from harness.errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 ConfigT = TypeVar("ConfigT")
 
@@ -61,8 +67,13 @@ class Choice:
     options: tuple[Any, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.options, tuple | list):
+            raise InputError(f"Choice takes its values as one tuple, such as Choice((64, 128)), not {self.options!r}.")
         if len(self.options) == 0:
             raise InputError("Choice(()) offers nothing; list at least one value.")
+        for option in self.options:
+            if not isinstance(option, bool | int | float | str | tuple | None):
+                raise InputError(f"Choice cannot offer {option!r}; offer numbers, texts, None, or tuples of them.")
         if len(set(self.labels)) != len(self.options):
             raise InputError(f"Choice{self.options} offers the same value twice; list each value once.")
 
@@ -84,6 +95,9 @@ Space = Mapping[str, Dimension]
 
 def _check_range(dimension: Float | Int) -> None:
     low, high = dimension.low, dimension.high
+    kind, wanted = (int, "whole numbers") if isinstance(dimension, Int) else (int | float, "numbers")
+    if any(not isinstance(end, kind) or isinstance(end, bool) for end in (low, high)):
+        raise InputError(f"{dimension} must lie between two {wanted}.")
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise InputError(f"{dimension} is an empty range; the first number must be the smaller one.")
 
@@ -142,18 +156,54 @@ def _replace(config: Any, names: list[str], value: Any, path: str) -> Any:
 
 
 def _checked(owner: type, name: str, value: Any, path: str) -> Any:
-    from pydantic import ConfigDict, TypeAdapter, ValidationError  # 0.1 s, and --help does without
+    from pydantic import ValidationError
+
+    hint, adapter = _adapter(owner, name)
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        raise InputError(f"{path} must be {in_words(hint)}, not {value!r}.") from error
+
+
+@functools.cache
+def _adapter(owner: type, name: str) -> tuple[Any, TypeAdapter[Any]]:
+    """A field's type, and what checks a value against it."""
+    from pydantic import ConfigDict, TypeAdapter  # 0.1 s, and --help does without
 
     # This one hint alone: others of the class may name types that only the type checker imports.
+    owner = next(each for each in owner.__mro__ if name in vars(each).get("__annotations__", {}))
     alone = {"__annotations__": {name: owner.__annotations__[name]}, "__module__": owner.__module__}
     hint = typing.get_type_hints(type(owner.__name__, (), alone))[name]
-    try:
-        return TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(value)
-    except ValidationError as error:
-        kind = getattr(hint, "__name__", None) if isinstance(hint, type) else None
-        wanted = kind or str(hint).replace("typing.", "")
-        reason = error.errors()[0]["msg"]
-        raise InputError(f"{path} must be {wanted}, not {value!r} ({reason[0].lower() + reason[1:]}).") from error
+    return hint, TypeAdapter(hint, config=ConfigDict(strict=True))
+
+
+def check_types(config: Any, prefix: str = "") -> None:
+    """Raise InputError unless each plain field (a number, text, tuple, ...) of a configuration holds what it says.
+
+    Fields that hold another configuration are left to it. The values stay as they are written.
+    """
+    for field in dataclasses.fields(config):
+        if PLAIN.fullmatch(str(field.type)):
+            _checked(type(config), field.name, getattr(config, field.name), prefix + field.name)
+
+
+# The written types of plain fields; SplitName and the like, which are names of others, are not among them.
+PLAIN = re.compile(r"(bool|int|float|str|None|Literal|tuple|[\[\]\s,|.]|\"[^\"]*\"|'[^']*')+")
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+
+
+def in_words(hint: Any) -> str:
+    """What a field takes, as a person says it."""
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Literal:
+        return " or ".join(str(each) for each in inner)
+    if kind is tuple:
+        several = WORDS.get(inner[0], str(inner[0])).removeprefix("a ") + "s"
+        example = "(512, 256)" if inner[0] is int else "(0.5, 1.0)"
+        return f"a tuple of {several if inner[-1] is Ellipsis else f'{len(inner)} {several}'} such as {example}"
+    if kind in (types.UnionType, typing.Union):
+        return " or ".join(in_words(each) for each in inner)
+    return WORDS.get(hint) or str(getattr(hint, "__name__", hint))
 
 
 def parse(config: Any, path: str, text: str) -> Any:
@@ -173,11 +223,11 @@ def parse(config: Any, path: str, text: str) -> Any:
 def _literal(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         pass  # not JSON: perhaps a Python literal, such as 1024,512 or None
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # {[]: 1}, or brackets without end
         return text
 
 
@@ -195,6 +245,8 @@ def unknown_field(path: str, known: list[str]) -> InputError:
 
 def check(space: Space, base: Any) -> None:
     """Raise InputError unless every path of the space exists in `base` and the base's own value lies in its range."""
+    if not isinstance(space, Mapping) or not all(isinstance(path, str) for path in space):
+        raise InputError(f"A study's space maps fields to ranges, such as {{'epochs': Int(2, 8)}}, not {space!r}.")
     for path, dimension in space.items():
         if not isinstance(dimension, Float | Int | Choice):
             raise InputError(f"The space of {path} must be Float(...), Int(...) or Choice((...)), not {dimension!r}.")

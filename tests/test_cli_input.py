@@ -215,11 +215,11 @@ def test_a_wrong_number_of_trials_is_a_usage_error(
 
 ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "an unknown field": (["--set", "optim.lr=1"], ["--set optim.lr=1", "optim.base_lr", "batch_size"]),
-    "a wrong type": (["--set", "epochs=many"], ["--set epochs=many", "must be int", "'many'"]),
+    "a wrong type": (["--set", "epochs=many"], ["--set epochs=many", "epochs must be a whole number, not 'many'"]),
     "no value": (["--set", "epochs"], ["--set 'epochs'", "PATH=VALUE"]),
-    "an empty value": (["--set", "epochs="], ["epochs must be int"]),
+    "an empty value": (["--set", "epochs="], ["epochs must be a whole number"]),
     "a value out of range": (["--set", "label_smoothing=2"], ["label_smoothing must lie"]),
-    "a seed that is no number": (["--set", "seed=abc"], ["seed must be int"]),
+    "a seed that is no number": (["--set", "seed=abc"], ["seed must be a whole number"]),
     "an unknown field of the final run": (["--set", "final.seed=1"], ["seeds", "fit_on"]),
     "a base outside of the space": (["--set", "optim.base_lr=0.5"], ["outside of its search range"]),
     "a data root for drawn flowers": (["--data-root", "pictures"], ["--data-root", "Garden draws its own images"]),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from harness.config import SplitName, location, require
 from harness.seeds import derive_seed
+from harness.space import check_types
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,6 +38,7 @@ class Garden:
     cache: str = location("data/cache")
 
     def __post_init__(self) -> None:
+        check_types(self, "data.")
         for name in ("train_per_class", "val_per_class", "test_per_class"):
             require(getattr(self, name) >= 1, f"data.{name} must be at least 1, not {getattr(self, name)}.")
         check_sizes(self.image_size, self.stored_size, self.limit)

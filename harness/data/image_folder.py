@@ -14,6 +14,7 @@ from harness.config import SplitName, location
 from harness.data.cache import ImageFiles
 from harness.data.garden import check_sizes
 from harness.errors import InputError
+from harness.space import check_types
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"}
 SPLIT_FOLDERS: dict[SplitName, tuple[str, ...]] = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}
@@ -37,6 +38,7 @@ class ImageFolder(ImageFiles):
     cache: str = location("data/cache")
 
     def __post_init__(self) -> None:
+        check_types(self, "data.")
         check_sizes(self.image_size, self.stored_size, self.limit)
 
     def classes(self) -> tuple[str, ...]:

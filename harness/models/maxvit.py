@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from harness.config import require
 from harness.errors import InputError
+from harness.space import check_types
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,6 +38,7 @@ class MaxViTT:
     bn_momentum: float = 0.1  # see `_norm`
 
     def __post_init__(self) -> None:
+        check_types(self, "backbone.")
         check_head(self.hidden, self.dropout, self.stochastic_depth, self.bn_momentum)
 
     def check(self, image_size: int) -> None:
@@ -82,6 +84,7 @@ class TinyMaxViT:
     bn_momentum: float = 0.1
 
     def __post_init__(self) -> None:
+        check_types(self, "backbone.")
         check_head(self.hidden, self.dropout, self.stochastic_depth, self.bn_momentum)
 
     def check(self, image_size: int) -> None:
