@@ -86,8 +86,10 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
     from harness.engine import find_device
     from harness.mlflow_places import check_writable, tracker_for
 
+    from harness.search import rehearse
     console = Console()
     find_device(study.train.engine.device)
+    rehearse(study)
     if not args.tracking_uri:
         check_writable(found.mlruns)
     study.train.data.samples("train")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,57 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
 from harness.errors import InputError
-from harness.space import Choice, get, label
+from harness.space import Choice, Dimension, Int, get, label
 
 if TYPE_CHECKING:
     from harness.config import Study
+
+
+def suggest(trial: optuna.Trial, path: str, dimension: Dimension) -> Any:
+    """Have the study's sampler choose a value of one dimension."""
+    if isinstance(dimension, Choice):
+        return trial.suggest_categorical(path, dimension.labels)
+    if isinstance(dimension, Int):
+        return trial.suggest_int(path, dimension.low, dimension.high, log=dimension.log)
+    return trial.suggest_float(path, dimension.low, dimension.high, log=dimension.log)
+
+
+def rehearse(study: Study) -> None:
+    """Ask for trials in memory and judge them, as the study will.
+
+    Optuna looks at some arguments only when it needs them: n_startup_trials="x" is found at the first question, others
+    after the trials that are drawn at random. Raises InputError when the sampler or the pruner cannot work.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with _blaming(study.pruner):
+        memory = optuna.create_study(direction="maximize", pruner=study.pruner.build())
+    options = dict(getattr(study.sampler, "options", ()))
+    random = [value for value in options.values() if isinstance(value, int) and value <= REHEARSED]
+    for number in range(min(study.trials, max([10, *random]) + 2)):  # Optuna's samplers draw 10 at random
+        with _blaming(study.sampler):
+            memory.sampler = study.sampler.build(study, number)
+            trial = memory.ask()
+            for path, dimension in study.space.items():
+                suggest(trial, path, dimension)
+        with _blaming(study.pruner):
+            for epoch in range(1, 4):
+                trial.report(1 / (number + epoch), epoch)
+                trial.should_prune()
+        memory.tell(trial, 1 / (number + 1))
+
+
+@contextmanager
+def _blaming(part: Sampler | Grid | Pruner) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        options = ", ".join(f"{name}={value!r}" for name, value in getattr(part, "options", ()))
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(
+            f"{getattr(part, 'name', 'grid')}({options}) cannot work on this study ({reason}); correct its arguments."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -48,6 +96,8 @@ class Sampler:
         built = _make(optuna.samplers, self.name, "Sampler", {**dict(self.options), "seed": seed})
         return built
 
+
+REHEARSED = 64  # a sampler with more random trials than this is not rehearsed beyond them
 
 # What keeps state of its own in the storage or the process, and could not repeat an uninterrupted study.
 NOT_RESUMABLE = {
@@ -180,7 +230,8 @@ def _call(kind: Any, name: str, options: Mapping[str, Any]) -> Any:
     try:
         return kind(**options)
     except (TypeError, ValueError, ImportError) as error:
-        raise InputError(f"{name} cannot be made with {dict(options)}: {error}") from error
+        given = {option: value for option, value in options.items() if option != "seed"}  # the seed is the study's
+        raise InputError(f"{name} cannot be made with {given}: {error}; correct its arguments.") from error
 
 
 def tpe(**options: Any) -> Sampler:

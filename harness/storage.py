@@ -23,6 +23,7 @@ from harness.config import Study
 from harness.database import BUSY_TIMEOUT_SECONDS, check_database, connect, dispose, held, sqlite_file
 from harness.errors import Halt, InputError
 from harness.results import Completed, Diverged, EpochResult, Failed, TrialOutcome
+from harness.search import suggest
 from harness.seeds import derive_seed
 from harness.space import Choice, Float, Int, encode
 
@@ -163,7 +164,7 @@ class Store:
         for path, dimension in study.space.items():
             # A fresh stream for each parameter: a process may die between two of them.
             self._study.sampler = study.sampler.build(study, derive_seed(study.seed, "ask", finished, path))
-            _suggest(trial, path, dimension)
+            suggest(trial, path, dimension)
         return Asked(number=trial.number, params=dict(trial.params), resumed=bool(running), trial=trial)
 
     @outlasting
@@ -214,15 +215,6 @@ class Store:
 
     def _frozen(self, asked: Asked) -> FrozenTrial:
         return self._study._storage.get_trial(asked.trial._trial_id)
-
-
-def _suggest(trial: optuna.Trial, path: str, dimension: Float | Int | Choice) -> None:
-    if isinstance(dimension, Choice):
-        trial.suggest_categorical(path, dimension.labels)
-    elif isinstance(dimension, Int):
-        trial.suggest_int(path, dimension.low, dimension.high, log=dimension.log)
-    else:
-        trial.suggest_float(path, dimension.low, dimension.high, log=dimension.log)
 
 
 def _record(trial: FrozenTrial) -> TrialRecord:
