@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import errno
+import re
+
+# user:password@ after ://, up to the last @ of the word, and passwords given as a parameter.
+SECRETS = re.compile(r"(?<=://)([^\s/@:]*:)\S*(?=@)|([?&](?:password|passwd|token)=)[^\s&'\"]+", re.IGNORECASE)
+
+
+def masked(text: str) -> str:
+    """The text with *** for every password in a URL: what is printed and stored is read by others."""
+    return SECRETS.sub(lambda found: f"{found[1] or found[2]}***", text)
 
 
 class InputError(Exception):
     """Something a user can mend. The message is one clear sentence that says what to do instead; exit code 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(masked(message))
 
 
 class Halt(Exception):
@@ -14,6 +26,9 @@ class Halt(Exception):
 
     What is finished is kept, and the same command goes on once the reason is gone; exit code 1.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(masked(message))
 
 
 def no_room(error: BaseException) -> bool:

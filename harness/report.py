@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.storage import Store, TrialRecord
+from harness.database import holder, sqlite_file
+from harness.errors import masked
 
 if TYPE_CHECKING:
     import pandas
@@ -30,8 +32,8 @@ def overview(name: str, store: Store, tracking: str) -> dict[str, Any]:
         "best": None if best is None else {"number": best.number, "value": best.value, "params": best.params},
         "final": None if final is None else {key: final[key] for key in keys},
         "runtime": store.attribute("runtime"),
-        "storage": store.url,
-        "tracking": tracking,
+        "storage": masked(store.url),
+        "tracking": masked(tracking),
     }
 
 
@@ -50,8 +52,8 @@ def summary(name: str, store: Store, tracking: str) -> str:
             f"best      {verdict(store)}{params}",
             f"final     {final_sentence(store.attribute('final'))}",
             f"runtime   {in_words(store.attribute('runtime'))}",
-            f"storage   {store.url}",
-            f"tracking  {tracking}",
+            f"storage   {masked(store.url)}",
+            f"tracking  {masked(tracking)}",
         ]
     )
 
@@ -227,7 +229,12 @@ def _page(name: str, store: Store, tracking: str) -> str:
             f"<section><h2>{html.escape(title)}</h2><p class='caption'>{html.escape(caption)}</p>{body}</section>"
         )
     final = store.attribute("final")
-    facts = {**store.counts(), "storage": store.url, "tracking": tracking, **(store.attribute("runtime") or {})}
+    facts = {
+        **counts(store),
+        "storage": masked(store.url),
+        "tracking": masked(tracking),
+        **(store.attribute("runtime") or {}),
+    }
     return _TEMPLATE.format(
         name=html.escape(name),
         headline="not measured yet" if final is None else percent(final["accuracy"]),

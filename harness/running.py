@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import interrupt
-from harness.errors import Halt, no_room
+from harness.errors import Halt, masked, no_room
 
 if TYPE_CHECKING:
     from harness.catalogue import Found
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 def _stopped(code: int) -> int:
     """The command that goes on, as the last line."""
     print("Go on with:")
-    print(shlex.join([Path(sys.executable).name, *(arg for arg in sys.argv if arg != "--fresh")]), flush=True)
+    print(shlex.join(map(masked, command)), flush=True)
     return code
 
 
@@ -166,7 +166,7 @@ def _run_study(found: Found, study: Study, store: Store, tracker: MLflowTracker,
     if told:
         store.set_attribute("published", store.finished())
     else:
-        print(f"MLflow at {tracker.uri} lacks a part of this; the same command writes it when MLflow is back.")
+        print(f"MLflow at {masked(tracker.uri)} lacks a part of this; the same command writes it when MLflow is back.")
     print(report.summary(study.name, store, tracker.uri))
     print(f"report    {report_folder / 'report.html'}")
     return DONE

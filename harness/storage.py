@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from harness.config import Study
 from harness.database import BUSY_TIMEOUT_SECONDS, check_database, connect, dispose, held, sqlite_file
-from harness.errors import Halt, InputError
+from harness.errors import Halt, InputError, masked
 from harness.results import Completed, Diverged, EpochResult, Failed, TrialOutcome
 from harness.search import suggest
 from harness.seeds import derive_seed
@@ -77,7 +77,10 @@ def outlasting(method: Callable[Concatenate[Store, P], T]) -> Callable[Concatena
                         f"The database {self.url} failed ({cause}); mend that, nothing finished is lost."
                     ) from error
                 if not said:
-                    print(f"The database {self.url} is locked by another program; waiting for it.", file=sys.stderr)
+                    print(
+                        f"The database {masked(self.url)} is locked by another program; waiting for it.",
+                        file=sys.stderr,
+                    )
                     said = True
 
     return patient

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from harness.environment import git_commit, versions
+from harness.errors import masked
 from harness.results import EpochResult
 from harness.seeds import derive_seed
 
@@ -148,7 +149,7 @@ def facts(study: Study, runtime: Mapping[str, Any]) -> dict[str, str]:
     return {
         **{f"version.{name}": version for name, version in versions().items()},
         "harness.seed": str(study.seed),
-        "harness.command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "harness.command": shlex.join(map(masked, [Path(sys.executable).name, *sys.argv])),
         "mlflow.source.git.commit": git_commit(),
         "mlflow.source.name": sys.argv[0],
         **{f"harness.{name}": str(value) for name, value in runtime.items()},
