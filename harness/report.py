@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import html
 import json
@@ -9,9 +10,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.storage import Store, TrialRecord
 from harness.database import holder, sqlite_file
 from harness.errors import masked
+from harness.storage import Store, TrialRecord
 
 if TYPE_CHECKING:
     import pandas
@@ -28,7 +29,7 @@ def overview(name: str, store: Store, tracking: str) -> dict[str, Any]:
     keys = ("accuracy", "correct", "total", "per_seed", "interval", "spread", "trial", "fit_on", "test_openings")
     return {
         "study": name,
-        "trials": store.counts(),
+        "trials": counts(store),
         "best": None if best is None else {"number": best.number, "value": best.value, "params": best.params},
         "final": None if final is None else {key: final[key] for key in keys},
         "runtime": store.attribute("runtime"),
@@ -37,9 +38,31 @@ def overview(name: str, store: Store, tracking: str) -> dict[str, Any]:
     }
 
 
+def counts(store: Store) -> dict[str, int]:
+    """Trials by state; one that has begun and is not finished is running, or interrupted when no process is there."""
+    counted = store.counts()
+    unfinished = {"running": 0, "interrupted": counted["running"]} if _abandoned(store) else {"interrupted": 0}
+    return counted | unfinished
+
+
+def _abandoned(store: Store) -> bool:
+    """Whether no process works on this study. On a database server nobody can tell."""
+    file = sqlite_file(store.url)
+    return file is not None and holder(file) is None
+
+
+def _trials(store: Store) -> list[TrialRecord]:
+    """All trials, the interrupted ones under that name."""
+    trials = store.trials()
+    if not any(trial.state == "running" for trial in trials) or not _abandoned(store):
+        return trials
+    return [dataclasses.replace(each, state="interrupted") if each.state == "running" else each for each in trials]
+
+
 def summary(name: str, store: Store, tracking: str) -> str:
     """The study in a few lines (`show`)."""
-    counts = ", ".join(f"{number} {state}" for state, number in store.counts().items())
+    counted = counts(store)
+    del counted["running" if counted["interrupted"] else "interrupted"]
     best = store.best()
     values = {} if best is None else best.params
     shown = [
@@ -48,7 +71,7 @@ def summary(name: str, store: Store, tracking: str) -> str:
     params = "\n          " + ", ".join(shown) if shown else ""
     return "\n".join(
         [
-            f"study     {name}: {counts}",
+            f"study     {name}: {', '.join(f'{number} {state}' for state, number in counted.items())}",
             f"best      {verdict(store)}{params}",
             f"final     {final_sentence(store.attribute('final'))}",
             f"runtime   {in_words(store.attribute('runtime'))}",
@@ -137,7 +160,7 @@ def frame(store: Store) -> pandas.DataFrame:
             "reason": trial.reason,
             **trial.params,
         }
-        for trial in store.trials()
+        for trial in _trials(store)
     ]
     return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=["number", "state", "value"])
 
@@ -157,7 +180,7 @@ def figures(store: Store) -> dict[str, tuple[Figure | None, str]]:
     """Title to figure and caption; where there is no figure yet, the caption says why."""
     from optuna import visualization as plots
 
-    study, trials = store.optuna_study, store.trials()
+    study, trials = store.optuna_study, _trials(store)
     complete = [trial for trial in trials if trial.state == "complete"]
     names = sorted({name for trial in trials for name in trial.params})
     curves = _learning_curves(trials), "Validation accuracy after each epoch; a cross marks where a trial was pruned."
@@ -197,6 +220,7 @@ def _learning_curves(trials: list[TrialRecord]) -> Figure:
         "diverged": "#d1495b",
         "failed": "#d1495b",
         "running": "#4a7fd4",
+        "interrupted": "#4a7fd4",
     }
     figure = go.Figure()
     seen = set()

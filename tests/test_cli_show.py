@@ -20,7 +20,7 @@ from tests.analytic import Died, run_analytic
 
 @pytest.fixture
 def demo(workspace: Path) -> catalogue.Found:
-    """The demo with six analytic trials, the seventh of them running."""
+    """The demo with six analytic trials, and a seventh whose process died."""
     found = catalogue.find("demo")
     with open_store(found.study, found.storage_url) as store, pytest.raises(Died):
         run_analytic(found.study, store, 8, epochs=8, stop_after=(6, 1, "report"))
@@ -39,9 +39,9 @@ def test_show_prints_one_json_object(demo: catalogue.Found, capsys: pytest.Captu
     seen: dict[str, Any] = json.loads(shown(capsys, "show", "demo", "--json"))
     assert set(seen) >= {"study", "trials", "best", "final", "storage", "tracking"}
     assert seen["study"] == "demo"
-    assert set(seen["trials"]) == {"complete", "pruned", "failed", "running"}
+    assert set(seen["trials"]) == {"complete", "pruned", "failed", "running", "interrupted"}
     assert sum(seen["trials"].values()) == 7
-    assert seen["trials"]["running"] == 1
+    assert (seen["trials"]["running"], seen["trials"]["interrupted"]) == (0, 1)
     assert set(seen["best"]) == {"number", "value", "params"}
     assert set(seen["best"]["params"]) == set(demo.study.space)
     assert seen["final"] is None
@@ -52,7 +52,8 @@ def test_show_prints_one_json_object(demo: catalogue.Found, capsys: pytest.Captu
 def test_show_prints_a_summary_for_people(demo: catalogue.Found, capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(capsys, "show", "demo").splitlines()
     assert lines[0].startswith("study     demo: ")
-    assert "1 running" in lines[0]
+    assert lines[0].endswith("1 interrupted")
+    assert "running" not in lines[0]
     assert any(line.startswith("best      ") for line in lines)
     assert "final     The test set has not been opened." in lines
     assert f"storage   {demo.storage_url}" in lines
@@ -71,6 +72,20 @@ def test_show_takes_a_file_and_a_storage(
 def test_show_answers_while_the_study_is_held(demo: catalogue.Found, capsys: pytest.CaptureFixture[str]) -> None:
     with open_store(demo.study, demo.storage_url):
         assert json.loads(shown(capsys, "show", "demo", "--json"))["study"] == "demo"
+
+
+def test_an_unfinished_trial_is_running_while_a_process_holds_the_study_and_interrupted_after_it(
+    demo: catalogue.Found, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def states() -> tuple[int, int, str]:
+        seen = json.loads(shown(capsys, "show", "demo", "--json"))["trials"]
+        table = Path(shown(capsys, "report", "demo").splitlines()[1])
+        return seen["running"], seen["interrupted"], pandas.read_csv(table)["state"].iloc[-1]
+
+    with open_store(demo.study, demo.storage_url):
+        assert states() == (1, 0, "running")
+        assert "1 running" in shown(capsys, "show", "demo").splitlines()[0]
+    assert states() == (0, 1, "interrupted")
 
 
 def test_show_changes_nothing(demo: catalogue.Found, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

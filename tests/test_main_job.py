@@ -229,7 +229,7 @@ def test_show_json_and_the_saved_model_agree_with_the_run(place: Path) -> None:
     run(place, "--trials", "1")
     command = [sys.executable, "-m", "harness", "show", str(place / "studies" / "small.py"), "--json"]
     shown = json.loads(subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout)
-    assert shown["trials"] == {"complete": 1, "pruned": 0, "failed": 0, "running": 0}
+    assert shown["trials"] == {"complete": 1, "pruned": 0, "failed": 0, "running": 0, "interrupted": 0}
     assert shown["final"]["accuracy"] == shown["final"]["correct"] / shown["final"]["total"]
     model = json.loads((place / "studies" / "small.model" / "model.json").read_text())
     assert model["test"]["correct"] == shown["final"]["per_seed"][0]["correct"]

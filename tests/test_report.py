@@ -66,7 +66,7 @@ def test_the_overview_of_a_study_without_trials(store: Store) -> None:
     seen = overview("tiny", store, MLFLOW)
     assert set(seen) >= KEYS
     assert seen["study"] == "tiny"
-    assert seen["trials"] == {"complete": 0, "pruned": 0, "failed": 0, "running": 0}
+    assert seen["trials"] == {"complete": 0, "pruned": 0, "failed": 0, "running": 0, "interrupted": 0}
     assert seen["best"] is None
     assert seen["final"] is None
     assert seen["storage"] == store.url
@@ -78,10 +78,10 @@ def test_the_overview_of_a_finished_study(study: Study, store: Store) -> None:
     store.set_attribute("final", final_result())
     seen = overview("tiny", store, MLFLOW)
     assert set(seen) >= KEYS
-    assert set(seen["trials"]) == {"complete", "pruned", "failed", "running"}
+    assert set(seen["trials"]) == {"complete", "pruned", "failed", "running", "interrupted"}
     assert sum(seen["trials"].values()) == 10
     assert seen["trials"]["failed"] >= 2
-    assert seen["trials"]["running"] == 1
+    assert (seen["trials"]["running"], seen["trials"]["interrupted"]) == (0, 1)  # nobody holds a study in memory
     best = store.best()
     assert best is not None
     assert seen["best"] == {"number": best.number, "value": best.value, "params": best.params}
@@ -196,7 +196,7 @@ def test_the_table_has_a_row_a_trial(study: Study, store: Store, tmp_path: Path)
     page = write_report("tiny", store, MLFLOW, tmp_path / "out")
     table = pandas.read_csv(page.with_name("trials.csv"))
     assert list(table["number"]) == list(range(10))
-    assert list(table["state"])[6:] == ["failed", "diverged", "pruned", "running"]
+    assert list(table["state"])[6:] == ["failed", "diverged", "pruned", "interrupted"]
     assert set(study.space) <= set(table.columns)
     best = store.best()
     assert best is not None
@@ -251,12 +251,12 @@ def test_the_page_of_a_study_without_trials(store: Store, tmp_path: Path) -> Non
     assert "The test set has not been opened." in page.words
 
 
-def test_the_page_of_a_study_with_one_running_trial(study: Study, store: Store, tmp_path: Path) -> None:
+def test_the_page_of_a_study_with_one_unfinished_trial(study: Study, store: Store, tmp_path: Path) -> None:
     asked = store.ask(study)
     page_of(store, tmp_path)  # before its first epoch
     store.report(asked, 1, 0.25)
     _, page = page_of(store, tmp_path)
-    assert "running" in page.words
+    assert "interrupted" in page.words
 
 
 def test_the_page_of_a_study_with_one_complete_trial(study: Study, store: Store, tmp_path: Path) -> None:
