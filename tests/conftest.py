@@ -70,6 +70,13 @@ def study(image_cache: Path) -> Study:
 
 
 @pytest.fixture
+def mlruns(tmp_path: Path, empty_mlflow: Path) -> Path:
+    (tmp_path / "mlruns").mkdir()
+    shutil.copy(empty_mlflow, tmp_path / "mlruns" / "mlflow.db")
+    return tmp_path / "mlruns"
+
+
+@pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder with the project's studies, as the working directory."""
     shutil.copytree(

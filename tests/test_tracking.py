@@ -35,13 +35,6 @@ STATUS = {"complete": "FINISHED", "pruned": "KILLED", "diverged": "FAILED", "fai
 
 
 @pytest.fixture
-def mlruns(tmp_path: Path, empty_mlflow: Path) -> Path:
-    (tmp_path / "mlruns").mkdir()
-    shutil.copy(empty_mlflow, tmp_path / "mlruns" / "mlflow.db")
-    return tmp_path / "mlruns"
-
-
-@pytest.fixture
 def study() -> Study:
     return make_study("cache", pruner=no_pruning())
 

@@ -1,0 +1,164 @@
+"""What the tests of faults share: a study of milliseconds, the command line in this process, and small disks."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from harness.cli import main
+from harness.config import Study
+from harness.data import tensors
+from harness.data.garden import Garden
+from harness.experiment import decide_runtime
+from harness.models.maxvit import with_head
+from harness.report import digest
+from harness.results import Event
+from harness.storage import Store, open_store
+from harness.study import run
+from harness.tracking import NoTracker, Tracker
+from tests.conftest import PROJECT, make_study
+
+STUDY_FILE = "from tests.faulty import small_study\n\nSTUDY = small_study('data/cache')\n"
+
+
+class Died(BaseException):
+    """The process is gone at this point; nothing in a trial catches it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pebble:
+    """Two convolutions and a head. It has neither BatchNorm nor dropout, so parts of a batch add up to the batch."""
+
+    hidden: tuple[int, ...] = (16,)
+    dropout: float = 0.0
+
+    def check(self, image_size: int) -> None:
+        """It takes any size."""
+
+    def build(self, classes: int, image_size: int) -> nn.Module:
+        return with_head(_Pebble(classes), self.hidden, self.dropout, classes)
+
+    def depths(self, by: Literal["block", "layer"]) -> list[str]:
+        return ["stem.", "blocks.0.", "classifier."]
+
+    def weights(self) -> str:
+        return "none"
+
+
+class _Pebble(nn.Module):
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, stride=4)
+        self.blocks = nn.ModuleList([nn.Conv2d(8, 16, 2, stride=2)])
+        self.classifier = nn.Sequential(nn.ReLU(), nn.Linear(16, classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.blocks[0](self.stem(images).relu())
+        logits: Tensor = self.classifier(features.mean((2, 3)))
+        return logits
+
+
+def small_study(cache: Path | str, **changes: Any) -> Study:
+    """The study of `conftest.make_study` on images of 16 pixels with a Pebble; fields of its training in `changes`."""
+    study = make_study(cache)
+    data = Garden(train_per_class=2, val_per_class=2, test_per_class=2, image_size=16, stored_size=18, cache=str(cache))
+    train = dataclasses.replace(study.train, **{"data": data, "backbone": Pebble()} | changes)
+    return dataclasses.replace(study, train=train)
+
+
+def complete(
+    study: Study,
+    place: Path,
+    tracker: Tracker | None = None,
+    *,
+    at: Callable[[Event], None] = lambda event: None,
+    look: Callable[[Store], Any] = digest,
+) -> Any:
+    """Run here whatever the study in `place` lacks, calling `at` at every event; returns what `look` sees."""
+    tracker = tracker or NoTracker()
+    tensors._load.cache_clear()  # as a new process would
+    with open_store(study, f"sqlite:///{place}/tiny.db") as store:
+        tracker.start(study, store, {})
+        runtime = decide_runtime(study.train, None)
+        for event in run(study, store, tracker, runtime, place / "tiny.model", place / "tiny.checkpoints"):
+            at(event)
+        return look(store)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class CommandLine:
+    """`run --study tiny` in this process, in a folder of its own with the study's file."""
+
+    def __init__(self, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.place, self._capsys = place, capsys
+        (place / "studies").mkdir(exist_ok=True)
+
+    def run(self, *arguments: str) -> Ended:
+        (self.place / "studies" / "tiny.py").write_text(STUDY_FILE)
+        tensors._load.cache_clear()
+        self._capsys.readouterr()
+        code = main(["run", "--study", "tiny", *arguments])
+        out, err = self._capsys.readouterr()
+        return Ended(code, out, err)
+
+
+class Disk:
+    """A file system of a few kilobytes, mounted on a folder."""
+
+    def __init__(self, folder: Path, kilobytes: int) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        mounting = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+        try:
+            done = subprocess.run(mounting, capture_output=True, text=True)
+        except FileNotFoundError:
+            pytest.skip("a small disk needs `mount`")
+        if done.returncode:
+            pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
+
+    def resize(self, kilobytes: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", str(self.folder)], check=True)
+
+    def unmount(self) -> None:
+        subprocess.run(["umount", "--lazy", str(self.folder)], check=True)
+
+
+@contextmanager
+def small_disk(folder: Path, kilobytes: int) -> Iterator[Disk]:
+    """Skips the test when nothing can be mounted (it takes root on Linux)."""
+    disk = Disk(folder, kilobytes)
+    try:
+        yield disk
+    finally:
+        disk.unmount()
+
+
+def images(count: int, size: int = 16) -> tuple[Tensor, Tensor]:
+    """A seeded batch of standard normal pixels, and labels of 16 classes."""
+    generator = torch.Generator().manual_seed(count)
+    return torch.randn(count, 3, size, size, generator=generator), torch.arange(count) % 16
+
+
+def one_sentence(text: str) -> bool:
+    """Whether a message on stderr is one for a person: a single `error:` line and no traceback."""
+    return text.count("error: ") == 1 and "Traceback" not in text and len(text.strip().splitlines()) == 1
+
+
+__all__ = ["PROJECT", "CommandLine", "Died", "Disk", "Pebble", "complete", "images", "one_sentence", "small_disk"]
