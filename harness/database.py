@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 import optuna
 import sqlalchemy
+from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import SQLAlchemyError
 
-from harness.errors import InputError
+from harness.errors import Halt, InputError
+
+T = TypeVar("T")
 
 BUSY_TIMEOUT_SECONDS = 60
 OPTUNA_TABLES = {"studies", "study_directions", "trials", "version_info"}
@@ -52,7 +56,47 @@ def check_database(url: str) -> None:
         _check_tables(url, *sqlalchemy.inspect(engine).get_table_names())
         engine.dispose()
     except (SQLAlchemyError, ImportError) as error:
-        raise InputError(f"--storage {url!r} cannot be opened: {_first_line(error)}") from error
+        raise _unopened(url, error) from error
+
+
+def outlast(url: str, operation: Callable[[], T]) -> T:
+    """What `operation` returns; waits while another program locks the database. Raises Halt when the database fails.
+
+    It may be cut off anywhere and called again.
+    """
+    said = False
+    while True:
+        try:
+            return operation()
+        except (StorageInternalError, SQLAlchemyError) as error:
+            cause = _cause(error)
+            if "locked" not in cause:
+                raise _failed(url, cause) from error
+            if not said:
+                print(f"The database {url} is locked by another program; waiting for it.", file=sys.stderr)
+                said = True
+
+
+def _cause(error: BaseException) -> str:
+    """What the database itself said; Optuna and SQLAlchemy wrap it."""
+    error = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ is not None else error
+    return _first_line(getattr(error, "orig", None) or error)
+
+
+def _failed(url: str, cause: str) -> Halt:
+    mend = "make room" if _no_room(cause) else "mend that"
+    return Halt(f"The database {url} failed ({cause}); {mend}, nothing finished is lost.")
+
+
+def _no_room(cause: str) -> bool:
+    """SQLite's words for it, the second when its shared memory or a file's size finds none; and PostgreSQL's."""
+    return any(words in cause for words in ("disk is full", "disk I/O error", "No space left"))
+
+
+def _unopened(url: str, error: BaseException) -> Exception:
+    """What to raise when a database cannot be opened: no room is no fault of the URL."""
+    cause = _cause(error)
+    return _failed(url, cause) if _no_room(cause) else InputError(f"--storage {url!r} cannot be opened: {cause}")
 
 
 def _sqlite_tables(file: Path) -> list[str]:
@@ -63,6 +107,8 @@ def _sqlite_tables(file: Path) -> list[str]:
         finally:
             connection.close()
     except sqlite3.Error as error:
+        if _no_room(str(error)):
+            raise _failed(f"sqlite:///{file}", str(error)) from error
         raise InputError(
             f"{file} cannot be opened as a study ({error}); give another --storage, or move it."
         ) from error
@@ -75,11 +121,12 @@ def _check_tables(url: str, *tables: str) -> None:
 
 
 def connect(url: str) -> optuna.storages.RDBStorage:
+    """Raises InputError when the URL cannot be opened, Halt when there is no room for what opening writes."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         storage = optuna.storages.RDBStorage(url, engine_kwargs=_engine_options(url))
     except (SQLAlchemyError, ImportError, RuntimeError) as error:
-        raise InputError(f"--storage {url!r} cannot be opened: {_first_line(error)}") from error
+        raise _unopened(url, error) from error
     if sqlite_file(url) is not None:
         sqlalchemy.event.listen(storage.engine, "connect", _set_pragmas)
         storage.engine.dispose()  # connections made before the listener are given back

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sqlite3
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,13 +14,11 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import optuna
-from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from harness.config import Study
-from harness.database import BUSY_TIMEOUT_SECONDS, check_database, connect, dispose, held, sqlite_file
-from harness.errors import Halt, InputError, masked
+from harness.database import BUSY_TIMEOUT_SECONDS, check_database, connect, dispose, held, outlast, sqlite_file
+from harness.errors import InputError, masked
 from harness.results import Completed, Diverged, EpochResult, Failed, TrialOutcome
 from harness.search import suggest
 from harness.seeds import derive_seed
@@ -66,22 +63,7 @@ def outlasting(method: Callable[Concatenate[Store, P], T]) -> Callable[Concatena
 
     @functools.wraps(method)
     def patient(self: Store, *args: P.args, **kwargs: P.kwargs) -> T:
-        said = False
-        while True:
-            try:
-                return method(self, *args, **kwargs)
-            except (StorageInternalError, SQLAlchemyError) as error:
-                cause = str(error.__cause__ or error).splitlines()[0]
-                if "locked" not in cause:
-                    raise Halt(
-                        f"The database {self.url} failed ({cause}); mend that, nothing finished is lost."
-                    ) from error
-                if not said:
-                    print(
-                        f"The database {masked(self.url)} is locked by another program; waiting for it.",
-                        file=sys.stderr,
-                    )
-                    said = True
+        return outlast(self.url, lambda: method(self, *args, **kwargs))
 
     return patient
 
@@ -254,13 +236,15 @@ def open_store(study: Study, url: str, content: Mapping[str, str] | None = None)
         check_database(url)
         storage = connect(url)
         try:
-            optuna_study = optuna.create_study(
+            create = functools.partial(
+                optuna.create_study,
                 storage=storage,
                 study_name=study.name,
                 direction="maximize",
                 pruner=study.pruner.build(),
                 load_if_exists=True,
             )
+            optuna_study = outlast(url, create)
             store = Store(url, optuna_study)
             _check_definition(study, store, content)
             yield store
@@ -278,7 +262,7 @@ def read_store(name: str, url: str) -> Iterator[Store]:
     storage = connect(url)
     try:
         try:
-            optuna_study = optuna.load_study(storage=storage, study_name=name)
+            optuna_study = outlast(url, lambda: optuna.load_study(storage=storage, study_name=name))
         except KeyError as error:
             raise InputError(f"{url} holds no study named {name!r}; check --storage and the name.") from error
         yield Store(url, optuna_study)
@@ -287,14 +271,18 @@ def read_store(name: str, url: str) -> Iterator[Store]:
 
 
 def exists(name: str, url: str) -> bool:
-    """Whether the storage holds this study already. Raises InputError when it cannot be opened."""
+    """Whether the storage holds this study already, as far as its definition: a start may have been cut off before.
+
+    Raises InputError when it cannot be opened.
+    """
     file = sqlite_file(url)
     if file is not None and (not file.is_file() or file.stat().st_size == 0):
         return False
     check_database(url)
     storage = connect(url)
     try:
-        return name in optuna.get_all_study_names(storage)
+        known = outlast(url, lambda: optuna.get_all_study_summaries(storage))
+        return any(each.study_name == name and "definition" in each.user_attrs for each in known)
     finally:
         dispose(storage)
 
