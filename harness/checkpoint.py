@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -23,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from harness.errors import Halt
+from harness.files import replace_file
 from harness.results import EpochResult
 from harness.space import leaves
 from harness.trainer import Training
@@ -53,36 +52,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = save(plain, {"record": text, "sha256": fingerprint(plain, text)})
     replace_file(path, content)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write `content` under another name, synchronise, rename. Raises Halt when it cannot be written.
-
-    Plain writes: a full disk would kill a writer through a memory map.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _synchronise(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise Halt(f"{path} cannot be written ({error.strerror or error}); make room or make it writable.") from error
-
-
-def _synchronise(folder: Path) -> None:
-    """Make a renaming in this folder last through a power cut; not every system knows how."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import SQLAlchemyError
 
 from harness.errors import Halt, InputError
+from harness.files import replace_file
 
 T = TypeVar("T")
 
@@ -107,7 +108,7 @@ def _sqlite_tables(file: Path) -> list[str]:
         finally:
             connection.close()
     except sqlite3.Error as error:
-        if _no_room(str(error)):
+        if file.is_file() and _no_room(str(error)):
             raise _failed(f"sqlite:///{file}", str(error)) from error
         raise InputError(
             f"{file} cannot be opened as a study ({error}); give another --storage, or move it."
@@ -188,7 +189,7 @@ def held(file: Path | None, name: str) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{file} cannot be written ({error}); make its folder writable or give --storage.") from error
     try:
-        pid.write_text(f"{os.getpid()}\n")
+        replace_file(pid, f"{os.getpid()}\n".encode())
         yield
     finally:
         pid.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint import SUFFIX, Checkpoint, fingerprint, identity_of, remove, replace_file, write_tensors
+from harness.checkpoint import SUFFIX, Checkpoint, fingerprint, identity_of, remove, write_tensors
 from harness.config import Study
 from harness.data.augment import MEAN, STD
 from harness.data.tensors import load_test
@@ -22,6 +22,7 @@ from harness.engine import Runtime
 from harness.environment import environment
 from harness.errors import Halt
 from harness.experiment import assemble, with_validation_images
+from harness.files import replace_file
 from harness.results import EpochEnded, Event, Metrics, TrialStarted
 from harness.seeds import derive_seed
 from harness.space import label, leaves

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.database import holder, sqlite_file
 from harness.errors import masked
+from harness.files import replace_file
 from harness.storage import Store, TrialRecord
 
 if TYPE_CHECKING:
@@ -166,13 +167,10 @@ def frame(store: Store) -> pandas.DataFrame:
 
 
 def write_report(name: str, store: Store, tracking: str, folder: Path) -> Path:
-    """Write report.html and trials.csv into `folder`; returns the page's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    frame(store).to_csv(folder / "trials.csv", index=False)
+    """Write report.html and trials.csv into `folder`; returns the page's path. Raises Halt when there is no room."""
     page = folder / "report.html"
-    partial = folder / "report.html.partial"
-    partial.write_text(_page(name, store, tracking), encoding="utf-8")
-    partial.replace(page)
+    replace_file(folder / "trials.csv", frame(store).to_csv(index=False).encode())
+    replace_file(page, _page(name, store, tracking).encode())
     return page
 
 

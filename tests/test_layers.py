@@ -15,7 +15,7 @@ HARNESS = PROJECT / "harness"
 
 # Lowest first; `config` stands on `errors` and `space`.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "results", "seeds", "space", "config", "interrupt", "environment", "outbox"),
+    ("errors", "results", "seeds", "space", "config", "interrupt", "environment", "outbox", "files"),
     ("data", "models", "optim", "engine", "search", "database"),
     ("trainer",),
     ("experiment", "checkpoint"),

@@ -23,6 +23,7 @@ from PIL import Image
 
 from harness.config import Dataset
 from harness.errors import InputError
+from harness.files import replace_file, replacing
 
 FORMAT = "1"  # raise it whenever the same images would give other arrays
 WORKERS = os.cpu_count() or 1  # Pillow releases the interpreter while it decodes and resizes
@@ -59,7 +60,7 @@ def _decoded(dataset: Dataset, items: Sequence[Any], size: int) -> tuple[str, ND
             images = _open(folder, key)
     if images is None:
         raise OSError(f"The image cache {folder / key}.npy was written and cannot be read back; check the disk.")
-    _replace(remembered, key.encode())
+    replace_file(remembered, key.encode(), _mark())
     return key, images
 
 
@@ -106,29 +107,21 @@ def _checksum(record: Path) -> str | None:
 
 
 def _write(folder: Path, key: str, shape: tuple[int, ...], squares: Iterator[NDArray[np.uint8]]) -> None:
-    """Write array and record, each whole or not at all. Plain writes, for a full disk kills a writer through a map."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{key}.{uuid.uuid4().hex}.partial"
-    try:
-        with partial.open("wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_2_0(file, header)
-            for image in squares:
-                file.write(image.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        with partial.open("rb") as file:
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
-        partial.replace(folder / f"{key}.npy")
-    finally:
-        partial.unlink(missing_ok=True)
-    _replace(folder / f"{key}.json", json.dumps({"shape": shape, "sha256": checksum}).encode())
+    """Write array and record, each whole or not at all. Raises Halt when there is no room."""
+    array = folder / f"{key}.npy"
+    with replacing(array, _mark()) as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_2_0(file, header)
+        for image in squares:
+            file.write(image.tobytes())
+    with array.open("rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    replace_file(folder / f"{key}.json", json.dumps({"shape": shape, "sha256": checksum}).encode(), _mark())
 
 
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+def _mark() -> str:
+    """Several processes may make the same cache at the same time."""
+    return f".{uuid.uuid4().hex}"
 
 
 class ImageFiles:
