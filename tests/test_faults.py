@@ -43,10 +43,9 @@ def study(image_cache: Path) -> Study:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(image_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The digest of the study that nothing happened to."""
-    found: str = complete(small_study(image_cache), tmp_path_factory.mktemp("undisturbed"))
-    return found
+def undisturbed(image_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The study that nothing happened to."""
+    return complete(small_study(image_cache), tmp_path_factory.mktemp("undisturbed"))
 
 
 def trials_of(store: Store) -> list[TrialRecord]:
@@ -333,7 +332,7 @@ def flipped(path: Path, place: int) -> None:
 
 
 def test_a_damaged_image_cache_is_named_and_made_again(
-    tmp_path: Path, undisturbed: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, undisturbed: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = small_study(tmp_path / "cache")
     complete(study, tmp_path)
@@ -399,7 +398,7 @@ def stopped_in_trial_1(study: Study, place: Path) -> Path:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_its_training_starts_again(
-    damage: str, image_cache: Path, tmp_path: Path, undisturbed: str, capsys: pytest.CaptureFixture[str]
+    damage: str, image_cache: Path, tmp_path: Path, undisturbed: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = small_study(image_cache, checkpoint_seconds=0.0)
     path = stopped_in_trial_1(study, tmp_path)
@@ -443,7 +442,7 @@ def test_any_flipped_or_missing_byte_of_a_file_of_tensors_is_noticed(tmp_path: P
 
 
 def test_trained_weights_damaged_before_the_test_set_is_opened_are_trained_again(
-    image_cache: Path, tmp_path: Path, undisturbed: str, monkeypatch: pytest.MonkeyPatch
+    image_cache: Path, tmp_path: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = small_study(image_cache)
 
@@ -480,7 +479,7 @@ def test_a_whole_checkpoint_of_another_training_is_refused(
     change: Callable[[dict[str, Any]], None],
     image_cache: Path,
     tmp_path: Path,
-    undisturbed: str,
+    undisturbed: Any,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     study = small_study(image_cache, checkpoint_seconds=0.0)

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import sqlite3
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from harness.report import digest
-from harness.storage import open_store, read_store
-from tests.faulty import CommandLine, Disk, complete, one_sentence, small_disk, small_study
+from harness.config import Study
+from harness.results import EpochEnded, Event
+from harness.storage import has_model, read_store
+from tests.faulty import CommandLine, complete, everything, one_sentence, small_disk, small_study
 
 ROOMY = 16_384  # kilobytes; the report alone takes 4.8 MB, for it carries plotly
+
+
+@pytest.fixture
+def study(image_cache: Path) -> Study:
+    return small_study(image_cache)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(image_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return complete(small_study(image_cache), tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.fixture
@@ -29,36 +43,166 @@ def line(
         signal.signal(number, handler)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(image_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    found: str = complete(small_study(image_cache), tmp_path_factory.mktemp("undisturbed"))
-    return found
-
-
-def state_of(folder: Path) -> tuple[int, str]:
-    """The finished trials of the study in a folder, and its digest."""
+def stored(folder: Path) -> tuple[int, Any]:
+    """How many trials of the study in a folder are finished, and all that they came to."""
     with read_store("tiny", f"sqlite:///{folder}/tiny.db") as store:
-        return store.finished(), digest(store)
+        return store.finished(), everything(store)
 
 
-# -- a full disk ---------------------------------------------------------------------------------------------------
+def leftovers(folder: Path) -> list[Path]:
+    return list(folder.rglob("*.partial"))
+
+
+# -- a full disk, the command line -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_study_on_a_disk_that_is_full_again_and_again_is_the_undisturbed_one(
-    line: CommandLine, undisturbed: str
+def test_a_study_whose_disk_is_full_again_and_again_ends_as_the_undisturbed_one(
+    line: CommandLine, undisturbed: Any
 ) -> None:
-    studies = line.place / "studies"
-    seen: set[str] = set()
+    studies, finished, named = line.place / "studies", 0, []
     with small_disk(studies, 40) as disk:
-        finished = 0
-        for kilobytes in (40, 100, 140, 180, 220, 260, 300, 340, 400, 600, 5400, 5600, 6000, ROOMY):
+        # From the first table to the report, each room is just too small for the next thing.
+        for kilobytes in (40, 100, 140, 180, 220, 260, 300, 340, 400, 600):
             disk.resize(kilobytes)
             ended = line.run()
-            print(kilobytes, ended.code, ended.err, ended.out, file=open("/tmp/hBw/log","a"))
-            if ended.code == 0:
-                break
-            pass
-            pass
-            seen.add(ended.err)
-        assert state_of(studies) == (3, undisturbed)
+            assert ended.code == 1, ended
+            assert one_sentence(ended.err), ended.err
+            assert "make room" in ended.err
+            assert ended.out.splitlines()[-2] == "Go on with:"
+            named.append(ended.err)
+            if kilobytes >= 220:
+                now, _ = stored(studies)
+                assert now >= finished, "a finished trial is lost"
+                finished = now
+            assert not leftovers(studies)
+            assert has_model(studies / "tiny.model") or not (studies / "tiny.model" / "model.json").exists()
+        assert sum("tiny.db failed (" in each for each in named) >= 5
+        assert "tiny.report/report.html cannot be written (No space left on device)" in named[-1]
+        disk.resize(ROOMY)
+        assert line.run().code == 0
+        assert stored(studies) == (3, undisturbed)
+        assert "Nothing is missing" in line.run().out
+
+
+@pytest.mark.slow
+def test_no_room_for_the_image_cache_is_said_before_anything_is_begun(line: CommandLine, undisturbed: Any) -> None:
+    cache = line.place / "data" / "cache"
+    with small_disk(cache, 64) as disk:
+        ended = line.run()
+        assert ended.code == 1
+        assert one_sentence(ended.err), ended.err
+        assert ".npy cannot be written (No space left on device); make room" in ended.err
+        assert not leftovers(cache)
+        assert not (line.place / "studies" / "tiny.db").exists()
+        for array in cache.glob("*.npy"):  # what was whole stays
+            assert array.stat().st_size in (32 * 18 * 18 * 3 + 128, 32 * 16 * 16 * 3 + 128)
+        disk.resize(ROOMY)
+        assert line.run().code == 0
+        assert stored(line.place / "studies") == (3, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["tiny.checkpoints", "tiny.model", "tiny.report"])
+def test_no_room_for_what_lies_beside_the_study_stops_it_and_room_lets_it_go_on(
+    what: str, line: CommandLine, undisturbed: Any
+) -> None:
+    studies = line.place / "studies"
+    with small_disk(studies / what, 8) as disk:
+        ended = line.run("--set", "checkpoint_seconds=0")
+        assert ended.code == 1
+        assert one_sentence(ended.err), ended.err
+        assert f"{studies / what}/" in ended.err
+        assert "cannot be written (No space left on device); make room" in ended.err
+        assert not leftovers(studies)
+        finished, _ = stored(studies)
+        assert finished == (0 if what == "tiny.checkpoints" else 3)
+        assert not (studies / what / "report.html").exists()
+        assert not has_model(studies / what)
+        disk.resize(ROOMY)
+        assert line.run("--set", "checkpoint_seconds=0").code == 0
+        assert stored(studies) == (3, undisturbed)
+        disk.resize(ROOMY)
+
+
+# -- a locked database -----------------------------------------------------------------------------------------------
+
+
+class Locker:
+    """A second connection that holds the study's database, as a backup program may, for a while."""
+
+    def __init__(self, file: Path, seconds: float) -> None:
+        self._file, self._seconds = file, seconds
+        self._locked = threading.Event()
+        self._thread = threading.Thread(target=self._hold)
+
+    def lock(self) -> None:
+        self._thread.start()
+        assert self._locked.wait(10)
+
+    def wait(self) -> None:
+        self._thread.join()
+
+    def _hold(self) -> None:
+        with closing(sqlite3.connect(self._file, isolation_level=None)) as connection:
+            connection.execute("BEGIN EXCLUSIVE")
+            self._locked.set()
+            time.sleep(self._seconds)
+            connection.execute("ROLLBACK")
+
+
+def held_at_first_epoch(locker: Locker, number: int) -> Callable[[Event], None]:
+    def lock(event: Event) -> None:
+        if isinstance(event, EpochEnded) and (event.number, event.result.epoch) == (number, 1):
+            locker.lock()
+
+    return lock
+
+
+def test_a_study_waits_for_its_locked_database_and_says_so_once(
+    study: Study,
+    tmp_path: Path,
+    undisturbed: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("harness.database.BUSY_TIMEOUT_SECONDS", 0.1)
+    locker = Locker(tmp_path / "tiny.db", seconds=0.6)
+    start = time.monotonic()
+    assert complete(study, tmp_path, at=held_at_first_epoch(locker, 1)) == undisturbed
+    assert time.monotonic() - start > 0.6
+    said = capsys.readouterr().err
+    assert said == f"The database sqlite:///{tmp_path}/tiny.db is locked by another program; waiting for it.\n"
+    locker.wait()
+
+
+def test_opening_a_locked_study_waits_too(
+    study: Study,
+    tmp_path: Path,
+    undisturbed: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    complete(dataclasses.replace(study, trials=1), tmp_path)
+    monkeypatch.setattr("harness.database.BUSY_TIMEOUT_SECONDS", 0.1)
+    locker = Locker(tmp_path / "tiny.db", seconds=0.6)
+    locker.lock()
+    found = complete(study, tmp_path)
+    assert found[1] == undisturbed[1]
+    assert capsys.readouterr().err.count("is locked by another program; waiting for it.") == 1
+    locker.wait()
+
+
+@pytest.mark.slow
+def test_a_database_locked_in_the_middle_of_a_command_delays_it_only(
+    line: CommandLine, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.database.BUSY_TIMEOUT_SECONDS", 0.2)
+    assert line.run("--trials", "1").code == 0
+    locker = Locker(line.place / "studies" / "tiny.db", seconds=2.0)
+    locker.lock()
+    ended = line.run("--trials", "2")
+    assert ended.code == 0
+    assert ended.err.count("is locked by another program; waiting for it.") == 1
+    assert len(ended.err.splitlines()) == 1
+    locker.wait()
