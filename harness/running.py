@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _stopped(code: int) -> int:
     """The command that goes on, as the last line."""
+    command = [Path(sys.executable).name, *(word for word in sys.argv if word != "--fresh")]
     print("Go on with:")
     print(shlex.join(map(masked, command)), flush=True)
     return code
@@ -85,8 +86,8 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
     from harness import storage
     from harness.engine import find_device
     from harness.mlflow_places import check_writable, tracker_for
-
     from harness.search import rehearse
+
     console = Console()
     find_device(study.train.engine.device)
     rehearse(study)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sqlite3
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +19,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from harness.config import Study
 from harness.database import BUSY_TIMEOUT_SECONDS, check_database, connect, dispose, held, outlast, sqlite_file
-from harness.errors import InputError, masked
+from harness.errors import InputError
 from harness.results import Completed, Diverged, EpochResult, Failed, TrialOutcome
 from harness.search import suggest
 from harness.seeds import derive_seed
-from harness.space import Choice, Float, Int, encode
+from harness.space import encode
 
 P = ParamSpec("P")
 T = TypeVar("T")
