@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from harness import checkpoint
+from harness import checkpoint, files
 from harness.checkpoint import (
     Checkpoint,
     Damaged,
@@ -240,7 +240,7 @@ def test_a_disk_without_room_halts_and_leaves_the_older_file_whole(
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(Halt, match="make room"):
         write_tensors(path, {"a": torch.ones(1)}, {"step": 2})
     assert read_tensors(path)[1] == {"step": 1}

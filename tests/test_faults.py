@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harness import checkpoint, engine, trainer
+from harness import engine, trainer
 from harness.checkpoint import Damaged, read_tensors, write_tensors
 from harness.config import OptimConfig, Study
 from harness.data.tensors import load_test
@@ -452,7 +452,7 @@ def test_trained_weights_damaged_before_the_test_set_is_opened_are_trained_again
 
     with monkeypatch.context() as patch:
         patch.setattr("harness.final.load_test", damage_then_open)
-        with pytest.raises(checkpoint.Halt, match="are gone or damaged; the same command trains them again"):
+        with pytest.raises(Halt, match="are gone or damaged; the same command trains them again"):
             complete(study, tmp_path)
     assert complete(study, tmp_path, look=lambda store: store.attribute("final")["test_openings"]) == 1
     assert complete(study, tmp_path) == undisturbed
