@@ -23,6 +23,7 @@ from harness.checkpoint import Damaged, read_tensors, write_tensors
 from harness.config import OptimConfig, Study
 from harness.data.tensors import load_test
 from harness.engine import Runtime, accumulate_gradient, train_step
+from harness.errors import Halt
 from harness.experiment import assemble
 from harness.mlflow_places import local_tracker
 from harness.results import EpochEnded, Event, TrialEnded, TrialStarted
