@@ -52,7 +52,7 @@ class ImageFolder(ImageFiles):
         return tuple(names[folder] for folder in folders)
 
     def samples(self, split: SplitName) -> list[tuple[Path, int]]:
-        """Raises InputError for a class without images in the split, and for a file that is no image by its name."""
+        """Raises InputError for a class without images in the split, and for what is in a class and no image."""
         root, found = Path(self.root), []
         for label, name in enumerate(self._class_folders()):
             folder = self._split_folder(split)
@@ -88,7 +88,10 @@ class ImageFolder(ImageFiles):
 
     def _folders(self, folder: Path) -> set[str]:
         """Names of the folders in a folder, without hidden ones and our own cache."""
-        inside = (each for each in folder.iterdir() if each.is_dir() and not each.name.startswith((".", "__")))
+        inside = [each for each in sorted(folder.iterdir()) if not each.name.startswith((".", "__"))]
+        for each in inside:
+            _check_link(each)
+        inside = [each for each in inside if each.is_dir()]
         return {each.name for each in inside if each.resolve() != Path(self.cache).resolve()}
 
     def _split_folder(self, split: SplitName) -> Path | None:
@@ -106,13 +109,25 @@ class ImageFolder(ImageFiles):
 def _images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    files = sorted(each for each in folder.iterdir() if each.is_file() and not each.name.startswith("."))
+    files = sorted(each for each in folder.iterdir() if not each.name.startswith("."))
     for file in files:
-        if file.suffix.lower() not in EXTENSIONS:
+        _check_link(file)
+        if file.is_dir():
+            raise InputError(
+                f"{file} is a folder inside of a class, and its pictures would be left out; "
+                f"move them up into {folder}, or take the folder out."
+            )
+        if file.suffix.lower() not in EXTENSIONS or not file.is_file():
             raise InputError(
                 f"{file} is not an image by its name, and a class folder holds images only; is --data-root right?"
             )
     return files
+
+
+def _check_link(path: Path) -> None:
+    """Raise InputError for a link to nothing: what it stood for would be missing without a word."""
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{path} is a link to {path.readlink()}, which is not there; mend or remove the link.")
 
 
 def _share(files: list[Path], split: SplitName) -> list[Path]:

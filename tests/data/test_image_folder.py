@@ -209,3 +209,26 @@ def test_a_file_that_is_no_image_by_its_name(split_root: Path) -> None:
 def test_a_class_too_small_to_be_split(flat_root: Path, count: int) -> None:
     plant(flat_root / "tulip", count)
     assert str(flat_root / "tulip") in complaint(flat_root)
+
+
+def test_pictures_in_a_folder_inside_of_a_class(split_root: Path) -> None:
+    plant(split_root / "train" / "2" / "more", 1)
+    message = complaint(split_root)
+    assert str(split_root / "train" / "2" / "more") in message
+    assert "move them up" in message
+
+
+@pytest.mark.parametrize("place", ["train/2/lost.png", "train/3", "valid/3", "train"])
+def test_a_link_to_nothing(split_root: Path, place: str) -> None:
+    if place == "train":  # else valid/ and test/ would be taken for classes
+        shutil.rmtree(split_root / "train")
+    (split_root / place).symlink_to("nowhere")
+    message = complaint(split_root)
+    assert str(split_root / place) in message
+    assert "nowhere" in message
+
+
+def test_a_link_to_a_picture_is_a_picture(split_root: Path) -> None:
+    photo = next((split_root / "train" / "1").iterdir())
+    (split_root / "train" / "1" / "again.png").symlink_to(photo)
+    assert len(ImageFolder(root=str(split_root)).samples("train")) == 7
