@@ -26,6 +26,9 @@ from harness.files import replace_file
 T = TypeVar("T")
 
 BUSY_TIMEOUT_SECONDS = 60
+LOCK_SECONDS = 0.3  # `show` takes the lock for a moment to see whether anybody holds it
+# The modules that SQLAlchemy asks for, and the packages to install where those are called otherwise.
+DRIVERS = {"psycopg2": "psycopg2-binary", "psycopg": "'psycopg[binary]'", "MySQLdb": "mysqlclient"}
 OPTUNA_TABLES = {"studies", "study_directions", "trials", "version_info"}
 
 
@@ -33,7 +36,7 @@ def sqlite_file(url: str) -> Path | None:
     """The file of a SQLite URL, None for other databases. Raises InputError when `url` is no database URL."""
     try:
         parsed = sqlalchemy.engine.make_url(url)
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, ValueError) as error:  # a ValueError for a port that is no number
         raise InputError(f"--storage {url!r} is no database URL; write sqlite:///FILE or postgresql://...") from error
     if parsed.get_backend_name() != "sqlite":
         return None
@@ -50,8 +53,9 @@ def check_database(url: str) -> None:
             if not file.parent.is_dir():
                 raise InputError(f"--storage {url!r}: there is no folder {file.parent}; make it first.")
             return
-        _check_tables(url, *_sqlite_tables(file))
+        _check_tables(url, *tables(file, "--storage"))
         return
+    check_driver(url, "--storage")
     try:
         engine = sqlalchemy.create_engine(url)
         _check_tables(url, *sqlalchemy.inspect(engine).get_table_names())
@@ -97,12 +101,28 @@ def _no_room(cause: str) -> bool:
 def _unopened(url: str, error: BaseException) -> Exception:
     """What to raise when a database cannot be opened: no room is no fault of the URL."""
     cause = _cause(error)
-    return _failed(url, cause) if _no_room(cause) else InputError(f"--storage {url!r} cannot be opened: {cause}")
+    if _no_room(cause):
+        return _failed(url, cause)
+    return InputError(f"--storage {url!r} cannot be opened: {cause}; check the URL.")
 
 
-def _sqlite_tables(file: Path) -> list[str]:
+def check_driver(url: str, option: str) -> None:
+    """Raise InputError when the Python package that speaks to a database server is missing; `option` gave the URL."""
     try:
-        connection = sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT_SECONDS)
+        sqlalchemy.create_engine(url).dispose()
+    except ModuleNotFoundError as error:
+        package = DRIVERS.get(error.name or "", error.name)
+        raise InputError(
+            f"{option} {url!r} needs the database driver {error.name}; install it with `pip install {package}`."
+        ) from error
+    except (SQLAlchemyError, ImportError, ValueError) as error:
+        raise InputError(f"{option} {url!r} cannot be opened: {_first_line(error)}; check the URL.") from error
+
+
+def tables(file: Path, option: str) -> list[str]:
+    """The names of the tables in a SQLite file. Raises InputError when it is none; `option` named it."""
+    try:
+        connection = sqlite3.connect(_to_read(file), uri=True, timeout=BUSY_TIMEOUT_SECONDS)
         try:
             return [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         finally:
@@ -110,9 +130,25 @@ def _sqlite_tables(file: Path) -> list[str]:
     except sqlite3.Error as error:
         if file.is_file() and _no_room(str(error)):
             raise _failed(f"sqlite:///{file}", str(error)) from error
-        raise InputError(
-            f"{file} cannot be opened as a study ({error}); give another --storage, or move it."
-        ) from error
+        # Of a killed study in a read-only folder, the log can be read by nobody.
+        remedy = f"give another {option}" if may_write(file) else "copy its folder to where it may be written"
+        raise InputError(f"{file} cannot be opened as a database ({error}); {remedy}.") from error
+
+
+def _to_read(file: Path) -> str:
+    """SQLite's own URI for reading a file.
+
+    Even a reader in WAL mode makes files beside the database. It does not when the database is called immutable, and
+    it is as long as there is no log beside it: whoever writes has one.
+    """
+    place = f"{file.resolve().as_uri()}?mode=ro"
+    return place if Path(f"{file.resolve()}-wal").exists() else f"{place}&immutable=1"
+
+
+def may_write(file: Path) -> bool:
+    """Whether this process may change a file and its folder."""
+    file = file.resolve()  # SQLite's own files lie beside what a link leads to
+    return os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)
 
 
 def _check_tables(url: str, *tables: str) -> None:
@@ -121,14 +157,20 @@ def _check_tables(url: str, *tables: str) -> None:
         raise InputError(f"{url} is a database but not a study; give another --storage.")
 
 
-def connect(url: str) -> optuna.storages.RDBStorage:
-    """Raises InputError when the URL cannot be opened, Halt when there is no room for what opening writes."""
+def connect(url: str, *, writing: bool = True) -> optuna.storages.RDBStorage:
+    """Optuna's storage at a URL. Without `writing` a SQLite file is left in the mode that it has.
+
+    Raises InputError when the URL cannot be opened, Halt when there is no room for what opening writes.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    file = sqlite_file(url)
+    readable_only = file is not None and file.exists() and not may_write(file)
+    place = f"sqlite:///{_to_read(file)}&uri=true" if file is not None and readable_only else url
     try:
-        storage = optuna.storages.RDBStorage(url, engine_kwargs=_engine_options(url))
+        storage = optuna.storages.RDBStorage(place, engine_kwargs=_engine_options(url))
     except (SQLAlchemyError, ImportError, RuntimeError) as error:
         raise _unopened(url, error) from error
-    if sqlite_file(url) is not None:
+    if file is not None and writing:
         sqlalchemy.event.listen(storage.engine, "connect", _set_pragmas)
         storage.engine.dispose()  # connections made before the listener are given back
     return storage
@@ -153,8 +195,10 @@ def dispose(storage: optuna.storages.RDBStorage) -> None:
 def holder(file: Path | None) -> str | None:
     """The PID of the process that holds a SQLite study, None when nobody does."""
     lock = None if file is None else Path(f"{file}.lock")
-    if lock is None or not lock.exists():
+    if file is None or lock is None or not lock.exists():
         return None
+    if not may_write(file):  # then a lock cannot be tried, and the number that a holder leaves must do
+        return _pid(file) if pid_file(file).exists() else None
     try:
         with filelock.FileLock(lock, blocking=False):
             return None
@@ -179,9 +223,11 @@ def held(file: Path | None, name: str) -> Iterator[None]:
         return
     if not file.parent.is_dir():
         raise InputError(f"--storage: there is no folder {file.parent}; make it first.")
-    lock, pid = filelock.FileLock(f"{file}.lock", blocking=False), pid_file(file)
+    if file.exists() and not may_write(file):
+        raise InputError(f"{file} or its folder may not be written; change their permissions, or give --storage.")
+    lock, pid = filelock.FileLock(f"{file}.lock"), pid_file(file)
     try:
-        lock.acquire()
+        lock.acquire(timeout=LOCK_SECONDS)
     except filelock.Timeout as error:
         raise InputError(
             f"Study {name!r} is being run by process {_pid(file)}; wait for it, or stop it with `kill {_pid(file)}`."

@@ -260,7 +260,7 @@ def read_store(name: str, url: str) -> Iterator[Store]:
     if file is not None and (not file.is_file() or file.stat().st_size == 0):
         raise InputError(f"Study {name!r} has no results yet ({file} does not exist); run it with --study {name}.")
     check_database(url)
-    storage = connect(url)
+    storage = connect(url, writing=False)
     try:
         try:
             optuna_study = outlast(url, lambda: optuna.load_study(storage=storage, study_name=name))
@@ -280,7 +280,7 @@ def exists(name: str, url: str) -> bool:
     if file is not None and (not file.is_file() or file.stat().st_size == 0):
         return False
     check_database(url)
-    storage = connect(url)
+    storage = connect(url, writing=False)
     try:
         known = outlast(url, lambda: optuna.get_all_study_summaries(storage))
         return any(each.study_name == name and "definition" in each.user_attrs for each in known)

@@ -550,8 +550,18 @@ def test_connections_write_ahead_and_do_not_wait_for_the_disk(tmp_path: Path) ->
         assert pragma(store, "journal_mode") == "wal"
         assert pragma(store, "synchronous") == 1  # NORMAL
         assert pragma(store, "busy_timeout") == 60_000
+
+
+def test_looking_leaves_a_database_in_its_own_mode(tmp_path: Path) -> None:
+    url = url_of(tmp_path / "tiny.db")
+    with open_store(searching(), url):
+        pass
+    with contextlib.closing(sqlite3.connect(tmp_path / "tiny.db")) as connection:
+        connection.execute("PRAGMA journal_mode=DELETE")
+    before = (tmp_path / "tiny.db").read_bytes()
     with read_store("tiny", url) as store:
-        assert pragma(store, "synchronous") == 1
+        assert pragma(store, "journal_mode") == "delete"
+    assert (tmp_path / "tiny.db").read_bytes() == before
 
 
 def test_a_reader_in_a_transaction_does_not_block_a_tell(tmp_path: Path) -> None:
