@@ -40,6 +40,8 @@ def rehearse(study: Study) -> None:
     Optuna looks at some arguments only when it needs them: n_startup_trials="x" is found at the first question, others
     after the trials that are drawn at random. Raises InputError when the sampler or the pruner cannot work.
     """
+    if any(callable(value) for part in (study.sampler, study.pruner) for _, value in getattr(part, "options", ())):
+        return  # a function of the user's own, which may need what real trials have
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with _blaming(study.pruner):
         memory = optuna.create_study(direction="maximize", pruner=study.pruner.build())
@@ -185,8 +187,10 @@ class Asha(optuna.pruners.BasePruner):
     """
 
     def __init__(self, min_epochs: int = 5, reduction: int = 2) -> None:
-        if min_epochs < 1 or reduction < 2:
-            raise InputError(f"asha needs min_epochs >= 1 and reduction >= 2, not {min_epochs} and {reduction}.")
+        whole = isinstance(min_epochs, int) and isinstance(reduction, int)
+        if not whole or min_epochs < 1 or reduction < 2:
+            given = f"{min_epochs!r} and {reduction!r}"
+            raise InputError(f"asha needs whole numbers, min_epochs >= 1 and reduction >= 2, not {given}.")
         self.min_epochs = min_epochs
         self.reduction = reduction
 
