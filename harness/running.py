@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _stopped(code: int) -> int:
-    """The command that goes on, as the last line."""
-    command = [Path(sys.executable).name, *(word for word in sys.argv if word != "--fresh")]
+    """The command that goes on, as the last line; a password in it is the user's to fill in again."""
+    command = [Path(sys.executable).name, *(arg for arg in sys.argv if arg != "--fresh")]
     print("Go on with:")
     print(shlex.join(map(masked, command)), flush=True)
     return code
@@ -71,6 +71,7 @@ def _run(args: argparse.Namespace) -> int:
     if not args.fresh and storage.exists(study.name, url):
         # Without --data-root nothing says that the images are others; to look would take longer than the answer.
         content = _prepare(study) if args.data_root else None
+        storage.compare(study, url, content)
         with storage.open_store(study, url, content) as store:
             saved = not store.has_final() or storage.has_model(found.beside(url, ".model"))
             if store.is_complete(study) and saved:
@@ -89,8 +90,8 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
     from harness.search import rehearse
 
     console = Console()
-    find_device(study.train.engine.device)
     rehearse(study)
+    find_device(study.train.engine.device)
     if not args.tracking_uri:
         check_writable(found.mlruns)
     study.train.data.samples("train")

@@ -302,11 +302,23 @@ def as_begun(study: Study, store: Store, content: Mapping[str, str] | None = Non
     return study
 
 
+def compare(study: Study, url: str, content: Mapping[str, str] | None) -> None:
+    """Raise InputError unless `study` continues the one in the storage, which exists. Writes nothing, nor locks."""
+    with read_store(study.name, url) as store:
+        if store.attribute("definition") is not None or store.trials():
+            _check_definition(study, store, content)
+
+
 def _check_definition(study: Study, store: Store, content: Mapping[str, str] | None) -> None:
     """Keep the definition at the first start; at every later one, refuse a study that would not continue it."""
     now = study.definition() | {f"content of {name}": value for name, value in (content or {}).items()}
     stored = store.attribute("definition")
     if stored is None:
+        if store.trials():
+            raise InputError(
+                f"Study {study.name!r} in {store.url} was begun by another program; "
+                "give another --storage, or rename the study."
+            )
         store.set_attribute("uid", uuid.uuid4().hex)
         store.set_attribute("definition", now)
         return
