@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from harness.config import Study
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+# A place that a user named, or whose permissions a user can change.
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def main(arguments: Sequence[str], program: str = "python -m harness") -> int:
@@ -41,8 +44,10 @@ def main(arguments: Sequence[str], program: str = "python -m harness") -> int:
     except Halt as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
-    except PermissionError as error:
-        print(f"error: {error.filename} may not be read or written; change its permissions.", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in UNUSABLE or error.filename is None:
+            raise
+        print(f"error: {error.filename} cannot be read or written ({error.strerror}); give another.", file=sys.stderr)
         return WRONG_INPUT
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
@@ -78,7 +83,7 @@ def build_parser(program: str) -> argparse.ArgumentParser:
     reproduce = commands.add_parser("reproduce", help="train a trial again and compare every epoch with the record")
     reproduce.add_argument("study", metavar="STUDY", help="a study's name or file")
     reproduce.add_argument("trial", metavar="N", type=_number, help="the trial's number")
-    reproduce.add_argument("--data-root", metavar="DIR", help="the folder that holds the data set")
+    reproduce.add_argument("--data-root", metavar="DIR", type=_given, help="the folder that holds the data set")
     reproduce.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps (default: what the study ran on)")
     reproduce.set_defaults(function=_reproduce)
     doctor = commands.add_parser("doctor", help="whether storage, MLflow, checkpoints and processes agree")
@@ -88,7 +93,9 @@ def build_parser(program: str) -> argparse.ArgumentParser:
     for command in (show, report, reproduce, doctor):
         _add_places(command)
     ui = commands.add_parser("ui", help="open the MLflow UI on the logged runs")
-    ui.add_argument("--tracking-uri", metavar="URI", help="the MLflow database or server (default: mlruns/mlflow.db)")
+    ui.add_argument(
+        "--tracking-uri", metavar="URI", type=_given, help="the MLflow database or server (default: mlruns/mlflow.db)"
+    )
     ui.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     ui.add_argument("--port", type=int, default=5000, help="port to listen on (default: %(default)s)")
     ui.set_defaults(function=_ui)
@@ -100,7 +107,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trials", metavar="N", type=_positive, help="how many finished trials the study should have in all"
     )
-    parser.add_argument("--data-root", metavar="DIR", help="the folder that holds the data set")
+    parser.add_argument("--data-root", metavar="DIR", type=_given, help="the folder that holds the data set")
     parser.add_argument(
         "--set",
         metavar="PATH=VALUE",
@@ -117,11 +124,18 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _add_places(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--storage", metavar="URL", help="the study's database (default: sqlite, beside the study file)"
+        "--storage", metavar="URL", type=_given, help="the study's database (default: sqlite, beside the study file)"
     )
     parser.add_argument(
-        "--tracking-uri", metavar="URI", help="an MLflow server or database (default: mlruns/mlflow.db)"
+        "--tracking-uri", metavar="URI", type=_given, help="an MLflow server or database (default: mlruns/mlflow.db)"
     )
+
+
+def _given(text: str) -> str:
+    """An empty text is a variable that was not set; the default would go elsewhere than was meant."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; give a value or leave it out")
+    return text
 
 
 def _number(text: str) -> int:
@@ -229,12 +243,17 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _ui(args: argparse.Namespace) -> int:
     from harness import catalogue
-    from harness.mlflow_places import local_uri
+    from harness.mlflow_places import local_uri, tracker_for
 
     folder = catalogue.find_home() / "mlruns"
     uri = args.tracking_uri or local_uri(folder)
     if not args.tracking_uri and not (folder / "mlflow.db").is_file():
         raise InputError(f"There are no runs yet ({folder / 'mlflow.db'} does not exist); run a study first.")
+    if uri.startswith(("http://", "https://")):
+        raise InputError(f"--tracking-uri {uri} is a server with pages of its own; open it in a browser.")
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise InputError(f"--tracking-uri {uri}: there is no such file; give the MLflow database of a study.")
+    tracker_for(uri, folder).connect()
     _check_port(args.host, args.port)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
     print(f"The MLflow UI opens at http://{args.host}:{args.port} (Ctrl-C ends it).", flush=True)
@@ -259,7 +278,7 @@ def _check_port(host: str, port: int) -> None:
         with socket.create_server((host, port)):
             pass
     except (OSError, OverflowError) as error:
-        raise InputError(f"Nothing can listen at {host}:{port} ({error}); give another --port.") from error
+        raise InputError(f"Nothing can listen at {host}:{port} ({error}); give another --port or --host.") from error
 
 
 def _tracking_uri(args: argparse.Namespace, found: Found) -> str:

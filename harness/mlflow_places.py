@@ -9,6 +9,7 @@ from pathlib import Path
 import filelock
 
 from harness.config import Study
+from harness.database import check_driver, tables
 from harness.errors import InputError
 from harness.mlflow_tracker import MLflowTracker, quiet
 from harness.storage import Store
@@ -25,8 +26,9 @@ def tracker_for(given: str | None, folder: Path) -> MLflowTracker:
 
 
 def attached(given: str | None, folder: Path, study: Study, store: Store) -> MLflowTracker | None:
-    """A tracker that only looks; None when the database in `folder` does not exist."""
-    if given is None and not (folder / "mlflow.db").is_file():
+    """A tracker that only looks; None when the database does not exist, for looking would make it."""
+    uri = uri_of(given, folder)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         return None
     tracker = tracker_for(given, folder)
     tracker.attach(study, store)
@@ -46,14 +48,19 @@ def local_tracker(folder: Path) -> MLflowTracker:
 def tracker_at(uri: str) -> MLflowTracker:
     """A tracker on a server, or on a SQLite database with its files beside it.
 
-    Raises InputError when the database's folder does not exist.
+    Raises InputError when the database's folder does not exist, the database is another program's, or the Python
+    package is missing that speaks to it.
     """
     if not uri.startswith("sqlite:///"):
+        if uri.partition(":")[0].partition("+")[0] in ("postgresql", "mysql", "mssql"):
+            check_driver(uri, "--tracking-uri")
         return MLflowTracker(uri, None)
-    folder = Path(uri.removeprefix("sqlite:///")).parent
-    if not folder.is_dir():
-        raise InputError(f"--tracking-uri {uri}: there is no folder {folder}; make it first.")
-    return MLflowTracker(uri, folder / "artifacts")
+    file = Path(uri.removeprefix("sqlite:///"))
+    if not file.parent.is_dir():
+        raise InputError(f"--tracking-uri {uri}: there is no folder {file.parent}; make it first.")
+    if file.exists() and (found := tables(file, "--tracking-uri")) and "experiments" not in found:
+        raise InputError(f"--tracking-uri {uri} is a database but not MLflow's; give another.")
+    return MLflowTracker(uri, file.parent / "artifacts")
 
 
 def _create_database(folder: Path) -> None:
