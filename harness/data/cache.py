@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,10 @@ from harness.errors import InputError
 from harness.files import replace_file, replacing
 
 FORMAT = "1"  # raise it whenever the same images would give other arrays
+MAX_PIXELS = 100_000_000  # a small file can claim more than memory holds; the largest cameras take about this many
+warnings.filterwarnings(
+    "ignore", category=Image.DecompressionBombWarning
+)  # Pillow's lower bound; above ours is refused
 WORKERS = os.cpu_count() or 1  # Pillow releases the interpreter while it decodes and resizes
 
 
@@ -95,7 +100,12 @@ def _open(folder: Path, key: str) -> NDArray[np.uint8] | None:
         if hashlib.file_digest(file, "sha256").hexdigest() != _checksum(record):
             print(f"The image cache {array} is damaged (its checksum is wrong) and is made again.", file=sys.stderr)
             return None
-    images: NDArray[np.uint8] = np.load(array, mmap_mode="r", allow_pickle=False)
+    try:
+        # Not `np.load`, which also opens zip archives and, if asked to, pickles.
+        images: NDArray[np.uint8] = np.lib.format.open_memmap(array, mode="r")
+    except ValueError:
+        print(f"The image cache {array} is no array of images and is made again.", file=sys.stderr)
+        return None
     return images
 
 
@@ -163,7 +173,13 @@ def open_image(path: Path) -> Image.Image:
     Raises InputError naming the file when it is truncated, no image, or too large to be decoded safely.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as image:  # reads the header only
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise InputError(
+                    f"{path} says that it has {width} x {height} pixels, and more than {MAX_PIXELS:,} are not decoded; "
+                    "replace it by a smaller one or take it out."
+                )
             upright = _upright(image)
             if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
                 backdrop = Image.new("RGBA", upright.size, "white")
