@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import shutil
+import tarfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,6 +14,8 @@ from harness.config import SplitName, location
 from harness.data.cache import ImageFiles
 from harness.data.garden import check_sizes
 from harness.errors import InputError
+
+PHOTOGRAPH = re.compile(r"jpg/image_[0-9]{5}\.jpg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +55,11 @@ def _listing(root: str, split: SplitName) -> list[tuple[Path, int]]:
     folder = Path(root) / "flowers-102"
     absent = [place for place in (folder, folder.parent) if not place.exists()]
     try:
-        source = Source(root, split, download=not _complete(folder))
-    except (OSError, RuntimeError) as error:
-        for place in absent:  # torchvision makes them before it downloads
+        if not _complete(folder):
+            _download(folder)
+        source = Source(root, split)
+    except (OSError, RuntimeError, tarfile.TarError) as error:
+        for place in absent:  # they are made before anything is downloaded
             with contextlib.suppress(OSError):
                 place.rmdir()
         raise InputError(
@@ -65,3 +72,30 @@ def _listing(root: str, split: SplitName) -> list[tuple[Path, int]]:
 def _complete(folder: Path) -> bool:
     """Whether torchvision would find its files; it also checks the label files' md5 and fetches wrong ones again."""
     return (folder / "jpg").is_dir() and all((folder / name).is_file() for name in ("imagelabels.mat", "setid.mat"))
+
+
+def _download(folder: Path) -> None:
+    """What torchvision's class would download, checked by its md5; the label files come last."""
+    from torchvision.datasets import Flowers102 as Source
+    from torchvision.datasets.utils import download_url
+
+    for kind in ("image", "label", "setid"):
+        name, md5 = Source._file_dict[kind]
+        download_url(Source._download_url_prefix + name, str(folder), md5=md5)
+        if kind == "image":
+            _unpack(folder / name)
+
+
+def _unpack(archive: Path) -> None:
+    """Write an archive's photographs beside it, and nothing else of it.
+
+    Not `extractall`: depending on the versions of Python and torchvision, that follows a member's path and links out of
+    the folder.
+    """
+    (archive.parent / "jpg").mkdir(exist_ok=True)
+    with tarfile.open(archive) as members:
+        for member in members:
+            content = members.extractfile(member) if member.isfile() and PHOTOGRAPH.fullmatch(member.name) else None
+            if content is not None:
+                with (archive.parent / member.name).open("wb") as file:
+                    shutil.copyfileobj(content, file)
