@@ -10,8 +10,8 @@ import filelock
 
 from harness.config import Study
 from harness.database import check_driver, tables
-from harness.errors import InputError
-from harness.mlflow_tracker import MLflowTracker, quiet
+from harness.errors import Halt, InputError
+from harness.mlflow_tracker import MLflowTracker, faults, first_line, quiet
 from harness.storage import Store
 
 
@@ -64,14 +64,22 @@ def tracker_at(uri: str) -> MLflowTracker:
 
 
 def _create_database(folder: Path) -> None:
-    """Make mlflow.db whole or not at all: MLflow cannot open one whose migrations were killed half-way."""
+    """Make mlflow.db whole or not at all: MLflow cannot open one whose migrations were killed half-way.
+
+    Raises Halt when it cannot be made.
+    """
     from mlflow import MlflowClient
 
     quiet()
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as place:
-        made = Path(place) / "mlflow.db"
-        MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments(max_results=1)
-        made.replace(folder / "mlflow.db")
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as place:
+            made = Path(place) / "mlflow.db"
+            MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments(max_results=1)
+            made.replace(folder / "mlflow.db")
+    except faults() as error:
+        raise Halt(
+            f"{folder / 'mlflow.db'} cannot be made ({first_line(error)}); make room, or give --tracking-uri."
+        ) from error
 
 
 def local_uri(folder: Path) -> str:

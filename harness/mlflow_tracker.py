@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-# A server that is away or hangs is named after seconds; entries for it wait in an outbox, not in its client.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+# A server that is away or hangs is named after seconds; entries for it wait in an outbox, not in its client. The client
+# must not repeat a request by itself: when only the answer was lost, a second run would be made.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
 STATUS = {"complete": "FINISHED", "pruned": "KILLED", "diverged": "FAILED", "failed": "FAILED"}
@@ -51,10 +52,12 @@ class MLflowRun:
         tracker.tell(self._open)
 
     def epoch(self, result: EpochResult) -> None:
-        self._tracker.tell(lambda: self._log_epoch(result))
+        now = milliseconds()
+        self._tracker.tell(lambda: self._log_epoch(result, now))
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        self._tracker.tell(lambda: self._tracker.log_once(self._open(), values, step))
+        now = milliseconds()
+        self._tracker.tell(lambda: self._tracker.log_once(self._open(), values, step, now))
 
     def text(self, content: str, name: str) -> None:
         self._tracker.tell(lambda: self._tracker.client.log_text(self._open(), content, name))
@@ -62,13 +65,13 @@ class MLflowRun:
     def end(self, state: str) -> None:
         self._tracker.tell(lambda: self._tracker.close_run(self._open(), state))
 
-    def _log_epoch(self, result: EpochResult) -> None:
+    def _log_epoch(self, result: EpochResult, now: int) -> None:
         # Until it is known that the entry arrived, nothing is known about the steps.
         run_id, (steps, self._steps) = self._open(), (self._steps, None)
         if steps is None:
             steps = self._tracker.steps(run_id, "train_loss")
         if result.epoch not in steps:
-            self._tracker.log(run_id, result.metrics(), result.epoch)
+            self._tracker.log(run_id, result.metrics(), result.epoch, now)
         self._steps = steps | {result.epoch}
 
     def _open(self) -> str:
@@ -126,9 +129,9 @@ class MLflowTracker:
     def _as_input_error(self) -> Iterator[None]:
         try:
             yield
-        except _faults() as error:
+        except faults() as error:
             raise InputError(
-                f"MLflow at {self.uri} cannot be used ({_first_line(error)}); check --tracking-uri."
+                f"MLflow at {self.uri} cannot be used ({first_line(error)}); check --tracking-uri."
             ) from error
 
     def run(self, key: str, config: TrainConfig, tags: Mapping[str, str]) -> MLflowRun:
@@ -157,13 +160,12 @@ class MLflowTracker:
 
     def disagreements(self, expected: list[Expected], running: set[str], living: bool) -> Iterator[Finding]:
         """Where MLflow differs from what is expected of it; `running` are the keys of unfinished trials."""
-        known: dict[str, Run] = {}
-        for run in reversed(self._all_runs()):
+        runs = self._all_runs()
+        known = _by_key(runs)
+        for run in reversed(runs):
             key = run.data.tags[KEY]
-            if key in known:
+            if run.info.run_id != known[key].info.run_id:
                 yield Finding(f"MLflow has a second run of {key}", self._later(self._delete, run))
-            else:
-                known[key] = run
         wanted = {each.key: each for each in expected}
         if STUDY not in known and (known or wanted):
             yield Finding("MLflow lacks the study's own run")  # any start makes it
@@ -244,8 +246,9 @@ class MLflowTracker:
 
         Returns whether MLflow has taken everything.
         """
+        now = milliseconds()
         if metrics:
-            self.tell(lambda: self.log_once(self._parent, metrics, self._count_trials()))
+            self.tell(lambda: self.log_once(self._parent, metrics, self._count_trials(), now))
         for path in artifacts:
             self.tell(functools.partial(self._log_artifact, path))
         self.tell(self._close_leftovers)
@@ -267,12 +270,12 @@ class MLflowTracker:
         def attempt() -> None:
             try:
                 operation()
-            except _faults() as error:
+            except faults() as error:
                 if getattr(error, "error_code", None) in REFUSALS:
-                    print(f"MLflow refuses an entry and it is left out: {_first_line(error)}", file=sys.stderr)
+                    print(f"MLflow refuses an entry and it is left out: {first_line(error)}", file=sys.stderr)
                     return
                 self._runs = None
-                raise Away(_first_line(error)) from error
+                raise Away(first_line(error)) from error
 
         self._outbox.add(attempt)
 
@@ -315,16 +318,16 @@ class MLflowTracker:
     def steps(self, run_id: str, metric: str) -> set[int]:
         return {each.step for each in self.client.get_metric_history(run_id, metric)}
 
-    def log(self, run_id: str, values: Mapping[str, float], step: int) -> None:
+    def log(self, run_id: str, values: Mapping[str, float], step: int, now: int) -> None:
+        """`now` is when the entry was told: MLflow knows an entry that comes twice, however late, by its time."""
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
         self.client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
 
-    def log_once(self, run_id: str, values: Mapping[str, float], step: int) -> None:
+    def log_once(self, run_id: str, values: Mapping[str, float], step: int, now: int) -> None:
         missing = {name: value for name, value in values.items() if step not in self.steps(run_id, name)}
         if missing:
-            self.log(run_id, missing, step)
+            self.log(run_id, missing, step, now)
 
     def _log_artifact(self, path: Path) -> None:
         if path.is_dir():
@@ -336,9 +339,18 @@ class MLflowTracker:
         return sum(key.startswith("trial-") for key in self.known_runs())
 
     def _close_leftovers(self) -> None:
-        """A seed of an earlier final run, killed before the study was extended and found a better trial."""
-        for run in self.known_runs().values():
-            if run.info.status == "RUNNING" and run.info.run_id != self._parent:
+        """A seed of an earlier final run, killed before the study was extended and found a better trial.
+
+        And a second run with the same key, made by a request that the server took after it was given up.
+        """
+        runs = self._all_runs()
+        kept = _by_key(runs)
+        for run in runs:
+            if run.info.run_id == self._parent:
+                continue
+            if run.info.run_id != kept[run.data.tags[KEY]].info.run_id:
+                self.client.delete_run(run.info.run_id)
+            elif run.info.status == "RUNNING":
                 self.client.set_terminated(run.info.run_id, "KILLED")
 
     def _get_experiment(self, name: str) -> str:
@@ -352,8 +364,8 @@ class MLflowTracker:
         return made
 
     def known_runs(self) -> dict[str, Run]:
-        """This study's runs by key; of two with the same key, the older one."""
-        return {run.data.tags[KEY]: run for run in self._all_runs()}
+        """This study's runs by key."""
+        return _by_key(self._all_runs())
 
     def _all_runs(self) -> list[Run]:
         """Newest first."""
@@ -370,7 +382,22 @@ class MLflowTracker:
                 return runs
 
 
-def _faults() -> tuple[type[Exception], ...]:
+def _by_key(newest_first: Iterable[Run]) -> dict[str, Run]:
+    """One run for each key: of several, one that has ended, and of those the oldest."""
+    kept: dict[str, Run] = {}
+    for run in newest_first:
+        key = run.data.tags[KEY]
+        if key not in kept or kept[key].info.status == "RUNNING" or run.info.status != "RUNNING":
+            kept[key] = run
+    return kept
+
+
+def milliseconds() -> int:
+    """The time, as MLflow counts it."""
+    return int(time.time() * 1000)
+
+
+def faults() -> tuple[type[Exception], ...]:
     """What MLflow's client raises when its server or database does not do as it is told."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -378,7 +405,7 @@ def _faults() -> tuple[type[Exception], ...]:
     return MlflowException, SQLAlchemyError, OSError
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

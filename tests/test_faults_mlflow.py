@@ -1,0 +1,417 @@
+"""MLflow killed, hanging, locked and full, for real; the study goes on, and MLflow has everything afterwards."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from harness.config import Study
+from harness.mlflow_places import local_tracker
+from harness.mlflow_tracker import MLflowTracker
+from harness.results import EpochEnded, Event, TrialEnded, TrialStarted
+from harness.storage import Store
+from harness.tracking import expected_runs
+from tests.faulty import CommandLine, complete, everything, one_sentence, small_disk, small_study
+
+pytestmark = pytest.mark.slow
+
+
+class Server:
+    """`mlflow server` on SQLite in a process group of its own, so that all of it can be killed or halted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port: int = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        options = {
+            "backend-store-uri": f"sqlite:///{self.folder}/mlflow.db",
+            "artifacts-destination": str(self.folder / "artifacts"),
+            "host": "127.0.0.1",
+            "port": str(self.port),
+            "workers": "1",
+        }
+        command = [sys.executable, "-m", "mlflow", "server", *(f"--{key}={value}" for key, value in options.items())]
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        end = time.monotonic() + 60
+        while True:
+            try:
+                with socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                    return
+            except OSError:
+                assert self._process.poll() is None, (self.folder / "log").read_text()
+                assert time.monotonic() < end, "the server does not start"
+                time.sleep(0.1)
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        os.killpg(self._process.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        assert self._process is not None
+        self._process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, empty_mlflow: Path) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(empty_mlflow, folder / "mlflow.db")
+    server = Server(folder)
+    server.start()
+    yield server
+    server.kill()
+
+
+class Proxy:
+    """A connection to the server that can fail in the middle: lose answers, or deliver a request when nobody waits."""
+
+    def __init__(self, server: Server) -> None:
+        self.lost = 0  # answers still to be lost
+        self.late = 0  # requests still to be delivered late
+        self._target = ("127.0.0.1", server.port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.uri = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.deliveries: list[threading.Thread] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, socket.create_connection(self._target) as target:
+            while request := _message(client):
+                if self.late:
+                    self.late -= 1
+                    self.deliveries.append(threading.Thread(target=self._deliver, args=(request,), daemon=True))
+                    client.recv(1)  # until it has given up
+                    return
+                target.sendall(request)
+                answer = _message(target)
+                if self.lost:
+                    self.lost -= 1
+                    return
+                client.sendall(answer)
+
+    def _deliver(self, request: bytes) -> None:
+        with socket.create_connection(self._target) as target:
+            target.sendall(request)
+            _message(target)
+
+
+def _message(connection: socket.socket) -> bytes:
+    """The next whole request or answer on a connection; empty when it was closed."""
+    content = b""
+    while b"\r\n\r\n" not in content:
+        if not (part := connection.recv(1 << 20)):
+            return b""
+        content += part
+    head, _, body = content.partition(b"\r\n\r\n")
+    length = next((int(each.split(b":")[1]) for each in head.lower().split(b"\r\n") if b"content-length:" in each), 0)
+    while len(body) < length:
+        body += connection.recv(1 << 20)
+    return head + b"\r\n\r\n" + body
+
+
+@pytest.fixture
+def proxy(server: Server) -> Iterator[Proxy]:
+    proxy = Proxy(server)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def study(image_cache: Path) -> Study:
+    return small_study(image_cache)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(image_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return complete(small_study(image_cache), tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attempts follow each other sooner than in a study of hours, and give up sooner."""
+    monkeypatch.setattr("harness.outbox.FIRST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+
+
+@pytest.fixture
+def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[CommandLine]:
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield CommandLine(tmp_path, capsys)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def assert_whole(uri: str, study: Study, store: Store) -> None:
+    """MLflow has one run a trial and seed with every value once, and none that is open or too many."""
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    query = f"tags.`harness.study_uid` = '{store.attribute('uid')}'"
+    runs = client.search_runs([experiment], query, max_results=1000)
+    keys = [run.data.tags["harness.key"] for run in runs]
+    expected = expected_runs(study, store)
+    assert sorted(keys) == sorted(["study", *(each.key for each in expected)])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    by_key = dict(zip(keys, runs, strict=True))
+    for each in expected:
+        run = by_key[each.key]
+        assert run.data.params
+        for name, values in each.series().items():
+            history = client.get_metric_history(run.info.run_id, name)
+            assert [(metric.step, metric.value) for metric in history] == values, (each.key, name)
+
+
+def look(uri: str, study: Study) -> Callable[[Store], Any]:
+    def found(store: Store) -> Any:
+        assert_whole(uri, study, store)
+        return everything(store)
+
+    return found
+
+
+def when(kind: type[Event], number: int, act: Callable[[], None]) -> Callable[[Event], None]:
+    """Call `act` at the first event of this kind about this trial."""
+    done = False
+
+    def at(event: Event) -> None:
+        nonlocal done
+        if not done and isinstance(event, kind) and event.number == number:
+            done = True
+            act()
+
+    return at
+
+
+def ended(tracker: MLflowTracker, state: str = "complete") -> bool:
+    return tracker.finish({}, [], state)
+
+
+# -- a server ------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_killed_and_started_again_has_everything_once(
+    server: Server, study: Study, tmp_path: Path, undisturbed: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = MLflowTracker(server.uri, None)
+    killed, back = when(EpochEnded, 0, server.kill), when(TrialStarted, 2, server.start)
+
+    def at(event: Event) -> None:
+        killed(event)
+        back(event)
+
+    def finished(store: Store) -> Any:
+        assert ended(tracker)
+        return look(server.uri, study)(store)
+
+    assert complete(study, tmp_path, tracker, at=at, look=finished) == undisturbed
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2, said
+    assert "does not take what it is told" in said[0]
+    assert "answers again; what it missed is being written" in said[1]
+
+
+def test_a_server_that_never_comes_back_is_filled_up_by_the_same_command(
+    server: Server, study: Study, line: CommandLine, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from harness import storage
+    from harness import study as studies
+
+    kill = when(TrialEnded, 0, server.kill)
+    run = studies.run
+
+    def killing(*arguments: Any) -> Iterator[Event]:
+        for event in run(*arguments):
+            kill(event)
+            yield event
+
+    monkeypatch.setattr("harness.study.run", killing)
+    first = line.run("--tracking-uri", server.uri)
+    assert first.code == 0, first
+    assert f"MLflow at {server.uri} lacks a part of this; the same command writes it when MLflow is back." in first.out
+    assert len(first.err.splitlines()) == 1, first.err
+    while_away = line.run("--tracking-uri", server.uri)
+    assert while_away.code == 2
+    assert one_sentence(while_away.err), while_away.err
+    server.start()
+    again = line.run("--tracking-uri", server.uri)
+    assert again.code == 0, again
+    assert again.err == ""
+    assert "epoch 1" not in again.out
+    assert "Nothing is missing" in line.run("--tracking-uri", server.uri).out
+    with storage.read_store("tiny", f"sqlite:///{line.place}/studies/tiny.db") as store:
+        assert look(server.uri, study)(store) == undisturbed
+
+
+@pytest.mark.parametrize("after", [EpochEnded, TrialEnded], ids=["in a trial", "between two"])
+def test_a_server_that_hangs_costs_seconds_and_nothing_else(
+    after: type[Event],
+    server: Server,
+    study: Study,
+    tmp_path: Path,
+    undisturbed: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("harness.outbox.FIRST_PAUSE_SECONDS", 2.0)
+    tracker = MLflowTracker(server.uri, None)
+    seconds: list[float] = []
+
+    def finished(store: Store) -> Any:
+        seconds.append(time.monotonic())
+        server.signal(signal.SIGCONT)
+        assert ended(tracker)
+        return look(server.uri, study)(store)
+
+    def hang() -> None:
+        server.signal(signal.SIGSTOP)
+        seconds.append(time.monotonic())
+
+    try:
+        found = complete(study, tmp_path, tracker, at=when(after, 0, hang), look=finished)
+    finally:
+        server.signal(signal.SIGCONT)
+    assert found == undisturbed
+    assert seconds[1] - seconds[0] < 12
+
+
+@pytest.mark.parametrize("after", [EpochEnded, TrialEnded], ids=["a metric", "a new run"])
+def test_what_the_server_took_is_not_written_twice_when_its_answer_is_lost(
+    after: type[Event], proxy: Proxy, study: Study, tmp_path: Path, undisturbed: Any
+) -> None:
+    tracker = MLflowTracker(proxy.uri, None)
+
+    def lose() -> None:
+        proxy.lost = 2
+
+    def finished(store: Store) -> Any:
+        assert ended(tracker)
+        assert proxy.lost == 0
+        return look(proxy.uri, study)(store)
+
+    assert complete(study, tmp_path, tracker, at=when(after, 0, lose), look=finished) == undisturbed
+
+
+@pytest.mark.parametrize("after", [EpochEnded, TrialEnded], ids=["a metric", "a new run"])
+def test_what_the_server_takes_late_is_not_there_twice_in_the_end(
+    after: type[Event], proxy: Proxy, study: Study, tmp_path: Path, undisturbed: Any
+) -> None:
+    tracker = MLflowTracker(proxy.uri, None)
+
+    def delay() -> None:
+        proxy.late = 1
+
+    def deliver() -> None:
+        for each in proxy.deliveries:
+            each.start()
+            each.join()
+
+    delayed, delivered = when(after, 0, delay), when(TrialEnded, 2, deliver)
+
+    def at(event: Event) -> None:
+        delayed(event)
+        delivered(event)
+
+    def finished(store: Store) -> Any:
+        assert ended(tracker)
+        assert len(proxy.deliveries) == 1
+        return look(proxy.uri, study)(store)
+
+    assert complete(study, tmp_path, tracker, at=at, look=finished) == undisturbed
+
+
+# -- a local database ------------------------------------------------------------------------------------------------
+
+
+def test_a_database_locked_for_longer_than_mlflow_waits_delays_the_study_once(
+    study: Study, tmp_path: Path, mlruns: Path, undisturbed: Any, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("harness.outbox.FIRST_PAUSE_SECONDS", 60.0)  # the rest of the study is told at its end
+    tracker = local_tracker(mlruns)
+    seconds: list[float] = []
+    with closing(sqlite3.connect(mlruns / "mlflow.db", isolation_level=None)) as other:
+
+        def lock() -> None:
+            other.execute("BEGIN EXCLUSIVE")
+            seconds.append(time.monotonic())
+
+        def finished(store: Store) -> Any:
+            seconds.append(time.monotonic())
+            other.execute("ROLLBACK")
+            assert ended(tracker)
+            return look(tracker.uri, study)(store)
+
+        found = complete(study, tmp_path, tracker, at=when(EpochEnded, 0, lock), look=finished)
+    assert found == undisturbed
+    assert 20 <= seconds[1] - seconds[0] < 40
+    said = capsys.readouterr().err
+    assert "(sqlite3.OperationalError) database is locked). The study goes on, and it is told later." in said
+    assert "Traceback" not in said
+    assert len(said.splitlines()) == 2
+
+
+def test_a_full_disk_of_mlflow_does_not_stop_the_study(
+    line: CommandLine, study: Study, empty_mlflow: Path, undisturbed: Any
+) -> None:
+    from harness.storage import read_store
+
+    mlruns = line.place / "mlruns"
+    size = empty_mlflow.stat().st_size // 1024 + 48
+    with small_disk(mlruns, size) as disk:
+        shutil.copy(empty_mlflow, mlruns / "mlflow.db")
+        first = line.run()
+        assert first.code == 0, first
+        assert "lacks a part of this; the same command writes it when MLflow is back." in first.out
+        assert "The study goes on, and it is told later." in first.err
+        assert len(first.err.splitlines()) == 1, first.err
+        disk.resize(4 * 16_384)
+        again = line.run()
+        assert again.code == 0, again
+        assert again.err == ""
+        assert "epoch 1" not in again.out
+        uri = f"sqlite:///{mlruns}/mlflow.db"
+        with read_store("tiny", f"sqlite:///{line.place}/studies/tiny.db") as store:
+            assert look(uri, study)(store) == undisturbed
+        assert "Nothing is missing" in line.run().out
+
+
+def test_no_room_for_mlflows_database_is_said_before_anything_is_begun(line: CommandLine) -> None:
+    mlruns = line.place / "mlruns"
+    with small_disk(mlruns, 200) as disk:
+        ended = line.run()
+        assert ended.code == 1, ended
+        assert one_sentence(ended.err), ended.err
+        assert "mlruns" in ended.err
+        assert "make room" in ended.err
+        assert [each.name for each in mlruns.iterdir()] == ["mlflow.db.lock"]
+        assert not (line.place / "studies" / "tiny.db").exists()
+        disk.resize(4 * 16_384)
+        assert line.run("--trials", "1").code == 0
