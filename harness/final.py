@@ -126,7 +126,7 @@ class FinalSeed:
             for result in results:
                 self.log.epoch(result)
                 yield EpochEnded(name=name, number=self.number, result=result)
-        checkpoint.save()
+            checkpoint.save()
 
     def trained(self) -> Training:
         """The trained model, from its checkpoint. Raises Halt when that was damaged in the meantime."""

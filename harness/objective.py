@@ -65,7 +65,8 @@ def evaluate_trial(
         store.tell(asked, outcome, [], time.monotonic() - start)
     else:
         epochs = [result for result in training.progress.epochs if result.is_finite()]
-        store.tell(asked, outcome, epochs, checkpoint.seconds(), checkpoint.environments)
+        with checkpoint.saved_when_stopped():
+            store.tell(asked, outcome, epochs, checkpoint.seconds(), checkpoint.environments)
         remove(checkpoint.path)
     log.end(outcome.state)
     return outcome

@@ -1,0 +1,56 @@
+"""A request to stop that comes after the last batch, while results or weights are written, loses nothing either."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness import checkpoint
+from harness.checkpoint import read_record
+from harness.config import Study
+from harness.engine import Runtime
+from harness.final import final_run
+from harness.objective import evaluate_trial
+from harness.storage import Store, open_store
+from harness.study import search
+from harness.tracking import NoTracker
+
+CPU = Runtime(device=torch.device("cpu"), bf16=False, channels_last=False)
+
+
+def stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_stopped_while_its_result_is_recorded_a_trial_keeps_its_training(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_store(study, f"sqlite:///{tmp_path}/tiny.db") as store:
+        monkeypatch.setattr(Store, "tell", stop)
+        trial = evaluate_trial(study, store.ask(study), store, NoTracker(), CPU, tmp_path / "checkpoints")
+        with pytest.raises(KeyboardInterrupt):
+            list(trial)
+    # Its interval, a minute, has not passed: nothing but the request has it written.
+    assert len(read_record(tmp_path / "checkpoints" / "trial-0.safetensors")["epochs"]) == study.train.epochs
+
+
+def test_stopped_while_its_weights_are_written_a_final_seed_keeps_its_training(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, folder = dataclasses.replace(study, trials=1), tmp_path / "checkpoints"
+    with open_store(study, f"sqlite:///{tmp_path}/tiny.db") as store:
+        list(search(study, store, NoTracker(), CPU, folder))
+        original = checkpoint.write_tensors
+
+        def stopped_once(*arguments: Any) -> None:
+            monkeypatch.setattr(checkpoint, "write_tensors", original)
+            stop()
+
+        monkeypatch.setattr(checkpoint, "write_tensors", stopped_once)
+        with pytest.raises(KeyboardInterrupt):
+            list(final_run(study, store, NoTracker(), CPU, tmp_path / "model", folder))
+    assert len(read_record(folder / "final-seed-0-of-trial-0.safetensors")["epochs"]) == study.train.epochs
