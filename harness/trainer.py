@@ -86,9 +86,9 @@ class Training:
 def fit(training: Training, after_batch: Callable[[], None] = lambda: None) -> Generator[EpochResult, None, None]:
     """Train epoch by epoch from where `training.progress` is, yielding each one's result.
 
-    Closing the generator stops the training. `after_batch` is called between two batches, where a checkpoint may be
-    written. All random draws of an epoch (order, augmentation, dropout, stochastic depth) start from the training's
-    seed and the epoch's number; torch's global generator is left as it was found.
+    Closing the generator stops the training. `after_batch` is called after each batch and each validation, where a
+    checkpoint may be written. All random draws of an epoch (order, augmentation, dropout, stochastic depth) start from
+    the training's seed and the epoch's number; torch's global generator is left as it was found.
     """
     progress = training.progress
     while progress.epoch <= training.config.epochs:
@@ -98,6 +98,7 @@ def fit(training: Training, after_batch: Callable[[], None] = lambda: None) -> G
         with progress.moving():
             progress.epochs.append(result)
             progress.step, progress.seconds, progress.random_states = 0, 0.0, {}
+        after_batch()
         yield result
 
 

@@ -179,7 +179,7 @@ def test_progress_tells_epoch_and_steps(study: Study) -> None:
     training = training_of(study)
     told = []
     list(fit(training, lambda: told.append((training.progress.epoch, training.progress.step))))
-    assert told == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert told == [(1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (3, 0)]  # once more after each validation
     assert training.progress.steps == 2
 
 
