@@ -78,7 +78,7 @@ def build_parser(program: str) -> argparse.ArgumentParser:
     show.set_defaults(function=_show)
     report = commands.add_parser("report", help="write a study's report (HTML) and its trials (CSV)")
     report.add_argument("study", metavar="STUDY", help="a study's name or file")
-    report.add_argument("--output", metavar="DIR", type=Path, help="where to (default: studies/NAME.report)")
+    report.add_argument("--output", metavar="DIR", type=_folder, help="where to (default: studies/NAME.report)")
     report.set_defaults(function=_report)
     reproduce = commands.add_parser("reproduce", help="train a trial again and compare every epoch with the record")
     reproduce.add_argument("study", metavar="STUDY", help="a study's name or file")
@@ -136,6 +136,10 @@ def _given(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("it is empty; give a value or leave it out")
     return text
+
+
+def _folder(text: str) -> Path:
+    return Path(_given(text))
 
 
 def _number(text: str) -> int:

@@ -36,12 +36,16 @@ def sqlite_file(url: str) -> Path | None:
     """The file of a SQLite URL, None for other databases. Raises InputError when `url` is no database URL."""
     try:
         parsed = sqlalchemy.engine.make_url(url)
+        if parsed.get_backend_name() == "sqlite":
+            parsed.get_dialect()  # for sqlite+NAME:// a driver of that name
     except (SQLAlchemyError, ValueError) as error:  # a ValueError for a port that is no number
         raise InputError(f"--storage {url!r} is no database URL; write sqlite:///FILE or postgresql://...") from error
     if parsed.get_backend_name() != "sqlite":
         return None
     if not parsed.database or parsed.database == ":memory:":
         raise InputError(f"--storage {url!r} lives in memory and could not be resumed; write sqlite:///FILE.")
+    if parsed.database.startswith("file:"):
+        raise InputError(f"--storage {url!r} names its file in SQLite's own way; write sqlite:///FILE.")
     return Path(parsed.database)
 
 
@@ -49,6 +53,8 @@ def check_database(url: str) -> None:
     """Raise InputError unless the URL can be opened and holds either nothing or Optuna's tables. Writes nothing."""
     file = sqlite_file(url)
     if file is not None:
+        if file.exists() and not file.is_file():
+            raise InputError(f"--storage {url!r}: {file} is no file; give another.")
         if not file.exists() or file.stat().st_size == 0:
             if not file.parent.is_dir():
                 raise InputError(f"--storage {url!r}: there is no folder {file.parent}; make it first.")
@@ -151,6 +157,12 @@ def may_write(file: Path) -> bool:
     return os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)
 
 
+def check_writable(file: Path | None) -> None:
+    """Raise InputError when a study in this file could not be run."""
+    if file is not None and not (may_write(file) if file.exists() else os.access(file.parent, os.W_OK)):
+        raise InputError(f"{file} or its folder may not be written; change their permissions, or give --storage.")
+
+
 def _check_tables(url: str, *tables: str) -> None:
     # Any of Optuna's will do: a process may have been killed while it made them, and they are completed on opening.
     if tables and not OPTUNA_TABLES.intersection(tables):
@@ -223,8 +235,7 @@ def held(file: Path | None, name: str) -> Iterator[None]:
         return
     if not file.parent.is_dir():
         raise InputError(f"--storage: there is no folder {file.parent}; make it first.")
-    if file.exists() and not may_write(file):
-        raise InputError(f"{file} or its folder may not be written; change their permissions, or give --storage.")
+    check_writable(file)
     lock, pid = filelock.FileLock(f"{file}.lock"), pid_file(file)
     try:
         lock.acquire(timeout=LOCK_SECONDS)

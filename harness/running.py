@@ -68,6 +68,7 @@ def _run(args: argparse.Namespace) -> int:
         study = dataclasses.replace(study, trials=args.trials)
     url = args.storage or found.storage_url
     database.check_database(url)
+    database.check_writable(database.sqlite_file(url))
     if not args.fresh and storage.exists(study.name, url):
         # Without --data-root nothing says that the images are others; to look would take longer than the answer.
         content = _prepare(study) if args.data_root else None
