@@ -82,7 +82,11 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "a port that is no number": (["--storage", "postgresql://a@h:x/y"], ["is no database URL"]),
     "a folder as storage": (["--storage", "sqlite:///studies"], ["studies"]),
     "a study file as storage": (["--storage", "sqlite:///studies/demo.py"], ["demo.py cannot be opened"]),
-    "--fresh on a server": (["--fresh", "--storage", "sqlite:///studies"], ["studies"]),
+    "a device file as storage": (["--storage", "sqlite:////dev/null"], ["/dev/null is no file"]),
+    "a storage of an unknown driver": (["--storage", "sqlite+nodriver:///x.db"], ["is no database URL"]),
+    "a storage in SQLite's words": (["--storage", "sqlite:///file:x.db?uri=true"], ["write sqlite:///FILE"]),
+    "a storage on a server, moved aside": (["--fresh", "--storage", "mysql://a@h/x"], ["pip install mysqlclient"]),
+    "a folder as storage, moved aside": (["--fresh", "--storage", "sqlite:///studies"], ["studies"]),
 }
 
 

@@ -119,6 +119,7 @@ ROWS: dict[str, tuple[Preparation | None, list[str], list[str]]] = {
     # report
     "a report that is a file": (report_that_is_a_file, ["report", "demo", "--output", "page"], ["page is a file"]),
     "a report inside of a file": (report_that_is_a_file, ["report", "demo", "--output", "page/inside"], ["page"]),
+    "a report nowhere": (as_begun, ["report", "demo", "--output="], ["argument --output", "it is empty"]),
     # reproduce
     "a trial that is none": (as_begun, ["reproduce", "demo", "17"], ["has no trial 17", "0 to 2"]),
     "a trial in words": (as_begun, ["reproduce", "demo", "best"], ["argument N", "not 'best'"]),
