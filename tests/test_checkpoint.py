@@ -272,8 +272,10 @@ def test_the_file_is_safetensors_and_no_pickle_is_read(
 @pytest.mark.parametrize(
     ("runtime", "multiplier", "optimizer", "schedule"),
     [
-        pytest.param(*each, marks=() if each[2:] == ("adamw", "cosine") else pytest.mark.slow)
-        for each in itertools.product(RUNTIMES, (0.5, 0.0), ("adamw", "adam"), ("cosine", "constant"))
+        pytest.param(runtime, multiplier, *others, marks=() if "adamw" in others else pytest.mark.slow)
+        for runtime, multiplier, others in itertools.product(
+            RUNTIMES, (0.5, 0.0), (("adamw", "cosine"), ("adam", "constant"))
+        )
     ],
 )
 def test_a_training_goes_on_from_any_batch_to_the_same_bits(
@@ -293,7 +295,7 @@ def test_a_maxvit_goes_on_from_any_batch_to_the_same_bits(
     data = Garden(train_per_class=1, val_per_class=1, test_per_class=1, cache=study.train.data.cache)
     optim = dataclasses.replace(study.train.optim, depth_lr_mult=multiplier)
     config = dataclasses.replace(study.train, data=data, backbone=backbone, optim=optim, batch_size=8, epochs=EPOCHS)
-    check_every_stop(tmp_path, config, RUNTIMES[runtime], [(1, 1), (2, 2), (2, "end"), (3, 1)])
+    check_every_stop(tmp_path, config, RUNTIMES[runtime], [(1, 1), (2, "end"), (3, 1)])
 
 
 def test_it_goes_on_after_several_stops_too(config: TrainConfig, path: Path) -> None:

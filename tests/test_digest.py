@@ -78,12 +78,12 @@ def test_a_study_that_died_and_went_on_has_the_digest_of_one_that_did_not(
 
 
 @pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def filled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A study's file and its digest."""
     folder = tmp_path_factory.mktemp("filled")
     study = make_study("cache", pruner=asha(min_epochs=2), trials=8)
     with open_store(study, f"sqlite:///{folder}/a.db") as store:
-        fill(study, store)
-    return folder / "a.db"
+        return folder / "a.db", digest(fill(study, store))
 
 
 def digest_of(file: Path) -> str:
@@ -106,12 +106,14 @@ FIRST = "WHERE trial_id = (SELECT MIN(trial_id) FROM trials)"
         "UPDATE trial_user_attributes SET value_json = REPLACE(value_json, 'diverged', 'pruned') WHERE key = 'outcome'",
     ],
 )
-def test_any_other_result_of_a_trial_gives_another_digest(filled: Path, tmp_path: Path, statement: str) -> None:
-    before = digest_of(shutil.copy(filled, tmp_path / "a.db"))
+def test_any_other_result_of_a_trial_gives_another_digest(
+    filled: tuple[Path, str], tmp_path: Path, statement: str
+) -> None:
+    shutil.copy(filled[0], tmp_path / "a.db")
     with closing(sqlite3.connect(tmp_path / "a.db")) as database:
         assert database.execute(statement).rowcount >= 1
         database.commit()
-    assert digest_of(tmp_path / "a.db") != before
+    assert digest_of(tmp_path / "a.db") != filled[1]
 
 
 @pytest.mark.parametrize(
@@ -123,12 +125,14 @@ def test_any_other_result_of_a_trial_gives_another_digest(filled: Path, tmp_path
         "UPDATE study_user_attributes SET value_json = '\"another\"' WHERE key = 'uid'",
     ],
 )
-def test_times_environments_and_the_uid_are_no_part_of_it(filled: Path, tmp_path: Path, statement: str) -> None:
-    before = digest_of(shutil.copy(filled, tmp_path / "a.db"))
+def test_times_environments_and_the_uid_are_no_part_of_it(
+    filled: tuple[Path, str], tmp_path: Path, statement: str
+) -> None:
+    shutil.copy(filled[0], tmp_path / "a.db")
     with closing(sqlite3.connect(tmp_path / "a.db")) as database:
         assert database.execute(statement).rowcount >= 1
         database.commit()
-    assert digest_of(tmp_path / "a.db") == before
+    assert digest_of(tmp_path / "a.db") == filled[1]
 
 
 def set_in(path: tuple[Any, ...], value: Any) -> Callable[[dict[str, Any]], None]:

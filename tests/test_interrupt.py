@@ -17,7 +17,7 @@ from harness import interrupt
 from harness.config import Study
 from harness.trainer import fit
 from tests.conftest import PROJECT
-from tests.small import SmallNet
+from tests.small import SmallNet, small_study
 from tests.test_checkpoint import fresh, parameters, run_until
 from tests.test_trainer import equal, state, timeless
 
@@ -213,11 +213,11 @@ def test_ctrl_c_twice_inside_a_batch_writes_nothing(
 
 TRAINING = """
 import pathlib
-from tests.conftest import make_study
+from tests.small import small_study
 from tests.test_checkpoint import fresh
 from harness.trainer import fit
 
-checkpoint = fresh(pathlib.Path({path!r}), make_study({cache!r}).train)
+checkpoint = fresh(pathlib.Path({path!r}), small_study({cache!r}).train)
 forward = checkpoint.training.model.forward
 
 def signalled(images):
@@ -237,9 +237,9 @@ except KeyboardInterrupt:
 
 @pytest.mark.slow
 def test_a_process_told_to_end_inside_a_batch_is_gone_on_with_to_the_same_bits(
-    study: Study, image_cache: Path, tmp_path: Path
+    image_cache: Path, tmp_path: Path
 ) -> None:
-    path = tmp_path / "a.safetensors"
+    path, study = tmp_path / "a.safetensors", small_study(image_cache)
     words, _ = child(TRAINING.format(path=str(path), cache=str(image_cache)))
     assert words == ["stopped"]
     again, whole = fresh(path, study.train), fresh(tmp_path / "b.safetensors", study.train)
