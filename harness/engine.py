@@ -156,7 +156,7 @@ def train_step(
             if not is_out_of_memory(error):
                 raise
             if size == 1:
-                raise MemoryError(f"out of memory with one image at a time ({_first_line(error)})") from error
+                raise no_memory(error) from error
         # Not inside the except: the traceback holds the activations.
         size = -(-size // 2)
         free_memory(runtime.device)
@@ -183,8 +183,10 @@ def accumulate_gradient(
     return torch.stack(losses).sum(), torch.stack(hits).sum()
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def no_memory(error: BaseException) -> MemoryError:
+    """What to raise when even one image is too much."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return MemoryError(f"out of memory with one image at a time ({reason})")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

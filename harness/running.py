@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
         return _stopped(INTERRUPTED)
     except Halt as error:
         print(f"error: {error}", file=sys.stderr)
+    except MemoryError as error:  # outside of a trial, which would have failed and let the next one try
+        print(f"error: {str(error) or 'out of memory'}; free some, or take another device.", file=sys.stderr)
     except OSError as error:
         if not no_room(error):
             raise
@@ -115,7 +117,7 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
             counted = f"{store.finished()} of {study.trials} trials finished"
             console.print(f"Interrupted with {counted}.", highlight=False, soft_wrap=True)
             raise
-        except (Halt, OSError):
+        except Exception:
             tracker.interrupt()
             raise
 

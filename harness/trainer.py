@@ -19,6 +19,7 @@ from harness.engine import (
     Runtime,
     free_memory,
     is_out_of_memory,
+    no_memory,
     predict,
     random_states,
     seeded,
@@ -194,7 +195,10 @@ def evaluate(model: nn.Module, images: ImageSet, runtime: Runtime) -> Metrics:
 
 
 def logits_of(model: nn.Module, images: ImageSet, runtime: Runtime) -> Tensor:
-    """Logits float32 [N, classes] of every image of a split, in its order."""
+    """Logits float32 [N, classes] of every image of a split, in its order.
+
+    When memory runs out, fewer images pass at once. Raises MemoryError when one image at a time is too much.
+    """
     model.eval()
     size = EVALUATION_BATCH
     while True:
@@ -202,7 +206,9 @@ def logits_of(model: nn.Module, images: ImageSet, runtime: Runtime) -> Tensor:
             parts = [predict(model, normalise(part.to(runtime.device)), runtime) for part in images.images.split(size)]
             return torch.cat(parts)
         except (RuntimeError, MemoryError) as error:
-            if size == 1 or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
+            if size == 1:
+                raise no_memory(error) from error
         size //= 2
         free_memory(runtime.device)

@@ -8,7 +8,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -24,6 +24,8 @@ from harness.search import no_pruning, tpe
 from harness.space import Choice, Float
 
 pytest.register_assert_rewrite("tests.refusal")  # its assertions speak for the tests that call it
+if TYPE_CHECKING:
+    from tests.faulty import CommandLine
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -78,6 +80,24 @@ def mlruns(tmp_path: Path, empty_mlflow: Path) -> Path:
     (tmp_path / "mlruns").mkdir()
     shutil.copy(empty_mlflow, tmp_path / "mlruns" / "mlflow.db")
     return tmp_path / "mlruns"
+
+
+@pytest.fixture
+def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[CommandLine]:
+    """`run --study tiny` in an empty folder, in this process."""
+    from tests.faulty import command_line
+
+    monkeypatch.chdir(tmp_path)
+    with command_line(tmp_path, capsys) as line:
+        yield line
+
+
+@pytest.fixture(scope="session")
+def undisturbed(image_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """All that the study of the fault tests comes to when nothing happens to it."""
+    from tests.faulty import complete, small_study
+
+    return complete(small_study(image_cache), tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.fixture

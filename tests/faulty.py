@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,10 +23,10 @@ from harness.experiment import decide_runtime
 from harness.models.maxvit import with_head
 from harness.report import digest
 from harness.results import Event
-from harness.storage import Store, open_store
+from harness.storage import Store, open_store, read_store
 from harness.study import run
 from harness.tracking import NoTracker, Tracker
-from tests.conftest import PROJECT, make_study
+from tests.conftest import make_study
 
 STUDY_FILE = "from tests.faulty import small_study\n\nSTUDY = small_study('data/cache')\n"
 
@@ -124,6 +125,22 @@ class CommandLine:
         out, err = self._capsys.readouterr()
         return Ended(code, out, err)
 
+    def stored(self) -> tuple[int, Any]:
+        """How many trials are finished, and all that they came to."""
+        with read_store("tiny", f"sqlite:///{self.place}/studies/tiny.db") as store:
+            return store.finished(), everything(store)
+
+
+@contextmanager
+def command_line(place: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[CommandLine]:
+    """The command line in the working directory `place`; signals are handled as before afterwards."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield CommandLine(place, capsys)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
 
 class Disk:
     """A file system of a few kilobytes, mounted on a folder."""
@@ -165,6 +182,3 @@ def images(count: int, size: int = 16) -> tuple[Tensor, Tensor]:
 def one_sentence(text: str) -> bool:
     """Whether a message on stderr is one for a person: a single `error:` line and no traceback."""
     return text.count("error: ") == 1 and "Traceback" not in text and len(text.strip().splitlines()) == 1
-
-
-__all__ = ["PROJECT", "CommandLine", "Died", "Disk", "Pebble", "complete", "images", "one_sentence", "small_disk"]

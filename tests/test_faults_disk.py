@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,10 @@ import pytest
 
 from harness.config import Study
 from harness.results import EpochEnded, Event
-from harness.storage import has_model, read_store
-from tests.faulty import CommandLine, complete, everything, one_sentence, small_disk, small_study
+from harness.storage import has_model
+from tests.faulty import CommandLine, complete, one_sentence, small_disk, small_study
+
+pytestmark = pytest.mark.usefixtures("mlruns")
 
 ROOMY = 16_384  # kilobytes; the report alone takes 4.8 MB, for it carries plotly
 
@@ -25,28 +26,6 @@ ROOMY = 16_384  # kilobytes; the report alone takes 4.8 MB, for it carries plotl
 @pytest.fixture
 def study(image_cache: Path) -> Study:
     return small_study(image_cache)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(image_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return complete(small_study(image_cache), tmp_path_factory.mktemp("undisturbed"))
-
-
-@pytest.fixture
-def line(
-    tmp_path: Path, mlruns: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[CommandLine]:
-    monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield CommandLine(tmp_path, capsys)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def stored(folder: Path) -> tuple[int, Any]:
-    """How many trials of the study in a folder are finished, and all that they came to."""
-    with read_store("tiny", f"sqlite:///{folder}/tiny.db") as store:
-        return store.finished(), everything(store)
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -72,7 +51,7 @@ def test_a_study_whose_disk_is_full_again_and_again_ends_as_the_undisturbed_one(
             assert ended.out.splitlines()[-2] == "Go on with:"
             named.append(ended.err)
             if kilobytes >= 220:
-                now, _ = stored(studies)
+                now, _ = line.stored()
                 assert now >= finished, "a finished trial is lost"
                 finished = now
             assert not leftovers(studies)
@@ -81,7 +60,7 @@ def test_a_study_whose_disk_is_full_again_and_again_ends_as_the_undisturbed_one(
         assert "tiny.report/report.html cannot be written (No space left on device)" in named[-1]
         disk.resize(ROOMY)
         assert line.run().code == 0
-        assert stored(studies) == (3, undisturbed)
+        assert line.stored() == (3, undisturbed)
         assert "Nothing is missing" in line.run().out
 
 
@@ -99,7 +78,7 @@ def test_no_room_for_the_image_cache_is_said_before_anything_is_begun(line: Comm
             assert array.stat().st_size in (32 * 18 * 18 * 3 + 128, 32 * 16 * 16 * 3 + 128)
         disk.resize(ROOMY)
         assert line.run().code == 0
-        assert stored(line.place / "studies") == (3, undisturbed)
+        assert line.stored() == (3, undisturbed)
 
 
 @pytest.mark.slow
@@ -115,13 +94,13 @@ def test_no_room_for_what_lies_beside_the_study_stops_it_and_room_lets_it_go_on(
         assert f"{studies / what}/" in ended.err
         assert "cannot be written (No space left on device); make room" in ended.err
         assert not leftovers(studies)
-        finished, _ = stored(studies)
+        finished, _ = line.stored()
         assert finished == (0 if what == "tiny.checkpoints" else 3)
         assert not (studies / what / "report.html").exists()
         assert not has_model(studies / what)
         disk.resize(ROOMY)
         assert line.run("--set", "checkpoint_seconds=0").code == 0
-        assert stored(studies) == (3, undisturbed)
+        assert line.stored() == (3, undisturbed)
         disk.resize(ROOMY)
 
 
@@ -159,6 +138,7 @@ def held_at_first_epoch(locker: Locker, number: int) -> Callable[[Event], None]:
     return lock
 
 
+@pytest.mark.slow
 def test_a_study_waits_for_its_locked_database_and_says_so_once(
     study: Study,
     tmp_path: Path,
@@ -176,6 +156,7 @@ def test_a_study_waits_for_its_locked_database_and_says_so_once(
     locker.wait()
 
 
+@pytest.mark.slow
 def test_opening_a_locked_study_waits_too(
     study: Study,
     tmp_path: Path,

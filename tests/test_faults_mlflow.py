@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import socket
 import sqlite3
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -26,49 +21,9 @@ from harness.results import EpochEnded, Event, TrialEnded, TrialStarted
 from harness.storage import Store
 from harness.tracking import expected_runs
 from tests.faulty import CommandLine, complete, everything, one_sentence, small_disk, small_study
+from tests.mlflow_server import Proxy, Server
 
 pytestmark = pytest.mark.slow
-
-
-class Server:
-    """`mlflow server` on SQLite in a process group of its own, so that all of it can be killed or halted."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port: int = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        options = {
-            "backend-store-uri": f"sqlite:///{self.folder}/mlflow.db",
-            "artifacts-destination": str(self.folder / "artifacts"),
-            "host": "127.0.0.1",
-            "port": str(self.port),
-            "workers": "1",
-        }
-        command = [sys.executable, "-m", "mlflow", "server", *(f"--{key}={value}" for key, value in options.items())]
-        with (self.folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        end = time.monotonic() + 60
-        while True:
-            try:
-                with socket.create_connection(("127.0.0.1", self.port), timeout=1):
-                    return
-            except OSError:
-                assert self._process.poll() is None, (self.folder / "log").read_text()
-                assert time.monotonic() < end, "the server does not start"
-                time.sleep(0.1)
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self._process is not None
-        os.killpg(self._process.pid, number)
-
-    def kill(self) -> None:
-        self.signal(signal.SIGKILL)
-        assert self._process is not None
-        self._process.wait(timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -79,64 +34,6 @@ def server(tmp_path_factory: pytest.TempPathFactory, empty_mlflow: Path) -> Iter
     server.start()
     yield server
     server.kill()
-
-
-class Proxy:
-    """A connection to the server that can fail in the middle: lose answers, or deliver a request when nobody waits."""
-
-    def __init__(self, server: Server) -> None:
-        self.lost = 0  # answers still to be lost
-        self.late = 0  # requests still to be delivered late
-        self._target = ("127.0.0.1", server.port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.uri = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.deliveries: list[threading.Thread] = []
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self) -> None:
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        with client, socket.create_connection(self._target) as target:
-            while request := _message(client):
-                if self.late:
-                    self.late -= 1
-                    self.deliveries.append(threading.Thread(target=self._deliver, args=(request,), daemon=True))
-                    client.recv(1)  # until it has given up
-                    return
-                target.sendall(request)
-                answer = _message(target)
-                if self.lost:
-                    self.lost -= 1
-                    return
-                client.sendall(answer)
-
-    def _deliver(self, request: bytes) -> None:
-        with socket.create_connection(self._target) as target:
-            target.sendall(request)
-            _message(target)
-
-
-def _message(connection: socket.socket) -> bytes:
-    """The next whole request or answer on a connection; empty when it was closed."""
-    content = b""
-    while b"\r\n\r\n" not in content:
-        if not (part := connection.recv(1 << 20)):
-            return b""
-        content += part
-    head, _, body = content.partition(b"\r\n\r\n")
-    length = next((int(each.split(b":")[1]) for each in head.lower().split(b"\r\n") if b"content-length:" in each), 0)
-    while len(body) < length:
-        body += connection.recv(1 << 20)
-    return head + b"\r\n\r\n" + body
 
 
 @pytest.fixture
@@ -151,25 +48,11 @@ def study(image_cache: Path) -> Study:
     return small_study(image_cache)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(image_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return complete(small_study(image_cache), tmp_path_factory.mktemp("undisturbed"))
-
-
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attempts follow each other sooner than in a study of hours, and give up sooner."""
     monkeypatch.setattr("harness.outbox.FIRST_PAUSE_SECONDS", 0.05)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-
-
-@pytest.fixture
-def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[CommandLine]:
-    monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield CommandLine(tmp_path, capsys)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def assert_whole(uri: str, study: Study, store: Store) -> None:

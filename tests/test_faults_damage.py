@@ -1,0 +1,193 @@
+"""Damaged files, each with bytes that were really changed: noticed, named, never used."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from harness.checkpoint import Damaged, read_tensors, write_tensors
+from harness.config import Study
+from harness.data.tensors import load_test
+from harness.errors import Halt
+from harness.results import EpochEnded, Event, TrialStarted
+from tests.faulty import Died, complete, small_study
+
+
+@pytest.fixture
+def study(image_cache: Path) -> Study:
+    return small_study(image_cache)
+
+
+def flipped(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x41
+    path.write_bytes(content)
+
+
+@pytest.mark.slow
+def test_a_damaged_image_cache_is_named_and_made_again(
+    tmp_path: Path, undisturbed: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = small_study(tmp_path / "cache")
+    complete(study, tmp_path)
+    arrays = sorted((tmp_path / "cache").glob("*.npy"))
+    for array in arrays:
+        flipped(array, 200 + len(array.name))
+    (tmp_path / "again").mkdir()
+    capsys.readouterr()
+    assert complete(study, tmp_path / "again") == undisturbed
+    said = capsys.readouterr().err
+    # A split that the search never reads at a size may stay damaged until it is asked for.
+    assert said.count("is damaged (its checksum is wrong) and is made again.") >= 3
+    assert "Traceback" not in said
+
+
+def text_file(path: Path) -> None:
+    path.write_text("not a checkpoint\n" * 100)
+
+
+def pickle_file(path: Path) -> None:
+    torch.save({"model": torch.zeros(3)}, path)
+
+
+def plain_pickle(path: Path) -> None:
+    path.write_bytes(pickle.dumps({"model": [1, 2, 3]}))
+
+
+def foreign_tensors(path: Path) -> None:
+    save_file({"model/stem.weight": torch.zeros(3)}, path)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "a flipped bit in the header's length": lambda path: flipped(path, 3),
+    "a flipped bit in the header": lambda path: flipped(path, 12),
+    "a flipped bit in the record": lambda path: flipped(path, path.read_bytes().index(b"seed") + 8),
+    "a flipped bit in the body": lambda path: flipped(path, path.stat().st_size - 100),
+    "half of it": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "all but a byte": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "a byte more": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "seven bytes": lambda path: path.write_bytes(path.read_bytes()[:7]),
+    "an empty file": lambda path: path.write_bytes(b""),
+    "zeros, as after a power cut": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "a text file": text_file,
+    "a pickle of torch": pickle_file,
+    "a pickle": plain_pickle,
+    "tensors of somebody else": foreign_tensors,
+}
+
+
+def stopped_in_trial_1(study: Study, place: Path) -> Path:
+    """A study whose process died in trial 1 with a checkpoint; returns its path."""
+
+    def dies(event: Event) -> None:
+        if isinstance(event, EpochEnded) and event.number == 1:
+            raise Died
+
+    with pytest.raises(Died):
+        complete(study, place, at=dies)
+    path = place / "tiny.checkpoints" / "trial-1.safetensors"
+    assert path.is_file()
+    return path
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_its_training_starts_again(
+    damage: str, image_cache: Path, tmp_path: Path, undisturbed: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = small_study(image_cache, checkpoint_seconds=0.0)
+    path = stopped_in_trial_1(study, tmp_path)
+    DAMAGES[damage](path)
+    started: list[Event] = []
+    capsys.readouterr()
+    assert complete(study, tmp_path, at=started.append) == undisturbed
+    said = capsys.readouterr().err
+    assert f"{path} is damaged (" in said
+    assert said.endswith("it is not used, and the training starts again.\n")
+    assert len(said.splitlines()) == 1
+    first = started[0]
+    assert isinstance(first, TrialStarted)
+    assert (first.number, first.resumed) == (1, True)
+    assert not path.exists()
+
+
+def test_any_flipped_or_missing_byte_of_a_file_of_tensors_is_noticed(tmp_path: Path) -> None:
+    path, chance = tmp_path / "x.safetensors", random.Random(0)
+    written = {
+        "model/weight": torch.randn(3, 2),
+        "random/cpu": torch.arange(5, dtype=torch.uint8),
+        "step": torch.ones(()),
+    }
+    record = {"identity": {"seed": 1}, "epochs": [{"epoch": 1, "loss": 0.5}]}
+    write_tensors(path, written, record)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(changed)
+        with pytest.raises(Damaged, match=r"x\.safetensors is damaged"):
+            read_tensors(path)
+        path.write_bytes(content[:place])
+        with pytest.raises(Damaged):
+            read_tensors(path)
+    path.write_bytes(content)
+    tensors, found = read_tensors(path)
+    assert found == record
+    assert all(torch.equal(tensors[name], value) for name, value in written.items())
+
+
+def test_trained_weights_damaged_before_the_test_set_is_opened_are_trained_again(
+    image_cache: Path, tmp_path: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = small_study(image_cache)
+
+    def damage_then_open(*arguments: Any) -> Any:
+        flipped(next((tmp_path / "tiny.checkpoints").glob("final-*")), -100)
+        return load_test(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("harness.final.load_test", damage_then_open)
+        with pytest.raises(Halt, match="are gone or damaged; the same command trains them again"):
+            complete(study, tmp_path)
+    assert complete(study, tmp_path, look=lambda store: store.attribute("final")["test_openings"]) == 1
+    assert complete(study, tmp_path) == undisturbed
+
+
+def alter(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(record: dict[str, Any]) -> None:
+        record["identity"][key] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        alter("study", "another study's uid"),
+        alter("key", "trial-7"),
+        alter("seed", 1),
+        alter("configuration", {"epochs": "99"}),
+    ],
+    ids=["study", "trial", "seed", "configuration"],
+)
+def test_a_whole_checkpoint_of_another_training_is_refused(
+    change: Callable[[dict[str, Any]], None],
+    image_cache: Path,
+    tmp_path: Path,
+    undisturbed: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    study = small_study(image_cache, checkpoint_seconds=0.0)
+    path = stopped_in_trial_1(study, tmp_path)
+    tensors, record = read_tensors(path)
+    change(record)
+    write_tensors(path, tensors, record)
+    capsys.readouterr()
+    assert complete(study, tmp_path) == undisturbed
+    assert capsys.readouterr().err == f"{path} belongs to another training; it is not used.\n"
