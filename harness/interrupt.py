@@ -8,11 +8,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 NOTICE = "Stopping: the batch is finished first, then saved. Ctrl-C again stops at once."
+
+
+UNHEARD_SECONDS = 0.01  # until a request that was swallowed is made again
 
 
 class _State:
@@ -25,6 +29,7 @@ def install() -> None:
     _State.requested = False
     signal.signal(signal.SIGINT, _handle)
     signal.signal(signal.SIGTERM, _handle)
+    sys.unraisablehook = _unraisable
 
 
 def requested() -> bool:
@@ -52,3 +57,13 @@ def _handle(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
     if not sys.stdout.isatty():  # a live display says it itself; and print may not be called inside a print
         os.write(2, f"{NOTICE}\n".encode())
+
+
+def _unraisable(fault: Any) -> None:
+    """Make a request again that came inside a callback (of a weak reference, say), where Python swallows exceptions."""
+    if fault.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(fault)
+        return
+    _State.requested = False
+    # Not from here: it would be swallowed with the callback's own.
+    threading.Timer(UNHEARD_SECONDS, signal.raise_signal, (signal.SIGTERM,)).start()

@@ -75,6 +75,46 @@ def test_ctrl_c_after_a_request_stops_at_once(names: tuple[str, ...]) -> None:
     assert "Traceback" not in said
 
 
+SWALLOWED = """
+import time
+import weakref
+
+class Thing:
+    pass
+
+thing = Thing()
+kept = weakref.ref(thing, lambda _: send({name!r}))
+try:
+    del thing
+    time.sleep(10)
+    print("after")
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_request_inside_a_callback_whose_exceptions_python_swallows_is_heard_after_it(name: str) -> None:
+    words, said = child(SWALLOWED.format(name=name))
+    assert words == ["stopped"]
+    assert "Traceback" not in said
+
+
+def test_what_else_python_swallows_is_still_shown() -> None:
+    code = """
+class Thing:
+    def __del__(self):
+        raise ValueError("swallowed")
+
+thing = Thing()
+del thing
+print("after")
+"""
+    words, said = child(code)
+    assert words == ["after"]
+    assert "ValueError: swallowed" in said
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_outside_it_stops_at_once(name: str) -> None:
     words, said = child(OUTSIDE.format(signals=repr(name)))
