@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from harness.errors import Halt, InputError
+from harness.errors import Halt, InputError, no_room
 
 if TYPE_CHECKING:
     from harness.catalogue import Found
@@ -204,7 +204,12 @@ def _report(args: argparse.Namespace) -> int:
         folder = args.output or found.beside(store.url, ".report")
         if folder.exists() and not folder.is_dir():
             raise InputError(f"--output {folder} is a file; give a folder.")
-        page = report.write_report(found.study.name, store, _tracking_uri(args, found), folder)
+        try:
+            page = report.write_report(found.study.name, store, _tracking_uri(args, found), folder)
+        except Halt as error:
+            if error.__cause__ is not None and no_room(error.__cause__):
+                raise
+            raise InputError(f"{error} --output gives another folder.") from error
     print(page)
     print(page.with_name("trials.csv"))
     return DONE

@@ -65,5 +65,6 @@ def _unraisable(fault: Any) -> None:
         sys.__unraisablehook__(fault)
         return
     _State.requested = False
-    # Not from here: it would be swallowed with the callback's own.
-    threading.Timer(UNHEARD_SECONDS, signal.raise_signal, (signal.SIGTERM,)).start()
+    # Not from here: it would be swallowed with the callback's own. To the main thread, for it may be waiting.
+    main = threading.main_thread().ident
+    threading.Timer(UNHEARD_SECONDS, signal.pthread_kill, (main, signal.SIGTERM)).start()

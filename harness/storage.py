@@ -272,7 +272,7 @@ def read_store(name: str, url: str) -> Iterator[Store]:
 
 
 def exists(name: str, url: str) -> bool:
-    """Whether the storage holds this study already, as far as its definition: a start may have been cut off before.
+    """Whether the storage holds this study already, with a definition or trials: a start may have been cut off before.
 
     Raises InputError when it cannot be opened.
     """
@@ -283,7 +283,8 @@ def exists(name: str, url: str) -> bool:
     storage = connect(url, writing=False)
     try:
         known = outlast(url, lambda: optuna.get_all_study_summaries(storage))
-        return any(each.study_name == name and "definition" in each.user_attrs for each in known)
+        begun = {each.study_name for each in known if "definition" in each.user_attrs or each.n_trials}
+        return name in begun
     finally:
         dispose(storage)
 
