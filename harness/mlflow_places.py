@@ -30,7 +30,7 @@ def attached(given: str | None, folder: Path, study: Study, store: Store) -> MLf
     uri = uri_of(given, folder)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         return None
-    tracker = tracker_for(given, folder)
+    tracker = tracker_at(given) if given else MLflowTracker(local_uri(folder), folder / "artifacts")
     tracker.attach(study, store)
     return tracker
 
