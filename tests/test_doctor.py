@@ -194,8 +194,9 @@ def check(place: Path, doctor: Doctor, expected: str, before: dict[str, Any]) ->
 
 
 def test_a_finished_study_agrees_and_a_look_writes_nothing(place: Path, doctor: Doctor) -> None:
-    before = files(place)
+    before, touched = files(place), (place / "mlruns").stat().st_mtime_ns
     code, lines = doctor()
+    assert (place / "mlruns").stat().st_mtime_ns == touched, "not even a probe, for the folder may be another user's"
     assert (code, len(lines)) == (0, 1)
     assert "agree on 4 finished trials." in lines[0]
     assert doctor("--fix") == (code, lines)

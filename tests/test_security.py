@@ -197,6 +197,7 @@ def test_a_pickle_as_an_image_cache_is_made_again(
     assert not trace.exists()
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_pickle_as_pretrained_weights_is_refused(
     bomb: bytes, trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,6 +235,7 @@ def png(path: Path, width: int, height: int, whole: bool = False) -> Path:
 
 
 @pytest.mark.parametrize(("width", "height"), [(60000, 60000), (20000, 9000), (15000, 10000), (10001, 10000)])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_an_image_that_claims_too_many_pixels_is_refused_before_it_is_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, height: int
 ) -> None:
