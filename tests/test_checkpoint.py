@@ -437,8 +437,8 @@ def test_one_is_written_when_the_seconds_are_over_and_not_before(
         told.append(path.exists() and path.stat().st_mtime_ns != before)
 
     list(fit(checkpoint.training, after_batch))
-    # 25, 50, 75: written; 100, 125: 50 seconds later, not yet; 150: written. Asked after batches and validations.
-    assert told == [False, False, True] * 3
+    # After two batches and the validation of each epoch: 25, 50, 75: written; 100, 125: not yet; 150: written; ...
+    assert told == [False, False, True] * EPOCHS
 
 
 def test_a_restored_training_waits_its_full_time_again(config: TrainConfig, path: Path, clock: list[float]) -> None:

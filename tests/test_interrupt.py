@@ -196,9 +196,10 @@ except KeyboardInterrupt:
 
 
 @pytest.fixture
-def handlers() -> Iterator[None]:
+def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This process asked to stop as a study is; afterwards the tests' own handlers are back."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     interrupt.install()
     yield
     for number, handler in before.items():

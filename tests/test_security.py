@@ -214,7 +214,7 @@ def test_a_pickle_as_pretrained_weights_is_refused(
 
 def test_a_pickle_as_a_study_is_refused(bomb: bytes, trace: Path, tmp_path: Path) -> None:
     (tmp_path / "a.db").write_bytes(bomb)
-    with pytest.raises(InputError, match="cannot be opened as a database"):
+    with pytest.raises(InputError, match="cannot be opened"):
         check_database(f"sqlite:///{tmp_path}/a.db")
     assert not trace.exists()
 
