@@ -11,11 +11,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from harness.config import Study
+from harness.database import connect, dispose
 from harness.results import EpochEnded, Event
-from harness.storage import has_model
+from harness.storage import exists, has_model, open_store
 from tests.faulty import CommandLine, complete, one_sentence, small_disk, small_study
 
 pytestmark = pytest.mark.usefixtures("mlruns")
@@ -187,3 +189,17 @@ def test_a_database_locked_in_the_middle_of_a_command_delays_it_only(
     assert ended.err.count("is locked by another program; waiting for it.") == 1
     assert len(ended.err.splitlines()) == 1
     locker.wait()
+
+
+def test_a_start_cut_off_before_the_definition_was_stored_counts_as_none(study: Study, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/tiny.db"
+    storage = connect(url)
+    optuna.create_study(storage=storage, study_name="tiny", direction="maximize")
+    dispose(storage)
+    assert not exists("tiny", url)
+    with open_store(study, url, {"data": "these images"}):
+        assert exists("tiny", url)
+    with open_store(study, url):  # a look without the images takes nothing away
+        pass
+    with open_store(study, url, {"data": "these images"}) as store:
+        assert store.attribute("definition")["content of data"] == "these images"
