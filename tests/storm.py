@@ -84,7 +84,7 @@ class Kill:
     aim: Aim
     code: int  # as of subprocess: -9, or an exit code
     place: str  # the innermost phase that was under way
-    training: str  # e.g. "trial-3, epoch 2", empty when none had begun
+    training: str  # the last one assembled, and its epoch if it was trained; empty when there was none
     batches: int  # finished by this process, computed again by a later one
     epochs: int
     seconds: float  # from the first batch (or end of an epoch) that was computed again to the kill
@@ -383,7 +383,7 @@ class Life:
         }
 
     def place(self) -> tuple[str, str]:
-        """The innermost span and the training that were under way at the kill."""
+        """The innermost span that was under way at the kill, and the training that was assembled last."""
         opened: list[str] = []
         training = ""
         begun = False
@@ -398,8 +398,8 @@ class Life:
             if "epoch" in line:
                 training = f"{line['key']}, epoch {line['epoch']}"
             elif line["name"] == "made":
-                training = f"{line['key']}, before its first batch"
-        return opened[-1] if opened else "between these" if begun else "starting", training
+                training = line["key"]
+        return opened[-1] if opened else "elsewhere" if begun else "starting", training
 
     def allowed(self) -> float:
         """What may be lost: the interval, the longest unit between two chances to write, the longest writing."""
