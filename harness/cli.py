@@ -227,7 +227,8 @@ def _reproduce(args: argparse.Namespace) -> int:
         study = storage.as_begun(study, store)
         trials = {trial.number: trial for trial in store.trials()}
         if args.trial not in trials:
-            raise InputError(f"Study {study.name!r} has no trial {args.trial}; it has 0 to {max(trials, default=0)}.")
+            has = f"it has 0 to {max(trials)}" if trials else "it has none yet"
+            raise InputError(f"Study {study.name!r} has no trial {args.trial}; {has}.")
         runtime = decide_runtime(study.train, store.attribute("runtime"))
         content = {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
         storage.as_begun(study, store, content)
@@ -236,7 +237,8 @@ def _reproduce(args: argparse.Namespace) -> int:
         print(each.line(), flush=True)
         same = same and each.same
     if same:
-        print(f"Trial {trial.number} is reproduced: {len(trial.epochs)} epochs, each to the last bit.")
+        count = f"{len(trial.epochs)} epochs" if len(trial.epochs) > 1 else "1 epoch"
+        print(f"Trial {trial.number} is reproduced to the last bit: {count}.")
         return DONE
     print(f"Trial {trial.number} is not reproduced. {explanation(trial, runtime)}")
     return FAILED

@@ -96,7 +96,9 @@ def examine(
     running = {trial_key(trial.number) for trial in store.trials() if trial.state == "running"}
     expected = expected_runs(study, store)
     if tracker is not None:
-        yield from tracker.disagreements(expected, running, living)
+        from harness.mlflow_check import disagreements
+
+        yield from disagreements(tracker, expected, running, living)
     elif expected:
         yield Finding(f"MLflow has no database and lacks {len(expected)} runs")
 

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.errors import InputError
+from harness.errors import InputError, masked
 from harness.outbox import Away, Outbox
 from harness.results import EpochResult
 from harness.space import label, leaves
-from harness.tracking import Expected, Finding, expected_runs
+from harness.tracking import Expected, expected_runs
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -95,32 +95,56 @@ class MLflowTracker:
         self._experiment: str | None = None
         self._open: set[str] = set()
         self._runs: dict[str, Run] | None = {}  # by key; None when that must be asked
-        self._outbox = Outbox(lambda text: print(text, file=sys.stderr), f"MLflow at {uri}")
+        self._outbox = Outbox(lambda text: print(text, file=sys.stderr), f"MLflow at {masked(uri)}")
 
     def connect(self) -> None:
-        """Raise InputError unless the server or database answers; no run is made."""
+        """Open the client; raises what MLflow raises when it does not answer."""
         from mlflow import MlflowClient
 
         quiet()
+        self.client = MlflowClient(tracking_uri=self.uri)
+        self.client.search_experiments(max_results=1)
+
+    def check(self) -> None:
+        """Raise InputError unless the server or database answers; no run is made."""
         with self._as_input_error():
-            self.client = MlflowClient(tracking_uri=self.uri)
-            self.client.search_experiments(max_results=1)
+            self.connect()
 
     def start(self, study: Study, store: Store, facts: Mapping[str, str]) -> None:
-        """Open or reopen the study's parent run. Raises InputError when MLflow cannot be reached or written."""
+        """Open or reopen the study's parent run, and bring its runs into line with the storage.
+
+        Raises InputError when MLflow cannot be reached or written, unless the study has begun: that goes on, and MLflow
+        is told when it is back.
+        """
+        self._study, self._store, self._tags = study, store, {UID: store.attribute("uid"), **facts}
+        self._behind = True
+        if store.trials():
+            self.tell(self._begin)
+        else:
+            with self._as_input_error():
+                self._begin()
+        self._catch_up()
+
+    def _begin(self) -> None:
         self.connect()
-        with self._as_input_error():
-            self._experiment = self._get_experiment(study.name)
-            self._tags = {UID: store.attribute("uid"), **facts}
-            self._runs = self.known_runs()
-            self._ended_as = self._runs[STUDY].data.tags.get(STATE) if STUDY in self._runs else None
-            self._parent = self.open_run(STUDY, {}, self._tags, study.name)
-        self.synchronise(study, store)
+        self._experiment = self._get_experiment(self._study.name)
+        self._runs = self.known_runs()
+        self._ended_as = self._runs[STUDY].data.tags.get(STATE) if STUDY in self._runs else None
+        self._parent = self.open_run(STUDY, {}, self._tags, self._study.name)
+
+    def _catch_up(self) -> bool:
+        """Write what the storage has and MLflow lacks, once it answers; whether MLflow has taken everything."""
+        done = self._outbox.flush()
+        if done and self._behind:
+            self._behind = False
+            self.synchronise(self._study, self._store)
+            done = self._outbox.flush()
+        return done
 
     def attach(self, study: Study, store: Store) -> None:
         """Look at a study's runs without writing anything. Raises InputError when MLflow cannot be reached."""
-        self.connect()
         with self._as_input_error():
+            self.connect()
             experiment = self.client.get_experiment_by_name(study.name)
             self._experiment = None if experiment is None else experiment.experiment_id
             self._tags = {UID: store.attribute("uid")}
@@ -137,7 +161,7 @@ class MLflowTracker:
     def run(self, key: str, config: TrainConfig, tags: Mapping[str, str]) -> MLflowRun:
         """A child run: the one with this key if there is one already, else a new one."""
         params = {path: str(label(value)) for path, value in leaves(config)}
-        return MLflowRun(self, key, params, {**self._tags, **tags, PARENT: self._parent})
+        return MLflowRun(self, key, params, {**self._tags, **tags})
 
     def synchronise(self, study: Study, store: Store) -> None:
         """Make the runs of finished trials say what the storage says: add what is missing, close what is open."""
@@ -157,72 +181,6 @@ class MLflowTracker:
         if wanted.traceback is not None:
             log.text(wanted.traceback, "traceback.txt")
         log.end(wanted.state)
-
-    def disagreements(self, expected: list[Expected], running: set[str], living: bool) -> Iterator[Finding]:
-        """Where MLflow differs from what is expected of it; `running` are the keys of unfinished trials."""
-        runs = self._all_runs()
-        known = _by_key(runs)
-        for run in reversed(runs):
-            key = run.data.tags[KEY]
-            if run.info.run_id != known[key].info.run_id:
-                yield Finding(f"MLflow has a second run of {key}", self._later(self._delete, run))
-        wanted = {each.key: each for each in expected}
-        if STUDY not in known and (known or wanted):
-            yield Finding("MLflow lacks the study's own run")  # any start makes it
-        for key, run in known.items():
-            parent = known[STUDY].info.run_id if STUDY in known else None
-            if parent and key != STUDY and run.data.tags.get(PARENT) != parent:
-                move = self._later(self.client.set_tag, run.info.run_id, PARENT, parent)
-                yield Finding(f"MLflow does not show {key} under the study's own run", move)
-        for key, each in wanted.items():
-            yield from self._compare(each, known.get(key))
-        for key, run in known.items():
-            if key in wanted or (living and run.info.status == "RUNNING"):
-                continue
-            if key.startswith("trial-") and key not in running:
-                yield Finding(
-                    f"MLflow has a run of {key}, which the storage does not know", self._later(self._delete, run)
-                )
-            elif run.info.status == "RUNNING":
-                kill = self._later(self.kill_run, run.info.run_id)
-                yield Finding(f"MLflow shows {key} as running, but no process runs it", kill)
-
-    def _compare(self, wanted: Expected, run: Run | None) -> Iterator[Finding]:
-        if run is None:
-            yield Finding(f"MLflow lacks the run of {wanted.key}", functools.partial(self.write, wanted))
-            return
-        series, anew = wanted.series(), functools.partial(self._write_anew, wanted, run)
-        found = {
-            name: [(each.step, each.value) for each in self.client.get_metric_history(run.info.run_id, name)]
-            for name in series
-        }
-        for name, history in found.items():
-            if not set(history) <= set(series[name]) or len(set(history)) < len(history):
-                yield Finding(f"MLflow has other values of {name} for {wanted.key} than the storage", anew)
-                return
-        for name, history in found.items():
-            if len(history) < len(series[name]):
-                text = f"MLflow has {name} of {wanted.key} at {len(history)} of {len(series[name])} steps"
-                # Whole epochs can be added; to one that is there in part nothing is added.
-                steps = [{step for step, _ in found[each]} for each in ("train_loss", "val_accuracy") if series[each]]
-                even = all(each == steps[0] for each in steps)
-                yield Finding(text, functools.partial(self.write, wanted) if even else anew)
-                return
-        said = run.info.status, run.data.tags.get(STATE)
-        if said != (STATUS[wanted.state], wanted.state):
-            text = f"MLflow shows {wanted.key} as {said[1] or said[0]}, but it is {wanted.state}"
-            yield Finding(text, functools.partial(self.write, wanted))
-
-    def _later(self, operation: Callable[..., object], *arguments: object) -> Callable[[], None]:
-        return functools.partial(self.tell, functools.partial(operation, *arguments))
-
-    def _delete(self, run: Run) -> None:
-        self.client.delete_run(run.info.run_id)
-        self._runs = None
-
-    def _write_anew(self, wanted: Expected, run: Run) -> None:
-        self.tell(functools.partial(self._delete, run))
-        self.write(wanted)
 
     def settle(self, state: str | None) -> bool:
         """End the parent run as it had ended before this start; whether MLflow has taken everything.
@@ -253,7 +211,7 @@ class MLflowTracker:
             self.tell(functools.partial(self._log_artifact, path))
         self.tell(self._close_leftovers)
         self.tell(lambda: self.close_run(self._parent, state))
-        return self._outbox.flush()
+        return self._catch_up()
 
     def interrupt(self) -> None:
         """Mark what is open as killed; a resumed study takes the same runs up again."""
@@ -296,7 +254,7 @@ class MLflowTracker:
             # Parameters cannot be changed; where something lies may be another place today.
             params = {path: value for path, value in params.items() if path not in known.data.params}
         else:
-            every = {**tags, KEY: key, STATE: "running"}
+            every = {**tags, KEY: key, STATE: "running"} | ({} if key == STUDY else {PARENT: self._parent})
             run = self.client.create_run(self._experiment, tags=every, run_name=name or key.replace("-", " "))
             run_id = run.info.run_id
             assert self._runs is not None
@@ -314,6 +272,10 @@ class MLflowTracker:
     def kill_run(self, run_id: str) -> None:
         self.client.set_tag(run_id, STATE, "interrupted")
         self.client.set_terminated(run_id, "KILLED")
+
+    def delete(self, run: Run) -> None:
+        self.client.delete_run(run.info.run_id)
+        self._runs = None
 
     def steps(self, run_id: str, metric: str) -> set[int]:
         return {each.step for each in self.client.get_metric_history(run_id, metric)}
@@ -343,8 +305,8 @@ class MLflowTracker:
 
         And a second run with the same key, made by a request that the server took after it was given up.
         """
-        runs = self._all_runs()
-        kept = _by_key(runs)
+        runs = self.all_runs()
+        kept = by_key(runs)
         for run in runs:
             if run.info.run_id == self._parent:
                 continue
@@ -365,9 +327,9 @@ class MLflowTracker:
 
     def known_runs(self) -> dict[str, Run]:
         """This study's runs by key."""
-        return _by_key(self._all_runs())
+        return by_key(self.all_runs())
 
-    def _all_runs(self) -> list[Run]:
+    def all_runs(self) -> list[Run]:
         """Newest first."""
         if self._experiment is None:
             return []
@@ -382,7 +344,7 @@ class MLflowTracker:
                 return runs
 
 
-def _by_key(newest_first: Iterable[Run]) -> dict[str, Run]:
+def by_key(newest_first: Iterable[Run]) -> dict[str, Run]:
     """One run for each key: of several, one that has ended, and of those the oldest."""
     kept: dict[str, Run] = {}
     for run in newest_first:

@@ -39,6 +39,9 @@ class Outbox:
             except Away as error:
                 self._wait(error)
                 return False
+            except Exception:
+                self.waiting.popleft()  # a mistake in the operation itself; it must not come again with every other
+                raise
             self.waiting.popleft()
             if self._pause:
                 self._say(f"{self._name} answers again; what it missed is being written.")

@@ -53,6 +53,8 @@ def explanation(trial: TrialRecord, runtime: Runtime) -> str:
     """Why the numbers may differ: what was another version, device or number of threads then."""
     here = environment(runtime.device.type)
     found = [text for each in trial.environments if (text := differences(each, here))]
+    if any(each.micro_batch != trial.epochs[0].micro_batch for each in trial.epochs):
+        found.append("memory ran out in the middle of it, and fewer images passed at once from there on")
     if len(trial.environments) > 1:
         found.append("the trial was interrupted and went on elsewhere")
     if not found:

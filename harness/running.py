@@ -103,7 +103,8 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
     with console.status("Looking at the images (the first time they are decoded and cached) …"):
         content = _prepare(study)
     tracker = tracker_for(args.tracking_uri, found.mlruns)
-    tracker.connect()
+    if args.fresh or not storage.exists(study.name, url):  # one that has begun goes on without MLflow, too
+        tracker.check()
     if args.fresh:
         folders = (found.beside(url, suffix) for suffix in (".model", ".checkpoints"))
         moved = storage.move_aside(study.name, url, *folders)

@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data", "models", "optim", "engine", "search", "database"),
     ("trainer",),
     ("experiment", "checkpoint"),
-    ("objective", "storage", "tracking", "mlflow_tracker", "mlflow_places"),
+    ("objective", "storage", "tracking", "mlflow_tracker", "mlflow_places", "mlflow_check"),
     ("study", "final", "report", "catalogue", "reproduce", "doctor"),
     ("cli", "running", "display", "pretrain", "__main__"),
 )

@@ -14,6 +14,7 @@ from harness.config import SplitName, location
 from harness.data.cache import ImageFiles
 from harness.data.garden import check_sizes
 from harness.errors import InputError
+from harness.space import check_types
 
 PHOTOGRAPH = re.compile(r"jpg/image_[0-9]{5}\.jpg")
 
@@ -32,6 +33,7 @@ class Flowers102(ImageFiles):
     cache: str = location("data/cache")
 
     def __post_init__(self) -> None:
+        check_types(self, "data.")
         check_sizes(self.image_size, self.stored_size, self.limit)
 
     def classes(self) -> tuple[str, ...]:

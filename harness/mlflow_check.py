@@ -1,0 +1,79 @@
+"""Where MLflow differs from what the storage says, and what mends it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+from harness.mlflow_tracker import KEY, PARENT, STATE, STATUS, STUDY, MLflowTracker, by_key
+from harness.tracking import Expected, Finding
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+
+def disagreements(
+    tracker: MLflowTracker, expected: list[Expected], running: set[str], living: bool
+) -> Iterator[Finding]:
+    """Where MLflow differs from what is expected of it; `running` are the keys of unfinished trials."""
+
+    def later(operation: Callable[..., object], *arguments: object) -> Callable[[], None]:
+        return partial(tracker.tell, partial(operation, *arguments))
+
+    runs = tracker.all_runs()
+    known = by_key(runs)
+    for run in reversed(runs):
+        key = run.data.tags[KEY]
+        if run.info.run_id != known[key].info.run_id:
+            yield Finding(f"MLflow has a second run of {key}", later(tracker.delete, run))
+    wanted = {each.key: each for each in expected}
+    if STUDY not in known and (known or wanted):
+        yield Finding("MLflow lacks the study's own run")  # any start makes it
+    for key, run in known.items():
+        parent = known[STUDY].info.run_id if STUDY in known else None
+        if parent and key != STUDY and run.data.tags.get(PARENT) != parent:
+            move = later(tracker.client.set_tag, run.info.run_id, PARENT, parent)
+            yield Finding(f"MLflow does not show {key} under the study's own run", move)
+    for key, each in wanted.items():
+        yield from _compare(tracker, each, known.get(key))
+    for key, run in known.items():
+        if key in wanted or (living and run.info.status == "RUNNING"):
+            continue
+        if key.startswith("trial-") and key not in running:
+            yield Finding(f"MLflow has a run of {key}, which the storage does not know", later(tracker.delete, run))
+        elif run.info.status == "RUNNING":
+            kill = later(tracker.kill_run, run.info.run_id)
+            yield Finding(f"MLflow shows {key} as running, but no process runs it", kill)
+
+
+def _compare(tracker: MLflowTracker, wanted: Expected, run: Run | None) -> Iterator[Finding]:
+    if run is None:
+        yield Finding(f"MLflow lacks the run of {wanted.key}", partial(tracker.write, wanted))
+        return
+    series, anew = wanted.series(), partial(_write_anew, tracker, wanted, run)
+    found = {
+        name: [(each.step, each.value) for each in tracker.client.get_metric_history(run.info.run_id, name)]
+        for name in series
+    }
+    for name, history in found.items():
+        if not set(history) <= set(series[name]) or len(set(history)) < len(history):
+            yield Finding(f"MLflow has other values of {name} for {wanted.key} than the storage", anew)
+            return
+    for name, history in found.items():
+        if len(history) < len(series[name]):
+            text = f"MLflow has {name} of {wanted.key} at {len(history)} of {len(series[name])} steps"
+            # Whole epochs can be added; to one that is there in part nothing is added.
+            steps = [{step for step, _ in found[each]} for each in ("train_loss", "val_accuracy") if series[each]]
+            even = all(each == steps[0] for each in steps)
+            yield Finding(text, partial(tracker.write, wanted) if even else anew)
+            return
+    said = run.info.status, run.data.tags.get(STATE)
+    if said != (STATUS[wanted.state], wanted.state):
+        text = f"MLflow shows {wanted.key} as {said[1] or said[0]}, but it is {wanted.state}"
+        yield Finding(text, partial(tracker.write, wanted))
+
+
+def _write_anew(tracker: MLflowTracker, wanted: Expected, run: Run) -> None:
+    tracker.tell(partial(tracker.delete, run))
+    tracker.write(wanted)
