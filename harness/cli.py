@@ -264,7 +264,7 @@ def _ui(args: argparse.Namespace) -> int:
         raise InputError(f"--tracking-uri {uri} is a server with pages of its own; open it in a browser.")
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         raise InputError(f"--tracking-uri {uri}: there is no such file; give the MLflow database of a study.")
-    tracker_for(uri, folder).connect()
+    tracker_for(uri, folder).check()
     _check_port(args.host, args.port)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
     print(f"The MLflow UI opens at http://{args.host}:{args.port} (Ctrl-C ends it).", flush=True)

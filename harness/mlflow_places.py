@@ -14,6 +14,8 @@ from harness.errors import Halt, InputError
 from harness.mlflow_tracker import MLflowTracker, faults, first_line, quiet
 from harness.storage import Store
 
+SCHEMES = ("http", "https", "databricks", "postgresql", "mysql", "mssql")
+
 
 def uri_of(given: str | None, folder: Path) -> str:
     """The tracking URI: the given one, else the database in `folder`."""
@@ -52,6 +54,10 @@ def tracker_at(uri: str) -> MLflowTracker:
     package is missing that speaks to it.
     """
     if not uri.startswith("sqlite:///"):
+        if uri.partition(":")[0].partition("+")[0] not in SCHEMES:
+            raise InputError(
+                f"--tracking-uri {uri} is no MLflow server or database; write http://HOST:PORT or sqlite:///FILE."
+            )
         if uri.partition(":")[0].partition("+")[0] in ("postgresql", "mysql", "mssql"):
             check_driver(uri, "--tracking-uri")
         return MLflowTracker(uri, None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -118,11 +119,12 @@ class MLflowTracker:
         """
         self._study, self._store, self._tags = study, store, {UID: store.attribute("uid"), **facts}
         self._behind = True
-        if store.trials():
+        try:
+            self._begin()
+        except faults() as error:
+            if _is_refusal(error) or not store.trials():
+                raise self._unusable(error) from error
             self.tell(self._begin)
-        else:
-            with self._as_input_error():
-                self._begin()
         self._catch_up()
 
     def _begin(self) -> None:
@@ -154,9 +156,10 @@ class MLflowTracker:
         try:
             yield
         except faults() as error:
-            raise InputError(
-                f"MLflow at {self.uri} cannot be used ({first_line(error)}); check --tracking-uri."
-            ) from error
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> InputError:
+        return InputError(f"MLflow at {self.uri} cannot be used ({first_line(error)}); check --tracking-uri.")
 
     def run(self, key: str, config: TrainConfig, tags: Mapping[str, str]) -> MLflowRun:
         """A child run: the one with this key if there is one already, else a new one."""
@@ -229,7 +232,7 @@ class MLflowTracker:
             try:
                 operation()
             except faults() as error:
-                if getattr(error, "error_code", None) in REFUSALS:
+                if _is_refusal(error):
                     print(f"MLflow refuses an entry and it is left out: {first_line(error)}", file=sys.stderr)
                     return
                 self._runs = None
@@ -367,7 +370,15 @@ def faults() -> tuple[type[Exception], ...]:
     return MlflowException, SQLAlchemyError, OSError
 
 
+def _is_refusal(error: Exception) -> bool:
+    """Whether MLflow answered, and the answer will be the same the next time."""
+    return getattr(error, "error_code", None) in REFUSALS
+
+
 def first_line(error: BaseException) -> str:
+    """The reason in short: the system's own words where a request wraps them, else the first line."""
+    if found := re.search(r"\[Errno -?\d+\] ([^\"')]+)", str(error)):
+        return found[1]
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -93,7 +93,7 @@ def test_a_complete_trial_is_reproduced_epoch_by_epoch(place: Path, run: Run) ->
     lines = out.splitlines()
     assert [line.split()[:2] for line in lines[:2]] == [["epoch", "1"], ["epoch", "2"]]
     assert [line.split()[-1] for line in lines[:2]] == ["same", "same"]
-    assert lines[2] == "Trial 0 is reproduced: 2 epochs, each to the last bit."
+    assert lines[2] == "Trial 0 is reproduced to the last bit: 2 epochs."
 
 
 def test_a_pruned_trial_is_reproduced_as_far_as_it_went(place: Path, run: Run) -> None:
@@ -212,7 +212,7 @@ def test_a_study_begun_with_settings_is_reproduced_without_them(
     monkeypatch.chdir(tmp_path)
     code, out, _ = run("0")
     assert code == 0, out
-    assert "1 epochs" in out
+    assert "1 epoch" in out
 
 
 @pytest.mark.parametrize(
