@@ -28,6 +28,7 @@ from harness.space import leaves
 from harness.trainer import Training
 
 SUFFIX = ".safetensors"
+METADATA = "harness"  # the entry in the file's header
 
 
 class Damaged(Exception):
@@ -50,8 +51,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str
     """Write tensors and a JSON record to `path`, whole or not at all. Raises Halt when there is no room."""
     text = json.dumps(record)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = save(plain, {"record": text, "sha256": fingerprint(plain, text)})
-    replace_file(path, content)
+    # One entry, for safetensors writes several in any order, and equal trainings should give equal files.
+    checked = json.dumps({"record": text, "sha256": fingerprint(plain, text)})
+    replace_file(path, save(plain, {METADATA: checked}))
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -67,12 +69,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {})[METADATA])
             tensors = {name: file.get_tensor(name) for name in file.keys()} if with_tensors else {}  # noqa: SIM118
         if with_tensors and fingerprint(tensors, metadata["record"]) != metadata["sha256"]:
             raise Damaged(f"{path} is damaged (its checksum is wrong)")
         return tensors, json.loads(metadata["record"])
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise Damaged(f"{path} is damaged ({error})") from error
 
 

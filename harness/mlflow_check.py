@@ -22,7 +22,7 @@ def disagreements(
         return partial(tracker.tell, partial(operation, *arguments))
 
     runs = tracker.all_runs()
-    known = by_key(runs)
+    known = by_key(runs) | {run.data.tags[KEY]: run for run in runs if run.info.run_id == tracker.parent}
     for run in reversed(runs):
         key = run.data.tags[KEY]
         if run.info.run_id != known[key].info.run_id:

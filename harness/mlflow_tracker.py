@@ -94,6 +94,7 @@ class MLflowTracker:
         self.uri = uri
         self._artifacts = artifacts
         self._experiment: str | None = None
+        self.parent = ""  # the study's own run, once it is open
         self._open: set[str] = set()
         self._runs: dict[str, Run] | None = {}  # by key; None when that must be asked
         self._outbox = Outbox(lambda text: print(text, file=sys.stderr), f"MLflow at {masked(uri)}")
@@ -132,7 +133,7 @@ class MLflowTracker:
         self._experiment = self._get_experiment(self._study.name)
         self._runs = self.known_runs()
         self._ended_as = self._runs[STUDY].data.tags.get(STATE) if STUDY in self._runs else None
-        self._parent = self.open_run(STUDY, {}, self._tags, self._study.name)
+        self.parent = self.open_run(STUDY, {}, self._tags, self._study.name)
 
     def _catch_up(self) -> bool:
         """Write what the storage has and MLflow lacks, once it answers; whether MLflow has taken everything."""
@@ -195,9 +196,9 @@ class MLflowTracker:
         elif self._ended_as == "interrupted":
             state = None
         end = (
-            functools.partial(self.close_run, self._parent, state)
+            functools.partial(self.close_run, self.parent, state)
             if state
-            else functools.partial(self.kill_run, self._parent)
+            else functools.partial(self.kill_run, self.parent)
         )
         self.tell(end)
         return self._outbox.flush()
@@ -209,11 +210,11 @@ class MLflowTracker:
         """
         now = milliseconds()
         if metrics:
-            self.tell(lambda: self.log_once(self._parent, metrics, self._count_trials(), now))
+            self.tell(lambda: self.log_once(self.parent, metrics, self._count_trials(), now))
         for path in artifacts:
             self.tell(functools.partial(self._log_artifact, path))
         self.tell(self._close_leftovers)
-        self.tell(lambda: self.close_run(self._parent, state))
+        self.tell(lambda: self.close_run(self.parent, state))
         return self._catch_up()
 
     def interrupt(self) -> None:
@@ -257,7 +258,7 @@ class MLflowTracker:
             # Parameters cannot be changed; where something lies may be another place today.
             params = {path: value for path, value in params.items() if path not in known.data.params}
         else:
-            every = {**tags, KEY: key, STATE: "running"} | ({} if key == STUDY else {PARENT: self._parent})
+            every = {**tags, KEY: key, STATE: "running"} | ({} if key == STUDY else {PARENT: self.parent})
             run = self.client.create_run(self._experiment, tags=every, run_name=name or key.replace("-", " "))
             run_id = run.info.run_id
             assert self._runs is not None
@@ -296,9 +297,9 @@ class MLflowTracker:
 
     def _log_artifact(self, path: Path) -> None:
         if path.is_dir():
-            self.client.log_artifacts(self._parent, str(path), path.name)
+            self.client.log_artifacts(self.parent, str(path), path.name)
         else:
-            self.client.log_artifact(self._parent, str(path))
+            self.client.log_artifact(self.parent, str(path))
 
     def _count_trials(self) -> int:
         return sum(key.startswith("trial-") for key in self.known_runs())
@@ -311,7 +312,7 @@ class MLflowTracker:
         runs = self.all_runs()
         kept = by_key(runs)
         for run in runs:
-            if run.info.run_id == self._parent:
+            if run.info.run_id == self.parent:
                 continue
             if run.info.run_id != kept[run.data.tags[KEY]].info.run_id:
                 self.client.delete_run(run.info.run_id)

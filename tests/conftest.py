@@ -56,6 +56,12 @@ def make_study(cache: Path | str, **changes: Any) -> Study:
     return dataclasses.replace(study, **changes)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that at the end no core waits for one of them."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def image_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache of drawn images for the whole run of the tests."""

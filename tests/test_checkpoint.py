@@ -254,7 +254,7 @@ def test_the_file_is_safetensors_and_no_pickle_is_read(
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
-    assert {"record", "sha256"} == set(header["__metadata__"])
+    assert {"record", "sha256"} == set(json.loads(header["__metadata__"]["harness"]))
     last = max(each["data_offsets"][1] for name, each in header.items() if name != "__metadata__")
     assert len(content) == 8 + length + last
 

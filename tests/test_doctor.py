@@ -25,6 +25,7 @@ from harness.results import Completed, Diverged, Failed, Pruned, TrialOutcome
 from harness.storage import Store, open_store, read_store
 from harness.tracking import facts, trial_key, trial_tags
 from tests.analytic import epoch_result
+from tests.conftest import PROJECT
 from tests.small import small_study, study_in
 
 RUNTIME = {"device": "cpu", "precision": "fp32", "channels_last": False}
@@ -487,7 +488,7 @@ def test_while_a_process_runs_the_study_what_is_under_way_is_left_out_and_mendin
             database.execute("UPDATE runs SET status = 'RUNNING' WHERE run_uuid = ?", (run_id(database, key),))
     (waiting / "studies" / "tiny.checkpoints" / "trial-4.safetensors.partial").write_bytes(b"being written")
     command = [sys.executable, "-c", HOLD, f"sqlite:///{waiting}/studies/tiny.db"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
