@@ -70,7 +70,10 @@ def one_file(study: str, repetitions: int = 5) -> str:
     found = catalogue.find(study)
     config: Any = found.study.train
     config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, pretrained=False))
-    config = dataclasses.replace(config, data=catalogue.find("demo").study.located(found.home, None, None).train.data)
+    drawn: Any = catalogue.find("demo").study.located(found.home, None, None).train.data
+    size = config.data.image_size
+    drawn = dataclasses.replace(drawn, image_size=size, stored_size=max(size, drawn.stored_size), limit=32)
+    config = dataclasses.replace(config, data=drawn)
     runtime = Runtime(device=torch.device("cpu"), bf16=False, channels_last=False)
     training = assemble(config, runtime, 0)
     for parameter in training.model.parameters():
