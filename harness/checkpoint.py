@@ -56,22 +56,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str
     replace_file(path, save(plain, {METADATA: checked}))
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """The record of a file of tensors, unchecked. Raises Damaged when it is none."""
-    return _read(path, with_tensors=False)[1]
-
-
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors (on the CPU) and record. Raises Damaged unless they are exactly what was written."""
-    return _read(path, with_tensors=True)
-
-
-def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {})[METADATA])
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if with_tensors else {}  # noqa: SIM118
-        if with_tensors and fingerprint(tensors, metadata["record"]) != metadata["sha256"]:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if fingerprint(tensors, metadata["record"]) != metadata["sha256"]:
             raise Damaged(f"{path} is damaged (its checksum is wrong)")
         return tensors, json.loads(metadata["record"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -126,12 +117,12 @@ class Checkpoint:
         self.seconds_before = record["training_seconds"]
         progress.trace = tensors["trace"].to(training.runtime.device)
         before = record["environments"]
-        if before[-1] != self.environments[0]:
-            differing = differences(before[-1], self.environments[0])
-            print(f"{self.path.stem} goes on elsewhere ({differing}): its last bits may differ.", file=sys.stderr)
-            self.environments = [*before, *self.environments]
-        else:
+        if progress.epoch > training.config.epochs or before[-1] == self.environments[0]:
             self.environments = before
+            return
+        differing = differences(before[-1], self.environments[0])
+        print(f"{self.path.stem} goes on elsewhere ({differing}): its last bits may differ.", file=sys.stderr)
+        self.environments = [*before, *self.environments]
 
     def seconds(self) -> float:
         """Spent on this training so far, by all processes."""

@@ -26,7 +26,6 @@ from harness.checkpoint import (
     differences,
     fingerprint,
     identity_of,
-    read_record,
     read_tensors,
     remove,
     stale,
@@ -151,7 +150,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path, named: dict[str, Tensor
     read, told = read_tensors(path)
     assert {name: bits(tensor) for name, tensor in read.items()} == {name: bits(each) for name, each in named.items()}
     assert told == record
-    assert read_record(path) == record
+    assert read_tensors(path)[1] == record
     assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]
 
 
@@ -227,8 +226,6 @@ def test_a_file_of_tensors_without_our_record_is_damaged(tmp_path: Path) -> None
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
     with pytest.raises(Damaged):
         read_tensors(tmp_path / "a.safetensors")
-    with pytest.raises(Damaged):
-        read_record(tmp_path / "a.safetensors")
 
 
 def test_a_disk_without_room_halts_and_leaves_the_older_file_whole(
@@ -407,7 +404,7 @@ def test_the_older_checkpoint_stays_when_a_batch_is_cut_off(
     monkeypatch.setattr(checkpoint.training.optimizer, "step", cut_off)
     with pytest.raises(KeyboardInterrupt), checkpoint.saved_when_stopped():
         list(fit(checkpoint.training, checkpoint.after_batch))
-    record = read_record(path)
+    record = read_tensors(path)[1]
     assert (len(record["epochs"]), record["step"]) == (1, 1)
     again = fresh(path, config)
     assert again.restore()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from harness import checkpoint
-from harness.checkpoint import read_record
+from harness.checkpoint import read_tensors
 from harness.config import Study
 from harness.engine import Runtime
 from harness.final import final_run
@@ -35,7 +35,7 @@ def test_stopped_while_its_result_is_recorded_a_trial_keeps_its_training(
         with pytest.raises(KeyboardInterrupt):
             list(trial)
     # Its interval, a minute, has not passed: nothing but the request has it written.
-    assert len(read_record(tmp_path / "checkpoints" / "trial-0.safetensors")["epochs"]) == study.train.epochs
+    assert len(read_tensors(tmp_path / "checkpoints" / "trial-0.safetensors")[1]["epochs"]) == study.train.epochs
 
 
 def test_stopped_while_its_weights_are_written_a_final_seed_keeps_its_training(
@@ -53,4 +53,4 @@ def test_stopped_while_its_weights_are_written_a_final_seed_keeps_its_training(
         monkeypatch.setattr(checkpoint, "write_tensors", stopped_once)
         with pytest.raises(KeyboardInterrupt):
             list(final_run(study, store, NoTracker(), CPU, tmp_path / "model", folder))
-    assert len(read_record(folder / "final-seed-0-of-trial-0.safetensors")["epochs"]) == study.train.epochs
+    assert len(read_tensors(folder / "final-seed-0-of-trial-0.safetensors")[1]["epochs"]) == study.train.epochs
