@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import PROJECT
 from tests.storm import POINTS, Server, Storm, aim, plan, rage
 
 pytestmark = pytest.mark.slow
@@ -73,3 +76,25 @@ def test_after_a_storm_of_kills_a_study_is_the_one_that_was_left_alone(
     assert all(phases[phase] >= 5 for phase in POINTS), phases
     assert Counter(kill.aim.signal for kill in kills)["SIGTERM"] >= 12
     assert any(kill.batches for kill in kills)  # else nothing was tried
+
+
+PHOTOGRAPHS = PROJECT.parent / "shared"
+IN_PIECES = {
+    "the demo": ("demo", "--trials", "4", "--set", "checkpoint_seconds=5"),
+    "MaxViT-T on photographs": (
+        *("flowers102", "--data-root", str(PHOTOGRAPHS), "--trials", "2", "--set", "backbone.pretrained=false"),
+        *("--set", "data.limit=34", "--set", "epochs=2", "--set", "batch_size=8", "--set", "final.seeds=1"),
+        *("--set", "engine.precision=fp32", "--set", "engine.channels_last=off", "--set", "checkpoint_seconds=10"),
+    ),
+}
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("arguments", IN_PIECES.values(), ids=IN_PIECES.keys())
+def test_a_study_in_five_pieces_has_the_digest_of_the_same_study_straight(arguments: tuple[str, ...]) -> None:
+    if arguments[0] == "flowers102" and not (PHOTOGRAPHS / "flowers-102" / "jpg").is_dir():
+        pytest.skip(f"no photographs in {PHOTOGRAPHS}")
+    command = [sys.executable, "-m", "benchmarks.pieces", "--study", *arguments]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["equal"], done.stdout + done.stderr
