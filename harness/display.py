@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from types import TracebackType
 from typing import Any
@@ -27,6 +29,16 @@ from harness.results import (
 from harness.storage import Store
 
 A_DAY_SECONDS = 86_400
+
+
+class StudyConsole(Console):
+    """A console whose reader may leave (`| head`, a `tee` that Ctrl-C ended): the study goes on without it."""
+
+    left = False
+
+    def on_broken_pipe(self) -> None:
+        StudyConsole.left = self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Display:

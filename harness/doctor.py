@@ -18,7 +18,7 @@ from harness.database import holder, pid_file, sqlite_file
 from harness.errors import InputError
 from harness.storage import Store, as_begun, has_model, open_store, read_store
 from harness.study import wanted_keys
-from harness.tracking import Finding, expected_runs, facts, trial_key
+from harness.tracking import Finding, expected_runs, facts, study_metrics, trial_key
 
 if TYPE_CHECKING:
     from harness.mlflow_tracker import MLflowTracker
@@ -47,16 +47,17 @@ def consult(found: Found, url: str, tracking_uri: str | None, fix: bool) -> bool
         for finding in findings:
             print(finding.text)
         if not findings:
-            print(_well(store))
+            print(_well(store, process))
     if not (fix and findings):
         return not findings
     with open_store(study, url) as store:
         return _mend(study, store, found, tracking_uri, checkpoints, model)
 
 
-def _well(store: Store) -> str:
-    interrupted = [str(trial.number) for trial in store.trials() if trial.state == "running"]
-    waiting = f"; trial {', '.join(interrupted)} goes on when the study does" if interrupted else ""
+def _well(store: Store, process: str | None) -> str:
+    unfinished = ", ".join(str(trial.number) for trial in store.trials() if trial.state == "running")
+    then = "goes on when the study does" if process is None else f"is under way in process {process}"
+    waiting = f"; trial {unfinished} {then}" if unfinished else ""
     return f"Storage, MLflow, checkpoints and processes agree on {store.finished()} finished trials{waiting}."
 
 
@@ -69,7 +70,11 @@ def _mend(study: Study, store: Store, found: Found, tracking_uri: str | None, ch
     for finding in list(examine(study, store, tracker, checkpoints, model, living=False)):
         if finding.mend is not None:
             finding.mend()
-    told = tracker.settle("complete" if _was_published(store) else None)
+    if _was_published(store):
+        folders = [found.beside(store.url, ".report"), model]
+        told = tracker.finish(study_metrics(store), folders, "complete")
+    else:
+        told = tracker.settle(None)
     if not told:
         print("MLflow did not take everything; run the doctor again when it answers.")
     well = told and not list(examine(study, store, tracker, checkpoints, model, living=False))
@@ -98,7 +103,8 @@ def examine(
     if tracker is not None:
         from harness.mlflow_check import disagreements
 
-        yield from disagreements(tracker, expected, running, living)
+        metrics = study_metrics(store) if _was_published(store) else {}
+        yield from disagreements(tracker, expected, metrics, running, living)
     elif expected:
         yield Finding(f"MLflow has no database and lacks {len(expected)} runs")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from functools import cached_property
@@ -45,10 +46,13 @@ def final_run(
     best = store.best()
     if best is None or (store.has_final() and has_model(folder)):
         return
+    if store.has_final():
+        print(
+            f"The model in {folder} is missing: its seed is trained again, the test set stays closed.", file=sys.stderr
+        )
     seeds = [FinalSeed(study, store, tracker, runtime, best, number, checkpoints) for number in _seeds(study, store)]
     for seed in seeds:
         yield from seed.train()
-    folder.mkdir(parents=True, exist_ok=True)
     if store.has_final():
         save_model(folder, seeds[0].trained(), best, store.attribute("final"))
     else:
@@ -71,13 +75,14 @@ def _open_test_set(study: Study, store: Store, seeds: list[FinalSeed], best: Tri
         training = seed.trained()
         metrics = evaluate(training.model, test, training.runtime)
         per_seed.append({"seed": seed.number, **_counts(metrics), **seed.record(training)})
-        seed.log.metrics({"test_accuracy": metrics.accuracy, "test_loss": metrics.loss}, training.config.epochs)
         saved = saved or training
     assert saved is not None
     openings = (store.attribute("final") or {}).get("test_openings", 0) + 1
     final = summary(per_seed) | {"trial": best.number, "fit_on": study.final.fit_on, "test_openings": openings}
     save_model(folder, saved, best, final)
     store.set_attribute("final", final)
+    for seed, result in zip(seeds, per_seed, strict=True):  # nobody sees a test result before it is recorded
+        seed.log.metrics({"test_accuracy": result["accuracy"], "test_loss": result["loss"]}, seed.epochs)
 
 
 class FinalSeed:
@@ -99,6 +104,10 @@ class FinalSeed:
         self._path = checkpoints / f"{self._key}{SUFFIX}"
         self._uid = store.attribute("uid")
         self._tracker = tracker
+
+    @property
+    def epochs(self) -> int:
+        return self._config.epochs
 
     @cached_property
     def log(self) -> RunLog:

@@ -29,6 +29,8 @@ def install() -> None:
     _State.requested = False
     signal.signal(signal.SIGINT, _handle)
     signal.signal(signal.SIGTERM, _handle)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # `nohup` ignores it
+        signal.signal(signal.SIGHUP, _handle)  # the terminal was closed
     sys.unraisablehook = _unraisable
 
 
@@ -51,7 +53,7 @@ def undivided() -> Iterator[None]:
 
 def _handle(number: int, frame: Any) -> None:
     again, _State.requested = _State.requested, True
-    if again and number == signal.SIGTERM:
+    if again and number != signal.SIGINT:
         return
     if again or not _State.undivided:
         raise KeyboardInterrupt

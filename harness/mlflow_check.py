@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,9 +14,16 @@ if TYPE_CHECKING:
 
 
 def disagreements(
-    tracker: MLflowTracker, expected: list[Expected], running: set[str], living: bool
+    tracker: MLflowTracker,
+    expected: list[Expected],
+    metrics: Mapping[str, float],
+    running: set[str],
+    living: bool,
 ) -> Iterator[Finding]:
-    """Where MLflow differs from what is expected of it; `running` are the keys of unfinished trials."""
+    """Where MLflow differs from what is expected of it.
+
+    `metrics` are those of the study's own run, `running` the keys of unfinished trials.
+    """
 
     def later(operation: Callable[..., object], *arguments: object) -> Callable[[], None]:
         return partial(tracker.tell, partial(operation, *arguments))
@@ -30,6 +37,10 @@ def disagreements(
     wanted = {each.key: each for each in expected}
     if STUDY not in known and (known or wanted):
         yield Finding("MLflow lacks the study's own run")  # any start makes it
+    elif STUDY in known:
+        shown = known[STUDY].data.metrics
+        for name in (name for name, value in metrics.items() if shown.get(name) != value):
+            yield Finding(f"MLflow lacks {name} of the study's own run")  # its end writes it
     for key, run in known.items():
         parent = known[STUDY].info.run_id if STUDY in known else None
         if parent and key != STUDY and run.data.tags.get(PARENT) != parent:

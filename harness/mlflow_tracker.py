@@ -36,6 +36,7 @@ os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
 # must not repeat a request by itself: when only the answer was lost, a second run would be made.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the display has its own lines
 
 STATUS = {"complete": "FINISHED", "pruned": "KILLED", "diverged": "FAILED", "failed": "FAILED"}
 UID, KEY, STATE = "harness.study_uid", "harness.key", "harness.state"
@@ -212,7 +213,8 @@ class MLflowTracker:
         if metrics:
             self.tell(lambda: self.log_once(self.parent, metrics, self._count_trials(), now))
         for path in artifacts:
-            self.tell(functools.partial(self._log_artifact, path))
+            if path.exists():
+                self.tell(functools.partial(self._log_artifact, path))
         self.tell(self._close_leftovers)
         self.tell(lambda: self.close_run(self.parent, state))
         return self._catch_up()

@@ -32,7 +32,8 @@ class Compared:
     def line(self) -> str:
         """Recorded and new numbers side by side."""
         then, now = self.recorded, self.now
-        words = [f"epoch {then.epoch}", f"loss {then.train.loss:.6f} {now.train.loss:.6f}"]
+        digits = ".6f" if self.same else ""  # all of them where six would look the same
+        words = [f"epoch {then.epoch}", f"loss {then.train.loss:{digits}} {now.train.loss:{digits}}"]
         if then.val is not None and now.val is not None:
             words.append(f"val {then.val.accuracy:.2%} {now.val.accuracy:.2%}")
         return "  ".join([*words, "same" if self.same else "DIFFERENT"])
@@ -40,6 +41,8 @@ class Compared:
 
 def reproduce(study: Study, trial: TrialRecord, runtime: Runtime) -> Iterator[Compared]:
     """Train the trial's recorded epochs again from its seed. Raises InputError when none was recorded."""
+    if trial.state in ("running", "interrupted"):
+        raise InputError(f"Trial {trial.number} is not finished; run the study to its end first.")
     if not trial.epochs:
         raise InputError(f"Trial {trial.number} has no recorded epoch to compare with ({trial.state}); take another.")
     training = assemble(study.config(trial.params), runtime, derive_seed(study.seed, "trial", trial.number))

@@ -44,9 +44,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _stopped(code: int) -> int:
     """The command that goes on, as the last line; a password in it is the user's to fill in again."""
+    from harness.display import StudyConsole
+
     command = [Path(sys.executable).name, *(arg for arg in sys.argv if arg != "--fresh")]
-    print("Go on with:")
-    print(shlex.join(map(masked, command)), flush=True)
+    text = f"Go on with:\n{shlex.join(map(masked, command))}"
+    try:
+        print(text, file=sys.stderr if StudyConsole.left else sys.stdout, flush=True)
+    except BrokenPipeError:  # nobody reads stdout any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(text, file=sys.stderr)
     return code
 
 
@@ -80,19 +86,18 @@ def _run(args: argparse.Namespace) -> int:
             if store.is_complete(study) and saved:
                 print(f"Nothing is missing: {store.finished()} trials are finished (asked for: {study.trials}).")
                 print(report.summary(study.name, store, uri_of(args.tracking_uri, found.mlruns)))
-                return DONE
+                return _ended(store)
     return _run_what_is_missing(args, found, study, url)
 
 
 def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, url: str) -> int:
-    from rich.console import Console
-
     from harness import storage
+    from harness.display import StudyConsole
     from harness.engine import find_device
     from harness.mlflow_places import check_writable, tracker_for
     from harness.search import rehearse
 
-    console = Console()
+    console = StudyConsole()
     rehearse(study)
     find_device(study.train.engine.device)
     if not args.tracking_uri:
@@ -106,19 +111,22 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
     if args.fresh or not storage.exists(study.name, url):  # one that has begun goes on without MLflow, too
         tracker.check()
     if args.fresh:
-        folders = (found.beside(url, suffix) for suffix in (".model", ".checkpoints"))
+        folders = (found.beside(url, suffix) for suffix in (".model", ".checkpoints", ".report"))
         moved = storage.move_aside(study.name, url, *folders)
         if moved is not None:
-            console.print(f"The old study is now {moved}.", highlight=False, soft_wrap=True)
+            text = f"The old study is now {moved}; look at it with --storage sqlite:///{moved}."
+            console.print(text, highlight=False, soft_wrap=True)
     with storage.open_store(study, url, content) as store:
         try:
             return _run_study(found, study, store, tracker, console)
         except KeyboardInterrupt:
             tracker.interrupt()
             counted = f"{store.finished()} of {study.trials} trials finished"
+            if store.finished() >= study.trials and not store.has_final():
+                counted += ", the final run is missing"
             console.print(f"Interrupted with {counted}.", highlight=False, soft_wrap=True)
             raise
-        except Exception:
+        except (Exception, SystemExit):
             tracker.interrupt()
             raise
 
@@ -139,6 +147,7 @@ def _run_study(found: Found, study: Study, store: Store, tracker: MLflowTracker,
 
     runtime = decide_runtime(study.train, store.attribute("runtime"))
     store.set_attribute("runtime", runtime.to_dict())
+    _name_changes(store, runtime.device.type)
     tracker.start(study, store, tracking.facts(study, runtime.to_dict()))
     console.print(
         f"Study {study.name}: {store.finished()} of {study.trials} trials finished, "
@@ -160,12 +169,9 @@ def _run_study(found: Found, study: Study, store: Store, tracker: MLflowTracker,
         except TooManyFailures as error:
             failure = error
     report.write_report(study.name, store, tracker.uri, report_folder)
-    final, best = store.attribute("final"), store.best()
-    metrics = {} if best is None or best.value is None else {"best_val_accuracy": best.value}
-    if final is not None:
-        metrics |= {"test_accuracy": final["accuracy"]}
-    model = [model_folder] if final is not None and model_folder.exists() else []
-    told = tracker.finish(metrics, [report_folder, *model], "failed" if failure else "complete")
+    told = tracker.finish(
+        tracking.study_metrics(store), [report_folder, model_folder], "failed" if failure else "complete"
+    )
     if failure:
         print(f"error: {failure}", file=sys.stderr)
         return FAILED
@@ -175,4 +181,27 @@ def _run_study(found: Found, study: Study, store: Store, tracker: MLflowTracker,
         print(f"MLflow at {masked(tracker.uri)} lacks a part of this; the same command writes it when MLflow is back.")
     print(report.summary(study.name, store, tracker.uri))
     print(f"report    {report_folder / 'report.html'}")
-    return DONE
+    return _ended(store)
+
+
+def _name_changes(store: Store, device: str) -> None:
+    """Say what is other than when the last trial ended and may change the last bits from here on."""
+    from harness.checkpoint import differences
+    from harness.environment import environment
+
+    ended = [trial.environments[-1] for trial in store.trials() if trial.environments]
+    if ended and (found := differences(ended[-1], environment(device))):
+        print(f"Since the last trial, {found}: from here on the last bits may differ.", file=sys.stderr)
+
+
+def _ended(store: Store) -> int:
+    """The exit code of a study with all its trials; without a complete one it has no result."""
+    if store.best() is not None:
+        return DONE
+    last = store.trials()[-1]
+    print(
+        f"error: No trial is complete (trial {last.number}: {last.reason or last.state}); tracebacks are in MLflow. "
+        "Mend the cause and give a larger --trials, or start anew with --fresh.",
+        file=sys.stderr,
+    )
+    return FAILED

@@ -265,7 +265,9 @@ def read_store(name: str, url: str) -> Iterator[Store]:
         try:
             optuna_study = outlast(url, lambda: optuna.load_study(storage=storage, study_name=name))
         except KeyError as error:
-            raise InputError(f"{url} holds no study named {name!r}; check --storage and the name.") from error
+            raise InputError(
+                f"{url} holds no study named {name!r}; it has not begun there: run it, or check --storage and the name."
+            ) from error
         yield Store(url, optuna_study)
     finally:
         dispose(storage)

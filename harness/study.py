@@ -45,13 +45,14 @@ def search(study: Study, store: Store, tracker: Tracker, runtime: Runtime, check
 
     Raises TooManyFailures after three failed trials in a row.
     """
-    failures = 0
+    states = [trial.state for trial in store.trials() if trial.state != "running"]
+    failures = next((count for count, state in enumerate(reversed(states)) if state != "failed"), len(states))
     while store.finished() < study.trials:
         asked = store.ask(study)
         outcome = yield from evaluate_trial(study, asked, store, tracker, runtime, checkpoints)
         yield TrialEnded(number=asked.number, outcome=outcome)
         failures = failures + 1 if isinstance(outcome, Failed) else 0
-        if failures == FAILURES_IN_A_ROW and isinstance(outcome, Failed):
+        if failures >= FAILURES_IN_A_ROW and isinstance(outcome, Failed):
             raise TooManyFailures(
                 f"{failures} trials in a row failed, the last one with {outcome.reason}; "
                 f"the traceback is in MLflow, in the run of trial {asked.number}."

@@ -144,6 +144,13 @@ class NoTracker:
         """Nothing is kept."""
 
 
+def study_metrics(store: Store) -> dict[str, float]:
+    """What the study's own run shows."""
+    final, best = store.attribute("final"), store.best()
+    metrics = {} if best is None or best.value is None else {"best_val_accuracy": best.value}
+    return metrics if final is None else metrics | {"test_accuracy": final["accuracy"]}
+
+
 def facts(study: Study, runtime: Mapping[str, Any]) -> dict[str, str]:
     """Tags that say how and with what a study ran."""
     return {

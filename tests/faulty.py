@@ -134,7 +134,7 @@ class CommandLine:
 @contextmanager
 def command_line(place: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[CommandLine]:
     """The command line in the working directory `place`; signals are handled as before afterwards."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield CommandLine(place, capsys)
     finally:

@@ -23,7 +23,7 @@ from harness.final import summary
 from harness.mlflow_places import local_tracker
 from harness.results import Completed, Diverged, Failed, Pruned, TrialOutcome
 from harness.storage import Store, open_store, read_store
-from harness.tracking import facts, trial_key, trial_tags
+from harness.tracking import facts, study_metrics, trial_key, trial_tags
 from tests.analytic import epoch_result
 from tests.conftest import PROJECT
 from tests.small import small_study, study_in
@@ -68,7 +68,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, empty_mlflow: Path) -> Pa
         fill(store)
         tracker = local_tracker(folder / "mlruns")
         tracker.start(study, store, facts(study, RUNTIME))
-        assert tracker.finish({"best_val_accuracy": 0.6}, [], "complete")
+        assert tracker.finish(study_metrics(store), [], "complete")
         store.set_attribute("published", store.finished())
     (folder / "studies" / "tiny.model").mkdir()
     write_tensors(folder / "studies" / "tiny.model" / "model.safetensors", WEIGHTS, {"trial": 0, "seed": 0})
@@ -598,3 +598,16 @@ def test_the_results_are_never_touched(place: Path, doctor: Doctor) -> None:
         database.execute("UPDATE metrics SET value = 0")
     assert doctor("--fix")[0] == 1
     assert content() == before
+
+
+def test_lost_metrics_of_the_studys_own_run_are_written_again(place: Path, doctor: Doctor) -> None:
+    before = shown(place)
+    with mlflow(place) as database:
+        for table in ("metrics", "latest_metrics"):
+            database.execute(f"DELETE FROM {table} WHERE run_uuid = ?", (run_id(database, "study"),))
+    code, lines = doctor()
+    assert (code, len(lines)) == (1, 2), lines
+    assert all("of the study's own run" in line for line in lines)
+    assert doctor("--fix")[0] == 0
+    assert doctor()[0] == 0
+    assert shown(place) == before

@@ -164,3 +164,10 @@ def test_three_failures_in_a_row_stop_the_study_with_one_sentence(
     assert {key: run.info.status for key, run in runs.items()} == dict.fromkeys(
         ["study", "trial-0", "trial-1", "trial-2"], "FAILED"
     )
+    # Asked again, it says the same of a study without a result, and tries once before it gives up.
+    without = line.run("--trials", "3")
+    assert (without.code, one_sentence(without.err)) == (1, True), without
+    assert "No trial is complete" in without.err
+    assert "ValueError: broken" in without.err
+    assert line.run("--trials", "5").code == 1
+    assert len(runs_of(mlruns)) == 5

@@ -115,7 +115,7 @@ print("after")
     assert "ValueError: swallowed" in said
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_outside_it_stops_at_once(name: str) -> None:
     words, said = child(OUTSIDE.format(signals=repr(name)))
     assert words == ["stopped"]

@@ -177,6 +177,24 @@ def test_an_interrupt_leaves_with_130_and_the_command_that_goes_on(
     assert outcome(place) == uninterrupted
 
 
+def test_when_its_reader_leaves_a_study_goes_on_and_still_says_how_after_an_interrupt(place: Path) -> None:
+    command = [sys.executable, "-u", str(PROJECT / "run_study.py"), "--study", "small", "--trials", "40"]
+    process = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    for line in process.stdout:
+        if line.startswith("trial 0"):
+            break
+    process.stdout.close()  # `| head`
+    time.sleep(2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    said = process.stderr.read()
+    assert process.wait(timeout=60) == 130, said
+    assert said.splitlines()[-2] == "Go on with:", said
+    assert "Traceback" not in said
+
+
 def test_a_second_process_is_refused_and_told_the_first_ones_pid(place: Path) -> None:
     first = start(place)
     assert first.stdout is not None
