@@ -82,7 +82,7 @@ PHOTOGRAPHS = PROJECT.parent / "shared"
 IN_PIECES = {
     "the demo": ("demo", "--trials", "4", "--set", "checkpoint_seconds=5"),
     "MaxViT-T on photographs": (
-        *("flowers102", "--data-root", str(PHOTOGRAPHS), "--trials", "2", "--set", "backbone.pretrained=false"),
+        *("flowers102", "--data-root", str(PHOTOGRAPHS), "--trials", "1", "--set", "backbone.pretrained=false"),
         *("--set", "data.limit=34", "--set", "epochs=2", "--set", "batch_size=8", "--set", "final.seeds=1"),
         *("--set", "engine.precision=fp32", "--set", "engine.channels_last=off", "--set", "checkpoint_seconds=10"),
     ),
