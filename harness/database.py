@@ -20,7 +20,7 @@ import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import SQLAlchemyError
 
-from harness.errors import Halt, InputError
+from harness.errors import Halt, InputError, masked
 from harness.files import replace_file
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ def outlast(url: str, operation: Callable[[], T]) -> T:
             if "locked" not in cause:
                 raise _failed(url, cause) from error
             if not said:
-                print(f"The database {url} is locked by another program; waiting for it.", file=sys.stderr)
+                print(f"The database {masked(url)} is locked by another program; waiting for it.", file=sys.stderr)
                 said = True
 
 

@@ -206,7 +206,7 @@ def save_model(folder: Path, training: Training, best: TrialRecord, final: Mappi
         "configuration": {path: label(value) for path, value in leaves(training.config, identity_only=True)},
         "trial": best.number,
         "validation_accuracy": best.value,
-        "test": {"seed": 0, **final["per_seed"][0]},
+        "test": {key: final["per_seed"][0][key] for key in ("seed", "correct", "total", "accuracy")},
     }
     write_tensors(folder / "model.safetensors", training.model.state_dict(), {"trial": best.number, "seed": 0})
     replace_file(folder / "model.json", json.dumps(description, indent=2, ensure_ascii=False).encode())

@@ -41,7 +41,7 @@ class Compared:
 
 def reproduce(study: Study, trial: TrialRecord, runtime: Runtime) -> Iterator[Compared]:
     """Train the trial's recorded epochs again from its seed. Raises InputError when none was recorded."""
-    if trial.state in ("running", "interrupted"):
+    if trial.state == "running":
         raise InputError(f"Trial {trial.number} is not finished; run the study to its end first.")
     if not trial.epochs:
         raise InputError(f"Trial {trial.number} has no recorded epoch to compare with ({trial.state}); take another.")
