@@ -74,7 +74,7 @@ def _mend(study: Study, store: Store, found: Found, tracking_uri: str | None, ch
         folders = [found.beside(store.url, ".report"), model]
         told = tracker.finish(study_metrics(store), folders, "complete")
     else:
-        told = tracker.settle(None)
+        told = tracker.settle()
     if not told:
         print("MLflow did not take everything; run the doctor again when it answers.")
     well = told and not list(examine(study, store, tracker, checkpoints, model, living=False))

@@ -187,21 +187,12 @@ class MLflowTracker:
             log.text(wanted.traceback, "traceback.txt")
         log.end(wanted.state)
 
-    def settle(self, state: str | None) -> bool:
-        """End the parent run as it had ended before this start; whether MLflow has taken everything.
-
-        `state` is for one that had not, None for a study that is not finished.
-        """
+    def settle(self) -> bool:
+        """End the parent run as it had ended before this start, else as interrupted; whether MLflow has taken all."""
         if self._ended_as in STATUS:
-            state = self._ended_as
-        elif self._ended_as == "interrupted":
-            state = None
-        end = (
-            functools.partial(self.close_run, self.parent, state)
-            if state
-            else functools.partial(self.kill_run, self.parent)
-        )
-        self.tell(end)
+            self.tell(functools.partial(self.close_run, self.parent, self._ended_as))
+        else:
+            self.tell(functools.partial(self.kill_run, self.parent))
         return self._outbox.flush()
 
     def finish(self, metrics: Mapping[str, float], artifacts: Iterable[Path], state: str) -> bool:

@@ -255,3 +255,4 @@ def test_show_json_and_the_saved_model_agree_with_the_run(place: Path) -> None:
     model = json.loads((place / "studies" / "small.model" / "model.json").read_text())
     assert model["test"]["correct"] == shown["final"]["per_seed"][0]["correct"]
     assert len(model["classes"]) == 16
+    assert set(model["test"]) == {"seed", "correct", "total", "accuracy"}

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optuna.exceptions import StorageInternalError
 
 from harness import running
+from harness.database import outlast
 from harness.errors import Halt, InputError, masked
 from harness.report import overview, summary, write_report
 from harness.storage import Store
@@ -70,3 +72,18 @@ def test_what_mlflow_keeps_and_the_command_to_go_on_hide_it(
     printed = capsys.readouterr().out
     assert "secret" not in printed
     assert printed.count("flora:***@db.example") == 2
+
+
+def test_waiting_for_a_locked_database_shows_no_password(capsys: pytest.CaptureFixture[str]) -> None:
+    answers: list[Exception | int] = [StorageInternalError("database is locked"), 3]
+
+    def operation() -> int:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert outlast("postgresql://me:secret@host/studies", operation) == 3
+    said = capsys.readouterr().err
+    assert "me:***@host" in said
+    assert "secret" not in said
