@@ -1,0 +1,81 @@
+"""What can be measured here: `python -m benchmarks` lists the scripts, `--quick` runs their quick modes.
+
+    python -m benchmarks --quick [NAME ...]     fail when a ratio falls by a third below its record
+    python -m benchmarks --record [NAME ...]    make today's ratios the records
+
+Records are ratios within one run, kept in benchmarks/records.json; absolute times say nothing about another machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RECORDS = HERE / "records.json"
+ALLOWED = 2 / 3  # of the record
+
+
+def scripts() -> dict[str, str]:
+    """Name and first line of every script."""
+    found = {}
+    for file in sorted(HERE.glob("*.py")):
+        text = file.read_text()
+        if 'if __name__ == "__main__":' in text and file.name != "__main__.py":
+            found[file.stem] = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+    return found
+
+
+def has_quick(name: str) -> bool:
+    return "    script(" in (HERE / f"{name}.py").read_text()
+
+
+def quick(name: str) -> dict[str, float]:
+    """The ratios of a script's quick mode, run in a process of its own."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick"]
+    done = subprocess.run(command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"error: {name} --quick ended with {done.returncode}.")
+    ratios: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return ratios
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="compare the quick modes with their records")
+    parser.add_argument("--record", action="store_true", help="keep what the quick modes give as records")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="scripts (default: all that have a quick mode)")
+    args = parser.parse_args()
+    known = scripts()
+    if unknown := [name for name in args.names if name not in known or not has_quick(name)]:
+        print(f"error: There is no quick mode of {unknown[0]!r}.", file=sys.stderr)
+        return 2
+    if not (args.quick or args.record):
+        for name, line in known.items():
+            print(f"{name:<18} {line}")
+        return 0
+    records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
+    slower = False
+    for name in args.names or filter(has_quick, known):
+        start = time.monotonic()
+        for key, ratio in quick(name).items():
+            record = records.get(name, {}).get(key)
+            if args.record:
+                records.setdefault(name, {})[key] = float(f"{ratio:.3g}")
+            slow = record is not None and ratio < ALLOWED * record
+            slower = slower or (slow and not args.record)
+            against = "no record" if record is None else f"record {record:.3g}{', too slow' if slow else ''}"
+            print(f"{name:<18} {key:<40} {ratio:>8.3g}   {against}", flush=True)
+        print(f"{name:<18} {time.monotonic() - start:.0f} s", flush=True)
+    if args.record:
+        RECORDS.write_text(json.dumps(records, indent=2, sort_keys=True) + "\n")
+    return 1 if slower else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

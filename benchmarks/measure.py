@@ -1,0 +1,66 @@
+"""How the scripts measure: contestants by turns in one run, ratios within a round, medians and spread.
+
+A script calls `script(full, quick)`: `full` prints the rows of RESULTS.md; `quick` gives ratios, each the better the
+larger, in under 20 s, which `python -m benchmarks --quick` holds against benchmarks/records.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from benchmarks.machine import describe
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Measurements of one thing, in the order they were taken."""
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    def text(self, unit: str = "s", digits: int = 3) -> str:
+        low, high = min(self.values), max(self.values)
+        return f"{self.median:.{digits}f} {unit} ({low:.{digits}f} to {high:.{digits}f}, n = {len(self.values)})"
+
+
+def alternate(contestants: Mapping[str, Callable[[], float | None]], rounds: int) -> dict[str, Figures]:
+    """Run all contestants in every round, each round beginning with the next one.
+
+    A contestant returns its own figure, or None to have its wall-clock time taken.
+    """
+    names = list(contestants)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            figure = contestants[name]()
+            taken[name].append(time.perf_counter() - start if figure is None else figure)
+    return {name: Figures(tuple(values)) for name, values in taken.items()}
+
+
+def ratios(above: Figures, below: Figures) -> Figures:
+    """The ratio in each round: what disturbs the machine for longer than a round disturbs both."""
+    return Figures(tuple(a / b for a, b in zip(above.values, below.values, strict=True)))
+
+
+def script(full: Callable[[], None], quick: Callable[[], Mapping[str, float]]) -> None:
+    """Run a script as the command line says: in full, or `--quick`, whose last line is a JSON object of ratios."""
+    parser = argparse.ArgumentParser(
+        description=sys.modules["__main__"].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a few ratios in under 20 s, as JSON")
+    if parser.parse_args().quick:
+        print(json.dumps(dict(quick())))
+        return
+    print(describe())
+    full()
