@@ -55,8 +55,9 @@ def _start(setting: str | None, steps: int) -> subprocess.Popen[str]:
 def _steps(count: int) -> None:
     import torch
 
+    from harness.auto import resolve
     from harness.config import EngineConfig
-    from harness.engine import resolve, train_step
+    from harness.engine import train_step
     from harness.models.maxvit import TinyMaxViT
 
     def build() -> torch.nn.Module:

@@ -142,6 +142,7 @@ class EngineConfig:
     device: str = location("auto")  # auto, cpu, cuda, cuda:1, mps
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: Literal["auto", "on", "off"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
         spaces.check_types(self, "engine.")

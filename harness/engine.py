@@ -1,14 +1,9 @@
-"""How a step runs: device, precision, memory layout. Nothing here knows what is trained or why.
-
-"auto" is decided once, by timing a few steps, and then kept for the whole study: a study that changed its arithmetic
-half-way would compare numbers that cannot be compared.
-"""
+"""How a step runs: device, precision, memory layout, compiled or not. Nothing here knows what is trained or why."""
 
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.config import EngineConfig
 from harness.errors import InputError
 
-# Another precision or layout must be this much faster than plain fp32 before "auto" takes it on a CPU: timing noise
-# must not decide, and fp32 is the arithmetic that everybody can repeat.
-WORTHWHILE = 1.15
+# Graphs of one block: for training and for evaluation, for each batch size, and all blocks of a kind share their code.
+# At torch's own limit of 8 it would go on uncompiled without a word.
+GRAPHS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +25,25 @@ class Runtime:
     device: torch.device
     bf16: bool
     channels_last: bool
+    compiled: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        precision = "bf16" if self.bf16 else "fp32"
-        return {"device": self.device.type, "precision": precision, "channels_last": self.channels_last}
+        return {
+            "device": self.device.type,
+            "precision": "bf16" if self.bf16 else "fp32",
+            "channels_last": self.channels_last,
+            "compile": self.compiled,
+        }
+
+    @staticmethod
+    def from_dict(kept: Mapping[str, Any], device: torch.device) -> Runtime:
+        """What `to_dict` gave, on a device of the same type."""
+        return Runtime(
+            device=device,
+            bf16=kept["precision"] == "bf16",
+            channels_last=kept["channels_last"],
+            compiled=kept.get("compile", False),  # studies that began before there was a choice
+        )
 
     def place(self, model: nn.Module) -> nn.Module:
         if self.device.type == "cuda":  # without it, cuDNN may sum in another order from run to run
@@ -49,6 +58,20 @@ class Runtime:
     def autocast(self) -> Iterator[None]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             yield
+
+
+def compile_parts(model: nn.Module, parts: Iterable[str]) -> None:
+    """Compile the forward passes of these submodules in place; names and states stay as they are.
+
+    The graphs take weights and buffers as inputs, so the next model of the same shape, another trial's, runs through
+    those that are there. What differs from trial to trial must therefore be a tensor, or lie outside of the parts: as
+    the head does. Dropout and stochastic depth draw the same numbers as uncompiled.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    for part in parts:
+        model.get_submodule(part).compile(dynamic=False, options={"fallback_random": True})
 
 
 @contextlib.contextmanager
@@ -79,43 +102,6 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices, from cuda:0 on.")
     return device
-
-
-def resolve(config: EngineConfig, build: Callable[[], nn.Module], image_size: int) -> Runtime:
-    """Decide what "auto" means for this model on this machine; `build` makes the model to time.
-
-    On CUDA: bf16 and channels-last. On MPS: fp32. On a CPU: whatever is clearly fastest in two training steps.
-    """
-    device = find_device(config.device)
-    precisions = {"fp32": [False], "bf16": [True], "auto": [True] if device.type == "cuda" else [False]}
-    layouts = {"on": [True], "off": [False], "auto": [device.type == "cuda"]}
-    if device.type == "cpu":
-        precisions["auto"] = layouts["auto"] = [False, True]
-    candidates = [
-        Runtime(device=device, bf16=bf16, channels_last=channels_last)
-        for bf16 in precisions[config.precision]
-        for channels_last in layouts[config.channels_last]
-    ]
-    if len(candidates) == 1:
-        return candidates[0]
-    seconds = [_time_steps(candidate, build, image_size) for candidate in candidates]
-    fastest = min(range(len(candidates)), key=seconds.__getitem__)
-    return candidates[fastest] if seconds[0] > WORTHWHILE * seconds[fastest] else candidates[0]
-
-
-def _time_steps(runtime: Runtime, build: Callable[[], nn.Module], image_size: int) -> float:
-    """The seconds of a training step on four images, the fastest of two after a warm-up."""
-    with seeded(0, runtime.device):
-        model = runtime.place(build())
-        images = runtime.move(torch.randn(4, 3, image_size, image_size, device=runtime.device))
-        labels = torch.zeros(4, dtype=torch.int64, device=runtime.device)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            train_step(model, images, labels, optimizer, runtime, label_smoothing=0.0, clip_norm=None)
-            times.append(time.perf_counter() - start)
-    return min(times[1:])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from harness.auto import Work, check_compiler, resolve
 from harness.config import TrainConfig
 from harness.data.tensors import load_splits, load_train_and_val
-from harness.engine import Runtime, find_device, resolve, seeded
+from harness.engine import Runtime, compile_parts, find_device, seeded
 from harness.errors import InputError
 from harness.optim import build_optimizer, freeze, parameter_groups
 from harness.seeds import derive_seed
@@ -22,6 +25,9 @@ def assemble(config: TrainConfig, runtime: Runtime, seed: int) -> Training:
         model = runtime.place(config.backbone.build(len(splits.classes), config.data.image_size))
     groups = parameter_groups(model, config.backbone.depths(config.optim.depth_by), config.optim)
     freeze(model, groups)
+    if runtime.compiled and config.optim.depth_lr_mult > 0:
+        # A frozen backbone would need graphs of its own, and saves its backward pass anyway.
+        compile_parts(model, compilable(config))
     return Training(
         config=config,
         classes=splits.classes,
@@ -40,20 +46,32 @@ def with_validation_images(training: Training) -> Training:
     return replace(training, train=load_train_and_val(training.config.data), val=None)
 
 
-def decide_runtime(config: TrainConfig, kept: Mapping[str, Any] | None) -> Runtime:
+def compilable(config: TrainConfig) -> list[str]:
+    """The submodules that are the same in all trials: the backbone's blocks, without the head."""
+    return [depth.rstrip(".") for depth in config.backbone.depths("block")[:-1]]
+
+
+def _work(config: TrainConfig, trials: int) -> Work:
+    steps = trials * config.epochs * math.ceil(len(load_splits(config.data).train) / config.batch_size)
+    return Work(batch_size=config.batch_size, steps=steps, parts=compilable(config))
+
+
+def decide_runtime(config: TrainConfig, kept: Mapping[str, Any] | None, trials: int = 0) -> Runtime:
     """What this configuration's "auto" settings mean on this machine: what the study `kept` from its start, if any.
 
-    Raises InputError when the device of the start is asked to change or is not there.
+    `trials` is the number that the study asks for. Raises InputError when the device of the start is asked to change or
+    is not there, or torch cannot compile what is to be compiled.
     """
     if kept is None:
-        classes = len(config.data.classes())
-        return resolve(
-            config.engine, lambda: config.backbone.build(classes, config.data.image_size), config.data.image_size
-        )
+        build = partial(config.backbone.build, len(config.data.classes()), config.data.image_size)
+        return resolve(config.engine, build, config.data.image_size, _work(config, trials) if trials else None)
     device = find_device(kept["device"] if config.engine.device == "auto" else config.engine.device)
     if device.type != kept["device"]:
         raise InputError(
             f"This study began on {kept['device']}, and {device.type} computes other numbers; "
             f"go on with --device {kept['device']}, or start anew with --fresh."
         )
-    return Runtime(device=device, bf16=kept["precision"] == "bf16", channels_last=kept["channels_last"])
+    runtime = Runtime.from_dict(kept, device)
+    if runtime.compiled:
+        check_compiler(device)
+    return runtime

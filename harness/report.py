@@ -87,7 +87,8 @@ def in_words(runtime: dict[str, Any] | None) -> str:
     if runtime is None:
         return "not decided yet"
     layout = "channels last" if runtime["channels_last"] else "channels first"
-    return f"{runtime['device']}, {runtime['precision']}, {layout}"
+    compiled = ", compiled" if runtime.get("compile") else ""
+    return f"{runtime['device']}, {runtime['precision']}, {layout}{compiled}"
 
 
 def digest(store: Store) -> str:

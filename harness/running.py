@@ -145,7 +145,7 @@ def _run_study(found: Found, study: Study, store: Store, tracker: MLflowTracker,
     from harness.study import TooManyFailures
     from harness.study import run as events_of
 
-    runtime = decide_runtime(study.train, store.attribute("runtime"))
+    runtime = decide_runtime(study.train, store.attribute("runtime"), study.trials)
     store.set_attribute("runtime", runtime.to_dict())
     _name_changes(store, runtime.device.type)
     tracker.start(study, store, tracking.facts(study, runtime.to_dict()))

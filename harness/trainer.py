@@ -203,7 +203,7 @@ def logits_of(model: nn.Module, images: ImageSet, runtime: Runtime) -> Tensor:
     size = EVALUATION_BATCH
     while True:
         try:
-            parts = [predict(model, normalise(part.to(runtime.device)), runtime) for part in images.images.split(size)]
+            parts = [_predict(model, part, size, runtime) for part in images.images.split(size)]
             return torch.cat(parts)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -212,3 +212,12 @@ def logits_of(model: nn.Module, images: ImageSet, runtime: Runtime) -> Tensor:
                 raise no_memory(error) from error
         size //= 2
         free_memory(runtime.device)
+
+
+def _predict(model: nn.Module, stored: Tensor, size: int, runtime: Runtime) -> Tensor:
+    """Logits of stored images, uint8 [B, S, S, 3] with B <= size."""
+    images = normalise(stored.to(runtime.device))
+    if not runtime.compiled:
+        return predict(model, images, runtime)
+    # Every number of images would be compiled anew, so the last batch is filled up.
+    return predict(model, F.pad(images, (0, 0, 0, 0, 0, 0, 0, size - len(images))), runtime)[: len(images)]

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.auto import resolve
 from harness.config import EngineConfig
-from harness.engine import Runtime, find_device, predict, resolve, train_step
+from harness.engine import Runtime, find_device, predict, train_step
 from harness.errors import InputError
 from harness.models.maxvit import TinyMaxViT
 
@@ -70,7 +71,7 @@ def test_explicit_settings_are_kept_and_nothing_is_timed(precision: Any, layout:
 
     decided = resolve(EngineConfig(device="cpu", precision=precision, channels_last=layout), refuse, 64)
     assert decided == runtime(bf16=precision == "bf16", channels_last=layout == "on")
-    expected = {"device": "cpu", "precision": precision, "channels_last": layout == "on"}
+    expected = {"device": "cpu", "precision": precision, "channels_last": layout == "on", "compile": False}
     assert decided.to_dict() == expected
 
 

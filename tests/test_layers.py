@@ -17,7 +17,7 @@ HARNESS = PROJECT / "harness"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "results", "seeds", "space", "config", "interrupt", "environment", "outbox", "files"),
     ("data", "models", "optim", "engine", "search", "database"),
-    ("trainer",),
+    ("trainer", "auto"),
     ("experiment", "checkpoint"),
     ("objective", "storage", "tracking", "mlflow_tracker", "mlflow_places", "mlflow_check"),
     ("study", "final", "report", "catalogue", "reproduce", "doctor"),

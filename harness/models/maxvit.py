@@ -53,12 +53,11 @@ class MaxViTT:
     def build(self, classes: int, image_size: int) -> nn.Module:
         """Parameters are drawn from torch's global generator where they are not pretrained."""
         from torchvision.models import maxvit_t
-        from torchvision.ops import StochasticDepth
+
+        from harness.models.stochastic_depth import replace_stochastic_depth
 
         model = maxvit_t(weights=None, input_size=(image_size, image_size), norm_layer=_norm(self.bn_momentum))
-        for module in model.modules():
-            if isinstance(module, StochasticDepth):  # `maxvit_t` takes no other than its own, rising to 0.2
-                module.p *= self.stochastic_depth / 0.2
+        replace_stochastic_depth(model, self.stochastic_depth / 0.2)  # `maxvit_t` takes no other than its own 0.2
         if self.pretrained:
             model.load_state_dict(_published_weights())
         return with_head(model, self.hidden, self.dropout, classes)
@@ -96,6 +95,8 @@ class TinyMaxViT:
         """Parameters are drawn from torch's global generator where they are not pretrained."""
         from torchvision.models.maxvit import MaxVit
 
+        from harness.models.stochastic_depth import replace_stochastic_depth
+
         model = MaxVit(
             input_size=(image_size, image_size),
             stem_channels=24,
@@ -106,6 +107,7 @@ class TinyMaxViT:
             partition_size=4,
             norm_layer=_norm(self.bn_momentum),
         )
+        replace_stochastic_depth(model, 1.0)
         if self.pretrained:
             load_tiny_weights(model)
         return with_head(model, self.hidden, self.dropout, classes)

@@ -1,0 +1,125 @@
+"""What "auto" means for a model on this machine, found by timing.
+
+It is decided once and then kept for the whole study: a study that changed its arithmetic half-way would compare numbers
+that cannot be compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from harness.config import EngineConfig
+from harness.engine import Runtime, compile_parts, find_device, seeded, train_step
+from harness.errors import InputError
+
+# Another way must be this much faster than the plain one before "auto" takes it: timing noise must not decide, and
+# uncompiled fp32 is the arithmetic that everybody can repeat.
+WORTHWHILE = 1.15
+# Compiling takes minutes, and to try it too; in a study shorter than this it could not win much.
+LONG_ENOUGH_SECONDS = 1800.0
+IMAGES = 4  # in the steps that decide about precision and layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a whole study is going to compute, as far as it decides whether compiling pays."""
+
+    batch_size: int
+    steps: int  # of all its trials, were none pruned
+    parts: Sequence[str]  # the submodules that can be compiled: all depths but the head
+
+
+def resolve(config: EngineConfig, build: Callable[[], nn.Module], image_size: int, work: Work | None = None) -> Runtime:
+    """Decide what "auto" means; `build` makes the model to time. Without `work`, nothing is compiled unless asked for.
+
+    On CUDA: bf16 and channels-last. On MPS: fp32. On a CPU: whatever is clearly fastest in two training steps.
+    Compiled is what runs for long enough and becomes clearly faster by it. Raises InputError when compiling is asked
+    for and torch cannot.
+    """
+    device = find_device(config.device)
+    precisions = {"fp32": [False], "bf16": [True], "auto": [True] if device.type == "cuda" else [False]}
+    layouts = {"on": [True], "off": [False], "auto": [device.type == "cuda"]}
+    if device.type == "cpu":
+        precisions["auto"] = layouts["auto"] = [False, True]
+    candidates = [
+        Runtime(device=device, bf16=bf16, channels_last=channels_last)
+        for bf16 in precisions[config.precision]
+        for channels_last in layouts[config.channels_last]
+    ]
+    chosen = _fastest(candidates, build, image_size) if len(candidates) > 1 else candidates[0]
+    if config.compile == "on":
+        check_compiler(device)
+        return dataclasses.replace(chosen, compiled=True)
+    if config.compile == "auto" and device.type != "mps" and work is not None and work.parts:
+        return dataclasses.replace(chosen, compiled=_compiling_pays(chosen, build, image_size, work))
+    return chosen
+
+
+def _fastest(candidates: Sequence[Runtime], build: Callable[[], nn.Module], image_size: int) -> Runtime:
+    """The fastest of the candidates if it is clearly faster than the first, else the first."""
+    seconds = [min(_step_seconds(each, build, image_size, IMAGES)[1:]) for each in candidates]
+    fastest = min(range(len(candidates)), key=seconds.__getitem__)
+    return candidates[fastest] if seconds[0] > WORTHWHILE * seconds[fastest] else candidates[0]
+
+
+def _compiling_pays(runtime: Runtime, build: Callable[[], nn.Module], image_size: int, work: Work) -> bool:
+    """Whether compiled steps win back what compiling costs, and are worthwhile; measured where it is possible."""
+    few = min(IMAGES, work.batch_size)
+    guess = min(_step_seconds(runtime, build, image_size, few)[1:]) * work.batch_size / few
+    if guess * work.steps < LONG_ENOUGH_SECONDS:
+        return False
+    print("Trying whether compiling the model pays (it takes minutes, once) …", file=sys.stderr)
+    plain = min(_step_seconds(runtime, build, image_size, work.batch_size)[1:])
+    try:
+        compiled = dataclasses.replace(runtime, compiled=True)
+        first, *later = _step_seconds(compiled, build, image_size, work.batch_size, work.parts)
+    except RuntimeError as error:  # everything that torch's compilers raise is one
+        print(f"torch cannot compile it here ({_first_line(error)}); it runs uncompiled.", file=sys.stderr)
+        return False
+    return pays(plain, min(later), first, work.steps)
+
+
+def pays(plain: float, compiled: float, cost: float, steps: int) -> bool:
+    """Whether steps of `compiled` seconds are worthwhile, and win back `cost` seconds over the study."""
+    return plain > WORTHWHILE * compiled and (plain - compiled) * steps > cost
+
+
+def _step_seconds(
+    runtime: Runtime, build: Callable[[], nn.Module], image_size: int, images: int, parts: Sequence[str] = ()
+) -> list[float]:
+    """The seconds of three training steps; the first one warms up, and compiles `parts`."""
+    with seeded(0, runtime.device):
+        model = runtime.place(build())
+        compile_parts(model, parts)
+        batch = runtime.move(torch.randn(images, 3, image_size, image_size, device=runtime.device))
+        labels = torch.zeros(images, dtype=torch.int64, device=runtime.device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            done = train_step(model, batch, labels, optimizer, runtime, label_smoothing=0.0, clip_norm=None)
+            done.loss.item()  # waits for the device
+            seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise InputError unless torch can compile for this device: on a CPU it needs a C++ compiler, on CUDA Triton."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except RuntimeError as error:
+        raise InputError(
+            f"engine.compile is on, and torch cannot compile here ({_first_line(error)}); "
+            "install what it misses, or begin the study with --set engine.compile=off."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

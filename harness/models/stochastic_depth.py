@@ -1,0 +1,40 @@
+"""Stochastic depth (Huang et al., 2016) whose probability is a tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth as _StochasticDepth
+
+
+class StochasticDepth(nn.Module):
+    """torchvision's, image by image; another probability does not make torch compile the model again.
+
+    torchvision keeps the probability as a number, which compiled code holds for a constant.
+    """
+
+    survival_rate: Tensor
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.acts = p > 0
+        self.register_buffer("survival_rate", torch.tensor(1 - p), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero the whole of some images of [B, ...], and scale up the others."""
+        if not (self.training and self.acts):
+            return x
+        noise = torch.bernoulli(self.survival_rate.expand(x.shape[0])) / self.survival_rate
+        return x * noise.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+def replace_stochastic_depth(model: nn.Module, factor: float) -> None:
+    """Put ours in the place of each of torchvision's, its probability times `factor`."""
+    for parent in list(model.modules()):
+        for name, module in parent.named_children():
+            if isinstance(module, _StochasticDepth):
+                setattr(parent, name, StochasticDepth(module.p * factor))
