@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import os
 import subprocess
 import sys
 import time
@@ -38,7 +39,9 @@ def has_quick(name: str) -> bool:
 def quick(name: str) -> dict[str, float]:
     """The ratios of a script's quick mode, run in a process of its own."""
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick"]
-    done = subprocess.run(command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True)
+    # As run_study.py does: otherwise two processes on the same cores keep each other from working.
+    environment = {"GOMP_SPINCOUNT": "10000", **os.environ}
+    done = subprocess.run(command, cwd=HERE.parent, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"error: {name} --quick ended with {done.returncode}.")
     ratios: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

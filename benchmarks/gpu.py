@@ -1,0 +1,236 @@
+"""What one GPU gives: images/s and MFU of MaxViT-T training, graphs compiled after trial 1, memory, a whole study.
+
+    python -m benchmarks.gpu                  on a GPU under 10 minutes; on a CPU the same with the tiny model
+
+Contestants take turns: eager fp32, eager bf16, timm's maxvit_tiny_rw_224 in bf16 (where timm is installed), and the
+harness's step (bf16, channels last, blocks compiled, fused AdamW, clipping). Images are noise on the device. The study
+(50 trials of 30 epochs with its final step) needs Optuna and MLflow and is left out where they are missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks.measure import Figures, alternate, ratios, script
+from harness.config import EngineConfig, OptimConfig, SplitName, TrainConfig
+from harness.engine import Runtime, compile_parts, train_step
+from harness.experiment import assemble, compilable
+from harness.models.maxvit import MaxViTT, TinyMaxViT
+from harness.optim import build_optimizer, parameter_groups
+from harness.trainer import fit
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+SIDE = 224 if CUDA else 64
+BATCHES = (34, 256) if CUDA else (34,)
+BACKBONE: Any = MaxViTT(pretrained=False) if CUDA else TinyMaxViT(pretrained=False, stochastic_depth=0.2)
+GFLOP = 33.3  # of one training image of MaxViT-T at 224 px, forward and backward
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312}  # dense bf16, from the data sheets
+STEPS = 10 if CUDA else 2
+TRIALS, EPOCHS = 50, 30
+PLAIN = Runtime(device=DEVICE, bf16=False, channels_last=False)
+HARNESS = Runtime(device=DEVICE, bf16=CUDA, channels_last=True, compiled=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """As many images as Flowers-102 has, each of random pixels."""
+
+    image_size: int = SIDE
+    stored_size: int = 256 if CUDA else 72
+    limit: int | None = None
+    cache: str = dataclasses.field(default="", metadata={"identity": False})
+    images: int = 1020 if CUDA else 68
+
+    def classes(self) -> tuple[str, ...]:
+        return tuple(map(str, range(102 if CUDA else 4)))
+
+    def samples(self, split: SplitName) -> Sequence[tuple[Any, int]]:
+        return [((split, number), number % len(self.classes())) for number in range(self.images)]
+
+    def stamp(self, item: Any) -> str:
+        return f"noise {item}"
+
+    def content(self, item: Any) -> bytes:
+        return self.stamp(item).encode()
+
+    def open(self, item: Any) -> Image.Image:
+        side = self.stored_size
+        pixels = np.random.default_rng(item[1]).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        return Image.fromarray(pixels)
+
+
+def config(cache: str, **optim: float) -> TrainConfig:
+    rates = {"base_lr": 6e-4, "depth_lr_mult": 0.6, **optim}
+    engine = EngineConfig(device=DEVICE.type, compile="on")
+    return TrainConfig(data=Noise(cache=cache), backbone=BACKBONE, optim=OptimConfig(**rates), engine=engine, epochs=2)
+
+
+def batch(size: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    images = torch.randn(size, 3, SIDE, SIDE, generator=generator, device=DEVICE)
+    return images, torch.arange(size, device=DEVICE) % 4
+
+
+def timed(step: Callable[[], Any]) -> Callable[[], float]:
+    """The seconds of one of STEPS steps, the device waited for at the end only."""
+
+    def run() -> float:
+        _wait()
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            step()
+        _wait()
+        return (time.perf_counter() - start) / STEPS
+
+    return run
+
+
+def _wait() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def eager(model: nn.Module, size: int, bf16: bool) -> Callable[[], float]:
+    """A step as anybody would write it."""
+    model = model.to(DEVICE).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    images, labels = batch(size)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
+            loss = F.cross_entropy(model(images).float(), labels, label_smoothing=0.1)
+        loss.backward()
+        optimizer.step()
+
+    return timed(step)
+
+
+def harness(size: int, runtime: Runtime) -> Callable[[], float]:
+    train = config("")
+    model = runtime.place(BACKBONE.build(102, SIDE)).train()
+    if runtime.compiled:
+        compile_parts(model, compilable(train))
+    groups = parameter_groups(model, BACKBONE.depths("block"), train.optim)
+    optimizer = build_optimizer(model, groups, train.optim)
+    images, labels = batch(size)
+    return timed(
+        lambda: train_step(model, runtime.move(images), labels, optimizer, runtime, label_smoothing=0.1, clip_norm=1.0)
+    )
+
+
+def contestants(size: int, runtime: Runtime) -> dict[str, Callable[[], float]]:
+    found = {
+        "eager fp32": eager(BACKBONE.build(102, SIDE), size, bf16=False),
+        "eager bf16": eager(BACKBONE.build(102, SIDE), size, bf16=True),
+        "harness": harness(size, runtime),
+    }
+    if CUDA and importlib.util.find_spec("timm"):
+        import timm
+
+        found["timm bf16"] = eager(timm.create_model("maxvit_tiny_rw_224", num_classes=102), size, bf16=True)
+    return found
+
+
+def speed(size: int, rounds: int, runtime: Runtime) -> Figures:
+    """Print images/s of all contestants; returns the ratio of eager bf16's seconds to the harness's."""
+    steps = contestants(size, runtime)
+    for name, step in steps.items():
+        start = time.perf_counter()
+        step()
+        print(f"batch {size}, {name}: warm-up {time.perf_counter() - start:.1f} s", flush=True)
+    seconds = alternate(steps, rounds)
+    for name, each in seconds.items():
+        rate = Figures(tuple(size / value for value in each.values))
+        print(f"batch {size}, {name}: {rate.text('images/s', 1)}{_mfu(rate.median)}")
+    gain = ratios(seconds["eager bf16"], seconds["harness"])
+    print(f"batch {size}, eager bf16 / harness: {gain.text('', 2)}", flush=True)
+    return gain
+
+
+def _mfu(images_per_second: float) -> str:
+    name = torch.cuda.get_device_name() if CUDA else ""
+    peak = next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+    return "" if peak is None else f", MFU {images_per_second * GFLOP / peak / 10:.1f} %"
+
+
+def trials(count: int) -> None:
+    """Graphs compiled in each of several trials with other hyperparameters, and the memory after each."""
+    from torch._dynamo.utils import counters
+
+    with tempfile.TemporaryDirectory() as cache:
+        for number in range(count):
+            counters.clear()
+            start = time.perf_counter()
+            train = config(cache, base_lr=1e-4 * (number + 1), depth_lr_mult=0.0 if number == 2 else 0.3 + 0.1 * number)
+            backbone = dataclasses.replace(
+                BACKBONE, dropout=0.1 * number, stochastic_depth=0.1 + 0.05 * number, hidden=(256 * (1 + number % 2),)
+            )
+            list(fit(assemble(dataclasses.replace(train, backbone=backbone), HARNESS, number)))
+            memory = f", {torch.cuda.memory_reserved() / 2**30:.2f} GiB reserved" if CUDA else ""
+            print(
+                f"trial {number + 1}: {counters['stats']['unique_graphs']} graphs compiled, "
+                f"{time.perf_counter() - start:.1f} s{memory}",
+                flush=True,
+            )
+
+
+def study() -> None:
+    """A whole study through the command, in a process of its own."""
+    if absent := [name for name in ("optuna", "mlflow") if not importlib.util.find_spec(name)]:
+        print(f"study of {TRIALS} trials: not measured, {' and '.join(absent)} not installed")
+        return
+    if not CUDA:
+        print(f"study of {TRIALS} trials of {EPOCHS} epochs: not measured, no GPU")
+        return
+    text = (
+        "from benchmarks.gpu import Noise, BACKBONE, config\n"
+        "from harness.config import Study\nfrom harness.search import asha, tpe\nfrom harness.space import Float\n"
+        "import dataclasses\n"
+        f"STUDY = Study(name='gpu', train=dataclasses.replace(config('cache'), epochs={EPOCHS}), sampler=tpe(),\n"
+        "    pruner=asha(min_epochs=10), space={'optim.base_lr': Float(1e-5, 3e-3, log=True),\n"
+        "    'optim.depth_lr_mult': Float(0.1, 1.0), 'backbone.dropout': Float(0.0, 0.6)})\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "gpu.py"
+        file.write_text(text)
+        command = [sys.executable, "-m", "harness", "run", "--study", str(file), "--trials", str(TRIALS)]
+        environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+        start = time.perf_counter()
+        subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+        print(f"study of {TRIALS} trials of {EPOCHS} epochs, with its final step: {time.perf_counter() - start:.0f} s")
+
+
+def full() -> None:
+    for size in BATCHES:
+        speed(size, 5, HARNESS)
+    trials(4)
+    study()
+
+
+def quick() -> dict[str, float]:
+    if CUDA:
+        return {"eager bf16 / harness, batch 34": speed(34, 3, HARNESS).median}
+    uncompiled = dataclasses.replace(HARNESS, compiled=False)  # compiling the tiny model takes minutes on a CPU
+    return {"CPU: eager bf16 / harness, batch 34": speed(34, 3, uncompiled).median}
+
+
+if __name__ == "__main__":
+    script(full, quick)

@@ -1,0 +1,116 @@
+"""How fast is a training step of MaxViT-T on a CPU? `python -m benchmarks.maxvit_step`
+
+The harness's step (what "auto" chooses for precision and memory layout, fused AdamW, gradient norm and clipping
+included) by turns with the plain one: eager fp32, torch's defaults, no clipping. Random images and weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.measure import alternate, ratios, script
+from harness import catalogue
+from harness.auto import resolve
+from harness.config import EngineConfig, TrainConfig
+from harness.engine import Runtime, train_step
+from harness.models.maxvit import MaxViTT
+from harness.optim import build_optimizer, parameter_groups
+
+CLASSES, SIDE = 102, 224
+BACKBONE = MaxViTT(pretrained=False)
+
+
+def config() -> TrainConfig:
+    train = catalogue.find("flowers102").study.train
+    return dataclasses.replace(train, backbone=BACKBONE, engine=EngineConfig(device="cpu"))
+
+
+def batch(images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return (
+        torch.randn(images, 3, SIDE, SIDE, generator=generator),
+        torch.randint(CLASSES, (images,), generator=generator),
+    )
+
+
+def plain(images: int) -> Callable[[], float]:
+    """The seconds of a step as anybody would write it."""
+    model = BACKBONE.build(CLASSES, SIDE).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.02)
+    inputs, labels = batch(images)
+
+    def step() -> float:
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs), labels, label_smoothing=0.1)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        return time.perf_counter() - start
+
+    return step
+
+
+def ours(images: int, runtime: Runtime) -> Callable[[], float]:
+    """The seconds of the harness's step."""
+    train = config()
+    model = runtime.place(BACKBONE.build(CLASSES, SIDE)).train()
+    groups = parameter_groups(model, BACKBONE.depths("block"), train.optim)
+    optimizer = build_optimizer(model, groups, train.optim)
+    inputs, labels = batch(images)
+
+    def step() -> float:
+        start = time.perf_counter()
+        train_step(
+            model,
+            runtime.move(inputs),
+            labels,
+            optimizer,
+            runtime,
+            label_smoothing=0.1,
+            clip_norm=train.optim.clip_norm,
+        )
+        return time.perf_counter() - start
+
+    return step
+
+
+def compare(sizes: Sequence[int], rounds: int, runtime: Runtime) -> dict[int, float]:
+    found = {}
+    for images in sizes:
+        contestants = {"plain eager fp32": plain(images), "harness": ours(images, runtime)}
+        for step in contestants.values():
+            step()  # a warm-up
+        seconds = alternate(contestants, rounds)
+        gain = ratios(seconds["plain eager fp32"], seconds["harness"])
+        found[images] = gain.median
+        for name, each in seconds.items():
+            print(f"batch {images}, {name}: {each.text()}, {images / each.median:.2f} images/s")
+        print(f"batch {images}, plain / harness: {gain.text('')}", flush=True)
+    return found
+
+
+def chosen() -> Runtime:
+    runtime = resolve(config().engine, lambda: BACKBONE.build(CLASSES, SIDE), SIDE)
+    print(f"auto chose {runtime.to_dict()}", flush=True)
+    return runtime
+
+
+def full() -> None:
+    compare([16, 34], 5, chosen())
+
+
+def quick() -> dict[str, float]:
+    # "auto" itself takes longer than this. Where the processor has no bf16 instructions, the record does not hold.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    runtime = Runtime(device=torch.device("cpu"), bf16=bool(capabilities.get("avx512_bf16")), channels_last=True)
+    return {f"plain / harness, batch {size}": gain for size, gain in compare([4], 2, runtime).items()}
+
+
+if __name__ == "__main__":
+    script(full, quick)
