@@ -47,13 +47,16 @@ def fingerprint(tensors: Mapping[str, Tensor], record: str = "") -> str:
     return digest.hexdigest()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON record to `path`, whole or not at all. Raises Halt when there is no room."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], mark: str = "") -> None:
+    """Write tensors and a JSON record to `path`, whole or not at all; `mark` as in `replace_file`.
+
+    Raises Halt when there is no room.
+    """
     text = json.dumps(record)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One entry, for safetensors writes several in any order, and equal trainings should give equal files.
     checked = json.dumps({"record": text, "sha256": fingerprint(plain, text)})
-    replace_file(path, save(plain, {METADATA: checked}))
+    replace_file(path, save(plain, {METADATA: checked}), mark)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -160,6 +160,9 @@ class TrainConfig:
     batch_size: int = 34
     epochs: int = 15
     label_smoothing: float = 0.1
+    feature_views: int | None = (
+        None  # augmented views an image of which a frozen backbone's features are kept; None: none
+    )
     checkpoint_seconds: float = location(60.0)  # time between two checkpoints of a training, at least
 
     def __post_init__(self) -> None:
@@ -173,6 +176,13 @@ class TrainConfig:
         require(self.epochs >= 1, f"epochs must be at least 1, not {self.epochs}.")
         require(self.checkpoint_seconds >= 0, f"checkpoint_seconds must be 0 or more, not {self.checkpoint_seconds}.")
         require(0 <= self.label_smoothing < 1, f"label_smoothing must lie in 0..1, not {self.label_smoothing}.")
+        if self.feature_views is not None:
+            require(self.feature_views >= 0, f"feature_views must be at least 0, or null, not {self.feature_views}.")
+            require(
+                self.optim.depth_lr_mult == 0,
+                "feature_views keeps the features of a frozen backbone: first set optim.depth_lr_mult to 0 (it is or "
+                f"may become {self.optim.depth_lr_mult:g}), in every trial, or leave feature_views null.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,8 @@ class Runtime:
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
 
     def move(self, images: Tensor) -> Tensor:
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+        channels_last = self.channels_last and images.ndim == 4  # pooled features have no channels
+        return images.contiguous(memory_format=torch.channels_last) if channels_last else images
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:

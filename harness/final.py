@@ -22,7 +22,7 @@ from harness.data.tensors import load_test
 from harness.engine import Runtime
 from harness.environment import environment
 from harness.errors import Halt
-from harness.experiment import assemble, with_validation_images
+from harness.experiment import assemble, evaluation_of, with_validation_images
 from harness.files import replace_file
 from harness.results import EpochEnded, Event, Metrics, TrialStarted
 from harness.seeds import derive_seed
@@ -73,7 +73,7 @@ def _open_test_set(study: Study, store: Store, seeds: list[FinalSeed], best: Tri
     saved = None
     for seed in seeds:
         training = seed.trained()
-        metrics = evaluate(training.model, test, training.runtime)
+        metrics = evaluate(training.learner, evaluation_of(training, test), training.runtime)
         per_seed.append({"seed": seed.number, **_counts(metrics), **seed.record(training)})
         saved = saved or training
     assert saved is not None

@@ -141,13 +141,14 @@ def _prepare(study: Study) -> dict[str, str]:
 def _run_study(found: Found, study: Study, store: Store, tracker: MLflowTracker, console: Any) -> int:
     from harness import report, tracking
     from harness.display import Display
-    from harness.experiment import decide_runtime
+    from harness.experiment import decide_runtime, keep_features
     from harness.study import TooManyFailures
     from harness.study import run as events_of
 
     runtime = decide_runtime(study.train, store.attribute("runtime"), study.trials)
     store.set_attribute("runtime", runtime.to_dict())
     _name_changes(store, runtime.device.type)
+    keep_features(study.train, runtime, with_validation=study.final.fit_on == "train+val")
     tracker.start(study, store, tracking.facts(study, runtime.to_dict()))
     console.print(
         f"Study {study.name}: {store.finished()} of {study.trials} trials finished, "

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.config import TrainConfig
-from harness.data.augment import augment, normalise
-from harness.data.tensors import ImageSet
 from harness.engine import (
     Runtime,
     free_memory,
@@ -68,15 +67,31 @@ class Progress:
         return self.seconds + (time.perf_counter() - self.started if self.started else 0.0)
 
 
+class Source(Protocol):
+    """What a training takes its batches from: images, or the kept features of images (`harness.features`)."""
+
+    @property
+    def labels(self) -> Tensor: ...  # int64 [N]
+    def __len__(self) -> int: ...
+    def batch(self, chosen: Tensor, config: TrainConfig, runtime: Runtime, generator: torch.Generator) -> Tensor:
+        """Inputs of a training step for the chosen images [B], on the device; random draws are the generator's."""
+        ...
+
+    def parts(self, size: int, runtime: Runtime) -> Iterable[Tensor]:
+        """Inputs of an evaluation, on the device: all images in their order, `size` at a time, nothing random."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """One assembled training job; `harness.experiment.assemble` makes it."""
 
     config: TrainConfig
     classes: tuple[str, ...]
-    train: ImageSet
-    val: ImageSet | None  # None when the final run trains on the validation images too
+    train: Source
+    val: Source | None  # None when the final run trains on the validation images too
     model: nn.Module
+    learner: nn.Module  # what a batch passes: the model, or its head alone where the batches are features
     groups: list[ParameterGroup]
     optimizer: torch.optim.Optimizer
     runtime: Runtime
@@ -127,11 +142,9 @@ def _train_epoch(training: Training, after_batch: Callable[[], None]) -> None:
 def _train_batch(training: Training, batch: Tensor, generator: torch.Generator) -> None:
     config, runtime, progress = training.config, training.runtime, training.progress
     set_lr(training.optimizer, _lr_factor(training, progress.step))
-    stored = training.train.images[batch].to(runtime.device)
-    images = runtime.move(augment(stored, config.augment, config.data.image_size, generator))
     done = train_step(
-        training.model,
-        images,
+        training.learner,
+        training.train.batch(batch, config, runtime, generator),
         training.train.labels[batch].to(runtime.device),
         training.optimizer,
         runtime,
@@ -166,7 +179,7 @@ def _result(training: Training) -> EpochResult:
     last = int(bad[0]) if len(bad) else progress.steps - 1
     val = None
     if training.val is not None and not len(bad):
-        val = evaluate(training.model, training.val, training.runtime)
+        val = evaluate(training.learner, training.val, training.runtime)
     return EpochResult(
         epoch=progress.epoch,
         lr=training.groups[0].lr * _lr_factor(training, last),
@@ -185,7 +198,7 @@ def _batches(count: int, batch_size: int, generator: torch.Generator) -> list[Te
     return list(torch.tensor_split(order, -(-count // batch_size)))
 
 
-def evaluate(model: nn.Module, images: ImageSet, runtime: Runtime) -> Metrics:
+def evaluate(model: nn.Module, images: Source, runtime: Runtime) -> Metrics:
     """Loss (plain cross-entropy) and correct / total of a split, dropout off."""
     logits = logits_of(model, images, runtime)
     labels = images.labels.to(logits.device)
@@ -194,8 +207,13 @@ def evaluate(model: nn.Module, images: ImageSet, runtime: Runtime) -> Metrics:
     return Metrics(loss=loss, correct=correct, total=len(images))
 
 
-def logits_of(model: nn.Module, images: ImageSet, runtime: Runtime) -> Tensor:
-    """Logits float32 [N, classes] of every image of a split, in its order.
+def logits_of(model: nn.Module, images: Source, runtime: Runtime) -> Tensor:
+    """Logits float32 [N, classes] of every image of a split, in its order. Raises MemoryError as `outputs_of` does."""
+    return outputs_of(model, lambda size: images.parts(size, runtime), runtime)
+
+
+def outputs_of(model: nn.Module, parts: Callable[[int], Iterable[Tensor]], runtime: Runtime) -> Tensor:
+    """What the model, in evaluation mode, makes of all `parts(size)` of its inputs, float32 [N, ...].
 
     When memory runs out, fewer images pass at once. Raises MemoryError when one image at a time is too much.
     """
@@ -203,8 +221,7 @@ def logits_of(model: nn.Module, images: ImageSet, runtime: Runtime) -> Tensor:
     size = EVALUATION_BATCH
     while True:
         try:
-            parts = [_predict(model, part, size, runtime) for part in images.images.split(size)]
-            return torch.cat(parts)
+            return torch.cat([_predict(model, part, size, runtime) for part in parts(size)])
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -214,10 +231,10 @@ def logits_of(model: nn.Module, images: ImageSet, runtime: Runtime) -> Tensor:
         free_memory(runtime.device)
 
 
-def _predict(model: nn.Module, stored: Tensor, size: int, runtime: Runtime) -> Tensor:
-    """Logits of stored images, uint8 [B, S, S, 3] with B <= size."""
-    images = normalise(stored.to(runtime.device))
-    if not runtime.compiled:
-        return predict(model, images, runtime)
+def _predict(model: nn.Module, inputs: Tensor, size: int, runtime: Runtime) -> Tensor:
+    """The model's outputs for at most `size` inputs."""
+    if not runtime.compiled or len(inputs) == size:
+        return predict(model, inputs, runtime)
     # Every number of images would be compiled anew, so the last batch is filled up.
-    return predict(model, F.pad(images, (0, 0, 0, 0, 0, 0, 0, size - len(images))), runtime)[: len(images)]
+    filled = torch.cat([inputs, inputs.new_zeros(size - len(inputs), *inputs.shape[1:])])
+    return predict(model, filled, runtime)[: len(inputs)]

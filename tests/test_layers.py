@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "results", "seeds", "space", "config", "interrupt", "environment", "outbox", "files"),
     ("data", "models", "optim", "engine", "search", "database"),
     ("trainer", "auto"),
-    ("experiment", "checkpoint"),
+    ("experiment", "checkpoint", "features"),
     ("objective", "storage", "tracking", "mlflow_tracker", "mlflow_places", "mlflow_check"),
     ("study", "final", "report", "catalogue", "reproduce", "doctor"),
     ("cli", "running", "display", "pretrain", "__main__"),

@@ -39,15 +39,16 @@ def decoded(dataset: Dataset, items: Sequence[Any], size: int) -> NDArray[np.uin
 
     Raises InputError naming the file when one is no readable image.
     """
-    return _decoded(dataset, items, size)[1]
+    return keyed(dataset, items, size)[1]
 
 
 def content_key(dataset: Dataset, items: Sequence[Any], size: int) -> str:
     """A name for the content of these images at this size; they are decoded if they are not yet."""
-    return _decoded(dataset, items, size)[0]
+    return keyed(dataset, items, size)[0]
 
 
-def _decoded(dataset: Dataset, items: Sequence[Any], size: int) -> tuple[str, NDArray[np.uint8]]:
+def keyed(dataset: Dataset, items: Sequence[Any], size: int) -> tuple[str, NDArray[np.uint8]]:
+    """What `content_key` and `decoded` give, for the price of one of them."""
     folder = Path(dataset.cache)
     # A file name may hold bytes that are no UTF-8; Python shows them as lone surrogates.
     stamp = _digest([FORMAT, str(size)], (dataset.stamp(item).encode(errors="surrogatepass") for item in items))

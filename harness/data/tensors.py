@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from harness.config import Dataset, SplitName
-from harness.data.cache import content_key, decoded
+from harness.config import Dataset, SplitName, TrainConfig
+from harness.data.cache import content_key, keyed
 from harness.errors import InputError
 from harness.seeds import derive_seed
 
 if TYPE_CHECKING:
     import torch
+
+    from harness.engine import Runtime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +28,26 @@ class ImageSet:
 
     images: torch.Tensor
     labels: torch.Tensor
+    key: str = ""  # names the images' content in the cache; empty when they are of several splits
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def batch(
+        self, chosen: torch.Tensor, config: TrainConfig, runtime: Runtime, generator: torch.Generator
+    ) -> torch.Tensor:
+        """The chosen images [B] as a training step takes them: augmented anew, float32 [B, 3, H, W] on the device."""
+        from harness.data.augment import augment
+
+        stored = self.images[chosen].to(runtime.device)
+        return runtime.move(augment(stored, config.augment, config.data.image_size, generator))
+
+    def parts(self, size: int, runtime: Runtime) -> Iterator[torch.Tensor]:
+        """All images as an evaluation takes them, `size` at a time: float32 [size, 3, H, W] on the device."""
+        from harness.data.augment import normalise
+
+        for part in self.images.split(size):
+            yield normalise(part.to(runtime.device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +86,11 @@ def load_splits(dataset: Dataset) -> Splits:
     )
 
 
+def load_split(dataset: Dataset, split: Literal["train", "val"], size: int) -> ImageSet:
+    """One split of the search at a given side."""
+    return _load(dataset, split, size)
+
+
 def load_train_and_val(dataset: Dataset) -> ImageSet:
     """Both splits as one training set, for the final run."""
     import torch
@@ -87,8 +112,9 @@ def _load(dataset: Dataset, split: SplitName, size: int) -> ImageSet:
     with warnings.catch_warnings():
         # torch warns that a read-only array gives a writable tensor; nothing here writes into one.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        images = torch.from_numpy(decoded(dataset, items, size))
-    return ImageSet(images=images, labels=torch.tensor(labels, dtype=torch.int64))
+        key, array = keyed(dataset, items, size)
+        images = torch.from_numpy(array)
+    return ImageSet(images=images, labels=torch.tensor(labels, dtype=torch.int64), key=key)
 
 
 def _select(dataset: Dataset, split: SplitName) -> tuple[list[Any], list[int]]:
