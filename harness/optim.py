@@ -76,11 +76,15 @@ def freeze(model: nn.Module, groups: Sequence[ParameterGroup]) -> None:
             parameters[name].requires_grad_(not group.frozen)
 
 
-def set_training(model: nn.Module, groups: Sequence[ParameterGroup]) -> None:
-    """Training mode, except for frozen depths: their BatchNorm and stochastic depth behave as in evaluation."""
-    model.train()
-    for depth in {group.depth for group in groups if group.frozen}:
-        model.get_submodule(depth).eval()
+def set_training(model: nn.Module, groups: Sequence[ParameterGroup], learner: nn.Module | None = None) -> None:
+    """Training mode, except for frozen depths: their BatchNorm and stochastic depth behave as in evaluation.
+
+    `learner` is the part of the model that trains, if not all of it does.
+    """
+    (learner or model).train()
+    for frozen in {group.depth: model.get_submodule(group.depth) for group in groups if group.frozen}.values():
+        if frozen.training:
+            frozen.eval()
 
 
 def build_optimizer(model: nn.Module, groups: Sequence[ParameterGroup], config: OptimConfig) -> torch.optim.Optimizer:
