@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.machine import describe
 
@@ -53,14 +54,24 @@ def ratios(above: Figures, below: Figures) -> Figures:
     return Figures(tuple(a / b for a, b in zip(above.values, below.values, strict=True)))
 
 
-def script(full: Callable[[], None], quick: Callable[[], Mapping[str, float]]) -> None:
-    """Run a script as the command line says: in full, or `--quick`, whose last line is a JSON object of ratios."""
+def script(
+    full: Callable[..., None],
+    quick: Callable[[], Mapping[str, float]],
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Run a script as the command line says: in full, or `--quick`, whose last line is a JSON object of ratios.
+
+    `options` are arguments of the command line, with what argparse wants to know of each; `full` takes their values.
+    """
     parser = argparse.ArgumentParser(
         description=sys.modules["__main__"].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a few ratios in under 20 s, as JSON")
-    if parser.parse_args().quick:
+    for name, settings in (options or {}).items():
+        parser.add_argument(name, **settings)
+    given = vars(parser.parse_args())
+    if given.pop("quick"):
         print(json.dumps(dict(quick())))
         return
     print(describe())
-    full()
+    full(**given)

@@ -18,6 +18,12 @@ from harness.space import Choice, Float, leaves, replace
 from tests.conftest import make_study
 
 STUDY = make_study("cache")
+# The same with a frozen backbone, for what goes with no other.
+FROZEN = make_study(
+    "cache",
+    train=replace(STUDY.train, "optim.depth_lr_mult", 0.0),
+    space={path: each for path, each in STUDY.space.items() if path != "optim.depth_lr_mult"},
+)
 
 # Another valid value for every leaf of the base that decides results; a leaf that is not here fails the test below.
 OTHER: dict[str, Any] = {
@@ -56,6 +62,7 @@ OTHER: dict[str, Any] = {
     "batch_size": 8,
     "epochs": 3,
     "label_smoothing": 0.0,
+    "feature_views": 2,
 }
 
 
@@ -176,8 +183,8 @@ def test_every_leaf_that_decides_results_has_another_value_in_this_test() -> Non
 
 @pytest.mark.parametrize("path", OTHER)
 def test_a_definition_changes_with_every_leaf_of_the_base(path: str) -> None:
-    changed = dataclasses.replace(STUDY, train=replace(STUDY.train, path, OTHER[path])).definition()
-    assert {name for name in changed if changed[name] != STUDY.definition()[name]} == {path}
+    changed = dataclasses.replace(FROZEN, train=replace(FROZEN.train, path, OTHER[path])).definition()
+    assert {name for name in changed if changed[name] != FROZEN.definition()[name]} == {path}
 
 
 @pytest.mark.parametrize(
