@@ -1,0 +1,58 @@
+"""How much of a whole study is training and validation, and where the rest goes: `python -m benchmarks.goodput`
+
+Runs the demo (10 trials, the final step included) as a process of its own with everything new, the drawn images too,
+and prints the seconds by name. The goodput is the time in training steps, with the augmentation of their images, and in
+validation, over the wall-clock time from the process's start to its exit without the imports.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.measure import Figures, script
+
+STUDIES = 1
+GOOD = ("training steps", "augmentation", "validation")
+
+
+def measured(*arguments: str) -> dict[str, float]:
+    """The seconds by name of a study in a process of its own, with that process's start and exit."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.time()
+        command = [sys.executable, "-c", "from benchmarks.accounts import child; child()", folder, *arguments]
+        subprocess.run(command, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL, check=True)
+        ended = time.time()
+        child = json.loads((Path(folder) / "seconds.json").read_text())
+    seconds: dict[str, float] = child["seconds"]
+    return seconds | {"interpreter: start": child["began"] - began, "interpreter: exit": ended - child["ended"]}
+
+
+def goodput(seconds: dict[str, float]) -> float:
+    """The share of training and validation in all that is no import."""
+    return sum(seconds.get(name, 0) for name in GOOD) / (sum(seconds.values()) - seconds.get("imports", 0))
+
+
+def full() -> None:
+    studies = [measured("--trials", "10") for _ in range(STUDIES)]
+    names = {name for seconds in studies for name in seconds}
+    table = {name: Figures(tuple(seconds.get(name, 0.0) for seconds in studies)) for name in names}
+    after = Figures(tuple(sum(seconds.values()) - seconds.get("imports", 0) for seconds in studies))
+    for name, figures in sorted(table.items(), key=lambda item: -item[1].median):
+        share = "counted apart" if name == "imports" else f"{100 * figures.median / after.median:.2f} %"
+        print(f"{name:<26} {figures.text():<44} {share}")
+    print(f"{'wall-clock after imports':<26} {after.text()}")
+    print(f"goodput {Figures(tuple(map(goodput, studies))).text('', 4)}")
+
+
+def quick() -> dict[str, float]:
+    small = ["epochs=2", "final.seeds=1", "data.train_per_class=4", "data.val_per_class=4", "data.test_per_class=4"]
+    return {"goodput": goodput(measured("--trials", "2", *(f"--set={each}" for each in small)))}
+
+
+if __name__ == "__main__":
+    script(full, quick)
