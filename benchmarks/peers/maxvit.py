@@ -1,0 +1,23 @@
+"""The same comparison with MaxViT-T from random weights, for the published ones may not be at hand."""
+
+from harness.config import FinalConfig, OptimConfig, Study, TrainConfig
+from harness.data.image_folder import ImageFolder
+from harness.models.maxvit import MaxViTT
+from harness.search import grid, no_pruning
+from harness.space import Choice
+
+STUDY = Study(
+    name="maxvit",
+    train=TrainConfig(
+        data=ImageFolder(),
+        backbone=MaxViTT(pretrained=False),
+        optim=OptimConfig(base_lr=6e-4, depth_lr_mult=0.6, warmup_epochs=0),
+        batch_size=34,
+        epochs=1,
+    ),
+    space={"optim.base_lr": Choice((6e-4,)), "backbone.dropout": Choice((0.2,))},
+    sampler=grid(),
+    pruner=no_pruning(),
+    trials=1,
+    final=FinalConfig(seeds=1, fit_on="train+val"),
+)
