@@ -1,0 +1,91 @@
+"""Whether a study's memory grows from trial to trial: `python -m benchmarks.memory`
+
+Runs the demo with few images in a process of its own: 22 trials of two epochs, MLflow included. Prints the resident set
+(VmRSS) after every trial, and on CUDA the allocated and reserved memory, and the ratio after trial 20 to after trial 2,
+counted from 1. The first trial pays for what is loaded once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import script
+from harness.cli import main as command
+from harness.display import Display
+from harness.results import Event, TrialEnded
+
+SMALL = ("epochs=2", "final.seeds=1", "data.limit=96")
+
+
+def resident() -> float:
+    """This process's resident set in MB, now; where there is no /proc the largest so far."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(each for each in status.read_text().splitlines() if each.startswith("VmRSS"))
+        return int(line.split()[1]) / 1024
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest / (1024**2 if sys.platform == "darwin" else 1024)
+
+
+def measure(folder: str, trials: int) -> dict[str, list[float]]:
+    """Run the study in this process; megabytes after each of its trials."""
+    curves: dict[str, list[float]] = {"resident": []}
+    show = Display.show
+
+    def shown(display: Display, event: Event) -> None:
+        show(display, event)
+        if isinstance(event, TrialEnded):
+            curves["resident"].append(resident())
+            if torch.cuda.is_available():
+                curves.setdefault("CUDA allocated", []).append(torch.cuda.memory_allocated() / 2**20)
+                curves.setdefault("CUDA reserved", []).append(torch.cuda.memory_reserved() / 2**20)
+
+    Display.show = shown  # type: ignore[method-assign]
+    places = ["--storage", f"sqlite:///{folder}/study.db", "--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
+    settings = [f"--set={each}" for each in (*SMALL, f"data.cache={folder}/cache")]
+    assert command(["run", "--study", "demo", "--trials", str(trials), *settings, *places]) == 0
+    return curves
+
+
+def measured(trials: int) -> dict[str, list[float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        code = "import sys; from benchmarks.memory import child; child(sys.argv[1], int(sys.argv[2]))"
+        environment = os.environ | {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000")}  # as run_study.py does
+        subprocess.run(
+            [sys.executable, "-c", code, folder, str(trials)],
+            cwd=Path(__file__).parent.parent,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+        curves: dict[str, list[float]] = json.loads((Path(folder) / "curves.json").read_text())
+    return curves
+
+
+def child(folder: str, trials: int) -> None:
+    curves: Any = measure(folder, trials)
+    (Path(folder) / "curves.json").write_text(json.dumps(curves))
+
+
+def full() -> None:
+    for name, curve in measured(22).items():
+        print(f"{name}, MB after each trial: {' '.join(f'{value:.0f}' for value in curve)}")
+        print(f"{name} after trial 20 / after trial 2: {curve[19] / curve[1]:.3f}")
+
+
+def quick() -> dict[str, float]:
+    curve = measured(12)["resident"]
+    return {"resident after trial 2 / after 12": curve[1] / curve[11]}
+
+
+if __name__ == "__main__":
+    script(full, quick)
