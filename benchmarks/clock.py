@@ -88,9 +88,11 @@ class Clock:
         self.watch("imports", "importlib._bootstrap", "_find_and_load")
 
     def watch_collector(self) -> None:
+        """Count Python's garbage collections wherever they happen; those that imports cause are theirs."""
+
         def callback(phase: str, _info: dict[str, int]) -> None:
             if phase == "start":
-                self.enter("garbage collection")
+                self.enter("imports" if self._names[-1] == "imports" else "garbage collection")
             else:
                 self.leave()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.measure import Figures, script
 
-STUDIES = 1
+STUDIES = 3
 GOOD = ("training steps", "augmentation", "validation")
 
 
