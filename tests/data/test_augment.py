@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -79,6 +80,33 @@ def test_the_stored_images_are_not_written_to() -> None:
     before = images.clone()
     augment(images, AugmentConfig(contrast=0.5, saturation=0.5), 16, seeded())
     assert torch.equal(images, before)
+
+
+# --- the same as the plain version ---
+
+
+def plainly(images: Tensor, config: AugmentConfig, size: int, generator: torch.Generator) -> Tensor:
+    """The whole batch at once, one step after the other."""
+    theta = affine_maps(config, len(images), generator)
+    matrix, offset = colour_maps(config, len(images), generator)
+    grid = F.affine_grid(theta, [len(images), 3, size, size], align_corners=False)
+    source = images.permute(0, 3, 1, 2).float() / 255
+    sampled = F.grid_sample(source, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    grey = (sampled * LUMA.view(1, 3, 1, 1)).sum(1).mean((1, 2))
+    coloured = (offset * grey.view(-1, 1, 1) + matrix @ sampled.flatten(2)).clamp(0, 1).unflatten(2, (size, size))
+    return (coloured - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+@pytest.mark.parametrize("shape", [(32, 256, 224), (24, 72, 64), (5, 600, 224), (1, 24, 24), (7, 20, 40)], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"contrast": 0.3, "saturation": 0.4}, {"rotation_degrees": 180.0}], ids=str)
+def test_parts_of_a_batch_give_what_the_whole_batch_gives(
+    shape: tuple[int, int, int], changes: dict[str, float]
+) -> None:
+    count, stored, size = shape
+    config = AugmentConfig(**changes)  # type: ignore[arg-type]
+    ours, plain = (each(pictures(count, stored), config, size, seeded(7)) for each in (augment, plainly))
+    assert ours.is_contiguous()
+    torch.testing.assert_close(ours, plain, rtol=0, atol=2e-5)
 
 
 # --- the draws ---
