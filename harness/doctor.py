@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from harness.catalogue import Found
 from harness.checkpoint import Damaged, fingerprint, read_tensors, remove, stale
 from harness.config import Study
+from harness.data.cache import damaged
 from harness.database import holder, pid_file, sqlite_file
 from harness.errors import InputError
 from harness.storage import Store, as_begun, has_model, open_store, read_store
@@ -98,6 +99,7 @@ def examine(
     if not living:
         yield from _checkpoints(study, store, checkpoints)
     yield from _model(store, model)
+    yield from _images(Path(study.train.data.cache))
     running = {trial_key(trial.number) for trial in store.trials() if trial.state == "running"}
     expected = expected_runs(study, store)
     if tracker is not None:
@@ -121,6 +123,13 @@ def _checkpoints(study: Study, store: Store, folder: Path) -> Iterator[Finding]:
             continue
         if identity.get("study") != store.attribute("uid"):
             yield Finding(f"{path} belongs to another study", partial(remove, path))
+
+
+def _images(cache: Path) -> Iterator[Finding]:
+    """Reads all of the image cache; a start takes an array for whole whose file has not changed."""
+    for array in damaged(cache):
+        text = f"The image cache {array} is damaged (its checksum is wrong) and would be trained on"
+        yield Finding(text, partial(array.unlink, missing_ok=True))  # the next start makes it again
 
 
 def _model(store: Store, folder: Path) -> Iterator[Finding]:

@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 import torch
 
+from harness import catalogue
 from harness.checkpoint import fingerprint, identity_of, read_tensors, write_tensors
 from harness.cli import main
+from harness.data.tensors import prepare
 from harness.final import summary
 from harness.mlflow_places import local_tracker
 from harness.results import Completed, Diverged, Failed, Pruned, TrialOutcome
@@ -571,6 +573,21 @@ def test_a_study_without_a_final_result_lacks_no_model(place: Path, doctor: Doct
         database.execute("DELETE FROM study_user_attributes WHERE key = 'final'")
         database.commit()
     assert doctor()[0] == 0
+
+
+def test_an_image_cache_that_rotted_is_found_and_made_again(place: Path, doctor: Doctor) -> None:
+    """Its file's size and times are as they were, so that a start would take it for whole."""
+    before, data = shown(place), catalogue.find("tiny").study.train.data
+    prepare(data)
+    arrays = {each: each.read_bytes() for each in Path(data.cache).glob("*.npy")}
+    array = min(arrays)
+    array.write_bytes(arrays[array][:-1] + bytes([arrays[array][-1] ^ 1]))
+    record, stat = json.loads(array.with_suffix(".json").read_text()), array.stat()
+    record["file"] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    array.with_suffix(".json").write_text(json.dumps(record))
+    check(place, doctor, f"{array} is damaged", before)
+    prepare(data)
+    assert {each: each.read_bytes() for each in arrays} == arrays
 
 
 def test_a_folder_that_may_not_be_written_can_be_looked_at(place: Path, doctor: Doctor) -> None:

@@ -1,20 +1,24 @@
 """Decode once: the images of a split as one uint8 array on disk, memory-mapped by every trial and process.
 
-An array is named by the content of its images and their side, written under a temporary name and renamed when whole,
-and opened only if its checksum is right. A second, tiny file remembers which files (path, bytes, time) had which
-content, so that opening does not read the images again.
+An array is named by the content of its images and their side, written under a temporary name and renamed when whole.
+Its record holds its checksum and what its file was like when the checksum was last found right (size, times, inode):
+while that is so, opening reads nothing. A third, tiny file remembers which files (path, bytes, time) had which content,
+so that opening does not read the images again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import sys
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from harness.config import Dataset
-from harness.errors import InputError
+from harness.errors import Halt, InputError
 from harness.files import replace_file, replacing
 
 FORMAT = "1"  # raise it whenever the same images would give other arrays
@@ -39,35 +43,49 @@ def decoded(dataset: Dataset, items: Sequence[Any], size: int) -> NDArray[np.uin
 
     Raises InputError naming the file when one is no readable image.
     """
-    return keyed(dataset, items, size)[1]
+    return keyed(dataset, items, [size])[size][1]
 
 
-def content_key(dataset: Dataset, items: Sequence[Any], size: int) -> str:
-    """A name for the content of these images at this size; they are decoded if they are not yet."""
-    return keyed(dataset, items, size)[0]
+def content_keys(dataset: Dataset, items: Sequence[Any], sizes: Sequence[int]) -> dict[int, str]:
+    """A name for the content of these images at each size; they are decoded if they are not yet, once for all sizes."""
+    return {size: key for size, (key, _) in keyed(dataset, items, sizes).items()}
 
 
-def keyed(dataset: Dataset, items: Sequence[Any], size: int) -> tuple[str, NDArray[np.uint8]]:
-    """What `content_key` and `decoded` give, for the price of one of them."""
+def keyed(dataset: Dataset, items: Sequence[Any], sizes: Sequence[int]) -> dict[int, tuple[str, NDArray[np.uint8]]]:
+    """What `content_keys` and `decoded` give, for the price of one of them."""
     folder = Path(dataset.cache)
     # A file name may hold bytes that are no UTF-8; Python shows them as lone surrogates.
-    stamp = _digest([FORMAT, str(size)], (dataset.stamp(item).encode(errors="surrogatepass") for item in items))
-    remembered = folder / f"{stamp}.key"
-    key = before = remembered.read_text(errors="replace") if remembered.exists() else ""
-    images = _open(folder, key) if key else None
-    if images is not None:
-        return key, images
-    with ThreadPoolExecutor(WORKERS) as pool:
-        key = _digest([FORMAT, str(size)], pool.map(lambda item: hashlib.sha256(dataset.content(item)).digest(), items))
-        images = _open(folder, key) if key != before else None  # else it was found damaged just now
-        if images is None:
-            squares = pool.map(lambda item: square(dataset.open(item), size), items)
-            _write(folder, key, (len(items), size, size, 3), squares)
-            images = _open(folder, key)
-    if images is None:
-        raise OSError(f"The image cache {folder / key}.npy was written and cannot be read back; check the disk.")
-    replace_file(remembered, key.encode(), _mark())
-    return key, images
+    stamps = [dataset.stamp(item).encode(errors="surrogatepass") for item in items]
+    remembered = {size: folder / f"{_digest([FORMAT, str(size)], stamps)}.key" for size in sizes}
+    before = {size: file.read_text(errors="replace") if file.exists() else "" for size, file in remembered.items()}
+    opened = {size: images for size, key in before.items() if key and (images := _open(folder, key)) is not None}
+    keys = {size: before[size] for size in opened}
+    missing = [size for size in sizes if size not in opened]
+    if missing:
+        with ThreadPoolExecutor(WORKERS) as pool:
+            contents = list(pool.map(lambda item: hashlib.sha256(dataset.content(item)).digest(), items))
+            for size in missing:
+                key = keys[size] = _digest([FORMAT, str(size)], contents)
+                # The same key again: it was found damaged just now.
+                if key != before[size] and (images := _open(folder, key)) is not None:
+                    opened[size] = images
+            unmade = {size: keys[size] for size in missing if size not in opened}
+            if unmade:
+                # Each image is decoded once, whatever the number of sizes.
+                squares = pool.map(lambda item: _squares(dataset.open(item), list(unmade)), items)
+                _write(folder, unmade, len(items), squares)
+    for size in missing:
+        if size not in opened:
+            if (images := _open(folder, keys[size])) is None:
+                text = f"The image cache {folder / keys[size]}.npy was written and cannot be read back; check the disk."
+                raise OSError(text)
+            opened[size] = images
+        replace_file(remembered[size], keys[size].encode(), _mark())
+    return {size: (keys[size], opened[size]) for size in sizes}
+
+
+def _squares(image: Image.Image, sizes: Sequence[int]) -> list[NDArray[np.uint8]]:
+    return [square(image, size) for size in sizes]
 
 
 def square(image: Image.Image, size: int) -> NDArray[np.uint8]:
@@ -85,7 +103,7 @@ def square(image: Image.Image, size: int) -> NDArray[np.uint8]:
     return np.asarray(image, dtype=np.uint8)
 
 
-def _digest(first: Sequence[str], rest: Iterator[bytes]) -> str:
+def _digest(first: Sequence[str], rest: Sequence[bytes]) -> str:
     digest = hashlib.sha256("\x1f".join(first).encode())
     for part in rest:
         digest.update(hashlib.sha256(part).digest())
@@ -93,14 +111,21 @@ def _digest(first: Sequence[str], rest: Iterator[bytes]) -> str:
 
 
 def _open(folder: Path, key: str) -> NDArray[np.uint8] | None:
-    """The array if it is there and whole, else None; a damaged one is named on stderr and will be made again."""
+    """The array if it is there and whole, else None; a damaged one is named on stderr and will be made again.
+
+    Its checksum is taken when its file is another than at the last time, by size, times or inode. Bits that rot without
+    that are found by `damaged`, which reads everything.
+    """
     array, record = folder / f"{key}.npy", folder / f"{key}.json"
     if not (array.exists() and record.exists()):
         return None
-    with array.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != _checksum(record):
+    known = _read_record(record)
+    if known.get("file") != (file := _state(array)):
+        if _checksum(array) != known.get("sha256"):
             print(f"The image cache {array} is damaged (its checksum is wrong) and is made again.", file=sys.stderr)
             return None
+        with contextlib.suppress(Halt):  # where nothing can be written, the checksum is taken every time
+            _write_record(record, known | {"file": file})
     try:
         # Not `np.load`, which also opens zip archives and, if asked to, pickles.
         images: NDArray[np.uint8] = np.lib.format.open_memmap(array, mode="r")
@@ -110,24 +135,61 @@ def _open(folder: Path, key: str) -> NDArray[np.uint8] | None:
     return images
 
 
-def _checksum(record: Path) -> str | None:
-    try:
-        return str(json.loads(record.read_bytes())["sha256"])
-    except (ValueError, LookupError, TypeError):
-        return None
+def damaged(folder: Path) -> Iterator[Path]:
+    """The arrays in a cache folder whose checksum is wrong; every one of them is read."""
+    for array in sorted(folder.glob("*.npy")):
+        record = array.with_suffix(".json")
+        if record.exists() and _checksum(array) != _read_record(record).get("sha256"):
+            yield array
 
 
-def _write(folder: Path, key: str, shape: tuple[int, ...], squares: Iterator[NDArray[np.uint8]]) -> None:
-    """Write array and record, each whole or not at all. Raises Halt when there is no room."""
-    array = folder / f"{key}.npy"
-    with replacing(array, _mark()) as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_2_0(file, header)
-        for image in squares:
-            file.write(image.tobytes())
+def _state(array: Path) -> list[int]:
+    """What differs once a file was written to, replaced or copied."""
+    stat = array.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _checksum(array: Path) -> str:
     with array.open("rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    replace_file(folder / f"{key}.json", json.dumps({"shape": shape, "sha256": checksum}).encode(), _mark())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_record(record: Path) -> dict[str, Any]:
+    """What is known of an array; nothing when the record cannot be read."""
+    try:
+        known = json.loads(record.read_bytes())
+    except ValueError:
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _write_record(record: Path, known: dict[str, Any]) -> None:
+    replace_file(record, json.dumps(known).encode(), _mark())
+
+
+def _write(folder: Path, keys: Mapping[int, str], count: int, rows: Iterator[Sequence[NDArray[np.uint8]]]) -> None:
+    """Write an array a size and its record, each whole or not at all; a row is an image in every size.
+
+    Raises Halt when there is no room.
+    """
+    shapes = [(count, size, size, 3) for size in keys]
+    arrays = [folder / f"{key}.npy" for key in keys.values()]
+    checksums = [hashlib.sha256() for _ in keys]
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(replacing(array, _mark())) for array in arrays]
+        for file, shape, checksum in zip(files, shapes, checksums, strict=True):
+            header = io.BytesIO()
+            np.lib.format.write_array_header_2_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            file.write(header.getvalue())
+            checksum.update(header.getvalue())
+        for row in rows:
+            for file, checksum, image in zip(files, checksums, row, strict=True):
+                pixels = image.tobytes()
+                file.write(pixels)
+                checksum.update(pixels)
+    for array, shape, checksum in zip(arrays, shapes, checksums, strict=True):
+        record = {"shape": shape, "sha256": checksum.hexdigest(), "file": _state(array)}
+        _write_record(array.with_suffix(".json"), record)
 
 
 def _mark() -> str:
@@ -139,14 +201,21 @@ class ImageFiles:
     """The part of a data set that all of those made of image files share: an item is the file's path."""
 
     def stamp(self, item: Path) -> str:
-        stat = item.stat()
-        return f"{item.resolve()}\x1f{stat.st_size}\x1f{stat.st_mtime_ns}"
+        stat = os.stat(item)
+        place = _real(os.path.dirname(item))
+        return f"{place}/{item.name}\x1f{stat.st_size}\x1f{stat.st_mtime_ns}\x1f{stat.st_ino}"
 
     def content(self, item: Path) -> bytes:
         return item.read_bytes()
 
     def open(self, item: Path) -> Image.Image:
         return open_image(item)
+
+
+@lru_cache(maxsize=1024)
+def _real(folder: str) -> str:
+    """A folder's own path, links followed; for thousands of files at a time, that is slow."""
+    return os.path.realpath(folder)
 
 
 TURNS = {

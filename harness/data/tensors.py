@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from harness.config import Dataset, SplitName, TrainConfig
-from harness.data.cache import content_key, keyed
+from harness.data.cache import content_keys, keyed
 from harness.errors import InputError
 from harness.seeds import derive_seed
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import torch
 
     from harness.engine import Runtime
+
+
+SHARE_OF_DEVICE = 1 / 4  # of its free memory may hold images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +36,18 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def stored(self, chosen: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """The chosen images, int64 [B], as they are stored: uint8 [B, side, side, 3] on the device."""
+        # index_select copies whole images; images[chosen] goes byte by byte, which takes four times as long.
+        return self.images.index_select(0, chosen.to(self.images.device)).to(device)
+
     def batch(
         self, chosen: torch.Tensor, config: TrainConfig, runtime: Runtime, generator: torch.Generator
     ) -> torch.Tensor:
         """The chosen images [B] as a training step takes them: augmented anew, float32 [B, 3, H, W] on the device."""
         from harness.data.augment import augment
 
-        stored = self.images[chosen].to(runtime.device)
+        stored = self.stored(chosen, runtime.device)
         return runtime.move(augment(stored, config.augment, config.data.image_size, generator))
 
     def parts(self, size: int, runtime: Runtime) -> Iterator[torch.Tensor]:
@@ -48,6 +56,17 @@ class ImageSet:
 
         for part in self.images.split(size):
             yield normalise(part.to(runtime.device))
+
+    def on(self, device: torch.device) -> ImageSet:
+        """These images kept on a CUDA device if they fit there comfortably; otherwise as they are.
+
+        The maps of each batch are then all that is sent to the device in an epoch.
+        """
+        import torch
+
+        if device.type != "cuda" or not fits(self.images.nbytes, torch.cuda.mem_get_info(device)[0]):
+            return self
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +78,11 @@ class Splits:
     val: ImageSet  # at the size the model sees
 
 
+def fits(size_bytes: int, free_bytes: int) -> bool:
+    """Whether data leave enough of a device's free memory to the training."""
+    return size_bytes <= free_bytes * SHARE_OF_DEVICE
+
+
 def prepare(dataset: Dataset) -> str:
     """Decode every image that a study will need, the test images too, so that a bad file is named before the start.
 
@@ -66,15 +90,16 @@ def prepare(dataset: Dataset) -> str:
     missing from a split, or a file is no image.
     """
     digest = hashlib.sha256()
-    sizes: list[tuple[SplitName, int]] = [
-        ("train", dataset.stored_size),
-        ("val", dataset.image_size),
-        ("val", dataset.stored_size),
-        ("test", dataset.image_size),
-    ]
-    for split, size in sizes:
+    sizes: dict[SplitName, list[int]] = {
+        "train": [dataset.stored_size],
+        "val": [dataset.image_size, dataset.stored_size],
+        "test": [dataset.image_size],
+    }
+    for split, each in sizes.items():
         items, labels = _select(dataset, split)
-        digest.update(f"{content_key(dataset, items, size)} {labels}".encode())
+        keys = content_keys(dataset, items, each)
+        for size in each:
+            digest.update(f"{keys[size]} {labels}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -112,7 +137,7 @@ def _load(dataset: Dataset, split: SplitName, size: int) -> ImageSet:
     with warnings.catch_warnings():
         # torch warns that a read-only array gives a writable tensor; nothing here writes into one.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        key, array = keyed(dataset, items, size)
+        key, array = keyed(dataset, items, [size])[size]
         images = torch.from_numpy(array)
     return ImageSet(images=images, labels=torch.tensor(labels, dtype=torch.int64), key=key)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shutil
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -17,9 +21,9 @@ from torchvision.models import MaxVit_T_Weights
 from torchvision.transforms import functional as F
 
 from harness.data.augment import normalise
-from harness.data.cache import ImageFiles, decoded, open_image, square
+from harness.data.cache import ImageFiles, content_keys, damaged, decoded, open_image, square
 from harness.data.image_folder import ImageFolder
-from harness.errors import InputError
+from harness.errors import Halt, InputError
 
 SIZES = [(300, 200), (200, 300), (256, 256), (32, 32), (33, 32), (101, 57), (57, 101), (31, 500), (20, 12), (499, 333)]
 
@@ -146,6 +150,40 @@ def test_writers_at_the_same_time_leave_one_whole_array(photos: list[Path], cach
     assert not partials(cache)
 
 
+class Counted(Photos):
+    """Photos that count how often each of them is decoded."""
+
+    opened: ClassVar[list[Path]] = []
+
+    def open(self, item: Path) -> Image.Image:
+        self.opened.append(item)
+        return super().open(item)
+
+
+def test_several_sizes_take_one_decoding_and_give_the_same_arrays(photos: list[Path], cache: Path) -> None:
+    dataset = Counted(cache=str(cache))
+    dataset.opened.clear()
+    keys = content_keys(dataset, photos, [16, 8])
+    assert sorted(dataset.opened) == photos
+    assert arrays(cache) == {f"{key}.npy" for key in keys.values()}
+    alone = Photos(cache=str(cache.with_name("alone")))
+    for size, key in keys.items():
+        images = decoded(Sealed(cache=str(cache)), photos, size)
+        np.testing.assert_array_equal(images, decoded(alone, photos, size))
+        assert content_keys(alone, photos, [size]) == {size: key}
+
+
+def test_only_the_size_that_is_missing_is_made(photos: list[Path], cache: Path) -> None:
+    dataset = Counted(cache=str(cache))
+    decoded(dataset, photos, 16)
+    (array,) = cache.glob("*.npy")
+    before = array.stat().st_ino
+    dataset.opened.clear()
+    content_keys(dataset, photos, [16, 8])
+    assert sorted(dataset.opened) == photos
+    assert array.stat().st_ino == before
+
+
 # --- damage ---
 
 
@@ -155,9 +193,7 @@ def test_a_flipped_byte_is_named_once_and_the_array_made_again(
     dataset = Photos(cache=str(cache))
     right = decoded(dataset, photos, 16).copy()
     (array,) = cache.glob("*.npy")
-    content = bytearray(array.read_bytes())
-    content[-5] ^= 1
-    array.write_bytes(content)
+    flip(array)
     np.testing.assert_array_equal(decoded(dataset, photos, 16), right)
     assert capsys.readouterr().err.count(str(array)) == 1
     np.testing.assert_array_equal(decoded(Sealed(cache=str(cache)), photos, 16), right)
@@ -191,6 +227,64 @@ def test_an_array_without_its_record_is_not_trusted(photos: list[Path], cache: P
     assert record.exists()
 
 
+def flip(array: Path) -> None:
+    """Change a byte, a second after the file was written: the clock of a file system is coarse."""
+    content = bytearray(array.read_bytes())
+    content[-5] ^= 1
+    array.write_bytes(content)
+    later = array.stat().st_mtime_ns + 10**9
+    os.utime(array, ns=(later, later))
+
+
+def test_an_array_is_read_again_only_when_its_file_is_another(
+    photos: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By size, times or inode; its checksum is then right, and remembered with what the file is now."""
+    dataset, read = Photos(cache=str(cache)), []
+    decoded(dataset, photos, 16)
+    (array,) = cache.glob("*.npy")
+    checksum = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: (read.append(file.name), checksum(file, name))[1])
+    decoded(dataset, photos, 16)
+    assert read == []
+    copy = array.with_suffix(".copy")
+    shutil.copy2(array, copy)
+    copy.replace(array)
+    for _ in range(2):
+        decoded(dataset, photos, 16)
+        assert read == [str(array)]
+
+
+def test_a_cache_that_may_not_be_written_is_opened_all_the_same(
+    photos: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = Photos(cache=str(cache))
+    right = decoded(dataset, photos, 16).copy()
+    (array,) = cache.glob("*.npy")
+    os.utime(array, (1, 1))
+
+    def refused(*arguments: object) -> None:
+        raise Halt("the cache cannot be written")
+
+    monkeypatch.setattr("harness.data.cache.replace_file", refused)
+    np.testing.assert_array_equal(decoded(Sealed(cache=str(cache)), photos, 16), right)
+
+
+def test_bits_that_rotted_behind_the_file_systems_back_are_found_by_reading_everything(
+    photos: list[Path], cache: Path
+) -> None:
+    dataset = Photos(cache=str(cache))
+    decoded(dataset, photos, 16)
+    decoded(dataset, photos, 8)
+    assert list(damaged(cache)) == []
+    array = sorted(cache.glob("*.npy"))[1]
+    flip(array)
+    stat, record = array.stat(), json.loads(array.with_suffix(".json").read_text())
+    record["file"] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    array.with_suffix(".json").write_text(json.dumps(record))
+    assert list(damaged(cache)) == [array]
+
+
 @pytest.mark.parametrize("content", [b"", b'{"shape": [3', b"{}", b"\xff\xfe"], ids=["empty", "cut", "no sum", "noise"])
 @pytest.mark.parametrize("suffix", ["json", "key"])
 def test_an_unreadable_record_is_made_again(photos: list[Path], cache: Path, suffix: str, content: bytes) -> None:
@@ -200,7 +294,11 @@ def test_an_unreadable_record_is_made_again(photos: list[Path], cache: Path, suf
     whole = record.read_bytes()
     record.write_bytes(content)
     np.testing.assert_array_equal(decoded(dataset, photos, 16), right)
-    assert record.read_bytes() == whole
+    if suffix == "key":
+        assert record.read_bytes() == whole
+    else:
+        assert json.loads(record.read_bytes())["sha256"] == json.loads(whole)["sha256"]
+    np.testing.assert_array_equal(decoded(Sealed(cache=str(cache)), photos, 16), right)
 
 
 # --- images that cannot be read ---

@@ -15,7 +15,7 @@ from PIL import Image
 
 from harness.data.garden import Garden
 from harness.data.image_folder import ImageFolder
-from harness.data.tensors import Splits, load_splits, load_test, load_train_and_val, prepare
+from harness.data.tensors import Splits, fits, load_splits, load_test, load_train_and_val, prepare
 from tests.conftest import PROJECT
 
 
@@ -60,6 +60,27 @@ def test_the_test_split_has_the_models_size_and_its_own_images(garden: Garden) -
     assert test.images.shape == (48, 64, 64, 3)
     seen = {image.numpy().tobytes() for image in splits.val.images}
     assert not any(image.numpy().tobytes() in seen for image in test.images)
+
+
+def test_a_batch_holds_the_images_asked_for(garden: Garden) -> None:
+    train, order = load_splits(garden).train, torch.tensor([5, 0, 31, 5])
+    assert torch.equal(train.stored(order, torch.device("cpu")), train.images[order])
+
+
+def test_images_move_to_a_device_only_when_they_leave_most_of_its_memory_free(garden: Garden) -> None:
+    assert fits(200, 800)
+    assert not fits(201, 800)
+    train = load_splits(garden).train
+    assert train.on(torch.device("cpu")) is train
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+def test_on_cuda_the_images_are_kept_there_and_batches_are_the_same(garden: Garden) -> None:
+    train, device = load_splits(garden).train, torch.device("cuda")
+    order = torch.tensor([5, 0, 31, 5])
+    there = train.on(device)
+    assert there.images.device.type == "cuda"
+    assert torch.equal(there.stored(order, device).cpu(), train.images[order])
 
 
 # --- limit ---
