@@ -28,8 +28,8 @@ def assemble(config: TrainConfig, runtime: Runtime, seed: int) -> Training:
         model = config.backbone.build(len(config.data.classes()), config.data.image_size)
     if config.feature_views is None:
         splits = load_splits(config.data)
-        train: Source = splits.train
-        val: Source = splits.val
+        train: Source = splits.train.on(runtime.device)
+        val: Source = splits.val.on(runtime.device)
         learner = model = runtime.place(model)
     else:
         body = frozen_body(config, runtime)
@@ -63,7 +63,7 @@ def with_validation_images(training: Training) -> Training:
     """The same job, trained on train and validation images together; nothing is left to validate on."""
     config, runtime = training.config, training.runtime
     if config.feature_views is None:
-        return replace(training, train=load_train_and_val(config.data), val=None)
+        return replace(training, train=load_train_and_val(config.data).on(runtime.device), val=None)
     train, val = (_features(config, runtime, name) for name in ("train", "val"))
     labels = torch.cat([train.labels, val.labels])
     return replace(
