@@ -11,7 +11,6 @@ Second use is `prepare` and `load_splits` in a fresh process, after its imports.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -30,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.flower_files import flower_folder
 from benchmarks.input_path import BATCH, Photographs
-from benchmarks.measure import alternate, ratios, script
+from benchmarks.measure import ROOT_HELP, alternate, ratios, script
 from harness.data.cache import open_image, square
 from harness.data.flowers102 import Flowers102
 from harness.data.image_folder import ImageFolder
@@ -89,14 +88,10 @@ def contestants(root: str | None, limit: int) -> Iterator[tuple[int, dict[str, C
         yield len(samples), runs
 
 
-def full() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--data-root")
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args(sys.argv[1:])
-    with contestants(args.data_root, 512) as (count, runs):
-        figures = alternate(runs, args.rounds)
-    print(f"{count:,} {'photographs' if args.data_root else 'drawn flowers'}")
+def full(data_root: str | None, rounds: int) -> None:
+    with contestants(data_root, 512) as (count, runs):
+        figures = alternate(runs, rounds)
+    print(f"{count:,} {'photographs' if data_root else 'drawn flowers'}")
     for name, each in figures.items():
         print(f"{name:<24} {each.text()}")
     for name in ("plain decoding", "DataLoader, one epoch"):
@@ -110,4 +105,4 @@ def quick() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    script(full, quick)
+    script(full, quick, {"--data-root": {"help": ROOT_HELP}, "--rounds": {"type": int, "default": 3}})

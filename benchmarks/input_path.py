@@ -10,8 +10,6 @@ photographs as they lie (short side 256 px), ours the cached arrays at 256 px.
 
 from __future__ import annotations
 
-import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +24,7 @@ from torch.utils.data import Dataset as Samples
 from torchvision.transforms import v2
 
 from benchmarks.flower_files import flower_folder
-from benchmarks.measure import alternate, ratios, script
+from benchmarks.measure import ROOT_HELP, alternate, ratios, script
 from harness.config import AugmentConfig, Dataset
 from harness.data.augment import MEAN, STD, augment
 from harness.data.flowers102 import Flowers102
@@ -112,12 +110,10 @@ def contestants(root: str | None, device: torch.device, limit: int) -> Iterator[
         yield runs
 
 
-def full() -> None:
-    args = _arguments()
-    device = torch.device(args.device)
-    with contestants(args.data_root, device, 512) as runs:
-        figures = alternate(runs, args.rounds)
-    print(f"{'photographs' if args.data_root else 'drawn flowers'}, 224 px, batches of {BATCH}, {device.type}")
+def full(data_root: str | None, device: str, rounds: int) -> None:
+    with contestants(data_root, torch.device(device), 512) as runs:
+        figures = alternate(runs, rounds)
+    print(f"{'photographs' if data_root else 'drawn flowers'}, 224 px, batches of {BATCH}, {device}")
     for name, each in figures.items():
         print(f"{name:<24} {each.text('images/s', 0)}")
         if name != "ours":
@@ -134,13 +130,6 @@ def quick() -> dict[str, float]:
     }
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--data-root")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    return parser.parse_args(sys.argv[1:])
-
-
 if __name__ == "__main__":
-    script(full, quick)
+    options = {"--data-root": {"help": ROOT_HELP}, "--device": {"default": "cpu"}}
+    script(full, quick, {**options, "--rounds": {"type": int, "default": 5}})

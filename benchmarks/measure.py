@@ -17,6 +17,8 @@ from typing import Any
 
 from benchmarks.machine import describe
 
+ROOT_HELP = "the folder that holds torchvision's flowers-102/ (default: drawn flowers)"
+
 
 @dataclass(frozen=True)
 class Figures:

@@ -12,7 +12,6 @@ peers run in fp32, torch's default, as scripts for a CPU do.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.util
 import json
@@ -26,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import alternate, ratios, script
+from benchmarks.measure import ROOT_HELP, alternate, ratios, script
 from harness import catalogue
 from harness.data.flowers102 import Flowers102
 from harness.data.garden import Garden
@@ -42,8 +41,6 @@ PEERS = {  # module and further arguments
     "ray": ("ray_study", "2"),
 }
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "RAY_USAGE_STATS_ENABLED": "0"}  # for everybody: no calls home
-
-ROOT: str | None = None  # --data-root
 
 
 def lay_out(folder: Path, root: str, classes: int, per_class: int) -> None:
@@ -148,7 +145,7 @@ class Contest:
         shares = {name: ratios(taken["harness"], taken[name]) for name in taken if name != "harness"}
         for name, figures in shares.items():
             print(f"harness / {name:<10} {figures.text('', 3)}")
-        return min(figures.median for figures in shares.values())
+        return max(figures.median for figures in shares.values())
 
 
 def installed(names: list[str]) -> list[str]:
@@ -159,13 +156,13 @@ def installed(names: list[str]) -> list[str]:
     return [name for name in names if name not in missing]
 
 
-def full() -> None:
-    if ROOT is None:
+def full(data_root: str | None) -> None:
+    if data_root is None:
         sys.exit("error: give the folder above flowers-102 with --data-root.")
     with tempfile.TemporaryDirectory() as folder:
         tiny, large = Path(folder) / "tiny", Path(folder) / "maxvit"
-        lay_out(tiny, ROOT, classes=20, per_class=10)
-        lay_out(large, ROOT, classes=34, per_class=2)
+        lay_out(tiny, data_root, classes=20, per_class=10)
+        lay_out(large, data_root, classes=34, per_class=2)
         print("tiny MaxViT, 10 trials of 3 epochs, 200 photographs a split")
         Contest("tiny", tiny, 10, 3, installed(list(PEERS))).compare(ROUNDS["tiny"])
         print("MaxViT-T, 1 trial of 1 epoch, 68 photographs a split")
@@ -182,8 +179,4 @@ def quick() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--data-root")
-    args, sys.argv[1:] = parser.parse_known_args()
-    ROOT = args.data_root
-    script(full, quick)
+    script(full, quick, {"--data-root": {"help": ROOT_HELP}})
