@@ -15,17 +15,19 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from harness.checkpoint import SUFFIX, Damaged, fingerprint, read_tensors, write_tensors
-from harness.config import AugmentConfig, TrainConfig
+from harness.config import AugmentConfig, Backbone, TrainConfig
 from harness.data.augment import augment, normalise
-from harness.data.tensors import ImageSet
-from harness.engine import Runtime
+from harness.data.tensors import ImageSet, load_split
+from harness.engine import Runtime, seeded
 from harness.environment import versions
 from harness.seeds import derive_seed
 from harness.trainer import EVALUATION_BATCH, outputs_of
@@ -86,9 +88,10 @@ class FrozenBody:
     """
 
     def __init__(self, model: nn.Module, head: str, image_size: int, runtime: Runtime, folder: Path) -> None:
+        self.head = head
         self._body, rest = split(model.eval(), head)
         self._size, self._runtime, self._folder = image_size, runtime, folder / "features"
-        self.weights = {name: each for name, each in model.state_dict().items() if not name.startswith(f"{head}.")}
+        self._weights = {name: each for name, each in model.state_dict().items() if not name.startswith(f"{head}.")}
         pixels = torch.linspace(-2, 2, 2 * 3 * image_size**2, device=runtime.device).view(2, 3, image_size, image_size)
         whole, features = (outputs_of(each, pixels.split, runtime) for each in (model, self._body))
         if not torch.allclose(whole, outputs_of(rest, features.split, runtime), rtol=1e-2, atol=1e-2):
@@ -101,6 +104,16 @@ class FrozenBody:
             "versions": {name: versions()[name] for name in ("torch", "torchvision")},
             "batch": EVALUATION_BATCH,
         }
+
+    def give_to(self, model: nn.Module) -> None:
+        """Make this the body of another model of the same backbone; the tensors are shared, for none of them changes.
+
+        Raises ValueError when its body has other tensors.
+        """
+        told = model.load_state_dict(self._weights, strict=False, assign=True)
+        missing = [name for name in told.missing_keys if not name.startswith(f"{self.head}.")]
+        if missing or told.unexpected_keys:
+            raise ValueError(f"The fields of the head change the backbone: {[*missing, *told.unexpected_keys]}.")
 
     def as_they_are(self, images: ImageSet) -> FeatureSet:
         """The features of evaluated images."""
@@ -190,3 +203,47 @@ class _Work:
             self._said = now
             text = f"Features: {self._did:,} of {self._images:,}, about {seconds / 60:.1f} min left."
             print(text, file=sys.stderr, flush=True)
+
+
+def keep_features(config: TrainConfig, runtime: Runtime, with_validation: bool) -> None:
+    """Compute the features that a head-only study needs before the test set is opened, unless they are kept already.
+
+    `with_validation`: the final run trains on validation images, too.
+    """
+    if config.feature_views is None:
+        return
+    features_to_train_on(config, runtime, "train")
+    if with_validation:
+        features_to_train_on(config, runtime, "val")
+    else:
+        frozen_body(config, runtime).as_they_are(load_split(config.data, "val", config.data.image_size))
+
+
+def frozen_body(config: TrainConfig, runtime: Runtime) -> FrozenBody:
+    """The configuration's backbone without its head. What is not pretrained is drawn alike in every trial."""
+    # The head's fields change from trial to trial; without them, all trials have one and the same body.
+    without = {"hidden": (), "dropout": 0.0}
+    known = {field.name for field in fields(config.backbone)}  # type: ignore[arg-type]
+    backbone: Any = config.backbone
+    backbone = replace(backbone, **{name: value for name, value in without.items() if name in known})
+    data = config.data
+    return _frozen_body(backbone, len(data.classes()), data.image_size, runtime, Path(data.cache))
+
+
+@lru_cache(maxsize=2)
+def _frozen_body(backbone: Backbone, classes: int, image_size: int, runtime: Runtime, folder: Path) -> FrozenBody:
+    with seeded(derive_seed("frozen body"), runtime.device):
+        model = runtime.place(backbone.build(classes, image_size))
+    return FrozenBody(model, _head(backbone), image_size, runtime, folder)
+
+
+def _head(backbone: Backbone) -> str:
+    """The name of the backbone's last submodule."""
+    return backbone.depths("block")[-1].rstrip(".")
+
+
+def features_to_train_on(config: TrainConfig, runtime: Runtime, split: Literal["train", "val"]) -> FeatureSet:
+    """The features of a split, as it is and in the configuration's views."""
+    data = config.data
+    plain, stored = (load_split(data, split, size) for size in (data.image_size, data.stored_size))
+    return frozen_body(config, runtime).with_views(plain, stored, config.augment, config.feature_views or 0)

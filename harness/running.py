@@ -141,7 +141,8 @@ def _prepare(study: Study) -> dict[str, str]:
 def _run_study(found: Found, study: Study, store: Store, tracker: MLflowTracker, console: Any) -> int:
     from harness import report, tracking
     from harness.display import Display
-    from harness.experiment import decide_runtime, keep_features
+    from harness.experiment import decide_runtime
+    from harness.features import keep_features
     from harness.study import TooManyFailures
     from harness.study import run as events_of
 

@@ -20,8 +20,8 @@ from harness.data.garden import Garden
 from harness.data.tensors import load_split, load_test
 from harness.engine import seeded
 from harness.errors import InputError
-from harness.experiment import assemble, evaluation_of, keep_features, with_validation_images
-from harness.features import FeatureSet, FrozenBody, View, split
+from harness.experiment import assemble, evaluation_of, with_validation_images
+from harness.features import FeatureSet, FrozenBody, View, keep_features, split
 from harness.models.maxvit import MaxViTT, TinyMaxViT
 from harness.optim import build_optimizer, lr_factor, set_lr
 from harness.seeds import derive_seed

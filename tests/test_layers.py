@@ -125,7 +125,7 @@ def test_start_up_imports_neither_torch_nor_mlflow(workspace: Path) -> None:
         "import harness.mlflow_places",
         "harness.cli.build_parser('run_study.py').format_help()",
         "harness.cli.build_parser('harness').format_help()",
-        "[harness.catalogue.find(name) for name in ('demo', 'flowers102', 'flowers102_grid')]",
+        "[harness.catalogue.find(name) for name in ('demo', 'flowers102', 'flowers102_grid', 'flowers102_head')]",
     ]
     assert not imported_by("\n".join(lines), workspace) & {"torch", "torchvision", "mlflow", "pandas", "plotly"}
 
