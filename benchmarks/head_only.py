@@ -93,8 +93,15 @@ def per_trial(study: Study, runtime: Runtime) -> None:
         last[:] = [assemble(config, runtime, 0)]
         list(fit(last[0]))
 
+    def trial_on_one_thread() -> None:  # for matrices this small, waiting for a second one may cost more than it does
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        trial()
+        torch.set_num_threads(before)
+
     step()
-    taken = alternate({"step": step, "validation": validate, "trial": trial}, ROUNDS)
+    contestants = {"step": step, "validation": validate, "trial": trial, "one thread": trial_on_one_thread}
+    taken = alternate(contestants, ROUNDS)
     steps = -(-len(whole.train) // config.batch_size)
     epochs = config.epochs
     live = Figures(
@@ -107,6 +114,7 @@ def per_trial(study: Study, runtime: Runtime) -> None:
     print(f"whole model: an image validated {taken['validation'].text(digits=4)}")
     print(f"whole model: a trial of {epochs} epochs {live.text(digits=0)}, extrapolated")
     print(f"features: a trial of {epochs} epochs {taken['trial'].text(digits=2)}")
+    print(f"features: the same on one thread {taken['one thread'].text(digits=2)}")
     print(f"ratio {ratios(live, taken['trial']).text('times', 0)}")
     features: Any = last[0].val
     first = dataclasses.replace(features, features=features.features[:128], labels=features.labels[:128])
