@@ -110,7 +110,7 @@ def per_trial(study: Study, runtime: Runtime) -> None:
             for one, image in zip(taken["step"].values, taken["validation"].values, strict=True)
         )
     )
-    print(f"whole model: a step of {config.batch_size} images {taken['step'].text(digits=2)}")
+    print(f"whole model: a step of {min(config.batch_size, len(whole.train))} images {taken['step'].text(digits=2)}")
     print(f"whole model: an image validated {taken['validation'].text(digits=4)}")
     print(f"whole model: a trial of {epochs} epochs {live.text(digits=0)}, extrapolated")
     print(f"features: a trial of {epochs} epochs {taken['trial'].text(digits=2)}")
