@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 120.0
+GATHERING_SECONDS = 0.5  # what is told meanwhile is written together; a reader sees it that much later
 
 
 class Away(Exception):
@@ -28,8 +30,16 @@ class Outbox:
 
     def add(self, operation: Callable[[], None]) -> None:
         self.waiting.append(operation)
-        if time.monotonic() >= self._next:
+        self.attempt()
+
+    def attempt(self) -> None:
+        """Try what waits, unless that would be too soon after the last time."""
+        if not self.pause():
             self.flush()
+
+    def pause(self) -> float:
+        """Seconds until the next attempt; 0 while the service answers."""
+        return max(0.0, self._next - time.monotonic())
 
     def flush(self) -> bool:
         """Try what waits, now; whether all of it is done."""
@@ -53,3 +63,52 @@ class Outbox:
             self._say(f"{self._name} does not take what it is told ({error}). The study goes on, and it is told later.")
         self._pause = min(2 * self._pause or FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
         self._next = time.monotonic() + self._pause
+
+
+class Courier:
+    """An outbox that is emptied by a thread, so that whoever writes does not wait for the service at all.
+
+    The thread lives as long as something waits, and dies with the process: what it has not written by then is lost
+    here, and must be known elsewhere. One operation runs at a time, in the thread or in `flush`. How much may wait has
+    no bound, for entries are small: all epochs of a study are a few megabytes.
+    """
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox = outbox
+        self._running = threading.Lock()  # held while operations run
+        self._starting = threading.Lock()  # held to decide whether there is a thread
+        self._thread: threading.Thread | None = None
+        self._mistake: Exception | None = None
+
+    def add(self, operation: Callable[[], None]) -> None:
+        """Have it done soon, after everything that was added before."""
+        with self._starting:
+            self._outbox.waiting.append(operation)
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._work, name="outbox", daemon=True)
+                self._thread.start()
+
+    def check(self) -> None:
+        """Raise the mistake that an operation made in the thread, once."""
+        mistake, self._mistake = self._mistake, None
+        if mistake is not None:
+            raise mistake
+
+    def flush(self) -> bool:
+        """Try what waits, now; whether all of it is done. Raises what `check` does."""
+        with self._running:
+            self.check()
+            return self._outbox.flush()
+
+    def _work(self) -> None:
+        while True:
+            time.sleep(max(GATHERING_SECONDS, self._outbox.pause()))
+            with self._running:
+                try:
+                    self._outbox.attempt()
+                except Exception as error:  # the thread has nobody to raise it to
+                    self._mistake = self._mistake or error
+            with self._starting:
+                if not self._outbox.waiting:
+                    self._thread = None
+                    return

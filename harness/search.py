@@ -219,6 +219,14 @@ class Asha(optuna.pruners.BasePruner):
         return value > ranked[promotable - 1]
 
 
+def may_prune(pruner: optuna.pruners.BasePruner, epoch: int) -> bool:
+    """Whether the pruner could stop a trial after this epoch; if not, it need not be asked, for it reads all trials.
+
+    Of Optuna's own nothing is known, they are asked after every epoch.
+    """
+    return pruner.rung(epoch) if isinstance(pruner, Asha) else not isinstance(pruner, optuna.pruners.NopPruner)
+
+
 def _make(module: Any, name: str, suffix: str, options: Mapping[str, Any]) -> Any:
     if name in NOT_RESUMABLE:
         raise InputError(f"{name} cannot be resumed as if it had not stopped; use {NOT_RESUMABLE[name]} instead.")

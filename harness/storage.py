@@ -21,7 +21,7 @@ from harness.config import Study
 from harness.database import BUSY_TIMEOUT_SECONDS, check_database, connect, dispose, held, outlast, sqlite_file
 from harness.errors import InputError
 from harness.results import Completed, Diverged, EpochResult, Failed, TrialOutcome
-from harness.search import suggest
+from harness.search import may_prune, suggest
 from harness.seeds import derive_seed
 from harness.space import encode
 
@@ -32,12 +32,16 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A trial that is to be evaluated: new, or left behind by a process that died."""
+    """A trial that is to be evaluated: new, or left behind by a process that died.
+
+    `curve` is what the storage holds of it, validation accuracy by epoch; nobody else writes it, for the study is held.
+    """
 
     number: int
     params: dict[str, Any]
     resumed: bool
     trial: optuna.Trial
+    curve: dict[int, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,13 +140,14 @@ class Store:
         The sampler is made anew for every question, seeded from the study's seed, the number of finished trials and
         the question. It therefore answers the same after a kill as without one.
         """
-        running = [t for t in self._study.get_trials(deepcopy=False) if t.state is TrialState.RUNNING]
-        finished = self.finished()
+        trials = self._study.get_trials(deepcopy=False)
+        running = [trial for trial in trials if trial.state is TrialState.RUNNING]
+        finished = sum(trial.state in FINISHED for trial in trials)
         self._study.sampler = study.sampler.build(study, derive_seed(study.seed, "ask", finished))
         if running:
             trial = optuna.Trial(self._study, running[0]._trial_id)
         else:
-            if not self._study.get_trials(deepcopy=False):
+            if not trials:
                 self._study.enqueue_trial(encode(study.space, study.train))
             trial = self._study.ask()
         # Optuna draws jointly sampled parameters at the first question; have it drawn now, whatever was asked before.
@@ -151,7 +156,8 @@ class Store:
             # A fresh stream for each parameter: a process may die between two of them.
             self._study.sampler = study.sampler.build(study, derive_seed(study.seed, "ask", finished, path))
             suggest(trial, path, dimension)
-        return Asked(number=trial.number, params=dict(trial.params), resumed=bool(running), trial=trial)
+        curve = dict(running[0].intermediate_values) if running else {}
+        return Asked(number=trial.number, params=dict(trial.params), resumed=bool(running), trial=trial, curve=curve)
 
     @outlasting
     def report(self, asked: Asked, epoch: int, value: float) -> None:
@@ -159,9 +165,10 @@ class Store:
 
         A repeated epoch with another result is named on stderr: the trial went on where the same steps give other bits.
         """
-        known = self._frozen(asked).intermediate_values.get(epoch)
+        known = asked.curve.get(epoch)
         if known is None:
             asked.trial.report(value, epoch)
+            asked.curve[epoch] = value
         elif known != value:
             text = f"Trial {asked.number} gives {value:.4f} in the redone epoch {epoch}, not {known:.4f} as before"
             print(f"{text}: its later epochs are not those of an uninterrupted trial.", file=sys.stderr)
@@ -169,7 +176,8 @@ class Store:
     @outlasting
     def should_prune(self, asked: Asked, epoch: int) -> bool:
         """The pruner's verdict after `epoch`; an epoch that an earlier process went beyond was judged then."""
-        return epoch == self._frozen(asked).last_step and asked.trial.should_prune()
+        latest = epoch == max(asked.curve, default=None)
+        return latest and may_prune(self._study.pruner, epoch) and asked.trial.should_prune()
 
     @outlasting
     def tell(
@@ -198,9 +206,6 @@ class Store:
         else:
             # A diverged trial is told as pruned: Optuna's samplers ignore failures and would try its region again.
             self._study.tell(asked.trial, state=TrialState.PRUNED)
-
-    def _frozen(self, asked: Asked) -> FrozenTrial:
-        return self._study._storage.get_trial(asked.trial._trial_id)
 
 
 def _record(trial: FrozenTrial) -> TrialRecord:
