@@ -2,22 +2,24 @@
 
 One parent run a study, one child run a trial and one a final seed, found again by tags after a restart. Runs are
 written through MlflowClient with explicit ids; the storage is the truth, and `synchronise` brings MLflow into line.
+A study does not wait for MLflow while it trains: a thread writes (`harness.outbox`). Looking, starting and ending are
+done by the caller, at moments when nothing is waiting.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import re
 import sys
-import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.errors import InputError, masked
-from harness.outbox import Away, Outbox
+from harness.mlflow_library import faults, first_line, is_refusal, let_commits_return, milliseconds, quiet
+from harness.outbox import Away, Courier, Outbox
 from harness.results import EpochResult
 from harness.space import label, leaves
 from harness.tracking import Expected, expected_runs
@@ -28,20 +30,10 @@ if TYPE_CHECKING:
     from harness.config import Study, TrainConfig
     from harness.storage import Store
 
-# Before mlflow is imported anywhere: no telemetry, no background jobs.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("DO_NOT_TRACK", "true")
-os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-# A server that is away or hangs is named after seconds; entries for it wait in an outbox, not in its client. The client
-# must not repeat a request by itself: when only the answer was lost, a second run would be made.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the display has its own lines
-
 STATUS = {"complete": "FINISHED", "pruned": "KILLED", "diverged": "FAILED", "failed": "FAILED"}
 UID, KEY, STATE = "harness.study_uid", "harness.key", "harness.state"
 STUDY, PARENT = "study", "mlflow.parentRunId"  # the key of a study's own run, and the tag that its children carry
-REFUSALS = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
+EPOCHS_IN_A_REQUEST = 50  # MLflow takes 1,000 metrics in one; an epoch must not be cut in two
 
 
 class MLflowRun:
@@ -51,11 +43,12 @@ class MLflowRun:
         self._tracker, self._key, self._params, self._tags = tracker, key, params, tags
         self._run_id: str | None = None
         self._steps: set[int] | None = None  # epochs that it has; None when that must be asked
+        self._epochs: deque[tuple[EpochResult, int]] = deque()  # those that wait, with the time when they were told
         tracker.tell(self._open)
 
     def epoch(self, result: EpochResult) -> None:
-        now = milliseconds()
-        self._tracker.tell(lambda: self._log_epoch(result, now))
+        self._epochs.append((result, milliseconds()))
+        self._tracker.tell(self._log_epochs)
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         now = milliseconds()
@@ -67,14 +60,27 @@ class MLflowRun:
     def end(self, state: str) -> None:
         self._tracker.tell(lambda: self._tracker.close_run(self._open(), state))
 
-    def _log_epoch(self, result: EpochResult, now: int) -> None:
-        # Until it is known that the entry arrived, nothing is known about the steps.
-        run_id, (steps, self._steps) = self._open(), (self._steps, None)
-        if steps is None:
-            steps = self._tracker.steps(run_id, "train_loss")
-        if result.epoch not in steps:
-            self._tracker.log(run_id, result.metrics(), result.epoch, now)
-        self._steps = steps | {result.epoch}
+    def _log_epochs(self) -> None:
+        """Write the epochs that wait in one request; those told since then find nothing left to do."""
+        told = list(islice(self._epochs, EPOCHS_IN_A_REQUEST))
+        if not told:
+            return
+        try:
+            # Until it is known that the entries arrived, nothing is known about the steps.
+            run_id, (steps, self._steps) = self._open(), (self._steps, None)
+            known = self._tracker.steps(run_id, "train_loss") if steps is None else steps
+            new = {result.epoch: (result.metrics(), now) for result, now in reversed(told) if result.epoch not in known}
+            self._tracker.log(run_id, {epoch: new[epoch] for epoch in sorted(new)})
+            self._steps = known | new.keys()
+        except faults() as error:
+            if is_refusal(error):
+                self._forget(len(told))
+            raise
+        self._forget(len(told))
+
+    def _forget(self, count: int) -> None:
+        for _ in range(count):
+            self._epochs.popleft()
 
     def _open(self) -> str:
         if self._run_id is None:
@@ -98,13 +104,14 @@ class MLflowTracker:
         self.parent = ""  # the study's own run, once it is open
         self._open: set[str] = set()
         self._runs: dict[str, Run] | None = {}  # by key; None when that must be asked
-        self._outbox = Outbox(lambda text: print(text, file=sys.stderr), f"MLflow at {masked(uri)}")
+        self._outbox = Courier(Outbox(lambda text: print(text, file=sys.stderr), f"MLflow at {masked(uri)}"))
 
     def connect(self) -> None:
         """Open the client; raises what MLflow raises when it does not answer."""
         from mlflow import MlflowClient
 
         quiet()
+        let_commits_return()
         self.client = MlflowClient(tracking_uri=self.uri)
         self.client.search_experiments(max_results=1)
 
@@ -121,10 +128,11 @@ class MLflowTracker:
         """
         self._study, self._store, self._tags = study, store, {UID: store.attribute("uid"), **facts}
         self._behind = True
+        self.flush()
         try:
             self._begin()
         except faults() as error:
-            if _is_refusal(error) or not store.trials():
+            if is_refusal(error) or not store.trials():
                 raise self._unusable(error) from error
             self.tell(self._begin)
         self._catch_up()
@@ -136,14 +144,25 @@ class MLflowTracker:
         self._ended_as = self._runs[STUDY].data.tags.get(STATE) if STUDY in self._runs else None
         self.parent = self.open_run(STUDY, {}, self._tags, self._study.name)
 
+    def flush(self) -> bool:
+        """Wait until everything told is written, or MLflow does not answer; whether MLflow has taken everything."""
+        return self._outbox.flush()
+
     def _catch_up(self) -> bool:
         """Write what the storage has and MLflow lacks, once it answers; whether MLflow has taken everything."""
-        done = self._outbox.flush()
+        done = self.flush()
         if done and self._behind:
             self._behind = False
             self.synchronise(self._study, self._store)
-            done = self._outbox.flush()
+            done = self.flush()
         return done
+
+    def _end(self, write: Callable[[], bool]) -> bool:
+        """Write what can be written now and no more; whether MLflow has taken everything."""
+        try:
+            return write()
+        finally:
+            self._outbox.stop()
 
     def attach(self, study: Study, store: Store) -> None:
         """Look at a study's runs without writing anything. Raises InputError when MLflow cannot be reached."""
@@ -164,7 +183,11 @@ class MLflowTracker:
         return InputError(f"MLflow at {self.uri} cannot be used ({first_line(error)}); check --tracking-uri.")
 
     def run(self, key: str, config: TrainConfig, tags: Mapping[str, str]) -> MLflowRun:
-        """A child run: the one with this key if there is one already, else a new one."""
+        """A child run: the one with this key if there is one already, else a new one.
+
+        Raises what went wrong in the thread since the last one: here it is not taken for a fault of a trial's own.
+        """
+        self._outbox.check()
         params = {path: str(label(value)) for path, value in leaves(config)}
         return MLflowRun(self, key, params, {**self._tags, **tags})
 
@@ -189,11 +212,14 @@ class MLflowTracker:
 
     def settle(self) -> bool:
         """End the parent run as it had ended before this start, else as interrupted; whether MLflow has taken all."""
+        self.tell(self._settle)
+        return self._end(self.flush)
+
+    def _settle(self) -> None:
         if self._ended_as in STATUS:
-            self.tell(functools.partial(self.close_run, self.parent, self._ended_as))
+            self.close_run(self.parent, self._ended_as)
         else:
-            self.tell(functools.partial(self.kill_run, self.parent))
-        return self._outbox.flush()
+            self.kill_run(self.parent)
 
     def finish(self, metrics: Mapping[str, float], artifacts: Iterable[Path], state: str) -> bool:
         """Write the study's own metrics and files to the parent run and end it; folders are logged whole.
@@ -208,25 +234,30 @@ class MLflowTracker:
                 self.tell(functools.partial(self._log_artifact, path))
         self.tell(self._close_leftovers)
         self.tell(lambda: self.close_run(self.parent, state))
-        return self._catch_up()
+        return self._end(self._catch_up)
 
     def interrupt(self) -> None:
-        """Mark what is open as killed; a resumed study takes the same runs up again."""
+        """Write what waits and mark what is open as killed; a resumed study takes the same runs up again."""
+        self.tell(self._kill_open)
+        self._end(self.flush)
+
+    def _kill_open(self) -> None:
         for run_id in list(self._open):
-            self.tell(functools.partial(self.kill_run, run_id))
-        self._outbox.flush()
-        self._open.clear()
+            self.kill_run(run_id)
 
     # -- the operations: each may be repeated ----------------------------------------------------------------------
 
     def tell(self, operation: Callable[[], object]) -> None:
-        """Do it now if MLflow answers, else when it is back; what MLflow refuses for good is named and left out."""
+        """Have it done soon, or when MLflow is back, after everything told before.
+
+        What MLflow refuses for good is named and left out.
+        """
 
         def attempt() -> None:
             try:
                 operation()
             except faults() as error:
-                if _is_refusal(error):
+                if is_refusal(error):
                     print(f"MLflow refuses an entry and it is left out: {first_line(error)}", file=sys.stderr)
                     return
                 self._runs = None
@@ -269,6 +300,7 @@ class MLflowTracker:
     def kill_run(self, run_id: str) -> None:
         self.client.set_tag(run_id, STATE, "interrupted")
         self.client.set_terminated(run_id, "KILLED")
+        self._open.discard(run_id)
 
     def delete(self, run: Run) -> None:
         self.client.delete_run(run.info.run_id)
@@ -277,16 +309,22 @@ class MLflowTracker:
     def steps(self, run_id: str, metric: str) -> set[int]:
         return {each.step for each in self.client.get_metric_history(run_id, metric)}
 
-    def log(self, run_id: str, values: Mapping[str, float], step: int, now: int) -> None:
-        """`now` is when the entry was told: MLflow knows an entry that comes twice, however late, by its time."""
+    def log(self, run_id: str, steps: Mapping[int, tuple[Mapping[str, float], int]]) -> None:
+        """Write values by step, in one request; beside them the time in milliseconds when they were told.
+
+        MLflow knows an entry that comes twice, however late, by its time.
+        """
         from mlflow.entities import Metric
 
-        self.client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
+        metrics = [
+            Metric(name, value, now, step) for step, (values, now) in steps.items() for name, value in values.items()
+        ]
+        self.client.log_batch(run_id, metrics=metrics)
 
     def log_once(self, run_id: str, values: Mapping[str, float], step: int, now: int) -> None:
         missing = {name: value for name, value in values.items() if step not in self.steps(run_id, name)}
         if missing:
-            self.log(run_id, missing, step, now)
+            self.log(run_id, {step: (missing, now)})
 
     def _log_artifact(self, path: Path) -> None:
         if path.is_dir():
@@ -349,36 +387,3 @@ def by_key(newest_first: Iterable[Run]) -> dict[str, Run]:
         if key not in kept or kept[key].info.status == "RUNNING" or run.info.status != "RUNNING":
             kept[key] = run
     return kept
-
-
-def milliseconds() -> int:
-    """The time, as MLflow counts it."""
-    return int(time.time() * 1000)
-
-
-def faults() -> tuple[type[Exception], ...]:
-    """What MLflow's client raises when its server or database does not do as it is told."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return MlflowException, SQLAlchemyError, OSError
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Whether MLflow answered, and the answer will be the same the next time."""
-    return getattr(error, "error_code", None) in REFUSALS
-
-
-def first_line(error: BaseException) -> str:
-    """The reason in short: the system's own words where a request wraps them, else the first line."""
-    if found := re.search(r"\[Errno -?\d+\] ([^\"')]+)", str(error)):
-        return found[1]
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def quiet() -> None:
-    """MLflow announces each table that it creates; a study has better things to say."""
-    import logging
-
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # what it raises is told in our words

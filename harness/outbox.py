@@ -84,7 +84,7 @@ class Courier:
         """Have it done soon, after everything that was added before."""
         with self._starting:
             self._outbox.waiting.append(operation)
-            if self._thread is None or not self._thread.is_alive():
+            if self._thread is None or not self._thread.is_alive():  # not alive: the process was forked
                 self._thread = threading.Thread(target=self._work, name="outbox", daemon=True)
                 self._thread.start()
 
@@ -97,18 +97,26 @@ class Courier:
     def flush(self) -> bool:
         """Try what waits, now; whether all of it is done. Raises what `check` does."""
         with self._running:
-            self.check()
-            return self._outbox.flush()
+            done = self._outbox.flush()
+        self.check()
+        return done
+
+    def stop(self) -> None:
+        """Leave what waits where it is; the next `add` or `flush` goes on."""
+        with self._starting:
+            self._thread = None
 
     def _work(self) -> None:
         while True:
             time.sleep(max(GATHERING_SECONDS, self._outbox.pause()))
             with self._running:
+                if threading.current_thread() is not self._thread:
+                    return  # stopped
                 try:
                     self._outbox.attempt()
-                except Exception as error:  # the thread has nobody to raise it to
+                except Exception as error:  # noqa: BLE001  it is raised where somebody can hear it: in `check`
                     self._mistake = self._mistake or error
             with self._starting:
-                if not self._outbox.waiting:
+                if not self._outbox.waiting and threading.current_thread() is self._thread:
                     self._thread = None
                     return

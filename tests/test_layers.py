@@ -15,7 +15,7 @@ HARNESS = PROJECT / "harness"
 
 # Lowest first; `config` stands on `errors` and `space`.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "results", "seeds", "space", "config", "interrupt", "environment", "outbox", "files"),
+    ("errors", "results", "seeds", "space", "config", "interrupt", "environment", "outbox", "files", "mlflow_library"),
     ("data", "models", "optim", "engine", "search", "database"),
     ("trainer", "auto"),
     ("experiment", "checkpoint", "features"),
