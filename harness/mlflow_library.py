@@ -43,7 +43,10 @@ def first_line(error: BaseException) -> str:
     """The reason in short: the system's own words where a request wraps them, else the first line."""
     if found := re.search(r"\[Errno -?\d+\] ([^\"')]+)", str(error)):
         return found[1]
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return next(
+        (line for line in lines if not line.startswith("(raised as a result of")), lines[0]
+    )  # SQLAlchemy's aside
 
 
 def let_commits_return() -> None:
