@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import _thread
+import threading
+import time
+from collections.abc import Callable
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from harness import outbox
-from harness.outbox import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, Away, Outbox
+from harness.outbox import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, Away, Courier, Outbox
 
 
 class Service:
@@ -217,3 +222,103 @@ class OutboxMachine(RuleBasedStateMachine):
 
 TestAnyMixture = OutboxMachine.TestCase
 TestAnyMixture.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+# -- emptied by a thread -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def courier(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> Courier:
+    monkeypatch.setattr(outbox, "GATHERING_SECONDS", 0.01)
+    monkeypatch.setattr(outbox, "FIRST_PAUSE_SECONDS", 0.05)
+    return Courier(Outbox(said.append, "The service"))
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+
+
+def courier_threads() -> int:
+    return sum(thread.name == "outbox" for thread in threading.enumerate())
+
+
+def test_what_is_added_is_done_in_order_without_anybody_waiting_for_it(courier: Courier) -> None:
+    service, free = Service(), threading.Event()
+    courier.add(lambda: (free.wait(20), service.take(0))[1])
+    for number in range(1, 50):
+        courier.add(lambda number=number: service.take(number))  # type: ignore[misc]
+    assert service.arrived == []
+    free.set()
+    until(lambda: len(service.arrived) == 50)
+    assert service.arrived == list(range(50))
+    until(lambda: not courier_threads())  # none is left when nothing waits
+    courier.add(lambda: service.take(50))
+    until(lambda: 50 in service.arrived)
+
+
+def test_a_flush_waits_for_what_runs_and_does_the_rest(courier: Courier) -> None:
+    service = Service()
+    courier.add(lambda: (time.sleep(0.2), service.take(0))[1])
+    time.sleep(0.1)  # it runs
+    for number in range(1, 20):
+        courier.add(lambda number=number: service.take(number))  # type: ignore[misc]
+    assert courier.flush()
+    assert service.arrived == list(range(20))
+
+
+def test_a_service_that_is_back_is_noticed_by_itself(courier: Courier, said: list[str]) -> None:
+    service = Service()
+    service.answers = False
+    courier.add(lambda: service.take(0))
+    until(lambda: said)
+    assert not courier.flush()
+    service.answers = True
+    until(lambda: service.arrived)
+    until(lambda: len(said) == 2)
+    assert "answers again" in said[1]
+
+
+@pytest.mark.parametrize("hear", ["check", "flush"])
+def test_a_mistake_in_the_thread_is_raised_once_and_what_follows_is_done(courier: Courier, hear: str) -> None:
+    service = Service()
+    courier.add(lambda: service.take(0))
+    courier.add(lambda: 1 // 0)  # type: ignore[arg-type,return-value]
+    courier.add(lambda: service.take(1))
+    until(lambda: len(service.arrived) == 2)
+    with pytest.raises(ZeroDivisionError):
+        getattr(courier, hear)()
+    courier.check()
+    assert courier.flush()
+
+
+def test_stopped_it_keeps_what_waits_and_goes_on_when_asked_to(courier: Courier, said: list[str]) -> None:
+    service = Service()
+    service.answers = False
+    courier.add(lambda: service.take(0))
+    until(lambda: said)
+    courier.stop()
+    service.answers = True
+    until(lambda: not courier_threads())
+    assert service.arrived == []
+    courier.add(lambda: service.take(1))
+    until(lambda: service.arrived == [0, 1])
+
+
+def test_ctrl_c_while_a_flush_waits_loses_nothing(courier: Courier) -> None:
+    service = Service()
+    courier.add(lambda: (time.sleep(0.4), service.take(0))[1])
+    courier.add(lambda: service.take(1))
+    time.sleep(0.1)
+
+    def flush_for_ever() -> None:
+        while True:
+            courier.flush()
+
+    threading.Timer(0.1, _thread.interrupt_main).start()
+    with pytest.raises(KeyboardInterrupt):
+        flush_for_ever()
+    assert courier.flush()
+    assert service.arrived == [0, 1]

@@ -5,9 +5,14 @@ from __future__ import annotations
 import ast
 import os
 import shutil
+import signal
+import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ import pytest
 
 from harness.config import Study
 from harness.errors import InputError
-from harness.mlflow_places import check_writable, local_tracker, local_uri
+from harness.mlflow_places import check_writable, local_tracker, local_uri, tracker_at
 from harness.mlflow_tracker import MLflowTracker
 from harness.results import Completed, Diverged, Failed, Pruned, TrialOutcome
 from harness.search import no_pruning
@@ -290,6 +295,136 @@ def test_a_fresh_study_of_the_same_name_has_runs_of_its_own(
     found = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
     assert len({run.data.tags["harness.study_uid"] for run in found}) == 2
     assert len(found) == 5 + 2
+
+
+# -- written by a thread -------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_is_seen_within_five_seconds_while_the_next_one_trains(
+    study: Study, store: Store, mlruns: Path
+) -> None:
+    tracker = local_tracker(mlruns)
+    tracker.start(study, store, {})
+    log = tracker.run(trial_key(0), study.train, {})
+    for epoch in (1, 2):
+        before = time.monotonic()
+        log.epoch(epoch_result(epoch, 0.5))
+        assert time.monotonic() - before < 0.1, "the training waits for nothing"
+        while epoch not in (steps_of(mlruns, runs["trial-0"]) if "trial-0" in (runs := runs_of(mlruns)) else []):
+            assert time.monotonic() - before < 5
+            time.sleep(0.05)
+    tracker.interrupt()
+
+
+def test_more_epochs_than_one_request_takes_are_there_whole(study: Study, store: Store, mlruns: Path) -> None:
+    tracker = local_tracker(mlruns)
+    tracker.start(study, store, {})
+    log = tracker.run(trial_key(0), study.train, {})
+    for epoch in range(1, 261):
+        log.epoch(epoch_result(epoch, 0.5))
+    log.end("complete")
+    assert tracker.finish({}, [], "complete")
+    for metric in ("train_loss", "val_accuracy", "lr"):
+        assert steps_of(mlruns, runs_of(mlruns)["trial-0"], metric) == list(range(1, 261))
+
+
+def test_a_mistake_in_the_thread_is_no_fault_of_a_trial_and_is_raised(
+    study: Study, store: Store, mlruns: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.outbox.GATHERING_SECONDS", 0.0)
+    tracker, done = local_tracker(mlruns), threading.Event()
+    tracker.start(study, store, {})
+    log = tracker.run(trial_key(0), study.train, {})
+    tracker.tell(lambda: 1 // 0)
+    tracker.tell(done.set)
+    assert done.wait(20)
+    log.epoch(epoch_result(1, 0.5))
+    log.end("complete")
+    with pytest.raises(ZeroDivisionError):
+        tracker.run(trial_key(1), study.train, {})
+    assert tracker.finish({}, [], "complete")
+    assert steps_of(mlruns, runs_of(mlruns)["trial-0"]) == [1]
+
+
+def test_an_interruption_writes_what_waits(
+    study: Study, store: Store, mlruns: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.outbox.GATHERING_SECONDS", 60.0)
+    tracker = local_tracker(mlruns)
+    tracker.start(study, store, {})
+    run_trial(study, store, tracker, Completed(value=0.6))
+    run_trial(study, store, tracker, Completed(value=0.6), epochs=2, dies="tell")
+    assert set(runs_of(mlruns)) == {"study"}
+    tracker.interrupt()
+    runs = runs_of(mlruns)
+    assert steps_of(mlruns, runs["trial-0"]) == [1, 2, 3]
+    assert steps_of(mlruns, runs["trial-1"]) == [1, 2]
+    assert {key: run.info.status for key, run in runs.items()} == {
+        "study": "KILLED",
+        "trial-0": "FINISHED",
+        "trial-1": "KILLED",
+    }
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from harness import outbox
+from harness.results import Completed
+from harness.search import no_pruning
+from harness.storage import open_store
+from harness.mlflow_places import local_tracker
+from tests.conftest import make_study
+from tests.test_tracking import run_trial
+
+place = Path(sys.argv[1])
+study = make_study("cache", pruner=no_pruning())
+with open_store(study, f"sqlite:///{place}/tiny.db") as store:
+    tracker = local_tracker(place / "mlruns")
+    tracker.start(study, store, {})
+    run_trial(study, store, tracker, Completed(value=0.6), dies="tell")
+    tracker.flush()
+    outbox.GATHERING_SECONDS = 60.0
+    for dies in ("", "end", "tell"):
+        run_trial(study, store, tracker, Completed(value=0.6), dies=dies)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_waits_when_the_process_is_killed_is_written_at_the_next_start(
+    study: Study, mlruns: Path, tmp_path: Path
+) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    # The first trial was resumed within that process: three epochs of it are in MLflow, its end is not, nor the others.
+    assert {key: run.info.status for key, run in runs_of(mlruns).items()} == {"study": "RUNNING", "trial-0": "RUNNING"}
+    with open_store(study, f"sqlite:///{tmp_path}/tiny.db") as store:
+        tracker = local_tracker(mlruns)
+        tracker.start(study, store, {})
+        run_trial(study, store, tracker, Completed(value=0.6))
+        assert tracker.finish({}, [], "complete")
+        assert store.finished() == 3
+    runs = runs_of(mlruns)
+    assert set(runs) == {"study", "trial-0", "trial-1", "trial-2"}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    for key in ("trial-0", "trial-1", "trial-2"):
+        for metric in ("train_loss", "val_accuracy"):
+            assert steps_of(mlruns, runs[key], metric) == [1, 2, 3], key
+
+
+def test_the_local_database_is_in_wal_mode_and_a_given_one_stays_as_it_is(mlruns: Path, empty_mlflow: Path) -> None:
+    def journal(file: Path) -> str:
+        with closing(sqlite3.connect(file)) as connection:
+            return str(connection.execute("PRAGMA journal_mode").fetchone()[0])
+
+    given = mlruns / "given.db"
+    shutil.copy(empty_mlflow, given)
+    with closing(sqlite3.connect(given)) as connection:
+        connection.execute("PRAGMA journal_mode=DELETE")
+    local_tracker(mlruns).connect()
+    tracker_at(f"sqlite:///{given}").connect()
+    assert journal(mlruns / "mlflow.db") == "wal"
+    assert journal(given) == "delete"
 
 
 # -- where it cannot be written ------------------------------------------------------------------------------------

@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from harness import mlflow_tracker, tracking
 from harness.config import Study
@@ -16,9 +18,20 @@ from harness.tracking import NoTracker, Tracker, trial_key
 from tests.analytic import epoch_result, memory_store
 from tests.conftest import make_study
 
+NOTHING: dict[str, list[int]] = {"val_accuracy": [], "test_accuracy": []}
+Seen = dict[str, tuple[str, dict[str, list[int]]]]  # by key: the state, and the steps of two metrics
+
 
 class TrackerContract:
-    """Subclass it with a `tracker` fixture."""
+    """Subclass it with a `tracker` fixture, and say in `seen` what a reader of the tracker finds."""
+
+    def seen(self, tracker: Any, study: Study, store: Store) -> Seen | None:
+        """All of the study's runs; None when the tracker keeps nothing."""
+        raise NotImplementedError
+
+    def assert_seen(self, expected: Seen, tracker: Any, study: Study, store: Store) -> None:
+        found = self.seen(tracker, study, store)
+        assert found is None or found == expected
 
     @pytest.fixture
     def study(self) -> Study:
@@ -51,16 +64,24 @@ class TrackerContract:
             log.end(state)
         (tmp_path / "report").mkdir()
         (tmp_path / "report" / "report.html").write_text("<html></html>")
-        tracker.finish({"best_val_accuracy": 0.5}, [tmp_path / "report"], "complete")
+        assert tracker.finish({"best_val_accuracy": 0.5}, [tmp_path / "report"], "complete")
+        once = {"val_accuracy": [1], "test_accuracy": [1]}
+        states = ("complete", "pruned", "diverged", "failed")
+        expected = {trial_key(number): (state, once) for number, state in enumerate(states)}
+        self.assert_seen({"study": ("complete", NOTHING), **expected}, tracker, study, store)
 
     def test_it_can_be_interrupted_at_any_time(self, tracker: Tracker, study: Study, store: Store) -> None:
         tracker.interrupt()
         tracker.start(study, store, {})
         tracker.interrupt()
         tracker.start(study, store, {})
-        tracker.run(trial_key(0), study.train, {})
+        log = tracker.run(trial_key(0), study.train, {})
+        log.epoch(epoch_result(1, 0.5))
         tracker.interrupt()
         tracker.interrupt()
+        interrupted = {"val_accuracy": [1], "test_accuracy": []}
+        expected: Seen = {"study": ("interrupted", NOTHING), trial_key(0): ("interrupted", interrupted)}
+        self.assert_seen(expected, tracker, study, store)
 
     def test_a_run_can_be_taken_up_again(self, tracker: Tracker, study: Study, store: Store) -> None:
         for _ in range(2):
@@ -68,13 +89,18 @@ class TrackerContract:
             log = tracker.run(trial_key(0), study.train, {"harness.kind": "trial"})
             log.epoch(epoch_result(1, 0.5))
         log.end("complete")
-        tracker.finish({}, [], "complete")
+        assert tracker.finish({}, [], "complete")
+        once = {"val_accuracy": [1], "test_accuracy": []}
+        self.assert_seen({"study": ("complete", NOTHING), trial_key(0): ("complete", once)}, tracker, study, store)
 
 
 class TestNoTracker(TrackerContract):
     @pytest.fixture
     def tracker(self) -> Tracker:
         return NoTracker()
+
+    def seen(self, tracker: Any, study: Study, store: Store) -> Seen | None:
+        return None
 
 
 class TestMLflowTracker(TrackerContract):
@@ -86,6 +112,19 @@ class TestMLflowTracker(TrackerContract):
     @pytest.fixture
     def tracker(self, mlruns: Path) -> Tracker:
         return local_tracker(mlruns)
+
+    def seen(self, tracker: Any, study: Study, store: Store) -> Seen | None:
+        client = MlflowClient(tracker.uri)
+        query = f"tags.`harness.study_uid` = '{store.attribute('uid')}'"
+        runs = client.search_runs([client.get_experiment_by_name(study.name).experiment_id], query)
+        assert len({run.data.tags["harness.key"] for run in runs}) == len(runs)
+        return {
+            run.data.tags["harness.key"]: (
+                run.data.tags["harness.state"],
+                {name: [each.step for each in client.get_metric_history(run.info.run_id, name)] for name in NOTHING},
+            )
+            for run in runs
+        }
 
 
 def test_every_tracker_of_the_module_is_held_to_the_contract() -> None:
