@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sqlite3
@@ -60,11 +61,12 @@ def let_commits_return() -> None:
 
 
 def _synchronous_normal(connection: Any, _record: Any) -> None:
-    if isinstance(connection, sqlite3.Connection):
-        cursor = connection.cursor()
+    if not isinstance(connection, sqlite3.Connection):
+        return
+    # A file that is no database is MLflow's to name: raised here, it would be tried again for minutes.
+    with contextlib.suppress(sqlite3.DatabaseError), contextlib.closing(connection.cursor()) as cursor:
         if cursor.execute("PRAGMA journal_mode").fetchone() == ("wal",):
             cursor.execute("PRAGMA synchronous=NORMAL")
-        cursor.close()
 
 
 def quiet() -> None:
