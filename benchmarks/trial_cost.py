@@ -11,7 +11,6 @@ suggested parameters, and a log_metric for each value. Times are from the first 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import sqlite3
 import tempfile
 import time
@@ -52,20 +51,21 @@ def epoch_result(trial: int, epoch: int) -> EpochResult:
 
 
 @cache
-def empty_mlflow() -> Path:
-    """A new MLflow database as MLflow makes it, which takes seconds."""
-    folder = Path(tempfile.mkdtemp(prefix="trial-cost-"))
-    local_tracker(folder)
-    with closing(sqlite3.connect(folder / "mlflow.db")) as connection:
-        assert connection.execute("PRAGMA journal_mode=DELETE").fetchone() == ("delete",)
-    return folder / "mlflow.db"
+def empty_mlflow() -> bytes:
+    """A new MLflow database as MLflow makes it, which takes seconds; the harness changes its journal, the peer not."""
+    with tempfile.TemporaryDirectory(prefix="trial-cost-") as folder:
+        file = Path(folder) / "mlflow.db"
+        local_tracker(file.parent)
+        with closing(sqlite3.connect(file)) as connection:
+            assert connection.execute("PRAGMA journal_mode=DELETE").fetchone() == ("delete",)
+        return file.read_bytes()
 
 
 @contextmanager
 def place() -> Iterator[Path]:
     """A folder with an empty MLflow database."""
     with tempfile.TemporaryDirectory(prefix="trial-cost-") as folder:
-        shutil.copy(empty_mlflow(), folder)
+        (Path(folder) / "mlflow.db").write_bytes(empty_mlflow())
         yield Path(folder)
 
 
