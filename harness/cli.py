@@ -220,6 +220,7 @@ def _reproduce(args: argparse.Namespace) -> int:
     from harness.data.tensors import prepare
     from harness.experiment import decide_runtime
     from harness.reproduce import explanation, reproduce
+    from harness.running import keep_imports
 
     found = catalogue.find(args.study)
     study = found.study.located(found.home, args.data_root, args.device)
@@ -232,6 +233,7 @@ def _reproduce(args: argparse.Namespace) -> int:
         runtime = decide_runtime(study.train, store.attribute("runtime"))
         content = {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
         storage.as_begun(study, store, content)
+    keep_imports()
     trial, same = trials[args.trial], True
     for each in reproduce(study, trial, runtime):
         print(each.line(), flush=True)
