@@ -58,11 +58,7 @@ def _stopped(code: int) -> int:
 
 
 def keep_imports() -> None:
-    """Turn garbage collection on, for what comes from here on.
-
-    The commands start without it: looking through everything that torch, torchvision, Optuna and MLflow import took 1.0
-    of 4.4 s, and again 0.5 s at the end (benchmarks/start.py).
-    """
+    """Turn garbage collection on for what comes from here on; `cli.process` starts without it."""
     if not gc.isenabled():
         gc.freeze()
         gc.enable()
@@ -89,7 +85,8 @@ def _run(args: argparse.Namespace) -> int:
     url = args.storage or found.storage_url
     database.check_database(url)
     database.check_writable(database.sqlite_file(url))
-    if not args.fresh and storage.exists(study.name, url):
+    begun = not args.fresh and storage.exists(study.name, url)
+    if begun:
         # Without --data-root nothing says that the images are others; to look would take longer than the answer.
         content = _prepare(study) if args.data_root else None
         storage.compare(study, url, content)
@@ -99,10 +96,10 @@ def _run(args: argparse.Namespace) -> int:
                 print(f"Nothing is missing: {store.finished()} trials are finished (asked for: {study.trials}).")
                 print(report.summary(study.name, store, uri_of(args.tracking_uri, found.mlruns)))
                 return _ended(store)
-    return _run_what_is_missing(args, found, study, url)
+    return _run_what_is_missing(args, found, study, url, begun)
 
 
-def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, url: str) -> int:
+def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, url: str, begun: bool) -> int:
     from harness import storage
     from harness.display import StudyConsole
     from harness.engine import find_device
@@ -120,7 +117,7 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
     with console.status("Looking at the images (the first time they are decoded and cached) …"):
         content = _prepare(study)
     tracker = tracker_for(args.tracking_uri, found.mlruns)
-    if args.fresh or not storage.exists(study.name, url):  # one that has begun goes on without MLflow, too
+    if not begun:  # one that has begun goes on without MLflow, too
         tracker.check()
     if args.fresh:
         folders = (found.beside(url, suffix) for suffix in (".model", ".checkpoints", ".report"))

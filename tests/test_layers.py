@@ -150,4 +150,13 @@ def test_show_answers_without_torch_and_mlflow(workspace: Path) -> None:
             "assert main(['show', 'demo', '--json']) == 0",
         ]
     )
-    assert not imported_by(code, workspace) & {"torch", "torchvision", "mlflow"}
+    assert not imported_by(code, workspace) & {
+        "torch",
+        "torchvision",
+        "mlflow",
+        "scipy",
+        "pandas",
+        "plotly",
+        "PIL",
+        "rich",
+    }
