@@ -1,8 +1,8 @@
 """How long the commands take to begin, against importing their libraries: `python -m benchmarks.start`
 
 The peer is a fresh process that imports torch, torchvision, optuna and mlflow and ends. Against it: `--help`, `show` on
-a study that has begun, and the demo study from the command to the end of its first training step: with nothing there but
-the decoded images, a new study where MLflow's database is there, and an interrupted one.
+a study that has begun, and the demo study from the command to the end of its first training step: with nothing there
+but the decoded images, a new study where MLflow's database is there, and an interrupted one.
 """
 
 from __future__ import annotations
