@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import PROJECT
+from tests.small import study_in
 
 HARNESS = PROJECT / "harness"
 
@@ -160,3 +161,24 @@ def test_show_answers_without_torch_and_mlflow(workspace: Path) -> None:
         "PIL",
         "rich",
     }
+
+
+def test_garbage_is_collected_while_a_study_trains(tmp_path: Path, image_cache: Path) -> None:
+    """Commands start without collecting what imports leave behind."""
+    study_in(tmp_path, image_cache)
+    code = "\n".join(
+        [
+            "import atexit, gc",
+            "from harness.cli import process",
+            "atexit.register(lambda: print(gc.isenabled()))",
+            "process(['run', '--study', 'tiny', '--trials', '1'])",
+        ]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(PROJECT)!r})\n{code}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "True"
