@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from harness import trainer
 from harness.config import OptimConfig, Study
+from harness.data import augment
 from harness.engine import accumulate_gradient
 from harness.mlflow_places import local_tracker
 from harness.results import EpochEnded, Event, TrialEnded
@@ -91,8 +91,8 @@ def told_of(place: Path, number: int = 0) -> dict[str, Any]:
 def test_pixels_without_numbers_end_the_trial_in_its_first_epoch(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    augment = trainer.augment
-    monkeypatch.setattr("harness.trainer.augment", lambda *arguments: augment(*arguments) * math.nan)
+    plain = augment.augment
+    monkeypatch.setattr(augment, "augment", lambda *arguments: plain(*arguments) * math.nan)
     trials = complete(study, tmp_path, look=trials_of)
     assert [(trial.state, len(trial.epochs), trial.value) for trial in trials] == [("diverged", 0, None)] * 3
     assert (told_of(tmp_path)["epoch"], told_of(tmp_path)["step"]) == (1, 1)
