@@ -331,6 +331,8 @@ def _check_definition(study: Study, store: Store, content: Mapping[str, str] | N
         store.set_attribute("definition", now)
         return
     unknown = {path for path in stored if path.startswith("content of ")} if content is None else set()
+    if now["engine.compile"] != "on":  # studies from before there was a choice go on uncompiled
+        unknown |= {"engine.compile"} - stored.keys()
     differing = [path for path in {**stored, **now} if stored.get(path) != now.get(path) and path not in unknown]
     if differing:
         changes = "; ".join(f"{path} was {stored.get(path)!r}, is {now.get(path)!r}" for path in differing)

@@ -38,7 +38,7 @@ def make_study(cache: Path | str, **changes: Any) -> Study:
             data=Garden(train_per_class=2, val_per_class=2, test_per_class=2, cache=str(cache)),
             backbone=TinyMaxViT(pretrained=False, hidden=(16,)),
             optim=OptimConfig(base_lr=1e-3, depth_lr_mult=0.5),
-            engine=EngineConfig(device="cpu", precision="fp32", channels_last="off"),
+            engine=EngineConfig(device="cpu", precision="fp32", channels_last="off", compile="off"),
             batch_size=16,
             epochs=2,
         ),

@@ -23,7 +23,7 @@ STUDY = Study(
         data=ImageFolder(root="pictures", image_size=64, stored_size=72),
         backbone=TinyMaxViT(pretrained=False, hidden=()),
         optim=OptimConfig(base_lr=1e-3, depth_lr_mult=0.5),
-        engine=EngineConfig(device="cpu", precision="fp32", channels_last="off"),
+        engine=EngineConfig(device="cpu", precision="fp32", channels_last="off", compile="off"),
         epochs=1,
     ),
     space={"optim.base_lr": Float(1e-4, 1e-2, log=True)},

@@ -34,7 +34,7 @@ STUDY = Study(
         data=Garden(train_per_class=2, val_per_class=2, test_per_class=2),
         backbone=TinyMaxViT(hidden=(16,)),
         optim=OptimConfig(base_lr=1e-3, depth_lr_mult=0.5),
-        engine=EngineConfig(precision="fp32", channels_last="on"),
+        engine=EngineConfig(precision="fp32", channels_last="on", compile="off"),
         epochs=3,
     ),
     space={

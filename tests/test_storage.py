@@ -332,6 +332,18 @@ def test_another_base_is_refused_and_its_fields_are_named(tmp_path: Path) -> Non
     assert "base_lr" not in str(caught.value)
 
 
+def test_a_study_from_before_there_was_compiling_goes_on_unless_it_is_asked_for(tmp_path: Path) -> None:
+    url = url_of(tmp_path / "tiny.db")
+    with open_store(searching(), url) as store:
+        old = {path: value for path, value in store.attribute("definition").items() if path != "engine.compile"}
+        store.set_attribute("definition", old)
+    with open_store(searching().with_settings(["engine.compile=auto"]), url):
+        pass
+    asked = searching().with_settings(["engine.compile=on"])
+    with pytest.raises(InputError, match="engine.compile"), open_store(asked, url):
+        pass
+
+
 def test_the_number_of_trials_and_the_places_may_change(tmp_path: Path) -> None:
     url = url_of(tmp_path / "tiny.db")
     with open_store(searching(), url) as store:
