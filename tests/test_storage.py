@@ -340,7 +340,7 @@ def test_a_study_from_before_there_was_compiling_goes_on_unless_it_is_asked_for(
     with open_store(searching().with_settings(["engine.compile=auto"]), url):
         pass
     asked = searching().with_settings(["engine.compile=on"])
-    with pytest.raises(InputError, match="engine.compile"), open_store(asked, url):
+    with pytest.raises(InputError, match=r"engine\.compile"), open_store(asked, url):
         pass
 
 
