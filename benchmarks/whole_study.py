@@ -6,8 +6,8 @@ each, then the best retrained on train and validation photographs with one seed,
 the same files for all, 20 classes of ten a split. With MaxViT-T it is one configuration and one epoch of 68 a split.
 
 The peers are in benchmarks/peers; for Lightning and Ray, `pip install -e ".[bench]"`. Ray runs two trials at a time,
-one core each, which is faster for it than one on both cores. The harness chooses its precision itself ("auto"); the
-peers run in fp32, torch's default, as scripts for a CPU do.
+one core each. The harness chooses its precision itself ("auto"); the peers run in fp32, torch's default, as scripts for
+a CPU do.
 """
 
 from __future__ import annotations
