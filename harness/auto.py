@@ -97,7 +97,8 @@ def _step_seconds(
     """The seconds of three training steps; the first one warms up, and compiles `parts`."""
     with seeded(0, runtime.device):
         model = runtime.place(build())
-        compile_parts(model, parts)
+        if parts:
+            compile_parts(model, parts)
         batch = runtime.move(torch.randn(images, 3, image_size, image_size, device=runtime.device))
         labels = torch.zeros(images, dtype=torch.int64, device=runtime.device)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -167,12 +167,12 @@ def _watch(child: _Child) -> None:
         original(self)
         child.write("check", "done")
 
-    def replace_file(original: Any, path: Path, content: bytes) -> None:
+    def replace_file(original: Any, path: Path, *arguments: Any) -> None:
         checkpointing = path.parent.suffix == ".checkpoints"
         with child.span("writing a checkpoint" if checkpointing else f"writing {path.name}"):
             if checkpointing:
                 child.by("before writing")
-            original(path, content)
+            original(path, *arguments)
 
     def rename(original: Any, self: Path, target: Path) -> Any:
         checkpointing = self.suffix == ".partial" and self.parent.suffix == ".checkpoints"

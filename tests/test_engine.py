@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from harness.config import EngineConfig
 from harness.engine import Runtime, find_device, predict, train_step
 from harness.errors import InputError
 from harness.models.maxvit import TinyMaxViT
+from tests.conftest import PROJECT
 
 
 def runtime(bf16: bool = False, channels_last: bool = False) -> Runtime:
@@ -179,3 +183,37 @@ def test_training_goes_on_after_a_prediction() -> None:
         predict(model.eval(), batch()[0], where)
         loss, _ = step(model.train(), optimizer, where)
         assert torch.isfinite(loss)
+
+
+# --- what makes a CPU fast ---
+
+
+def test_a_strided_depthwise_convolution_computes_in_fp32_under_bf16_and_keeps_the_type() -> None:
+    conv = nn.Conv2d(4, 4, 3, stride=2, groups=4)
+    images = torch.randn(2, 4, 9, 9).bfloat16()
+    expected = conv(images.float())
+    placed = runtime(bf16=True).place(nn.Sequential(conv))
+    with runtime(bf16=True).autocast():
+        found = placed(images)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected.bfloat16())
+    assert list(placed.state_dict()) == ["0.weight", "0.bias"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of the GNU C library")
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise() -> None:
+    code = (
+        "import resource, torch\n"
+        "from harness.engine import keep_freed_memory\n"
+        "keep_freed_memory()\n"
+        "def faults():\n"
+        "    for _ in range(5): torch.ones(30_000_000)\n"  # 120 MB: 29,000 pages each
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "print(-faults() + faults())"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    kept, given_back = (
+        int(subprocess.check_output([sys.executable, "-c", code], env=each, cwd=PROJECT))
+        for each in (environment, {**environment, "MALLOC_TRIM_THRESHOLD_": "131072"})
+    )
+    assert kept < 10_000 < given_back
