@@ -216,4 +216,4 @@ def test_freed_memory_is_kept_unless_the_environment_says_otherwise() -> None:
         int(subprocess.check_output([sys.executable, "-c", code], env=each, cwd=PROJECT))
         for each in (environment, {**environment, "MALLOC_TRIM_THRESHOLD_": "131072"})
     )
-    assert kept < 10_000 < given_back
+    assert kept < given_back / 2
