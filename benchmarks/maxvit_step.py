@@ -1,14 +1,18 @@
 """How fast is a training step of MaxViT-T on a CPU? `python -m benchmarks.maxvit_step`
 
 The harness's step (what "auto" chooses for precision and memory layout, fused AdamW, gradient norm and clipping
-included) by turns with the plain one: eager fp32, torch's defaults, no clipping. Random images and weights.
+included) by turns with the plain one: eager fp32, torch's defaults, no clipping. Random images and weights. Each has a
+process of its own, for the harness changes how its process allocates memory; one waits while the other computes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 
 import torch
 import torch.nn.functional as F
@@ -80,13 +84,37 @@ def ours(images: int, runtime: Runtime) -> Callable[[], float]:
     return step
 
 
+def serve(channel: Connection, images: int, runtime: Runtime | None) -> None:
+    """A contestant's process: a step whenever it is asked for one. Without a runtime it is the plain one."""
+    step = plain(images) if runtime is None else ours(images, runtime)
+    while channel.recv():
+        channel.send(step())
+
+
+@contextmanager
+def contestant(images: int, runtime: Runtime | None) -> Iterator[Callable[[], float]]:
+    spawn = get_context("spawn")
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=serve, args=(there, images, runtime))
+    process.start()
+
+    def step() -> float:
+        here.send(True)
+        seconds: float = here.recv()
+        return seconds
+
+    yield step
+    here.send(False)
+    process.join()
+
+
 def compare(sizes: Sequence[int], rounds: int, runtime: Runtime) -> dict[int, float]:
     found = {}
     for images in sizes:
-        contestants = {"plain eager fp32": plain(images), "harness": ours(images, runtime)}
-        for step in contestants.values():
-            step()  # a warm-up
-        seconds = alternate(contestants, rounds)
+        with contestant(images, None) as one, contestant(images, runtime) as other:
+            contestants = {"plain eager fp32": one, "harness": other}
+            alternate(contestants, 1)  # a warm-up
+            seconds = alternate(contestants, rounds)
         gain = ratios(seconds["plain eager fp32"], seconds["harness"])
         found[images] = gain.median
         for name, each in seconds.items():
