@@ -50,21 +50,27 @@ def quick(name: str) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="compare the quick modes with their records")
     parser.add_argument("--record", action="store_true", help="keep what the quick modes give as records")
     parser.add_argument("names", nargs="*", metavar="NAME", help="scripts (default: all that have a quick mode)")
     args = parser.parse_args()
     known = scripts()
-    if unknown := [name for name in args.names if name not in known or not has_quick(name)]:
-        print(f"error: There is no quick mode of {unknown[0]!r}.", file=sys.stderr)
+    quick_ones = list(filter(has_quick, known))
+    if unknown := [name for name in args.names if name not in quick_ones]:
+        print(f"error: {unknown[0]!r} has no quick mode; these have: {', '.join(quick_ones)}.", file=sys.stderr)
+        return 2
+    if args.names and not (args.quick or args.record):
+        print(f"error: say --quick, or run `python -m benchmarks.{args.names[0]}`.", file=sys.stderr)
         return 2
     if not (args.quick or args.record):
         for name, line in known.items():
             print(f"{name:<18} {line}")
         return 0
     records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
-    names = args.names or list(filter(has_quick, known))
+    names = args.names or quick_ones
     if args.record:
         RECORDS.write_text(json.dumps(records | {name: recorded(name) for name in names}, indent=2) + "\n")
         return 0

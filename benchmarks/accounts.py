@@ -5,7 +5,10 @@ It imports nothing large, so that the imports that it counts are all of them.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,7 +17,7 @@ from benchmarks.clock import Clock
 
 PARTS = {  # of innermost names the time is counted; what is named nowhere is "the rest"
     "training steps": {"harness.trainer": ["train_step"]},
-    "augmentation": {"harness.trainer": ["augment"]},
+    "augmentation": {"harness.data.augment": ["augment"]},
     "validation": {"harness.trainer": ["evaluate"], "harness.final": ["evaluate"]},
     "loop around the steps": {"harness.objective": ["fit"], "harness.final": ["fit"]},
     "data: decoding and cache": {"harness.running": ["_prepare"]},
@@ -59,6 +62,7 @@ def study(folder: Path, arguments: list[str]) -> dict[str, float]:
     clock = Clock()
     clock.watch_imports()
     clock.watch_collector()
+    gc.disable()  # as harness.cli.process does
     from harness.cli import main as command
 
     for name, places in PARTS.items():
@@ -76,3 +80,5 @@ def child() -> None:
     began, folder = time.time(), Path(sys.argv[1])
     seconds = study(folder, sys.argv[2:])
     (folder / "seconds.json").write_text(json.dumps({"seconds": seconds, "began": began, "ended": time.time()}))
+    atexit._run_exitfuncs()  # the rest, too, as harness.cli.process does
+    os._exit(0)

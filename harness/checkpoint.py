@@ -68,7 +68,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if fingerprint(tensors, metadata["record"]) != metadata["sha256"]:
             raise Damaged(f"{path} is damaged (its checksum is wrong)")
         return tensors, json.loads(metadata["record"])
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:  # OSError: a folder of that name
         raise Damaged(f"{path} is damaged ({error})") from error
 
 

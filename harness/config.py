@@ -177,11 +177,13 @@ class TrainConfig:
         require(self.checkpoint_seconds >= 0, f"checkpoint_seconds must be 0 or more, not {self.checkpoint_seconds}.")
         require(0 <= self.label_smoothing < 1, f"label_smoothing must lie in 0..1, not {self.label_smoothing}.")
         if self.feature_views is not None:
-            require(self.feature_views >= 0, f"feature_views must be at least 0, or null, not {self.feature_views}.")
+            fits = 0 <= self.feature_views <= 1000
+            require(fits, f"feature_views must lie in 0..1000, or be null, not {self.feature_views}.")
             require(
                 self.optim.depth_lr_mult == 0,
-                "feature_views keeps the features of a frozen backbone: first set optim.depth_lr_mult to 0 (it is or "
-                f"may become {self.optim.depth_lr_mult:g}), in every trial, or leave feature_views null.",
+                "feature_views keeps the features of a frozen backbone, and optim.depth_lr_mult is or may become "
+                f"{self.optim.depth_lr_mult:g}: set it to 0 before feature_views and take it out of the study's space, "
+                "or leave feature_views null.",
             )
 
 

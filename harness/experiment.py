@@ -39,7 +39,7 @@ def assemble(config: TrainConfig, runtime: Runtime, seed: int) -> Training:
         val = body.as_they_are(load_split(config.data, "val", config.data.image_size))
     groups = parameter_groups(model, config.backbone.depths(config.optim.depth_by), config.optim)
     freeze(model, groups)
-    if runtime.compiled and config.optim.depth_lr_mult > 0:
+    if runtime.compiled and config.optim.depth_lr_mult > 0 and config.feature_views is None:
         # A frozen backbone would need graphs of its own, and saves its backward pass anyway.
         compile_parts(model, compilable(config))
     return Training(

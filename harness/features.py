@@ -14,7 +14,7 @@ import json
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -134,10 +134,11 @@ class FrozenBody:
         work = _Work(sum(_length(images, first) for path, images, _, first in parts if not path.exists()))
         found = []
         for path, images, view, first in parts:
-            features = _read(path)
+            place = {"of": path.parent.name, "first": first, "images": _length(images, first)}
+            features = _read(path, place)
             if features is None:
                 features = self._made(images, view, first)
-                write_tensors(path, {"features": features}, {"first": first}, f".{uuid.uuid4().hex}")
+                write_tensors(path, {"features": features}, place, f".{uuid.uuid4().hex}")
                 work.done(len(features))
             found.append(features)
         return torch.cat(found).unflatten(0, (len(versions), -1)).transpose(0, 1).contiguous().to(self._runtime.device)
@@ -173,15 +174,19 @@ def _length(images: ImageSet, first: int) -> int:
     return min(EVALUATION_BATCH, len(images) - first)
 
 
-def _read(path: Path) -> Tensor | None:
-    """The features of a file, None when it is not there or damaged; then it is named on stderr."""
+def _read(path: Path, place: Mapping[str, Any]) -> Tensor | None:
+    """The features of a file, None when it is not there, damaged or of another place; then it is named on stderr."""
     if not path.exists():
         return None
     try:
-        return read_tensors(path)[0]["features"]
-    except Damaged as error:
-        print(f"{error}; these features are computed again.", file=sys.stderr)
-        return None
+        tensors, record = read_tensors(path)
+        if record == place:
+            return tensors["features"]
+        error: Exception = Damaged(f"{path} belongs to other images")
+    except Damaged as damaged:
+        error = damaged
+    print(f"{error}; these features are computed again.", file=sys.stderr)
+    return None
 
 
 class _Work:

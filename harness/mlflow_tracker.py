@@ -262,6 +262,9 @@ class MLflowTracker:
                     return
                 self._runs = None
                 raise Away(first_line(error)) from error
+            except BaseException:  # cut off in the middle: whether a run was made must be asked
+                self._runs = None
+                raise
 
         self._outbox.add(attempt)
 

@@ -166,6 +166,8 @@ def _run_study(found: Found, study: Study, store: Store, tracker: MLflowTracker,
         highlight=False,
         soft_wrap=True,
     )
+    if runtime.compiled:
+        console.print("The model is compiled in its first steps; that takes minutes, once a process.")
     failure = None
     model_folder, report_folder, checkpoints = (
         found.beside(store.url, suffix) for suffix in (".model", ".report", ".checkpoints")

@@ -287,6 +287,18 @@ def test_a_damaged_file_is_named_and_made_again(cache: Path, capsys: pytest.Capt
     assert path.read_bytes() == content
 
 
+def test_a_whole_file_in_another_ones_place_is_not_taken(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = head_only(cache)
+    results = timeless(list(fit(assemble(config, CPU, 0))))
+    before = files(cache)
+    (one, (content, _)), (_, (other, _)) = list(before.items())[:2]
+    one.write_bytes(other)
+    capsys.readouterr()
+    assert timeless(list(fit(assemble(config, CPU, 0)))) == results
+    assert f"{one} belongs to other images" in capsys.readouterr().err
+    assert one.read_bytes() == content
+
+
 # --- the laws of every training ---
 
 
@@ -357,9 +369,9 @@ def test_a_study_begun_before_there_were_features_goes_on(tmp_path: Path, study:
 def test_features_of_a_backbone_that_learns_are_refused(image_cache: Path) -> None:
     frozen = head_only(image_cache)
     study = make_study(image_cache)
-    with pytest.raises(InputError, match=r"set optim\.depth_lr_mult to 0"):
+    with pytest.raises(InputError, match=r"optim\.depth_lr_mult is or may become 0\.5: set it to 0 before"):
         dataclasses.replace(study.train, feature_views=0)
-    with pytest.raises(InputError, match=r"set optim\.depth_lr_mult to 0 \(it is or may become 1\), in every trial"):
+    with pytest.raises(InputError, match=r"may become 1: .* take it out of the study's space"):
         dataclasses.replace(study, train=frozen)  # its space has multipliers
     space = {"optim.base_lr": Float(1e-4, 1e-2), "optim.depth_lr_mult": Choice((0.0,))}
     assert dataclasses.replace(study, train=frozen, space=space).train == frozen
@@ -371,9 +383,10 @@ def test_features_of_a_backbone_that_learns_are_refused(image_cache: Path) -> No
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["feature_views=4"], ["optim.depth_lr_mult to 0", "0.6"]),
-        (["optim.depth_lr_mult=0", "feature_views=4"], ["optim.depth_lr_mult to 0", "may become 1"]),
-        (["optim.depth_lr_mult=0", "feature_views=-1"], ["feature_views must be at least 0, or null, not -1"]),
+        (["feature_views=4"], ["optim.depth_lr_mult is or may become 0.6", "set it to 0 before"]),
+        (["optim.depth_lr_mult=0", "feature_views=4"], ["may become 1", "take it out of the study's space"]),
+        (["optim.depth_lr_mult=0", "feature_views=-1"], ["feature_views must lie in 0..1000, or be null, not -1"]),
+        (["optim.depth_lr_mult=0", "feature_views=1000000000"], ["feature_views must lie in 0..1000"]),
         (["feature_views=1.5"], ["feature_views must be a whole number or null, not 1.5"]),
         (["feature_views=true"], ["feature_views must be a whole number or null"]),
     ],
@@ -390,4 +403,4 @@ def test_a_study_file_that_searches_the_multiplier_is_refused(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     demo_with(workspace, "bad", "batch_size=24,", "batch_size=24,\n        feature_views=2,")
-    assert_refused(workspace, capsys, ["run", "--study", "bad"], ["bad.py", "optim.depth_lr_mult to 0"])
+    assert_refused(workspace, capsys, ["run", "--study", "bad"], ["bad.py", "optim.depth_lr_mult is or may become"])

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import uuid
 import warnings
@@ -30,6 +31,7 @@ from harness.config import Dataset
 from harness.errors import Halt, InputError
 from harness.files import replace_file, replacing
 
+KEY = re.compile("[0-9a-f]{32}")  # what `_digest` gives
 FORMAT = "1"  # raise it whenever the same images would give other arrays
 MAX_PIXELS = 100_000_000  # a small file can claim more than memory holds; the largest cameras take about this many
 warnings.filterwarnings(
@@ -57,7 +59,7 @@ def keyed(dataset: Dataset, items: Sequence[Any], sizes: Sequence[int]) -> dict[
     # A file name may hold bytes that are no UTF-8; Python shows them as lone surrogates.
     stamps = [dataset.stamp(item).encode(errors="surrogatepass") for item in items]
     remembered = {size: folder / f"{_digest([FORMAT, str(size)], stamps)}.key" for size in sizes}
-    before = {size: file.read_text(errors="replace") if file.exists() else "" for size, file in remembered.items()}
+    before = {size: _remembered(file) for size, file in remembered.items()}
     opened = {size: images for size, key in before.items() if key and (images := _open(folder, key)) is not None}
     keys = {size: before[size] for size in opened}
     missing = [size for size in sizes if size not in opened]
@@ -82,6 +84,12 @@ def keyed(dataset: Dataset, items: Sequence[Any], sizes: Sequence[int]) -> dict[
             opened[size] = images
         replace_file(remembered[size], keys[size].encode(), _mark())
     return {size: (keys[size], opened[size]) for size in sizes}
+
+
+def _remembered(file: Path) -> str:
+    """The key that a file holds; empty when there is none, or something else in it."""
+    text = file.read_text(errors="replace") if file.is_file() else ""
+    return text if KEY.fullmatch(text) else ""
 
 
 def _squares(image: Image.Image, sizes: Sequence[int]) -> list[NDArray[np.uint8]]:

@@ -200,6 +200,17 @@ def test_a_flipped_byte_is_named_once_and_the_array_made_again(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("text", ["x" * 5000, "../../elsewhere", ""])
+def test_a_key_file_with_something_else_in_it_is_as_none(photos: list[Path], cache: Path, text: str) -> None:
+    dataset = Photos(cache=str(cache))
+    right = decoded(dataset, photos, 16).copy()
+    (key,) = cache.glob("*.key")
+    before = key.read_text()
+    key.write_text(text)
+    np.testing.assert_array_equal(decoded(dataset, photos, 16), right)
+    assert key.read_text() == before
+
+
 def test_an_array_cut_short_is_made_again(photos: list[Path], cache: Path) -> None:
     dataset = Photos(cache=str(cache))
     right = decoded(dataset, photos, 16).copy()
