@@ -1,6 +1,6 @@
 """What a head-only study gains from kept features: seconds a trial, against the same trial through the whole model.
 
-    python -m benchmarks.head_only --data-root DIR [--trials 50] [--limit N]
+    python -m benchmarks.head_only --data-root DIR [--trials 50] [--limit N] [--views K]
 
 The study is studies/flowers102_head.py with MaxViT-T and random weights, for which the arithmetic is the same. The
 whole model's trial is extrapolated from its real steps (the backbone frozen, so without its gradient) and validation
@@ -37,8 +37,9 @@ ROUNDS = 3
 QUICK_DATA = ["data.train_per_class=8", "data.val_per_class=8", "data.test_per_class=1"]
 
 
-def full(data_root: str, trials: int, limit: int | None) -> None:
+def full(data_root: str, trials: int, limit: int | None, views: int | None) -> None:
     settings = ["backbone.pretrained=false", *([] if limit is None else [f"data.limit={limit}"])]
+    settings += [] if views is None else [f"feature_views={views}"]
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         study = catalogue.find("flowers102_head").study.with_settings(settings).located(home, data_root, "cpu")
@@ -175,5 +176,6 @@ if __name__ == "__main__":
             "--data-root": {"required": False, "default": "data", "help": "holds torchvision's flowers-102/"},
             "--trials": {"type": int, "default": 50},
             "--limit": {"type": int, "help": "at most that many images a split (default: all)"},
+            "--views": {"type": int, "help": "augmented views of a training image (default: the study's)"},
         },
     )

@@ -80,7 +80,8 @@ def compilable(config: TrainConfig) -> list[str]:
 
 def _work(config: TrainConfig, trials: int) -> Work:
     steps = trials * config.epochs * math.ceil(len(load_splits(config.data).train) / config.batch_size)
-    return Work(batch_size=config.batch_size, steps=steps, parts=compilable(config))
+    frozen = config.optim.depth_lr_mult == 0 or config.feature_views is not None
+    return Work(batch_size=config.batch_size, steps=steps, parts=[] if frozen else compilable(config))
 
 
 def decide_runtime(config: TrainConfig, kept: Mapping[str, Any] | None, trials: int = 0) -> Runtime:

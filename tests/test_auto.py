@@ -72,7 +72,8 @@ class DeepNet:
 @pytest.fixture
 def deep(image_cache: Path) -> Study:
     study = small_study(image_cache)
-    return dataclasses.replace(study, train=dataclasses.replace(study.train, backbone=DeepNet()))
+    engine = dataclasses.replace(study.train.engine, compile="auto")
+    return dataclasses.replace(study, train=dataclasses.replace(study.train, backbone=DeepNet(), engine=engine))
 
 
 def curve(study: Study, runtime: Runtime, **changes: Any) -> list[EpochResult]:
@@ -182,3 +183,10 @@ def test_compiling_without_a_compiler_is_an_input_error(tmp_path: Path, image_ca
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True)
     assert "engine.compile is on" in done.stdout, done.stdout + done.stderr
     assert "--set engine.compile=off" in done.stdout
+
+
+def test_a_frozen_backbone_is_never_compiled_on_trial(deep: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "LONG_ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr(auto, "compile_parts", lambda model, parts: pytest.fail("compiled"))
+    frozen = dataclasses.replace(deep.train, optim=dataclasses.replace(deep.train.optim, depth_lr_mult=0.0))
+    assert not decide_runtime(frozen, None, trials=3).compiled
