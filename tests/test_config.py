@@ -58,7 +58,7 @@ OTHER: dict[str, Any] = {
     "optim.clip_norm": None,
     "engine.precision": "bf16",
     "engine.channels_last": "on",
-    "engine.compile": "off",
+    "engine.compile": "on",
     "batch_size": 8,
     "epochs": 3,
     "label_smoothing": 0.0,
