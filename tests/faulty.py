@@ -20,7 +20,6 @@ from harness.config import Study
 from harness.data import tensors
 from harness.data.garden import Garden
 from harness.experiment import decide_runtime
-from harness.mlflow_tracker import MLflowTracker
 from harness.models.maxvit import with_head
 from harness.report import digest
 from harness.results import Event
@@ -99,8 +98,6 @@ def complete(
         runtime = decide_runtime(study.train, None)
         for event in run(study, store, tracker, runtime, place / "tiny.model", place / "tiny.checkpoints"):
             at(event)
-        if isinstance(tracker, MLflowTracker):
-            tracker.flush()  # a thread writes
         return look(store)
 
 

@@ -65,7 +65,8 @@ def test_a_trial_ends_with_the_epoch_in_which_its_numbers_ended(
 
     monkeypatch.setattr("harness.engine.accumulate_gradient", harmed)
     seen: list[Event] = []
-    trials = complete(study, tmp_path, local_tracker(mlruns), at=seen.append, look=trials_of)
+    tracker = local_tracker(mlruns)
+    trials = complete(study, tmp_path, tracker, at=seen.append, look=trials_of)
     assert [trial.state for trial in trials] == ["diverged", "complete", "complete"]
     assert [event.result.epoch for event in seen if isinstance(event, EpochEnded) and event.number == 0][:1] == [1]
     assert len(trials[0].epochs) == 1  # the second epoch, of two steps, had no numbers any more
@@ -75,6 +76,7 @@ def test_a_trial_ends_with_the_epoch_in_which_its_numbers_ended(
     assert described["lr"] == pytest.approx(study.train.optim.base_lr)  # the schedule's first step after the warm-up
     assert described["grad_norm"] is None  # no step of the epoch came before
     assert told.reason == "loss or gradient not finite at step 1 of epoch 2, learning rate 0.001"
+    assert tracker.flush()  # a thread writes
     run = runs_of(mlruns)["trial-0"]
     assert (run.info.status, run.data.tags["harness.state"]) == ("FAILED", "diverged")
 
@@ -142,6 +144,7 @@ def test_an_exception_fails_the_trial_and_its_traceback_is_kept_twice(
     assert [trial.state for trial in trials] == ["failed", "complete", "complete"]
     assert trials[0].reason == "ValueError: this cannot"
     assert "in breaks" in str(trials[0].traceback)
+    assert tracker.flush()  # a thread writes
     run = runs_of(mlruns)["trial-0"]
     assert (run.info.status, run.data.tags["harness.state"]) == ("FAILED", "failed")
     artifact = Path(run.info.artifact_uri.removeprefix("file://")) / "traceback.txt"
