@@ -1,6 +1,6 @@
 """What one GPU gives: images/s and MFU of MaxViT-T training, graphs compiled after trial 1, memory, a whole study.
 
-    python -m benchmarks.gpu                  on a GPU under 10 minutes; on a CPU the same with the tiny model
+    python -m benchmarks.gpu                  on a GPU; on a CPU the same with the tiny model
 
 Contestants take turns: eager fp32, eager bf16, timm's maxvit_tiny_rw_224 in bf16 (where timm is installed), and the
 harness's step (bf16, channels last, blocks compiled, fused AdamW, clipping). Images are noise on the device. The study

@@ -17,7 +17,7 @@ from torch import nn
 
 from harness.config import EngineConfig
 from harness.engine import Runtime, compile_parts, find_device, seeded, train_step
-from harness.errors import InputError
+from harness.errors import InputError, first_line
 
 # Another way must be this much faster than the plain one before "auto" takes it: timing noise must not decide, and
 # uncompiled fp32 is the arithmetic that everybody can repeat.
@@ -81,7 +81,7 @@ def _compiling_pays(runtime: Runtime, build: Callable[[], nn.Module], image_size
         compiled = dataclasses.replace(runtime, compiled=True)
         first, *later = _step_seconds(compiled, build, image_size, work.batch_size, work.parts)
     except RuntimeError as error:  # everything that torch's compilers raise is one
-        print(f"torch cannot compile it here ({_first_line(error)}); it runs uncompiled.", file=sys.stderr)
+        print(f"torch cannot compile it here ({first_line(error)}); it runs uncompiled.", file=sys.stderr)
         return False
     return pays(plain, min(later), first, work.steps)
 
@@ -117,10 +117,6 @@ def check_compiler(device: torch.device) -> None:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except RuntimeError as error:
         raise InputError(
-            f"engine.compile is on, and torch cannot compile here ({_first_line(error)}); "
+            f"engine.compile is on, and torch cannot compile here ({first_line(error)}); "
             "install what it misses, or begin the study with --set engine.compile=off."
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

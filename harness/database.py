@@ -20,7 +20,7 @@ import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import SQLAlchemyError
 
-from harness.errors import Halt, InputError, masked
+from harness.errors import Halt, InputError, first_line, masked
 from harness.files import replace_file
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ def outlast(url: str, operation: Callable[[], T]) -> T:
 def _cause(error: BaseException) -> str:
     """What the database itself said; Optuna and SQLAlchemy wrap it."""
     error = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ is not None else error
-    return _first_line(getattr(error, "orig", None) or error)
+    return first_line(getattr(error, "orig", None) or error)
 
 
 def _failed(url: str, cause: str) -> Halt:
@@ -122,7 +122,7 @@ def check_driver(url: str, option: str) -> None:
             f"{option} {url!r} needs the database driver {error.name}; install it with `pip install {package}`."
         ) from error
     except (SQLAlchemyError, ImportError, ValueError) as error:
-        raise InputError(f"{option} {url!r} cannot be opened: {_first_line(error)}; check the URL.") from error
+        raise InputError(f"{option} {url!r} cannot be opened: {first_line(error)}; check the URL.") from error
 
 
 def tables(file: Path, option: str) -> list[str]:
@@ -251,7 +251,3 @@ def held(file: Path | None, name: str) -> Iterator[None]:
     finally:
         pid.unlink(missing_ok=True)
         lock.release()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

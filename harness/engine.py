@@ -111,7 +111,7 @@ def compile_parts(model: nn.Module, parts: Iterable[str]) -> None:
     those that are there. What differs from trial to trial must therefore be a tensor, or lie outside of the parts: as
     the head does. Dropout and stochastic depth draw the same numbers as uncompiled.
     """
-    import torch._dynamo  # takes a second
+    import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     for part in parts:

@@ -34,3 +34,8 @@ class Halt(Exception):
 def no_room(error: BaseException) -> bool:
     """Whether the disk, the quota or the allowed file size is used up."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type when it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -39,7 +39,7 @@ def assemble(config: TrainConfig, runtime: Runtime, seed: int) -> Training:
         val = body.as_they_are(load_split(config.data, "val", config.data.image_size))
     groups = parameter_groups(model, config.backbone.depths(config.optim.depth_by), config.optim)
     freeze(model, groups)
-    if runtime.compiled and config.optim.depth_lr_mult > 0 and config.feature_views is None:
+    if runtime.compiled and config.optim.depth_lr_mult > 0:
         # A frozen backbone would need graphs of its own, and saves its backward pass anyway.
         compile_parts(model, compilable(config))
     return Training(
@@ -80,8 +80,8 @@ def compilable(config: TrainConfig) -> list[str]:
 
 def _work(config: TrainConfig, trials: int) -> Work:
     steps = trials * config.epochs * math.ceil(len(load_splits(config.data).train) / config.batch_size)
-    frozen = config.optim.depth_lr_mult == 0 or config.feature_views is not None
-    return Work(batch_size=config.batch_size, steps=steps, parts=[] if frozen else compilable(config))
+    parts = compilable(config) if config.optim.depth_lr_mult > 0 else []
+    return Work(batch_size=config.batch_size, steps=steps, parts=parts)
 
 
 def decide_runtime(config: TrainConfig, kept: Mapping[str, Any] | None, trials: int = 0) -> Runtime:

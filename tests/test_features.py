@@ -359,8 +359,9 @@ def test_a_study_begun_before_there_were_features_goes_on(tmp_path: Path, study:
     with open_store(study, url) as store:
         stored = store.attribute("definition")
         store.set_attribute("definition", {path: each for path, each in stored.items() if path != "feature_views"})
-    with open_store(study, url):
-        pass
+    with open_store(study, url) as store:
+        assert store.attribute("uid"), "the study that was there"
+        assert "feature_views" not in store.attribute("definition")
 
 
 # --- what is refused ---
