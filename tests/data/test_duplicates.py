@@ -1,0 +1,85 @@
+"""Images that lie in more than one split are found, by their bytes and by what they show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance
+
+from harness.config import SplitName
+from harness.data.drawing import DEMO_SPECIES, draw
+from harness.data.duplicates import find
+from harness.data.garden import Garden
+from harness.data.image_folder import ImageFolder
+from harness.data.tensors import items_of, load_split, load_test
+
+SIDE = 64
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> ImageFolder:
+    """Twelve drawn flowers; one lies in train and test, one in val is a darker, smaller copy of one in test."""
+    flowers = iter([draw(species, 0, 3 * SIDE) for species in DEMO_SPECIES[:12]])
+    for split in ("train", "valid", "test"):
+        for name in ("a", "b"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for number in range(2):
+                next(flowers).save(folder / f"{split}-{number}.png")
+    test = tmp_path / "test" / "a"
+    (tmp_path / "train" / "a" / "again.png").write_bytes((test / "test-0.png").read_bytes())
+    with Image.open(test / "test-1.png") as image:
+        smaller = image.resize((2 * SIDE, 2 * SIDE), Image.Resampling.BICUBIC)
+        ImageEnhance.Brightness(smaller).enhance(0.85).save(tmp_path / "valid" / "a" / "darker.jpg", quality=80)
+    return ImageFolder(root=str(tmp_path), image_size=SIDE, stored_size=SIDE + 8, cache=str(tmp_path / "cache"))
+
+
+def found(data: Any, cache: Path) -> dict[str, Any]:
+    images = {
+        "train": load_split(data, "train", data.stored_size).images,
+        "val": load_split(data, "val", data.image_size).images,
+        "test": load_test(data).images,
+    }
+    splits: dict[SplitName, Any] = {split: (items_of(data, split), images[split]) for split in ("train", "val", "test")}
+    return find(data, splits, cache)
+
+
+def test_a_copy_and_a_darker_smaller_one_are_named_and_nothing_else(photographs: ImageFolder, tmp_path: Path) -> None:
+    assert found(photographs, tmp_path / "kept") == {
+        "images": 14,
+        "exact": [["train/again.png", "test/test-0.png"]],
+        "near": [["val/darker.jpg", "test/test-1.png"]],
+    }
+
+
+def test_they_are_searched_once_for_the_same_images(photographs: ImageFolder, tmp_path: Path) -> None:
+    first = found(photographs, tmp_path / "kept")
+    (kept,) = (tmp_path / "kept" / "duplicates").iterdir()
+    kept.write_text(json.dumps(first | {"images": 99}))
+    assert found(photographs, tmp_path / "kept")["images"] == 99
+    (tmp_path / "test" / "a" / "test-0.png").write_bytes((tmp_path / "test" / "b" / "test-1.png").read_bytes())
+    load_test.__globals__["_load"].cache_clear()
+    again = found(photographs, tmp_path / "kept")
+    assert (again["images"], again["exact"]) == (14, [])
+
+
+def test_drawn_flowers_of_one_species_are_not_taken_for_the_same(tmp_path: Path) -> None:
+    data = Garden(train_per_class=8, val_per_class=8, test_per_class=8, cache=str(tmp_path))
+    assert found(data, tmp_path) == {"images": 384, "exact": [], "near": []}
+
+
+def test_pictures_of_one_colour_are_not_alike(tmp_path: Path) -> None:
+    """Nothing can be said about them, and nothing is divided by zero."""
+    data, plain = Garden(), torch.full((1, SIDE, SIDE, 3), 7, dtype=torch.uint8)
+    names = [data.samples(split)[0][0] for split in ("train", "val", "test")]
+    splits: dict[SplitName, Any] = {
+        split: ([item], plain + 40 * number)
+        for number, (split, item) in enumerate(zip(("train", "val", "test"), names, strict=True))
+    }
+    with np.errstate(all="raise"):
+        assert find(data, splits, tmp_path)["near"] == []
