@@ -1,0 +1,175 @@
+"""A page for people: drop a photograph, press Submit, see what the saved model takes it for.
+
+The page is Gradio's. Nothing leaves the machine: no analytics, no fonts or scripts from elsewhere (the browser is told
+to refuse them), and the photographs lie in a temporary folder that goes with the page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import InputError
+from harness.predict import TOP, Predictor
+
+if TYPE_CHECKING:
+    import gradio
+
+EXAMPLES = 8
+EXAMPLE_PIXELS = 384  # drawn flowers are drawn at this size, photographs reduced to it
+LARGEST_FILE = "50mb"
+# What the browser may load, and from where: this server. Gradio's page has its scripts and styles inline.
+POLICY = "default-src 'self' 'unsafe-inline' data: blob:; frame-ancestors 'none'"
+NOTE = "The examples are validation images of the study; a model whose final run trained on train+val has seen them."
+CSS = """
+.gradio-container { width: 100%; max-width: 960px !important; margin: 0 auto !important; }
+#answer .container { padding-top: 2.2em; }
+#answer .confidence-set, #answer .label { font-family: var(--font); }
+#answer .bar { height: 8px; border-radius: 4px; }
+#note p { font-weight: 600; margin: 0; }
+"""
+
+
+def check_installed() -> None:
+    """Raise InputError when Gradio is missing."""
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError('The demo page needs Gradio; install it with pip install -e ".[demo]".')
+
+
+def serve(predictor: Predictor, host: str, port: int) -> None:
+    """Show the page at http://host:port until the process is interrupted."""
+    with tempfile.TemporaryDirectory(prefix="flower-demo-") as folder:
+        # Both are read when Gradio is imported.
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
+        import gradio
+        import uvicorn
+        from fastapi import FastAPI
+
+        blocks = build_page(predictor, write_examples(predictor, Path(folder)))
+        app = gradio.mount_gradio_app(
+            FastAPI(openapi_url=None),
+            blocks,
+            path="/",
+            css=CSS,
+            theme=theme(),
+            footer_links=[],
+            max_file_size=LARGEST_FILE,
+            ssr_mode=False,
+        )
+        print(f"The page opens at http://{host}:{port} (Ctrl-C ends it).", flush=True)
+        # A browser keeps a connection open as long as it shows the page; one second is enough to take leave.
+        config = uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            log_level="warning",
+            headers=[("Content-Security-Policy", POLICY)],
+            timeout_graceful_shutdown=1,
+        )
+        uvicorn.Server(config).run()
+
+
+def write_examples(predictor: Predictor, folder: Path) -> list[Path]:
+    """A few validation images of the study as files in `folder`, each of another class; none where the data are not."""
+    config: Any = predictor.saved.config
+    data = dataclasses.replace(config.data, stored_size=max(EXAMPLE_PIXELS, config.data.stored_size))
+    files: list[Path] = []
+    try:
+        first = {label: item for item, label in reversed(data.samples("val"))}
+        labels = sorted(first)
+        for label in labels[:: -(-len(labels) // EXAMPLES)]:
+            image = data.open(first[label])
+            image.thumbnail((EXAMPLE_PIXELS, EXAMPLE_PIXELS))
+            image.save(folder / f"example {label + 1}.png")
+            files.append(folder / f"example {label + 1}.png")
+    except InputError as error:
+        print(f"The page has {len(files) or 'no'} examples: {error}", file=sys.stderr)
+    return files
+
+
+def theme() -> gradio.Theme:
+    """Gradio's look in the system's own fonts: named ones would be fetched from elsewhere."""
+    import gradio
+
+    return gradio.themes.Soft(
+        primary_hue="fuchsia",
+        neutral_hue="slate",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    ).set(  # Darker than by default: white letters on the button, and coloured ones on white, should be easy to read.
+        body_background_fill="*neutral_50",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        block_label_text_color="*primary_800",
+        block_title_text_color="*primary_800",
+    )
+
+
+def build_page(predictor: Predictor, examples: Sequence[Path]) -> gradio.Blocks:
+    """The page, ready to be served."""
+    import gradio
+
+    with gradio.Blocks(title="Which flower is this?", analytics_enabled=False) as blocks:
+        gradio.Markdown(_heading(predictor))
+        with gradio.Row():
+            with gradio.Column():
+                photograph = gradio.Image(
+                    label="Photograph",
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
+                    height=360,
+                    elem_id="photograph",
+                )
+                # Gradio would open the file first and answer a damaged one in words of its own.
+                photograph.preprocess = lambda payload: payload and payload.path
+                with gradio.Row():
+                    clear = gradio.Button("Clear", min_width=100)
+                    submit = gradio.Button("Submit", variant="primary", min_width=100)
+            with gradio.Column():
+                answer = gradio.Label(label="It is most likely", num_top_classes=TOP, elem_id="answer")
+                note = gradio.Markdown(elem_id="note")
+        if examples:
+            gradio.Examples([str(each) for each in examples], photograph, label="Examples", elem_id="examples")
+            gradio.Markdown(NOTE)
+        submit.click(_answering(predictor), photograph, [answer, note])
+        clear.click(lambda: (None, None, ""), None, [photograph, answer, note])
+    return blocks
+
+
+def _heading(predictor: Predictor) -> str:
+    description = predictor.saved.description
+    test, classes = description["test"], predictor.saved.classes
+    return (
+        f"# Which flower is this?\n\nDrop an image of a flower and press Submit. The model knows {len(classes)} kinds "
+        f"and was right on {test['accuracy'] * 100:.1f} % of the {test['total']:,} test images."
+    )
+
+
+def _answering(predictor: Predictor) -> Callable[[str | None], tuple[dict[str, float] | None, str]]:
+    """What Submit does with the path of an uploaded image: the probabilities to show, and a sentence."""
+
+    def answer(path: str | None) -> tuple[dict[str, float] | None, str]:
+        if path is None:
+            return None, _sentence("There is no image yet; drop one, or choose an example.")
+        try:
+            image = predictor.photograph(Path(path))
+        except InputError as error:
+            return None, _sentence(str(error).replace(path, Path(path).name))
+        guesses = predictor.guesses(image.unsqueeze(0), min(TOP, len(predictor.saved.classes)))[0]
+        return {guess.name: guess.probability for guess in guesses}, ""
+
+    return answer
+
+
+def _sentence(text: str) -> str:
+    """The text for Markdown, which takes every punctuation mark after a backslash as it is."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)

@@ -1,0 +1,83 @@
+"""The final run's model, read back from its folder: ready to predict, to be exported, to be published."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor, nn
+
+from harness.checkpoint import Damaged, read_tensors
+from harness.config import Study, TrainConfig
+from harness.errors import InputError
+from harness.opening import has_model
+from harness.storage import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedModel:
+    """A trained model in evaluation mode, in fp32 on the CPU, and what must be known to use it."""
+
+    model: nn.Module  # float32 [B, 3, S, S], standardised, to logits float32 [B, classes]
+    config: TrainConfig
+    description: dict[str, Any]  # model.json
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """The names, by the number of their logit."""
+        names: list[str] = self.description["classes"]
+        return names
+
+    @property
+    def image_size(self) -> int:
+        """The side of the square that the model sees, in pixels."""
+        return self.config.data.image_size
+
+
+def load_saved(study: Study, store: Store, folder: Path) -> SavedModel:
+    """The model that the study's final run left in `folder`; `study` is as it was begun (`opening.as_begun`).
+
+    Raises InputError when there is none yet, or it is damaged.
+    """
+    if not has_model(folder):
+        text = f"{folder} holds no model: the final run of study {study.name!r} has not ended; run the study to its end"
+        raise InputError(f"{text}, or train a lost one again by the same command.")
+    try:
+        description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        tensors, _ = read_tensors(folder / "model.safetensors")
+        trials = {trial.number: trial for trial in store.trials()}
+        config = study.config(trials[description["trial"]].params)
+    except (Damaged, ValueError, KeyError, OSError) as error:
+        raise InputError(
+            f"The model in {folder} cannot be read ({error}); remove the folder and run the study again: its seed is "
+            "trained once more, and the test set stays closed."
+        ) from error
+    model = without_pretrained(config.backbone).build(len(description["classes"]), config.data.image_size)
+    model.load_state_dict(tensors)
+    return SavedModel(model=model.eval(), config=config, description=description)
+
+
+def without_pretrained(backbone: Any) -> Any:
+    """The backbone, to be built without weights that are replaced anyway."""
+    known = {field.name for field in dataclasses.fields(backbone)}
+    return dataclasses.replace(backbone, pretrained=False) if "pretrained" in known else backbone
+
+
+def preprocess(images: Sequence[Image.Image], size: int) -> Tensor:
+    """Photographs of any size as the model takes them: standardised, float32 [B, 3, size, size].
+
+    The same steps as for validation and test images: the centre square of the image, resized to `size` on its short
+    side with antialiased bicubics.
+    """
+    import numpy as np
+    import torch
+
+    from harness.data.augment import normalise
+    from harness.data.cache import square
+
+    return normalise(torch.from_numpy(np.stack([square(image.convert("RGB"), size) for image in images])))

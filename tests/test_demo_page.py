@@ -1,0 +1,269 @@
+"""The demo page in a real browser: a flower is named, a wrong file gets a sentence, nothing leaves the machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from PIL import Image
+
+from harness.cli import main
+from harness.data.image_folder import ImageFolder
+from harness.demo_page import write_examples
+from harness.predict import Predictor, load_predictor
+from tests.browser import page
+from tests.faulty import complete
+from tests.refusal import assert_refused
+from tests.small import study_in
+from tests.test_cli_ui import answers, free_port
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, image_cache: Path) -> Path:
+    """A folder with a finished study and one flower."""
+    home = tmp_path_factory.mktemp("home")
+    study, _ = study_in(home, image_cache)
+    complete(study, home / "studies")
+    data = study.train.data
+    data.open(data.samples("test")[0][0]).save(home / "flower.png")
+    return home
+
+
+@pytest.fixture(scope="module")
+def predictor(home: Path) -> Predictor:
+    return load_predictor(str(home / "studies" / "tiny.py"), None, "cpu")
+
+
+# The server's own process: it says on stderr whom it asks for an address, or calls, beyond this machine.
+WATCHED = """
+import sys
+
+def watch(event, arguments):
+    place = {"socket.connect": lambda: arguments[1], "socket.getaddrinfo": lambda: arguments[:2]}.get(event)
+    if place and isinstance(place(), tuple) and place()[0] != "127.0.0.1":
+        print("asked for", place(), file=sys.stderr)
+
+sys.addaudithook(watch)
+from harness.cli import process
+process(sys.argv[1:])
+"""
+
+
+def start(home: Path, port: int) -> subprocess.Popen[str]:
+    pytest.importorskip("gradio", reason='no Gradio; pip install -e ".[demo]"')
+    temporary = home / "temporary"
+    temporary.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", WATCHED, "demo", "tiny", "--port", str(port)],
+        cwd=home,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def url(home: Path) -> Iterator[str]:
+    """The address of the page, served by the real command."""
+    port = free_port()
+    process = start(home, port)
+    address = f"http://127.0.0.1:{port}/"
+    try:
+        assert answers(address, seconds=120), process.stderr
+        yield address
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+
+
+def submit(page: Page, file: Path | None) -> None:
+    if file is not None:
+        page.set_input_files("#photograph input[type=file]", file)
+        page.wait_for_selector("#photograph img", state="attached")  # one that cannot be shown has no size
+    page.get_by_role("button", name="Submit").click()
+
+
+# -- in the browser ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_flower_gets_its_likeliest_classes(url: str, home: Path, predictor: Predictor) -> None:
+    guesses = predictor.guesses(predictor.photograph(home / "flower.png").unsqueeze(0), 5)[0]
+    with page() as browser:
+        browser.goto(url)
+        submit(browser, home / "flower.png")
+        browser.wait_for_selector("#answer .bar")
+        shown = browser.inner_text("#answer")
+        assert browser.locator("#answer .bar").count() == 5
+    for guess in guesses:
+        assert guess.name in shown
+        assert f"{guess.probability:.0%}" in shown
+
+
+@pytest.mark.slow
+def test_an_example_can_be_chosen(url: str) -> None:
+    with page() as browser:
+        browser.goto(url)
+        browser.locator("#examples button").first.click()
+        browser.wait_for_selector("#photograph img")
+        assert browser.locator("#examples button img").count() == 8
+        submit(browser, None)
+        browser.wait_for_selector("#answer .bar")
+
+
+@pytest.mark.slow
+def test_the_browser_asks_nobody_but_the_page_s_server(url: str, home: Path) -> None:
+    asked: list[str] = []
+    with page() as browser:
+        browser.on("request", lambda request: asked.append(request.url))
+        browser.goto(url, wait_until="load")
+        submit(browser, home / "flower.png")
+        browser.wait_for_selector("#answer .bar")
+        browser.wait_for_load_state("networkidle")
+    assert len(asked) > 5
+    assert [each for each in asked if not each.startswith((url, "data:", "blob:"))] == []
+
+
+@pytest.mark.slow
+def test_what_is_no_flower_gets_a_sentence(url: str, home: Path, tmp_path: Path) -> None:
+    whole = (home / "flower.png").read_bytes()
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "damaged.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("1", (12_000, 10_000)).save(tmp_path / "huge.png")
+    Image.new("RGB", (1, 30_000)).save(tmp_path / "narrow.png")
+    said = {
+        "text.png": "cannot be read as an image",
+        "damaged.png": "cannot be read as an image",
+        "huge.png": "12000 x 10000 pixels",
+        "narrow.png": "too narrow",
+    }
+    with page() as browser:
+        browser.goto(url)
+        submit(browser, None)
+        browser.wait_for_selector("#note >> text=There is no image yet")
+        for name, words in said.items():
+            submit(browser, tmp_path / name)
+            browser.wait_for_selector(f"#note >> text={words}")
+            assert name in browser.inner_text("#note")
+            assert str(tmp_path) not in browser.inner_text("#note")
+            assert browser.locator("#answer .bar").count() == 0
+            browser.get_by_role("button", name="Clear").click()
+            browser.wait_for_selector("#photograph img", state="detached")
+        submit(browser, home / "flower.png")
+        browser.wait_for_selector("#answer .bar")
+        assert browser.inner_text("#note") == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size", "words"),
+    [("notes.txt", 10, "Only image/* allowed"), ("large.png", 53_000_000, "maximum allowed size of 50")],
+)
+def test_a_file_of_another_kind_or_too_large_is_refused_at_once(
+    url: str, tmp_path: Path, name: str, size: int, words: str
+) -> None:
+    (tmp_path / name).write_bytes(bytes(size))
+    with page() as browser:
+        browser.goto(url)
+        browser.set_input_files("#photograph input[type=file]", tmp_path / name)
+        browser.get_by_text(words).wait_for()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_page_fits_its_window(url: str, home: Path, width: int, dark: bool) -> None:
+    with page(width=width, dark=dark) as browser:
+        browser.goto(url)
+        before = browser.locator("#photograph").bounding_box()
+        submit(browser, home / "flower.png")
+        browser.wait_for_selector("#answer .bar")
+        assert browser.locator("#photograph").bounding_box() == before  # nothing jumps
+        assert browser.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        assert browser.evaluate("document.body.classList.contains('dark')") == dark
+
+
+def test_a_study_whose_images_are_not_here_has_a_page_without_examples(
+    predictor: Predictor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = predictor.saved
+    config = dataclasses.replace(saved.config, data=ImageFolder(root=str(tmp_path / "nowhere")))
+    moved = Predictor(dataclasses.replace(saved, config=config), torch.device("cpu"))
+    assert write_examples(moved, tmp_path) == []
+    assert "The page has no examples: There is no folder" in capsys.readouterr().err
+
+
+# -- the command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_files_of_the_machine_are_not_served(url: str) -> None:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for path in ("/etc/passwd", "studies/tiny.db", "flower.png"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            direct.open(f"{url}gradio_api/file={path}", timeout=10)
+        assert refused.value.code in (403, 404)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_it_quietly_and_it_called_nobody(home: Path) -> None:
+    port = free_port()
+    process = start(home, port)
+    assert answers(f"http://127.0.0.1:{port}/", seconds=120)
+    with page() as browser:
+        browser.goto(f"http://127.0.0.1:{port}/")  # keeps a connection open
+        browser.get_by_role("button", name="Submit").wait_for()
+        before = set((home / "temporary").iterdir())
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert out == f"The page opens at http://127.0.0.1:{port} (Ctrl-C ends it).\n"
+    assert err == "Interrupted.\n"
+    assert len(before - set((home / "temporary").iterdir())) == 1
+
+
+def test_a_taken_port_is_refused(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gradio", reason='no Gradio; pip install -e ".[demo]"')
+    monkeypatch.chdir(home)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        assert_refused(home, capsys, ["demo", "tiny", "--port", port], ["give another --port"])
+
+
+def test_without_gradio_a_sentence_says_how_to_get_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(home)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["demo", "tiny"]) == 2
+    assert 'pip install -e ".[demo]"' in capsys.readouterr().err
+
+
+def test_a_study_without_a_model_is_refused(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gradio", reason='no Gradio; pip install -e ".[demo]"')
+    monkeypatch.chdir(home)
+    model = home / "studies" / "tiny.model"
+    model.rename(model.with_name("aside"))
+    try:
+        assert_refused(home, capsys, ["demo", "tiny", "--port", str(free_port())], ["holds no model"])
+    finally:
+        model.with_name("aside").rename(model)
