@@ -1,0 +1,263 @@
+"""The final model in MLflow: logged with the study's own run, registered under the study's name, checked, promoted.
+
+Each step looks first at what MLflow has already, by the tags below: the same study registers nothing twice, and one
+that was killed anywhere goes on with the step that is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.data.tensors import ImageSet, items_of, load_split
+from harness.errors import Halt, masked
+from harness.export import EXAMPLE_BATCH, disagreement, logits_of, weights_of
+from harness.mlflow_library import faults, first_line, is_refusal
+from harness.mlflow_tracker import UID, MLflowTracker
+from harness.overview import final_sentence
+
+if TYPE_CHECKING:
+    from mlflow.entities import LoggedModel, Run
+    from mlflow.entities.model_registry import ModelVersion
+    from torch import Tensor
+
+    from harness.config import Dataset
+    from harness.saved_model import SavedModel
+    from harness.storage import Store
+
+CHAMPION = "champion"
+WEIGHTS, TRIAL = "harness.weights", "harness.trial"
+SCORE, IMAGES = "harness.validation_accuracy", "harness.validation_images"
+CHECK, PLACE = "harness.check", "harness.place"  # written last: the step before it is done
+PASSED = "passed"
+CHECKED_IMAGES = 5  # another number than the example's, so that the batch size is seen to be free
+CHECK_SECONDS = 600
+
+# In a process that knows nothing of this project, and of torch what MLflow imports.
+CHECKER = """
+import sys
+
+import mlflow.pyfunc
+import numpy
+
+model = mlflow.pyfunc.load_model(sys.argv[1])
+numpy.save(sys.argv[3], model.predict(numpy.load(sys.argv[2], allow_pickle=False)))
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """The final model, and what MLflow is told of it."""
+
+    name: str  # of the study, and of the registered model
+    saved: SavedModel
+    images: Tensor  # validation images, standardised float32 [N, 3, S, S], to be checked with
+    tags: Mapping[str, str]
+    text: str
+
+
+def candidate(name: str, store: Store, saved: SavedModel) -> Candidate:
+    """What is to be registered. The test images are not loaded: they are opened once, by the final run.
+
+    The check asks whether two programs agree, for which any image will do; the validation images serve.
+    """
+    from harness.data.augment import normalise
+
+    data = saved.config.data
+    split = load_split(data, "val", data.image_size)
+    step = max(1, len(split) // CHECKED_IMAGES)
+    tags = {
+        UID: store.attribute("uid"),
+        TRIAL: str(saved.description["trial"]),
+        WEIGHTS: weights_of(saved),
+        SCORE: repr(saved.description["validation_accuracy"]),
+        IMAGES: validation_fingerprint(data, split),
+    }
+    images = normalise(split.images[::step][:CHECKED_IMAGES])
+    text = final_sentence(store.attribute("final"))
+    return Candidate(name=name, saved=saved, images=images, tags=tags, text=text)
+
+
+def validation_fingerprint(data: Dataset, split: ImageSet) -> str:
+    """Sixteen hexadecimal digits for the validation images, whatever their side, their labels and the classes' names.
+
+    Scores are compared only when these are equal.
+    """
+    digest = hashlib.sha256("\x1f".join(data.classes()).encode())
+    for item, label in zip(items_of(data, "val"), split.labels.tolist(), strict=True):
+        digest.update(hashlib.sha256(data.content(item)).digest() + f"{label} ".encode())
+    return digest.hexdigest()[:16]
+
+
+def publish(tracker: MLflowTracker, wanted: Candidate) -> bool:
+    """Log, register, check and promote the model; whether MLflow has taken it. Prints what came of it.
+
+    The alias `champion` goes to it when it passed the check and there is no champion, or one whose accuracy on the same
+    validation images is lower; the test images have no say. A champion that was measured on other validation images
+    stays: the two cannot be compared, and whoever serves the champion should not get another by a smaller trial run.
+    The tracker must have written the study's own run. What MLflow refuses for good is named and left out.
+    """
+    client = tracker.client
+    try:
+        run = client.get_run(tracker.parent)
+        logged = _logged(client, run, wanted)
+        version = _registered(client, run, logged, wanted)
+        if CHECK not in version.tags:
+            wrong = _wrong(tracker.uri, logged, wanted)
+            client.set_model_version_tag(wanted.name, version.version, CHECK, wrong or PASSED)
+            version = client.get_model_version(wanted.name, version.version)
+        print(f"model     {wanted.name} version {version.version} in MLflow: {_placed(client, version)}")
+    except faults() as error:
+        if not is_refusal(error):
+            print(f"MLflow at {masked(tracker.uri)} did not take the model ({first_line(error)}).", file=sys.stderr)
+            return False
+        print(f"MLflow refuses the model, and it is left out: {first_line(error)}", file=sys.stderr)
+    return True
+
+
+def _logged(client: Any, run: Run, wanted: Candidate) -> LoggedModel:
+    """The model in the study's experiment, whole; what a killed process left of one is dropped."""
+    experiment = run.info.experiment_id
+    query = " AND ".join(f"tags.`{tag}` = '{wanted.tags[tag]}'" for tag in (UID, WEIGHTS))
+    for known in client.search_logged_models([experiment], query):
+        if known.status == "READY":
+            return known
+        client.delete_logged_model(known.model_id)
+    with tempfile.TemporaryDirectory() as place:
+        model = client.create_logged_model(
+            experiment, name="model", source_run_id=run.info.run_id, tags=dict(wanted.tags), model_type="classifier"
+        )
+        _write_model(Path(place) / "model", model, run, wanted.saved)
+        client.log_model_artifacts(model.model_id, str(Path(place) / "model"))
+    _link(client, run, model)
+    return client.finalize_logged_model(model.model_id, "READY")
+
+
+def _write_model(folder: Path, model: LoggedModel, run: Run, saved: SavedModel) -> None:
+    """MLflow's own format: a program of torch.export, its signature, and an example (grey, nobody's photographs).
+
+    MLflow reads it without unpickling anything but tensors; told MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false, it makes
+    sure of that.
+    """
+    import mlflow.pytorch
+    import numpy
+    import torch
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    size, kind = saved.image_size, numpy.dtype(numpy.float32)
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(kind, (-1, 3, size, size))]),
+        outputs=Schema([TensorSpec(kind, (-1, len(saved.classes)))]),
+    )
+    described = Model(
+        artifact_path=model.artifact_location,
+        run_id=run.info.run_id,
+        model_uuid=model.model_id,
+        model_id=model.model_id,
+        metadata={"classes": list(saved.classes), "preprocessing": saved.description["preprocessing"]},
+    )
+    try:
+        mlflow.pytorch.save_model(
+            saved.model,
+            str(folder),
+            mlflow_model=described,
+            signature=signature,
+            input_example=numpy.zeros((EXAMPLE_BATCH, 3, size, size), kind),
+            # Named, for otherwise MLflow starts a process to find them out.
+            pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", f"numpy=={numpy.__version__}"],
+            serialization_format="pt2",
+        )
+    except RuntimeError as error:  # it was exported before: here only the writing can fail, and torch says it so
+        raise Halt(f"{folder} cannot be written ({first_line(error)}); make room for temporary files.") from error
+
+
+def _link(client: Any, run: Run, model: LoggedModel) -> None:
+    """Show the model as the run's output."""
+    from mlflow.entities import LoggedModelOutput
+
+    client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=0)])
+
+
+def _registered(client: Any, run: Run, logged: LoggedModel, wanted: Candidate) -> ModelVersion:
+    """The version of the registered model that is this model, made if it is not there."""
+    query = f"name = '{wanted.name}'"
+    if not client.search_registered_models(query):
+        client.create_registered_model(wanted.name)
+    for version in client.search_model_versions(query):
+        if version.source == logged.artifact_location:
+            return version
+    return client.create_model_version(
+        wanted.name,
+        logged.artifact_location,  # not models:/ID, which a local registry looks for in the default database
+        run.info.run_id,
+        tags=dict(wanted.tags),
+        description=wanted.text,
+        model_id=logged.model_id,
+    )
+
+
+def _wrong(uri: str, logged: LoggedModel, wanted: Candidate) -> str | None:
+    """What is wrong with the model as MLflow keeps it; None when a new process gets the same logits from it.
+
+    Raises what MLflow raises when it does not hand the model out.
+    """
+    import mlflow.artifacts
+    import numpy
+
+    with tempfile.TemporaryDirectory() as place:
+        kept = logged.artifact_location
+        folder = mlflow.artifacts.download_artifacts(artifact_uri=kept, dst_path=place, tracking_uri=uri)
+        images, logits = Path(place) / "images.npy", Path(place) / "logits.npy"
+        numpy.save(images, wanted.images.numpy())
+        command = [sys.executable, "-I", "-c", CHECKER, str(folder), str(images), str(logits)]
+        # MLflow would look for a model on the CPU on the first GPU; and nothing but tensors may be unpickled.
+        settings = {"MLFLOW_DEFAULT_PREDICTION_DEVICE": "cpu", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+        try:
+            done = subprocess.run(
+                command, env=os.environ | settings, capture_output=True, text=True, timeout=CHECK_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            return f"does not answer within {CHECK_SECONDS} s"
+        if done.returncode != 0:
+            return f"cannot be loaded ({(done.stderr.strip() or 'no reason given').splitlines()[-1]})"
+        return disagreement(numpy.load(logits, allow_pickle=False), logits_of(wanted.saved, wanted.images))
+
+
+def _placed(client: Any, version: ModelVersion) -> str:
+    """Give the alias to the version if it deserves it; in words, what became of it. Decided once for a version."""
+    if PLACE not in version.tags:
+        said = _decide(client, version)
+        client.set_model_version_tag(version.name, version.version, PLACE, said)
+        return said
+    return version.tags[PLACE]
+
+
+def _decide(client: Any, version: ModelVersion) -> str:
+    if version.tags[CHECK] != PASSED:
+        return f"not promoted, for loaded in a process of its own it {version.tags[CHECK]}"
+    number = client.get_registered_model(version.name).aliases.get(CHAMPION)
+    if number is not None and str(number) != str(version.version):
+        holder = client.get_model_version(version.name, number)
+        if (reason := _why_not(version, holder)) is not None:
+            return reason
+    client.set_registered_model_alias(version.name, CHAMPION, version.version)
+    return f"checked, and now the {CHAMPION}"
+
+
+def _why_not(version: ModelVersion, holder: ModelVersion) -> str | None:
+    """Why the holder of the alias keeps it; None when the version is better on the same validation images."""
+    stays = f"checked; version {holder.version} stays the {CHAMPION}"
+    if holder.tags.get(IMAGES) != version.tags[IMAGES]:
+        return f"{stays}, for it was measured on other validation images; give the alias by hand if you mean to"
+    mine, theirs = float(version.tags[SCORE]), float(holder.tags[SCORE])
+    if mine > theirs:
+        return None
+    return f"{stays}, with {100 * theirs:.2f} % on the validation images against {100 * mine:.2f} %"

@@ -1,0 +1,211 @@
+"""The model card (Mitchell et al., "Model Cards for Model Reporting", 2019) that lies beside the weights.
+
+Everything in it comes from the storage and from model.json, so equal results give an equal card.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import ledger
+from harness.evidence import calibration_error, reliability
+from harness.files import replace_file
+from harness.overview import conclusion, final_sentence, percent, selection_sentence
+from harness.packing import unpack
+
+if TYPE_CHECKING:
+    from harness.config import Dataset
+    from harness.storage import Store, TrialRecord
+
+CARD = "README.md"
+UNKNOWN_LICENCE = "Nothing is recorded about the licence of these images; ask who took them before passing on."
+WORST_CLASSES = 5
+
+
+def write_card(name: str, data: Dataset, store: Store, folder: Path, program: str | None) -> None:
+    """Write the card of the final model in `folder`, unless it says the same already.
+
+    `program` is the name of the exported program beside it, None when there is none. Raises Halt when there is no room.
+    """
+    description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    text = card(name, getattr(data, "licence", UNKNOWN_LICENCE), store, description, program).encode()
+    path = folder / CARD
+    if not path.is_file() or path.read_bytes() != text:
+        replace_file(path, text)
+
+
+def card(name: str, licence: str, store: Store, description: Mapping[str, Any], program: str | None) -> str:
+    """The card in Markdown; `description` is what model.json says."""
+    final = store.attribute("final")
+    trial = next(each for each in store.trials() if each.number == final["trial"])
+    sections = {
+        f"Model of study {name}": _what(description, final),
+        "Use": _use(description, program),
+        "Results": _results(store, final),
+        "Data": _data(store, trial, final, description, licence),
+        "How it was made": _protocol(store, trial, final),
+        "Limits": _limits(store, description, final),
+    }
+    first, *rest = (f"{title}\n\n{body}\n" for title, body in sections.items())
+    return "\n".join([f"# {first}", *(f"## {each}" for each in rest)])
+
+
+def _what(description: Mapping[str, Any], final: Mapping[str, Any]) -> str:
+    backbone, size = description["configuration"]["backbone.type"], description["preprocessing"]["centre_crop"]
+    return (
+        f"It tells {len(description['classes'])} classes apart in images of {size} x {size} pixels. Backbone: "
+        f"{backbone}; weights: those of seed {description['test']['seed']} of {len(final['per_seed'])}, fixed before "
+        "the test set was opened. The weights are in `model.safetensors`; classes, preprocessing and the whole "
+        "configuration are in `model.json`."
+    )
+
+
+def _use(description: Mapping[str, Any], program: str | None) -> str:
+    steps = description["preprocessing"]
+    size, mean, std = steps["centre_crop"], list(steps["mean"]), list(steps["std"])
+    preprocessing = (
+        f"Preprocessing: RGB, upright, the short side resized to {steps['resize_short_side']} pixels "
+        f"({steps['interpolation']}), the centre square of {size} pixels, values from 0 to 1 minus {mean}, divided by "
+        f"{std}. The output is logits; softmax makes probabilities of them."
+    )
+    if program is None:
+        return preprocessing
+    code = [
+        "import json, numpy, torch",
+        "from PIL import Image, ImageOps",
+        "",
+        'image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")',
+        f"image = image.resize([{size} * side // min(image.size) for side in image.size], Image.Resampling.BICUBIC)",
+        f"left, top = (round((side - {size}) / 2) for side in image.size)",
+        f"pixels = (numpy.asarray(image)[top:top + {size}, left:left + {size}] / 255 - {mean}) / {std}",
+        f'logits = torch.export.load("{program}").module()(torch.tensor(pixels).float().permute(2, 0, 1)[None])',
+        'print(json.load(open("model.json"))["classes"][logits.argmax()])',
+    ]
+    block = "\n".join(["```python", *code, "```"])
+    kept = (
+        f"`{program}` is a program of torch.export. It holds no code and no pickles, needs torch alone, and takes any "
+        "number of images at a time, float32 [B, 3, height, width] on the CPU."
+    )
+    return f"{block}\n\n{preprocessing}\n\n{kept}"
+
+
+def _results(store: Store, final: Mapping[str, Any]) -> str:
+    rows = [_row(str(each["seed"]), each) for each in final["per_seed"]]
+    if (base := final.get("base")) is not None:
+        rows.append(_row(f"base configuration, {base['seed']}", base))
+    head = ["seed", "correct", "test images", "accuracy", "balanced over the classes"]
+    remarks = [final_sentence(dict(final)), _table(head, rows), conclusion(store), selection_sentence(dict(final))]
+    return "\n\n".join(filter(None, [*remarks, _calibration(store, final)]))
+
+
+def _row(name: str, result: Mapping[str, Any]) -> list[str]:
+    counts = f"{result['correct']:,}", f"{result['total']:,}"
+    return [name, *counts, percent(result["accuracy"]), percent(result.get("balanced_accuracy"))]
+
+
+def _calibration(store: Store, final: Mapping[str, Any]) -> str | None:
+    """How far the saved model's confidence is to be believed; None in older studies."""
+    kept = store.attribute("predictions")
+    if kept is None:
+        return None
+    labels, first = unpack(kept["labels"], "uint16"), kept["seeds"][0]
+    hits = unpack(first["predicted"], "uint16") == labels
+    error = calibration_error(reliability(unpack(first["confidence"], "float32"), hits))
+    return (
+        f"On the test images, the highest probability that this model gives is {100 * error:.1f} points away from how "
+        f"often it is right (expected calibration error, Guo et al., 2017)."
+    )
+
+
+def _data(
+    store: Store, trial: TrialRecord, final: Mapping[str, Any], description: Mapping[str, Any], licence: str
+) -> str:
+    last = trial.epochs[-1]
+    counts = [f"{last.train.total:,} to train on"]
+    counts += [] if last.val is None else [f"{last.val.total:,} to validate on"]
+    counts += [f"{final['per_seed'][0]['total']:,} to test on"]
+    text = f"{description['configuration']['data.type']}: {', '.join(counts)}. {licence}"
+    found = store.attribute("duplicates")
+    if found is not None:
+        text += f"\n\n{_duplicates(found)}"
+    return text
+
+
+def _duplicates(found: Mapping[str, Any]) -> str:
+    exact, near = len(found["exact"]), len(found["near"])
+    if not exact and not near:
+        return f"None of the {found['images']:,} images was found in two splits, by its bytes or by its look."
+    return (
+        f"Of the {found['images']:,} images, {_count(exact, 'pair')} with the same bytes and {_count(near, 'pair')} "
+        "that look nearly the same lie across two splits; nothing was removed."
+    )
+
+
+def _protocol(store: Store, trial: TrialRecord, final: Mapping[str, Any]) -> str:
+    second = store.attribute("rerank")
+    among = "" if second is None else f" among the best {len(second['candidates'])}, trained again from fresh seeds"
+    lines = [
+        f"{_count(store.finished(), 'trial')} were compared by their accuracy on the validation images after the last "
+        f"epoch; trial {trial.number} was chosen{among}, with {percent(trial.value)}. No test image had a part in it.",
+        f"{_trained(final)} All of them were trained before the test set was opened.",
+        *(_opening(each) for each in ledger.openings(store.attribute("ledger") or [])),
+    ]
+    params = sorted(trial.params.items())
+    rows = [[f"`{path}`", f"{value:.4g}" if isinstance(value, float) else str(value)] for path, value in params]
+    return "\n".join(f"- {line}" for line in lines) + "\n\n" + _table(["searched field", "chosen value"], rows)
+
+
+def _trained(final: Mapping[str, Any]) -> str:
+    text = f"It was trained again on {final['fit_on']} from {_count(len(final['per_seed']), 'seed')}"
+    epochs = final["per_seed"][0].get("epochs")  # not kept in older studies
+    if not epochs:
+        return f"{text}."
+    return f"{text}, on {epochs[-1]['train']['total']:,} images for {_count(len(epochs), 'epoch')} each."
+
+
+def _opening(line: Mapping[str, Any]) -> str:
+    reason = f" Reason: {line['reason']}." if line.get("reason") else ""
+    return f"The test set was opened for trial {line['trial']} on {line['time'][:10]}.{reason}"
+
+
+def _limits(store: Store, description: Mapping[str, Any], final: Mapping[str, Any]) -> str:
+    lines = [
+        "It knows its own classes only, and names one of them for any image, whatever that shows.",
+        "It was tested on images of the same data set; with other cameras, places, seasons or ways of taking pictures "
+        "it was not tested, nor on damaged, drawn or manipulated images.",
+        "The interval is about the choice of test images, the standard deviation about the seed; neither says how it "
+        "does elsewhere.",
+        *_worst_classes(store, description),
+    ]
+    if final["test_openings"] > 1:
+        lines.append(f"The test set was opened {final['test_openings']} times: the number may flatter a little.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _worst_classes(store: Store, description: Mapping[str, Any]) -> list[str]:
+    """The classes that the saved model finds least often; none in older studies, or when it finds all."""
+    import numpy
+
+    kept = store.attribute("predictions")
+    if kept is None:
+        return []
+    labels = unpack(kept["labels"], "uint16")
+    hits = unpack(kept["seeds"][0]["predicted"], "uint16") == labels
+    shares = {int(label): float(hits[labels == label].mean()) for label in numpy.unique(labels)}
+    worst = sorted((share, label) for label, share in shares.items() if share < 1)[:WORST_CLASSES]
+    if not worst:
+        return []
+    names = ", ".join(f"{description['classes'][label]} ({percent(share)})" for share, label in worst)
+    return [f"The classes that it finds least often among the test images: {names}."]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

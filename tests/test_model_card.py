@@ -1,0 +1,161 @@
+"""The card beside the weights: its numbers are the storage's, and its code runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import pytest
+
+from harness.config import FinalConfig, Study
+from harness.data.flowers102 import Flowers102
+from harness.data.garden import Garden
+from harness.data.image_folder import ImageFolder
+from harness.export import PROGRAM, logits_of, write_program
+from harness.model_card import CARD, UNKNOWN_LICENCE, write_card
+from harness.opening import open_store
+from harness.overview import conclusion, final_sentence, percent, selection_sentence
+from harness.saved_model import SavedModel, load_saved, preprocess
+from harness.storage import Store
+from tests.faulty import CommandLine, complete, small_study
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A study that was run to its end, with its model, program and card."""
+
+    study: Study
+    store: Store
+    folder: Path
+    saved: SavedModel
+
+    def card(self) -> str:
+        write_card(self.study.name, self.study.train.data, self.store, self.folder, PROGRAM)
+        return (self.folder / CARD).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def finished(image_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    place = tmp_path_factory.mktemp("finished")
+    study = dataclasses.replace(small_study(image_cache), final=FinalConfig(seeds=2, publish=False))
+    complete(study, place)
+    with open_store(study, f"sqlite:///{place}/tiny.db") as store:
+        saved = load_saved(study, store, place / "tiny.model")
+        write_program(saved, place / "tiny.model" / PROGRAM)
+        yield Finished(study, store, place / "tiny.model", saved)
+
+
+# -- what it says --------------------------------------------------------------------------------------------------
+
+
+def test_its_numbers_are_those_of_the_storage(finished: Finished) -> None:
+    text, final = finished.card(), finished.store.attribute("final")
+    assert final_sentence(final) in text
+    assert conclusion(finished.store) in text
+    for each in final["per_seed"]:
+        assert f"| {each['seed']} | {each['correct']} | {each['total']} | {percent(each['accuracy'])} |" in text
+    if (sentence := selection_sentence(final)) is not None:
+        assert sentence in text
+    trial = next(each for each in finished.store.trials() if each.number == final["trial"])
+    assert f"trial {trial.number} was chosen, with {percent(trial.value)}" in text
+    assert "32 to train on, 32 to validate on, 32 to test on" in text
+    for path in trial.params:
+        assert f"| `{path}` |" in text
+
+
+def test_it_says_where_the_images_come_from_and_what_was_not_tested(finished: Finished) -> None:
+    text = finished.card()
+    assert f"Garden: 32 to train on, 32 to validate on, 32 to test on. {Garden.licence}" in text
+    assert "no clear licence and are for research" in Flowers102.licence
+    assert not hasattr(ImageFolder, "licence"), "nobody knows whose photographs they are"
+    for words in ("## Limits", "names one of them for any image", "it was not tested", "other cameras"):
+        assert words in text
+
+
+def test_a_data_set_that_says_nothing_of_its_licence(finished: Finished, tmp_path: Path) -> None:
+    for name in ("model.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((finished.folder / name).read_bytes())
+    write_card("tiny", ImageFolder(), finished.store, tmp_path, None)
+    text = (tmp_path / CARD).read_text(encoding="utf-8")
+    assert UNKNOWN_LICENCE in text
+    assert "```" not in text, "without a program there is nothing to load it with"
+
+
+def test_every_opening_of_the_test_set_is_listed_with_its_reason(finished: Finished) -> None:
+    lines = finished.store.attribute("ledger")
+    assert finished.card().count("- The test set was opened for trial") == 1
+    again = {"event": "opened", "trial": 7, "time": "2026-01-02T03:04:05+00:00", "reason": "a wrong label was found"}
+    finished.store.set_attribute("ledger", [*lines, again])
+    try:
+        text = finished.card()
+    finally:
+        finished.store.set_attribute("ledger", lines)
+    assert "The test set was opened for trial 7 on 2026-01-02. Reason: a wrong label was found." in text
+    assert finished.card() != text, "the card follows the storage"
+
+
+def test_it_is_written_again_only_when_it_changes(finished: Finished) -> None:
+    finished.card()
+    before = (finished.folder / CARD).stat().st_mtime_ns
+    finished.card()
+    assert (finished.folder / CARD).stat().st_mtime_ns == before
+    (finished.folder / CARD).write_text("half a ca")
+    assert finished.card().startswith("# Model of study tiny\n")
+
+
+# -- what it tells to run ------------------------------------------------------------------------------------------
+
+
+def test_its_lines_of_code_run_without_this_project_and_say_what_the_model_says(finished: Finished) -> None:
+    code = re.findall(r"```python\n(.*?)```", finished.card(), re.S)
+    assert len(code) == 1
+    lines = code[0].split("\n\n")[1].splitlines()
+    assert len(lines) == 6, "after the imports"
+    data = finished.study.train.data
+    image = data.open(data.samples("val")[5][0]).resize((101, 77))
+    image.save(finished.folder / "photo.jpg", "PNG")  # the same pixels; Pillow goes by what is in the file
+    after = "import sys\nnumpy.save('logits.npy', logits.detach().numpy())\nprint(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code[0] + after], cwd=finished.folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    wanted = logits_of(finished.saved, preprocess([image], finished.saved.image_size))
+    assert numpy.abs(numpy.load(finished.folder / "logits.npy") - wanted).max() < 1e-4
+    said, modules = done.stdout.splitlines()
+    assert said == finished.saved.classes[int(wanted.argmax())]
+    assert not {name.split(".")[0] for name in modules.split()} & {"harness", "torchvision", "mlflow", "safetensors"}
+
+
+# -- when it is written --------------------------------------------------------------------------------------------
+
+
+def test_a_lost_card_is_written_by_the_same_command(line: CommandLine, tmp_path: Path) -> None:
+    assert line.run("--trials", "2").code == 0
+    path = tmp_path / "studies" / "tiny.model" / CARD
+    before = path.read_bytes()
+    path.unlink()
+    again = line.run("--trials", "2")
+    assert again.code == 0
+    assert "The test set was opened once" in again.out
+    assert path.read_bytes() == before
+    assert "Nothing is missing" in line.run("--trials", "2").out
+
+
+def test_the_card_lies_with_the_study_in_mlflow(line: CommandLine, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    assert line.run("--trials", "1").code == 0
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlruns/mlflow.db")
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    parent = next(
+        run for run in client.search_runs([experiment.experiment_id]) if run.data.tags["harness.key"] == "study"
+    )
+    names = {Path(each.path).name for each in client.list_artifacts(parent.info.run_id, "tiny.model")}
+    assert names == {CARD, "model.json", "model.safetensors"}
