@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import math
@@ -9,17 +10,29 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas
 import pytest
+import torch
+from optuna.distributions import FloatDistribution
+from optuna.trial import create_trial
+from PIL import Image
 
+from harness.audit import Course, audit_sentences, drawing_order, record
 from harness.config import Study
 from harness.final import summary
-from harness.report import final_sentence, frame, overview, percent, verdict, write_report
+from harness.overview import final_sentence, frame, overview, percent, verdict
+from harness.predictions import pictured
+from harness.report import write_report
+from harness.report.search_figures import search_plots
 from harness.results import Completed, Diverged, Pruned
-from harness.search import asha, no_pruning
-from harness.storage import Store
+from harness.search import asha, grid, no_pruning
+from harness.space import Choice, Float
+from harness.storage import Store, TrialRecord
+from harness.thumbnails import thumbnails
 from tests.analytic import epoch_result, fail_trial, memory_store, run_analytic
 from tests.conftest import make_study
+from tests.test_predictions import record_of
 
 MLFLOW = "sqlite:////somewhere/mlflow.db"
 
@@ -288,7 +301,7 @@ def test_the_page_of_a_finished_study_needs_no_network_and_is_light(study: Study
     assert text.count("* plotly.js v") == 1
     assert len(text.encode()) < 8_000_000
     assert "91.00 %" in page.words
-    for title in ("Learning curves", "Optimisation history", "Importances", "Trials"):
+    for title in ("Learning curves", "Optimisation history", "Importances", "All trials"):
         assert title in page.words
     assert page.tags.count("h1") == 1
     assert not list(tmp_path.glob("*.partial"))
@@ -299,3 +312,181 @@ def test_a_report_can_be_written_again_over_the_old_one(study: Study, store: Sto
     complete(study, store, 0.5)
     assert write_report("tiny", store, MLFLOW, tmp_path / "deep" / "folder") == first
     assert "50.00 %" in first.read_text(encoding="utf-8")
+
+
+# -- what a page shows of a study that is unlike the others --------------------------------------------------------
+
+
+def test_a_study_whose_configurations_are_all_the_same_leads_with_that(store: Store, tmp_path: Path) -> None:
+    study = make_study("cache", space={"epochs": Choice((2,))}, pruner=no_pruning())
+    for value in (0.5, 0.75):
+        complete(study, store, value)
+    _, page = page_of(store, tmp_path)
+    lead = page.words.index("No configuration is better than another: all 2 trials have the same one.")
+    assert lead < page.words.index("75.00 %")
+
+
+def test_a_grid_is_shown_as_a_table(tmp_path: Path) -> None:
+    rates, multipliers = Choice((1e-3, 3e-4)), Choice((0.3, 0.5))
+    space = {"optim.base_lr": rates, "optim.depth_lr_mult": multipliers}
+    study = make_study("cache", space=space, sampler=grid(), pruner=no_pruning(), trials=4)
+    store = memory_store(study)
+    store.set_attribute("definition", study.definition())
+    for value in (0.5, 0.6, 0.7, 0.8):
+        complete(study, store, value)
+    text, page = page_of(store, tmp_path)
+    assert "The mean of the complete trials in each cell." in page.words
+    assert all(f"{value} %" in text for value in ("50.00", "60.00", "70.00", "80.00"))
+
+
+def test_trials_on_a_line_have_dots_and_no_contour(tmp_path: Path) -> None:
+    study = make_study("cache", space={"optim.base_lr": Float(1e-4, 1e-2, log=True)}, pruner=no_pruning())
+    plots = {plot.title: plot for plot in search_plots(*with_params(study, [(1e-3, 0.5), (2e-3, 0.5), (4e-3, 0.5)]))}
+    figure = plots["Base learning rate against depth-LR multiplier"].figure
+    assert figure is not None
+    assert [trace.type for trace in figure.data] == ["scatter", "scatter"]
+
+
+def with_params(study: Study, pairs: list[tuple[float, float]]) -> tuple[Store, list[TrialRecord]]:
+    store = memory_store(study)
+    space = {"optim.base_lr": FloatDistribution(1e-4, 1e-2, log=True), "optim.depth_lr_mult": FloatDistribution(0, 1)}
+    for number, pair in enumerate(pairs):
+        params = dict(zip(space, pair, strict=True))
+        store.optuna_study.add_trial(create_trial(params=params, distributions=space, value=0.5 + number / 100))
+    return store, store.trials()
+
+
+def test_the_ladder_gives_every_depth_its_rate_and_names_the_frozen_ones() -> None:
+    study = make_study("cache", pruner=no_pruning())
+    for multiplier, rates, frozen in ((0.5, [2.5e-4, 5e-4, 1e-3], ""), (0.0, [1e-3], "Frozen: stem, blocks.0.")):
+        store, trials = with_params(study, [(1e-3, multiplier)])
+        store.set_attribute("definition", study.definition())
+        store.set_attribute("depths", {"block": ["stem.", "blocks.0.", "classifier."]})
+        plot = {plot.title: plot for plot in search_plots(store, trials)}["Learning rate over depth"]
+        assert plot.figure is not None
+        assert list(plot.figure.data[0].x) == pytest.approx(rates)
+        assert frozen in plot.caption
+
+
+def test_an_old_study_says_what_it_has_not_recorded(study: Study, store: Store, tmp_path: Path) -> None:
+    run_analytic(study, store, 3)
+    store.set_attribute("final", final_result())
+    _, page = page_of(store, tmp_path)
+    for words in (
+        "The predictions of this study are not recorded.",
+        "What choosing the best adds to its validation score is not recorded.",
+        "The depths of the backbone are not recorded.",
+        "not recorded",
+    ):
+        assert words in page.words
+
+
+def test_the_page_shows_classes_mistakes_and_calibration(study: Study, store: Store, tmp_path: Path) -> None:
+    run_analytic(study, store, 3)
+    store.set_attribute("final", final_result())
+    record = record_of([0, 0, 1], [[0, 1, 1]], [[0.9, 0.8, 0.7]], ["<i>rose", "tulip"])
+    store.set_attribute("predictions", record)
+    pixels = torch.from_numpy(np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3))
+    store.set_attribute("thumbnails", thumbnails(pixels, [1]))
+    text, page = page_of(store, tmp_path)
+    assert "<i>" not in text
+    assert "<i>rose taken for tulip" in page.words
+    assert "1 of 2" in page.words
+    assert text.count("data:image/jpeg;base64,") == 2  # among the confusions, and among the mistakes
+    assert page.words.count("no picture") == 1
+    for title in ("Accuracy of each class", "Confusion matrix", "Calibration"):
+        assert title in page.words
+
+
+def test_a_hundred_classes_stay_light(study: Study, store: Store, tmp_path: Path) -> None:
+    run_analytic(study, store, 3)
+    store.set_attribute("final", final_result())
+    generator = np.random.default_rng(0)
+    labels, predicted = generator.integers(102, size=6149), generator.integers(102, size=(3, 6149))
+    record = record_of(labels, predicted, generator.random((3, 6149)), [f"species {number}" for number in range(102)])
+    store.set_attribute("predictions", record)
+    images = torch.from_numpy(generator.integers(256, size=(6149, 8, 8, 3)).astype(np.uint8))
+    store.set_attribute("thumbnails", thumbnails(images, pictured(record)))
+    text, _ = page_of(store, tmp_path)
+    assert len(text.encode()) < 8_000_000
+
+
+def test_a_thumbnail_is_a_small_jpeg_of_the_image() -> None:
+    grey = torch.full((2, 224, 224, 3), 128, dtype=torch.uint8)
+    found = thumbnails(grey, [1])
+    assert list(found) == ["1"]
+    with Image.open(io.BytesIO(base64.b64decode(found["1"]))) as picture:
+        assert (picture.format, picture.size) == ("JPEG", (96, 96))
+        assert abs(picture.getpixel((40, 40))[0] - 128) <= 2
+
+
+def test_failures_are_shown_with_their_tracebacks(study: Study, store: Store, tmp_path: Path) -> None:
+    fail_trial(study, store, "ValueError: <script>alert(1)</script>")
+    text, page = page_of(store, tmp_path)
+    assert "<script>alert" not in text
+    assert "Trial 0 failed: ValueError: <script>alert(1)</script>" in page.words
+    assert "Traceback" in page.words
+
+
+def test_the_page_shows_the_second_look_the_ledger_and_the_duplicates(
+    study: Study, store: Store, tmp_path: Path
+) -> None:
+    for value in (0.5, 0.6):
+        complete(study, store, value)
+    results = {
+        "1": [{"seed": 0, "accuracy": 0.55}, {"seed": 1, "accuracy": 0.65}],
+        "0": [{"seed": 0, "accuracy": 0.45}],
+    }
+    store.set_attribute("rerank", {"candidates": [1, 0], "results": results, "chosen": 1})
+    opening = {"event": "opened", "trial": 1, "configuration": "0", "reason": "a <b>bolder</b> choice"}
+    store.add_to_ledger({"time": "2026-11-22T10:00:00+00:00", "commit": "0123456789", **opening})
+    store.set_attribute("duplicates", {"images": 1200, "exact": [["val/a.jpg", "test/b.jpg"]], "near": []})
+    text, page = page_of(store, tmp_path / "whole")
+    assert "<b>bolder" not in text
+    for words in ("60.00 %", "55.00 %, 65.00 %", "a <b>bolder</b> choice", "2026-11-22 10:00", "val/a.jpg"):
+        assert words in page.words
+    assert "among 1,200 images: 1 with the same bytes, 0 with nearly the same picture" in page.words
+    assert "Do not trust this" not in page.words
+    lines = store.attribute("ledger")
+    store.set_attribute("ledger", [lines[0] | {"reason": "another"}])
+    assert "Do not trust this: line 1 of the test ledger is not as it was written." in page_of(store, tmp_path)[1].words
+
+
+def test_an_audit_says_what_pruning_saved_in_place_of_the_estimate(study: Study, store: Store, tmp_path: Path) -> None:
+    run_analytic(study, store, 12)
+    store.set_attribute("definition", study.definition() | {"epochs": 6})
+    assert "Pruning ended" in page_of(store, tmp_path)[1].words
+    courses = [
+        Course(
+            number=each.number,
+            state=each.state,
+            epochs=6,
+            curve=tuple(each.curve.values()),
+            seconds=each.seconds or 0.0,
+            epoch_seconds=0.5,
+        )
+        for each in store.trials()
+    ]
+    first = drawing_order([each.number for each in courses if each.state == "pruned"], 0)[0]
+    audited = record(courses, {str(first): {"curve": [0.1] * 6, "same": True}}, asked=1, seed=0)
+    store.set_attribute("audit", audited)
+    _, page = page_of(store, tmp_path)
+    assert "Pruning ended" not in page.words
+    assert all(sentence in page.words for sentence in audit_sentences(audited))
+
+
+def test_the_page_is_about_the_trial_that_was_tested(study: Study, store: Store, tmp_path: Path) -> None:
+    complete(study, store, 0.5)
+    store.set_attribute("final", final_result())
+    complete(study, store, 0.75)
+    _, page = page_of(store, tmp_path)
+    assert "python -m harness reproduce tiny 0" in page.words
+    assert "Trial 1 is better on the validation images than trial 0, which was tested" in page.words
+
+
+def test_the_same_numbers_are_in_the_overview(study: Study, store: Store) -> None:
+    run_analytic(study, store, 3)
+    store.set_attribute("predictions", record_of([0, 1], [[0, 0]], [[0.9, 0.8]]))
+    assert overview("tiny", store, MLFLOW)["test"] is None  # no test result is shown before the final one is recorded
+    store.set_attribute("final", final_result())
+    assert overview("tiny", store, MLFLOW)["test"]["per_class"][0]["accuracy"] == 0

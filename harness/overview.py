@@ -1,0 +1,297 @@
+"""What the storage says, as one object, in a few lines, and as a table. Nothing is computed from anywhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from harness.audit import audit_sentences
+from harness.cost import cost
+from harness.database import holder, sqlite_file
+from harness.errors import masked
+from harness.evidence import ALPHA
+from harness.predictions import described
+from harness.storage import Store, TrialRecord
+
+if TYPE_CHECKING:
+    import pandas
+
+
+def overview(name: str, store: Store, tracking: str) -> dict[str, Any]:
+    """The study as one JSON object (`show --json`); the report shows the same numbers."""
+    best, chosen, final = store.best(), store.chosen(), _final(store)
+    return {
+        "study": name,
+        "trials": counts(store),
+        "best": None if best is None else {"number": best.number, "value": best.value, "params": best.params},
+        "conclusion": conclusion(store),
+        "final": final,
+        "chosen": None if chosen is None else chosen.number,
+        "rerank": _rerank(store),
+        "ledger": {"lines": store.attribute("ledger") or [], "fault": store.ledger_fault()},
+        "duplicates": store.attribute("duplicates"),
+        "audit": store.attribute("audit"),
+        "test": None if final is None else _tested(store),
+        "cost": cost(trial_records(store), store.attribute("definition") or {}),
+        "runtime": store.attribute("runtime"),
+        "environment": next((trial.environments[-1] for trial in reversed(store.trials()) if trial.environments), None),
+        "command": store.attribute("command"),
+        "storage": masked(store.url),
+        "tracking": masked(tracking),
+    }
+
+
+FINAL = (
+    "accuracy",
+    "balanced_accuracy",
+    "correct",
+    "total",
+    "per_seed",
+    "interval",
+    "spread",
+    "trial",
+    "fit_on",
+    "test_openings",
+    "base",
+    "mcnemar",
+    "selection",
+)
+
+
+def _final(store: Store) -> dict[str, Any] | None:
+    """The final result without the epochs; what an older study has not recorded is None."""
+    final = store.attribute("final")
+    if final is None:
+        return None
+    shown = {key: final.get(key) for key in FINAL}
+    base = None if shown["base"] is None else _without_epochs(shown["base"])
+    return shown | {"per_seed": [_without_epochs(seed) for seed in final["per_seed"]], "base": base}
+
+
+def _tested(store: Store) -> dict[str, Any] | None:
+    """What the final run's predictions say; None where an older study has not recorded them."""
+    predictions = store.attribute("predictions")
+    return None if predictions is None else described(predictions)
+
+
+def _rerank(store: Store) -> dict[str, Any] | None:
+    record = store.attribute("rerank")
+    if record is None:
+        return None
+    results = {number: [_without_epochs(each) for each in found] for number, found in record["results"].items()}
+    return record | {"results": results}
+
+
+def _without_epochs(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "epochs"}
+
+
+def subject(store: Store) -> TrialRecord | None:
+    """The trial that a report is about: the one that was tested; before that the chosen one, or the best so far."""
+    final = store.attribute("final")
+    if final is None:
+        return store.chosen() or store.best()
+    return next(trial for trial in store.trials() if trial.number == final["trial"])
+
+
+def counts(store: Store) -> dict[str, int]:
+    """Trials by state; one that has begun and is not finished is running, or interrupted when no process is there."""
+    counted = store.counts()
+    unfinished = {"running": 0, "interrupted": counted["running"]} if _abandoned(store) else {"interrupted": 0}
+    return counted | unfinished
+
+
+def _abandoned(store: Store) -> bool:
+    """Whether no process works on this study. On a database server nobody can tell."""
+    file = sqlite_file(store.url)
+    return file is not None and holder(file) is None
+
+
+def trial_records(store: Store) -> list[TrialRecord]:
+    """All trials, the interrupted ones under that name."""
+    trials = store.trials()
+    if not any(trial.state == "running" for trial in trials) or not _abandoned(store):
+        return trials
+    return [dataclasses.replace(each, state="interrupted") if each.state == "running" else each for each in trials]
+
+
+def summary(name: str, store: Store, tracking: str) -> str:
+    """The study in a few lines (`show`)."""
+    counted = counts(store)
+    del counted["running" if counted["interrupted"] else "interrupted"]
+    best = store.best()
+    values = {} if best is None else best.params
+    shown = [
+        f"{key} = {value:.4g}" if isinstance(value, float) else f"{key} = {value}" for key, value in values.items()
+    ]
+    params = "\n          " + ", ".join(shown) if shown else ""
+    return "\n".join(
+        [
+            f"study     {name}: {', '.join(f'{number} {state}' for state, number in counted.items())}",
+            f"best      {verdict(store)}{params}",
+            f"final     {final_sentence(store.attribute('final'))}",
+            *(f"          {line}" for line in _remarks(store)),
+            *_audit_lines(store),
+            f"runtime   {in_words(store.attribute('runtime'))}",
+            f"storage   {masked(store.url)}",
+            f"tracking  {masked(tracking)}",
+        ]
+    )
+
+
+def _remarks(store: Store) -> list[str]:
+    """What belongs to the final result."""
+    final = store.attribute("final")
+    lines = [rerank_sentence(store.attribute("rerank"))]
+    lines += [] if final is None else [conclusion(store), selection_sentence(final)]
+    fault = store.ledger_fault()
+    return [*filter(None, lines), *([] if fault is None else [f"Do not trust this: {fault}."])]
+
+
+def _audit_lines(store: Store) -> list[str]:
+    """What an audit found, if there was one."""
+    record = store.attribute("audit")
+    lines = [] if record is None else audit_sentences(record)
+    return [f"{'' if number else 'audit':<10}{line}" for number, line in enumerate(lines)]
+
+
+def in_words(runtime: dict[str, Any] | None) -> str:
+    """The decided engine as a person says it."""
+    if runtime is None:
+        return "not decided yet"
+    layout = "channels last" if runtime["channels_last"] else "channels first"
+    compiled = ", compiled" if runtime.get("compile") else ""
+    return f"{runtime['device']}, {runtime['precision']}, {layout}{compiled}"
+
+
+def digest(store: Store) -> str:
+    """A sha256 over what two runs of the same study must agree on.
+
+    Trial numbers, parameters, states, values and intermediate values, and each final seed's result and weights. Times
+    and places are left out.
+    """
+    final = store.attribute("final")
+    seeds = [] if final is None else final["per_seed"]
+    content = {
+        "trials": [
+            [trial.number, trial.params, trial.state, trial.value, list(trial.curve.items())]
+            for trial in store.trials()
+        ],
+        "final": None if final is None else final["trial"],
+        "seeds": [[seed.get(key) for key in ("seed", "correct", "total", "weights")] for seed in seeds],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.2f} %"
+
+
+def verdict(store: Store) -> str:
+    """One sentence about the search: does the best trial beat the base configuration, trial 0?"""
+    best = store.best()
+    if best is None:
+        return "No trial is complete yet."
+    base = next((trial for trial in store.trials() if trial.number == 0), None)
+    sentence = f"Best is trial {best.number} with a validation accuracy of {percent(best.value)}"
+    if best.number == 0:
+        return sentence + ": no trial beats the base configuration, trial 0."
+    if base is None or base.value is None:
+        return sentence + "; the base configuration, trial 0, did not complete."
+    points = 100 * (best.value - base.value)  # type: ignore[operator]
+    return sentence + f", {points:.2f} points above the base configuration, trial 0."
+
+
+def all_equal(store: Store) -> bool:
+    """Whether there are several finished trials, and all have the same configuration."""
+    params = [trial.params for trial in store.trials() if trial.state != "running"]
+    return len(params) > 1 and all(each == params[0] for each in params)
+
+
+def conclusion(store: Store) -> str:
+    """Whether any configuration is shown to be better than another, in a sentence."""
+    if store.best() is None:
+        return "No trial is complete yet."
+    if all_equal(store):
+        return f"No configuration is better than another: all {store.finished()} trials have the same one."
+    final = store.attribute("final")
+    if final is None:
+        return "Whether the best configuration is better than the base is not known before the test set is opened."
+    if final["trial"] == 0:
+        return "No configuration is shown to be better than another: the base configuration itself was chosen."
+    if (test := final.get("mcnemar")) is None:
+        return "The best configuration was not compared with the base configuration on the test set."
+    gained, lost, p = test["only_first"], test["only_second"], test["p"]
+    counted = (
+        f"{gained:,} test images are right with the best alone and {lost:,} with the base alone, p = {p:.2g} "
+        "(McNemar, one seed each)"
+    )
+    if p >= ALPHA:
+        return f"No configuration is shown to be better than another: {counted}."
+    word = "better" if gained > lost else "worse"
+    return f"The best configuration is {word} than the base configuration: {counted}."
+
+
+def rerank_sentence(record: dict[str, Any] | None) -> str | None:
+    """How the second look at the best ended, in a sentence; None when there was none."""
+    if record is None or record["chosen"] is None:
+        return None
+    found = {number: [each["accuracy"] for each in record["results"][str(number)]] for number in record["candidates"]}
+    seeds = len(found[record["chosen"]])
+    listed = ", ".join(f"trial {number} {percent(statistics.fmean(values))}" for number, values in found.items())
+    return f"On {seeds} fresh seed{'s' if seeds > 1 else ''} each: {listed}; trial {record['chosen']} was chosen."
+
+
+def selection_sentence(final: dict[str, Any] | None) -> str | None:
+    """By how much the best validation score flatters, in a sentence; None when that is not known."""
+    found = None if final is None else final.get("selection")
+    if found is None:
+        return None
+    return (
+        f"The best of {found['candidates']:,} complete trials looks better on the {found['images']:,} validation "
+        f"images than it is: by {100 * found['excess']:.2f} points, as they lie apart, by "
+        f"{100 * found['excess_if_equal']:.2f} points if all were equally good (bootstrap over the images)."
+    )
+
+
+def final_sentence(final: dict[str, Any] | None) -> str:
+    """The final result in one sentence, with what it was measured on."""
+    if final is None:
+        return "The test set has not been opened."
+    low, high = final["interval"]
+    seeds = len(final["per_seed"])
+    spread = (
+        "" if final["spread"] is None else f", standard deviation {100 * final['spread']:.2f} points over the seeds"
+    )
+    balanced = final.get("balanced_accuracy")
+    averaged = "" if balanced is None else f"; balanced over the classes {percent(balanced)}"
+    opened = final["test_openings"]
+    times = "once" if opened == 1 else f"{opened} times, so this number is no longer untouched by selection"
+    return (
+        f"Test accuracy {percent(final['accuracy'])} ({final['correct']:,} correct of {final['total']:,}: {seeds} seed"
+        f"{'s' if seeds > 1 else ''} on {final['per_seed'][0]['total']:,} test images; 95 % interval {percent(low)} to "
+        f"{percent(high)}{spread}{averaged}), trial {final['trial']} retrained on {final['fit_on']}. "
+        f"The test set was opened {times}."
+    )
+
+
+def frame(store: Store) -> pandas.DataFrame:
+    """One row a trial: number, state, value, epochs, seconds, reason, and each parameter."""
+    import pandas
+
+    rows = [
+        {
+            "number": trial.number,
+            "state": trial.state,
+            "value": trial.value,
+            "epochs": len(trial.curve),
+            "seconds": trial.seconds,
+            "reason": trial.reason,
+            **trial.params,
+        }
+        for trial in trial_records(store)
+    ]
+    return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=["number", "state", "value"])

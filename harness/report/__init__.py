@@ -1,0 +1,220 @@
+"""A study's report: one page that needs nothing else, and its trials as a table.
+
+Every number on the page is one of `overview.overview`, which `show --json` prints; what is drawn comes from the same
+storage.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.audit import audit_sentences
+from harness.cost import cost_sentences, duration
+from harness.files import replace_file
+from harness.overview import (
+    all_equal,
+    final_sentence,
+    frame,
+    in_words,
+    overview,
+    percent,
+    selection_sentence,
+    subject,
+    trial_records,
+    verdict,
+)
+from harness.report.final_figures import final_plots
+from harness.report.page import render
+from harness.report.search_figures import search_plots, time_plot
+from harness.storage import Store, TrialRecord
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+
+def write_report(name: str, store: Store, tracking: str, folder: Path) -> Path:
+    """Write report.html and trials.csv into `folder`; returns the page's path. Raises Halt when there is no room."""
+    written = folder / "report.html"
+    replace_file(folder / "trials.csv", frame(store).to_csv(index=False).encode())
+    replace_file(written, render(_view(name, store, tracking)).encode())
+    return written
+
+
+def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
+    """Everything that the page's template shows."""
+    seen, trials = overview(name, store, tracking), trial_records(store)
+    final, tested, about = seen["final"], seen["test"], subject(store)
+    return {
+        "name": name,
+        "seen": seen,
+        "leads": all_equal(store),
+        "headline": _headline(seen),
+        "sentence": final_sentence(final),
+        "verdict": verdict(store),
+        "strip": None if final is None else _strip(final),
+        "facts": _facts(seen),
+        "subject": about,
+        "parameters": [] if about is None else _parameters(store, about, trials),
+        "commands": _commands(seen, about),
+        "comparison": _comparison(seen),
+        "search": search_plots(store, trials),
+        "tested": tested,
+        "test": [] if tested is None else final_plots(store.attribute("predictions"), tested),
+        "thumbnails": store.attribute("thumbnails") or {},
+        "cost": _cost(seen),
+        "time": time_plot(trials),
+        "failures": [trial for trial in trials if trial.state in ("failed", "diverged")],
+        "rerank": _rerank(seen["rerank"], trials),
+        "table": _table(store),
+        "places": _places(seen),
+    }
+
+
+def _headline(seen: Mapping[str, Any]) -> tuple[str, str]:
+    """The number that people come for, and what it is."""
+    if seen["final"] is not None:
+        return percent(seen["final"]["accuracy"]), "test accuracy"
+    if seen["best"] is not None:
+        return percent(seen["best"]["value"]), "best validation accuracy so far"
+    return "–", "no trial is complete yet"
+
+
+def _strip(final: Mapping[str, Any]) -> dict[str, Any]:
+    """Interval, seeds and base on one line, as shares of its width."""
+    (low, high), base = final["interval"], final["base"]
+    seeds = [seed["accuracy"] for seed in final["per_seed"]]
+    points = [low, high, *seeds, *([] if base is None else [base["accuracy"]])]
+    margin = 0.12 * (max(points) - min(points)) or 0.01
+    start, end = max(min(points) - margin, 0.0), min(max(points) + margin, 1.0)
+
+    def place(value: float) -> float:
+        return round(100 * (value - start) / (end - start), 2)
+
+    return {
+        "low": place(low),
+        "width": round(place(high) - place(low), 2),
+        "mean": place(final["accuracy"]),
+        "seeds": [(place(value), percent(value)) for value in seeds],
+        "base": None if base is None else (place(base["accuracy"]), percent(base["accuracy"])),
+        "ends": (percent(start), percent(end)),
+        "interval": (percent(low), percent(high)),
+    }
+
+
+def _facts(seen: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The tiles under the headline: what, how much, and a word on it."""
+    counted, final, tested = seen["trials"], seen["final"], seen["test"]
+    states = ", ".join(f"{number:,} {state}" for state, number in counted.items() if number and state != "complete")
+    tiles = [
+        ("trials", f"{sum(counted.values()):,}", f"{counted['complete']:,} complete" + (f", {states}" * bool(states)))
+    ]
+    if seen["best"] is not None and final is not None:
+        tiles.append(("best validation", percent(seen["best"]["value"]), f"trial {seen['best']['number']}"))
+    if final is not None:
+        if final["balanced_accuracy"] is not None:
+            tiles.append(("balanced accuracy", percent(final["balanced_accuracy"]), "every class counts the same"))
+        if final["spread"] is not None:
+            tiles.append(("spread of the seeds", f"{100 * final['spread']:.2f} points", "standard deviation"))
+        if tested is not None:
+            tiles.append(("calibration error", f"{100 * tested['ece']:.2f} points", "expected, on the test images"))
+        opened = final["test_openings"]
+        tiles.append(("test set opened", "once" if opened == 1 else f"{opened} times", "see the ledger"))
+    tiles.append(("time of the search", duration(seen["cost"]["seconds"]), f"{seen['cost']['epochs']:,} epochs"))
+    return tiles
+
+
+def _parameters(store: Store, about: TrialRecord, trials: Sequence[TrialRecord]) -> list[tuple[str, Any, Any, str]]:
+    """Each searched field: its value in the trial, the base configuration's, and where it was searched."""
+    base = next((trial.params for trial in trials if trial.number == 0), {})
+    searched = store.optuna_study.get_trials(deepcopy=False)[about.number].distributions
+    return [(name, value, base.get(name), _in_words(searched[name])) for name, value in about.params.items()]
+
+
+def _in_words(distribution: BaseDistribution) -> str:
+    """What was searched, as a person says it."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(distribution, CategoricalDistribution):
+        return ", ".join(str(choice) for choice in distribution.choices)
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    return f"{distribution.low:g} to {distribution.high:g}" + (", logarithmic" if distribution.log else "")
+
+
+def _commands(seen: Mapping[str, Any], about: TrialRecord | None) -> list[tuple[str, str]]:
+    study = shlex.quote(seen["study"])
+    run = seen["command"] or f"python run_study.py --study {study} --trials {sum(seen['trials'].values())}"
+    lines = [("run the study, or go on with it", run)]
+    if about is not None:
+        words = "train this trial again and compare every epoch with the record"
+        lines.append((words, f"python -m harness reproduce {study} {about.number}"))
+    return lines
+
+
+def _comparison(seen: Mapping[str, Any]) -> list[str]:
+    """What is known of the best configuration beside the base, and of the best score beside the truth."""
+    final = seen["final"]
+    if final is None:
+        return []
+    lines = []
+    if (base := final["base"]) is not None:
+        lines.append(
+            f"The base configuration, trial {base['trial']}, trained from seed {base['seed']} as the best one was, "
+            f"reaches {percent(base['accuracy'])} ({base['correct']:,} of {base['total']:,})."
+        )
+    if seen["chosen"] not in (None, final["trial"]):
+        lines.append(
+            f"Trial {seen['chosen']} is better on the validation images than trial {final['trial']}, which was tested; "
+            'the test set stays closed until --reopen-test "why" is given.'
+        )
+    excess = selection_sentence(final)
+    return [*lines, excess or "What choosing the best adds to its validation score is not recorded."]
+
+
+def _cost(seen: Mapping[str, Any]) -> list[str]:
+    """Time, and what pruning saved of it; an audit says that and more."""
+    spent, *saved = cost_sentences(seen["cost"])
+    return [spent, *(saved if seen["audit"] is None else audit_sentences(seen["audit"]))]
+
+
+def _rerank(record: Mapping[str, Any] | None, trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
+    """A row a candidate: the score that the search saw, those of the fresh seeds, and whether it was chosen."""
+    if record is None:
+        return []
+    values = {trial.number: trial.value for trial in trials}
+    rows = []
+    for number in record["candidates"]:
+        fresh = [each["accuracy"] for each in record["results"].get(str(number), [])]
+        mean = sum(fresh) / len(fresh) if fresh else None
+        rows.append(
+            {
+                "trial": number,
+                "search": values.get(number),
+                "fresh": fresh,
+                "mean": mean,
+                "chosen": number == record["chosen"],
+            }
+        )
+    return rows
+
+
+def _table(store: Store) -> dict[str, Any]:
+    """All trials, the reasons last, without the columns in which nothing stands."""
+    table = frame(store).dropna(axis="columns", how="all")
+    table = table[sorted(table.columns, key=lambda column: column == "reason")]
+    rows = table.astype(object).where(table.notna(), None)
+    return {"columns": [str(column) for column in table.columns], "rows": rows.values.tolist()}
+
+
+def _places(seen: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Hardware, versions and places."""
+    environment = seen["environment"] or {}
+    where = [
+        ("runtime", in_words(seen["runtime"])),
+        *((key, str(value)) for key, value in environment.items()),
+        ("storage", seen["storage"]),
+        ("tracking", seen["tracking"]),
+    ]
+    return where if environment else [*where, ("versions", "not recorded")]

@@ -1,0 +1,66 @@
+"""What all figures of a report have in common. Colours are CSS variables; the page gives them light and dark values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+INK, SOFT, LINE = "var(--ink)", "var(--soft)", "var(--line)"
+PAPER, SURFACE = "var(--paper)", "var(--surface)"
+ACCENT, AMBER, BLUE, RED = "var(--accent)", "var(--amber)", "var(--blue)", "var(--red)"
+STATES = {
+    "complete": ACCENT,
+    "pruned": AMBER,
+    "diverged": RED,
+    "failed": RED,
+    "running": BLUE,
+    "interrupted": BLUE,
+}
+SCALE = [[step / 4, f"var(--scale-{step})"] for step in range(5)]
+SHARE = ".2~%"  # an axis of shares: as many digits as it needs
+HEIGHT = 360
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A figure with what it is called and what one sees on it; without a figure the caption says why."""
+
+    title: str
+    caption: str
+    figure: Figure | None = None
+    width: Literal["full", "half"] = "full"
+    shape: Literal["plain", "square", "long"] = "plain"  # a long one scrolls sideways on a phone
+
+    @property
+    def json(self) -> str:
+        """The figure for a script element of a page."""
+        assert self.figure is not None
+        text: str = self.figure.to_json()
+        return text.replace("<", "\\u003c")
+
+
+def empty(height: int = HEIGHT, legend: bool = False, **layout: Any) -> Figure:
+    """A figure in the report's style, without anything in it."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    figure.update_layout(
+        template="none",
+        height=height,
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"color": SOFT, "size": 12.5, "family": "system-ui, sans-serif"},
+        margin={"l": 8, "r": 12, "t": 34 if legend else 8, "b": 8},
+        showlegend=legend,
+        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "font": {"color": INK}},
+        hoverlabel={"bgcolor": SURFACE, "bordercolor": LINE, "font": {"color": INK}},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": SOFT, "activecolor": ACCENT},
+    )
+    figure.update_layout(**layout)
+    axis = {"gridcolor": LINE, "linecolor": LINE, "zeroline": False, "automargin": True}
+    figure.update_xaxes(**axis, title={"standoff": 10, "font": {"size": 12.5}})
+    figure.update_yaxes(**axis, title={"standoff": 10, "font": {"size": 12.5}})
+    return figure

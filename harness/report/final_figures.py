@@ -1,0 +1,109 @@
+"""Figures of the final run: which classes are recognised, which are confused, whether confidence can be believed."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from harness.predictions import from_record
+from harness.report.figures import ACCENT, INK, LINE, SHARE, SOFT, Plot, empty
+
+NAMED = 20  # classes; with more, their names do not fit on the axes
+# A confused share of a few percent must be seen beside a diagonal of nearly one.
+STEPS = (0.0, 0.04, 0.15, 0.5, 1.0)
+
+
+def final_plots(record: Mapping[str, Any], tested: Mapping[str, Any]) -> list[Plot]:
+    """The figures, given the attribute "predictions" and what `predictions.described` makes of it."""
+    return [_per_class(tested["per_class"]), _confusion(record), _reliability(tested["calibration"], tested["ece"])]
+
+
+def _per_class(rows: Sequence[Mapping[str, Any]]) -> Plot:
+    figure = empty(height=300, yaxis={"tickformat": SHARE})
+    figure.add_scatter(
+        # Names are escaped, for plotly reads tags in them.
+        x=[html.escape(row["class"]) for row in rows],
+        y=[row["accuracy"] for row in rows],
+        mode="markers",
+        marker={"color": ACCENT, "size": 8 if len(rows) <= NAMED else 6},
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": [row["interval"][1] - row["accuracy"] for row in rows],
+            "arrayminus": [row["accuracy"] - row["interval"][0] for row in rows],
+            "color": SOFT,
+            "thickness": 1,
+            "width": 0,
+        },
+        customdata=[[row["correct"], row["total"], *row["interval"]] for row in rows],
+        hovertemplate="%{x}: %{y:.1%} (%{customdata[0]} of %{customdata[1]}; 95 % interval "
+        "%{customdata[2]:.0%} to %{customdata[3]:.0%})<extra></extra>",
+    )
+    # Labels are names, never numbers: folders may be called 1 to 102.
+    figure.update_xaxes(type="category", showticklabels=len(rows) <= NAMED, showgrid=False, ticks="", tickangle=-40)
+    figure.update_xaxes(range=[-0.8, len(rows) - 0.2])
+    perfect = sum(row["accuracy"] == 1 for row in rows)
+    caption = (
+        f"Test accuracy of each of the {len(rows)} classes, the worst first, {perfect} of them without a mistake; the "
+        "lines are 95 % intervals, wide where a class has few test images."
+    )
+    return Plot(title="Accuracy of each class", caption=caption, figure=figure)
+
+
+def _confusion(record: Mapping[str, Any]) -> Plot:
+    found = from_record(record)
+    matrix, names = found.matrix, [html.escape(name) for name in found.classes]
+    totals = matrix.sum(axis=1).tolist()
+    shares = [
+        [count / total if count else None for count in row] for row, total in zip(matrix.tolist(), totals, strict=True)
+    ]
+    figure = empty(height=560, xaxis={"title": "taken for"}, yaxis={"title": "is", "autorange": "reversed"})
+    figure.add_heatmap(
+        x=names,
+        y=names,
+        z=shares,
+        customdata=matrix.tolist(),
+        zmin=0,
+        zmax=1,
+        colorscale=[[stop, f"var(--scale-{place})"] for place, stop in enumerate(STEPS)],
+        colorbar={"tickformat": ".0%", "thickness": 10, "outlinewidth": 0, "tickfont": {"color": SOFT}},
+        hovertemplate="%{y}<br>taken for %{x}<br>%{customdata} times, %{z:.1%}<extra></extra>",
+    )
+    axis = {"type": "category", "showticklabels": len(names) <= NAMED, "showgrid": False, "ticks": ""}
+    figure.update_xaxes(**axis, mirror=True, tickangle=-50)
+    figure.update_yaxes(**axis, mirror=True)
+    caption = (
+        "Each row is a class and what its test images were taken for, in shares; on the diagonal it is right. "
+        "Rare confusions are drawn stronger than they are."
+    )
+    return Plot(title="Confusion matrix", caption=caption, figure=figure, width="half", shape="square")
+
+
+def _reliability(bins: Sequence[Mapping[str, Any]], ece: float) -> Plot:
+    figure = empty(height=460, xaxis_title="confidence", yaxis_title="share that is right", bargap=0.08)
+    figure.add_scatter(
+        x=[0, 1], y=[0, 1], mode="lines", line={"color": SOFT, "dash": "dot", "width": 1.5}, hoverinfo="skip"
+    )
+    figure.add_bar(
+        x=[(each["low"] + each["high"]) / 2 for each in bins],
+        y=[each["accuracy"] for each in bins],
+        width=[0.92 * (each["high"] - each["low"]) for each in bins],
+        marker={"color": ACCENT, "opacity": 0.35, "line": {"color": LINE}},
+        hoverinfo="skip",
+    )
+    figure.add_scatter(
+        x=[each["confidence"] for each in bins],
+        y=[each["accuracy"] for each in bins],
+        mode="markers",
+        marker={"color": INK, "size": 9},
+        customdata=[each["count"] for each in bins],
+        hovertemplate="confidence %{x:.1%}, right %{y:.1%}<br>%{customdata:,} predictions<extra></extra>",
+    )
+    figure.update_xaxes(range=[0, 1], tickformat=".0%")
+    figure.update_yaxes(range=[0, 1.03], tickformat=".0%")
+    caption = (
+        "How often predictions of a confidence are right: on the dotted line, 80 % sure is right 80 times of 100. "
+        f"Expected calibration error {100 * ece:.2f} points."
+    )
+    return Plot(title="Calibration", caption=caption, figure=figure, width="half", shape="square")

@@ -1,0 +1,122 @@
+"""Parallel coordinates of a search. Optuna's own figure has its colours fixed, which a dark page cannot change."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from harness.report.figures import ACCENT, INK, LINE, PAPER, SOFT, empty
+
+if TYPE_CHECKING:
+    import optuna
+    from plotly.graph_objects import Figure
+
+# Groups of trials by value, the worst first: colour and opacity of their lines.
+LINES = ((SOFT, 0.3), (SOFT, 0.5), (ACCENT, 0.6), (ACCENT, 1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """One parameter: where each trial lies on it, from 0 to 1, None where it has none, and what its marks say."""
+
+    name: str
+    places: list[float | None]
+    marks: dict[float, str]
+
+
+def parallel_coordinates(study: optuna.Study) -> Figure:
+    """A line a complete trial over its parameters and its value."""
+    import optuna
+
+    trials = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    trials = sorted(trials, key=lambda trial: trial.value or 0.0)  # the best are drawn last
+    names = sorted({name for trial in trials for name in trial.params})
+    axes = [_parameter(name, trials) for name in names]
+    values = [trial.value or 0.0 for trial in trials]
+    axes.append(_numbers("validation accuracy", list(values), log=False, share=True))
+    figure = empty(height=380, margin={"l": 30, "r": 50, "t": 6, "b": 6})
+    low, span = min(values), max(values) - min(values)
+    for group in range(len(LINES)):
+        chosen = [n for n, value in enumerate(values) if _group(value, low, span) == group]
+        _add_lines(figure, axes, trials, chosen, group)
+    _add_marks(figure, axes)
+    return figure
+
+
+def _group(value: float, low: float, span: float) -> int:
+    return len(LINES) - 1 if span == 0 else min(int(len(LINES) * (value - low) / span), len(LINES) - 1)
+
+
+def _add_lines(figure: Figure, axes: Sequence[Axis], trials: Sequence[Any], chosen: Sequence[int], group: int) -> None:
+    x: list[float | None] = []
+    y: list[float | None] = []
+    text: list[str] = []
+    for number in chosen:
+        x += [*range(len(axes)), None]
+        y += [*(axis.places[number] for axis in axes), None]
+        text += [f"trial {trials[number].number}: {100 * (trials[number].value or 0.0):.2f} %"] * (len(axes) + 1)
+    figure.add_scatter(
+        x=x,
+        y=y,
+        text=text,
+        mode="lines+markers",
+        line={"color": LINES[group][0], "width": 1.8},
+        marker={"size": 5},
+        opacity=LINES[group][1],
+        hovertemplate="%{text}<extra></extra>",
+    )
+
+
+def _add_marks(figure: Figure, axes: Sequence[Axis]) -> None:
+    for place, axis in enumerate(axes):
+        figure.add_annotation(
+            x=place, y=1.12, text=f"<b>{axis.name}</b>", showarrow=False, font={"color": INK, "size": 12}
+        )
+        for height, text in axis.marks.items():
+            figure.add_annotation(
+                x=place,
+                y=height,
+                text=text,
+                showarrow=False,
+                xanchor="left",
+                xshift=7,
+                font={"color": INK, "size": 11},
+                bgcolor=PAPER,
+                borderpad=1,
+            )
+    figure.update_xaxes(
+        tickvals=list(range(len(axes))), showticklabels=False, gridcolor=LINE, range=[-0.4, len(axes) - 0.5]
+    )
+    figure.update_xaxes(showline=False, ticks="")
+    figure.update_yaxes(visible=False, range=[-0.06, 1.18])
+
+
+def _parameter(name: str, trials: Sequence[Any]) -> Axis:
+    from optuna.distributions import CategoricalDistribution
+
+    values = [trial.params.get(name) for trial in trials]
+    distribution = next(trial.distributions[name] for trial in trials if name in trial.distributions)
+    if not isinstance(distribution, CategoricalDistribution):
+        return _numbers(name, values, log=distribution.log, share=False)
+    options = list(distribution.choices)
+    heights = {option: place / max(len(options) - 1, 1) for place, option in enumerate(options)}
+    places = [None if value is None and None not in options else heights[value] for value in values]
+    return Axis(
+        name=name, places=places, marks={height: html.escape(str(option)) for option, height in heights.items()}
+    )
+
+
+def _numbers(name: str, values: Sequence[float | None], log: bool, share: bool) -> Axis:
+    known = [value for value in values if value is not None]
+    scaled = [math.log10(value) if log else value for value in known]
+    low, span = min(scaled), (max(scaled) - min(scaled)) or 1.0
+    places = [None if v is None else ((math.log10(v) if log else v) - low) / span for v in values]
+    marks = {}
+    for place in (0.0, 0.5, 1.0):
+        value = low + place * span
+        value = 10**value if log else value
+        marks[place] = f"{100 * value:.1f} %" if share else f"{value:.2g}"
+    return Axis(name=name, places=places, marks=marks)

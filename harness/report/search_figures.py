@@ -1,0 +1,327 @@
+"""Figures of the search: how it went, what each trial learned, what matters, and where the good trials lie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from harness.overview import subject
+from harness.report.figures import ACCENT, AMBER, INK, LINE, SCALE, SHARE, SOFT, STATES, Plot, empty
+from harness.report.importance import INTERVAL, importances
+from harness.report.parallel import parallel_coordinates
+from harness.storage import Store, TrialRecord
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+ACCURACY = "validation accuracy"
+PAIR = ("optim.base_lr", "optim.depth_lr_mult")
+FEW = 20  # complete trials: with fewer, importances are a hint at most
+GRID = 60  # steps a side of the contour
+BETWEEN = 6  # complete trials: with fewer, nothing is interpolated
+
+
+def search_plots(store: Store, trials: Sequence[TrialRecord]) -> list[Plot]:
+    """Every figure of the search; where there is none yet, the caption says why."""
+    complete = [trial for trial in trials if trial.state == "complete"]
+    plots = [_history(trials), _learning_curves(trials, store)]
+    if not complete:
+        return plots
+    plots += [_importances(store, complete), _ladder(store), _landscape(store, trials)]
+    if len(complete) > 1 and complete[0].params:
+        caption = "A line a complete trial, from its parameters to its accuracy; the stronger its colour, the better."
+        figure = parallel_coordinates(store.optuna_study)
+        plots.append(Plot(title="Parallel coordinates", caption=caption, figure=figure, shape="long"))
+    return plots
+
+
+def _history(trials: Sequence[TrialRecord]) -> Plot:
+    title = "Optimisation history"
+    complete = [trial for trial in trials if trial.value is not None]
+    if not complete:
+        return Plot(title=title, caption="No trial is complete yet.", width="half")
+    figure = empty(legend=True, xaxis_title="trial", yaxis_title=ACCURACY, yaxis_tickformat=SHARE)
+    best: list[float] = []
+    for trial in complete:
+        best.append(max([*best[-1:], trial.value or 0.0]))
+    last = trials[-1].number
+    figure.add_scatter(
+        x=[*(trial.number for trial in complete), last],
+        y=[*best, best[-1]],
+        mode="lines",
+        line={"color": INK, "width": 1.5, "shape": "hv"},
+        name="best so far",
+        hoverinfo="skip",
+    )
+    pruned = [trial for trial in trials if trial.state == "pruned" and trial.curve]
+    for name, group, symbol in (("complete", complete, "circle"), ("pruned", pruned, "x-thin-open")):
+        if group:
+            figure.add_scatter(
+                x=[trial.number for trial in group],
+                y=[trial.value if trial.value is not None else list(trial.curve.values())[-1] for trial in group],
+                mode="markers",
+                marker={
+                    "color": STATES[name],
+                    "size": 8,
+                    "symbol": symbol,
+                    "line": {"width": 2, "color": STATES[name]},
+                },
+                name=name,
+                hovertemplate=f"trial %{{x}}: %{{y:.2%}}<extra>{name}</extra>",
+            )
+    figure.update_layout(xaxis={"tickformat": "d", "rangemode": "tozero"})
+    caption = "Each complete trial's accuracy after its last epoch, and the best so far"
+    crosses = "; a cross is a pruned trial, at its last epoch." if pruned else "."
+    return Plot(title=title, caption=caption + crosses, figure=figure, width="half")
+
+
+def _edge(colour: str) -> dict[str, Any]:
+    """What a cross is drawn with."""
+    return {"width": 2, "color": colour}
+
+
+def _learning_curves(trials: Sequence[TrialRecord], store: Store) -> Plot:
+    title, begun = "Learning curves", [trial for trial in trials if trial.curve]
+    if not begun:
+        return Plot(title=title, caption="No trial has ended an epoch yet.", width="half")
+    figure = empty(legend=True, xaxis_title="epoch", yaxis_title=ACCURACY, yaxis_tickformat=SHARE, xaxis_tickformat="d")
+    for state, colour in STATES.items():
+        if group := [trial for trial in begun if trial.state == state]:
+            _add_curves(figure, group, state, {"color": colour, "width": 1.2}, opacity=0.55)
+    if (shown := subject(store)) is not None and shown.curve:
+        word = "the best so far" if store.attribute("final") is None else "chosen"
+        _add_curves(figure, [shown], f"trial {shown.number}, {word}", {"color": ACCENT, "width": 3.5})
+    if pruned := [trial for trial in begun if trial.state == "pruned"]:
+        figure.add_scatter(
+            x=[max(trial.curve) for trial in pruned],
+            y=[trial.curve[max(trial.curve)] for trial in pruned],
+            mode="markers",
+            marker={"symbol": "x-thin-open", "size": 8, "color": AMBER, "line": _edge(AMBER)},
+            showlegend=False,
+            hoverinfo="skip",
+        )
+    caption = f"{ACCURACY.capitalize()} of each trial after each epoch; a cross marks where a trial was pruned."
+    return Plot(title=title, caption=caption, figure=figure, width="half")
+
+
+def _add_curves(
+    figure: Figure, trials: Sequence[TrialRecord], name: str, line: dict[str, Any], opacity: float = 1.0
+) -> None:
+    """All of them as one trace with gaps, so that the legend names the state once."""
+    points = [(trial.number, epoch, value) for trial in trials for epoch, value in [*trial.curve.items(), (None, None)]]
+    figure.add_scatter(
+        x=[epoch for _, epoch, _ in points],
+        y=[value for _, _, value in points],
+        customdata=[number for number, _, _ in points],
+        mode="lines+markers",
+        line=line,
+        marker={"size": 4},
+        opacity=opacity,
+        name=name,
+        hovertemplate="trial %{customdata}, epoch %{x}: %{y:.2%}<extra></extra>",
+    )
+
+
+def _importances(store: Store, complete: Sequence[TrialRecord]) -> Plot:
+    title = "Importances"
+    names = sorted(set.intersection(*(set(trial.params) for trial in complete)))
+    found = importances(store.optuna_study, names)[::-1] if names else []
+    if not found:
+        why = "Importances need two complete trials with different results."
+        return Plot(title=title, caption=why, width="half")
+    figure = empty(
+        height=max(90 + 52 * len(found), 280),
+        xaxis_tickformat=".0%",
+        xaxis_range=[0, 1.04],
+        bargap=0.5,
+    )
+    figure.add_bar(
+        x=[each.share for each in found],
+        y=[each.name for each in found],
+        orientation="h",
+        marker={"color": ACCENT, "opacity": 0.75},
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [each.high - each.share for each in found],
+            "arrayminus": [each.share - each.low for each in found],
+            "color": INK,
+            "thickness": 1.3,
+            "width": 5,
+        },
+        customdata=[[each.low, each.high] for each in found],
+        hovertemplate="%{y}: %{x:.0%}, %{customdata[0]:.0%} to %{customdata[1]:.0%}<extra></extra>",
+    )
+    hint = " With so few, take it as a hint at most." if len(complete) < FEW else ""
+    caption = (
+        f"Share of what separates the best trials from the others (PED-ANOVA over {len(complete)} complete trials). "
+        f"The lines span {INTERVAL[1] - INTERVAL[0]} % of the shares that trials drawn anew from these give.{hint}"
+    )
+    return Plot(title=title, caption=caption, figure=figure, width="half")
+
+
+# -- learning rates ------------------------------------------------------------------------------------------------
+
+
+def _ladder(store: Store) -> Plot:
+    """The peak rate of every depth in the chosen configuration: base_lr * depth_lr_mult ** distance from the head."""
+    title, chosen = "Learning rate over depth", subject(store)
+    definition, depths = store.attribute("definition") or {}, store.attribute("depths")
+    if depths is None or chosen is None:
+        return Plot(title=title, caption="The depths of the backbone are not recorded.", width="half")
+    values = definition | chosen.params
+    rate, multiplier = values["optim.base_lr"], values["optim.depth_lr_mult"]
+    names = [depth.rstrip(".") for depth in depths[values["optim.depth_by"]]]
+    rates = [rate * multiplier ** (len(names) - 1 - place) for place in range(len(names))]
+    moving = [(name, each) for name, each in zip(names, rates, strict=True) if each > 0]
+    frozen = [name for name, each in zip(names, rates, strict=True) if each == 0]
+    figure = empty(height=max(90 + 34 * len(names), 280), xaxis_title="peak learning rate")
+    figure.update_yaxes(categoryorder="array", categoryarray=names, range=[-0.5, len(names) - 0.5])
+    figure.add_scatter(
+        x=[each for _, each in moving],
+        y=[name for name, _ in moving],
+        mode="lines+markers+text",
+        text=[f"{each:.1e}" for _, each in moving],
+        textposition="top center",
+        textfont={"color": INK, "size": 11},
+        cliponaxis=False,
+        line={"color": LINE, "width": 2},
+        marker={"color": ACCENT, "size": 11},
+        hovertemplate="%{y}: %{x:.3e}<extra></extra>",
+    )
+    low, high = min(each for _, each in moving), max(each for _, each in moving)
+    _rates(figure, low / 2, high * 2)
+    still = f" Frozen: {', '.join(frozen)}." if frozen else ""
+    caption = (
+        f"Trial {chosen.number}: the head learns at {rate:.3g}, and each depth below it at {multiplier:.3g} times the "
+        f"rate of the one above.{still}"
+    )
+    return Plot(title=title, caption=caption, figure=figure, width="half")
+
+
+def _landscape(store: Store, trials: Sequence[TrialRecord]) -> Plot:
+    """Validation accuracy over base LR and multiplier: a table for a grid, a contour between the dots otherwise."""
+    title = "Base learning rate against depth-LR multiplier"
+    complete = [trial for trial in trials if trial.value is not None and set(PAIR) <= set(trial.params)]
+    if len(complete) < 2:
+        return Plot(title=title, caption="It needs two complete trials that differ in both.")
+    definition = store.attribute("definition") or {}
+    if all(str(definition.get(f"space.{name}", "")).startswith("Choice") for name in PAIR):
+        return Plot(title=title, caption="The mean of the complete trials in each cell.", figure=_table_of(complete))
+    figure = empty(height=420, xaxis_title="base learning rate", yaxis_title="depth-LR multiplier")
+    drawn = [trial for trial in trials if set(PAIR) <= set(trial.params)]
+    rates = [trial.params[PAIR[0]] for trial in drawn]
+    _rates(figure, min(rates) / 1.2, max(rates) * 1.2)
+    between = len(complete) >= BETWEEN and _contour(figure, complete)
+    _add_dots(figure, drawn)
+    caption = "A dot is a complete trial, a cross one that was pruned or failed."
+    colours = " The colours between the dots are interpolated; outside of them nothing is known." if between else ""
+    return Plot(title=title, caption=caption + colours, figure=figure)
+
+
+def _rates(figure: Figure, low: float, high: float) -> None:
+    """A logarithmic axis of learning rates with few marks."""
+    step: Any = 1 if high > 100 * low else "D2"
+    ends = [math.log10(low), math.log10(high)]
+    figure.update_xaxes(type="log", dtick=step, tickformat=".0e", range=ends)
+
+
+def _contour(figure: Figure, complete: Sequence[TrialRecord]) -> bool:
+    """Linear interpolation inside of the hull of the trials; False when they lie on a line."""
+    import numpy
+    from scipy.interpolate import griddata
+    from scipy.spatial import QhullError
+
+    x = numpy.log10([trial.params[PAIR[0]] for trial in complete])
+    y = numpy.array([trial.params[PAIR[1]] for trial in complete])
+    values = numpy.array([trial.value for trial in complete])
+    columns, rows = numpy.linspace(x.min(), x.max(), GRID), numpy.linspace(y.min(), y.max(), GRID)
+    try:
+        between = griddata((x, y), values, tuple(numpy.meshgrid(columns, rows)), rescale=True)
+    except QhullError:
+        return False
+    figure.add_contour(
+        x=(10**columns).tolist(),
+        y=rows.tolist(),
+        z=[[None if math.isnan(value) else value for value in row] for row in between.tolist()],
+        colorscale=SCALE,
+        zmin=values.min(),
+        zmax=values.max(),
+        ncontours=16,
+        line={"width": 0.4, "color": LINE},
+        showscale=False,
+        hoverinfo="skip",
+    )
+    return True
+
+
+def _add_dots(figure: Figure, trials: Sequence[TrialRecord]) -> None:
+    crosses = {"symbol": "x-thin-open", "size": 7, "color": SOFT, "line": {"width": 1.5, "color": SOFT}}
+    dots = {
+        "size": 11,
+        "colorscale": SCALE,
+        "line": {"width": 1.5, "color": INK},
+        "colorbar": {"tickformat": SHARE, "thickness": 12, "outlinewidth": 0, "tickfont": {"color": SOFT}},
+    }
+    for whole in (False, True):
+        group = [trial for trial in trials if (trial.value is not None) is whole]
+        figure.add_scatter(
+            x=[trial.params[PAIR[0]] for trial in group],
+            y=[trial.params[PAIR[1]] for trial in group],
+            mode="markers",
+            marker=dots | {"color": [trial.value for trial in group]} if whole else crosses,
+            text=[
+                f"trial {trial.number}: {f'{100 * trial.value:.2f} %' if trial.value is not None else trial.state}"
+                for trial in group
+            ],
+            hovertemplate="%{text}<br>base LR %{x:.2e}<br>multiplier %{y:.2f}<extra></extra>",
+            showlegend=False,
+        )
+
+
+def _table_of(complete: Sequence[TrialRecord]) -> Figure:
+    cells: dict[tuple[float, float], list[float]] = {}
+    for trial in complete:
+        cells.setdefault((trial.params[PAIR[0]], trial.params[PAIR[1]]), []).append(trial.value or 0.0)
+    columns, rows = (sorted({key[place] for key in cells}) for place in (0, 1))
+    means = {key: sum(values) / len(values) for key, values in cells.items()}
+    z = [[means.get((column, row)) for column in columns] for row in rows]
+    figure = empty(xaxis_title="base learning rate", yaxis_title="depth-LR multiplier")
+    figure.add_heatmap(
+        x=[f"{column:g}" for column in columns],
+        y=[f"{row:g}" for row in rows],
+        z=z,
+        text=[["" if value is None else f"{100 * value:.2f} %" for value in row] for row in z],
+        texttemplate="%{text}",
+        textfont={"size": 15},
+        colorscale=SCALE,
+        xgap=3,
+        ygap=3,
+        showscale=False,
+        hovertemplate="base LR %{x}, multiplier %{y}: %{text}<extra></extra>",
+    )
+    figure.update_xaxes(type="category", showgrid=False)
+    figure.update_yaxes(type="category", showgrid=False)
+    return figure
+
+
+def time_plot(trials: Sequence[TrialRecord]) -> Plot:
+    """How long each trial took."""
+    title, ended = "Time of each trial", [trial for trial in trials if trial.seconds is not None]
+    if not ended:
+        return Plot(title=title, caption="No trial has ended yet.")
+    figure = empty(height=280, legend=True, xaxis_title="trial", xaxis_tickformat="d", yaxis_title="seconds")
+    for state, colour in STATES.items():
+        if group := [trial for trial in ended if trial.state == state]:
+            figure.add_bar(
+                x=[trial.number for trial in group],
+                y=[trial.seconds for trial in group],
+                customdata=[len(trial.epochs) for trial in group],
+                width=0.75,  # plotly's own is as wide as the widest gap between two of a state
+                marker={"color": colour, "opacity": 0.8},
+                name=state,
+                hovertemplate=f"trial %{{x}}: %{{y:.1f}} s, %{{customdata}} epochs<extra>{state}</extra>",
+            )
+    figure.update_layout(barmode="overlay", xaxis_range=[-0.6, trials[-1].number + 0.6])
+    return Plot(title=title, caption="Training and validation together, by how the trial ended.", figure=figure)

@@ -1,0 +1,55 @@
+"""What a search took, and what pruning saved of it, counted by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from harness.cost import cost, cost_sentences, duration
+from harness.storage import TrialRecord
+from tests.analytic import epoch_result
+
+
+def trial(number: int, state: str, ran: int, seconds: float | None, **params: Any) -> TrialRecord:
+    ended = tuple(epoch_result(epoch, 0.5) for epoch in range(1, ran + 1))  # half a second each
+    curve = {epoch.epoch: 0.5 for epoch in ended}
+    return TrialRecord(
+        number=number, state=state, value=None, params=params, epochs=ended, curve=curve, reason=None, seconds=seconds
+    )
+
+
+def test_pruning_saves_the_epochs_that_were_not_run_at_the_time_of_those_that_were() -> None:
+    trials = [trial(0, "complete", 8, 4.0), trial(1, "pruned", 2, 1.0), trial(2, "failed", 1, 0.5)]
+    found = cost(trials, {"epochs": 8})
+    assert found == {
+        "seconds": 5.5,
+        "epochs": 11,
+        "pruned": 1,
+        "epochs_not_run": 6,
+        "saved_seconds": 3.0,
+        "saved_share": pytest.approx(3.0 / 8.5),
+    }
+    assert cost_sentences(found)[1] == (
+        "Pruning ended 1 of them early and left out 6 epochs, about 3.0 s: 35 % of what the search would have taken."
+    )
+
+
+def test_a_searched_number_of_epochs_counts_and_an_unknown_one_does_not() -> None:
+    assert cost([trial(0, "pruned", 2, 1.0, epochs=4)], {"epochs": 8})["epochs_not_run"] == 2
+    assert cost([trial(0, "pruned", 2, 1.0)], {})["epochs_not_run"] == 0
+
+
+def test_a_search_that_has_not_begun_costs_nothing() -> None:
+    found = cost([], {"epochs": 8})
+    assert (found["seconds"], found["saved_share"]) == (0.0, 0.0)
+    assert len(cost_sentences(found)) == 1
+    assert cost([trial(0, "running", 0, None)], {"epochs": 8})["seconds"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.0, "0.0 s"), (5.25, "5.2 s"), (42.4, "42 s"), (150, "2 min 30 s"), (7260, "2 h 1 min"), (3599.7, "1 h 0 min")],
+)
+def test_a_duration_has_the_units_that_matter(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
