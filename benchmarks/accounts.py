@@ -18,20 +18,20 @@ from benchmarks.clock import Clock
 PARTS = {  # of innermost names the time is counted; what is named nowhere is "the rest"
     "training steps": {"harness.trainer": ["train_step"]},
     "augmentation": {"harness.data.augment": ["augment"]},
-    "validation": {"harness.trainer": ["evaluate"], "harness.final": ["evaluate"]},
-    "loop around the steps": {"harness.objective": ["fit"], "harness.final": ["fit"]},
+    "validation": {"harness.trainer": ["evaluate"], "harness.final": ["logits_of", "measure"]},
+    "loop around the steps": {"harness.objective": ["fit"], "harness.retraining": ["fit"]},
     "data: decoding and cache": {"harness.running": ["_prepare"]},
     "data: loading": {"harness.experiment": ["load_splits", "load_train_and_val"], "harness.final": ["load_test"]},
-    "model and optimizer": {"harness.objective": ["assemble"], "harness.final": ["assemble"]},
+    "model and optimizer": {"harness.objective": ["assemble"], "harness.retraining": ["assemble"]},
     "deciding the engine": {"harness.experiment": ["decide_runtime"]},
     "checkpoints": {
         "harness.checkpoint.Checkpoint": ["__init__", "save", "after_batch", "restore"],
         "harness.objective": ["remove", "identity_of"],
-        "harness.final": ["remove", "identity_of"],
+        "harness.retraining": ["remove", "identity_of"],
         "harness.study": ["stale"],
     },
     "storage": {
-        "harness.storage": ["open_store", "exists"],
+        "harness.opening": ["open_store", "exists"],
         "harness.storage.Store": ["attribute", "finished", "trials", "best", "has_final", "set_attribute"],
         "harness.database": ["check_database", "check_writable"],
     },
@@ -47,12 +47,12 @@ PARTS = {  # of innermost names the time is counted; what is named nowhere is "t
     "MLflow: end of the study": {"harness.mlflow_tracker.MLflowTracker": ["finish", "interrupt"]},
     "environment, versions": {
         "harness.objective": ["environment"],
-        "harness.final": ["environment"],
+        "harness.retraining": ["environment"],
         "harness.tracking": ["facts"],
         "harness.running": ["_name_changes"],
     },
-    "report": {"harness.report": ["write_report", "summary"]},
-    "saving the model": {"harness.final": ["save_model", "fingerprint"]},
+    "report": {"harness.report": ["write_report"], "harness.overview": ["summary"]},
+    "saving the model": {"harness.final": ["save_model"], "harness.retraining": ["fingerprint"]},
     "display": {"harness.display.Display": ["show", "__enter__", "__exit__"]},
 }
 

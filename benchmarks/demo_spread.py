@@ -22,8 +22,9 @@ from benchmarks.machine import describe
 from harness.catalogue import find
 from harness.data.tensors import prepare
 from harness.experiment import decide_runtime
+from harness.opening import open_store
 from harness.search import Sampler, no_pruning
-from harness.storage import TrialRecord, open_store
+from harness.storage import TrialRecord
 from harness.study import search
 from harness.tracking import NoTracker
 

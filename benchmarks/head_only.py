@@ -27,7 +27,7 @@ from harness.data.tensors import load_split, prepare
 from harness.engine import Runtime, predict, train_step
 from harness.experiment import assemble, decide_runtime
 from harness.features import keep_features
-from harness.storage import open_store, read_store
+from harness.opening import open_store, read_store
 from harness.study import search
 from harness.tracking import NoTracker
 from harness.trainer import EVALUATION_BATCH, Training, fit, logits_of

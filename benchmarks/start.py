@@ -82,7 +82,7 @@ def contestants(names: list[str]) -> Iterator[dict[str, Callable[[], float]]]:
         def resumed() -> float:
             return seconds(step, folder, STOPPED)
 
-        study = ["from harness import catalogue as c, storage as s", "f = c.find('demo')"]
+        study = ["from harness import catalogue as c, opening as s", "f = c.find('demo')"]
         study += ["with s.open_store(f.study, f.storage_url) as store: store.ask(f.study)"]
         seconds([python, "-c", "\n".join(study)], folder)
         every: dict[str, Callable[[], float]] = {

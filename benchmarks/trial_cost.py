@@ -25,9 +25,10 @@ from benchmarks.measure import Figures, alternate, ratios, script
 from harness import catalogue
 from harness.config import Study
 from harness.mlflow_places import local_tracker, local_uri
+from harness.opening import open_store
 from harness.results import Completed, EpochResult, Metrics
 from harness.search import asha, tpe
-from harness.storage import Store, open_store
+from harness.storage import Store
 from harness.tracking import NoTracker, RunLog, Tracker, facts, trial_key, trial_tags
 
 EPOCHS, IMAGES = 30, 1000

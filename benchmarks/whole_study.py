@@ -29,8 +29,8 @@ from benchmarks.measure import ROOT_HELP, alternate, ratios, script
 from harness import catalogue
 from harness.data.flowers102 import Flowers102
 from harness.data.garden import Garden
+from harness.opening import read_store
 from harness.space import get
-from harness.storage import read_store
 
 HERE = Path(__file__).parent
 ROUNDS = {"tiny": 3, "maxvit": 2}

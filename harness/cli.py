@@ -1,4 +1,4 @@
-"""Arguments, messages and exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted.
+"""Commands, messages and exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted.
 
 torch is imported only by what trains; `--help` and `show` answer without it.
 """
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from harness.arguments import build_parser
 from harness.errors import Halt, InputError, no_room
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str], program: str = "python -m harness") -> int:
     """Run a command and return the exit code."""
     args = build_parser(program).parse_args(_with_command(arguments, program))
     try:
-        code: int = args.function(args)
+        code = COMMANDS[args.command](args)
         sys.stdout.flush()
     except BrokenPipeError:  # `show | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -77,104 +78,6 @@ def _with_command(arguments: Sequence[str], program: str) -> list[str]:
     return list(arguments[1:]) if program == "run_study.py" else list(arguments)
 
 
-def build_parser(program: str) -> argparse.ArgumentParser:
-    """The command line; `run_study.py` is `run` alone."""
-    if program == "run_study.py":
-        parser = argparse.ArgumentParser(prog=program, description="Run or resume a hyperparameter study.")
-        _add_run(parser)
-        return parser
-    parser = argparse.ArgumentParser(prog=program, description="Hyperparameter studies of image classifiers.")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="run or resume a study (the same as run_study.py)")
-    _add_run(run)
-    show = commands.add_parser("show", help="what a study found so far")
-    show.add_argument("study", metavar="STUDY", help="a study's name or file")
-    show.add_argument("--json", action="store_true", help="print one JSON object")
-    show.add_argument("--digest", action="store_true", help="print a sha256 of the results: equal ones, equal studies")
-    show.add_argument("--groups", action="store_true", help="print the parameter groups of the base configuration")
-    show.set_defaults(function=_show)
-    report = commands.add_parser("report", help="write a study's report (HTML) and its trials (CSV)")
-    report.add_argument("study", metavar="STUDY", help="a study's name or file")
-    report.add_argument("--output", metavar="DIR", type=_folder, help="where to (default: studies/NAME.report)")
-    report.set_defaults(function=_report)
-    reproduce = commands.add_parser("reproduce", help="train a trial again and compare every epoch with the record")
-    reproduce.add_argument("study", metavar="STUDY", help="a study's name or file")
-    reproduce.add_argument("trial", metavar="N", type=_number, help="the trial's number")
-    reproduce.add_argument("--data-root", metavar="DIR", type=_given, help="the folder that holds the data set")
-    reproduce.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps (default: what the study ran on)")
-    reproduce.set_defaults(function=_reproduce)
-    doctor = commands.add_parser("doctor", help="whether storage, MLflow, checkpoints and processes agree")
-    doctor.add_argument("study", metavar="STUDY", help="a study's name or file")
-    doctor.add_argument("--fix", action="store_true", help="mend what disagrees; the storage is right")
-    doctor.set_defaults(function=_doctor)
-    for command in (show, report, reproduce, doctor):
-        _add_places(command)
-    ui = commands.add_parser("ui", help="open the MLflow UI on the logged runs")
-    ui.add_argument(
-        "--tracking-uri", metavar="URI", type=_given, help="the MLflow database or server (default: mlruns/mlflow.db)"
-    )
-    ui.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    ui.add_argument("--port", type=int, default=5000, help="port to listen on (default: %(default)s)")
-    ui.set_defaults(function=_ui)
-    return parser
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--study", metavar="NAME|FILE", default="flowers102", help="the study (default: %(default)s)")
-    parser.add_argument(
-        "--trials", metavar="N", type=_positive, help="how many finished trials the study should have in all"
-    )
-    parser.add_argument("--data-root", metavar="DIR", type=_given, help="the folder that holds the data set")
-    parser.add_argument(
-        "--set",
-        metavar="PATH=VALUE",
-        action="append",
-        default=[],
-        help="change a field of the base configuration, e.g. epochs=5, data.limit=204, optim.weight_decay=0.05, "
-        "final.seeds=1; repeatable",
-    )
-    parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps (default: what the study says, else auto)")
-    parser.add_argument("--fresh", action="store_true", help="move an existing study of this name aside and start anew")
-    _add_places(parser)
-    parser.set_defaults(function=_run)
-
-
-def _add_places(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--storage", metavar="URL", type=_given, help="the study's database (default: sqlite, beside the study file)"
-    )
-    parser.add_argument(
-        "--tracking-uri", metavar="URI", type=_given, help="an MLflow server or database (default: mlruns/mlflow.db)"
-    )
-
-
-def _given(text: str) -> str:
-    """An empty text is a variable that was not set; the default would go elsewhere than was meant."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty; give a value or leave it out")
-    return text
-
-
-def _folder(text: str) -> Path:
-    return Path(_given(text))
-
-
-def _number(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"it must be a trial's number, 0 or more, not {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"it must be a whole number of at least 1, not {text!r}")
-    return number
-
-
 def _run(args: argparse.Namespace) -> int:
     from harness.running import run
 
@@ -182,20 +85,20 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from harness import catalogue, report, storage
+    from harness import catalogue, opening, overview
 
     found = catalogue.find(args.study)
     if args.groups:
         print(_groups(found.study), end="")
         return DONE
-    with storage.read_store(found.study.name, args.storage or found.storage_url) as store:
+    with opening.read_store(found.study.name, args.storage or found.storage_url) as store:
         uri = _tracking_uri(args, found)
         if args.digest:
-            print(report.digest(store))
+            print(overview.digest(store))
         elif args.json:
-            print(json.dumps(report.overview(found.study.name, store, uri), indent=2, ensure_ascii=False))
+            print(json.dumps(overview.overview(found.study.name, store, uri), indent=2, ensure_ascii=False))
         else:
-            print(report.summary(found.study.name, store, uri))
+            print(overview.summary(found.study.name, store, uri))
     return DONE
 
 
@@ -214,10 +117,10 @@ def _groups(study: Study) -> str:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from harness import catalogue, report, storage
+    from harness import catalogue, opening, report
 
     found = catalogue.find(args.study)
-    with storage.read_store(found.study.name, args.storage or found.storage_url) as store:
+    with opening.read_store(found.study.name, args.storage or found.storage_url) as store:
         folder = args.output or found.beside(store.url, ".report")
         if folder.exists() and not folder.is_dir():
             raise InputError(f"--output {folder} is a file; give a folder.")
@@ -233,7 +136,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _reproduce(args: argparse.Namespace) -> int:
-    from harness import catalogue, storage
+    from harness import catalogue, opening
     from harness.data.tensors import prepare
     from harness.experiment import decide_runtime
     from harness.reproduce import explanation, reproduce
@@ -241,15 +144,15 @@ def _reproduce(args: argparse.Namespace) -> int:
 
     found = catalogue.find(args.study)
     study = found.study.located(found.home, args.data_root, args.device)
-    with storage.read_store(study.name, args.storage or found.storage_url) as store:
-        study = storage.as_begun(study, store)
+    with opening.read_store(study.name, args.storage or found.storage_url) as store:
+        study = opening.as_begun(study, store)
         trials = {trial.number: trial for trial in store.trials()}
         if args.trial not in trials:
             has = f"it has 0 to {max(trials)}" if trials else "it has none yet"
             raise InputError(f"Study {study.name!r} has no trial {args.trial}; {has}.")
         runtime = decide_runtime(study.train, store.attribute("runtime"))
         content = {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
-        storage.as_begun(study, store, content)
+        opening.as_begun(study, store, content)
     keep_imports()
     trial, same = trials[args.trial], True
     for each in reproduce(study, trial, runtime):
@@ -263,12 +166,60 @@ def _reproduce(args: argparse.Namespace) -> int:
     return FAILED
 
 
+def _audit(args: argparse.Namespace) -> int:
+    from harness.running import resumable
+
+    def work() -> int:
+        from harness.auditing import audit_study
+
+        return audit_study(args)
+
+    return resumable(work)
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from harness import catalogue
     from harness.doctor import consult
 
     found = catalogue.find(args.study)
     return DONE if consult(found, args.storage or found.storage_url, args.tracking_uri, fix=args.fix) else FAILED
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from harness import predict
+    from harness.running import keep_imports
+
+    files = predict.find_images(args.images)
+    if args.csv is not None:
+        predict.check_table(args.csv)
+    predictor = predict.load_predictor(args.study, args.storage, args.device)
+    count = predict.top(args.top, len(predictor.saved.classes))
+    keep_imports()
+    return FAILED if predict.predict(predictor, files, count, args.csv) else DONE
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from harness import demo_page
+    from harness.predict import load_predictor
+    from harness.running import keep_imports
+
+    demo_page.check_installed()
+    _check_port(args.host, args.port)
+    predictor = load_predictor(args.study, args.storage, args.device, args.data_root)
+    keep_imports()
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    demo_page.serve(predictor, args.host, args.port)
+    return DONE
+
+
+def _export(args: argparse.Namespace) -> int:
+    from harness import catalogue
+    from harness.export import export_onnx
+
+    found = catalogue.find(args.study)
+    export_onnx(found, args.storage or found.storage_url, args.onnx)
+    print(args.onnx)
+    return DONE
 
 
 def _ui(args: argparse.Namespace) -> int:
@@ -319,3 +270,17 @@ def _tracking_uri(args: argparse.Namespace, found: Found) -> str:
 
 def _as_interrupt(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
+
+
+COMMANDS = {
+    "run": _run,
+    "show": _show,
+    "report": _report,
+    "reproduce": _reproduce,
+    "audit": _audit,
+    "doctor": _doctor,
+    "predict": _predict,
+    "demo": _demo,
+    "export": _export,
+    "ui": _ui,
+}

@@ -7,6 +7,8 @@ start of a study and its resumption.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -193,10 +195,19 @@ class FinalConfig:
 
     seeds: int = 3
     fit_on: Literal["train", "train+val"] = "train+val"
+    rerank: int = 0  # so many of the best are retrained on fresh seeds before one is chosen; 0: the search chooses
+    compare_base: bool = True  # train the base configuration, too, and compare the two on the test set
+    publish: bool = location(True)  # export the final model, and register it in MLflow
 
     def __post_init__(self) -> None:
         spaces.check_types(self, "final.")
         require(self.seeds >= 1, f"final.seeds must be at least 1, not {self.seeds}.")
+        fits = self.rerank == 0 or self.rerank >= 2
+        require(fits, f"final.rerank must be at least 2, or 0 for no second look, not {self.rerank}.")
+
+    def trainings(self) -> int:
+        """How many trainings come after the search, at most."""
+        return self.seeds + self.compare_base + self.rerank * self.seeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,8 +311,14 @@ class Study:
         """Everything that decides the results, flat and ready for JSON; `trials` is left out, for it may grow."""
         flat = {path: _plain(value) for path, value in spaces.leaves(self.train, identity_only=True)}
         flat |= {f"space.{path}": repr(dimension) for path, dimension in self.space.items()}
-        flat |= {f"final.{path}": _plain(value) for path, value in spaces.leaves(self.final)}
+        flat |= {f"final.{path}": _plain(value) for path, value in spaces.leaves(self.final, identity_only=True)}
         return flat | {"sampler": repr(self.sampler), "pruner": repr(self.pruner), "seed": self.seed}
+
+
+def fingerprint(config: TrainConfig) -> str:
+    """Sixteen hexadecimal digits that stand for everything which decides a configuration's result."""
+    described = {path: _plain(value) for path, value in spaces.leaves(config, identity_only=True)}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _owner(study: Study, path: str) -> tuple[Any, str]:

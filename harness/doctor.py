@@ -17,7 +17,8 @@ from harness.config import Study
 from harness.data.cache import damaged
 from harness.database import holder, pid_file, sqlite_file
 from harness.errors import InputError
-from harness.storage import Store, as_begun, has_model, open_store, read_store
+from harness.opening import as_begun, has_model, open_store, read_store
+from harness.storage import Store
 from harness.study import wanted_keys
 from harness.tracking import Finding, expected_runs, facts, study_metrics, trial_key
 
@@ -98,6 +99,8 @@ def examine(
     """
     if not living:
         yield from _checkpoints(study, store, checkpoints)
+    if (wrong := store.ledger_fault()) is not None:
+        yield Finding(f"In the storage, {wrong}: its test result is not to be trusted; take the storage from a copy")
     yield from _model(store, model)
     yield from _images(Path(study.train.data.cache))
     running = {trial_key(trial.number) for trial in store.trials() if trial.state == "running"}

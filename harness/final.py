@@ -1,7 +1,7 @@
-"""The final run: the best configuration retrained on several seeds, then the test set opened, once.
+"""The final run: the chosen configuration retrained on several seeds, then the test set opened, once.
 
 All seeds are trained before the first test image is looked at, and which of them is saved as the model is decided
-beforehand (seed 0), so nothing is chosen by the test set.
+beforehand (seed 0), so nothing is chosen by the test set. Every opening is written to the ledger before it happens.
 """
 
 from __future__ import annotations
@@ -9,189 +9,226 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import closing
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from harness.checkpoint import SUFFIX, Checkpoint, fingerprint, identity_of, remove, write_tensors
-from harness.config import Study
+import torch
+
+from harness import ledger
+from harness.checkpoint import write_tensors
+from harness.config import Dataset, SplitName, fingerprint
 from harness.data.augment import MEAN, STD
-from harness.data.tensors import load_test
-from harness.engine import Runtime
-from harness.environment import environment
-from harness.errors import Halt
-from harness.experiment import assemble, evaluation_of, with_validation_images
+from harness.data.duplicates import find
+from harness.data.tensors import ImageSet, items_of, load_split, load_test
+from harness.environment import git_commit
+from harness.evidence import balanced_accuracy, mcnemar, selection_excess, wilson
+from harness.experiment import evaluation_of
 from harness.files import replace_file
-from harness.results import EpochEnded, Event, Metrics, TrialStarted
-from harness.seeds import derive_seed
+from harness.opening import has_model
+from harness.packing import pack, unpack_bits
+from harness.predictions import pictured
+from harness.results import Event
+from harness.retraining import Place, Retraining
 from harness.space import label, leaves
-from harness.storage import Store, TrialRecord, has_model
-from harness.tracking import RunLog, Tracker, final_key, final_tags
-from harness.trainer import Training, evaluate, fit
+from harness.storage import Store, TrialRecord
+from harness.thumbnails import thumbnails
+from harness.trainer import Training, logits_of, measure
 
-CONFIDENCE = 0.95
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
-def final_run(
-    study: Study, store: Store, tracker: Tracker, runtime: Runtime, folder: Path, checkpoints: Path
-) -> Iterator[Event]:
-    """Retrain the best configuration, open the test set, save the model in `folder`, record the result.
+def final_run(place: Place, folder: Path, reason: str | None = None) -> Iterator[Event]:
+    """Retrain the chosen configuration, open the test set, save the model in `folder`, record the result.
 
     A seed that was trained before an interruption is not trained again, for its last checkpoint stays until the result
     is recorded. When the result is there and only the model is lost, its seed is trained once more, and the test set
-    stays closed. Does nothing when no trial is complete.
+    stays closed. It also stays closed when it was opened for another trial and no `reason` is given. Does nothing when
+    no trial is complete.
     """
-    best = store.best()
-    if best is None or (store.has_final() and has_model(folder)):
+    study, store = place.study, place.store
+    chosen = store.chosen()
+    if chosen is None or (store.has_final() and has_model(folder)):
         return
     if store.has_final():
         print(
             f"The model in {folder} is missing: its seed is trained again, the test set stays closed.", file=sys.stderr
         )
-    seeds = [FinalSeed(study, store, tracker, runtime, best, number, checkpoints) for number in _seeds(study, store)]
-    for seed in seeds:
+        seed = Retraining(place, "final", chosen, 0)
         yield from seed.train()
-    if store.has_final():
-        save_model(folder, seeds[0].trained(), best, store.attribute("final"))
-    else:
-        _open_test_set(study, store, seeds, best, folder)
-    for seed in seeds:
+        save_model(folder, seed.trained(), chosen, store.attribute("final"))
         seed.end()
+        return
+    store.ledger()  # an edited one is named before hours of training
+    if store.needs_reason() and reason is None:
+        print(f"{closed(store)}.", file=sys.stderr)
+        return
+    seeds = [Retraining(place, "final", chosen, number) for number in range(study.final.seeds)]
+    base = _base(place, chosen)
+    for retraining in [*seeds, *base]:
+        yield from retraining.train()
+    _open_test_set(place, seeds, base, folder, reason)
+    for retraining in [*seeds, *base]:
+        retraining.end()
 
 
-def _seeds(study: Study, store: Store) -> range:
-    """The seeds to train: all, or the saved model's alone when the result is there."""
-    return range(1) if store.has_final() else range(study.final.seeds)
+def closed(store: Store) -> str:
+    """Why the test set stays closed, and what opens it."""
+    chosen = store.chosen()
+    assert chosen is not None
+    return (
+        f"Trial {chosen.number} is better on the validation images than trial {store.opened_for()}, for which the test "
+        "set was opened; it stays closed, for a number chosen after looking is no test. To open it again all the same, "
+        'add --reopen-test "why" to the command'
+    )
 
 
-def _open_test_set(study: Study, store: Store, seeds: list[FinalSeed], best: TrialRecord, folder: Path) -> None:
-    # The only place where the test split is read. Every seed is trained; nothing is decided after this line.
-    test = load_test(study.config(best.params).data)
-    per_seed: list[dict[str, Any]] = []
-    saved = None
-    for seed in seeds:
-        training = seed.trained()
-        metrics = evaluate(training.learner, evaluation_of(training, test), training.runtime)
-        per_seed.append({"seed": seed.number, **_counts(metrics), **seed.record(training)})
-        saved = saved or training
-    assert saved is not None
-    openings = (store.attribute("final") or {}).get("test_openings", 0) + 1
-    final = summary(per_seed) | {"trial": best.number, "fit_on": study.final.fit_on, "test_openings": openings}
-    save_model(folder, saved, best, final)
+def _base(place: Place, chosen: TrialRecord) -> list[Retraining]:
+    """The base configuration's training to compare with: one, or none where it is the chosen one or did not train."""
+    base = next(trial for trial in place.store.trials() if trial.number == 0)
+    comparable = chosen.number != 0 and base.state in ("complete", "pruned")
+    return [Retraining(place, "base", base, 0)] if place.study.final.compare_base and comparable else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tested:
+    """What one trained model makes of the test images; arrays are [N]."""
+
+    record: dict[str, Any]  # for the storage
+    hits: NDArray[Any]
+    predictions: dict[str, Any]  # packed: the predicted class uint16, its probability float32
+
+
+def _open_test_set(
+    place: Place, seeds: Sequence[Retraining], base: Sequence[Retraining], folder: Path, reason: str | None
+) -> None:
+    # The only place where the test split is read. Everything is trained; nothing is decided after this line.
+    store, chosen = place.store, seeds[0].trial
+    _write_opening(store, chosen, fingerprint(seeds[0].config), reason)
+    test = load_test(seeds[0].config.data)
+    saved = seeds[0].trained()
+    results = [evaluated(seeds[0], saved, test)]
+    results += [evaluated(each, each.trained(), test) for each in seeds[1:]]
+    against = [evaluated(each, each.trained(), load_test(each.config.data)) for each in base]
+    final = summary([result.record for result in results]) | {
+        "trial": chosen.number,
+        "fit_on": place.study.final.fit_on,
+        "base": None,
+        "mcnemar": None,
+        "selection": selection(store),
+        "test_openings": len(ledger.openings(store.ledger())),
+    }
+    for result in against:
+        final["base"] = result.record | {"trial": base[0].trial.number}
+        if len(result.hits) == len(results[0].hits):  # a space may change the data set itself
+            final["mcnemar"] = mcnemar(results[0].hits, result.hits).to_dict()
+    final["ledger"] = _write_result(store, final)
+    save_model(folder, saved, chosen, final)
+    predictions = {
+        "classes": list(saved.classes),
+        "labels": pack(test.labels.numpy().astype("uint16")),
+        "seeds": [result.predictions for result in results],
+        "base": next((result.predictions for result in against), None),
+    }
+    store.set_attribute("predictions", predictions)
+    store.set_attribute("thumbnails", thumbnails(test.images, pictured(predictions)))
+    store.set_attribute("duplicates", _duplicates(seeds[0].config.data, test))
     store.set_attribute("final", final)
-    for seed, result in zip(seeds, per_seed, strict=True):  # nobody sees a test result before it is recorded
-        seed.log.metrics({"test_accuracy": result["accuracy"], "test_loss": result["loss"]}, seed.epochs)
+    for retraining, result in zip([*seeds, *base], [*results, *against], strict=True):
+        # Nobody sees a test result before it is recorded.
+        tested = {"test_accuracy": result.record["accuracy"], "test_loss": result.record["loss"]}
+        retraining.log.metrics(tested, retraining.config.epochs)
 
 
-class FinalSeed:
-    """The best configuration trained from one of the final run's seeds."""
-
-    def __init__(
-        self,
-        study: Study,
-        store: Store,
-        tracker: Tracker,
-        runtime: Runtime,
-        best: TrialRecord,
-        number: int,
-        checkpoints: Path,
-    ) -> None:
-        self.number = number
-        self._study, self._runtime, self._best = study, runtime, best
-        self._config, self._key = study.config(best.params), final_key(best.number, number)
-        self._path = checkpoints / f"{self._key}{SUFFIX}"
-        self._uid = store.attribute("uid")
-        self._tracker = tracker
-
-    @property
-    def epochs(self) -> int:
-        return self._config.epochs
-
-    @cached_property
-    def log(self) -> RunLog:
-        return self._tracker.run(self._key, self._config, final_tags(self._best.number, self.number))
-
-    def train(self) -> Iterator[Event]:
-        """Train to the end, from the checkpoint if there is one; leaves the trained weights in it."""
-        checkpoint = self._checkpoint()
-        training = checkpoint.training
-        resumed = checkpoint.restore()
-        for result in training.progress.epochs:
-            self.log.epoch(result)
-        if training.progress.epoch > self._config.epochs:
-            return
-        name = f"final seed {self.number}"
-        yield TrialStarted(
-            name=name,
-            number=self.number,
-            params=self._best.params,
-            epochs=self._config.epochs,
-            resumed=resumed,
-            progress=training.progress,
-        )
-        with checkpoint.saved_when_stopped(), closing(fit(training, checkpoint.after_batch)) as results:
-            for result in results:
-                self.log.epoch(result)
-                yield EpochEnded(name=name, number=self.number, result=result)
-            checkpoint.save()
-
-    def trained(self) -> Training:
-        """The trained model, from its checkpoint. Raises Halt when that was damaged in the meantime."""
-        checkpoint = self._checkpoint()
-        if not checkpoint.restore():
-            raise Halt(f"The trained weights {self._path} are gone or damaged; the same command trains them again.")
-        return checkpoint.training
-
-    def record(self, training: Training) -> dict[str, Any]:
-        """What the storage keeps of the training: the weights' sha256 and every epoch."""
-        return {
-            "weights": fingerprint(training.model.state_dict()),
-            "epochs": [result.to_dict() for result in training.progress.epochs],
-        }
-
-    def end(self) -> None:
-        """Close the run and drop the checkpoint; to be called when the result is recorded."""
-        self.log.end("complete")
-        remove(self._path)
-
-    def _checkpoint(self) -> Checkpoint:
-        seed = derive_seed(self._study.seed, "final", self.number)
-        training = assemble(self._config, self._runtime, seed)
-        if self._study.final.fit_on == "train+val":
-            training = with_validation_images(training)
-        identity = identity_of(self._uid, self._key, seed, self._config) | {"fit_on": self._study.final.fit_on}
-        return Checkpoint(self._path, identity, training, environment(self._runtime.device.type))
+def _write_opening(store: Store, chosen: TrialRecord, configuration: str, reason: str | None) -> None:
+    """A line of the ledger, unless a process that died has written it and the opening only goes on."""
+    lines, before = store.ledger(), store.attribute("final")
+    if not lines and before is not None:
+        known = {"event": ledger.OPENED, "trial": before["trial"], "configuration": None}
+        store.add_to_ledger(_now() | known | {"reason": "opened before there was a ledger"})
+    if not lines or lines[-1]["trial"] != chosen.number:
+        entry = {"event": ledger.OPENED, "trial": chosen.number, "configuration": configuration, "reason": reason}
+        store.add_to_ledger(_now() | entry)
 
 
-def _counts(metrics: Metrics) -> dict[str, Any]:
-    return {"correct": metrics.correct, "total": metrics.total, "accuracy": metrics.accuracy, "loss": metrics.loss}
+def _write_result(store: Store, final: Mapping[str, Any]) -> str:
+    """The result's line in the ledger, once; returns its hash."""
+    each = [{key: seed[key] for key in ("seed", "correct", "total", "weights")} for seed in final["per_seed"]]
+    entry = {"event": ledger.RESULT, "trial": final["trial"], "seeds": each}
+    last = store.ledger()[-1]
+    if {key: last.get(key) for key in entry} == entry:
+        return str(last["hash"])
+    return store.add_to_ledger(_now() | entry)
 
 
-def summary(per_seed: list[dict[str, Any]]) -> dict[str, Any]:
+def _duplicates(data: Dataset, test: ImageSet) -> dict[str, Any]:
+    """The images that lie in more than one split."""
+    images = {
+        "train": load_split(data, "train", data.stored_size).images,
+        "val": load_split(data, "val", data.image_size).images,
+        "test": test.images,
+    }
+    splits: dict[SplitName, Any] = {split: (items_of(data, split), images[split]) for split in ("train", "val", "test")}
+    return find(data, splits, Path(data.cache))
+
+
+def _now() -> dict[str, str]:
+    return {"time": datetime.now(UTC).isoformat(timespec="seconds"), "commit": git_commit()}
+
+
+def evaluated(retraining: Retraining, training: Training, images: ImageSet) -> Tested:
+    """What a trained model makes of images that it has not seen."""
+    logits = logits_of(training.learner, evaluation_of(training, images), training.runtime).cpu()
+    metrics = measure(logits, images.labels)
+    probability, predicted = (each.numpy() for each in torch.softmax(logits, dim=1).max(dim=1))
+    labels = images.labels.numpy()
+    record = retraining.record(training) | {
+        "correct": metrics.correct,
+        "total": metrics.total,
+        "accuracy": metrics.accuracy,
+        "balanced_accuracy": balanced_accuracy(labels, predicted),
+        "loss": metrics.loss,
+    }
+    packed = {"predicted": pack(predicted.astype("uint16")), "confidence": pack(probability.astype("float32"))}
+    return Tested(record=record, hits=predicted == labels, predictions={"seed": retraining.number, **packed})
+
+
+def selection(store: Store) -> dict[str, Any] | None:
+    """What choosing the best of the complete trials adds to its validation score; None when that is not known."""
+    import numpy
+
+    lasts = [trial.epochs[-1].val for trial in store.trials() if trial.state == "complete" and trial.epochs]
+    known = [(val.hits, val.total) for val in lasts if val is not None and val.hits is not None]
+    if len(known) < len(lasts) or len({total for _, total in known}) != 1:
+        return None  # trials from before hits were kept, or on different images
+    found = selection_excess(numpy.stack([unpack_bits(hits, total) for hits, total in known]))
+    return None if found is None else found.to_dict()
+
+
+def summary(per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean, spread and interval of the seeds' test results.
 
     `correct` and `total` add up the seeds, so accuracy is correct / total. The interval (Wilson, 1927) counts each
     test image once: several seeds on the same images are not more images.
     """
-    from scipy.stats import binomtest
-
     correct, total = sum(each["correct"] for each in per_seed), sum(each["total"] for each in per_seed)
-    images = per_seed[0]["total"]
-    interval = binomtest(round(correct / len(per_seed)), images).proportion_ci(CONFIDENCE, method="wilson")
     accuracies = [each["accuracy"] for each in per_seed]
+    balanced = [each["balanced_accuracy"] for each in per_seed if "balanced_accuracy" in each]
     return {
         "accuracy": correct / total,
+        "balanced_accuracy": statistics.fmean(balanced) if balanced else None,
         "correct": correct,
         "total": total,
-        "per_seed": per_seed,
+        "per_seed": list(per_seed),
         "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-        "interval": [float(interval.low), float(interval.high)],
+        "interval": list(wilson(correct / len(per_seed), per_seed[0]["total"])),
     }
 
 
-def save_model(folder: Path, training: Training, best: TrialRecord, final: Mapping[str, Any]) -> None:
+def save_model(folder: Path, training: Training, chosen: TrialRecord, final: Mapping[str, Any]) -> None:
     """Write model.safetensors and model.json: weights, classes, preprocessing, configuration and test result."""
     size = training.config.data.image_size
     description = {
@@ -204,9 +241,9 @@ def save_model(folder: Path, training: Training, best: TrialRecord, final: Mappi
             "std": STD,
         },
         "configuration": {path: label(value) for path, value in leaves(training.config, identity_only=True)},
-        "trial": best.number,
-        "validation_accuracy": best.value,
+        "trial": chosen.number,
+        "validation_accuracy": chosen.value,
         "test": {key: final["per_seed"][0][key] for key in ("seed", "correct", "total", "accuracy")},
     }
-    write_tensors(folder / "model.safetensors", training.model.state_dict(), {"trial": best.number, "seed": 0})
+    write_tensors(folder / "model.safetensors", training.model.state_dict(), {"trial": chosen.number, "seed": 0})
     replace_file(folder / "model.json", json.dumps(description, indent=2, ensure_ascii=False).encode())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -14,6 +14,7 @@ class Metrics:
     loss: float
     correct: int
     total: int
+    hits: str | None = field(default=None, compare=False)  # which images were right (`harness.packing`), where kept
 
     @property
     def accuracy(self) -> float:
@@ -57,6 +58,10 @@ class EpochResult:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def without_hits(self) -> EpochResult:
+        """The same without which images were right."""
+        return self if self.val is None else replace(self, val=replace(self.val, hits=None))
 
     @staticmethod
     def from_dict(record: dict[str, Any]) -> EpochResult:

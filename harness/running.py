@@ -8,17 +8,19 @@ import gc
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import interrupt
-from harness.errors import Halt, masked, no_room
+from harness.errors import Halt, InputError, masked, no_room
 
 if TYPE_CHECKING:
     from harness.catalogue import Found
     from harness.config import Study
     from harness.mlflow_tracker import MLflowTracker
+    from harness.saved_model import SavedModel
     from harness.storage import Store
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
@@ -26,10 +28,15 @@ DONE, FAILED, INTERRUPTED = 0, 1, 130
 
 def run(args: argparse.Namespace) -> int:
     """Run or resume a study; returns the exit code. Raises InputError for what a user can mend."""
+    return resumable(lambda: _run(args))
+
+
+def resumable(command: Callable[[], int]) -> int:
+    """Do a command that trains; returns its exit code. One that was stopped says how to go on."""
     interrupt.install()
     _share_cores()
     try:
-        return _run(args)
+        return command()
     except KeyboardInterrupt:
         return _stopped(INTERRUPTED)
     except Halt as error:
@@ -47,14 +54,21 @@ def _stopped(code: int) -> int:
     """The command that goes on, as the last line; a password in it is the user's to fill in again."""
     from harness.display import StudyConsole
 
-    command = [Path(sys.executable).name, *(arg for arg in sys.argv if arg != "--fresh")]
-    text = f"Go on with:\n{shlex.join(map(masked, command))}"
+    text = f"Go on with:\n{_command()}"
     try:
         print(text, file=sys.stderr if StudyConsole.left else sys.stdout, flush=True)
     except BrokenPipeError:  # nobody reads stdout any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print(text, file=sys.stderr)
     return code
+
+
+def _command() -> str:
+    """What was typed, without what must not be done twice, and with the passwords hidden."""
+    program, *arguments = sys.argv
+    started = ["-m", "harness"] if Path(program).name == "__main__.py" else [program]  # `python -m` gives that file
+    command = [Path(sys.executable).name, *started, *(arg for arg in arguments if arg != "--fresh")]
+    return shlex.join(map(masked, command))
 
 
 def keep_imports() -> None:
@@ -75,7 +89,7 @@ def _share_cores() -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from harness import catalogue, database, report, storage
+    from harness import catalogue, database, opening, overview
     from harness.mlflow_places import uri_of
 
     found = catalogue.find(args.study)
@@ -85,22 +99,52 @@ def _run(args: argparse.Namespace) -> int:
     url = args.storage or found.storage_url
     database.check_database(url)
     database.check_writable(database.sqlite_file(url))
-    begun = not args.fresh and storage.exists(study.name, url)
+    begun = not args.fresh and opening.exists(study.name, url)
     if begun:
         # Without --data-root nothing says that the images are others; to look would take longer than the answer.
         content = _prepare(study) if args.data_root else None
-        storage.compare(study, url, content)
-        with storage.open_store(study, url, content) as store:
-            saved = not store.has_final() or storage.has_model(found.beside(url, ".model"))
-            if store.is_complete(study) and saved:
+        opening.compare(study, url, content)
+        with opening.open_store(study, url, content) as store:
+            if args.reopen_test:
+                _check_reopening(study, store)
+            if (
+                store.is_complete(study)
+                and _is_saved(study, store, found.beside(url, ".model"))
+                and not args.reopen_test
+            ):
                 print(f"Nothing is missing: {store.finished()} trials are finished (asked for: {study.trials}).")
-                print(report.summary(study.name, store, uri_of(args.tracking_uri, found.mlruns)))
+                print(overview.summary(study.name, store, uri_of(args.tracking_uri, found.mlruns)))
                 return _ended(store)
+    elif args.reopen_test:
+        raise InputError("--reopen-test: the test set of this study has not been opened yet; leave it out.")
     return _run_what_is_missing(args, found, study, url, begun)
 
 
+def _is_saved(study: Study, store: Store, folder: Path) -> bool:
+    """Whether all that belongs to the final model is there, if there is one."""
+    from harness.model_card import CARD
+    from harness.opening import has_model
+
+    if not store.has_final():
+        return True
+    registered = not study.final.publish or store.attribute("registered") == store.attribute("final")["trial"]
+    return has_model(folder) and (folder / CARD).is_file() and registered
+
+
+def _check_reopening(study: Study, store: Store) -> None:
+    """Raise InputError when there is nothing that the test set could be opened again for."""
+    store.ledger()
+    if store.opened_for() is None:
+        raise InputError("--reopen-test: the test set of this study has not been opened yet; leave it out.")
+    if store.finished() >= study.trials and store.has_final():
+        raise InputError(
+            f"--reopen-test: trial {store.opened_for()}, for which the test set was opened, is still the one that is "
+            "chosen, and would give the same number; leave it out, or ask for more --trials."
+        )
+
+
 def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, url: str, begun: bool) -> int:
-    from harness import storage
+    from harness import opening
     from harness.display import StudyConsole
     from harness.engine import find_device
     from harness.mlflow_places import check_writable, tracker_for
@@ -121,17 +165,17 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
         tracker.check()
     if args.fresh:
         folders = (found.beside(url, suffix) for suffix in (".model", ".checkpoints", ".report"))
-        moved = storage.move_aside(study.name, url, *folders)
+        moved = opening.move_aside(study.name, url, *folders)
         if moved is not None:
             text = f"The old study is now {moved}; look at it with --storage sqlite:///{moved}."
             console.print(text, highlight=False, soft_wrap=True)
-    with storage.open_store(study, url, content) as store:
+    with opening.open_store(study, url, content) as store:
         try:
-            return _run_study(found, study, store, tracker, console)
+            return _run_study(found, study, store, tracker, console, args.reopen_test)
         except KeyboardInterrupt:
             tracker.interrupt()
             counted = f"{store.finished()} of {study.trials} trials finished"
-            if store.finished() >= study.trials and not store.has_final():
+            if store.finished() >= study.trials and not store.is_settled():
                 counted += ", the final run is missing"
             console.print(f"Interrupted with {counted}.", highlight=False, soft_wrap=True)
             raise
@@ -147,8 +191,10 @@ def _prepare(study: Study) -> dict[str, str]:
     return {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
 
 
-def _run_study(found: Found, study: Study, store: Store, tracker: MLflowTracker, console: Any) -> int:
-    from harness import report, tracking
+def _run_study(
+    found: Found, study: Study, store: Store, tracker: MLflowTracker, console: Any, reason: str | None
+) -> int:
+    from harness import overview, report, tracking
     from harness.display import Display
     from harness.experiment import decide_runtime
     from harness.features import keep_features
@@ -157,12 +203,14 @@ def _run_study(found: Found, study: Study, store: Store, tracker: MLflowTracker,
 
     runtime = decide_runtime(study.train, store.attribute("runtime"), study.trials)
     store.set_attribute("runtime", runtime.to_dict())
+    store.set_attribute("command", _command())
+    store.set_attribute("depths", {by: study.train.backbone.depths(by) for by in ("block", "layer")})
     _name_changes(store, runtime.device.type)
     keep_features(study.train, runtime, with_validation=study.final.fit_on == "train+val")
     tracker.start(study, store, tracking.facts(study, runtime.to_dict()))
     console.print(
         f"Study {study.name}: {store.finished()} of {study.trials} trials finished, "
-        + report.in_words(runtime.to_dict()),
+        + overview.in_words(runtime.to_dict()),
         highlight=False,
         soft_wrap=True,
     )
@@ -174,7 +222,7 @@ def _run_study(found: Found, study: Study, store: Store, tracker: MLflowTracker,
     )
     with (
         Display(study, store, console) as display,
-        closing(events_of(study, store, tracker, runtime, model_folder, checkpoints)) as events,
+        closing(events_of(study, store, tracker, runtime, model_folder, checkpoints, reason)) as events,
     ):
         try:
             for event in events:
@@ -183,19 +231,56 @@ def _run_study(found: Found, study: Study, store: Store, tracker: MLflowTracker,
         except TooManyFailures as error:
             failure = error
     report.write_report(study.name, store, tracker.uri, report_folder)
+    model = _describe_model(study, store, model_folder, console)
     told = tracker.finish(
         tracking.study_metrics(store), [report_folder, model_folder], "failed" if failure else "complete"
     )
     if failure:
         print(f"error: {failure}", file=sys.stderr)
         return FAILED
+    if told and model is not None:
+        told = _register(study, store, tracker, model, console)
     if told:
         store.set_attribute("published", store.finished())
     else:
         print(f"MLflow at {masked(tracker.uri)} lacks a part of this; the same command writes it when MLflow is back.")
-    print(report.summary(study.name, store, tracker.uri))
+    print(overview.summary(study.name, store, tracker.uri))
     print(f"report    {report_folder / 'report.html'}")
     return _ended(store)
+
+
+def _describe_model(study: Study, store: Store, folder: Path, console: Any) -> SavedModel | None:
+    """Put the exported program and the card beside the final model; returns it if it is to be registered."""
+    from harness.export import PROGRAM, write_program
+    from harness.model_card import write_card
+    from harness.opening import has_model
+    from harness.saved_model import load_saved
+
+    if not (store.has_final() and has_model(folder)):
+        return None
+    model, program = None, None
+    if study.final.publish:
+        saved = load_saved(study, store, folder)
+        try:
+            with console.status("Exporting the final model …"):
+                write_program(saved, folder / PROGRAM)
+            model, program = saved, PROGRAM
+        except InputError as error:  # a backbone that torch cannot export; the result is none the worse
+            print(f"{error} It is kept as weights, and not registered in MLflow.", file=sys.stderr)
+            store.set_attribute("registered", store.attribute("final")["trial"])
+    write_card(study.name, study.train.data, store, folder, program)
+    return model
+
+
+def _register(study: Study, store: Store, tracker: MLflowTracker, model: SavedModel, console: Any) -> bool:
+    """Register the model in MLflow; whether that is done."""
+    from harness.mlflow_model import candidate, publish
+
+    with console.status("Registering the final model in MLflow, and checking it …"):
+        done = publish(tracker, candidate(study.name, store, model))
+    if done:
+        store.set_attribute("registered", model.description["trial"])
+    return done
 
 
 def _name_changes(store: Store, device: str) -> None:

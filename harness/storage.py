@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sqlite3
 import sys
-import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from harness import ledger
 from harness.config import Study
-from harness.database import BUSY_TIMEOUT_SECONDS, check_database, connect, dispose, held, outlast, sqlite_file
+from harness.database import outlast
 from harness.errors import InputError
+from harness.ledger import Line
 from harness.results import Completed, Diverged, EpochResult, Failed, TrialOutcome
 from harness.search import may_prune, suggest
 from harness.seeds import derive_seed
@@ -74,11 +71,17 @@ def outlasting(method: Callable[Concatenate[Store, P], T]) -> Callable[Concatena
 
 
 class Store:
-    """One study in an Optuna storage. Made by `open_store` (to run) or `read_store` (to look)."""
+    """One study in an Optuna storage. Made by `open_store` (to run) or `read_store` (to look).
 
-    def __init__(self, url: str, optuna_study: optuna.Study) -> None:
+    `as_of_now`: everything is read once, so that what is shown of a running study fits together.
+    """
+
+    def __init__(self, url: str, optuna_study: optuna.Study, as_of_now: bool = False) -> None:
         self.url = url
         self._study = optuna_study
+        self._as_of_now = as_of_now
+        self._attributes: dict[str, Any] | None = None
+        self._trials: list[FrozenTrial] | None = None
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -90,17 +93,24 @@ class Store:
     @outlasting
     def attribute(self, name: str) -> Any:
         """A fact about the whole study, or None."""
-        return self._study.user_attrs.get(name)
+        if self._attributes is None or not self._as_of_now:
+            self._attributes = self._study.user_attrs
+        return self._attributes.get(name)
+
+    def _all_trials(self) -> list[FrozenTrial]:
+        if self._trials is None or not self._as_of_now:
+            self._trials = self._study.get_trials(deepcopy=False)
+        return self._trials
 
     @outlasting
     def finished(self) -> int:
-        return sum(trial.state in FINISHED for trial in self._study.get_trials(deepcopy=False))
+        return sum(trial.state in FINISHED for trial in self._all_trials())
 
     @outlasting
     def trials(self) -> list[TrialRecord]:
         """All trials that have begun, by number."""
         waiting = TrialState.WAITING
-        return [_record(trial) for trial in self._study.get_trials(deepcopy=False) if trial.state is not waiting]
+        return [_record(trial) for trial in self._all_trials() if trial.state is not waiting]
 
     def counts(self) -> dict[str, int]:
         """Trials by state; a diverged trial is a failed one here."""
@@ -114,24 +124,76 @@ class Store:
 
     def best(self) -> TrialRecord | None:
         """The complete trial with the highest value, the earliest of equals."""
+        return next(iter(self.candidates(1)), None)
+
+    def candidates(self, count: int) -> list[TrialRecord]:
+        """The complete trials with the highest values, at most `count`, the best first, the earliest of equals."""
         complete = [trial for trial in self.trials() if trial.state == "complete"]
-        return max(complete, key=lambda trial: (trial.value, -trial.number), default=None)
+        return sorted(complete, key=lambda trial: (-(trial.value or 0.0), trial.number))[:count]
+
+    def chosen(self) -> TrialRecord | None:
+        """The trial that the final run retrains: the best, or of the best few the one that `harness.rerank` chose.
+
+        None before there is one, and while a choice is under way.
+        """
+        record = self.attribute("rerank")
+        if record is None:
+            return self.best()
+        candidates = self.candidates(len(record["candidates"]))
+        if [trial.number for trial in candidates] != record["candidates"]:
+            return None
+        return next((trial for trial in candidates if trial.number == record["chosen"]), None)
 
     def has_final(self) -> bool:
-        """Whether the final result is there and belongs to the best trial."""
-        final, best = self.attribute("final"), self.best()
-        return final is not None and best is not None and final["trial"] == best.number
+        """Whether the final result is there and belongs to the chosen trial."""
+        final, chosen = self.attribute("final"), self.chosen()
+        return final is not None and chosen is not None and final["trial"] == chosen.number
+
+    def ledger(self) -> list[Line]:
+        """The openings of the test set and their results. Raises InputError when a line is not as it was written."""
+        lines = self.attribute("ledger") or []
+        if (wrong := self.ledger_fault()) is not None:
+            raise InputError(f"In {self.url}, {wrong}; the test set stays closed. Take the storage from a copy.")
+        return lines
+
+    def ledger_fault(self) -> str | None:
+        """What is wrong with the test ledger, in a sentence; None when nothing is."""
+        known = (self.attribute("final") or {}).get("ledger")
+        return ledger.fault(self.attribute("ledger") or [], self.attribute("uid") or "", known)
+
+    def opened_for(self) -> int | None:
+        """The trial that the test set was last opened for; None when it is closed still."""
+        if opened := ledger.openings(self.attribute("ledger") or []):
+            return int(opened[-1]["trial"])
+        final = self.attribute("final")  # of a study from before there was a ledger
+        return None if final is None else int(final["trial"])
+
+    def needs_reason(self) -> bool:
+        """Whether the test set was opened for another trial than the one that is chosen now."""
+        opened, chosen = self.opened_for(), self.chosen()
+        return opened is not None and chosen is not None and opened != chosen.number
 
     def is_complete(self, study: Study) -> bool:
         """Whether nothing is missing: the trials, the final result, and their publication in MLflow."""
         enough = self.finished() >= study.trials and self.attribute("published") == self.finished()
-        return enough and (self.best() is None or self.has_final())
+        return enough and self.is_settled()
+
+    def is_settled(self) -> bool:
+        """Whether nothing comes after the search, unless somebody gives a reason to open the test set again."""
+        return self.best() is None or self.has_final() or self.needs_reason()
 
     # -- writing ------------------------------------------------------------------------------------------------
 
     @outlasting
     def set_attribute(self, name: str, value: Any) -> None:
         self._study.set_user_attr(name, value)
+        self._attributes = None
+
+    def add_to_ledger(self, entry: Line) -> str:
+        """Write a line; returns its hash. Raises InputError when a line before it is not as it was written."""
+        lines = ledger.appended(self.ledger(), self.attribute("uid") or "", entry)
+        self.set_attribute("ledger", lines)
+        return str(lines[-1]["hash"])
 
     @outlasting
     def ask(self, study: Study) -> Asked:
@@ -192,7 +254,9 @@ class Store:
 
         `environments` are those that it was trained in, one after the other (`harness.environment`).
         """
-        asked.trial.set_user_attr("epochs", [result.to_dict() for result in epochs])
+        # Which images the last epoch has right says what choosing among trials is worth; of the others nobody asks it.
+        kept = [*(each.without_hits() for each in epochs[:-1]), *epochs[-1:]]
+        asked.trial.set_user_attr("epochs", [result.to_dict() for result in kept])
         asked.trial.set_user_attr("seconds", seconds)
         asked.trial.set_user_attr("environments", [dict(each) for each in environments])
         described = dataclasses.asdict(outcome) | {"state": outcome.state}
@@ -224,151 +288,3 @@ def _record(trial: FrozenTrial) -> TrialRecord:
         environments=tuple(trial.user_attrs.get("environments", [])),
         traceback=outcome.get("traceback"),
     )
-
-
-# -- opening -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def open_store(study: Study, url: str, content: Mapping[str, str] | None = None) -> Iterator[Store]:
-    """Open a study for running, and hold it: a second process on the same SQLite study is refused.
-
-    `content` are fingerprints of what the definition only names, the images and the pretrained weights; None skips
-    their comparison. Raises InputError when the database cannot be opened or is none of ours, when another process
-    holds the study, and when the stored definition differs from `study` (naming the fields).
-    """
-    file = sqlite_file(url)
-    with held(file, study.name):
-        check_database(url)
-        storage = connect(url)
-        try:
-            create = functools.partial(
-                optuna.create_study,
-                storage=storage,
-                study_name=study.name,
-                direction="maximize",
-                pruner=study.pruner.build(),
-                load_if_exists=True,
-            )
-            optuna_study = outlast(url, create)
-            store = Store(url, optuna_study)
-            _check_definition(study, store, content)
-            yield store
-        finally:
-            dispose(storage)
-
-
-@contextmanager
-def read_store(name: str, url: str) -> Iterator[Store]:
-    """Open a study to look at it; it may be running. Raises InputError when there is none."""
-    file = sqlite_file(url)
-    if file is not None and (not file.is_file() or file.stat().st_size == 0):
-        raise InputError(f"Study {name!r} has no results yet ({file} does not exist); run it with --study {name}.")
-    check_database(url)
-    storage = connect(url, writing=False)
-    try:
-        try:
-            optuna_study = outlast(url, lambda: optuna.load_study(storage=storage, study_name=name))
-        except KeyError as error:
-            raise InputError(
-                f"{url} holds no study named {name!r}; it has not begun there: run it, or check --storage and the name."
-            ) from error
-        yield Store(url, optuna_study)
-    finally:
-        dispose(storage)
-
-
-def exists(name: str, url: str) -> bool:
-    """Whether the storage holds this study already, with a definition or trials: a start may have been cut off before.
-
-    Raises InputError when it cannot be opened.
-    """
-    file = sqlite_file(url)
-    if file is not None and (not file.is_file() or file.stat().st_size == 0):
-        return False
-    check_database(url)
-    storage = connect(url, writing=False)
-    try:
-        known = outlast(url, lambda: optuna.get_all_study_summaries(storage))
-        begun = {each.study_name for each in known if "definition" in each.user_attrs or each.n_trials}
-        return name in begun
-    finally:
-        dispose(storage)
-
-
-def as_begun(study: Study, store: Store, content: Mapping[str, str] | None = None) -> Study:
-    """The study as the storage knows it: settings given on the command line at its start are put back.
-
-    `content` are fingerprints as in `open_store`. Raises InputError when the study's file says something else today
-    that no setting can.
-    """
-    stored = store.attribute("definition")
-    if stored is None:
-        raise InputError(f"Study {study.name!r} has not begun; run it with --study {study.name}.")
-    study = study.with_definition(stored)
-    _check_definition(study, store, content)
-    return study
-
-
-def compare(study: Study, url: str, content: Mapping[str, str] | None) -> None:
-    """Raise InputError unless `study` continues the one in the storage, which exists. Writes nothing, nor locks."""
-    with read_store(study.name, url) as store:
-        if store.attribute("definition") is not None or store.trials():
-            _check_definition(study, store, content)
-
-
-def _check_definition(study: Study, store: Store, content: Mapping[str, str] | None) -> None:
-    """Keep the definition at the first start; at every later one, refuse a study that would not continue it."""
-    now = study.definition() | {f"content of {name}": value for name, value in (content or {}).items()}
-    stored = store.attribute("definition")
-    if stored is None:
-        if store.trials():
-            raise InputError(
-                f"Study {study.name!r} in {store.url} was begun by another program; "
-                "give another --storage, or rename the study."
-            )
-        store.set_attribute("uid", uuid.uuid4().hex)
-        store.set_attribute("definition", now)
-        return
-    unknown = {path for path in stored if path.startswith("content of ")} if content is None else set()
-    if now["engine.compile"] != "on":  # studies from before there was a choice go on uncompiled
-        unknown |= {"engine.compile"} - stored.keys()
-    differing = [path for path in {**stored, **now} if stored.get(path) != now.get(path) and path not in unknown]
-    if differing:
-        changes = "; ".join(f"{path} was {stored.get(path)!r}, is {now.get(path)!r}" for path in differing)
-        raise InputError(
-            f"Study {study.name!r} was begun with another definition ({changes}); its results could not be compared. "
-            "Change it back, or start anew with --fresh (the old study is kept under another name)."
-        )
-
-
-def move_aside(name: str, url: str, *folders: Path) -> Path | None:
-    """Give an existing study, and the folders beside it, another name (`--fresh`); nothing is deleted.
-
-    Returns the new file, None if there was none.
-    """
-    file = sqlite_file(url)
-    if file is None:
-        raise InputError("--fresh moves a SQLite file; with another database, give the new study another --storage.")
-    if not file.exists():
-        return None
-    with held(file, name):
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        target = next(
-            path
-            for number in range(1000)
-            if not (path := file.with_name(f"{file.stem}.{stamp}{f'-{number}' if number else ''}.db")).exists()
-        )
-        connection = sqlite3.connect(file, timeout=BUSY_TIMEOUT_SECONDS)
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # all of the study is in the one file that is renamed
-        connection.close()
-        for folder in folders:
-            if folder.exists():
-                folder.rename(target.with_suffix(folder.suffix))
-        file.rename(target)
-    return target
-
-
-def has_model(folder: Path) -> bool:
-    """Whether the final run's model lies whole in its folder; it is written as these two files, in this order."""
-    return (folder / "model.safetensors").is_file() and (folder / "model.json").is_file()

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+from harness.audit import audit_key
 from harness.checkpoint import remove, stale
 from harness.config import Study
 from harness.engine import Runtime
 from harness.final import final_run
 from harness.objective import evaluate_trial
+from harness.rerank import rerank
 from harness.results import Event, Failed, TrialEnded
+from harness.retraining import Place
 from harness.storage import Store
-from harness.tracking import Tracker, final_key, trial_key
+from harness.tracking import Tracker, base_key, final_key, rerank_key, trial_key
 
 FAILURES_IN_A_ROW = 3
 
@@ -22,21 +25,38 @@ class TooManyFailures(Exception):
 
 
 def run(
-    study: Study, store: Store, tracker: Tracker, runtime: Runtime, model_folder: Path, checkpoints: Path
+    study: Study,
+    store: Store,
+    tracker: Tracker,
+    runtime: Runtime,
+    model_folder: Path,
+    checkpoints: Path,
+    reason: str | None = None,
 ) -> Generator[Event, None, None]:
-    """Whatever the study still lacks, yielding what happens. Closing the generator stops it."""
+    """Whatever the study still lacks, yielding what happens. Closing the generator stops it.
+
+    `reason` is why the test set may be opened for another trial than before.
+    """
     for path in stale(checkpoints, wanted_keys(study, store)):
         remove(path)  # its process died between recording the result and this
     yield from search(study, store, tracker, runtime, checkpoints)
-    yield from final_run(study, store, tracker, runtime, model_folder, checkpoints)
+    place = Place(study=study, store=store, tracker=tracker, runtime=runtime, checkpoints=checkpoints)
+    yield from rerank(place)
+    yield from final_run(place, model_folder, reason)
 
 
 def wanted_keys(study: Study, store: Store) -> set[str]:
-    """The trainings whose checkpoints will be read: of interrupted trials, and of a final run without a result."""
+    """The trainings whose checkpoints will be read: of interrupted trials, audits, and what comes after the search."""
     keys = {trial_key(trial.number) for trial in store.trials() if trial.state == "running"}
-    best = store.best()
-    if best is not None and not store.has_final():
-        keys |= {final_key(best.number, number) for number in range(study.final.seeds)}
+    audited = (store.attribute("audit") or {}).get("results", {})
+    pruned = [trial.number for trial in store.trials() if trial.state == "pruned"]
+    keys |= {audit_key(number) for number in pruned if str(number) not in audited}
+    if store.has_final():
+        return keys
+    seeds = range(study.final.seeds)
+    keys |= {rerank_key(trial.number, number) for trial in store.candidates(study.final.rerank) for number in seeds}
+    if (chosen := store.chosen()) is not None:
+        keys |= {final_key(chosen.number, number) for number in seeds} | {base_key(0, 0)}
     return keys
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,12 +28,24 @@ def final_key(trial: int, seed_number: int) -> str:
     return f"final-seed-{seed_number}-of-trial-{trial}"
 
 
+def base_key(trial: int, seed_number: int) -> str:
+    """The base configuration, trained as the best one is, to compare with."""
+    return f"base-seed-{seed_number}-of-trial-{trial}"
+
+
+def rerank_key(trial: int, seed_number: int) -> str:
+    """One of the best few, trained from a fresh seed to choose among them."""
+    return f"rerank-seed-{seed_number}-of-trial-{trial}"
+
+
 def trial_tags(study: Study, number: int) -> dict[str, str]:
     return {"harness.kind": "trial", "harness.trial_seed": str(derive_seed(study.seed, "trial", number))}
 
 
-def final_tags(trial: int, seed_number: int) -> dict[str, str]:
-    return {"harness.kind": "final", "harness.final_seed": str(seed_number), "harness.best_trial": str(trial)}
+def retraining_tags(kind: str, trial: int, seed_number: int) -> dict[str, str]:
+    """`kind` is final, base or rerank (`harness.retraining`)."""
+    of = "harness.best_trial" if kind == "final" else "harness.of_trial"
+    return {"harness.kind": kind, f"harness.{kind}_seed": str(seed_number), of: str(trial)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +68,8 @@ class Expected:
 
 
 def expected_runs(study: Study, store: Store) -> list[Expected]:
-    """The run of every finished trial, and of every seed of the recorded final result."""
+    """The run of every finished trial, and of everything that was trained and recorded after the search."""
+    params = {trial.number: trial.params for trial in store.trials()}
     runs = [
         Expected(
             key=trial_key(trial.number),
@@ -70,22 +83,30 @@ def expected_runs(study: Study, store: Store) -> list[Expected]:
         for trial in store.trials()
         if trial.state != "running"
     ]
-    final = store.attribute("final")
-    if final is None:
-        return runs
-    config = study.config(next(trial.params for trial in store.trials() if trial.number == final["trial"]))
     return runs + [
         Expected(
-            key=final_key(final["trial"], seed["seed"]),
-            config=config,
-            tags=final_tags(final["trial"], seed["seed"]),
-            epochs=tuple(EpochResult.from_dict(each) for each in seed.get("epochs", [])),
-            metrics={"test_accuracy": seed["accuracy"]} | ({"test_loss": seed["loss"]} if "loss" in seed else {}),
+            key=key(trial, each["seed"]),
+            config=study.config(params[trial]),
+            tags=retraining_tags(kind, trial, each["seed"]),
+            epochs=tuple(EpochResult.from_dict(epoch) for epoch in each.get("epochs", [])),
+            metrics={"test_accuracy": each["accuracy"]} | ({"test_loss": each["loss"]} if "loss" in each else {})
+            if kind != "rerank"
+            else {},
             state="complete",
             traceback=None,
         )
-        for seed in final["per_seed"]
+        for kind, key, trial, each in _retrainings(store)
     ]
+
+
+def _retrainings(store: Store) -> Iterator[tuple[str, Callable[[int, int], str], int, dict[str, Any]]]:
+    """Kind, key, trial and record of everything that was trained after the search and recorded."""
+    for number, results in ((store.attribute("rerank") or {}).get("results") or {}).items():
+        yield from (("rerank", rerank_key, int(number), each) for each in results)
+    if (final := store.attribute("final")) is not None:
+        yield from (("final", final_key, final["trial"], each) for each in final["per_seed"])
+        if (base := final.get("base")) is not None:
+            yield "base", base_key, base["trial"], base
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from harness.engine import (
 )
 from harness.interrupt import undivided
 from harness.optim import ParameterGroup, lr_factor, set_lr, set_training
+from harness.packing import pack_bits
 from harness.results import EpochResult, Metrics
 from harness.seeds import derive_seed
 
@@ -199,12 +200,16 @@ def _batches(count: int, batch_size: int, generator: torch.Generator) -> list[Te
 
 
 def evaluate(model: nn.Module, images: Source, runtime: Runtime) -> Metrics:
-    """Loss (plain cross-entropy) and correct / total of a split, dropout off."""
-    logits = logits_of(model, images, runtime)
-    labels = images.labels.to(logits.device)
+    """Loss (plain cross-entropy), correct / total and hits of a split, dropout off."""
+    return measure(logits_of(model, images, runtime), images.labels)
+
+
+def measure(logits: Tensor, labels: Tensor) -> Metrics:
+    """What logits float32 [N, classes] are worth, by labels int64 [N]."""
+    labels = labels.to(logits.device)
+    hits = (logits.argmax(1) == labels).cpu().numpy()
     loss = F.cross_entropy(logits, labels).item()
-    correct = int((logits.argmax(1) == labels).sum().item())
-    return Metrics(loss=loss, correct=correct, total=len(images))
+    return Metrics(loss=loss, correct=int(hits.sum()), total=len(hits), hits=pack_bits(hits))
 
 
 def logits_of(model: nn.Module, images: Source, runtime: Runtime) -> Tensor:

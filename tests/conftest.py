@@ -51,7 +51,7 @@ def make_study(cache: Path | str, **changes: Any) -> Study:
         sampler=tpe(n_startup_trials=2),
         pruner=no_pruning(),
         trials=3,
-        final=FinalConfig(seeds=1),
+        final=FinalConfig(seeds=1, publish=False),
     )
     return dataclasses.replace(study, **changes)
 

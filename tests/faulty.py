@@ -21,9 +21,10 @@ from harness.data import tensors
 from harness.data.garden import Garden
 from harness.experiment import decide_runtime
 from harness.models.maxvit import with_head
-from harness.report import digest
+from harness.opening import open_store, read_store
+from harness.overview import digest
 from harness.results import Event
-from harness.storage import Store, open_store, read_store
+from harness.storage import Store
 from harness.study import run
 from harness.tracking import NoTracker, Tracker
 from tests.conftest import make_study

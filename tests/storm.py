@@ -45,6 +45,7 @@ POINTS: dict[str, dict[str, float]] = {
     "tell": {"before recording": 0.015, "recorded": 0.0, "checkpoint removed": 0.003, "ending the MLflow run": 0.01},
     "final": {
         "its batch": 0.08,
+        "ledger": 0.0,
         "test": 0.07,
         "model": 0.012,
         "half a model": 0.0,
@@ -52,7 +53,8 @@ POINTS: dict[str, dict[str, float]] = {
         "result recorded": 0.03,
     },
 }
-ENTRIES = {"batch": 12, "its batch": 20, "validation": 2, "test": 2}  # the highest number of an entry; else the first
+# The highest number of an entry; else the first.
+ENTRIES = {"batch": 12, "its batch": 20, "validation": 2, "test": 2, "ledger": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +223,8 @@ def _watch(child: _Child) -> None:
     def set_attribute(original: Any, self: Any, name: str, value: Any) -> None:
         if name != "final":
             original(self, name, value)
+            if name == "ledger":
+                child.by("ledger")
             return
         with child.span("recording the final result"):
             child.by("recording the result")
@@ -251,7 +255,7 @@ def _watch(child: _Child) -> None:
     put(Store, "tell", tell)
     put(objective, "remove", remove)
     put(MLflowRun, "end", end)
-    put(final, "evaluate", test)
+    put(final, "evaluated", test)
     put(final, "save_model", save_model)
     put(Store, "set_attribute", set_attribute)
 
@@ -521,12 +525,12 @@ class Storm:
         return f"sqlite:///{self.place}/studies/{NAME}.db"
 
     def result(self) -> Result:
-        from harness import report
-        from harness.storage import read_store
+        from harness import overview
+        from harness.opening import read_store
 
         with read_store(NAME, self.url) as store:
             epochs = [[dataclasses.replace(each, seconds=0.0) for each in trial.epochs] for trial in store.trials()]
-            return Result(report.digest(store), epochs, store.attribute("final")["test_openings"])
+            return Result(overview.digest(store), epochs, store.attribute("final")["test_openings"])
 
     def check(self, expected: Result) -> None:
         """Raise AssertionError unless the finished study is the one that was never killed, and nothing is left over."""
@@ -549,7 +553,7 @@ class Storm:
                 assert kill.seconds <= kill.allowed, f"{kill}: more was lost than an interval"
 
     def _states(self) -> set[str]:
-        from harness.storage import read_store
+        from harness.opening import read_store
 
         with read_store(NAME, self.url) as store:
             trials = store.optuna_study.get_trials()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from harness import catalogue
-from harness.storage import open_store
+from harness.opening import open_store
 from tests.analytic import run_analytic
 from tests.conftest import PROJECT
 from tests.refusal import assert_refused, pictures, tree

@@ -14,7 +14,7 @@ import pytest
 
 from harness import catalogue
 from harness.cli import main
-from harness.storage import open_store
+from harness.opening import open_store
 from tests.analytic import Died, run_analytic
 
 

@@ -76,7 +76,7 @@ def test_settings_change_the_base_the_final_run_and_the_seed() -> None:
     assert study.train.optim.weight_decay == 0.05
     assert study.train.epochs == 7
     assert study.train.backbone.hidden == (16, 8)  # type: ignore[attr-defined]
-    assert study.final == FinalConfig(seeds=5, fit_on="train")
+    assert study.final == dataclasses.replace(STUDY.final, seeds=5, fit_on="train")
     assert study.seed == 3
     assert STUDY.train.epochs == 2
 

@@ -14,10 +14,11 @@ import pytest
 from harness.cli import main
 from harness.config import Study
 from harness.final import summary
-from harness.report import digest
+from harness.opening import open_store, read_store
+from harness.overview import digest
 from harness.results import Completed, Diverged, Pruned
 from harness.search import asha
-from harness.storage import Store, open_store, read_store
+from harness.storage import Store
 from tests.analytic import Died, epoch_result, fail_trial, memory_store, run_analytic
 from tests.conftest import make_study
 from tests.small import study_in

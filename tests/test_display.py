@@ -27,7 +27,8 @@ from harness.storage import Store
 from tests.analytic import epoch_result, memory_store
 from tests.conftest import make_study
 
-STUDY = make_study("cache", trials=10, final=FinalConfig(seeds=3, fit_on="train"))  # two epochs
+ALONE = FinalConfig(seeds=3, fit_on="train", compare_base=False)
+STUDY = make_study("cache", trials=10, final=ALONE)  # two epochs
 
 
 # -- durations -----------------------------------------------------------------------------------------------------
@@ -78,6 +79,11 @@ def test_the_estimate_prefers_measured_trials_for_pruning_shortens_them() -> Non
 def test_the_final_run_takes_longer_when_it_trains_on_the_validation_images_too() -> None:
     assert estimate(STUDY, 10, 3.0, None, 1.5) == 1.5 * estimate(STUDY, 10, 3.0, None, 1.0)
     assert estimate(STUDY, 4, 3.0, None, 1.5) == 6 * 2 * 3.0 + 1.5 * 3 * 2 * 3.0
+
+
+def test_the_estimate_counts_the_base_and_the_second_look_at_the_best() -> None:
+    every = make_study("cache", trials=10, final=FinalConfig(seeds=3, rerank=2))
+    assert estimate(every, 10, 3.0, None, 1.0) == (3 + 1 + 2 * 3) * 2 * 3.0
 
 
 def test_the_estimate_is_never_negative() -> None:

@@ -23,8 +23,9 @@ from harness.cli import main
 from harness.data.tensors import prepare
 from harness.final import summary
 from harness.mlflow_places import local_tracker
+from harness.opening import open_store, read_store
 from harness.results import Completed, Diverged, Failed, Pruned, TrialOutcome
-from harness.storage import Store, open_store, read_store
+from harness.storage import Store
 from harness.tracking import facts, study_metrics, trial_key, trial_tags
 from tests.analytic import epoch_result
 from tests.conftest import PROJECT
@@ -473,7 +474,7 @@ def test_a_pid_file_of_a_process_that_is_gone_is_removed(place: Path, doctor: Do
 
 HOLD = """
 import sys
-from harness.storage import open_store
+from harness.opening import open_store
 from tests.small import small_study
 with open_store(small_study("cache"), sys.argv[1]):
     print("held", flush=True)
@@ -573,6 +574,17 @@ def test_a_study_without_a_final_result_lacks_no_model(place: Path, doctor: Doct
         database.execute("DELETE FROM study_user_attributes WHERE key = 'final'")
         database.commit()
     assert doctor()[0] == 0
+
+
+def test_an_edited_test_ledger_is_named_and_never_mended(place: Path, doctor: Doctor) -> None:
+    with open_store(small_study(place / "cache"), f"sqlite:///{place}/studies/tiny.db") as store:
+        store.add_to_ledger({"event": "opened", "trial": 0})
+        lines = store.attribute("ledger")
+        store.set_attribute("ledger", [lines[0] | {"trial": 1}])
+    for arguments in ([], ["--fix"]):
+        code, said = doctor(*arguments)
+        assert code == 1
+        assert "line 1 of the test ledger is not as it was written" in said[0]
 
 
 def test_an_image_cache_that_rotted_is_found_and_made_again(place: Path, doctor: Doctor) -> None:

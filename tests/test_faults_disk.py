@@ -16,8 +16,8 @@ import pytest
 
 from harness.config import Study
 from harness.database import connect, dispose
+from harness.opening import exists, has_model, open_store
 from harness.results import EpochEnded, Event
-from harness.storage import exists, has_model, open_store
 from tests.faulty import CommandLine, complete, one_sentence, small_disk, small_study
 
 pytestmark = pytest.mark.usefixtures("mlruns")

@@ -145,7 +145,7 @@ def test_a_server_killed_and_started_again_has_everything_once(
 def test_a_server_that_never_comes_back_is_filled_up_by_the_same_command(
     server: Server, study: Study, line: CommandLine, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from harness import storage
+    from harness import opening
     from harness import study as studies
 
     kill = when(TrialEnded, 0, server.kill)
@@ -171,7 +171,7 @@ def test_a_server_that_never_comes_back_is_filled_up_by_the_same_command(
     assert again.err == ""
     assert "epoch 1" not in again.out
     assert "Nothing is missing" in line.run("--tracking-uri", server.uri).out
-    with storage.read_store("tiny", f"sqlite:///{line.place}/studies/tiny.db") as store:
+    with opening.read_store("tiny", f"sqlite:///{line.place}/studies/tiny.db") as store:
         assert look(server.uri, study)(store) == undisturbed
 
 
@@ -296,7 +296,7 @@ def test_a_database_locked_for_longer_than_mlflow_waits_does_not_delay_the_study
 def test_a_full_disk_of_mlflow_does_not_stop_the_study(
     line: CommandLine, study: Study, empty_mlflow: Path, undisturbed: Any
 ) -> None:
-    from harness.storage import read_store
+    from harness.opening import read_store
 
     mlruns = line.place / "mlruns"
     size = empty_mlflow.stat().st_size // 1024 + 200

@@ -23,10 +23,10 @@ from harness.errors import InputError
 from harness.experiment import assemble, evaluation_of, with_validation_images
 from harness.features import FeatureSet, FrozenBody, View, keep_features, split
 from harness.models.maxvit import MaxViTT, TinyMaxViT
+from harness.opening import open_store, read_store
 from harness.optim import build_optimizer, lr_factor, set_lr
 from harness.seeds import derive_seed
 from harness.space import Choice, Float
-from harness.storage import open_store, read_store
 from harness.trainer import Training, _batches, evaluate, fit, logits_of
 from tests.conftest import make_study
 from tests.faulty import Pebble

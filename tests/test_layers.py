@@ -17,14 +17,32 @@ HARNESS = PROJECT / "harness"
 # Lowest first; `config` stands on `errors` and `space`.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "results", "seeds", "space", "config", "interrupt", "environment", "outbox", "files", "mlflow_library"),
+    ("ledger", "packing", "evidence", "audit", "predictions", "thumbnails"),
     ("data", "models", "optim", "engine", "search", "database"),
     ("trainer", "auto"),
     ("experiment", "checkpoint", "features"),
-    ("objective", "storage", "tracking", "mlflow_tracker", "mlflow_places", "mlflow_check"),
-    ("study", "final", "report", "catalogue", "reproduce", "doctor"),
-    ("cli", "running", "display", "pretrain", "__main__"),
+    ("objective", "storage", "opening", "tracking", "mlflow_tracker", "mlflow_places", "mlflow_check"),
+    ("study", "final", "retraining", "rerank", "saved_model", "catalogue", "reproduce", "doctor"),
+    ("cost", "overview", "report", "export", "model_card", "mlflow_model", "predict"),
+    ("cli", "arguments", "running", "auditing", "demo_page", "display", "pretrain", "__main__"),
 )
-FREE_OF_TORCH = ("errors", "results", "seeds", "space", "config", "search", "storage", "report", "catalogue", "cli")
+FREE_OF_TORCH = (
+    *(
+        "errors",
+        "results",
+        "seeds",
+        "space",
+        "config",
+        "search",
+        "storage",
+        "opening",
+        "overview",
+        "report",
+        "catalogue",
+        "cli",
+    ),
+    *("arguments", "opening", "ledger", "packing", "evidence", "audit", "predictions", "thumbnails", "cost"),
+)
 
 
 def module_of(file: Path) -> str:
@@ -124,8 +142,8 @@ def test_start_up_imports_neither_torch_nor_mlflow(workspace: Path) -> None:
     lines = [
         *(f"import harness.{name}" for name in FREE_OF_TORCH),
         "import harness.mlflow_places",
-        "harness.cli.build_parser('run_study.py').format_help()",
-        "harness.cli.build_parser('harness').format_help()",
+        "harness.arguments.build_parser('run_study.py').format_help()",
+        "harness.arguments.build_parser('harness').format_help()",
         "[harness.catalogue.find(name) for name in ('demo', 'flowers102', 'flowers102_grid', 'flowers102_head')]",
     ]
     assert not imported_by("\n".join(lines), workspace) & {"torch", "torchvision", "mlflow", "pandas", "plotly"}
@@ -141,7 +159,7 @@ def test_show_answers_without_torch_and_mlflow(workspace: Path) -> None:
         [
             "from harness import catalogue",
             "from harness.cli import main",
-            "from harness.storage import open_store",
+            "from harness.opening import open_store",
             "from tests.analytic import run_analytic",
             "found = catalogue.find('demo')",
             "with open_store(found.study, found.storage_url) as store:",

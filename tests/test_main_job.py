@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 from optuna.trial import TrialState
 
-from harness.storage import read_store
+from harness.opening import read_store
 from tests.conftest import PROJECT
 
 pytestmark = pytest.mark.slow
@@ -46,7 +46,7 @@ STUDY = Study(
     sampler=tpe(n_startup_trials=3),
     pruner=asha(min_epochs=1, reduction=2),
     trials=6,
-    final=FinalConfig(seeds=2),
+    final=FinalConfig(seeds=2, publish=False),
 )
 """
 
@@ -79,6 +79,8 @@ def outcome(place: Path) -> dict[str, Any]:
         final = store.attribute("final")
         # The seeds' epochs carry seconds, and their weights' sha256 says all that the epochs do.
         final["per_seed"] = [{k: v for k, v in seed.items() if k != "epochs"} for seed in final["per_seed"]]
+        final["base"] = None if final["base"] is None else final["base"] | {"epochs": None}
+        assert final.pop("ledger") == store.ledger()[-1]["hash"]  # there the time is kept, too
         return {"trials": trials, "losses": losses, "final": final}
 
 
@@ -152,6 +154,10 @@ def test_the_same_command_again_is_a_no_op_and_a_larger_total_extends(
     extended = outcome(place)
     assert extended["trials"] == uninterrupted["trials"]
     openings = 1 if first["trial"] == uninterrupted["final"]["trial"] else 2
+    if openings == 2:
+        assert extended["final"]["trial"] == first["trial"], "the test set stays closed"
+        run(place, "--trials", "6", "--reopen-test", "a longer search")
+        extended = outcome(place)
     assert extended["final"] == uninterrupted["final"] | {"test_openings": openings}
     check_mlflow(place, trials=6, seeds=2)
 

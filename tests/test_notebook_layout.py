@@ -6,7 +6,7 @@ from pathlib import Path
 
 from harness.cli import main
 from harness.data.drawing import DEMO_SPECIES, draw
-from harness.storage import read_store
+from harness.opening import read_store
 
 STUDY_FILE = """
 import dataclasses
@@ -25,7 +25,7 @@ STUDY = dataclasses.replace(
         backbone=TinyMaxViT(pretrained=False, hidden=GRID.train.backbone.hidden, dropout=0.5),
         epochs=1,
     ),
-    final=FinalConfig(seeds=1, fit_on="train"),
+    final=FinalConfig(seeds=1, fit_on="train", publish=False),
 )
 """
 

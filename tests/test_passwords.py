@@ -13,7 +13,8 @@ from optuna.exceptions import StorageInternalError
 from harness import running
 from harness.database import outlast
 from harness.errors import Halt, InputError, masked
-from harness.report import overview, summary, write_report
+from harness.overview import overview, summary
+from harness.report import write_report
 from harness.storage import Store
 from harness.tracking import facts
 from tests.analytic import memory_store

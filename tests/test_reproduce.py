@@ -21,9 +21,10 @@ from harness.data.tensors import prepare
 from harness.engine import Runtime
 from harness.errors import InputError
 from harness.objective import evaluate_trial
+from harness.opening import as_begun, open_store, read_store
 from harness.reproduce import reproduce
 from harness.results import Failed
-from harness.storage import Store, as_begun, open_store, read_store
+from harness.storage import Store
 from harness.tracking import NoTracker
 from tests.small import small_study, study_in
 

@@ -25,8 +25,8 @@ from PIL import Image, ImageFile
 from scipy.io import savemat
 from torchvision.datasets import Flowers102 as Source
 
+from harness.arguments import build_parser
 from harness.checkpoint import Damaged, read_tensors
-from harness.cli import build_parser
 from harness.config import Study
 from harness.data.cache import MAX_PIXELS, ImageFiles, decoded, open_image
 from harness.data.flowers102 import Flowers102, _unpack

@@ -15,7 +15,9 @@ from harness.config import Study
 from harness.engine import Runtime
 from harness.final import final_run
 from harness.objective import evaluate_trial
-from harness.storage import Store, open_store
+from harness.opening import open_store
+from harness.retraining import Place
+from harness.storage import Store
 from harness.study import search
 from harness.tracking import NoTracker
 
@@ -51,6 +53,7 @@ def test_stopped_while_its_weights_are_written_a_final_seed_keeps_its_training(
             stop()
 
         monkeypatch.setattr(checkpoint, "write_tensors", stopped_once)
+        place = Place(study=study, store=store, tracker=NoTracker(), runtime=CPU, checkpoints=folder)
         with pytest.raises(KeyboardInterrupt):
-            list(final_run(study, store, NoTracker(), CPU, tmp_path / "model", folder))
+            list(final_run(place, tmp_path / "model"))
     assert len(read_tensors(folder / "final-seed-0-of-trial-0.safetensors")[1]["epochs"]) == study.train.epochs

@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 import sqlalchemy
 
-from harness import storage
+from harness import database, opening
 from harness.config import FinalConfig, Study
 from harness.errors import InputError
+from harness.opening import open_store, read_store
 from harness.results import Completed, Diverged, Failed, Pruned
 from harness.search import Pruner, Sampler, asha, grid, no_pruning, tpe
 from harness.space import Choice, Float
-from harness.storage import Store, open_store, read_store
+from harness.storage import Store
 from tests.analytic import Died, epoch_result, evaluate, fail_trial, run_analytic
 from tests.conftest import PROJECT, make_study
 
@@ -380,7 +381,7 @@ def test_a_refused_definition_frees_the_lock(tmp_path: Path) -> None:
 
 CHILD = """
 import sys, time
-from harness.storage import open_store
+from harness.opening import open_store
 from tests.analytic import accuracy, run_analytic
 from tests.test_storage import searching
 
@@ -418,7 +419,7 @@ def test_a_second_process_is_refused_with_the_pid_and_sigkill_frees_the_lock(tmp
         with pytest.raises(InputError, match=rf"run by process {process.pid}\b"), open_store(searching(), url_of(file)):
             pass
         with pytest.raises(InputError, match=rf"run by process {process.pid}\b"):
-            storage.move_aside("tiny", url_of(file), tmp_path / "tiny.model")
+            opening.move_aside("tiny", url_of(file), tmp_path / "tiny.model")
         with read_store("tiny", url_of(file)) as store:  # looking is allowed
             assert store.finished() == 0
     finally:
@@ -506,8 +507,8 @@ def test_what_cannot_be_opened_is_refused_in_one_sentence_and_left_alone(make: A
     url = make(tmp_path)
     before = snapshot(tmp_path)
     attempts = (
-        lambda: storage.check_database(url),
-        lambda: storage.exists("tiny", url),
+        lambda: database.check_database(url),
+        lambda: opening.exists("tiny", url),
         lambda: open_store(searching(), url).__enter__(),
         lambda: read_store("tiny", url).__enter__(),
     )
@@ -523,15 +524,15 @@ def test_looking_for_a_missing_study_makes_no_file(tmp_path: Path) -> None:
     url = url_of(tmp_path / "tiny.db")
     with pytest.raises(InputError, match="no results yet"), read_store("tiny", url):
         pass
-    assert not storage.exists("tiny", url)
-    storage.check_database(url)
+    assert not opening.exists("tiny", url)
+    database.check_database(url)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_looking_into_an_empty_file_leaves_it_empty(tmp_path: Path) -> None:
     file = tmp_path / "tiny.db"
     file.touch()
-    assert not storage.exists("tiny", url_of(file))
+    assert not opening.exists("tiny", url_of(file))
     with pytest.raises(InputError), read_store("tiny", url_of(file)):
         pass
     assert file.read_bytes() == b""
@@ -543,8 +544,8 @@ def test_looking_for_another_name_in_a_database_says_so(tmp_path: Path) -> None:
         pass
     with pytest.raises(InputError, match="no study named 'other'"), read_store("other", url):
         pass
-    assert storage.exists("tiny", url)
-    assert not storage.exists("other", url)
+    assert opening.exists("tiny", url)
+    assert not opening.exists("other", url)
 
 
 # -- SQLite --------------------------------------------------------------------------------------------------------
@@ -704,7 +705,7 @@ def finished_study(folder: Path, trials: int) -> list[dict[str, Any]]:
 def test_a_study_moved_aside_keeps_its_data_and_its_model(tmp_path: Path) -> None:
     url = url_of(tmp_path / "tiny.db")
     before = finished_study(tmp_path, 3)
-    moved = storage.move_aside("tiny", url, tmp_path / "tiny.model")
+    moved = opening.move_aside("tiny", url, tmp_path / "tiny.model")
     assert moved is not None
     assert not (tmp_path / "tiny.db").exists()
     assert not (tmp_path / "tiny.model").exists()
@@ -719,7 +720,7 @@ def test_studies_moved_aside_in_the_same_second_are_all_kept(tmp_path: Path) -> 
     moved = []
     for trials in (1, 2, 3):
         finished_study(tmp_path, trials)
-        moved.append(storage.move_aside("tiny", url_of(tmp_path / "tiny.db"), tmp_path / "tiny.model"))
+        moved.append(opening.move_aside("tiny", url_of(tmp_path / "tiny.db"), tmp_path / "tiny.model"))
     assert len(set(moved)) == 3
     for trials, file in zip((1, 2, 3), moved, strict=True):
         assert file is not None
@@ -737,7 +738,7 @@ def test_a_study_whose_process_was_killed_is_moved_aside_whole(tmp_path: Path) -
     process.kill()
     process.wait()
     assert Path(f"{file}-wal").stat().st_size > 0
-    moved = storage.move_aside("tiny", url_of(file), tmp_path / "tiny.model")
+    moved = opening.move_aside("tiny", url_of(file), tmp_path / "tiny.model")
     assert moved is not None
     assert not list(tmp_path.glob("tiny.db*-*"))
     with read_store("tiny", url_of(moved)) as store:
@@ -745,10 +746,10 @@ def test_a_study_whose_process_was_killed_is_moved_aside_whole(tmp_path: Path) -
 
 
 def test_moving_nothing_aside_does_nothing(tmp_path: Path) -> None:
-    assert storage.move_aside("tiny", url_of(tmp_path / "tiny.db"), tmp_path / "tiny.model") is None
+    assert opening.move_aside("tiny", url_of(tmp_path / "tiny.db"), tmp_path / "tiny.model") is None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_study_on_a_server_cannot_be_moved_aside(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--fresh"):
-        storage.move_aside("tiny", "postgresql://localhost/x", tmp_path / "tiny.model")
+        opening.move_aside("tiny", "postgresql://localhost/x", tmp_path / "tiny.model")

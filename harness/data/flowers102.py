@@ -9,6 +9,7 @@ import tarfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 from harness.config import SplitName, location
 from harness.data.cache import ImageFiles
@@ -26,6 +27,10 @@ class Flowers102(ImageFiles):
     `root` is the folder that holds torchvision's `flowers-102`; what is missing is downloaded and checked by its md5.
     """
 
+    licence: ClassVar[str] = (
+        "Photographs collected by Nilsback and Zisserman (2008) from the web and from their own; they have no clear "
+        "licence and are for research."
+    )
     root: str = location("data")
     image_size: int = 224
     stored_size: int = 256

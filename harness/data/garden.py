@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from harness.config import SplitName, location, require
 from harness.seeds import derive_seed
@@ -27,6 +27,7 @@ class Seedling(NamedTuple):
 class Garden:
     """Drawn flowers of `species`; every image is made from its split, species and number alone."""
 
+    licence: ClassVar[str] = "Drawn by this program; nobody else has rights in them."
     species: Literal["demo", "pretraining"] = "demo"
     train_per_class: int = 15
     val_per_class: int = 15

@@ -116,6 +116,11 @@ def load_split(dataset: Dataset, split: Literal["train", "val"], size: int) -> I
     return _load(dataset, split, size)
 
 
+def items_of(dataset: Dataset, split: SplitName) -> list[Any]:
+    """What the images of a split are decoded from, in their order."""
+    return _select(dataset, split)[0]
+
+
 def load_train_and_val(dataset: Dataset) -> ImageSet:
     """Both splits as one training set, for the final run."""
     import torch

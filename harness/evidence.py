@@ -1,0 +1,143 @@
+"""How far a number can be trusted: intervals, paired tests, what choosing the best of many adds, calibration.
+
+Everything here works on counts and arrays and knows neither studies nor models. Numpy and scipy are imported when
+something is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+CONFIDENCE = 0.95
+ALPHA = 0.05  # a difference with a larger p-value is not called one
+RESAMPLES = 2000
+BINS = 10
+
+
+def wilson(correct: float, total: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson, 1927). `correct` may be a mean over seeds; it is rounded to a count."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(round(correct), total).proportion_ci(CONFIDENCE, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def balanced_accuracy(labels: NDArray[Any], predicted: NDArray[Any]) -> float:
+    """The mean over the classes that occur in `labels` [N] of each one's accuracy."""
+    import numpy
+
+    return float(numpy.mean([(predicted[labels == label] == label).mean() for label in numpy.unique(labels)]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class McNemar:
+    """Two models on the same images: how often only one of them is right, and the p-value."""
+
+    only_first: int
+    only_second: int
+    p: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def mcnemar(first: NDArray[Any], second: NDArray[Any]) -> McNemar:
+    """The exact two-sided test (McNemar, 1947) of two models' hits, bool [N] each, on the same images."""
+    from scipy.stats import binomtest
+
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    differing = only_first + only_second
+    p = float(binomtest(only_first, differing).pvalue) if differing else 1.0
+    return McNemar(only_first=only_first, only_second=only_second, p=p)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What choosing the best of several scores on the same images adds to the chosen one's score, as shares.
+
+    `excess` is the expected difference between the winner's score and its score on new images, given how far the
+    candidates lie apart; `excess_if_equal` is what it would be if all were equally good; `p_equal` is how often equally
+    good candidates would have put their best as far above their mean as it is.
+    """
+
+    candidates: int
+    images: int
+    excess: float
+    excess_if_equal: float
+    p_equal: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def selection_excess(hits: NDArray[Any], seed: int = 0, resamples: int = RESAMPLES) -> Selection | None:
+    """Bootstrap over images (Efron and Tibshirani, 1993, chapter 17: optimism) of hits, bool [candidates, images].
+
+    Each resample of the images chooses its own winner; how much better that winner looks there than on all images is
+    the excess. Candidates are resampled together, so what they have in common is kept. None with fewer than two.
+    """
+    import numpy
+
+    candidates, images = hits.shape
+    if candidates < 2 or images < 1:
+        return None
+    scores = hits.mean(axis=1)
+    # How often each image is drawn, times each candidate's hits: one product instead of `resamples` copies.
+    draws = numpy.random.default_rng(seed).multinomial(images, numpy.full(images, 1 / images), size=resamples)
+    resampled = draws @ hits.T.astype(numpy.float64) / images
+    winners = resampled.argmax(axis=1)
+    noise = resampled - scores
+    lead = scores.max() - scores.mean()
+    leads = noise.max(axis=1) - noise.mean(axis=1)
+    # The observed lead counts as one of the draws, so that p is never 0 (Davison and Hinkley, 1997, section 4.2).
+    p_equal = (1 + int((leads >= lead - 1e-12).sum())) / (1 + resamples)
+    return Selection(
+        candidates=candidates,
+        images=images,
+        excess=float(noise[numpy.arange(resamples), winners].mean()),
+        excess_if_equal=float(noise.max(axis=1).mean()),
+        p_equal=float(p_equal),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bin:
+    """The predictions whose confidence lies in (low, high]; the averages are shares."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float
+    accuracy: float
+
+
+def reliability(confidence: NDArray[Any], hits: NDArray[Any], bins: int = BINS) -> list[Bin]:
+    """Confidence of the predicted class [N] against how often it is right, in bins of equal width; empty ones left out.
+
+    The reliability diagram of Guo et al., "On Calibration of Modern Neural Networks" (2017).
+    """
+    import numpy
+
+    place = numpy.clip(numpy.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    return [
+        Bin(
+            low=number / bins,
+            high=(number + 1) / bins,
+            count=int((place == number).sum()),
+            confidence=float(confidence[place == number].mean()),
+            accuracy=float(hits[place == number].mean()),
+        )
+        for number in range(bins)
+        if (place == number).any()
+    ]
+
+
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """The expected calibration error (Guo et al., 2017): the bins' gaps, weighted by how many predictions they hold."""
+    total = sum(each.count for each in bins)
+    return sum(each.count * abs(each.accuracy - each.confidence) for each in bins) / total

@@ -1,0 +1,49 @@
+"""The ledger of a study: every opening of the test set, each line chained to the one before by its hash.
+
+A line that was edited, taken out or moved breaks the chain from there on. What lies in the same file can always be
+made anew from the beginning by somebody who means to; the chain is against accidents and small improvements.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+OPENED, RESULT = "opened", "result"
+Line = dict[str, Any]
+
+
+def appended(lines: Sequence[Line], uid: str, entry: Line) -> list[Line]:
+    """The ledger with one more line. `uid` is the study's; its first line is chained to it."""
+    line = {"line": len(lines) + 1, **entry, "previous": lines[-1]["hash"] if lines else _sha256(uid)}
+    return [*lines, line | {"hash": _hash(line)}]
+
+
+def fault(lines: Sequence[Line], uid: str, known: str | None = None) -> str | None:
+    """What is wrong with a ledger, in a sentence; None when every line is as it was written.
+
+    `known` is the hash of a line that must be among them: the one that the final result was written with.
+    """
+    previous = _sha256(uid)
+    for number, line in enumerate(lines, 1):
+        if line.get("line") != number or line.get("previous") != previous or line.get("hash") != _hash(line):
+            return f"line {number} of the test ledger is not as it was written"
+        previous = line["hash"]
+    if known is not None and known not in {line["hash"] for line in lines}:
+        return f"the test ledger ends after line {len(lines)}, and the final result was written with another one"
+    return None
+
+
+def openings(lines: Sequence[Line]) -> list[Line]:
+    """The lines that opened the test set."""
+    return [line for line in lines if line["event"] == OPENED]
+
+
+def _hash(line: Line) -> str:
+    return _sha256(json.dumps({key: value for key, value in line.items() if key != "hash"}, sort_keys=True))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

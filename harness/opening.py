@@ -1,0 +1,166 @@
+"""Opening a study's storage: to run it, held and compared with its definition, or to look at it."""
+
+from __future__ import annotations
+
+import functools
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import optuna
+
+from harness.config import Study
+from harness.database import BUSY_TIMEOUT_SECONDS, check_database, connect, dispose, held, outlast, sqlite_file
+from harness.errors import InputError
+from harness.storage import Store
+
+
+@contextmanager
+def open_store(study: Study, url: str, content: Mapping[str, str] | None = None) -> Iterator[Store]:
+    """Open a study for running, and hold it: a second process on the same SQLite study is refused.
+
+    `content` are fingerprints of what the definition only names, the images and the pretrained weights; None skips
+    their comparison. Raises InputError when the database cannot be opened or is none of ours, when another process
+    holds the study, and when the stored definition differs from `study` (naming the fields).
+    """
+    file = sqlite_file(url)
+    with held(file, study.name):
+        check_database(url)
+        storage = connect(url)
+        try:
+            create = functools.partial(
+                optuna.create_study,
+                storage=storage,
+                study_name=study.name,
+                direction="maximize",
+                pruner=study.pruner.build(),
+                load_if_exists=True,
+            )
+            optuna_study = outlast(url, create)
+            store = Store(url, optuna_study)
+            _check_definition(study, store, content)
+            yield store
+        finally:
+            dispose(storage)
+
+
+@contextmanager
+def read_store(name: str, url: str) -> Iterator[Store]:
+    """Open a study to look at it; it may be running. Raises InputError when there is none."""
+    file = sqlite_file(url)
+    if file is not None and (not file.is_file() or file.stat().st_size == 0):
+        raise InputError(f"Study {name!r} has no results yet ({file} does not exist); run it with --study {name}.")
+    check_database(url)
+    storage = connect(url, writing=False)
+    try:
+        try:
+            optuna_study = outlast(url, lambda: optuna.load_study(storage=storage, study_name=name))
+        except KeyError as error:
+            raise InputError(
+                f"{url} holds no study named {name!r}; it has not begun there: run it, or check --storage and the name."
+            ) from error
+        yield Store(url, optuna_study, as_of_now=True)
+    finally:
+        dispose(storage)
+
+
+def exists(name: str, url: str) -> bool:
+    """Whether the storage holds this study already, with a definition or trials: a start may have been cut off before.
+
+    Raises InputError when it cannot be opened.
+    """
+    file = sqlite_file(url)
+    if file is not None and (not file.is_file() or file.stat().st_size == 0):
+        return False
+    check_database(url)
+    storage = connect(url, writing=False)
+    try:
+        known = outlast(url, lambda: optuna.get_all_study_summaries(storage))
+        begun = {each.study_name for each in known if "definition" in each.user_attrs or each.n_trials}
+        return name in begun
+    finally:
+        dispose(storage)
+
+
+def as_begun(study: Study, store: Store, content: Mapping[str, str] | None = None) -> Study:
+    """The study as the storage knows it: settings given on the command line at its start are put back.
+
+    `content` are fingerprints as in `open_store`. Raises InputError when the study's file says something else today
+    that no setting can.
+    """
+    stored = store.attribute("definition")
+    if stored is None:
+        raise InputError(f"Study {study.name!r} has not begun; run it with --study {study.name}.")
+    study = study.with_definition(stored)
+    _check_definition(study, store, content)
+    return study
+
+
+def compare(study: Study, url: str, content: Mapping[str, str] | None) -> None:
+    """Raise InputError unless `study` continues the one in the storage, which exists. Writes nothing, nor locks."""
+    with read_store(study.name, url) as store:
+        if store.attribute("definition") is not None or store.trials():
+            _check_definition(study, store, content)
+
+
+def _check_definition(study: Study, store: Store, content: Mapping[str, str] | None) -> None:
+    """Keep the definition at the first start; at every later one, refuse a study that would not continue it."""
+    now = study.definition() | {f"content of {name}": value for name, value in (content or {}).items()}
+    stored = store.attribute("definition")
+    if stored is None:
+        if store.trials():
+            raise InputError(
+                f"Study {study.name!r} in {store.url} was begun by another program; "
+                "give another --storage, or rename the study."
+            )
+        store.set_attribute("uid", uuid.uuid4().hex)
+        store.set_attribute("definition", now)
+        return
+    unknown = {path for path in stored if path.startswith("content of ")} if content is None else set()
+    if now["engine.compile"] != "on":  # studies from before there was a choice go on uncompiled
+        unknown |= {"engine.compile"} - stored.keys()
+    unknown |= {"final.compare_base"} - stored.keys()  # nothing of the search depends on it
+    if now["final.rerank"] == 0:
+        unknown |= {"final.rerank"} - stored.keys()
+    differing = [path for path in {**stored, **now} if stored.get(path) != now.get(path) and path not in unknown]
+    if differing:
+        changes = "; ".join(f"{path} was {stored.get(path)!r}, is {now.get(path)!r}" for path in differing)
+        raise InputError(
+            f"Study {study.name!r} was begun with another definition ({changes}); its results could not be compared. "
+            "Change it back, or start anew with --fresh (the old study is kept under another name)."
+        )
+
+
+def move_aside(name: str, url: str, *folders: Path) -> Path | None:
+    """Give an existing study, and the folders beside it, another name (`--fresh`); nothing is deleted.
+
+    Returns the new file, None if there was none.
+    """
+    file = sqlite_file(url)
+    if file is None:
+        raise InputError("--fresh moves a SQLite file; with another database, give the new study another --storage.")
+    if not file.exists():
+        return None
+    with held(file, name):
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        target = next(
+            path
+            for number in range(1000)
+            if not (path := file.with_name(f"{file.stem}.{stamp}{f'-{number}' if number else ''}.db")).exists()
+        )
+        connection = sqlite3.connect(file, timeout=BUSY_TIMEOUT_SECONDS)
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # all of the study is in the one file that is renamed
+        connection.close()
+        for folder in folders:
+            if folder.exists():
+                folder.rename(target.with_suffix(folder.suffix))
+        file.rename(target)
+    return target
+
+
+def has_model(folder: Path) -> bool:
+    """Whether the final run's model lies whole in its folder; it is written as these two files, in this order."""
+    return (folder / "model.safetensors").is_file() and (folder / "model.json").is_file()

@@ -1,0 +1,112 @@
+"""A trial's configuration trained again from a seed of its own: to be tested, to be compared with, or to be chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from harness.checkpoint import SUFFIX, Checkpoint, fingerprint, identity_of, remove
+from harness.config import Study
+from harness.engine import Runtime
+from harness.environment import environment
+from harness.errors import Halt
+from harness.experiment import assemble, with_validation_images
+from harness.results import EpochEnded, Event, TrialStarted
+from harness.seeds import derive_seed
+from harness.storage import Store, TrialRecord
+from harness.tracking import RunLog, Tracker, base_key, final_key, rerank_key, retraining_tags
+from harness.trainer import Training, fit
+
+Kind = Literal["final", "base", "rerank"]
+KEYS = {"final": final_key, "base": base_key, "rerank": rerank_key}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What every retraining of a study needs."""
+
+    study: Study
+    store: Store
+    tracker: Tracker
+    runtime: Runtime
+    checkpoints: Path
+
+
+class Retraining:
+    """One training; its last checkpoint stays, with the trained weights, until `end`.
+
+    The base configuration is trained from the final run's seeds, so that equal configurations give equal weights.
+    """
+
+    def __init__(self, place: Place, kind: Kind, trial: TrialRecord, number: int) -> None:
+        self.kind, self.trial, self.number = kind, trial, number
+        self.config = place.study.config(trial.params)
+        self.key = KEYS[kind](trial.number, number)
+        self._place = place
+        self._path = place.checkpoints / f"{self.key}{SUFFIX}"
+        self._seed = derive_seed(place.study.seed, "rerank" if kind == "rerank" else "final", number)
+        # A choice is made by the validation images, so nothing is trained on them before it.
+        self._fit_on = "train" if kind == "rerank" else place.study.final.fit_on
+
+    @cached_property
+    def log(self) -> RunLog:
+        tags = retraining_tags(self.kind, self.trial.number, self.number)
+        return self._place.tracker.run(self.key, self.config, tags)
+
+    def train(self) -> Iterator[Event]:
+        """Train to the end, from the checkpoint if there is one; leaves the trained weights in it."""
+        checkpoint = self._checkpoint()
+        training = checkpoint.training
+        resumed = checkpoint.restore()
+        for result in training.progress.epochs:
+            self.log.epoch(result)
+        if training.progress.epoch > self.config.epochs:
+            return
+        of = f" of trial {self.trial.number}" if self.kind == "rerank" else ""
+        name = f"{self.kind} seed {self.number}{of}"
+        yield TrialStarted(
+            name=name,
+            number=self.number,
+            params=self.trial.params,
+            epochs=self.config.epochs,
+            resumed=resumed,
+            progress=training.progress,
+        )
+        with checkpoint.saved_when_stopped(), closing(fit(training, checkpoint.after_batch)) as results:
+            for result in results:
+                self.log.epoch(result)
+                yield EpochEnded(name=name, number=self.number, result=result)
+            checkpoint.save()
+
+    def trained(self) -> Training:
+        """The trained model, from its checkpoint. Raises Halt when that was damaged in the meantime."""
+        checkpoint = self._checkpoint()
+        if not checkpoint.restore():
+            raise Halt(f"The trained weights {self._path} are gone or damaged; the same command trains them again.")
+        return checkpoint.training
+
+    def record(self, training: Training) -> dict[str, Any]:
+        """What the storage keeps of the training: the weights' sha256 and every epoch."""
+        return {
+            "seed": self.number,
+            "weights": fingerprint(training.model.state_dict()),
+            "epochs": [result.without_hits().to_dict() for result in training.progress.epochs],
+        }
+
+    def end(self) -> None:
+        """Close the run and drop the checkpoint; to be called when the result is recorded."""
+        self.log.end("complete")
+        remove(self._path)
+
+    def _checkpoint(self) -> Checkpoint:
+        place = self._place
+        training = assemble(self.config, place.runtime, self._seed)
+        if self._fit_on == "train+val":
+            training = with_validation_images(training)
+        identity = identity_of(place.store.attribute("uid"), self.key, self._seed, self.config)
+        here = environment(place.runtime.device.type)
+        return Checkpoint(self._path, identity | {"fit_on": self._fit_on}, training, here)

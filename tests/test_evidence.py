@@ -1,0 +1,103 @@
+"""Numbers about numbers, held against cases whose answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.evidence import (
+    balanced_accuracy,
+    calibration_error,
+    mcnemar,
+    reliability,
+    selection_excess,
+    wilson,
+)
+
+
+def test_wilsons_interval_is_the_published_one() -> None:
+    # Newcombe (1998), table I: 81 of 263.
+    low, high = wilson(81, 263)
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+
+
+@given(st.integers(1, 2000).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
+def test_wilsons_interval_holds_the_share(counted: tuple[int, int]) -> None:
+    correct, total = counted
+    low, high = wilson(correct, total)
+    assert 0 <= low <= correct / total <= high <= 1
+
+
+def test_balanced_accuracy_counts_each_class_once() -> None:
+    labels = np.array([0] * 90 + [1] * 10)
+    assert balanced_accuracy(labels, np.zeros(100, dtype=int)) == 0.5
+    assert balanced_accuracy(labels, labels) == 1.0
+
+
+def test_mcnemar_looks_at_the_images_on_which_two_models_differ() -> None:
+    first = np.array([True] * 80 + [True] * 15 + [False] * 5)
+    second = np.array([True] * 80 + [False] * 15 + [True] * 5)
+    found = mcnemar(first, second)
+    assert (found.only_first, found.only_second) == (15, 5)
+    assert found.p == pytest.approx(0.04138947)  # 2 * P(X <= 5) of a fair coin thrown 20 times
+    assert mcnemar(first, first).p == 1.0
+
+
+def test_the_best_of_equals_looks_better_than_it_is() -> None:
+    """Fifty equal candidates with independent mistakes: the excess is known by drawing new images for the winner."""
+    draw = np.random.default_rng(0)
+    found, real = [], []
+    for _ in range(20):
+        hits = draw.random((50, 1020)) < 0.97
+        selection = selection_excess(hits, resamples=500)
+        assert selection is not None
+        found.append(selection)
+        real.append(hits.mean(axis=1).max() - 0.97)
+    assert np.mean([each.excess_if_equal for each in found]) == pytest.approx(np.mean(real), rel=0.1)
+    # What lies apart by chance is taken for real: the bootstrap finds about 1 / sqrt(2) of it.
+    assert 0.6 < np.mean([each.excess for each in found]) / np.mean(real) < 0.85
+    assert np.mean([each.p_equal < 0.05 for each in found]) <= 0.15
+
+
+def test_a_winner_far_ahead_owes_nothing_to_the_choice() -> None:
+    draw = np.random.default_rng(1)
+    hits = draw.random((50, 1000)) < np.array([0.95] + [0.5] * 49)[:, None]
+    selection = selection_excess(hits)
+    assert selection is not None
+    assert selection.excess == pytest.approx(0, abs=0.002)
+    assert selection.excess_if_equal > 0.02
+    assert selection.p_equal < 0.01
+
+
+def test_the_same_predictions_have_no_excess() -> None:
+    hits = np.tile(np.random.default_rng(2).random(500) < 0.9, (8, 1))
+    selection = selection_excess(hits)
+    assert selection is not None
+    assert (selection.candidates, selection.images) == (8, 500)
+    assert selection.p_equal == 1.0
+    assert abs(selection.excess) < 0.002
+    assert selection_excess(hits[:1]) is None
+
+
+def test_what_chance_draws_is_drawn_the_same_again() -> None:
+    hits = np.random.default_rng(3).random((5, 100)) < 0.8
+    assert selection_excess(hits) == selection_excess(hits)
+
+
+def test_a_model_that_knows_how_sure_it_may_be_has_no_calibration_error() -> None:
+    draw = np.random.default_rng(4)
+    confidence = draw.uniform(0.05, 1, 200_000)
+    hits = draw.random(200_000) < confidence
+    bins = reliability(confidence, hits)
+    assert sum(each.count for each in bins) == 200_000
+    assert calibration_error(bins) < 0.005
+    too_sure = reliability(np.full(1000, 0.95), draw.random(1000) < 0.6)
+    assert [(each.low, each.high) for each in too_sure] == [(0.9, 1.0)]
+    assert calibration_error(too_sure) == pytest.approx(0.35, abs=0.05)
+
+
+def test_certainty_and_a_bins_edge_lie_in_the_bin_below() -> None:
+    bins = reliability(np.array([1.0, 0.1, 0.100001]), np.array([True, False, True]))
+    assert [(each.low, each.count) for each in bins] == [(0.0, 1), (0.1, 1), (0.9, 1)]

@@ -1,0 +1,283 @@
+"""The final step: the test set is opened once, after the search, and its number comes with what is known about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from harness import final
+from harness.config import FinalConfig, Study
+from harness.data import tensors
+from harness.engine import Runtime
+from harness.errors import InputError
+from harness.final import final_run
+from harness.opening import open_store
+from harness.overview import conclusion, final_sentence, overview, summary
+from harness.packing import unpack
+from harness.rerank import rerank
+from harness.results import Completed
+from harness.retraining import Place
+from harness.space import Choice
+from harness.storage import Store
+from harness.study import run, search
+from harness.tracking import NoTracker
+from tests.analytic import epoch_result
+from tests.small import small_study
+
+CPU = Runtime(device=torch.device("cpu"), bf16=False, channels_last=False)
+
+
+@pytest.fixture
+def study(image_cache: Path) -> Study:
+    small = small_study(image_cache)
+    return dataclasses.replace(small, trials=3, final=FinalConfig(seeds=2))
+
+
+@pytest.fixture
+def store(study: Study, tmp_path: Path) -> Iterator[Store]:
+    with open_store(study, f"sqlite:///{tmp_path}/tiny.db") as store:
+        yield store
+
+
+def everything(study: Study, store: Store, folder: Path, reason: str | None = None) -> None:
+    """The search and all that comes after it."""
+    list(run(study, store, NoTracker(), CPU, folder / "model", folder / "checkpoints", reason))
+
+
+def place_of(study: Study, store: Store, folder: Path) -> Place:
+    return Place(study=study, store=store, tracker=NoTracker(), runtime=CPU, checkpoints=folder / "checkpoints")
+
+
+def better_trial(study: Study, store: Store) -> int:
+    """One more trial, which has everything right."""
+    asked = store.ask(study)
+    store.report(asked, 1, 1.0)
+    store.tell(asked, Completed(value=1.0), [epoch_result(1, 1.0)], seconds=1.0)
+    return asked.number
+
+
+# -- the test set ------------------------------------------------------------------------------------------------------
+
+
+def test_the_search_cannot_reach_the_test_split(
+    study: Study, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = tensors._load
+
+    def closed(dataset: Any, split: Any, size: int) -> Any:
+        if split == "test":
+            raise AssertionError("the test split was read")
+        return load(dataset, split, size)
+
+    monkeypatch.setattr(tensors, "_load", closed)
+    list(search(study, store, NoTracker(), CPU, tmp_path / "checkpoints"))
+    assert [trial.state for trial in store.trials()] == ["complete"] * 3
+    assert store.attribute("ledger") is None
+    # The same loader, once the search is over: it is the one that the final step goes through.
+    with pytest.raises(AssertionError, match="the test split was read"):
+        list(final_run(place_of(study, store, tmp_path), tmp_path / "model"))
+    assert [line["event"] for line in store.ledger()] == ["opened"]
+
+
+def test_an_opening_and_its_result_are_lines_of_the_ledger(study: Study, store: Store, tmp_path: Path) -> None:
+    everything(study, store, tmp_path)
+    opened, result = store.ledger()
+    found = store.attribute("final")
+    assert (opened["event"], opened["trial"], opened["reason"]) == ("opened", found["trial"], None)
+    assert {"time", "commit", "configuration"} <= opened.keys()
+    assert [seed["correct"] for seed in result["seeds"]] == [seed["correct"] for seed in found["per_seed"]]
+    assert (result["hash"], found["test_openings"]) == (found["ledger"], 1)
+
+
+def test_killed_after_the_opening_the_same_opening_goes_on(
+    study: Study, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("load_test", "_write_result", "save_model", "_duplicates"):
+        with monkeypatch.context() as patched:
+            patched.setattr(final, name, _killed)
+            with pytest.raises(KeyboardInterrupt):
+                everything(study, store, tmp_path)
+    everything(study, store, tmp_path)
+    assert [line["event"] for line in store.ledger()] == ["opened", "result"]
+    assert store.attribute("final")["test_openings"] == 1
+
+
+def _killed(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_edited_ledger_keeps_the_test_set_closed(study: Study, store: Store, tmp_path: Path) -> None:
+    everything(study, store, tmp_path)
+    lines = store.attribute("ledger")
+    lines[1]["seeds"][0]["correct"] += 1
+    store.set_attribute("ledger", lines)
+    better_trial(study, store)
+    with pytest.raises(InputError, match="line 2 of the test ledger is not as it was written; the test set stays"):
+        everything(study, store, tmp_path, reason="why not")
+    assert "Do not trust this: line 2" in summary("tiny", store, "nowhere")
+    assert overview("tiny", store, "nowhere")["ledger"]["fault"] is not None
+
+
+def test_a_better_trial_leaves_the_test_set_closed_until_a_reason_is_given(
+    study: Study, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    everything(study, store, tmp_path)
+    before = store.attribute("final")
+    number = better_trial(study, store)
+    everything(study, store, tmp_path)
+    assert store.attribute("final") == before
+    assert f"Trial {number} is better on the validation images than trial {before['trial']}" in capsys.readouterr().err
+    assert store.is_settled()
+    everything(study, store, tmp_path, reason="the first search was too short")
+    after = store.attribute("final")
+    assert (after["trial"], after["test_openings"]) == (number, 2)
+    events = [(line["event"], line["trial"], line.get("reason")) for line in store.ledger()]
+    assert events == [
+        ("opened", before["trial"], None),
+        ("result", before["trial"], None),
+        ("opened", number, "the first search was too short"),
+        ("result", number, None),
+    ]
+    assert "opened 2 times, so this number is no longer untouched by selection" in final_sentence(after)
+
+
+def test_a_result_from_before_there_was_a_ledger_counts_as_an_opening(
+    study: Study, store: Store, tmp_path: Path
+) -> None:
+    everything(study, store, tmp_path)
+    old = {key: store.attribute("final")[key] for key in ("trial", "accuracy", "correct", "total", "per_seed")}
+    with sqlite3.connect(tmp_path / "tiny.db") as database:
+        database.execute("DELETE FROM study_user_attributes WHERE key IN ('ledger', 'final')")
+    store.set_attribute("final", old | {"test_openings": 1})
+    better_trial(study, store)
+    assert store.needs_reason()
+    everything(study, store, tmp_path, reason="more trials")
+    assert store.attribute("final")["test_openings"] == 2
+    assert store.ledger()[0]["reason"] == "opened before there was a ledger"
+
+
+# -- the numbers -------------------------------------------------------------------------------------------------------
+
+
+def test_the_predictions_that_are_kept_give_the_numbers(study: Study, store: Store, tmp_path: Path) -> None:
+    everything(study, store, tmp_path)
+    found, kept = store.attribute("final"), store.attribute("predictions")
+    labels = unpack(kept["labels"], "uint16")
+    for result, seed in zip(found["per_seed"], kept["seeds"], strict=True):
+        predicted, confidence = unpack(seed["predicted"], "uint16"), unpack(seed["confidence"], "float32")
+        assert (int((predicted == labels).sum()), len(labels)) == (result["correct"], result["total"])
+        recalls = [(predicted[labels == label] == label).mean() for label in np.unique(labels)]
+        assert result["balanced_accuracy"] == pytest.approx(np.mean(recalls))
+        assert ((confidence > 0) & (confidence <= 1)).all()
+
+
+def test_the_base_configuration_is_trained_the_same_way_and_compared_image_by_image(
+    study: Study, store: Store, tmp_path: Path
+) -> None:
+    list(search(study, store, NoTracker(), CPU, tmp_path / "checkpoints"))
+    number = better_trial(study, store)
+    study = dataclasses.replace(study, trials=4)
+    everything(study, store, tmp_path)
+    found, kept = store.attribute("final"), store.attribute("predictions")
+    assert (found["trial"], found["base"]["trial"]) == (number, 0)
+    labels = unpack(kept["labels"], "uint16")
+    best, base = (unpack(each["predicted"], "uint16") == labels for each in (kept["seeds"][0], kept["base"]))
+    assert found["mcnemar"]["only_first"] == (best & ~base).sum()
+    assert found["mcnemar"]["only_second"] == (base & ~best).sum()
+    assert f"p = {found['mcnemar']['p']:.2g}" in conclusion(store)
+
+
+def test_where_all_configurations_are_the_same_none_is_better(image_cache: Path, tmp_path: Path) -> None:
+    small = small_study(image_cache)
+    hidden = Choice((small.train.backbone.hidden,))  # type: ignore[attr-defined]
+    study = dataclasses.replace(small, space={"backbone.hidden": hidden}, trials=3, final=FinalConfig(seeds=2))
+    with open_store(study, f"sqlite:///{tmp_path}/tiny.db") as store:
+        everything(study, store, tmp_path)
+        found = store.attribute("final")
+        assert conclusion(store) == "No configuration is better than another: all 3 trials have the same one."
+        if found["trial"] != 0:  # equal configurations and seeds: the same weights, so nothing can differ
+            assert found["base"]["weights"] == found["per_seed"][0]["weights"]
+            assert found["mcnemar"] == {"only_first": 0, "only_second": 0, "p": 1.0}
+
+
+def test_what_the_choice_adds_is_computed_from_the_trials_validation_hits(
+    study: Study, store: Store, tmp_path: Path
+) -> None:
+    everything(study, store, tmp_path)
+    found = store.attribute("final")["selection"]
+    assert (found["candidates"], found["images"]) == (3, 32)
+    assert -0.01 <= found["excess"] <= 1
+    kept = [epoch.val.hits is not None for trial in store.trials() for epoch in trial.epochs if epoch.val is not None]
+    assert kept == [False, True] * 3  # the last epoch's alone
+
+
+def test_the_base_is_not_trained_where_it_is_not_wanted(study: Study, store: Store, tmp_path: Path) -> None:
+    list(search(study, store, NoTracker(), CPU, tmp_path / "checkpoints"))
+    better_trial(study, store)
+    without = dataclasses.replace(study, final=FinalConfig(seeds=1, compare_base=False))
+    list(final_run(place_of(without, store, tmp_path), tmp_path / "model"))
+    assert store.attribute("final")["base"] is None
+    assert "was not compared" in conclusion(store)
+
+
+# -- a second look at the best -----------------------------------------------------------------------------------------
+
+
+def test_rerank_chooses_by_the_mean_of_fresh_seeds(study: Study, store: Store, tmp_path: Path) -> None:
+    study = dataclasses.replace(study, final=FinalConfig(seeds=2, rerank=2))
+    with open_store(study, f"sqlite:///{tmp_path}/reranked.db") as store:
+        everything(study, store, tmp_path)
+        kept = store.attribute("rerank")
+        assert kept["candidates"] == [trial.number for trial in store.candidates(2)]
+        means = {
+            int(number): np.mean([each["accuracy"] for each in found]) for number, found in kept["results"].items()
+        }
+        assert means[kept["chosen"]] == max(means.values())
+        assert store.attribute("final")["trial"] == kept["chosen"]
+        seeds = {each["weights"] for found in kept["results"].values() for each in found}
+        assert len(seeds) == 4  # two configurations, two seeds each
+        assert overview("tiny", store, "nowhere")["chosen"] == kept["chosen"]
+
+
+def test_a_rerank_that_is_cut_off_goes_on_and_trains_nothing_twice(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = dataclasses.replace(study, final=FinalConfig(seeds=2, rerank=2))
+    results = []
+    for name, cuts in (("whole", 0), ("cut", 3)):
+        with open_store(study, f"sqlite:///{tmp_path}/{name}.db") as store:
+            place = place_of(study, store, tmp_path / name)
+            list(search(study, store, NoTracker(), CPU, place.checkpoints))
+            for _ in range(cuts):
+                with monkeypatch.context() as patched:
+                    patched.setattr(Store, "set_attribute", _killed)
+                    with pytest.raises(KeyboardInterrupt):
+                        list(rerank(place))
+            list(rerank(place))
+            record = store.attribute("rerank")
+            results.append([record["candidates"], record["chosen"], *_weights(record)])
+            assert list(rerank(place)) == []
+    assert results[0] == results[1]
+
+
+def _weights(record: dict[str, Any]) -> list[str]:
+    return [each["weights"] for found in record["results"].values() for each in found]
+
+
+@pytest.mark.parametrize("value", [1, -1])
+def test_a_rerank_of_one_is_wrong_input(value: int) -> None:
+    with pytest.raises(InputError, match=r"final\.rerank must be at least 2, or 0"):
+        FinalConfig(rerank=value)
+
+
+def test_show_json_is_json(study: Study, store: Store, tmp_path: Path) -> None:
+    everything(study, store, tmp_path)
+    assert json.loads(json.dumps(overview("tiny", store, "nowhere")))["final"]["trial"] is not None
