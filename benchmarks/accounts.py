@@ -53,6 +53,7 @@ PARTS = {  # of innermost names the time is counted; what is named nowhere is "t
     },
     "report": {"harness.report": ["write_report"], "harness.overview": ["summary"]},
     "saving the model": {"harness.final": ["save_model"], "harness.retraining": ["fingerprint"]},
+    "publishing the model": {"harness.running": ["_describe_model", "_register"]},
     "display": {"harness.display.Display": ["show", "__enter__", "__exit__"]},
 }
 
