@@ -23,6 +23,7 @@ from harness.data.image_folder import ImageFolder
 from harness.demo_page import write_examples
 from harness.predict import Predictor, load_predictor
 from tests.browser import page
+from tests.conftest import PROJECT
 from tests.faulty import complete
 from tests.refusal import assert_refused
 from tests.small import study_in
@@ -70,7 +71,11 @@ def start(home: Path, port: int) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", WATCHED, "demo", "tiny", "--port", str(port)],
         cwd=home,
-        env={**os.environ, "TMPDIR": str(temporary)},
+        env={
+            **os.environ,
+            "TMPDIR": str(temporary),
+            "PYTHONPATH": str(PROJECT),
+        },  # the study's file imports these tests
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
