@@ -57,6 +57,8 @@ def find(name: str) -> Found:
     """
     if name.endswith(".py") or "/" in name:
         file = Path(name).resolve()
+        if file.is_file() and file.suffix != ".py":
+            raise InputError(f"{file} is no study file; give the .py file that defines the study, or its name.")
         if not file.is_file():
             raise InputError(
                 f"There is no study file {file}; give the name of a study ({', '.join(names())}) or a file."

@@ -205,9 +205,9 @@ class FinalConfig:
         fits = self.rerank == 0 or self.rerank >= 2
         require(fits, f"final.rerank must be at least 2, or 0 for no second look, not {self.rerank}.")
 
-    def trainings(self) -> int:
-        """How many trainings come after the search, at most."""
-        return self.seeds + self.compare_base + self.rerank * self.seeds
+    def trainings(self, trials: int) -> int:
+        """How many trainings come after a search of so many trials, at most."""
+        return self.seeds + self.compare_base + min(self.rerank, trials) * self.seeds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,7 +136,7 @@ def estimate(
 ) -> float:
     """Seconds until the end of the study; an epoch of the final run takes `final_ratio` as long as a trial's."""
     per_trial = trial_seconds if trial_seconds is not None else epoch_seconds * study.train.epochs
-    final = study.final.trainings() * study.train.epochs * epoch_seconds * final_ratio
+    final = study.final.trainings(study.trials) * study.train.epochs * epoch_seconds * final_ratio
     return max(study.trials - finished, 0) * per_trial + final
 
 

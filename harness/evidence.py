@@ -6,8 +6,10 @@ something is computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,11 +22,12 @@ BINS = 10
 
 
 def wilson(correct: float, total: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, 1927). `correct` may be a mean over seeds; it is rounded to a count."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(round(correct), total).proportion_ci(CONFIDENCE, method="wilson")
-    return float(interval.low), float(interval.high)
+    """The 95 % interval of a share (Wilson, 1927). `correct` may be a mean over seeds, which is no whole number."""
+    z2 = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) ** 2
+    share = correct / total
+    middle = (share + z2 / (2 * total)) / (1 + z2 / total)
+    half = math.sqrt(z2 * (share * (1 - share) / total + z2 / (4 * total**2))) / (1 + z2 / total)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def balanced_accuracy(labels: NDArray[Any], predicted: NDArray[Any]) -> float:

@@ -63,8 +63,8 @@ def final_run(place: Place, folder: Path, reason: str | None = None) -> Iterator
         seed.end()
         return
     store.ledger()  # an edited one is named before hours of training
-    if store.needs_reason() and reason is None:
-        print(f"{closed(store)}.", file=sys.stderr)
+    if reason is None and (why := store.why_closed()) is not None:
+        print(why, file=sys.stderr)
         return
     seeds = [Retraining(place, "final", chosen, number) for number in range(study.final.seeds)]
     base = _base(place, chosen)
@@ -73,17 +73,6 @@ def final_run(place: Place, folder: Path, reason: str | None = None) -> Iterator
     _open_test_set(place, seeds, base, folder, reason)
     for retraining in [*seeds, *base]:
         retraining.end()
-
-
-def closed(store: Store) -> str:
-    """Why the test set stays closed, and what opens it."""
-    chosen = store.chosen()
-    assert chosen is not None
-    return (
-        f"Trial {chosen.number} is better on the validation images than trial {store.opened_for()}, for which the test "
-        "set was opened; it stays closed, for a number chosen after looking is no test. To open it again all the same, "
-        'add --reopen-test "why" to the command'
-    )
 
 
 def _base(place: Place, chosen: TrialRecord) -> list[Retraining]:
@@ -150,6 +139,8 @@ def _write_opening(store: Store, chosen: TrialRecord, configuration: str, reason
         known = {"event": ledger.OPENED, "trial": before["trial"], "configuration": None}
         store.add_to_ledger(_now() | known | {"reason": "opened before there was a ledger"})
     if not lines or lines[-1]["trial"] != chosen.number:
+        if lines and before is None and reason is None:
+            reason = f"the opening for trial {lines[-1]['trial']} was cut off, and nobody saw its result"
         entry = {"event": ledger.OPENED, "trial": chosen.number, "configuration": configuration, "reason": reason}
         store.add_to_ledger(_now() | entry)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 OPENED, RESULT = "opened", "result"
@@ -34,6 +34,22 @@ def fault(lines: Sequence[Line], uid: str, known: str | None = None) -> str | No
     if known is not None and known not in {line["hash"] for line in lines}:
         return f"the test ledger ends after line {len(lines)}, and the final result was written with another one"
     return None
+
+
+def difference(lines: Sequence[Line], final: Mapping[str, Any]) -> str | None:
+    """How a final result differs from its line, in words; None when it does not, or has none.
+
+    Counts and weights of the seeds are in the line, and what is shown must follow from them.
+    """
+    line = next((line for line in lines if line["hash"] == final.get("ledger")), None)
+    if line is None:
+        return None
+    seeds = [{key: seed.get(key) for key in ("seed", "correct", "total", "weights")} for seed in final["per_seed"]]
+    correct, total = (sum(seed[key] for seed in line["seeds"]) for key in ("correct", "total"))
+    shown = final["correct"], final["total"], final["accuracy"], final["trial"]
+    if seeds == line["seeds"] and shown == (correct, total, correct / total, line["trial"]):
+        return None
+    return f"the final result is not the one that line {line['line']} of the test ledger says"
 
 
 def openings(lines: Sequence[Line]) -> list[Line]:

@@ -228,13 +228,21 @@ class MLflowTracker:
         """
         now = milliseconds()
         if metrics:
-            self.tell(lambda: self.log_once(self.parent, metrics, self._count_trials(), now))
+            self.tell(lambda: self._log_study(metrics, now))
         for path in artifacts:
             if path.exists():
                 self.tell(functools.partial(self._log_artifact, path))
         self.tell(self._close_leftovers)
         self.tell(lambda: self.close_run(self.parent, state))
         return self._end(self._catch_up)
+
+    def _log_study(self, metrics: Mapping[str, float], now: int) -> None:
+        """What the study's own run shows, at the number of its trials; a step later if a reopened test changed it."""
+        shown = self.client.get_run(self.parent).data.metrics
+        new = {name: value for name, value in metrics.items() if shown.get(name) != value}
+        if new:
+            steps = {step + 1 for name in new for step in self.steps(self.parent, name)}
+            self.log(self.parent, {max(steps | {self._count_trials()}): (new, now)})
 
     def interrupt(self) -> None:
         """Write what waits and mark what is open as killed; a resumed study takes the same runs up again."""

@@ -148,9 +148,10 @@ def _protocol(store: Store, trial: TrialRecord, final: Mapping[str, Any]) -> str
     second = store.attribute("rerank")
     among = "" if second is None else f" among the best {len(second['candidates'])}, trained again from fresh seeds"
     lines = [
-        f"{_count(store.finished(), 'trial')} were compared by their accuracy on the validation images after the last "
-        f"epoch; trial {trial.number} was chosen{among}, with {percent(trial.value)}. No test image had a part in it.",
-        f"{_trained(final)} All of them were trained before the test set was opened.",
+        f"{_count(store.finished(), 'trial')} were compared by their accuracy on the validation images "
+        f"({store.counts()['pruned']} pruned on the way, the others after the last epoch); trial {trial.number} was "
+        f"chosen{among}, with {percent(trial.value)}. No test image had a part in it.",
+        f"{_trained(final)} All of them were trained before the test set was opened for them.",
         *(_opening(each) for each in ledger.openings(store.attribute("ledger") or [])),
     ]
     params = sorted(trial.params.items())

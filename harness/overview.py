@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import statistics
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from harness.audit import audit_sentences
@@ -13,6 +14,7 @@ from harness.cost import cost
 from harness.database import holder, sqlite_file
 from harness.errors import masked
 from harness.evidence import ALPHA
+from harness.ledger import openings
 from harness.predictions import described
 from harness.storage import Store, TrialRecord
 
@@ -123,16 +125,13 @@ def summary(name: str, store: Store, tracking: str) -> str:
     counted = counts(store)
     del counted["running" if counted["interrupted"] else "interrupted"]
     best = store.best()
-    values = {} if best is None else best.params
-    shown = [
-        f"{key} = {value:.4g}" if isinstance(value, float) else f"{key} = {value}" for key, value in values.items()
-    ]
-    params = "\n          " + ", ".join(shown) if shown else ""
+    params = f"\n          {_values(best.params)}" if best is not None and best.params else ""
     return "\n".join(
         [
             f"study     {name}: {', '.join(f'{number} {state}' for state, number in counted.items())}",
             f"best      {verdict(store)}{params}",
-            f"final     {final_sentence(store.attribute('final'))}",
+            *_chosen_line(store),
+            f"final     {test_sentence(store)}",
             *(f"          {line}" for line in _remarks(store)),
             *_audit_lines(store),
             f"runtime   {in_words(store.attribute('runtime'))}",
@@ -142,11 +141,26 @@ def summary(name: str, store: Store, tracking: str) -> str:
     )
 
 
+def _chosen_line(store: Store) -> list[str]:
+    """The configuration that a second look at the best has chosen, if it is another."""
+    chosen, best = store.chosen(), store.best()
+    if chosen is None or best is None or chosen.number == best.number:
+        return []
+    return [f"chosen    Trial {chosen.number}, on fresh seeds", f"          {_values(chosen.params)}"]
+
+
+def _values(params: Mapping[str, Any]) -> str:
+    shown = (
+        f"{key} = {value:.4g}" if isinstance(value, float) else f"{key} = {value}" for key, value in params.items()
+    )
+    return ", ".join(shown)
+
+
 def _remarks(store: Store) -> list[str]:
     """What belongs to the final result."""
     final = store.attribute("final")
     lines = [rerank_sentence(store.attribute("rerank"))]
-    lines += [] if final is None else [conclusion(store), selection_sentence(final)]
+    lines += [] if final is None else [conclusion(store), selection_sentence(final), store.why_closed()]
     fault = store.ledger_fault()
     return [*filter(None, lines), *([] if fault is None else [f"Do not trust this: {fault}."])]
 
@@ -252,9 +266,20 @@ def selection_sentence(final: dict[str, Any] | None) -> str | None:
         return None
     return (
         f"The best of {found['candidates']:,} complete trials looks better on the {found['images']:,} validation "
-        f"images than it is: by {100 * found['excess']:.2f} points, as they lie apart, by "
+        f"images than it is: by {100 * max(found['excess'], 0):.2f} points, as they lie apart, by "
         f"{100 * found['excess_if_equal']:.2f} points if all were equally good (bootstrap over the images)."
     )
+
+
+def test_sentence(store: Store) -> str:
+    """The final result, or what has become of the test set without one, in a sentence or two."""
+    opened = openings(store.attribute("ledger") or [])
+    if store.attribute("final") is None and opened:
+        return (
+            f"The test set was opened for trial {opened[-1]['trial']}, and no result is recorded yet: the study's "
+            "command goes on."
+        )
+    return final_sentence(store.attribute("final"))
 
 
 def final_sentence(final: dict[str, Any] | None) -> str:

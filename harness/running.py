@@ -71,6 +71,15 @@ def _command() -> str:
     return shlex.join(map(masked, command))
 
 
+def _lasting_command() -> str:
+    """The same without a reason to open the test set again, which holds once."""
+    words = shlex.split(_command())
+    places = [place for place, word in enumerate(words) if word.startswith("--reopen-test")]
+    for place in reversed(places):
+        del words[place : place + (1 if "=" in words[place] else 2)]
+    return shlex.join(words)
+
+
 def keep_imports() -> None:
     """Turn garbage collection on for what comes from here on; `cli.process` starts without it."""
     if not gc.isenabled():
@@ -107,35 +116,43 @@ def _run(args: argparse.Namespace) -> int:
         with opening.open_store(study, url, content) as store:
             if args.reopen_test:
                 _check_reopening(study, store)
-            if (
-                store.is_complete(study)
-                and _is_saved(study, store, found.beside(url, ".model"))
-                and not args.reopen_test
-            ):
+            saved = _is_saved(study, store, found.beside(url, ".model"))
+            if store.is_complete(study) and saved and not args.reopen_test:
                 print(f"Nothing is missing: {store.finished()} trials are finished (asked for: {study.trials}).")
                 print(overview.summary(study.name, store, uri_of(args.tracking_uri, found.mlruns)))
                 return _ended(store)
     elif args.reopen_test:
-        raise InputError("--reopen-test: the test set of this study has not been opened yet; leave it out.")
+        raise InputError("--reopen-test: no test result of this study is known yet; leave it out.")
     return _run_what_is_missing(args, found, study, url, begun)
 
 
 def _is_saved(study: Study, store: Store, folder: Path) -> bool:
-    """Whether all that belongs to the final model is there, if there is one."""
+    """Whether all that belongs to the final model is there, if there is one; damaged weights are named and removed."""
+    from harness.checkpoint import Damaged, read_tensors
+    from harness.export import PROGRAM
     from harness.model_card import CARD
     from harness.opening import has_model
 
     if not store.has_final():
         return True
-    registered = not study.final.publish or store.attribute("registered") == store.attribute("final")["trial"]
-    return has_model(folder) and (folder / CARD).is_file() and registered
+    if not has_model(folder) or not (folder / CARD).is_file():
+        return False
+    try:
+        read_tensors(folder / "model.safetensors")
+    except Damaged as error:
+        print(f"{error}; it is made again.", file=sys.stderr)
+        (folder / "model.safetensors").unlink()
+        return False
+    if PROGRAM in (folder / CARD).read_text(encoding="utf-8", errors="replace") and not (folder / PROGRAM).is_file():
+        return False
+    return not study.final.publish or store.attribute("registered") == store.attribute("final")["trial"]
 
 
 def _check_reopening(study: Study, store: Store) -> None:
     """Raise InputError when there is nothing that the test set could be opened again for."""
     store.ledger()
     if store.opened_for() is None:
-        raise InputError("--reopen-test: the test set of this study has not been opened yet; leave it out.")
+        raise InputError("--reopen-test: no test result of this study is known yet; leave it out.")
     if store.finished() >= study.trials and store.has_final():
         raise InputError(
             f"--reopen-test: trial {store.opened_for()}, for which the test set was opened, is still the one that is "
@@ -203,7 +220,8 @@ def _run_study(
 
     runtime = decide_runtime(study.train, store.attribute("runtime"), study.trials)
     store.set_attribute("runtime", runtime.to_dict())
-    store.set_attribute("command", _command())
+    store.set_attribute("command", _lasting_command())
+    store.set_attribute("published", None)  # until this start has told MLflow everything
     store.set_attribute("depths", {by: study.train.backbone.depths(by) for by in ("block", "layer")})
     _name_changes(store, runtime.device.type)
     keep_features(study.train, runtime, with_validation=study.final.fit_on == "train+val")

@@ -52,7 +52,7 @@ def load_saved(study: Study, store: Store, folder: Path) -> SavedModel:
         tensors, _ = read_tensors(folder / "model.safetensors")
         trials = {trial.number: trial for trial in store.trials()}
         config = study.config(trials[description["trial"]].params)
-    except (Damaged, ValueError, KeyError, OSError) as error:
+    except (Damaged, ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(
             f"The model in {folder} cannot be read ({error}); remove the folder and run the study again: its seed is "
             "trained once more, and the test set stays closed."

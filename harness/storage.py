@@ -158,20 +158,35 @@ class Store:
 
     def ledger_fault(self) -> str | None:
         """What is wrong with the test ledger, in a sentence; None when nothing is."""
-        known = (self.attribute("final") or {}).get("ledger")
-        return ledger.fault(self.attribute("ledger") or [], self.attribute("uid") or "", known)
+        final, lines = self.attribute("final") or {}, self.attribute("ledger") or []
+        return ledger.fault(lines, self.attribute("uid") or "", final.get("ledger")) or ledger.difference(lines, final)
 
     def opened_for(self) -> int | None:
-        """The trial that the test set was last opened for; None when it is closed still."""
-        if opened := ledger.openings(self.attribute("ledger") or []):
-            return int(opened[-1]["trial"])
-        final = self.attribute("final")  # of a study from before there was a ledger
+        """The trial whose test result is known; None while nobody has seen one."""
+        final = self.attribute("final")
         return None if final is None else int(final["trial"])
 
     def needs_reason(self) -> bool:
-        """Whether the test set was opened for another trial than the one that is chosen now."""
+        """Whether a test result is known of another trial than the one that is chosen now.
+
+        An opening that was cut off before its result was recorded goes on without one.
+        """
         opened, chosen = self.opened_for(), self.chosen()
-        return opened is not None and chosen is not None and opened != chosen.number
+        if opened is None or chosen is None or opened == chosen.number:
+            return False
+        lines = self.attribute("ledger") or []
+        return not lines or lines[-1]["trial"] != chosen.number
+
+    def why_closed(self) -> str | None:
+        """Why the test set stays closed, and what opens it, in a sentence; None when it need not."""
+        chosen = self.chosen()
+        if chosen is None or not self.needs_reason():
+            return None
+        return (
+            f"Trial {chosen.number} is better on the validation images than trial {self.opened_for()}, whose test "
+            "result is known; the test set stays closed, for a number chosen after looking is no test. To open it "
+            'again all the same, add --reopen-test "why" to the command.'
+        )
 
     def is_complete(self, study: Study) -> bool:
         """Whether nothing is missing: the trials, the final result, and their publication in MLflow."""

@@ -23,11 +23,18 @@ def test_wilsons_interval_is_the_published_one() -> None:
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
 
 
+def test_a_mean_over_seeds_is_not_rounded_to_a_count() -> None:
+    low, high = wilson(40.5, 96)
+    assert wilson(40, 96) < (low, high) < wilson(41, 96)
+    assert (low + high) / 2 == pytest.approx((wilson(40, 96)[0] + wilson(41, 96)[1]) / 2, abs=1e-3)
+
+
 @given(st.integers(1, 2000).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
 def test_wilsons_interval_holds_the_share(counted: tuple[int, int]) -> None:
     correct, total = counted
     low, high = wilson(correct, total)
-    assert 0 <= low <= correct / total <= high <= 1
+    assert 0 <= low <= correct / total + 1e-12
+    assert correct / total - 1e-12 <= high <= 1
 
 
 def test_balanced_accuracy_counts_each_class_once() -> None:

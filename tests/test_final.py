@@ -30,6 +30,7 @@ from harness.storage import Store
 from harness.study import run, search
 from harness.tracking import NoTracker
 from tests.analytic import epoch_result
+from tests.faulty import CommandLine
 from tests.small import small_study
 
 CPU = Runtime(device=torch.device("cpu"), bf16=False, channels_last=False)
@@ -135,6 +136,7 @@ def test_a_better_trial_leaves_the_test_set_closed_until_a_reason_is_given(
     everything(study, store, tmp_path)
     assert store.attribute("final") == before
     assert f"Trial {number} is better on the validation images than trial {before['trial']}" in capsys.readouterr().err
+    assert store.why_closed() in summary("tiny", store, "nowhere")
     assert store.is_settled()
     everything(study, store, tmp_path, reason="the first search was too short")
     after = store.attribute("final")
@@ -147,6 +149,31 @@ def test_a_better_trial_leaves_the_test_set_closed_until_a_reason_is_given(
         ("result", number, None),
     ]
     assert "opened 2 times, so this number is no longer untouched by selection" in final_sentence(after)
+
+
+def test_an_opening_that_was_cut_off_does_not_close_the_test_set_for_a_better_trial(
+    study: Study, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(final, "load_test", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            everything(study, store, tmp_path)
+    first = store.ledger()[0]["trial"]
+    assert f"opened for trial {first}, and no result is recorded yet" in summary("tiny", store, "nowhere")
+    number = better_trial(study, store)
+    assert not store.needs_reason()
+    everything(study, store, tmp_path)
+    assert store.attribute("final")["trial"] == number
+    assert f"opening for trial {first} was cut off" in store.ledger()[1]["reason"]
+
+
+@pytest.mark.parametrize("change", [{"accuracy": 0.99}, {"correct": 63}, {"trial": 9}])
+def test_a_final_result_that_is_not_the_ledgers_is_named(
+    study: Study, store: Store, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    everything(study, store, tmp_path)
+    store.set_attribute("final", store.attribute("final") | change)
+    assert "not the one that line 2 of the test ledger says" in summary("tiny", store, "nowhere")
 
 
 def test_a_result_from_before_there_was_a_ledger_counts_as_an_opening(
@@ -162,6 +189,19 @@ def test_a_result_from_before_there_was_a_ledger_counts_as_an_opening(
     everything(study, store, tmp_path, reason="more trials")
     assert store.attribute("final")["test_openings"] == 2
     assert store.ledger()[0]["reason"] == "opened before there was a ledger"
+
+
+def test_damaged_weights_are_made_again_and_the_test_set_stays_closed(line: CommandLine) -> None:
+    assert line.run("--trials", "1").code == 0
+    weights = line.place / "studies" / "tiny.model" / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-8] + b"12345678")
+    ended = line.run("--trials", "1")
+    assert ended.code == 0
+    assert f"{weights} is damaged (its checksum is wrong); it is made again." in ended.err
+    assert weights.read_bytes() == before
+    assert "The test set was opened once." in ended.out
+    assert "Nothing is missing" in line.run("--trials", "1").out
 
 
 # -- the numbers -------------------------------------------------------------------------------------------------------

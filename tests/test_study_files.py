@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from harness import catalogue
+from harness.errors import InputError
 from tests.refusal import assert_refused, demo_with, write
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -186,3 +188,10 @@ STUDY ="""
     assert_refused(workspace, capsys, ["show", "own"], ["data.rows must be a whole number, not '3'"])
     write(workspace, "own", text.replace("data=Garden()", "data=Plot(image_size='3')"))
     assert_refused(workspace, capsys, ["show", "own"], ["data.image_size must be a whole number, not '3'"])
+
+
+def test_a_studys_database_is_no_study_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.db"
+    file.write_bytes(b"SQLite format 3\0")
+    with pytest.raises(InputError, match=r"mine\.db is no study file; give the \.py file"):
+        catalogue.find(str(file))

@@ -179,6 +179,18 @@ def test_final_runs_are_found_by_trial_and_seed(study: Study, store: Store, mlru
     }
 
 
+def test_a_reopened_test_set_changes_what_the_studys_run_shows_once(study: Study, store: Store, mlruns: Path) -> None:
+    for accuracy in (0.5, 0.6, 0.6):
+        tracker = local_tracker(mlruns)
+        tracker.start(study, store, {})
+        tracker.finish({"test_accuracy": accuracy}, [], "complete")
+    run = runs_of(mlruns)["study"]
+    history = client_of(mlruns).get_metric_history(run.info.run_id, "test_accuracy")
+    assert run.data.metrics["test_accuracy"] == 0.6
+    assert [each.value for each in history] == [0.5, 0.6]
+    assert len({each.step for each in history}) == 2
+
+
 def test_report_and_model_lie_with_the_parent_run(study: Study, store: Store, mlruns: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.report").mkdir()
     (tmp_path / "tiny.report" / "report.html").write_text("<html></html>")

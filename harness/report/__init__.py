@@ -16,13 +16,13 @@ from harness.cost import cost_sentences, duration
 from harness.files import replace_file
 from harness.overview import (
     all_equal,
-    final_sentence,
     frame,
     in_words,
     overview,
     percent,
     selection_sentence,
     subject,
+    test_sentence,
     trial_records,
     verdict,
 )
@@ -52,7 +52,7 @@ def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
         "seen": seen,
         "leads": all_equal(store),
         "headline": _headline(seen),
-        "sentence": final_sentence(final),
+        "sentence": test_sentence(store),
         "verdict": verdict(store),
         "strip": None if final is None else _strip(final),
         "facts": _facts(seen),

@@ -25,7 +25,7 @@ function draw() {
       for (const axis of [layout.xaxis, layout.yaxis]) axis.showticklabels = names && axis.showticklabels !== false;
     }
     if (touch) layout.dragmode = false; // a finger scrolls the page
-    Plotly.react(canvas, data, layout, { responsive: true, displaylogo: false, displayModeBar: touch ? false : "hover" });
+    Plotly.react(canvas, data, layout, { responsive: true, displaylogo: false, displayModeBar: false });
   }
 }
 
