@@ -207,9 +207,11 @@ def test_freed_memory_is_kept_unless_the_environment_says_otherwise() -> None:
         "from harness.engine import keep_freed_memory\n"
         "keep_freed_memory()\n"
         "def faults():\n"
-        "    for _ in range(5): torch.ones(30_000_000)\n"  # 120 MB: 29,000 pages each
-        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "print(-faults() + faults())"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(30_000_000)\n"  # 120 MB: 29,000 pages
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        # The first one maps the memory in any case; later the system may take some of it back.
+        "print(min(faults() for _ in range(6)))"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     kept, given_back = (

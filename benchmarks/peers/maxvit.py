@@ -19,5 +19,5 @@ STUDY = Study(
     sampler=grid(),
     pruner=no_pruning(),
     trials=1,
-    final=FinalConfig(seeds=1, fit_on="train+val", publish=False),
+    final=FinalConfig(seeds=1, fit_on="train+val", compare_base=False, publish=False),
 )
