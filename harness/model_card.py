@@ -74,14 +74,14 @@ def _use(description: Mapping[str, Any], program: str | None) -> str:
     if program is None:
         return preprocessing
     code = [
-        "import json, numpy, torch",
+        "import json, torch",
         "from PIL import Image, ImageOps",
+        "from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor",
         "",
         'image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")',
-        f"image = image.resize([{size} * side // min(image.size) for side in image.size], Image.Resampling.BICUBIC)",
-        f"left, top = (round((side - {size}) / 2) for side in image.size)",
-        f"pixels = (numpy.asarray(image)[top:top + {size}, left:left + {size}] / 255 - {mean}) / {std}",
-        f'logits = torch.export.load("{program}").module()(torch.tensor(pixels).float().permute(2, 0, 1)[None])',
+        f"steps = [Resize({size}, InterpolationMode.BICUBIC), CenterCrop({size}), ToTensor()]",
+        f"pixels = Compose([*steps, Normalize({mean}, {std})])(image)",
+        f'logits = torch.export.load("{program}").module()(pixels[None])',
         'print(json.load(open("model.json"))["classes"][logits.argmax()])',
     ]
     block = "\n".join(["```python", *code, "```"])
