@@ -128,13 +128,13 @@ def _run(args: argparse.Namespace) -> int:
 
 def _is_saved(study: Study, store: Store, folder: Path) -> bool:
     """Whether all that belongs to the final model is there, if there is one; damaged weights are named and removed."""
+    if not store.has_final():
+        return True
     from harness.checkpoint import Damaged, read_tensors
     from harness.export import PROGRAM
     from harness.model_card import CARD
     from harness.opening import has_model
 
-    if not store.has_final():
-        return True
     if not has_model(folder) or not (folder / CARD).is_file():
         return False
     try:
