@@ -37,7 +37,7 @@ def resident() -> float:
     return largest / (1024**2 if sys.platform == "darwin" else 1024)
 
 
-def measure(folder: str, trials: int) -> dict[str, list[float]]:
+def measure(folder: str, trials: int, *further: str) -> dict[str, list[float]]:
     """Run the study in this process; megabytes after each of its trials."""
     curves: dict[str, list[float]] = {"resident": []}
     show = Display.show
@@ -52,17 +52,17 @@ def measure(folder: str, trials: int) -> dict[str, list[float]]:
 
     Display.show = shown  # type: ignore[method-assign]
     places = ["--storage", f"sqlite:///{folder}/study.db", "--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
-    settings = [f"--set={each}" for each in (*SMALL, f"data.cache={folder}/cache")]
+    settings = [f"--set={each}" for each in (*SMALL, *further, f"data.cache={folder}/cache")]
     assert command(["run", "--study", "demo", "--trials", str(trials), *settings, *places]) == 0
     return curves
 
 
-def measured(trials: int) -> dict[str, list[float]]:
+def measured(trials: int, *further: str) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as folder:
-        code = "import sys; from benchmarks.memory import child; child(sys.argv[1], int(sys.argv[2]))"
+        code = "import sys; from benchmarks.memory import child; child(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])"
         environment = os.environ | {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000")}  # as run_study.py does
         subprocess.run(
-            [sys.executable, "-c", code, folder, str(trials)],
+            [sys.executable, "-c", code, folder, str(trials), *further],
             cwd=Path(__file__).parent.parent,
             env=environment,
             stdout=subprocess.DEVNULL,
@@ -72,8 +72,8 @@ def measured(trials: int) -> dict[str, list[float]]:
     return curves
 
 
-def child(folder: str, trials: int) -> None:
-    curves: Any = measure(folder, trials)
+def child(folder: str, trials: int, *further: str) -> None:
+    curves: Any = measure(folder, trials, *further)
     (Path(folder) / "curves.json").write_text(json.dumps(curves))
 
 
@@ -84,8 +84,8 @@ def full() -> None:
 
 
 def quick() -> dict[str, float]:
-    curve = measured(8)["resident"]
-    return {"resident after trial 2 / after 8": curve[1] / curve[7]}
+    curve = measured(6, "epochs=1", *(f"data.{split}_per_class=4" for split in ("train", "val", "test")))["resident"]
+    return {"resident after trial 2 / after 6": curve[1] / curve[5]}
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from harness.packing import pack, unpack_bits
 from harness.predictions import pictured
 from harness.results import Event
 from harness.retraining import Place, Retraining
+from harness.saved_model import CHECK_FILE, CHECK_IMAGES
 from harness.space import label, leaves
 from harness.storage import Store, TrialRecord
 from harness.thumbnails import thumbnails
@@ -115,6 +116,7 @@ def _open_test_set(
         if len(result.hits) == len(results[0].hits):  # a space may change the data set itself
             final["mcnemar"] = mcnemar(results[0].hits, result.hits).to_dict()
     final["ledger"] = _write_result(store, final)
+    keep_check_images(folder, test)
     save_model(folder, saved, chosen, final)
     predictions = {
         "classes": list(saved.classes),
@@ -217,6 +219,14 @@ def summary(per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         "interval": list(wilson(correct / len(per_seed), per_seed[0]["total"])),
     }
+
+
+def keep_check_images(folder: Path, test: ImageSet) -> None:
+    """Lay a few test images, spread over the classes, beside the weights: programs made of the model are checked on
+    them later, and the test set need not be read again for that."""
+    step = max(1, len(test) // CHECK_IMAGES)
+    images = test.images[::step][:CHECK_IMAGES]
+    write_tensors(folder / CHECK_FILE, {"images": images}, {"split": "test"})
 
 
 def save_model(folder: Path, training: Training, chosen: TrialRecord, final: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from harness.export import EXAMPLE_BATCH, disagreement, logits_of, weights_of
 from harness.mlflow_library import faults, first_line, is_refusal
 from harness.mlflow_tracker import UID, MLflowTracker
 from harness.overview import final_sentence
+from harness.saved_model import CHECK_IMAGES
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Run
@@ -37,7 +38,6 @@ WEIGHTS, TRIAL = "harness.weights", "harness.trial"
 SCORE, IMAGES = "harness.validation_accuracy", "harness.validation_images"
 CHECK, PLACE = "harness.check", "harness.place"  # written last: the step before it is done
 PASSED = "passed"
-CHECKED_IMAGES = 5  # another number than the example's, so that the batch size is seen to be free
 CHECK_SECONDS = 600
 
 # In a process that knows nothing of this project, and of torch what MLflow imports.
@@ -58,21 +58,19 @@ class Candidate:
 
     name: str  # of the study, and of the registered model
     saved: SavedModel
-    images: Tensor  # validation images, standardised float32 [N, 3, S, S], to be checked with
+    images: Tensor  # standardised float32 [N, 3, S, S], to be checked with
     tags: Mapping[str, str]
     text: str
 
 
 def candidate(name: str, store: Store, saved: SavedModel) -> Candidate:
-    """What is to be registered. The test images are not loaded: they are opened once, by the final run.
+    """What is to be registered. The test split is not loaded: it is opened once, by the final run.
 
-    The check asks whether two programs agree, for which any image will do; the validation images serve.
+    The check uses the test images that the opening left beside the weights; where they are lost, validation images, for
+    it asks only whether two programs agree.
     """
-    from harness.data.augment import normalise
-
     data = saved.config.data
     split = load_split(data, "val", data.image_size)
-    step = max(1, len(split) // CHECKED_IMAGES)
     tags = {
         UID: store.attribute("uid"),
         TRIAL: str(saved.description["trial"]),
@@ -80,9 +78,15 @@ def candidate(name: str, store: Store, saved: SavedModel) -> Candidate:
         SCORE: repr(saved.description["validation_accuracy"]),
         IMAGES: validation_fingerprint(data, split),
     }
-    images = normalise(split.images[::step][:CHECKED_IMAGES])
+    images = _validation_images(split) if saved.check_images is None else saved.check_images
     text = final_sentence(store.attribute("final"))
     return Candidate(name=name, saved=saved, images=images, tags=tags, text=text)
+
+
+def _validation_images(split: ImageSet) -> Tensor:
+    from harness.data.augment import normalise
+
+    return normalise(split.images[:: max(1, len(split) // CHECK_IMAGES)][:CHECK_IMAGES])
 
 
 def validation_fingerprint(data: Dataset, split: ImageSet) -> str:

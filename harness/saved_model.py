@@ -18,6 +18,9 @@ from harness.errors import InputError
 from harness.opening import has_model
 from harness.storage import Store
 
+CHECK_FILE = "check.safetensors"  # test images as the cache holds them: `images` uint8 [N, S, S, 3]
+CHECK_IMAGES = 5  # another number than an exported program's example, so that the batch size is seen to be free
+
 
 @dataclass(frozen=True, kw_only=True)
 class SavedModel:
@@ -26,6 +29,9 @@ class SavedModel:
     model: nn.Module  # float32 [B, 3, S, S], standardised, to logits float32 [B, classes]
     config: TrainConfig
     description: dict[str, Any]  # model.json
+    check_images: Tensor | None = (
+        None  # standardised test images, float32 [N, 3, S, S]; None when the opening left none
+    )
 
     @property
     def classes(self) -> Sequence[str]:
@@ -59,7 +65,18 @@ def load_saved(study: Study, store: Store, folder: Path) -> SavedModel:
         ) from error
     model = without_pretrained(config.backbone).build(len(description["classes"]), config.data.image_size)
     model.load_state_dict(tensors)
-    return SavedModel(model=model.eval(), config=config, description=description)
+    images = _check_images(folder / CHECK_FILE)
+    return SavedModel(model=model.eval(), config=config, description=description, check_images=images)
+
+
+def _check_images(path: Path) -> Tensor | None:
+    """The test images that the opening left beside the weights; a model whose folder was lost is made without them."""
+    from harness.data.augment import normalise
+
+    try:
+        return normalise(read_tensors(path)[0]["images"])
+    except Damaged:
+        return None
 
 
 def without_pretrained(backbone: Any) -> Any:

@@ -24,6 +24,8 @@ from mlflow import MlflowClient
 
 from harness import mlflow_model
 from harness.config import Study
+from harness.data.augment import normalise
+from harness.data.tensors import load_split, load_test
 from harness.export import logits_of
 from harness.mlflow_model import (
     CHAMPION,
@@ -40,7 +42,7 @@ from harness.mlflow_model import (
 from harness.mlflow_places import local_tracker, tracker_at
 from harness.mlflow_tracker import MLflowTracker
 from harness.opening import open_store
-from harness.saved_model import load_saved
+from harness.saved_model import CHECK_IMAGES, load_saved
 from harness.storage import Store
 from tests.conftest import make_study
 from tests.faulty import Died, complete, small_study
@@ -273,13 +275,25 @@ def test_an_alias_that_a_person_has_moved_is_left_alone(
 
 
 def test_the_test_images_have_no_say(finished: Finished, tracker: MLflowTracker, unchecked: None) -> None:
-    """Neither result nor images: what is compared is in the tags."""
+    """Not in the promotion: what is compared is in the tags."""
     assert not any("test" in tag for tag in finished.wanted.tags)
 
 
-def test_the_fingerprint_is_of_the_images_not_of_their_side(image_cache: Path) -> None:
-    from harness.data.tensors import load_split
+def test_the_check_takes_the_test_images_that_the_opening_left_and_opens_nothing(
+    finished: Finished,
+) -> None:
+    data = finished.wanted.saved.config.data
+    left = normalise(load_test(data).images)
+    assert len(finished.wanted.images) == CHECK_IMAGES
+    assert all((left == image).flatten(1).all(1).any() for image in finished.wanted.images)
 
+    lost = dataclasses.replace(finished.wanted.saved, check_images=None)
+    shown = normalise(load_split(data, "val", data.image_size).images)
+    for image in candidate("tiny", finished.store, lost).images:
+        assert (shown == image).flatten(1).all(1).any()
+
+
+def test_the_fingerprint_is_of_the_images_not_of_their_side(image_cache: Path) -> None:
     def fingerprint(**changes: Any) -> str:
         data = dataclasses.replace(make_study(image_cache).train.data, **changes)
         return validation_fingerprint(data, load_split(data, "val", data.image_size))

@@ -158,4 +158,4 @@ def test_the_card_lies_with_the_study_in_mlflow(line: CommandLine, tmp_path: Pat
         run for run in client.search_runs([experiment.experiment_id]) if run.data.tags["harness.key"] == "study"
     )
     names = {Path(each.path).name for each in client.list_artifacts(parent.info.run_id, "tiny.model")}
-    assert names == {CARD, "model.json", "model.safetensors"}
+    assert names == {CARD, "check.safetensors", "model.json", "model.safetensors"}
