@@ -24,6 +24,7 @@ from harness.final import summary
 from harness.overview import final_sentence, frame, overview, percent, verdict
 from harness.predictions import pictured
 from harness.report import write_report
+from harness.report.figures import whole_numbers
 from harness.report.search_figures import search_plots
 from harness.results import Completed, Diverged, Pruned
 from harness.search import asha, grid, no_pruning
@@ -345,6 +346,28 @@ def test_trials_on_a_line_have_dots_and_no_contour(tmp_path: Path) -> None:
     figure = plots["Base learning rate against depth-LR multiplier"].figure
     assert figure is not None
     assert [trace.type for trace in figure.data] == ["scatter", "scatter"]
+
+
+def test_equal_accuracies_have_colours_and_marks_between_none_and_all() -> None:
+    study = make_study("cache", pruner=no_pruning())
+    store = memory_store(study)
+    for _ in range(2):
+        complete(study, store, 0.9)
+    plots = {plot.title: plot.figure for plot in search_plots(store, store.trials())}
+    dots, parallel = plots["Base learning rate against depth-LR multiplier"], plots["Parallel coordinates"]
+    assert dots is not None
+    assert parallel is not None
+    assert (dots.data[-1].marker.cmin, dots.data[-1].marker.cmax) == (0, 1)
+    texts = [each.text for each in parallel.layout.annotations]
+    assert [text for text in texts if text.endswith(" %")] == ["90.0 %"]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "step"), [(0, 0, 1), (1, 1, 1), (1, 10, 1), (0, 10, 2), (0, 49, 5), (0, 99, 10), (0, 250, 50)]
+)
+def test_an_axis_of_whole_numbers_has_ten_marks_at_most(first: int, last: int, step: int) -> None:
+    axis = whole_numbers(first, last, room=0.6)
+    assert (axis["dtick"], axis["range"]) == (step, [first - 0.6, last + 0.6])
 
 
 def with_params(study: Study, pairs: list[tuple[float, float]]) -> tuple[Store, list[TrialRecord]]:

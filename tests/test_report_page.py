@@ -78,6 +78,25 @@ def test_the_page_says_what_show_json_says(finished: tuple[Path, dict[str, Any]]
         assert tab.locator("table.sortable tbody tr").count() == sum(seen["trials"].values())
 
 
+def marks(tab: Page, title: str, axis: str) -> list[str]:
+    """What stands along an axis of the figure with that title."""
+    figure = tab.locator("figure", has=tab.get_by_role("heading", name=title, exact=True))
+    return figure.locator(f".{axis}tick text").all_text_contents()
+
+
+def test_epochs_and_trials_are_whole_and_accuracies_lie_between_none_and_all(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    with opened(finished[0]) as tab:
+        assert marks(tab, "Learning curves", "x") == ["1", "2"]
+        assert marks(tab, "Optimisation history", "x") == marks(tab, "Time of each trial", "x") == ["0", "1", "2"]
+        for title in ("Learning curves", "Optimisation history", "Accuracy of each class", "Calibration"):
+            shares = [float(each.removesuffix("%")) for each in marks(tab, title, "y")]
+            assert len(shares) > 1
+            assert min(shares) >= 0
+            assert max(shares) <= 100
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_a_phone_shows_it_without_scrolling_sideways(finished: tuple[Path, dict[str, Any]], dark: bool) -> None:
     with opened(finished[0], width=390, height=844, dark=dark) as tab:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,8 +21,11 @@ STATES = {
     "interrupted": BLUE,
 }
 SCALE = [[step / 4, f"var(--scale-{step})"] for step in range(5)]
-SHARE = ".2~%"  # an axis of shares: as many digits as it needs
+SHARE = ".2~%"  # as many digits as it needs
+# An axis of accuracies ends where they do; cliponaxis=False keeps the marks on its edges whole.
+ACCURACIES = {"tickformat": SHARE, "minallowed": 0, "maxallowed": 1}
 HEIGHT = 360
+MARKS = 10  # at most, on an axis of whole numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,13 @@ class Plot:
         assert self.figure is not None
         text: str = self.figure.to_json()
         return text.replace("<", "\\u003c")
+
+
+def whole_numbers(first: int, last: int, room: float) -> dict[str, Any]:
+    """An axis from `first` to `last`, `room` on both sides, marked at whole numbers; plotly marks halves too."""
+    steps = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
+    step = next(step for step in steps if last - first < MARKS * step)
+    return {"range": [first - room, last + room], "tick0": 0, "dtick": step, "tickformat": "d"}
 
 
 def empty(height: int = HEIGHT, legend: bool = False, **layout: Any) -> Figure:

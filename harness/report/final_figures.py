@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.predictions import from_record
-from harness.report.figures import ACCENT, INK, LINE, SHARE, SOFT, Plot, empty
+from harness.report.figures import ACCENT, ACCURACIES, INK, LINE, SOFT, Plot, empty
 
 NAMED = 20  # classes; with more, their names do not fit on the axes
 # A confused share of a few percent must be seen beside a diagonal of nearly one.
@@ -20,7 +20,7 @@ def final_plots(record: Mapping[str, Any], tested: Mapping[str, Any]) -> list[Pl
 
 
 def _per_class(rows: Sequence[Mapping[str, Any]]) -> Plot:
-    figure = empty(height=300, yaxis={"tickformat": SHARE})
+    figure = empty(height=300, yaxis=ACCURACIES)
     figure.add_scatter(
         # Names are escaped, for plotly reads tags in them.
         x=[html.escape(row["class"]) for row in rows],
@@ -39,6 +39,7 @@ def _per_class(rows: Sequence[Mapping[str, Any]]) -> Plot:
         customdata=[[row["correct"], row["total"], *row["interval"]] for row in rows],
         hovertemplate="%{x}: %{y:.1%} (%{customdata[0]} of %{customdata[1]}; 95 % interval "
         "%{customdata[2]:.0%} to %{customdata[3]:.0%})<extra></extra>",
+        cliponaxis=False,
     )
     # Labels are names, never numbers: folders may be called 1 to 102.
     figure.update_xaxes(type="category", showticklabels=len(rows) <= NAMED, showgrid=False, ticks="", tickangle=-40)
@@ -99,9 +100,10 @@ def _reliability(bins: Sequence[Mapping[str, Any]], ece: float) -> Plot:
         marker={"color": INK, "size": 9},
         customdata=[each["count"] for each in bins],
         hovertemplate="confidence %{x:.1%}, right %{y:.1%}<br>%{customdata:,} predictions<extra></extra>",
+        cliponaxis=False,
     )
     figure.update_xaxes(range=[0, 1], tickformat=".0%")
-    figure.update_yaxes(range=[0, 1.03], tickformat=".0%")
+    figure.update_yaxes(range=[0, 1], tickformat=".0%")
     caption = (
         "How often predictions of a confidence are right: on the dotted line, 80 % sure is right 80 times of 100. "
         f"Expected calibration error {100 * ece:.2f} points."

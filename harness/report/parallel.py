@@ -115,7 +115,7 @@ def _numbers(name: str, values: Sequence[float | None], log: bool, share: bool) 
     low, span = min(scaled), (max(scaled) - min(scaled)) or 1.0
     places = [None if v is None else ((math.log10(v) if log else v) - low) / span for v in values]
     marks = {}
-    for place in (0.0, 0.5, 1.0):
+    for place in (0.0, 0.5, 1.0) if max(scaled) > min(scaled) else (0.0,):  # of equal values there is one
         value = low + place * span
         value = 10**value if log else value
         marks[place] = f"{100 * value:.1f} %" if share else f"{value:.2g}"

@@ -7,7 +7,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.overview import subject
-from harness.report.figures import ACCENT, AMBER, INK, LINE, SCALE, SHARE, SOFT, STATES, Plot, empty
+from harness.report.figures import (
+    ACCENT,
+    ACCURACIES,
+    AMBER,
+    INK,
+    LINE,
+    SCALE,
+    SHARE,
+    SOFT,
+    STATES,
+    Plot,
+    empty,
+    whole_numbers,
+)
 from harness.report.importance import INTERVAL, importances
 from harness.report.parallel import parallel_coordinates
 from harness.storage import Store, TrialRecord
@@ -18,6 +31,7 @@ if TYPE_CHECKING:
 ACCURACY = "validation accuracy"
 PAIR = ("optim.base_lr", "optim.depth_lr_mult")
 FEW = 20  # complete trials: with fewer, importances are a hint at most
+ROOM = 0.6  # of a trial, beside the first and the last: half of a bar and a little
 GRID = 60  # steps a side of the contour
 BETWEEN = 6  # complete trials: with fewer, nothing is interpolated
 
@@ -41,7 +55,8 @@ def _history(trials: Sequence[TrialRecord]) -> Plot:
     complete = [trial for trial in trials if trial.value is not None]
     if not complete:
         return Plot(title=title, caption="No trial is complete yet.", width="half")
-    figure = empty(legend=True, xaxis_title="trial", yaxis_title=ACCURACY, yaxis_tickformat=SHARE)
+    figure = empty(legend=True, xaxis_title="trial", yaxis_title=ACCURACY)
+    figure.update_yaxes(ACCURACIES)
     best: list[float] = []
     for trial in complete:
         best.append(max([*best[-1:], trial.value or 0.0]))
@@ -53,6 +68,7 @@ def _history(trials: Sequence[TrialRecord]) -> Plot:
         line={"color": INK, "width": 1.5, "shape": "hv"},
         name="best so far",
         hoverinfo="skip",
+        cliponaxis=False,
     )
     pruned = [trial for trial in trials if trial.state == "pruned" and trial.curve]
     for name, group, symbol in (("complete", complete, "circle"), ("pruned", pruned, "x-thin-open")):
@@ -69,8 +85,9 @@ def _history(trials: Sequence[TrialRecord]) -> Plot:
                 },
                 name=name,
                 hovertemplate=f"trial %{{x}}: %{{y:.2%}}<extra>{name}</extra>",
+                cliponaxis=False,
             )
-    figure.update_layout(xaxis={"tickformat": "d", "rangemode": "tozero"})
+    figure.update_xaxes(whole_numbers(0, last, room=ROOM))
     caption = "Each complete trial's accuracy after its last epoch, and the best so far"
     crosses = "; a cross is a pruned trial, at its last epoch." if pruned else "."
     return Plot(title=title, caption=caption + crosses, figure=figure, width="half")
@@ -85,7 +102,10 @@ def _learning_curves(trials: Sequence[TrialRecord], store: Store) -> Plot:
     title, begun = "Learning curves", [trial for trial in trials if trial.curve]
     if not begun:
         return Plot(title=title, caption="No trial has ended an epoch yet.", width="half")
-    figure = empty(legend=True, xaxis_title="epoch", yaxis_title=ACCURACY, yaxis_tickformat=SHARE, xaxis_tickformat="d")
+    figure = empty(legend=True, xaxis_title="epoch", yaxis_title=ACCURACY)
+    last = max(max(trial.curve) for trial in begun)
+    figure.update_xaxes(whole_numbers(1, last, room=max(0.04 * (last - 1), 0.1)))
+    figure.update_yaxes(ACCURACIES)
     for state, colour in STATES.items():
         if group := [trial for trial in begun if trial.state == state]:
             _add_curves(figure, group, state, {"color": colour, "width": 1.2}, opacity=0.55)
@@ -100,6 +120,7 @@ def _learning_curves(trials: Sequence[TrialRecord], store: Store) -> Plot:
             marker={"symbol": "x-thin-open", "size": 8, "color": AMBER, "line": _edge(AMBER)},
             showlegend=False,
             hoverinfo="skip",
+            cliponaxis=False,
         )
     caption = f"{ACCURACY.capitalize()} of each trial after each epoch; a cross marks where a trial was pruned."
     return Plot(title=title, caption=caption, figure=figure, width="half")
@@ -120,6 +141,7 @@ def _add_curves(
         opacity=opacity,
         name=name,
         hovertemplate="trial %{customdata}, epoch %{x}: %{y:.2%}<extra></extra>",
+        cliponaxis=False,
     )
 
 
@@ -262,6 +284,7 @@ def _add_dots(figure: Figure, trials: Sequence[TrialRecord]) -> None:
         "size": 11,
         "colorscale": SCALE,
         "line": {"width": 1.5, "color": INK},
+        **_ends([trial.value for trial in trials if trial.value is not None]),
         "colorbar": {"tickformat": SHARE, "thickness": 12, "outlinewidth": 0, "tickfont": {"color": SOFT}},
     }
     for whole in (False, True):
@@ -278,6 +301,12 @@ def _add_dots(figure: Figure, trials: Sequence[TrialRecord]) -> None:
             hovertemplate="%{text}<br>base LR %{x:.2e}<br>multiplier %{y:.2f}<extra></extra>",
             showlegend=False,
         )
+
+
+def _ends(values: Sequence[float]) -> dict[str, float]:
+    """Where the colours of accuracies end: plotly's own ends of equal ones lie below 0 and above 100 %."""
+    low, high = min(values), max(values)
+    return {"cmin": low, "cmax": high} if low < high else {"cmin": 0.0, "cmax": 1.0}
 
 
 def _table_of(complete: Sequence[TrialRecord]) -> Figure:
@@ -311,7 +340,7 @@ def time_plot(trials: Sequence[TrialRecord]) -> Plot:
     title, ended = "Time of each trial", [trial for trial in trials if trial.seconds is not None]
     if not ended:
         return Plot(title=title, caption="No trial has ended yet.")
-    figure = empty(height=280, legend=True, xaxis_title="trial", xaxis_tickformat="d", yaxis_title="seconds")
+    figure = empty(height=280, legend=True, xaxis_title="trial", yaxis_title="seconds")
     for state, colour in STATES.items():
         if group := [trial for trial in ended if trial.state == state]:
             figure.add_bar(
@@ -323,5 +352,6 @@ def time_plot(trials: Sequence[TrialRecord]) -> Plot:
                 name=state,
                 hovertemplate=f"trial %{{x}}: %{{y:.1f}} s, %{{customdata}} epochs<extra>{state}</extra>",
             )
-    figure.update_layout(barmode="overlay", xaxis_range=[-0.6, trials[-1].number + 0.6])
+    figure.update_xaxes(whole_numbers(0, trials[-1].number, room=ROOM))
+    figure.update_layout(barmode="overlay")
     return Plot(title=title, caption="Training and validation together, by how the trial ended.", figure=figure)
