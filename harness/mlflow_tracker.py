@@ -52,7 +52,14 @@ class MLflowRun:
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         now = milliseconds()
-        self._tracker.tell(lambda: self._tracker.log_once(self._open(), values, step, now))
+
+        def write() -> None:
+            run_id = self._open()
+            missing = {name: values[name] for name in values if step not in self._tracker.steps(run_id, name)}
+            if missing:
+                self._tracker.log(run_id, {step: (missing, now)})
+
+        self._tracker.tell(write)
 
     def text(self, content: str, name: str) -> None:
         self._tracker.tell(lambda: self._tracker.client.log_text(self._open(), content, name))
@@ -242,7 +249,8 @@ class MLflowTracker:
         new = {name: value for name, value in metrics.items() if shown.get(name) != value}
         if new:
             steps = {step + 1 for name in new for step in self.steps(self.parent, name)}
-            self.log(self.parent, {max(steps | {self._count_trials()}): (new, now)})
+            trials = sum(key.startswith("trial-") for key in self.known_runs())
+            self.log(self.parent, {max(steps | {trials}): (new, now)})
 
     def interrupt(self) -> None:
         """Write what waits and mark what is open as killed; a resumed study takes the same runs up again."""
@@ -332,19 +340,11 @@ class MLflowTracker:
         ]
         self.client.log_batch(run_id, metrics=metrics)
 
-    def log_once(self, run_id: str, values: Mapping[str, float], step: int, now: int) -> None:
-        missing = {name: value for name, value in values.items() if step not in self.steps(run_id, name)}
-        if missing:
-            self.log(run_id, {step: (missing, now)})
-
     def _log_artifact(self, path: Path) -> None:
         if path.is_dir():
             self.client.log_artifacts(self.parent, str(path), path.name)
         else:
             self.client.log_artifact(self.parent, str(path))
-
-    def _count_trials(self) -> int:
-        return sum(key.startswith("trial-") for key in self.known_runs())
 
     def _close_leftovers(self) -> None:
         """A seed of an earlier final run, killed before the study was extended and found a better trial.
@@ -364,12 +364,10 @@ class MLflowTracker:
     def _get_experiment(self, name: str) -> str:
         existing = self.client.get_experiment_by_name(name)
         if existing is not None:
-            found: str = existing.experiment_id
-            return found
+            return str(existing.experiment_id)
         location = (self._artifacts / name).resolve().as_uri() if self._artifacts else None
         tags = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on training runs, not on traces
-        made: str = self.client.create_experiment(name, artifact_location=location, tags=tags)
-        return made
+        return str(self.client.create_experiment(name, artifact_location=location, tags=tags))
 
     def known_runs(self) -> dict[str, Run]:
         """This study's runs by key."""
