@@ -116,7 +116,7 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", metavar="N", type=_number, default=0, help="of the drawing (default: %(default)s)")
     parser.add_argument("--data-root", metavar="DIR", type=_given, help="the folder that holds the data set")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps (default: what the study ran on)")
-    _add_storage(parser)
+    _add_places(parser)
     parser.set_defaults(command="audit")
 
 

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from harness import audit, catalogue, opening
+from harness import audit, catalogue, opening, report
 from harness.checkpoint import SUFFIX, Checkpoint, identity_of, remove
 from harness.config import Study
 from harness.data.tensors import prepare
@@ -18,6 +18,7 @@ from harness.engine import Runtime
 from harness.environment import environment
 from harness.errors import InputError
 from harness.experiment import assemble, decide_runtime
+from harness.mlflow_places import attached, tracker_at, uri_of
 from harness.reproduce import Compared, explanation
 from harness.results import EpochResult
 from harness.running import DONE, keep_imports
@@ -31,6 +32,8 @@ def audit_study(args: argparse.Namespace) -> int:
     found = catalogue.find(args.study)
     study = found.study.located(found.home, args.data_root, args.device)
     url = args.storage or found.storage_url
+    if args.tracking_uri:
+        tracker_at(args.tracking_uri)  # a URI that is none is named before anything is trained
     with opening.read_store(study.name, url) as store:
         study = opening.as_begun(study, store)
         check_ended(study, store)
@@ -49,7 +52,21 @@ def audit_study(args: argparse.Namespace) -> int:
             for line in lines:
                 print(line, flush=True)
         print("\n".join(audit.audit_sentences(store.attribute("audit"))))
+        _write_report(study, store, found, args.tracking_uri)
     return DONE
+
+
+def _write_report(study: Study, store: Store, found: catalogue.Found, tracking_uri: str | None) -> None:
+    """Write the study's report again, and the copy in MLflow if there is one. Raises Halt when there is no room."""
+    folder = found.beside(store.url, ".report")
+    page = report.write_report(study.name, store, uri_of(tracking_uri, found.mlruns), folder)
+    print(f"report    {page}", flush=True)
+    try:
+        tracker = attached(tracking_uri, found.mlruns, study, store)
+        if tracker is not None:
+            tracker.replace_folder(folder)
+    except InputError as error:  # the audit is none the worse
+        print(f"{error} The report there lacks this audit; the same command writes it, and trains nothing again.")
 
 
 def check_ended(study: Study, store: Store) -> None:

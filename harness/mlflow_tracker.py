@@ -179,6 +179,12 @@ class MLflowTracker:
             self._experiment = None if experiment is None else experiment.experiment_id
             self._tags = {UID: store.attribute("uid")}
 
+    def replace_folder(self, folder: Path) -> None:
+        """Write a folder of the study's own run again, if there is that run. Raises InputError when MLflow does not."""
+        with self._as_input_error():
+            if (run := self.known_runs().get(STUDY)) is not None:
+                self.client.log_artifacts(run.info.run_id, str(folder), folder.name)
+
     @contextlib.contextmanager
     def _as_input_error(self) -> Iterator[None]:
         try:
@@ -229,16 +235,13 @@ class MLflowTracker:
             self.kill_run(self.parent)
 
     def finish(self, metrics: Mapping[str, float], artifacts: Iterable[Path], state: str) -> bool:
-        """Write the study's own metrics and files to the parent run and end it; folders are logged whole.
-
-        Returns whether MLflow has taken everything.
-        """
+        """Write the study's own metrics and folders to the parent run and end it; whether MLflow has taken all."""
         now = milliseconds()
         if metrics:
             self.tell(lambda: self._log_study(metrics, now))
         for path in artifacts:
             if path.exists():
-                self.tell(functools.partial(self._log_artifact, path))
+                self.tell(functools.partial(self._log_folder, path))
         self.tell(self._close_leftovers)
         self.tell(lambda: self.close_run(self.parent, state))
         return self._end(self._catch_up)
@@ -340,11 +343,8 @@ class MLflowTracker:
         ]
         self.client.log_batch(run_id, metrics=metrics)
 
-    def _log_artifact(self, path: Path) -> None:
-        if path.is_dir():
-            self.client.log_artifacts(self.parent, str(path), path.name)
-        else:
-            self.client.log_artifact(self.parent, str(path))
+    def _log_folder(self, folder: Path) -> None:
+        self.client.log_artifacts(self.parent, str(folder), folder.name)
 
     def _close_leftovers(self) -> None:
         """A seed of an earlier final run, killed before the study was extended and found a better trial.

@@ -38,8 +38,10 @@ from harness.config import FinalConfig, OptimConfig, Study
 from harness.data.garden import Garden
 from harness.data.tensors import prepare
 from harness.experiment import assemble, decide_runtime
+from harness.mlflow_places import local_tracker
 from harness.opening import open_store, read_store
 from harness.overview import digest
+from harness.report import write_report
 from harness.search import asha
 from harness.seeds import derive_seed
 from harness.space import Float
@@ -375,7 +377,8 @@ def test_pruned_trials_are_trained_to_the_end_that_they_would_have_had(
         )
         alone = [result.val.accuracy for result in fit(training) if result.val is not None]
         assert found["results"][str(number)] == {"curve": alone, **LAW}
-    assert out.endswith("\n".join(audit_sentences(found)) + "\n")
+    report = place / "studies" / "tiny.report" / "report.html"
+    assert out.endswith("\n".join([*audit_sentences(found), f"report    {report}"]) + "\n")
     assert not (place / "studies" / "tiny.checkpoints").exists()
 
 
@@ -385,6 +388,34 @@ def test_show_has_the_audit(place: Path, run: Run, capsys: pytest.CaptureFixture
     shown = json.loads(capsys.readouterr().out)
     assert shown["audit"] == stored(place)[1]
     assert shown["audit"]["audited"] == 1
+
+
+def test_the_report_and_its_copy_in_mlflow_have_the_audit(place: Path, run: Run, mlruns: Path) -> None:
+    folder = place / "studies" / "tiny.report"
+    with open_store(pruning_study("cache"), f"sqlite:///{place}/studies/tiny.db") as store:
+        write_report("tiny", store, "", folder)
+        tracker = local_tracker(mlruns)
+        tracker.start(pruning_study("cache"), store, {})
+        assert tracker.finish({}, [folder], "complete")
+    before = (folder / "report.html").read_text(encoding="utf-8")
+    assert run("--fraction", "0.1")[0] == 0
+    after = (folder / "report.html").read_text(encoding="utf-8")
+    sentence = audit_sentences(stored(place)[1] or {})[0]
+    assert sentence in after
+    assert sentence not in before
+    (copy,) = mlruns.rglob("artifacts/**/report.html")
+    assert copy.read_text(encoding="utf-8") == after
+
+
+def test_an_mlflow_that_is_away_or_none_costs_no_audit(place: Path, run: Run) -> None:
+    code, out, err = run("--fraction", "0.1", "--tracking-uri", "ftp://nowhere")
+    assert (code, out) == (2, "")
+    assert "is no MLflow server" in err
+    code, out, _ = run("--fraction", "0.1", "--tracking-uri", "http://127.0.0.1:9")
+    assert code == 0
+    assert "MLflow at http://127.0.0.1:9 cannot be used" in out.splitlines()[-1]
+    assert "the same command writes it" in out.splitlines()[-1]
+    assert (place / "studies" / "tiny.report" / "report.html").is_file()
 
 
 def test_nothing_is_trained_twice(place: Path, run: Run) -> None:
@@ -411,7 +442,7 @@ def test_epochs_that_come_out_otherwise_are_named(place: Path, run: Run) -> None
     assert code == 0
     assert f"trial {numbers[0]}  epoch 1/4" in out
     assert "DIFFERENT from the record" in out
-    assert f"trial {numbers[0]} (Versions, device, threads and commit are those of then" in out.splitlines()[-1]
+    assert f"trial {numbers[0]} (Versions, device, threads and commit are those of then" in out.splitlines()[-2]
 
 
 @pytest.mark.parametrize("fraction", ["0", "-0.1", "1.01", "nan", "ten", ""])
