@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import ledger
-from harness.evidence import calibration_error, reliability
 from harness.files import replace_file
 from harness.overview import conclusion, final_sentence, percent, selection_sentence
 from harness.packing import unpack
+from harness.predictions import calibration_sentence, described
 
 if TYPE_CHECKING:
     from harness.config import Dataset
@@ -98,7 +98,7 @@ def _results(store: Store, final: Mapping[str, Any]) -> str:
         rows.append(_row(f"base configuration, {base['seed']}", base))
     head = ["seed", "correct", "test images", "accuracy", "balanced over the classes"]
     remarks = [final_sentence(dict(final)), _table(head, rows), conclusion(store), selection_sentence(dict(final))]
-    return "\n\n".join(filter(None, [*remarks, _calibration(store, final)]))
+    return "\n\n".join(filter(None, [*remarks, _calibration(store)]))
 
 
 def _row(name: str, result: Mapping[str, Any]) -> list[str]:
@@ -106,17 +106,14 @@ def _row(name: str, result: Mapping[str, Any]) -> list[str]:
     return [name, *counts, percent(result["accuracy"]), percent(result.get("balanced_accuracy"))]
 
 
-def _calibration(store: Store, final: Mapping[str, Any]) -> str | None:
-    """How far the saved model's confidence is to be believed; None in older studies."""
+def _calibration(store: Store) -> str | None:
+    """How far confidence is to be believed, in the words of the report; None in older studies."""
     kept = store.attribute("predictions")
     if kept is None:
         return None
-    labels, first = unpack(kept["labels"], "uint16"), kept["seeds"][0]
-    hits = unpack(first["predicted"], "uint16") == labels
-    error = calibration_error(reliability(unpack(first["confidence"], "float32"), hits))
     return (
-        f"On the test images, the highest probability that this model gives is {100 * error:.1f} points away from how "
-        f"often it is right (expected calibration error, Guo et al., 2017)."
+        f"{calibration_sentence(described(kept))} That is how far the highest probability is from how often such "
+        "answers are right."
     )
 
 

@@ -138,13 +138,25 @@ def calibration(found: Predictions) -> list[Bin]:
 
 
 def described(record: Mapping[str, Any]) -> dict[str, Any]:
-    """All of it, ready for JSON. `ece` is the expected calibration error, a share."""
+    """All of it, ready for JSON. `ece` is the expected calibration error over all `seeds`, a share."""
     found = from_record(record)
     bins = calibration(found)
+    alone = reliability(found.confidence[0], found.predicted[0] == found.labels)
     return {
         "per_class": per_class(found),
         "confusions": confusions(found),
         "mistakes": mistakes(found),
         "calibration": [asdict(each) for each in bins],
         "ece": calibration_error(bins),
+        "ece_saved": calibration_error(alone),
+        "seeds": len(found.predicted),
     }
+
+
+def calibration_sentence(tested: Mapping[str, Any]) -> str:
+    """Whose calibration error is which, for the report and the model card; `tested` is what `described` gives."""
+    every = f", {100 * tested['ece']:.2f} points over all {tested['seeds']} seeds" if tested["seeds"] > 1 else ""
+    return (
+        "Expected calibration error on the test images (Guo et al., 2017): "
+        f"{100 * tested['ece_saved']:.2f} points for the saved model, seed 0{every}."
+    )

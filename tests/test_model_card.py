@@ -20,7 +20,8 @@ from harness.data.image_folder import ImageFolder
 from harness.export import PROGRAM, logits_of, write_program
 from harness.model_card import CARD, UNKNOWN_LICENCE, write_card
 from harness.opening import open_store
-from harness.overview import conclusion, final_sentence, percent, selection_sentence
+from harness.overview import conclusion, final_sentence, overview, percent, selection_sentence
+from harness.predictions import calibration_sentence
 from harness.saved_model import SavedModel, load_saved, preprocess
 from harness.storage import Store
 from tests.faulty import CommandLine, complete, small_study
@@ -60,6 +61,9 @@ def test_its_numbers_are_those_of_the_storage(finished: Finished) -> None:
     assert conclusion(finished.store) in text
     for each in final["per_seed"]:
         assert f"| {each['seed']} | {each['correct']} | {each['total']} | {percent(each['accuracy'])} |" in text
+    shown = overview("tiny", finished.store, "")["test"]
+    assert shown["seeds"] == 2
+    assert calibration_sentence(shown) in text, "the report's words"
     if (sentence := selection_sentence(final)) is not None:
         assert sentence in text
     trial = next(each for each in finished.store.trials() if each.number == final["trial"])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.packing import pack
-from harness.predictions import confusions, described, from_record, mistakes, per_class, pictured
+from harness.predictions import calibration_sentence, confusions, described, from_record, mistakes, per_class, pictured
 
 NAMES = ["rose", "tulip", "daisy"]
 
@@ -75,6 +75,16 @@ def test_classes_without_recorded_names_are_numbered() -> None:
 def test_nothing_is_confused_when_all_is_right() -> None:
     found = described(record_of([0, 1], [[0, 1]], [[1.0, 1.0]], NAMES[:2]))
     assert (found["confusions"], found["mistakes"], found["ece"]) == ([], [], 0.0)
+
+
+def test_the_calibration_of_the_saved_model_and_of_all_seeds_are_told_apart() -> None:
+    # Seed 0 is 0.9 sure and right once in two, seed 1 is 0.9 sure and always right: 0.4 alone, 0.15 together.
+    found = described(record_of([0, 1], [[0, 0], [0, 1]], [[0.9, 0.9], [0.9, 0.9]], NAMES[:2]))
+    assert (found["ece_saved"], found["ece"]) == (pytest.approx(0.4), pytest.approx(0.15))
+    said = "40.00 points for the saved model, seed 0, 15.00 points over all 2 seeds."
+    assert calibration_sentence(found).endswith(said)
+    alone = described(record_of([0, 1], [[0, 0]], [[0.9, 0.9]], NAMES[:2]))
+    assert calibration_sentence(alone).endswith("40.00 points for the saved model, seed 0.")
 
 
 @st.composite

@@ -12,6 +12,7 @@ import pytest
 
 from harness.opening import read_store
 from harness.overview import overview, percent
+from harness.predictions import calibration_sentence
 from harness.report import write_report
 from tests.browser import page
 from tests.faulty import complete, small_study
@@ -68,7 +69,8 @@ def test_the_page_says_what_show_json_says(finished: tuple[Path, dict[str, Any]]
         for share in (*final["interval"], final["balanced_accuracy"], seen["best"]["value"]):
             assert percent(share) in words
         assert seen["conclusion"] in words
-        assert f"{100 * tested['ece']:.2f} points" in words
+        assert calibration_sentence(tested) in words
+        assert f"{100 * tested['ece_saved']:.2f} points\nof the saved model, seed 0" in words
         assert f"python -m harness reproduce tiny {seen['chosen']}" in words
         assert seen["ledger"]["lines"][0]["hash"][:12] in words
         assert tab.locator(".gallery img").count() == len(tested["mistakes"]) > 0

@@ -119,7 +119,7 @@ def _facts(seen: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         if final["spread"] is not None:
             tiles.append(("spread of the seeds", f"{100 * final['spread']:.2f} points", "standard deviation"))
         if tested is not None:
-            tiles.append(("calibration error", f"{100 * tested['ece']:.2f} points", "expected, on the test images"))
+            tiles.append(("calibration error", f"{100 * tested['ece_saved']:.2f} points", "of the saved model, seed 0"))
         opened = final["test_openings"]
         tiles.append(("test set opened", "once" if opened == 1 else f"{opened} times", "see the ledger"))
     tiles.append(("time of the search", duration(seen["cost"]["seconds"]), f"{seen['cost']['epochs']:,} epochs"))

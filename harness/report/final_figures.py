@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.predictions import from_record
+from harness.predictions import calibration_sentence, from_record
 from harness.report.figures import ACCENT, ACCURACIES, INK, LINE, SOFT, Plot, empty
 
 NAMED = 20  # classes; with more, their names do not fit on the axes
@@ -16,7 +16,7 @@ STEPS = (0.0, 0.04, 0.15, 0.5, 1.0)
 
 def final_plots(record: Mapping[str, Any], tested: Mapping[str, Any]) -> list[Plot]:
     """The figures, given the attribute "predictions" and what `predictions.described` makes of it."""
-    return [_per_class(tested["per_class"]), _confusion(record), _reliability(tested["calibration"], tested["ece"])]
+    return [_per_class(tested["per_class"]), _confusion(record), _reliability(tested)]
 
 
 def _per_class(rows: Sequence[Mapping[str, Any]]) -> Plot:
@@ -81,7 +81,8 @@ def _confusion(record: Mapping[str, Any]) -> Plot:
     return Plot(title="Confusion matrix", caption=caption, figure=figure, width="half", shape="square")
 
 
-def _reliability(bins: Sequence[Mapping[str, Any]], ece: float) -> Plot:
+def _reliability(tested: Mapping[str, Any]) -> Plot:
+    bins, seeds = tested["calibration"], tested["seeds"]
     figure = empty(height=460, xaxis_title="confidence", yaxis_title="share that is right", bargap=0.08)
     figure.add_scatter(
         x=[0, 1], y=[0, 1], mode="lines", line={"color": SOFT, "dash": "dot", "width": 1.5}, hoverinfo="skip"
@@ -105,7 +106,7 @@ def _reliability(bins: Sequence[Mapping[str, Any]], ece: float) -> Plot:
     figure.update_xaxes(range=[0, 1], tickformat=".0%")
     figure.update_yaxes(range=[0, 1], tickformat=".0%")
     caption = (
-        "How often predictions of a confidence are right: on the dotted line, 80 % sure is right 80 times of 100. "
-        f"Expected calibration error {100 * ece:.2f} points."
+        f"How often predictions of a confidence are right, {f'over all {seeds} seeds' if seeds > 1 else 'of seed 0'}: "
+        f"on the dotted line, 80 % sure is right 80 times of 100. {calibration_sentence(tested)}"
     )
     return Plot(title="Calibration", caption=caption, figure=figure, width="half", shape="square")
