@@ -5,7 +5,9 @@ Everything in it comes from the storage and from model.json, so equal results gi
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,7 +154,7 @@ def _protocol(store: Store, trial: TrialRecord, final: Mapping[str, Any]) -> str
         *(_opening(each) for each in ledger.openings(store.attribute("ledger") or [])),
     ]
     params = sorted(trial.params.items())
-    rows = [[f"`{path}`", f"{value:.4g}" if isinstance(value, float) else str(value)] for path, value in params]
+    rows = [[f"`{path}`", f"{value:.4g}" if isinstance(value, float) else _plain(str(value))] for path, value in params]
     return "\n".join(f"- {line}" for line in lines) + "\n\n" + _table(["searched field", "chosen value"], rows)
 
 
@@ -165,7 +167,7 @@ def _trained(final: Mapping[str, Any]) -> str:
 
 
 def _opening(line: Mapping[str, Any]) -> str:
-    reason = f" Reason: {line['reason']}." if line.get("reason") else ""
+    reason = f" Reason: {_plain(line['reason'])}." if line.get("reason") else ""
     return f"The test set was opened for trial {line['trial']} on {line['time'][:10]}.{reason}"
 
 
@@ -196,13 +198,20 @@ def _worst_classes(store: Store, description: Mapping[str, Any]) -> list[str]:
     worst = sorted((share, label) for label, share in shares.items() if share < 1)[:WORST_CLASSES]
     if not worst:
         return []
-    names = ", ".join(f"{description['classes'][label]} ({percent(share)})" for share, label in worst)
+    names = ", ".join(f"{_plain(description['classes'][label])} ({percent(share)})" for share, label in worst)
     return [f"The classes that it finds least often among the test images: {names}."]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells are Markdown; what others wrote has gone through `_plain`."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """What somebody wrote, as Markdown that shows it as it stands: on one line, without tags, links or emphasis."""
+    signs = re.sub(r"([\\`*_\[\]|~])", r"\\\1", " ".join(text.split()))
+    return html.escape(signs, quote=False)
 
 
 def _count(number: int, noun: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import html
+import json
 import re
 import subprocess
 import sys
@@ -12,13 +14,14 @@ from pathlib import Path
 
 import numpy
 import pytest
+from markdown_it import MarkdownIt
 
 from harness.config import FinalConfig, Study
 from harness.data.flowers102 import Flowers102
 from harness.data.garden import Garden
 from harness.data.image_folder import ImageFolder
 from harness.export import PROGRAM, logits_of, write_program
-from harness.model_card import CARD, UNKNOWN_LICENCE, write_card
+from harness.model_card import CARD, UNKNOWN_LICENCE, _plain, _table, card, write_card
 from harness.opening import open_store
 from harness.overview import conclusion, final_sentence, overview, percent, selection_sentence
 from harness.predictions import calibration_sentence
@@ -102,6 +105,40 @@ def test_every_opening_of_the_test_set_is_listed_with_its_reason(finished: Finis
         finished.store.set_attribute("ledger", lines)
     assert "The test set was opened for trial 7 on 2026-01-02. Reason: a wrong label was found." in text
     assert finished.card() != text, "the card follows the storage"
+
+
+def rendered(markdown: str) -> tuple[list[str], str]:
+    """The tags of the page that a card becomes, and its text."""
+    page = MarkdownIt("commonmark").enable("table").render(markdown)
+    return re.findall(r"<(\w+)", page), html.unescape(re.sub(r"<[^>]*>", "", page))
+
+
+WRITTEN = "a | b\n\n# c\n- d `e` <img src=x onerror=f()> *g* __h__ [i](j) ![k](l) ~~m~~ \\| &lt; <!-- n"
+
+
+def test_what_somebody_wrote_is_shown_and_changes_nothing_around_it(finished: Finished) -> None:
+    lines, saved = finished.store.attribute("ledger"), json.loads((finished.folder / "model.json").read_text())
+    opened = {"event": "opened", "trial": 7, "time": "2026-01-02T03:04:05+00:00", "reason": "plain"}
+    pages = []
+    for reason, name in (("plain", "rose"), (WRITTEN, "wild | <b>rose</b>_a_")):
+        finished.store.set_attribute("ledger", [*lines, opened | {"reason": reason}])
+        try:
+            text = card("tiny", "", finished.store, saved | {"classes": [name] * len(saved["classes"])}, None)
+        finally:
+            finished.store.set_attribute("ledger", lines)
+        pages.append(rendered(text))
+    (tags, _), (same, words) = pages
+    assert same == tags
+    assert f"Reason: {' '.join(WRITTEN.split())}." in words
+    assert "wild | <b>rose</b>_a_ (0.00 %)" in words
+
+
+@pytest.mark.parametrize("written", ["a|b", "a\\|b", "<i>`_*a_*"])
+def test_a_searched_choice_stays_in_its_cell(finished: Finished, written: str) -> None:
+    rows = _table(["searched field", "chosen value"], [["`a`", _plain(written)]])
+    tags, words = rendered(rows)
+    assert tags.count("td") == 2
+    assert words.split()[-1] == written
 
 
 def test_it_is_written_again_only_when_it_changes(finished: Finished) -> None:
