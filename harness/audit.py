@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harness.evidence import CONFIDENCE
+from harness.evidence import CONFIDENCE, percent
 from harness.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -201,24 +201,24 @@ def _was(count: int) -> str:
 def _saved_sentence(record: Mapping[str, Any]) -> str:
     seconds = record["saved"]["seconds"]
     time = f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
-    return f"Pruning saved {time}, {_percent(record['saved']['share'])} of what the search would have taken without it."
+    return f"Pruning saved {time}, {percent(record['saved']['share'])} of what the search would have taken without it."
 
 
 def _winner_sentences(record: Mapping[str, Any]) -> list[str]:
     winner, best, tied = record["winner"], record["best_audited"], record["tied"]
     low, high = record["interval"]
     too = f", {tied:,} would have tied with it" if tied else ""
-    share = f"{_percent(record['share_better'])} of the pruned trials"
+    share = f"{percent(record['share_better'])} of the pruned trials"
     if record["audited"] < record["pruned"]:
-        share += f", 95 % interval {_percent(low)} to {_percent(high)} (hypergeometric, exact)"
+        share += f", 95 % interval {percent(low)} to {percent(high)} (hypergeometric, exact)"
     first = (
         f"{record['better']:,} of the {record['audited']:,} would have beaten the winner, trial {winner['trial']} with "
-        f"a validation accuracy of {_percent(winner['value'])}{too}: {share}."
+        f"a validation accuracy of {percent(winner['value'])}{too}: {share}."
     )
     if best["value"] is None:
         return [first, "None of them came to its end: all diverged."]
     diverged = f"; {record['diverged']:,} diverged" if record["diverged"] else ""
-    return [first, f"The best of them, trial {best['trial']}, reached {_percent(best['value'])}{diverged}."]
+    return [first, f"The best of them, trial {best['trial']}, reached {percent(best['value'])}{diverged}."]
 
 
 def _rank_sentences(record: Mapping[str, Any]) -> list[str]:
@@ -237,7 +237,3 @@ def _repetition_sentence(record: Mapping[str, Any]) -> str:
     if unequal:
         return f"Not repeated to the last bit, so that other draws were trained on: {'; '.join(unequal)}."
     return f"{'Each of them' if len(results) > 1 else 'It'} repeated its recorded epochs to the last bit."
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"

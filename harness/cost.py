@@ -7,6 +7,8 @@ from typing import Any
 
 from harness.storage import TrialRecord
 
+A_DAY_SECONDS = 86_400
+
 
 def cost(trials: Sequence[TrialRecord], definition: Mapping[str, Any]) -> dict[str, Any]:
     """Seconds and epochs of the search; `saved_seconds` is what the epochs that pruning left out would have taken.
@@ -45,11 +47,12 @@ def cost_sentences(found: Mapping[str, Any]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """A time span with the two units that matter."""
-    if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes} min"
+    """Seconds in words: 8.3 s, 4 min 10 s, 3 h 20 min, 2.5 days."""
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    whole, minutes = round(seconds), round(seconds / 60)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{seconds / A_DAY_SECONDS:.1f} days"

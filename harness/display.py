@@ -15,6 +15,8 @@ from rich.table import Table
 
 from harness import interrupt
 from harness.config import Study
+from harness.cost import A_DAY_SECONDS, duration
+from harness.overview import in_short
 from harness.results import (
     Completed,
     Diverged,
@@ -27,8 +29,6 @@ from harness.results import (
     TrialStarted,
 )
 from harness.storage import Store
-
-A_DAY_SECONDS = 86_400
 
 
 class StudyConsole(Console):
@@ -99,7 +99,7 @@ class Display:
         params = self._started.params if self._started else {}
         name = f"trial {event.number}".ljust(9)
         best = "  best so far" if self._best is not None and self._best.number == event.number else ""
-        self._say(f"{name} {_outcome(event.outcome)}  {_params(params)}  {duration(seconds)}{best}")
+        self._say(f"{name} {_outcome(event.outcome)}  {in_short(params, whole_paths=False)}  {duration(seconds)}{best}")
         self._started = None
 
     def _say(self, text: str) -> None:
@@ -154,18 +154,6 @@ def forecast(study: Study, finished: int, epoch_seconds: float, final_ratio: flo
     return text
 
 
-def duration(seconds: float) -> str:
-    """Seconds in words: 8.3 s, 4 min 10 s, 3 h 20 min, 2.5 days."""
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    whole, minutes = round(seconds), round(seconds / 60)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    if minutes < 24 * 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{seconds / A_DAY_SECONDS:.1f} days"
-
-
 def _place(started: TrialStarted) -> str:
     """Where an interrupted training goes on."""
     progress = started.progress
@@ -186,11 +174,3 @@ def _outcome(outcome: TrialOutcome) -> str:
             return f"diverged: {outcome.reason}"
         case Failed(reason=reason):
             return f"failed: {reason}"
-
-
-def _params(params: dict[str, Any]) -> str:
-    shown = [
-        f"{path.rsplit('.', 1)[-1]}={value:.3g}" if isinstance(value, float) else f"{path.rsplit('.', 1)[-1]}={value}"
-        for path, value in params.items()
-    ]
-    return " ".join(shown)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import ledger
+from harness.evidence import percent
 from harness.files import replace_file
-from harness.overview import conclusion, final_sentence, percent, selection_sentence
+from harness.overview import conclusion, final_sentence, selection_sentence
 from harness.packing import unpack
 from harness.predictions import calibration_sentence, described
 

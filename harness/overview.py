@@ -13,7 +13,7 @@ from harness.audit import audit_sentences
 from harness.cost import cost
 from harness.database import holder, sqlite_file
 from harness.errors import masked
-from harness.evidence import ALPHA
+from harness.evidence import ALPHA, percent
 from harness.ledger import openings
 from harness.predictions import described
 from harness.storage import Store, TrialRecord
@@ -125,7 +125,7 @@ def summary(name: str, store: Store, tracking: str) -> str:
     counted = counts(store)
     del counted["running" if counted["interrupted"] else "interrupted"]
     best = store.best()
-    params = f"\n          {_values(best.params)}" if best is not None and best.params else ""
+    params = f"\n          {in_short(best.params)}" if best is not None and best.params else ""
     return "\n".join(
         [
             f"study     {name}: {', '.join(f'{number} {state}' for state, number in counted.items())}",
@@ -146,14 +146,16 @@ def _chosen_line(store: Store) -> list[str]:
     chosen, best = store.chosen(), store.best()
     if chosen is None or best is None or chosen.number == best.number:
         return []
-    return [f"chosen    Trial {chosen.number}, on fresh seeds", f"          {_values(chosen.params)}"]
+    return [f"chosen    Trial {chosen.number}, on fresh seeds", f"          {in_short(chosen.params)}"]
 
 
-def _values(params: Mapping[str, Any]) -> str:
-    shown = (
-        f"{key} = {value:.4g}" if isinstance(value, float) else f"{key} = {value}" for key, value in params.items()
-    )
-    return ", ".join(shown)
+def in_short(params: Mapping[str, Any], whole_paths: bool = True) -> str:
+    """Values by name on one line; of a path into a configuration the last part alone where space is short."""
+    shown = [
+        (path if whole_paths else path.rsplit(".", 1)[-1], f"{value:.4g}" if isinstance(value, float) else value)
+        for path, value in params.items()
+    ]
+    return ", ".join(f"{name} = {value}" for name, value in shown)
 
 
 def _remarks(store: Store) -> list[str]:
@@ -198,10 +200,6 @@ def digest(store: Store) -> str:
         "seeds": [[seed.get(key) for key in ("seed", "correct", "total", "weights")] for seed in seeds],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.2f} %"
 
 
 def verdict(store: Store) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from harness.cost import cost, cost_sentences, duration
 from harness.storage import TrialRecord
@@ -49,7 +51,28 @@ def test_a_search_that_has_not_begun_costs_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0.0, "0.0 s"), (5.25, "5.2 s"), (42.4, "42 s"), (150, "2 min 30 s"), (7260, "2 h 1 min"), (3599.7, "1 h 0 min")],
+    [
+        (0.0, "0.0 s"),
+        (8.34, "8.3 s"),
+        (59.0, "59.0 s"),
+        (60.0, "1 min 0 s"),
+        (250.0, "4 min 10 s"),
+        (3599.0, "59 min 59 s"),
+        (3600.0, "1 h 0 min"),
+        (12_000.0, "3 h 20 min"),
+        (86_400.0, "1.0 days"),
+        (216_000.0, "2.5 days"),
+    ],
 )
-def test_a_duration_has_the_units_that_matter(seconds: float, words: str) -> None:
+def test_durations_are_said_in_words(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+@given(st.floats(0, 1e7))
+@example(59.97)
+@example(119.97)
+@example(3599.97)
+@example(86_399.0)
+def test_no_duration_counts_sixty_seconds_or_minutes(seconds: float) -> None:
+    words = duration(seconds).split()
+    assert not {("60.0", "s"), ("60", "s"), ("60", "min"), ("24", "h")} & set(zip(words[::2], words[1::2], strict=True))

@@ -1,4 +1,4 @@
-"""What people read while a study runs: durations in words, an honest forecast, one line an epoch."""
+"""What people read while a study runs: an honest forecast, one line an epoch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import dataclasses
 import io
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 from rich.console import Console
 
 from harness.config import FinalConfig, Study
-from harness.display import Display, duration, estimate, forecast
+from harness.cost import duration
+from harness.display import Display, estimate, forecast
 from harness.results import (
     Completed,
     Diverged,
@@ -29,38 +28,6 @@ from tests.conftest import make_study
 
 ALONE = FinalConfig(seeds=3, fit_on="train", compare_base=False)
 STUDY = make_study("cache", trials=10, final=ALONE)  # two epochs
-
-
-# -- durations -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [
-        (0.0, "0.0 s"),
-        (8.34, "8.3 s"),
-        (59.0, "59.0 s"),
-        (60.0, "1 min 0 s"),
-        (250.0, "4 min 10 s"),
-        (3599.0, "59 min 59 s"),
-        (3600.0, "1 h 0 min"),
-        (12_000.0, "3 h 20 min"),
-        (86_400.0, "1.0 days"),
-        (216_000.0, "2.5 days"),
-    ],
-)
-def test_durations_are_said_in_words(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
-
-
-@given(st.floats(0, 1e7))
-@example(59.97)
-@example(119.97)
-@example(3599.97)
-@example(86_399.0)
-def test_no_duration_counts_sixty_seconds_or_minutes(seconds: float) -> None:
-    words = duration(seconds).split()
-    assert not {("60.0", "s"), ("60", "s"), ("60", "min"), ("24", "h")} & set(zip(words[::2], words[1::2], strict=True))
 
 
 # -- the estimate --------------------------------------------------------------------------------------------------
@@ -154,6 +121,7 @@ def test_elsewhere_than_in_a_terminal_there_is_one_line_an_epoch_and_one_a_trial
     assert len(trials) == 2
     assert trials[0].startswith("trial 0")
     assert "val 60.00%" in trials[0]
+    assert "  dropout = 0.1, hidden = 16, base_lr = 0.001, depth_lr_mult = 0.5  " in trials[0]
     assert len(lines) == 4 + 2 + 1  # and the forecast
     assert all("\x1b" not in line for line in lines)
 

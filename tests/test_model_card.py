@@ -20,10 +20,11 @@ from harness.config import FinalConfig, Study
 from harness.data.flowers102 import Flowers102
 from harness.data.garden import Garden
 from harness.data.image_folder import ImageFolder
+from harness.evidence import percent
 from harness.export import PROGRAM, logits_of, write_program
 from harness.model_card import CARD, UNKNOWN_LICENCE, _plain, _table, card, write_card
 from harness.opening import open_store
-from harness.overview import conclusion, final_sentence, overview, percent, selection_sentence
+from harness.overview import conclusion, final_sentence, overview, selection_sentence
 from harness.predictions import calibration_sentence
 from harness.saved_model import SavedModel, load_saved, preprocess
 from harness.storage import Store

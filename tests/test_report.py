@@ -20,8 +20,9 @@ from PIL import Image
 
 from harness.audit import Course, audit_sentences, drawing_order, record
 from harness.config import Study
+from harness.evidence import percent
 from harness.final import summary
-from harness.overview import final_sentence, frame, overview, percent, verdict
+from harness.overview import final_sentence, frame, overview, verdict
 from harness.predictions import pictured
 from harness.report import write_report
 from harness.report.figures import whole_numbers

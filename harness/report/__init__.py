@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from harness.audit import audit_sentences
 from harness.cost import cost_sentences, duration
+from harness.evidence import percent
 from harness.files import replace_file
 from harness.overview import (
     all_equal,
     frame,
     in_words,
     overview,
-    percent,
     selection_sentence,
     subject,
     test_sentence,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.overview import percent
+from harness.evidence import percent
 
 TEMPLATES = Path(__file__).with_name("templates")
 
