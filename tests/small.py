@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import pytest
 from torch import nn
 
+from harness.cli import main
 from harness.config import Study
 from tests.conftest import make_study
 
@@ -55,3 +60,31 @@ def study_in(folder: Path, cache: Path) -> tuple[Study, str]:
         f"from tests.small import small_study\n\nSTUDY = small_study({str(cache)!r})\n"
     )
     return small_study(cache), f"sqlite:///{folder}/studies/tiny.db"
+
+
+def copied(finished: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a folder's studies in `place`, which becomes the working directory."""
+    shutil.copytree(finished / "studies", place / "studies")
+    monkeypatch.chdir(place)
+    return place
+
+
+Run = Callable[..., tuple[int, str, str]]  # of arguments; gives the exit code, stdout and stderr
+
+
+def command(name: str, capsys: pytest.CaptureFixture[str]) -> Run:
+    """A command on the study "tiny", in this process; signals are handled as before afterwards."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        try:
+            code = main([name, "tiny", *arguments])
+        except SystemExit as ended:  # argparse's own way
+            code = int(ended.code or 0)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run

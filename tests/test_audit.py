@@ -6,13 +6,12 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ from harness.tracking import NoTracker
 from harness.trainer import fit
 from tests.analytic import memory_store, run_analytic
 from tests.conftest import PROJECT, make_study
-from tests.small import small_study
+from tests.small import Run, command, copied, small_study
 from tests.test_reproduce import change
 
 SETTINGS: dict[str, Any] = {"deadline": None, "derandomize": True, "database": None}
@@ -318,30 +317,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory, image_cache: Path) -> Pat
 @pytest.fixture
 def place(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the finished study, as the working directory."""
-    shutil.copytree(finished / "studies", tmp_path / "studies")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-Run = Callable[..., tuple[int, str, str]]
+    return copied(finished, tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-
-    def command(*arguments: str) -> tuple[int, str, str]:
-        try:
-            code = main(["audit", "tiny", *arguments])
-        except SystemExit as ended:  # argparse's own way
-            code = int(ended.code or 0)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return command
+    return command("audit", capsys)
 
 
 def stored(place: Path) -> tuple[str, dict[str, Any] | None]:
