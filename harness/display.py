@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +20,7 @@ from harness.results import (
     Completed,
     Diverged,
     EpochEnded,
+    EpochResult,
     Event,
     Failed,
     Pruned,
@@ -49,12 +49,12 @@ class Display:
         self._store = store
         self._console = console
         self._started: TrialStarted | None = None
-        self._trial_start = 0.0
-        self._finished = store.finished()
-        self._best = store.best()
-        self._epoch_seconds: list[float] = []
-        self._final_ratio = 1.0  # how much longer an epoch of the final run is, with the validation images trained on
+        self._epoch_seconds: list[float] = []  # of the trials' epochs
         self._trial_seconds: list[float] = []
+        self._spent = 0.0  # seconds of the epochs of the training under way
+        self._final_ratio = 1.0  # how much longer an epoch of the final run is, with the validation images trained on
+        self._forecast = False  # whether it was said
+        self._look()
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Display:
@@ -71,7 +71,8 @@ class Display:
     def show(self, event: Event) -> None:
         match event:
             case TrialStarted():
-                self._started, self._trial_start = event, time.perf_counter()
+                self._started = event
+                self._spent = sum(result.seconds for result in event.progress.epochs)
                 if event.resumed:
                     self._say(f"{event.name} was interrupted; it {_place(event)}.")
             case EpochEnded():
@@ -79,23 +80,39 @@ class Display:
             case TrialEnded():
                 self._trial_ended(event)
 
+    def _look(self) -> None:
+        """What the storage knows, so that a resumed study starts with the times of before."""
+        ended = [trial for trial in self._store.trials() if trial.state != "running"]
+        self._finished, self._best = self._store.finished(), self._store.best()
+        self._trial_seconds = [trial.seconds for trial in ended if trial.seconds is not None]
+        epochs = [epoch for trial in ended for epoch in trial.epochs]
+        self._epoch_seconds = [epoch.seconds for epoch in epochs]
+        if epochs:
+            self._compare_sizes(epochs[-1])
+
+    def _compare_sizes(self, result: EpochResult) -> None:
+        """Of the training and validation images of a trial's epoch."""
+        if result.val and self._study.final.fit_on == "train+val":
+            self._final_ratio = 1 + result.val.total / result.train.total
+
     def _epoch_ended(self, event: EpochEnded) -> None:
         result = event.result
-        self._epoch_seconds.append(result.seconds)
+        self._spent += result.seconds
+        if result.val or not self._epoch_seconds:
+            self._epoch_seconds.append(result.seconds)
+            self._compare_sizes(result)
         if not self._console.is_terminal:
             measured = f"val {result.val.accuracy:.2%}" if result.val else f"train {result.train.accuracy:.2%}"
             epochs = self._study.train.epochs
             self._say(f"{event.name}  epoch {result.epoch}/{epochs}  loss {result.train.loss:.3f}  {measured}")
-        if len(self._epoch_seconds) == 1:
-            if result.val and self._study.final.fit_on == "train+val":
-                self._final_ratio = 1 + result.val.total / result.train.total
-            self._say(forecast(self._study, self._finished, result.seconds, self._final_ratio))
+        if not self._forecast:
+            self._forecast = True
+            self._say(forecast(result.seconds, self._left() or 0.0, pruning_known=bool(self._trial_seconds)))
 
     def _trial_ended(self, event: TrialEnded) -> None:
-        seconds = time.perf_counter() - self._trial_start
-        self._finished += 1
-        self._trial_seconds.append(seconds)
-        self._best = self._store.best()
+        self._look()
+        self._spent = 0.0
+        seconds = next(trial.seconds or 0.0 for trial in self._store.trials() if trial.number == event.number)
         params = self._started.params if self._started else {}
         name = f"trial {event.number}".ljust(9)
         best = "  best so far" if self._best is not None and self._best.number == event.number else ""
@@ -106,12 +123,25 @@ class Display:
         self._console.print(text, highlight=False, soft_wrap=True)
 
     def _left(self) -> float | None:
-        """Estimated seconds until the end, from what was measured in this process; None before the first epoch."""
+        """Estimated seconds until the end, from the trials so far; None before the first epoch."""
         if not self._epoch_seconds:
             return None
         epoch = sum(self._epoch_seconds) / len(self._epoch_seconds)
         trial = sum(self._trial_seconds) / len(self._trial_seconds) if self._trial_seconds else None
-        return estimate(self._study, self._finished, epoch, trial, self._final_ratio)
+        whole = epoch * self._study.train.epochs * self._final_ratio
+        if self._started is None or self._started.name.startswith("trial "):
+            whole = trial or epoch * self._study.train.epochs
+        left = estimate(self._study, self._finished, epoch, trial, self._final_ratio, self._trainings())
+        return max(left - min(self._spent, whole), 0.0)
+
+    def _trainings(self) -> int:
+        """How many trainings come after the search, the one under way among them: the seeds, and the base last."""
+        final, started = self._study.final, self._started
+        if started is not None and started.name.startswith("final "):
+            return final.seeds - started.number + final.compare_base
+        if started is not None and started.name.startswith("base "):
+            return 1
+        return final.trainings(self._study.trials)
 
     def _render(self) -> RenderableType:
         study, left = self._study, self._left()
@@ -132,21 +162,27 @@ class Display:
 
 
 def estimate(
-    study: Study, finished: int, epoch_seconds: float, trial_seconds: float | None, final_ratio: float
+    study: Study,
+    finished: int,
+    epoch_seconds: float,
+    trial_seconds: float | None,
+    final_ratio: float,
+    trainings: int,
 ) -> float:
-    """Seconds until the end of the study; an epoch of the final run takes `final_ratio` as long as a trial's."""
+    """Seconds until the end of the study, of which `trainings` come after the search.
+
+    An epoch of the final run takes `final_ratio` as long as a trial's.
+    """
     per_trial = trial_seconds if trial_seconds is not None else epoch_seconds * study.train.epochs
-    final = study.final.trainings(study.trials) * study.train.epochs * epoch_seconds * final_ratio
+    final = trainings * study.train.epochs * epoch_seconds * final_ratio
     return max(study.trials - finished, 0) * per_trial + final
 
 
-def forecast(study: Study, finished: int, epoch_seconds: float, final_ratio: float) -> str:
-    """What the first epoch says about the whole study."""
-    seconds = estimate(study, finished, epoch_seconds, None, final_ratio)
-    text = (
-        f"An epoch takes {duration(epoch_seconds)} here: the study will take about {duration(seconds)}, pruning aside."
-    )
-    if seconds > A_DAY_SECONDS:
+def forecast(epoch_seconds: float, left: float, pruning_known: bool) -> str:
+    """What the first epoch says about what is left of the study, in seconds both."""
+    aside = "" if pruning_known else ", pruning aside"
+    text = f"An epoch takes {duration(epoch_seconds)} here: about {duration(left)} are left{aside}."
+    if left > A_DAY_SECONDS:
         text += (
             " That is more than a day. Quicker: a GPU, fewer --trials, fewer epochs (--set epochs=5), fewer images "
             "(--set data.limit=510), or a frozen backbone."

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from harness.config import FinalConfig, Study
-from harness.cost import duration
 from harness.display import Display, estimate, forecast
 from harness.results import (
     Completed,
     Diverged,
     EpochEnded,
+    EpochResult,
     Failed,
     Metrics,
     Pruned,
@@ -33,44 +33,45 @@ STUDY = make_study("cache", trials=10, final=ALONE)  # two epochs
 # -- the estimate --------------------------------------------------------------------------------------------------
 
 
+def seconds_left(study: Study, finished: int, epoch: float, trial: float | None, ratio: float) -> float:
+    """Before the final run has begun."""
+    return estimate(study, finished, epoch, trial, ratio, study.final.trainings(study.trials))
+
+
 def test_the_estimate_adds_the_trials_left_and_the_final_run() -> None:
     # 10 trials of 2 epochs of 3 s, and 3 seeds of 2 epochs.
-    assert estimate(STUDY, 0, 3.0, None, 1.0) == 10 * 2 * 3.0 + 3 * 2 * 3.0
-    assert estimate(STUDY, 4, 3.0, None, 1.0) == 6 * 2 * 3.0 + 3 * 2 * 3.0
+    assert seconds_left(STUDY, 0, 3.0, None, 1.0) == 10 * 2 * 3.0 + 3 * 2 * 3.0
+    assert seconds_left(STUDY, 4, 3.0, None, 1.0) == 6 * 2 * 3.0 + 3 * 2 * 3.0
 
 
 def test_the_estimate_prefers_measured_trials_for_pruning_shortens_them() -> None:
-    assert estimate(STUDY, 4, 3.0, 4.0, 1.0) == 6 * 4.0 + 3 * 2 * 3.0
+    assert seconds_left(STUDY, 4, 3.0, 4.0, 1.0) == 6 * 4.0 + 3 * 2 * 3.0
 
 
 def test_the_final_run_takes_longer_when_it_trains_on_the_validation_images_too() -> None:
-    assert estimate(STUDY, 10, 3.0, None, 1.5) == 1.5 * estimate(STUDY, 10, 3.0, None, 1.0)
-    assert estimate(STUDY, 4, 3.0, None, 1.5) == 6 * 2 * 3.0 + 1.5 * 3 * 2 * 3.0
+    assert seconds_left(STUDY, 10, 3.0, None, 1.5) == 1.5 * seconds_left(STUDY, 10, 3.0, None, 1.0)
+    assert seconds_left(STUDY, 4, 3.0, None, 1.5) == 6 * 2 * 3.0 + 1.5 * 3 * 2 * 3.0
 
 
 def test_the_estimate_counts_the_base_and_the_second_look_at_the_best() -> None:
     every = make_study("cache", trials=10, final=FinalConfig(seeds=3, rerank=2))
-    assert estimate(every, 10, 3.0, None, 1.0) == (3 + 1 + 2 * 3) * 2 * 3.0
+    assert seconds_left(every, 10, 3.0, None, 1.0) == (3 + 1 + 2 * 3) * 2 * 3.0
 
 
 def test_the_estimate_is_never_negative() -> None:
-    assert estimate(STUDY, 99, 3.0, None, 1.0) == 3 * 2 * 3.0
+    assert seconds_left(STUDY, 99, 3.0, None, 1.0) == 3 * 2 * 3.0
 
 
 def test_a_forecast_of_more_than_a_day_says_so_and_what_helps() -> None:
-    text = forecast(STUDY, 0, 4000.0, 1.0)
-    assert "An epoch takes 1 h 7 min here" in text
-    assert duration(estimate(STUDY, 0, 4000.0, None, 1.0)) in text
+    text = forecast(4000.0, 100_000.0, pruning_known=False)
+    assert "An epoch takes 1 h 7 min here: about 1.2 days are left, pruning aside." in text
     assert "more than a day" in text
     assert "--set epochs=" in text
     assert "--trials" in text
 
 
 def test_a_forecast_of_less_than_a_day_does_not() -> None:
-    text = forecast(STUDY, 0, 3.0, 1.0)
-    assert "3.0 s here" in text
-    assert "1 min 18 s" in text
-    assert "day" not in text
+    assert forecast(3.0, 78.0, pruning_known=True) == "An epoch takes 3.0 s here: about 1 min 18 s are left."
 
 
 # -- without a terminal --------------------------------------------------------------------------------------------
@@ -105,6 +106,7 @@ def shown(study: Study, store: Store, outcomes: list[TrialOutcome], terminal: bo
 
 class Progress:
     epoch, step, steps = 1, 3, 10
+    epochs: tuple[EpochResult, ...] = ()
 
 
 def test_elsewhere_than_in_a_terminal_there_is_one_line_an_epoch_and_one_a_trial(store: Store) -> None:
@@ -131,6 +133,38 @@ def test_the_forecast_comes_once_after_the_first_epoch(store: Store) -> None:
     assert [number for number, line in enumerate(lines) if line.startswith("An epoch takes")] == [1]
 
 
+def test_a_resumed_study_knows_what_is_left_from_the_trials_before(store: Store) -> None:
+    for outcome in (Completed(value=0.6), Pruned(epoch=1), Completed(value=0.5), Pruned(epoch=1)):
+        asked = store.ask(STUDY)
+        ran = 1 if isinstance(outcome, Pruned) else 2
+        store.tell(
+            asked, outcome, [replace(epoch_result(epoch + 1, 0.3), seconds=10.0) for epoch in range(ran)], 10.0 * ran
+        )
+    display = Display(STUDY, store, Console(file=io.StringIO()))
+    assert display._left() == 6 * 15.0 + 3 * 2 * 10.0  # before it has trained anything
+    progress = Progress()
+    progress.epochs = (replace(epoch_result(1, 0.3), seconds=9.0),)
+    display.show(TrialStarted(name="trial 4", number=4, params={}, epochs=2, resumed=True, progress=progress))
+    assert display._left() == 6 * 15.0 + 3 * 2 * 10.0 - 9.0
+    text = shown(STUDY, store, [Completed(value=0.6)])
+    assert "An epoch takes 0.5 s here: about 2 min" in text
+    assert "pruning aside" not in text
+
+
+def test_what_is_left_shrinks_in_the_final_run(store: Store) -> None:
+    study = make_study("cache", trials=1, final=FinalConfig(seeds=3, fit_on="train", compare_base=True))
+    store.tell(store.ask(study), Completed(value=0.6), [epoch_result(1, 0.3), epoch_result(2, 0.6)], 1.0)
+    display = Display(study, store, Console(file=io.StringIO()))
+    left = []
+    for name, number in (("final seed 0", 0), ("final seed 2", 2), ("base seed 0", 0)):
+        start = TrialStarted(name=name, number=number, params={}, epochs=2, resumed=False, progress=Progress())
+        display.show(start)
+        left.append(display._left())
+        display.show(EpochEnded(name=name, number=number, result=epoch_result(1, 0.5)))
+        left.append(display._left())
+    assert left == [4.0, 3.5, 2.0, 1.5, 1.0, 0.5]
+
+
 def test_the_best_trial_so_far_is_marked(store: Store) -> None:
     lines = shown(STUDY, store, [Completed(value=0.5), Completed(value=0.4), Completed(value=0.6)]).splitlines()
     assert [("best so far" in line) for line in lines if "complete" in line] == [True, False, True]
@@ -149,7 +183,7 @@ def test_every_outcome_has_its_words(store: Store) -> None:
 
 def test_an_epoch_without_validation_shows_the_training_accuracy(store: Store) -> None:
     out = io.StringIO()
-    result = dataclasses.replace(epoch_result(1, 0.5), val=None, train=Metrics(loss=1.0, correct=1, total=4))
+    result = replace(epoch_result(1, 0.5), val=None, train=Metrics(loss=1.0, correct=1, total=4))
     with Display(STUDY, store, Console(file=out)) as display:
         display.show(EpochEnded(name="final seed 0", number=0, result=result))
     assert "final seed 0  epoch 1/2  loss 1.000  train 25.00%" in out.getvalue()
