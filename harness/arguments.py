@@ -50,7 +50,7 @@ def build_parser(program: str) -> argparse.ArgumentParser:
     ui.add_argument(
         "--tracking-uri", metavar="URI", type=_given, help="the MLflow database or server (default: mlruns/mlflow.db)"
     )
-    ui.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    ui.add_argument("--host", type=_given, default="127.0.0.1", help="address to listen on (default: %(default)s)")
     ui.add_argument("--port", type=int, default=5000, help="port to listen on (default: %(default)s)")
     ui.set_defaults(command="ui")
     return parser
@@ -96,7 +96,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", metavar="STUDY", help="a study's name or file")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--host", type=_given, default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
     parser.add_argument("--data-root", metavar="DIR", type=_given, help="the data set, for example photographs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")

@@ -16,6 +16,7 @@ import pytest
 
 from harness.cli import main
 from harness.mlflow_places import local_tracker
+from tests.refusal import assert_refused
 
 
 def free_port() -> int:
@@ -36,6 +37,12 @@ def test_a_taken_port_is_refused(workspace: Path, capsys: pytest.CaptureFixture[
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert main(["ui", "--port", str(server.getsockname()[1])]) == 2
     assert "give another --port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["ui"], ["demo", "demo"]])
+def test_an_empty_host_is_refused(workspace: Path, capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    """A socket takes it for every address of the machine."""
+    assert_refused(workspace, capsys, [*command, "--host", ""], ["argument --host", "it is empty"])
 
 
 @pytest.mark.slow
