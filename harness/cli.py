@@ -187,11 +187,12 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _predict(args: argparse.Namespace) -> int:
     from harness import predict
+    from harness.files import check_place
     from harness.running import keep_imports
 
     files = predict.find_images(args.images)
     if args.csv is not None:
-        predict.check_table(args.csv)
+        check_place(args.csv, "--csv")
     predictor = predict.load_predictor(args.study, args.storage, args.device)
     count = predict.top(args.top, len(predictor.saved.classes))
     keep_imports()

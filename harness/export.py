@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import Halt, InputError, first_line, no_room
-from harness.files import replace_file, replacing
+from harness.files import check_place, replace_file, replacing
 
 if TYPE_CHECKING:
     import numpy
@@ -85,11 +85,10 @@ def program_weights(path: Path) -> str | None:
 def export_onnx(found: Found, url: str, path: Path) -> None:
     """Write the model of a study's final run as ONNX to `path`. Raises InputError for what a user can mend."""
     check_packages()
+    check_place(path, "--onnx")
     from harness import opening
     from harness.saved_model import load_saved
 
-    if path.is_dir():
-        raise InputError(f"--onnx {path} is a folder; give a file in it.")
     with opening.read_store(found.study.name, url) as store:
         study = opening.as_begun(found.study, store)
         saved = load_saved(study, store, found.beside(store.url, ".model"))

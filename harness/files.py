@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from harness.errors import Halt
+from harness.errors import Halt, InputError
 
 
 @contextmanager
@@ -39,6 +39,16 @@ def replace_file(path: Path, content: bytes, mark: str = "") -> None:
     """Write `content` to `path`, whole or not at all. Raises Halt when it cannot be written."""
     with replacing(path, mark) as file:
         file.write(content)
+
+
+def check_place(path: Path, option: str) -> None:
+    """Raise InputError unless a file can be written at `path`, which `option` named; folders are not made for it."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{option} {path} is there and no file; give the name of a file.")
+    if not path.parent.is_dir():
+        raise InputError(f"{option} {path}: there is no folder {path.parent}; make it, or give another.")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{option} {path}: nothing can be written in {path.parent}; give another folder.")
 
 
 def _synchronise(folder: Path) -> None:

@@ -155,16 +155,6 @@ def _refuse(error: OSError) -> NoReturn:
     raise error  # os.walk would leave the folder out without a word
 
 
-def check_table(path: Path) -> None:
-    """Raise InputError unless a CSV file can be written there."""
-    if path.exists() and not path.is_file():
-        raise InputError(f"--csv {path} is there and no file; give the name of a file.")
-    if not path.parent.is_dir():
-        raise InputError(f"--csv {path}: there is no folder {path.parent}; make it, or give another.")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"--csv {path}: nothing can be written in {path.parent}; give another folder.")
-
-
 def predict(predictor: Predictor, files: Sequence[Path], count: int, table: Path | None) -> int:
     """Print the guesses for every file, or write them to `table` as CSV: file, rank, class, probability.
 

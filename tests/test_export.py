@@ -224,11 +224,19 @@ def workspace_with_model(place: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_command_writes_the_file(workspace_with_model: Workspace, saved: SavedModel) -> None:
     pytest.importorskip("onnxscript")
-    assert main(["export", "tiny", "--storage", workspace_with_model.url, "--onnx", "out/model.onnx"]) == 0
-    assert_same_through_onnxruntime(saved, workspace_with_model.folder / "out" / "model.onnx")
+    assert main(["export", "tiny", "--storage", workspace_with_model.url, "--onnx", "model.onnx"]) == 0
+    assert_same_through_onnxruntime(saved, workspace_with_model.folder / "model.onnx")
 
 
-@pytest.mark.parametrize(("target", "words"), [("studies", "is a folder"), ("studies/tiny.py/model.onnx", "--onnx")])
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("studies", "the name of a file"),
+        ("/dev/null", "the name of a file"),
+        ("no/such/model.onnx", "there is no folder no/such; make it, or give another"),
+        ("studies/tiny.py/model.onnx", "there is no folder studies/tiny.py"),
+    ],
+)
 def test_a_target_that_cannot_be_written_is_refused(
     workspace_with_model: Workspace, capsys: pytest.CaptureFixture[str], target: str, words: str
 ) -> None:
