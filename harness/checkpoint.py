@@ -22,21 +22,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from harness.files import replace_file
+from harness.files import METADATA, Damaged, replace_file
 from harness.results import EpochResult
 from harness.space import leaves
 from harness.trainer import Training
 
 SUFFIX = ".safetensors"
-METADATA = "harness"  # the entry in the file's header
-
-
-class Damaged(Exception):
-    """A file of tensors is not what was written: its checksum is wrong, or it is none."""
 
 
 def fingerprint(tensors: Mapping[str, Tensor], record: str = "") -> str:
-    """The sha256 of named tensors (names, types, shapes, bytes) and of a text."""
+    """The sha256 of named tensors (names, types, shapes, bytes) and of a text.
+
+    `harness.files.check_tensors` takes the same of a file.
+    """
     digest = hashlib.sha256(record.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

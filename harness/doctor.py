@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.catalogue import Found
-from harness.checkpoint import Damaged, fingerprint, read_tensors, remove, stale
+from harness.checkpoint import fingerprint, read_tensors, remove, stale
 from harness.config import Study
 from harness.data.cache import damaged
 from harness.database import holder, pid_file, sqlite_file
 from harness.errors import InputError
+from harness.files import Damaged
 from harness.opening import as_begun, has_model, open_store, read_store
 from harness.storage import Store
 from harness.study import wanted_keys

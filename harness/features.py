@@ -23,12 +23,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from harness.checkpoint import SUFFIX, Damaged, fingerprint, read_tensors, write_tensors
+from harness.checkpoint import SUFFIX, fingerprint, read_tensors, write_tensors
 from harness.config import AugmentConfig, Backbone, TrainConfig
 from harness.data.augment import augment, normalise
 from harness.data.tensors import ImageSet, load_split
 from harness.engine import Runtime, seeded
 from harness.environment import versions
+from harness.files import Damaged
 from harness.seeds import derive_seed
 from harness.trainer import EVALUATION_BATCH, outputs_of
 

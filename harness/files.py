@@ -1,8 +1,10 @@
-"""Writing files so that there is a whole one or none."""
+"""Writing files so that there is a whole one or none, and noticing one that is not what was written."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +12,21 @@ from pathlib import Path
 from typing import BinaryIO
 
 from harness.errors import Halt, InputError
+
+METADATA = "harness"  # our entry in the header of a file of tensors
+# What torch calls the types of safetensors.
+TORCH_TYPES = {
+    "BOOL": "bool",
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    "BF16": "bfloat16",
+    "C64": "complex64",
+}
+
+
+class Damaged(Exception):
+    """A file is not what was written: its checksum is wrong, or it is of another kind."""
 
 
 @contextmanager
@@ -39,6 +56,29 @@ def replace_file(path: Path, content: bytes, mark: str = "") -> None:
     """Write `content` to `path`, whole or not at all. Raises Halt when it cannot be written."""
     with replacing(path, mark) as file:
         file.write(content)
+
+
+def check_tensors(path: Path) -> None:
+    """Raise Damaged unless a file of tensors is what `harness.checkpoint.write_tensors` wrote.
+
+    Says the same as `read_tensors` without torch, whose import takes seconds: the file's bytes go into the checksum.
+    """
+    from safetensors import SafetensorError, deserialize
+
+    try:
+        content = path.read_bytes()
+        tensors = dict(deserialize(content))  # refuses a header that does not fit its file
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = json.loads(header["__metadata__"][METADATA])
+        digest = hashlib.sha256(metadata["record"].encode())
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"\n{name} torch.{TORCH_TYPES[tensor['dtype']]} {list(tensor['shape'])}\n".encode())
+            digest.update(tensor["data"])
+        if digest.hexdigest() != metadata["sha256"]:
+            raise Damaged(f"{path} is damaged (its checksum is wrong)")
+        json.loads(metadata["record"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Damaged(f"{path} is damaged ({error})") from error
 
 
 def check_place(path: Path, option: str) -> None:

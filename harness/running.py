@@ -130,15 +130,15 @@ def _is_saved(study: Study, store: Store, folder: Path) -> bool:
     """Whether all that belongs to the final model is there, if there is one; damaged weights are named and removed."""
     if not store.has_final():
         return True
-    from harness.checkpoint import Damaged, read_tensors
     from harness.export import PROGRAM
+    from harness.files import Damaged, check_tensors
     from harness.model_card import CARD
     from harness.opening import has_model
 
     if not has_model(folder) or not (folder / CARD).is_file():
         return False
     try:
-        read_tensors(folder / "model.safetensors")
+        check_tensors(folder / "model.safetensors")
     except Damaged as error:
         print(f"{error}; it is made again.", file=sys.stderr)
         (folder / "model.safetensors").unlink()

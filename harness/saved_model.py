@@ -12,9 +12,10 @@ from typing import Any
 from PIL import Image
 from torch import Tensor, nn
 
-from harness.checkpoint import Damaged, read_tensors
+from harness.checkpoint import read_tensors
 from harness.config import Study, TrainConfig
 from harness.errors import InputError
+from harness.files import Damaged
 from harness.opening import has_model
 from harness.storage import Store
 

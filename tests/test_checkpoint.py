@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from harness import checkpoint, files
 from harness.checkpoint import (
     Checkpoint,
-    Damaged,
     differences,
     fingerprint,
     identity_of,
@@ -36,6 +35,7 @@ from harness.data.garden import Garden
 from harness.engine import Runtime
 from harness.errors import Halt
 from harness.experiment import assemble
+from harness.files import TORCH_TYPES, Damaged, check_tensors
 from harness.results import EpochResult
 from harness.trainer import Training, fit
 from tests.small import SmallNet
@@ -150,8 +150,16 @@ def test_what_is_written_is_what_is_read(tmp_path: Path, named: dict[str, Tensor
     read, told = read_tensors(path)
     assert {name: bits(tensor) for name, tensor in read.items()} == {name: bits(each) for name, each in named.items()}
     assert told == record
+    check_tensors(path)
     assert read_tensors(path)[1] == record
     assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", TORCH_TYPES.values())
+def test_every_type_of_tensor_is_checked_without_torch_as_with_it(tmp_path: Path, dtype: str) -> None:
+    write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(3).to(getattr(torch, dtype))}, {"step": 3})
+    check_tensors(tmp_path / "a.safetensors")
+    read_tensors(tmp_path / "a.safetensors")
 
 
 @given(tensor=tensors(), data=st.data())
@@ -218,6 +226,8 @@ def test_every_damage_is_named_as_one(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(Damaged):
             read_tensors(path)
+        with pytest.raises(Damaged):
+            check_tensors(path)
 
 
 def test_a_file_of_tensors_without_our_record_is_damaged(tmp_path: Path) -> None:
@@ -226,6 +236,8 @@ def test_a_file_of_tensors_without_our_record_is_damaged(tmp_path: Path) -> None
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
     with pytest.raises(Damaged):
         read_tensors(tmp_path / "a.safetensors")
+    with pytest.raises(Damaged):
+        check_tensors(tmp_path / "a.safetensors")
 
 
 def test_a_disk_without_room_halts_and_leaves_the_older_file_whole(

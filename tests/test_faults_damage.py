@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from harness.checkpoint import Damaged, read_tensors, write_tensors
+from harness.checkpoint import read_tensors, write_tensors
 from harness.config import Study
 from harness.data.tensors import load_test
 from harness.errors import Halt
+from harness.files import Damaged
 from harness.results import EpochEnded, Event, TrialStarted
 from tests.faulty import Died, complete, small_study
 

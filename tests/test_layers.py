@@ -181,6 +181,17 @@ def test_show_answers_without_torch_and_mlflow(workspace: Path) -> None:
     }
 
 
+@pytest.mark.slow
+def test_a_finished_study_says_so_without_torch_and_mlflow(tmp_path: Path, image_cache: Path) -> None:
+    """Its weights are read all the same: damaged ones are made again."""
+    (tmp_path / "studies").mkdir()
+    file = f"from tests.conftest import make_study\n\nSTUDY = make_study({str(image_cache)!r})\n"
+    (tmp_path / "studies" / "tiny.py").write_text(file)
+    code = "from harness.cli import main\nassert main('run --study tiny --trials 1 --set epochs=1'.split()) == 0"
+    assert "torch" in imported_by(code, tmp_path)
+    assert not imported_by(code, tmp_path) & {"torch", "torchvision", "mlflow", "pandas", "plotly"}
+
+
 def test_garbage_is_collected_while_a_study_trains(tmp_path: Path, image_cache: Path) -> None:
     """Commands start without collecting what imports leave behind."""
     study_in(tmp_path, image_cache)

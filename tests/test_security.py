@@ -26,12 +26,13 @@ from scipy.io import savemat
 from torchvision.datasets import Flowers102 as Source
 
 from harness.arguments import build_parser
-from harness.checkpoint import Damaged, read_tensors
+from harness.checkpoint import read_tensors
 from harness.config import Study
 from harness.data.cache import MAX_PIXELS, ImageFiles, decoded, open_image
 from harness.data.flowers102 import Flowers102, _unpack
 from harness.database import check_database
 from harness.errors import InputError
+from harness.files import Damaged
 from harness.models import maxvit
 from tests.conftest import PROJECT
 from tests.small import study_in
