@@ -18,7 +18,7 @@ from harness.data.cache import damaged
 from harness.database import holder, pid_file, sqlite_file
 from harness.errors import InputError
 from harness.files import Damaged
-from harness.opening import as_begun, has_model, open_store, read_store
+from harness.opening import as_begun, has_model, open_store, read_description, read_store
 from harness.storage import Store
 from harness.study import wanted_keys
 from harness.tracking import Finding, expected_runs, facts, study_metrics, trial_key
@@ -140,11 +140,15 @@ def _model(store: Store, folder: Path) -> Iterator[Finding]:
     final = store.attribute("final")
     if final is None or not store.has_final():
         return
-    again = "run the study again to have it trained again"
+    again = "run the study again: its seed is trained once more, and the test set stays closed"
     if not has_model(folder):
         yield Finding(f"{folder} holds no model, but the final run is recorded; {again}")
         return
-    weights = folder / "model.safetensors"
+    weights, description = folder / "model.safetensors", folder / "model.json"
+    try:
+        read_description(description)
+    except Damaged as error:
+        yield Finding(f"{error}; {again}", description.unlink)
     try:
         recorded = final["per_seed"][0].get("weights")  # studies finished before these were kept have none
         known = recorded is None or fingerprint(read_tensors(weights)[0]) == recorded

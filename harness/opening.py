@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+import json
 import sqlite3
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import optuna
 
 from harness.config import Study
 from harness.database import BUSY_TIMEOUT_SECONDS, check_database, connect, dispose, held, outlast, sqlite_file
 from harness.errors import InputError
+from harness.files import Damaged
 from harness.storage import Store
 
 
@@ -164,3 +167,20 @@ def move_aside(name: str, url: str, *folders: Path) -> Path | None:
 def has_model(folder: Path) -> bool:
     """Whether the final run's model lies whole in its folder; it is written as these two files, in this order."""
     return (folder / "model.safetensors").is_file() and (folder / "model.json").is_file()
+
+
+DESCRIBED = {"classes": list, "preprocessing": dict, "configuration": dict, "trial": int, "test": dict}
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """The final model's model.json. Raises Damaged when it is no JSON, or without what every one of them says."""
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{path} is damaged ({error})") from error
+    if not isinstance(description, dict):
+        raise Damaged(f"{path} is damaged (it is no JSON object)")
+    lacking = [name for name, kind in DESCRIBED.items() if not isinstance(description.get(name), kind)]
+    if lacking:
+        raise Damaged(f"{path} is damaged (it does not say the model's {', '.join(lacking)})")
+    return description

@@ -127,22 +127,23 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _is_saved(study: Study, store: Store, folder: Path) -> bool:
-    """Whether all that belongs to the final model is there, if there is one; damaged weights are named and removed."""
+    """Whether all that belongs to the final model is there, if there is one; a damaged file is named and removed."""
     if not store.has_final():
         return True
     from harness.export import PROGRAM
     from harness.files import Damaged, check_tensors
     from harness.model_card import CARD
-    from harness.opening import has_model
+    from harness.opening import has_model, read_description
 
     if not has_model(folder) or not (folder / CARD).is_file():
         return False
-    try:
-        check_tensors(folder / "model.safetensors")
-    except Damaged as error:
-        print(f"{error}; it is made again.", file=sys.stderr)
-        (folder / "model.safetensors").unlink()
-        return False
+    for file, check in ((folder / "model.safetensors", check_tensors), (folder / "model.json", read_description)):
+        try:
+            check(file)
+        except Damaged as error:
+            print(f"{error}; it is made again.", file=sys.stderr)
+            file.unlink()
+            return False
     if PROGRAM in (folder / CARD).read_text(encoding="utf-8", errors="replace") and not (folder / PROGRAM).is_file():
         return False
     return not study.final.publish or store.attribute("registered") == store.attribute("final")["trial"]

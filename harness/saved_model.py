@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from harness.checkpoint import read_tensors
 from harness.config import Study, TrainConfig
 from harness.errors import InputError
 from harness.files import Damaged
-from harness.opening import has_model
+from harness.opening import has_model, read_description
 from harness.storage import Store
 
 CHECK_FILE = "check.safetensors"  # test images as the cache holds them: `images` uint8 [N, S, S, 3]
@@ -55,7 +54,7 @@ def load_saved(study: Study, store: Store, folder: Path) -> SavedModel:
         text = f"{folder} holds no model: the final run of study {study.name!r} has not ended; run the study to its end"
         raise InputError(f"{text}, or train a lost one again by the same command.")
     try:
-        description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        description = read_description(folder / "model.json")
         tensors, _ = read_tensors(folder / "model.safetensors")
         trials = {trial.number: trial for trial in store.trials()}
         config = study.config(trials[description["trial"]].params)

@@ -40,6 +40,7 @@ OUTCOMES: tuple[TrialOutcome, ...] = (
 )
 slow = pytest.mark.slow
 WEIGHTS = {"0.weight": torch.arange(6.0)}
+DESCRIPTION = {"classes": ["rose"], "preprocessing": {}, "configuration": {}, "trial": 0, "test": {}}
 SEED = "final-seed-0-of-trial-0"
 
 
@@ -75,7 +76,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, empty_mlflow: Path) -> Pa
         store.set_attribute("published", store.finished())
     (folder / "studies" / "tiny.model").mkdir()
     write_tensors(folder / "studies" / "tiny.model" / "model.safetensors", WEIGHTS, {"trial": 0, "seed": 0})
-    (folder / "studies" / "tiny.model" / "model.json").write_text("{}")
+    (folder / "studies" / "tiny.model" / "model.json").write_text(json.dumps(DESCRIPTION))
     return folder
 
 
@@ -529,6 +530,19 @@ def test_a_missing_model_is_named_and_waits_for_a_run(place: Path, doctor: Docto
         assert code == 1
         assert "holds no model" in lines[0]
         assert "run the study again" in lines[0]
+
+
+@pytest.mark.parametrize("text", first_quick("{}", "", "[1]", json.dumps(DESCRIPTION | {"classes": "rose"})))
+def test_a_model_that_is_not_described_is_named_and_waits_for_a_run(place: Path, doctor: Doctor, text: str) -> None:
+    path = place / "studies" / "tiny.model" / "model.json"
+    path.write_text(text)
+    code, lines = doctor()
+    assert (code, len(lines)) == (1, 1)
+    assert "model.json is damaged (" in lines[0]
+    assert "run the study again: its seed is trained once more, and the test set stays closed" in lines[0]
+    assert path.read_text() == text
+    assert doctor("--fix")[0] == 1
+    assert not path.exists(), "the next run makes it again"
 
 
 @slow

@@ -204,6 +204,18 @@ def test_damaged_weights_are_made_again_and_the_test_set_stays_closed(line: Comm
     assert "Nothing is missing" in line.run("--trials", "1").out
 
 
+def test_a_damaged_description_of_the_model_is_made_again(line: CommandLine) -> None:
+    assert line.run("--trials", "1").code == 0
+    description = line.place / "studies" / "tiny.model" / "model.json"
+    before = description.read_bytes()
+    description.write_text("{}")
+    ended = line.run("--trials", "1")
+    assert ended.code == 0
+    assert f"{description} is damaged (it does not say the model's classes, preprocessing, " in ended.err
+    assert description.read_bytes() == before
+    assert "The test set was opened once." in ended.out
+
+
 # -- the numbers -------------------------------------------------------------------------------------------------------
 
 
