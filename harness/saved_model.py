@@ -51,8 +51,7 @@ def load_saved(study: Study, store: Store, folder: Path) -> SavedModel:
     Raises InputError when there is none yet, or it is damaged.
     """
     if not has_model(folder):
-        text = f"{folder} holds no model: the final run of study {study.name!r} has not ended; run the study to its end"
-        raise InputError(f"{text}, or train a lost one again by the same command.")
+        raise InputError(f"{folder} holds no model{_why_missing(study, store)}")
     try:
         description = read_description(folder / "model.json")
         tensors, _ = read_tensors(folder / "model.safetensors")
@@ -77,6 +76,18 @@ def _check_images(path: Path) -> Tensor | None:
         return normalise(read_tensors(path)[0]["images"])
     except Damaged:
         return None
+
+
+def _why_missing(study: Study, store: Store) -> str:
+    """What became of the model whose folder is empty, and what to do: the end of a sentence that names the folder."""
+    if store.has_final():
+        return (
+            f", though the final run of study {study.name!r} has ended; run the study again: the model's seed is "
+            "trained once more, and the test set stays closed."
+        )
+    if (why := store.why_closed()) is not None:
+        return f". {why}"
+    return f": the final run of study {study.name!r} has not ended; run the study to its end."
 
 
 def without_pretrained(backbone: Any) -> Any:

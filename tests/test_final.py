@@ -25,6 +25,7 @@ from harness.packing import unpack
 from harness.rerank import rerank
 from harness.results import Completed
 from harness.retraining import Place
+from harness.saved_model import load_saved
 from harness.space import Choice
 from harness.storage import Store
 from harness.study import run, search
@@ -138,6 +139,8 @@ def test_a_better_trial_leaves_the_test_set_closed_until_a_reason_is_given(
     assert f"Trial {number} is better on the validation images than trial {before['trial']}" in capsys.readouterr().err
     assert store.why_closed() in summary("tiny", store, "nowhere")
     assert store.is_settled()
+    with pytest.raises(InputError, match=rf"gone holds no model\. Trial {number} is better .*--reopen-test"):
+        load_saved(study, store, tmp_path / "gone")
     everything(study, store, tmp_path, reason="the first search was too short")
     after = store.attribute("final")
     assert (after["trial"], after["test_openings"]) == (number, 2)

@@ -271,7 +271,8 @@ def test_a_study_without_a_model_is_refused(at_home: Path, capsys: pytest.Captur
     model = at_home / "studies" / "tiny.model"
     model.rename(model.with_name("aside"))
     try:
-        assert_refused(at_home, capsys, ["predict", "tiny", "pictures"], ["tiny.model holds no model", "run the study"])
+        words = ["tiny.model holds no model, though the final run of study 'tiny' has ended", "run the study again"]
+        assert_refused(at_home, capsys, ["predict", "tiny", "pictures"], words)
     finally:
         model.with_name("aside").rename(model)
 
