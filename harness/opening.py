@@ -131,9 +131,11 @@ def _check_definition(study: Study, store: Store, content: Mapping[str, str] | N
     differing = [path for path in {**stored, **now} if stored.get(path) != now.get(path) and path not in unknown]
     if differing:
         changes = "; ".join(f"{path} was {stored.get(path)!r}, is {now.get(path)!r}" for path in differing)
+        command = store.attribute("command")  # the settings of the last start, which had the same definition
         raise InputError(
             f"Study {study.name!r} was begun with another definition ({changes}); its results could not be compared. "
             "Change it back, or start anew with --fresh (the old study is kept under another name)."
+            + (f" It was run with: {command}" if command else "")
         )
 
 
