@@ -6,6 +6,7 @@ not block the writer. After a power cut the last few committed lines may be miss
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import sys
@@ -30,6 +31,32 @@ LOCK_SECONDS = 0.3  # `show` takes the lock for a moment to see whether anybody 
 # The modules that SQLAlchemy asks for, and the packages to install where those are called otherwise.
 DRIVERS = {"psycopg2": "psycopg2-binary", "psycopg": "'psycopg[binary]'", "MySQLdb": "mysqlclient"}
 OPTUNA_TABLES = {"studies", "study_directions", "trials", "version_info"}
+
+
+class Unreadable(str):
+    """The text of an attribute that should be JSON and is not: somebody edited it."""
+
+
+class _Storage(optuna.storages.RDBStorage):
+    """Optuna's, in which one attribute of a study that is no JSON does not keep the others from being read."""
+
+    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
+        try:
+            return super().get_study_user_attrs(study_id)
+        except ValueError:
+            names = ("study_id", "key", "value_json")
+            columns: list[sqlalchemy.ColumnClause[Any]] = [sqlalchemy.column(name) for name in names]
+            attributes = sqlalchemy.table("study_user_attributes", *columns).c
+            texts = sqlalchemy.select(attributes.key, attributes.value_json).where(attributes.study_id == study_id)
+            with self.engine.connect() as connection:
+                return {name: _read(text) for name, text in connection.execute(texts)}
+
+
+def _read(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return Unreadable(text)
 
 
 def sqlite_file(url: str) -> Path | None:
@@ -179,7 +206,7 @@ def connect(url: str, *, writing: bool = True) -> optuna.storages.RDBStorage:
     readable_only = file is not None and file.exists() and not may_write(file)
     place = f"sqlite:///{_to_read(file)}&uri=true" if file is not None and readable_only else url
     try:
-        storage = optuna.storages.RDBStorage(place, engine_kwargs=_engine_options(url))
+        storage = _Storage(place, engine_kwargs=_engine_options(url))
     except (SQLAlchemyError, ImportError, RuntimeError) as error:
         raise _unopened(url, error) from error
     if file is not None and writing:

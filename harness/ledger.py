@@ -21,14 +21,18 @@ def appended(lines: Sequence[Line], uid: str, entry: Line) -> list[Line]:
     return [*lines, line | {"hash": _hash(line)}]
 
 
-def fault(lines: Sequence[Line], uid: str, known: str | None = None) -> str | None:
+def fault(lines: Any, uid: str, known: str | None = None) -> str | None:
     """What is wrong with a ledger, in a sentence; None when every line is as it was written.
 
+    `lines` is what the storage holds in its place, whatever that is.
     `known` is the hash of a line that must be among them: the one that the final result was written with.
     """
+    if not isinstance(lines, list):
+        return "the test ledger is not as it was written, a list of lines"
     previous = _sha256(uid)
     for number, line in enumerate(lines, 1):
-        if line.get("line") != number or line.get("previous") != previous or line.get("hash") != _hash(line):
+        placed = isinstance(line, dict) and line.get("line") == number and line.get("previous") == previous
+        if not placed or line.get("hash") != _hash(line):
             return f"line {number} of the test ledger is not as it was written"
         previous = line["hash"]
     if known is not None and known not in {line["hash"] for line in lines}:
@@ -44,12 +48,32 @@ def difference(lines: Sequence[Line], final: Mapping[str, Any]) -> str | None:
     line = next((line for line in lines if line["hash"] == final.get("ledger")), None)
     if line is None:
         return None
+    if line["event"] != RESULT:
+        return f"the final result names line {line['line']} of the test ledger, which is none of a result"
     seeds = [{key: seed.get(key) for key in ("seed", "correct", "total", "weights")} for seed in final["per_seed"]]
     correct, total = (sum(seed[key] for seed in line["seeds"]) for key in ("correct", "total"))
     shown = final["correct"], final["total"], final["accuracy"], final["trial"]
     if seeds == line["seeds"] and shown == (correct, total, correct / total, line["trial"]):
         return None
     return f"the final result is not the one that line {line['line']} of the test ledger says"
+
+
+def readable(lines: Any) -> list[Line]:
+    """The lines that can be shown: those that hold what an opening or a result does. `fault` names the others."""
+    return [line for line in lines if _is_line(line)] if isinstance(lines, list) else []
+
+
+def _is_line(line: Any) -> bool:
+    kinds = {"line": int, "event": str, "trial": int, "time": str, "commit": str, "hash": str}
+    if not isinstance(line, dict) or not all(isinstance(line.get(name), kind) for name, kind in kinds.items()):
+        return False
+    if line["event"] != RESULT:
+        return isinstance(line.get("reason"), str | None)
+    seeds = line.get("seeds")
+    return isinstance(seeds, list) and all(
+        isinstance(seed, dict) and isinstance(seed.get("correct"), int) and isinstance(seed.get("total"), int)
+        for seed in seeds
+    )
 
 
 def openings(lines: Sequence[Line]) -> list[Line]:

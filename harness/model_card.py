@@ -152,7 +152,7 @@ def _protocol(store: Store, trial: TrialRecord, final: Mapping[str, Any]) -> str
         f"({store.counts()['pruned']} pruned on the way, the others after the last epoch); trial {trial.number} was "
         f"chosen{among}, with {percent(trial.value)}. No test image had a part in it.",
         f"{_trained(final)} All of them were trained before the test set was opened for them.",
-        *(_opening(each) for each in ledger.openings(store.attribute("ledger") or [])),
+        *(_opening(each) for each in ledger.openings(store.ledger_lines())),
     ]
     params = sorted(trial.params.items())
     rows = [[f"`{path}`", f"{value:.4g}" if isinstance(value, float) else _plain(str(value))] for path, value in params]

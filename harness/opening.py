@@ -81,9 +81,11 @@ def exists(name: str, url: str) -> bool:
     check_database(url)
     storage = connect(url, writing=False)
     try:
-        known = outlast(url, lambda: optuna.get_all_study_summaries(storage))
-        begun = {each.study_name for each in known if "definition" in each.user_attrs or each.n_trials}
-        return name in begun
+        study = outlast(url, lambda: storage.get_study_id_from_name(name))
+        begun = outlast(url, lambda: "definition" in storage.get_study_user_attrs(study) or storage.get_n_trials(study))
+        return bool(begun)
+    except KeyError:
+        return False
     finally:
         dispose(storage)
 

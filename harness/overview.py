@@ -33,7 +33,7 @@ def overview(name: str, store: Store, tracking: str) -> dict[str, Any]:
         "final": final,
         "chosen": None if chosen is None else chosen.number,
         "rerank": _rerank(store),
-        "ledger": {"lines": store.attribute("ledger") or [], "fault": store.ledger_fault()},
+        "ledger": {"lines": store.ledger_lines(), "fault": store.ledger_fault()},
         "duplicates": store.attribute("duplicates"),
         "audit": store.attribute("audit"),
         "test": None if final is None else _tested(store),
@@ -271,7 +271,7 @@ def selection_sentence(final: dict[str, Any] | None) -> str | None:
 
 def test_sentence(store: Store) -> str:
     """The final result, or what has become of the test set without one, in a sentence or two."""
-    opened = openings(store.attribute("ledger") or [])
+    opened = openings(store.ledger_lines())
     if store.attribute("final") is None and opened:
         return (
             f"The test set was opened for trial {opened[-1]['trial']}, and no result is recorded yet: the study's "

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from harness import ledger
 from harness.config import Study
-from harness.database import outlast
+from harness.database import Unreadable, outlast
 from harness.errors import InputError
 from harness.ledger import Line
 from harness.results import Completed, Diverged, EpochResult, Failed, TrialOutcome
@@ -92,10 +92,16 @@ class Store:
 
     @outlasting
     def attribute(self, name: str) -> Any:
-        """A fact about the whole study, or None."""
+        """A fact about the whole study, or None. Raises InputError when it is no JSON.
+
+        But for the ledger, whose text is then given as it is: its fault is named beside what is else known.
+        """
         if self._attributes is None or not self._as_of_now:
             self._attributes = self._study.user_attrs
-        return self._attributes.get(name)
+        value = self._attributes.get(name)
+        if isinstance(value, Unreadable) and name != "ledger":
+            raise InputError(f"In {self.url}, the study's {name!r} is no JSON; take the storage from a copy.")
+        return value
 
     def _all_trials(self) -> list[FrozenTrial]:
         if self._trials is None or not self._as_of_now:
@@ -151,14 +157,18 @@ class Store:
 
     def ledger(self) -> list[Line]:
         """The openings of the test set and their results. Raises InputError when a line is not as it was written."""
-        lines = self.attribute("ledger") or []
         if (wrong := self.ledger_fault()) is not None:
             raise InputError(f"In {self.url}, {wrong}; the test set stays closed. Take the storage from a copy.")
-        return lines
+        return self.attribute("ledger") or []
+
+    def ledger_lines(self) -> list[Line]:
+        """What can be shown of the ledger, whether or not it has a fault."""
+        return ledger.readable(self.attribute("ledger"))
 
     def ledger_fault(self) -> str | None:
         """What is wrong with the test ledger, in a sentence; None when nothing is."""
-        final, lines = self.attribute("final") or {}, self.attribute("ledger") or []
+        final, lines = self.attribute("final") or {}, self.attribute("ledger")
+        lines = [] if lines is None else lines
         return ledger.fault(lines, self.attribute("uid") or "", final.get("ledger")) or ledger.difference(lines, final)
 
     def opened_for(self) -> int | None:
@@ -174,7 +184,7 @@ class Store:
         opened, chosen = self.opened_for(), self.chosen()
         if opened is None or chosen is None or opened == chosen.number:
             return False
-        lines = self.attribute("ledger") or []
+        lines = self.ledger_lines()
         return not lines or lines[-1]["trial"] != chosen.number
 
     def why_closed(self) -> str | None:

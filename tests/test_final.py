@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sqlite3
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from harness import final
+from harness.cli import main
 from harness.config import FinalConfig, Study
 from harness.data import tensors
 from harness.engine import Runtime
@@ -31,7 +33,7 @@ from harness.storage import Store
 from harness.study import run, search
 from harness.tracking import NoTracker
 from tests.analytic import epoch_result
-from tests.faulty import CommandLine
+from tests.faulty import CommandLine, one_sentence
 from tests.small import small_study
 
 CPU = Runtime(device=torch.device("cpu"), bf16=False, channels_last=False)
@@ -126,6 +128,48 @@ def test_an_edited_ledger_keeps_the_test_set_closed(study: Study, store: Store, 
         everything(study, store, tmp_path, reason="why not")
     assert "Do not trust this: line 2" in summary("tiny", store, "nowhere")
     assert overview("tiny", store, "nowhere")["ledger"]["fault"] is not None
+
+
+def test_what_is_no_ledger_is_named_by_every_command_and_keeps_the_test_set_closed(
+    line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert line.run("--trials", "1").code == 0
+    for content in ("no JSON", "5", '["opened"]', "[{}]", '{"line": 1}'):
+        _edit(line, "ledger", content)
+        fault = "line 1 of the test ledger is not as it was written"
+        fault = fault if content.startswith("[") else "the test ledger is not as it was written, a list of lines"
+        capsys.readouterr()
+        assert main(["show", "tiny"]) == 0
+        assert f"Do not trust this: {fault}." in capsys.readouterr().out
+        assert main(["show", "tiny", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["ledger"] == {"lines": [], "fault": fault}
+        assert main(["report", "tiny"]) == 0
+        assert f"Do not trust this: {fault}." in (line.place / "studies" / "tiny.report" / "report.html").read_text()
+        assert main(["doctor", "tiny"]) == 1
+        assert f"In the storage, {fault}: its test result is not to be trusted" in capsys.readouterr().out
+        assert f"Do not trust this: {fault}." in line.run("--trials", "1").out
+        refused = line.run("--trials", "2", "--reopen-test", "why not")
+        assert refused.code == 2
+        assert f"{fault}; the test set stays closed. Take the storage from a copy." in refused.err
+        assert one_sentence(refused.err)
+
+
+def _edit(line: CommandLine, attribute: str, content: str) -> None:
+    """Write a text in the place of a study's attribute, past Optuna."""
+    with contextlib.closing(sqlite3.connect(line.place / "studies" / "tiny.db")) as database:
+        database.execute("UPDATE study_user_attributes SET value_json = ? WHERE key = ?", (content, attribute))
+        database.commit()
+
+
+def test_another_attribute_that_is_no_json_is_named(line: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert line.run("--trials", "1").code == 0
+    _edit(line, "final", "nothing")
+    for command in (["show", "tiny"], ["doctor", "tiny"], ["run", "--study", "tiny", "--trials", "1"]):
+        capsys.readouterr()
+        assert main(command) == 2
+        err = capsys.readouterr().err
+        assert "the study's 'final' is no JSON; take the storage from a copy." in err
+        assert one_sentence(err)
 
 
 def test_a_better_trial_leaves_the_test_set_closed_until_a_reason_is_given(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.ledger import Line, appended, fault, openings
+from harness.ledger import Line, appended, difference, fault, openings, readable
 
 UID = "a study"
 
@@ -37,6 +37,29 @@ def test_an_edited_line_is_named(number: int, field: str, value: int) -> None:
     assert fault(lines, UID) == f"line {number + 1} of the test ledger is not as it was written"
 
 
+@pytest.mark.parametrize("content", [5, "no JSON", {}, {"line": 1}, True, 0.5, ""])
+def test_what_is_no_list_is_named(content: Any) -> None:
+    assert fault(content, UID) == "the test ledger is not as it was written, a list of lines"
+    assert readable(content) == []
+
+
+@pytest.mark.parametrize("line", [{}, 1, None, "opened", [], {"line": 1}, {"event": "result", "trial": 0, "line": 2}])
+def test_what_is_no_line_is_named(line: Any) -> None:
+    assert fault([line], UID) == "line 1 of the test ledger is not as it was written"
+    assert fault([*written(1), line], UID) == "line 2 of the test ledger is not as it was written"
+    assert readable([line]) == []
+
+
+@given(st.sampled_from(["line", "event", "trial", "time", "commit", "hash", "seeds"]), st.sampled_from([None, [1], {}]))
+def test_a_line_is_shown_when_it_holds_what_is_shown_of_it(name: str, value: Any) -> None:
+    common = {"line": 2, "trial": 3, "time": "2026-11-22T10:00:00+00:00", "commit": "abc", "hash": "0" * 64}
+    result = common | {"event": "result", "seeds": [{"correct": 1, "total": 2}]}
+    opened = common | {"event": "opened", "reason": "why not"}
+    assert readable([opened, result]) == [opened, result]
+    assert readable([result | {name: value}]) == []
+    assert readable([opened | {"reason": 5}]) == []
+
+
 @pytest.mark.parametrize("changed", [[0, 1, 3, 4], [1, 0, 2, 3, 4], [0, 1, 2, 2, 3, 4], [1, 2, 3, 4]])
 def test_lines_taken_out_moved_or_repeated_are_found(changed: list[int]) -> None:
     lines = written(5)
@@ -52,6 +75,11 @@ def test_lines_cut_off_at_the_end_are_found_by_the_hash_that_the_result_keeps() 
 
 def test_another_studys_ledger_is_not_taken() -> None:
     assert fault(written(2), "another study") is not None
+
+
+def test_a_result_that_names_an_opening_is_found() -> None:
+    lines = written(2)
+    assert "which is none of a result" in str(difference(lines, {"ledger": lines[0]["hash"], "per_seed": []}))
 
 
 def test_a_line_that_is_added_by_hand_does_not_fit() -> None:

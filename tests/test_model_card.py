@@ -98,7 +98,7 @@ def test_a_data_set_that_says_nothing_of_its_licence(finished: Finished, tmp_pat
 def test_every_opening_of_the_test_set_is_listed_with_its_reason(finished: Finished) -> None:
     lines = finished.store.attribute("ledger")
     assert finished.card().count("- The test set was opened for trial") == 1
-    again = {"event": "opened", "trial": 7, "time": "2026-01-02T03:04:05+00:00", "reason": "a wrong label was found"}
+    again = lines[0] | {"trial": 7, "time": "2026-01-02T03:04:05+00:00", "reason": "a wrong label was found"}
     finished.store.set_attribute("ledger", [*lines, again])
     try:
         text = finished.card()
