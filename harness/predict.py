@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from harness.catalogue import find
-from harness.data.cache import MAX_PIXELS, WORKERS, open_image
+from harness.data.cache import WORKERS, check_proportions, open_image
 from harness.data.image_folder import EXTENSIONS
 from harness.engine import Runtime, find_device
 from harness.errors import InputError
@@ -59,12 +59,7 @@ class Predictor:
         Raises InputError naming the file when it is no image, damaged, or too large or too narrow to be decoded safely.
         """
         image = open_image(path)
-        width, height = image.size
-        # The short side is resized to S first: a line of pixels would become an image that fills the memory.
-        if max(width, height) * self.saved.image_size**2 > MAX_PIXELS * min(width, height):
-            raise InputError(
-                f"{path} has {width} x {height} pixels, which is too narrow; cut out the part that matters."
-            )
+        check_proportions(path, image, self.saved.image_size)
         return preprocess([image], self.saved.image_size)[0]
 
     def probabilities(self, images: Tensor) -> Tensor:

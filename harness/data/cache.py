@@ -43,7 +43,7 @@ WORKERS = os.cpu_count() or 1  # Pillow releases the interpreter while it decode
 def decoded(dataset: Dataset, items: Sequence[Any], size: int) -> NDArray[np.uint8]:
     """The items' images as a memory-mapped array [len(items), size, size, 3], decoded at the first call only.
 
-    Raises InputError naming the file when one is no readable image.
+    Raises InputError naming the file when one is no readable image, or too narrow.
     """
     return keyed(dataset, items, [size])[size][1]
 
@@ -74,7 +74,7 @@ def keyed(dataset: Dataset, items: Sequence[Any], sizes: Sequence[int]) -> dict[
             unmade = {size: keys[size] for size in missing if size not in opened}
             if unmade:
                 # Each image is decoded once, whatever the number of sizes.
-                squares = pool.map(lambda item: _squares(dataset.open(item), list(unmade)), items)
+                squares = pool.map(lambda item: _squares(dataset, item, list(unmade)), items)
                 _write(folder, unmade, len(items), squares)
     for size in missing:
         if size not in opened:
@@ -92,8 +92,18 @@ def _remembered(file: Path) -> str:
     return text if KEY.fullmatch(text) else ""
 
 
-def _squares(image: Image.Image, sizes: Sequence[int]) -> list[NDArray[np.uint8]]:
+def _squares(dataset: Dataset, item: Any, sizes: Sequence[int]) -> list[NDArray[np.uint8]]:
+    image = dataset.open(item)
+    check_proportions(item, image, max(sizes))
     return [square(image, size) for size in sizes]
+
+
+def check_proportions(item: Any, image: Image.Image, size: int) -> None:
+    """Raise InputError naming the item when its image is too narrow to be made a square of `size` pixels safely."""
+    width, height = image.size
+    # The short side is resized to `size` first: a line of pixels would become an image that fills the memory.
+    if max(width, height) * size**2 > MAX_PIXELS * min(width, height):
+        raise InputError(f"{item} has {width} x {height} pixels, which is too narrow; cut out the part that matters.")
 
 
 def square(image: Image.Image, size: int) -> NDArray[np.uint8]:

@@ -347,6 +347,20 @@ def test_a_file_that_is_no_image_is_named_and_leaves_nothing_behind(
     assert len(decoded(Photos(cache=str(cache)), photos, 16)) == 3
 
 
+@pytest.mark.parametrize("size", [(50_000, 1), (1, 50_000)], ids=str)
+def test_a_line_of_pixels_is_named_before_it_fills_the_memory(
+    photos: list[Path], cache: Path, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    Image.new("RGB", size).save(tmp_path / "line.png")
+    data, items = Photos(cache=str(cache)), [*photos, tmp_path / "line.png"]
+    words = rf"line\.png has {size[0]} x {size[1]} pixels, which is too narrow; cut out the part that matters\."
+    with pytest.raises(InputError, match=words):
+        content_keys(data, items, [16, 72])
+    assert not arrays(cache)
+    assert not partials(cache)
+    assert len(decoded(data, items, 16)) == 4  # at this size it is no larger than other images
+
+
 # --- orientation and modes ---
 
 
