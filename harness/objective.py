@@ -15,6 +15,7 @@ from harness.engine import Runtime
 from harness.environment import environment
 from harness.errors import Halt, no_room
 from harness.experiment import assemble
+from harness.leases import LeaseLost
 from harness.optim import group_table
 from harness.results import (
     Completed,
@@ -39,7 +40,7 @@ def evaluate_trial(
 
     An exception inside the trial is an outcome too (Failed). What stops the process is not: the trial is left to be
     taken up again, from a checkpoint when there was time to write one. So is what breaks the ground under all trials
-    (Halt).
+    (Halt), and what another process does now (LeaseLost).
     """
     start = time.monotonic()
     config, key = study.config(asked.params), trial_key(asked.number)
@@ -53,7 +54,7 @@ def evaluate_trial(
         here = environment(runtime.device.type)
         checkpoint = Checkpoint(checkpoints / f"{key}{SUFFIX}", identity, training, here)
         outcome = yield from _train(training, asked, store, log, checkpoint)
-    except Halt:
+    except (Halt, LeaseLost):
         raise
     except Exception as error:
         if no_room(error):
@@ -86,7 +87,12 @@ def _train(
         resumed=asked.resumed,
         progress=training.progress,
     )
-    with checkpoint.saved_when_stopped(), closing(fit(training, checkpoint.after_batch)) as results:
+
+    def after_batch() -> None:
+        store.check(asked)
+        checkpoint.after_batch()
+
+    with checkpoint.saved_when_stopped(), closing(fit(training, after_batch)) as results:
         for result in chain(restored, results):
             if not result.is_finite():
                 return Diverged(epoch=result.epoch, step=result.diverged_step, lr=result.lr, grad_norm=result.grad_norm)

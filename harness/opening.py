@@ -18,6 +18,7 @@ from harness.config import Study
 from harness.database import BUSY_TIMEOUT_SECONDS, check_database, connect, dispose, held, outlast, sqlite_file
 from harness.errors import InputError
 from harness.files import Damaged
+from harness.leases import Leases, make_table
 from harness.storage import Store
 
 
@@ -45,7 +46,14 @@ def open_store(study: Study, url: str, content: Mapping[str, str] | None = None)
             optuna_study = outlast(url, create)
             store = Store(url, optuna_study)
             _check_definition(study, store, content)
-            yield store
+            outlast(url, lambda: make_table(storage.engine))
+            leases = Leases(storage.engine, store.attribute("uid"), file)
+            try:
+                if file is not None:  # it is held: the workers of whoever held it before are gone, or should be
+                    outlast(url, leases.clear)
+                yield Store(url, optuna_study, leases=leases)
+            finally:
+                leases.close()
         finally:
             dispose(storage)
 

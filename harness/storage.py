@@ -2,43 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from harness import ledger
+from harness import asking, ledger
+from harness.asking import FINISHED, Seen
 from harness.config import Study
 from harness.database import Unreadable, outlast
 from harness.errors import InputError
+from harness.leases import LeaseLost, Leases
 from harness.ledger import Line
 from harness.results import Completed, Diverged, EpochResult, Failed, TrialOutcome
-from harness.search import may_prune, suggest
-from harness.seeds import derive_seed
+from harness.search import may_prune
 from harness.space import encode
+from harness.tracking import trial_key
 
 P = ParamSpec("P")
 T = TypeVar("T")
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A trial that is to be evaluated: new, or left behind by a process that died.
-
-    `curve` is what the storage holds of it, validation accuracy by epoch; nobody else writes it, for the study is held.
-    """
+    """A trial that is to be evaluated: new, or left behind by a process that died."""
 
     number: int
     params: dict[str, Any]
     resumed: bool
-    trial: optuna.Trial
-    curve: dict[int, float]
+
+
+class NoTrialFree(Exception):
+    """Every trial that the study asks for has ended, or another worker is at it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +78,14 @@ class Store:
     `as_of_now`: everything is read once, so that what is shown of a running study fits together.
     """
 
-    def __init__(self, url: str, optuna_study: optuna.Study, as_of_now: bool = False) -> None:
+    def __init__(
+        self, url: str, optuna_study: optuna.Study, as_of_now: bool = False, leases: Leases | None = None
+    ) -> None:
+        """Without `leases` nobody else may work on the study."""
         self.url = url
         self._study = optuna_study
+        self._leases = leases
+        self._curves: dict[int, dict[int, float]] = {}  # of the trials asked for: accuracy by epoch, as it is stored
         self._as_of_now = as_of_now
         self._attributes: dict[str, Any] | None = None
         self._trials: list[FrozenTrial] | None = None
@@ -221,30 +228,54 @@ class Store:
         return str(lines[-1]["hash"])
 
     @outlasting
-    def ask(self, study: Study) -> Asked:
+    def ask(self, study: Study, at_most: int | None = None) -> Asked:
         """The next trial to evaluate: an interrupted one first, under its own number and parameters, else a new one.
 
-        The sampler is made anew for every question, seeded from the study's seed, the number of finished trials and
-        the question. It therefore answers the same after a kill as without one.
+        It is this process's until it is told, or the process is thought dead. Raises NoTrialFree when those that have
+        ended and those that other workers are at make `at_most`.
         """
+        taken, resumed = self._take(study, at_most)
         trials = self._study.get_trials(deepcopy=False)
-        running = [trial for trial in trials if trial.state is TrialState.RUNNING]
-        finished = sum(trial.state in FINISHED for trial in trials)
-        self._study.sampler = study.sampler.build(study, derive_seed(study.seed, "ask", finished))
-        if running:
-            trial = optuna.Trial(self._study, running[0]._trial_id)
-        else:
-            if not trials:
+        kept = taken.user_attrs.get("seen")
+        seen = Seen.now(trials, taken.number, study.space) if kept is None else Seen.from_dict(kept)
+        if kept is None and seen.open:  # before the first parameter is written
+            self._study._storage.set_trial_user_attr(taken._trial_id, "seen", seen.to_dict())
+        history = seen.history(trials, taken.number)
+        params = asking.ask(study, self._study, taken._trial_id, taken.number, history)
+        self._curves[taken.number] = dict(taken.intermediate_values)
+        return Asked(number=taken.number, params=params, resumed=resumed)
+
+    def _take(self, study: Study, at_most: int | None) -> tuple[FrozenTrial, bool]:
+        """A trial that nobody is at, for this process, and whether it was begun before; made if none is left over."""
+        storage, leases = self._study._storage, self._leases
+        with contextlib.nullcontext() if leases is None else leases.desk():
+            if not self._study.get_trials(deepcopy=False):
                 self._study.enqueue_trial(encode(study.space, study.train))
-            trial = self._study.ask()
-        # Optuna draws jointly sampled parameters at the first question; have it drawn now, whatever was asked before.
-        _ = trial.relative_params
-        for path, dimension in study.space.items():
-            # A fresh stream for each parameter: a process may die between two of them.
-            self._study.sampler = study.sampler.build(study, derive_seed(study.seed, "ask", finished, path))
-            suggest(trial, path, dimension)
-        curve = dict(running[0].intermediate_values) if running else {}
-        return Asked(number=trial.number, params=dict(trial.params), resumed=bool(running), trial=trial, curve=curve)
+            trials = self._study.get_trials(deepcopy=False)
+            unfinished = [trial for trial in trials if trial.state not in FINISHED]
+            if leases is not None and at_most is not None:
+                others = {key for key, owner in leases.holders().items() if owner != leases.owner}
+                taken = sum(trial_key(trial.number) in others for trial in unfinished)
+                if len(trials) - len(unfinished) + taken >= at_most:
+                    raise NoTrialFree
+            for trial in unfinished:
+                if leases is None or leases.claim(trial_key(trial.number)):
+                    if trial.state is TrialState.RUNNING:
+                        return trial, True
+                    storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+                    return storage.get_trial(trial._trial_id), False
+            made = storage.get_trial(storage.create_new_trial(self._study._study_id))
+            if leases is not None:
+                leases.claim(trial_key(made.number))
+            return made, False
+
+    def check(self, asked: Asked) -> None:
+        """Raise LeaseLost when another process has taken up this trial, for this one was thought dead."""
+        if self._leases is not None:
+            self._leases.check(trial_key(asked.number))
+
+    def _id(self, asked: Asked) -> int:
+        return self._study._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, asked.number)
 
     @outlasting
     def report(self, asked: Asked, epoch: int, value: float) -> None:
@@ -252,10 +283,13 @@ class Store:
 
         A repeated epoch with another result is named on stderr: the trial went on where the same steps give other bits.
         """
-        known = asked.curve.get(epoch)
+        self.check(asked)
+        curve = self._curves[asked.number]
+        known = curve.get(epoch)
         if known is None:
-            asked.trial.report(value, epoch)
-            asked.curve[epoch] = value
+            with _ended_elsewhere(asked):
+                self._study._storage.set_trial_intermediate_value(self._id(asked), epoch, value)
+            curve[epoch] = value
         elif known != value:
             text = f"Trial {asked.number} gives {value:.4f} in the redone epoch {epoch}, not {known:.4f} as before"
             print(f"{text}: its later epochs are not those of an uninterrupted trial.", file=sys.stderr)
@@ -263,8 +297,10 @@ class Store:
     @outlasting
     def should_prune(self, asked: Asked, epoch: int) -> bool:
         """The pruner's verdict after `epoch`; an epoch that an earlier process went beyond was judged then."""
-        latest = epoch == max(asked.curve, default=None)
-        return latest and may_prune(self._study.pruner, epoch) and asked.trial.should_prune()
+        latest = epoch == max(self._curves[asked.number], default=None)
+        if not (latest and may_prune(self._study.pruner, epoch)):
+            return False
+        return self._study.pruner.prune(self._study, self._study._storage.get_trial(self._id(asked)))
 
     @outlasting
     def tell(
@@ -279,22 +315,39 @@ class Store:
 
         `environments` are those that it was trained in, one after the other (`harness.environment`).
         """
+        self.check(asked)
         # Which images the last epoch has right says what choosing among trials is worth; of the others nobody asks it.
         kept = [*(each.without_hits() for each in epochs[:-1]), *epochs[-1:]]
-        asked.trial.set_user_attr("epochs", [result.to_dict() for result in kept])
-        asked.trial.set_user_attr("seconds", seconds)
-        asked.trial.set_user_attr("environments", [dict(each) for each in environments])
         described = dataclasses.asdict(outcome) | {"state": outcome.state}
         if isinstance(outcome, Diverged):
             described["reason"] = outcome.reason
-        asked.trial.set_user_attr("outcome", described)
-        if isinstance(outcome, Completed):
-            self._study.tell(asked.trial, outcome.value)
-        elif isinstance(outcome, Failed):
-            self._study.tell(asked.trial, state=TrialState.FAIL)
-        else:
-            # A diverged trial is told as pruned: Optuna's samplers ignore failures and would try its region again.
-            self._study.tell(asked.trial, state=TrialState.PRUNED)
+        attributes = {
+            "epochs": [result.to_dict() for result in kept],
+            "seconds": seconds,
+            "environments": [dict(each) for each in environments],
+            "outcome": described,
+        }
+        with _ended_elsewhere(asked):
+            for name, value in attributes.items():
+                self._study._storage.set_trial_user_attr(self._id(asked), name, value)
+            if isinstance(outcome, Completed):
+                self._study.tell(asked.number, outcome.value)
+            elif isinstance(outcome, Failed):
+                self._study.tell(asked.number, state=TrialState.FAIL)
+            else:
+                # A diverged trial is told as pruned: Optuna's samplers ignore failures and would try its region again.
+                self._study.tell(asked.number, state=TrialState.PRUNED)
+        if self._leases is not None:
+            self._leases.release(trial_key(asked.number))
+
+
+@contextlib.contextmanager
+def _ended_elsewhere(asked: Asked) -> Iterator[None]:
+    """A trial that has ended meanwhile was taken up by another process."""
+    try:
+        yield
+    except UpdateFinishedTrialError as error:
+        raise LeaseLost(trial_key(asked.number)) from error
 
 
 def _record(trial: FrozenTrial) -> TrialRecord:

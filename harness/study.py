@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -10,14 +11,16 @@ from harness.checkpoint import remove, stale
 from harness.config import Study
 from harness.engine import Runtime
 from harness.final import final_run
+from harness.leases import LeaseLost
 from harness.objective import evaluate_trial
 from harness.rerank import rerank
 from harness.results import Event, Failed, TrialEnded
 from harness.retraining import Place
-from harness.storage import Store
+from harness.storage import NoTrialFree, Store
 from harness.tracking import Tracker, base_key, final_key, rerank_key, trial_key
 
 FAILURES_IN_A_ROW = 3
+POLL_SECONDS = 0.5
 
 
 class TooManyFailures(Exception):
@@ -68,8 +71,14 @@ def search(study: Study, store: Store, tracker: Tracker, runtime: Runtime, check
     states = [trial.state for trial in store.trials() if trial.state != "running"]
     failures = next((count for count, state in enumerate(reversed(states)) if state != "failed"), len(states))
     while store.finished() < study.trials:
-        asked = store.ask(study)
-        outcome = yield from evaluate_trial(study, asked, store, tracker, runtime, checkpoints)
+        try:
+            asked = store.ask(study, at_most=study.trials)
+            outcome = yield from evaluate_trial(study, asked, store, tracker, runtime, checkpoints)
+        except NoTrialFree:
+            time.sleep(POLL_SECONDS)  # somebody who is at one of them may die
+            continue
+        except LeaseLost:
+            continue
         yield TrialEnded(number=asked.number, outcome=outcome)
         failures = failures + 1 if isinstance(outcome, Failed) else 0
         if failures >= FAILURES_IN_A_ROW and isinstance(outcome, Failed):

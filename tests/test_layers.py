@@ -18,7 +18,7 @@ HARNESS = PROJECT / "harness"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "results", "seeds", "space", "config", "interrupt", "environment", "outbox", "files", "mlflow_library"),
     ("ledger", "packing", "evidence", "audit", "predictions", "thumbnails"),
-    ("data", "models", "optim", "engine", "search", "database"),
+    ("data", "models", "optim", "engine", "search", "asking", "database", "leases"),
     ("trainer", "auto"),
     ("experiment", "checkpoint", "features"),
     ("objective", "storage", "opening", "tracking", "mlflow_tracker", "mlflow_places", "mlflow_check"),
@@ -41,7 +41,19 @@ FREE_OF_TORCH = (
         "catalogue",
         "cli",
     ),
-    *("arguments", "opening", "ledger", "packing", "evidence", "audit", "predictions", "thumbnails", "cost"),
+    *(
+        "arguments",
+        "asking",
+        "leases",
+        "opening",
+        "ledger",
+        "packing",
+        "evidence",
+        "audit",
+        "predictions",
+        "thumbnails",
+        "cost",
+    ),
 )
 
 

@@ -234,7 +234,7 @@ def test_the_grid_takes_the_base_first_and_then_every_other_point_once_in_order(
     for _ in range(6):
         each = store.ask(study)
         asked.append((each.params["optim.base_lr"], each.params["backbone.hidden"]))
-        store.optuna_study.tell(each.trial, 0.5)
+        store.optuna_study.tell(each.number, 0.5)
     assert asked[0] == (1e-3, "16")
     assert asked[1:] == [(1e-2, "16-8"), (1e-2, "16"), (1e-3, "16-8"), (1e-4, "16-8"), (1e-4, "16")]
 
@@ -246,7 +246,7 @@ def test_the_nth_trial_takes_the_nth_point_whatever_the_seed() -> None:
         for point in Grid().points(study)[:4]:
             asked = store.ask(study)
             assert asked.params == point
-            store.optuna_study.tell(asked.trial, 0.5)
+            store.optuna_study.tell(asked.number, 0.5)
 
 
 def test_more_trials_than_points_are_refused() -> None:
@@ -278,7 +278,7 @@ def test_optunas_exhaustive_samplers_run_to_the_last_point_or_are_refused_at_onc
         return
     store = memory_store(study)
     for _ in range(8):  # the enqueued base may not count as a point of theirs
-        store.optuna_study.tell(store.ask(study).trial, 0.5)
+        store.optuna_study.tell(store.ask(study).number, 0.5)
     assert store.finished() == 8
 
 
@@ -328,7 +328,7 @@ def test_parameters_of_a_trial_are_drawn_independently_of_each_other() -> None:
     study = make_study("cache", space=space, sampler=Sampler("RandomSampler"))
     store = memory_store(study)
     for _ in range(10):
-        store.optuna_study.tell(store.ask(study).trial, 0.5)
+        store.optuna_study.tell(store.ask(study).number, 0.5)
     drawn = [trial.params for trial in store.trials()[1:]]
     assert all(each["backbone.dropout"] != each["backbone.stochastic_depth"] for each in drawn)
 

@@ -1,0 +1,101 @@
+"""What a sampler is shown when it is asked for a configuration, and asking it.
+
+Several workers ask at different moments, so every question comes with what was known then: the trials with a lower
+number that had ended, and the parameters of those that were running. Which ones that were is kept with the trial, and
+the same question can be put again (`harness.replay`). A study with one worker has seen all lower numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from harness.search import suggest
+from harness.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from harness.config import Study
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was not known of the lower numbers: `open` had not ended, and of those `running` had their parameters."""
+
+    open: tuple[int, ...] = ()
+    running: tuple[int, ...] = ()
+
+    @staticmethod
+    def now(trials: Sequence[FrozenTrial], number: int, space: Iterable[str]) -> Seen:
+        """What can be known at this moment to trial `number`."""
+        lower = [trial for trial in trials if trial.number < number and trial.state not in FINISHED]
+        running = [trial.number for trial in lower if all(path in trial.params for path in space)]
+        return Seen(tuple(trial.number for trial in lower), tuple(running))
+
+    def history(self, trials: Sequence[FrozenTrial], number: int) -> list[FrozenTrial]:
+        """The trials as they were known to trial `number`; of the running ones the parameters alone."""
+        known = [trial for trial in trials if trial.number < number and trial.number not in self.open]
+        running = [_running(trial) for trial in trials if trial.number in self.running]
+        return sorted(known + running, key=lambda trial: trial.number)
+
+    def to_dict(self) -> dict[str, list[int]]:
+        return {"open": list(self.open), "running": list(self.running)}
+
+    @staticmethod
+    def from_dict(record: dict[str, list[int]]) -> Seen:
+        return Seen(tuple(record["open"]), tuple(record["running"]))
+
+
+def _running(trial: FrozenTrial) -> FrozenTrial:
+    return FrozenTrial(
+        number=trial.number,
+        state=TrialState.RUNNING,
+        value=None,
+        datetime_start=trial.datetime_start,
+        datetime_complete=None,
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs={},
+        system_attrs={},
+        intermediate_values={},
+        trial_id=trial._trial_id,
+    )
+
+
+class _History(optuna.Study):
+    """A study that shows its sampler these trials, whatever the storage holds."""
+
+    shown: list[FrozenTrial]
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        trials = [trial for trial in self.shown if states is None or trial.state in states]
+        return copy.deepcopy(trials) if deepcopy else trials
+
+
+def ask(study: Study, of: optuna.Study, trial_id: int, number: int, history: list[FrozenTrial]) -> dict[str, Any]:
+    """The parameters of a trial, written to the storage of `of`; what it has already stays.
+
+    The sampler is made anew for every question, seeded from the study's seed, the trial's number and the question. It
+    therefore answers the same after a kill as without one.
+    """
+    shown = _History.__new__(_History)
+    shown.__setstate__({key: value for key, value in of.__dict__.items() if key != "_thread_local"})
+    shown.shown = history
+    of.sampler = shown.sampler = study.sampler.build(study, derive_seed(study.seed, "ask", number))
+    trial = optuna.Trial(shown, trial_id)
+    # Optuna draws jointly sampled parameters at the first question; have it drawn now, whatever was asked before.
+    _ = trial.relative_params
+    for path, dimension in study.space.items():
+        # A fresh stream for each parameter: a process may die between two of them.
+        shown.sampler = study.sampler.build(study, derive_seed(study.seed, "ask", number, path))
+        suggest(trial, path, dimension)
+    of.sampler = shown.sampler
+    return dict(trial.params)
