@@ -72,6 +72,17 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps (default: what the study says, else auto)")
     parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=_positive,
+        default=1,
+        help="processes that train side by side, each with a GPU of its own or its share of the cores "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers-per-gpu", metavar="N", type=_positive, default=1, help="how many share a GPU (default: %(default)s)"
+    )
+    parser.add_argument(
         "--reopen-test",
         metavar="REASON",
         type=_given,

@@ -10,6 +10,7 @@ import json
 import os
 import sqlite3
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ import filelock
 import optuna
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
 from harness.errors import Halt, InputError, first_line, masked
 from harness.files import replace_file
@@ -27,9 +28,14 @@ from harness.files import replace_file
 T = TypeVar("T")
 
 BUSY_TIMEOUT_SECONDS = 60
+CONNECT_SECONDS = 10  # for a database server to answer
+AWAY_SECONDS, RETRY_SECONDS = 300.0, 2.0  # how long a server may be away, and between two attempts
+IDLE_SECONDS = 30  # after which a server takes its locks from a process that stands still
 LOCK_SECONDS = 0.3  # `show` takes the lock for a moment to see whether anybody holds it
 # The modules that SQLAlchemy asks for, and the packages to install where those are called otherwise.
 DRIVERS = {"psycopg2": "psycopg2-binary", "psycopg": "'psycopg[binary]'", "MySQLdb": "mysqlclient"}
+SETTING_UP = 7_283_911  # the number of PostgreSQL's advisory lock
+CONFLICTS = ("40001", "40P01")  # PostgreSQL's serialization failure and deadlock: the same again will do
 OPTUNA_TABLES = {"studies", "study_directions", "trials", "version_info"}
 
 
@@ -88,9 +94,13 @@ def check_database(url: str) -> None:
             return
         _check_tables(url, *tables(file, "--storage"))
         return
+    if sqlalchemy.engine.make_url(url).get_backend_name() != "postgresql":
+        raise InputError(
+            f"--storage {url!r}: a study lives in SQLite or PostgreSQL; write sqlite:///FILE or postgresql://..."
+        )
     check_driver(url, "--storage")
     try:
-        engine = sqlalchemy.create_engine(url)
+        engine = sqlalchemy.create_engine(url, **_engine_options(url))
         _check_tables(url, *sqlalchemy.inspect(engine).get_table_names())
         engine.dispose()
     except (SQLAlchemyError, ImportError) as error:
@@ -98,26 +108,51 @@ def check_database(url: str) -> None:
 
 
 def outlast(url: str, operation: Callable[[], T]) -> T:
-    """What `operation` returns; waits while another program locks the database. Raises Halt when the database fails.
+    """What `operation` returns; waits while another program locks the database, or its server is away for some minutes.
 
-    It may be cut off anywhere and called again.
+    It may be cut off anywhere and called again. Raises Halt when the database fails.
     """
+    began = time.monotonic()
     said = False
     while True:
         try:
             return operation()
         except (StorageInternalError, SQLAlchemyError) as error:
             cause = _cause(error)
-            if "locked" not in cause:
+            why = _passing(url, error)
+            if why is None or (why == AWAY and time.monotonic() - began > AWAY_SECONDS):
                 raise _failed(url, cause) from error
             if not said:
-                print(f"The database {masked(url)} is locked by another program; waiting for it.", file=sys.stderr)
+                print(f"The database {masked(url)} {why}; waiting for it.", file=sys.stderr)
                 said = True
+            if why != LOCKED:  # for a lock SQLite has waited already
+                time.sleep(RETRY_SECONDS)
+
+
+LOCKED, AWAY = "is locked by another program", "does not answer"
+
+
+def _passing(url: str, error: BaseException) -> str | None:
+    """What may be over soon: a lock, a server that is away, or two transactions in each other's way; else None."""
+    cause = _cause(error)
+    if sqlite_file(url) is not None:
+        return LOCKED if "locked" in cause else None
+    if _no_room(cause):
+        return None
+    inner = _inner(error)
+    if getattr(getattr(inner, "orig", None), "sqlstate", None) in CONFLICTS:
+        return "has two writers in each other's way"
+    return AWAY if isinstance(inner, OperationalError | InterfaceError) else None
+
+
+def _inner(error: BaseException) -> BaseException:
+    """What SQLAlchemy raised; Optuna wraps it."""
+    return error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ is not None else error
 
 
 def _cause(error: BaseException) -> str:
-    """What the database itself said; Optuna and SQLAlchemy wrap it."""
-    error = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ is not None else error
+    """What the database itself said."""
+    error = _inner(error)
     return first_line(getattr(error, "orig", None) or error)
 
 
@@ -216,7 +251,37 @@ def connect(url: str, *, writing: bool = True) -> optuna.storages.RDBStorage:
 
 
 def _engine_options(url: str) -> dict[str, Any]:
-    return {"connect_args": {"timeout": BUSY_TIMEOUT_SECONDS}} if sqlite_file(url) is not None else {}
+    if sqlite_file(url) is not None:
+        return {"connect_args": {"timeout": BUSY_TIMEOUT_SECONDS}}
+    options = f"-c idle_in_transaction_session_timeout={IDLE_SECONDS}s"
+    # A worker keeps one connection; a lock, and the thread that renews leases, take another one for a moment.
+    return {
+        "connect_args": {"connect_timeout": CONNECT_SECONDS, "application_name": "harness", "options": options},
+        "pool_pre_ping": True,
+        "pool_size": 1,
+        "max_overflow": 3,
+    }
+
+
+@contextmanager
+def alone(url: str) -> Iterator[None]:
+    """One process at a time on a database server, whatever its study: tables and studies are made here.
+
+    On SQLite the study's own lock does that. Raises InputError when the server cannot be reached.
+    """
+    if sqlite_file(url) is not None:
+        yield
+        return
+    options = {key: value for key, value in _engine_options(url).items() if key == "connect_args"}
+    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **options)
+    try:
+        connection = engine.connect()
+    except SQLAlchemyError as error:
+        raise _unopened(url, error) from error
+    with connection, connection.begin():
+        connection.execute(sqlalchemy.text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+        connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({SETTING_UP})"))
+        yield
 
 
 def _set_pragmas(connection: Any, _record: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -19,12 +18,15 @@ from harness.overview import in_short
 from harness.results import (
     Completed,
     Diverged,
+    Elsewhere,
     EpochEnded,
     EpochResult,
     Event,
     Failed,
     Pruned,
+    Reached,
     TrialEnded,
+    TrialLost,
     TrialOutcome,
     TrialStarted,
 )
@@ -44,16 +46,16 @@ class StudyConsole(Console):
 class Display:
     """Shows the events of `study.run`. Use it as a context manager."""
 
-    def __init__(self, study: Study, store: Store, console: Console) -> None:
+    def __init__(self, study: Study, store: Store, console: Console, workers: int = 1) -> None:
         self._study = study
+        self._workers = workers
         self._store = store
         self._console = console
-        self._started: TrialStarted | None = None
+        self._under_way: dict[str, TrialStarted] = {}  # by name
         self._epoch_seconds: list[float] = []  # of the trials' epochs
         self._trial_seconds: list[float] = []
-        self._spent = 0.0  # seconds of the epochs of the training under way
         self._final_ratio = 1.0  # how much longer an epoch of the final run is, with the validation images trained on
-        self._forecast = False  # whether it was said
+        self._forecast = self._waiting = False  # whether it was said
         self._look()
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
 
@@ -71,14 +73,20 @@ class Display:
     def show(self, event: Event) -> None:
         match event:
             case TrialStarted():
-                self._started = event
-                self._spent = sum(result.seconds for result in event.progress.epochs)
+                self._under_way[event.name] = event
                 if event.resumed:
                     self._say(f"{event.name} was interrupted; it {_place(event)}.")
             case EpochEnded():
                 self._epoch_ended(event)
             case TrialEnded():
                 self._trial_ended(event)
+            case TrialLost():
+                self._under_way.pop(f"trial {event.number}", None)
+                self._say(f"trial {event.number} was taken up by another process, for this one did not move.")
+            case Elsewhere():
+                if not self._waiting:
+                    self._waiting = True
+                    self._say(f"The final run is done by {event.by}; waiting for its end.")
 
     def _look(self) -> None:
         """What the storage knows, so that a resumed study starts with the times of before."""
@@ -96,28 +104,29 @@ class Display:
             self._final_ratio = 1 + result.val.total / result.train.total
 
     def _epoch_ended(self, event: EpochEnded) -> None:
-        result = event.result
-        self._spent += result.seconds
+        result, started = event.result, self._under_way[event.name]
+        if isinstance(started.progress, Reached):
+            started.progress.ended(result)
         if result.val or not self._epoch_seconds:
             self._epoch_seconds.append(result.seconds)
             self._compare_sizes(result)
         if not self._console.is_terminal:
             measured = f"val {result.val.accuracy:.2%}" if result.val else f"train {result.train.accuracy:.2%}"
-            epochs = self._study.train.epochs
-            self._say(f"{event.name}  epoch {result.epoch}/{epochs}  loss {result.train.loss:.3f}  {measured}")
+            self._say(f"{event.name}  epoch {result.epoch}/{started.epochs}  loss {result.train.loss:.3f}  {measured}")
         if not self._forecast:
             self._forecast = True
             self._say(forecast(result.seconds, self._left() or 0.0, pruning_known=bool(self._trial_seconds)))
+        if result.epoch == started.epochs and not event.name.startswith("trial "):
+            del self._under_way[event.name]
 
     def _trial_ended(self, event: TrialEnded) -> None:
         self._look()
-        self._spent = 0.0
         seconds = next(trial.seconds or 0.0 for trial in self._store.trials() if trial.number == event.number)
-        params = self._started.params if self._started else {}
+        started = self._under_way.pop(f"trial {event.number}", None)
+        params = started.params if started else {}
         name = f"trial {event.number}".ljust(9)
         best = "  best so far" if self._best is not None and self._best.number == event.number else ""
         self._say(f"{name} {_outcome(event.outcome)}  {in_short(params, whole_paths=False)}  {duration(seconds)}{best}")
-        self._started = None
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True)
@@ -128,18 +137,21 @@ class Display:
             return None
         epoch = sum(self._epoch_seconds) / len(self._epoch_seconds)
         trial = sum(self._trial_seconds) / len(self._trial_seconds) if self._trial_seconds else None
-        whole = epoch * self._study.train.epochs * self._final_ratio
-        if self._started is None or self._started.name.startswith("trial "):
-            whole = trial or epoch * self._study.train.epochs
+        whole = {"trial": trial or epoch * self._study.train.epochs}
+        after = epoch * self._study.train.epochs * self._final_ratio
         left = estimate(self._study, self._finished, epoch, trial, self._final_ratio, self._trainings())
-        return max(left - min(self._spent, whole), 0.0)
+        for started in self._under_way.values():
+            spent = sum(result.seconds for result in started.progress.epochs)
+            left -= min(spent, whole.get(started.name.partition(" ")[0], after))
+        return max(left / self._workers, 0.0)
 
     def _trainings(self) -> int:
-        """How many trainings come after the search, the one under way among them: the seeds, and the base last."""
-        final, started = self._study.final, self._started
-        if started is not None and started.name.startswith("final "):
-            return final.seeds - started.number + final.compare_base
-        if started is not None and started.name.startswith("base "):
+        """How many trainings come after the search, those under way among them: the seeds, and the base last."""
+        final = self._study.final
+        seeds = [each.number for name, each in self._under_way.items() if name.startswith("final ")]
+        if seeds:
+            return final.seeds - min(seeds) + final.compare_base
+        if any(name.startswith("base ") for name in self._under_way):
             return 1
         return final.trainings(self._study.trials)
 
@@ -150,12 +162,11 @@ class Display:
         grid.add_row(
             "study", ProgressBar(total=study.trials, completed=done, width=30), f"{done}/{study.trials} trials"
         )
-        if self._started is not None:
-            progress: Any = self._started.progress
-            epochs = self._started.epochs
+        for started in list(self._under_way.values()):
+            progress, epochs = started.progress, started.epochs
             part = progress.step / max(progress.steps, 1)
             bar = ProgressBar(total=epochs, completed=progress.epoch - 1 + part, width=30)
-            grid.add_row(self._started.name, bar, f"epoch {min(progress.epoch, epochs)}/{epochs}")
+            grid.add_row(started.name, bar, f"epoch {min(progress.epoch, epochs)}/{epochs}")
         best = "none yet" if self._best is None else f"{self._best.value:.2%} (trial {self._best.number})"
         last = f"best {best}   time left {'…' if left is None else duration(left)}"
         return Group(grid, interrupt.NOTICE if interrupt.requested() else last)

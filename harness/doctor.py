@@ -37,10 +37,10 @@ def consult(found: Found, url: str, tracking_uri: str | None, fix: bool) -> bool
     file = sqlite_file(url)
     study = found.study.located(found.home, None, None)
     checkpoints, model = (found.beside(url, suffix) for suffix in (".checkpoints", ".model"))
-    process = holder(file)
-    if fix and process is not None:
-        raise InputError(f"Study {study.name!r} is being run by process {process}; wait for it, then mend.")
     with read_store(study.name, url) as store:
+        process = holder(file) if file is not None else ", ".join(sorted(set(store.at_work().values()))) or None
+        if fix and process is not None:
+            raise InputError(f"Study {study.name!r} is being run by process {process}; wait for it, then mend.")
         study = as_begun(study, store)
         tracker = attached(tracking_uri, found.mlruns, study, store)
         findings = list(examine(study, store, tracker, checkpoints, model, process is not None))

@@ -69,6 +69,7 @@ def final_run(place: Place, folder: Path, reason: str | None = None) -> Iterator
         return
     seeds = [Retraining(place, "final", chosen, number) for number in range(study.final.seeds)]
     base = _base(place, chosen)
+    yield from place.ahead([*seeds, *base])
     for retraining in [*seeds, *base]:
         yield from retraining.train()
     _open_test_set(place, seeds, base, folder, reason)

@@ -7,6 +7,7 @@ clocks differ agree. A holder on this machine whose process is gone is not waite
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -122,11 +123,8 @@ class Leases:
         return self.holders().get(key)
 
     def holders(self) -> dict[str, str]:
-        """Who holds what of this study now, by key."""
-        query = f"SELECT key, owner FROM harness_leases WHERE study = :study AND until >= {self._now}"
-        with self._engine.connect() as connection:
-            rows = connection.execute(sqlalchemy.text(query), {"study": self._study}).all()
-        return {row.key: row.owner for row in rows}
+        """Who holds what of this study now, by key; processes of this machine that are gone hold nothing."""
+        return {key: owner for key, owner in _noted(self._engine, self._study).items() if not is_gone(owner)}
 
     def check(self, key: str) -> None:
         """Raise LeaseLost unless this process holds the key. Asks the database only when its own clock is in doubt."""
@@ -150,8 +148,9 @@ class Leases:
         self._closed.set()
         if self._renewal is not None:
             self._renewal.join()
-        for key in list(self._held):
-            self.release(key)
+        with contextlib.suppress(SQLAlchemyError):  # then they run out by themselves
+            for key in list(self._held):
+                self.release(key)
 
     def _renew(self, key: str) -> bool:
         began = _clock()
@@ -184,6 +183,19 @@ class Leases:
         named = {name: value for name, value in values.items() if f":{name}" in statement}
         with self._engine.begin() as connection:
             return connection.execute(sqlalchemy.text(statement), named).rowcount
+
+
+def holders(engine: sqlalchemy.Engine, study: str) -> dict[str, str]:
+    """Who holds what of a study now, by key; processes of this machine that are gone hold nothing."""
+    if not sqlalchemy.inspect(engine).has_table(TABLE.name):  # a study from before there were leases
+        return {}
+    return {key: owner for key, owner in _noted(engine, study).items() if not is_gone(owner)}
+
+
+def _noted(engine: sqlalchemy.Engine, study: str) -> dict[str, str]:
+    query = f"SELECT key, owner FROM harness_leases WHERE study = :study AND until >= {NOW[engine.dialect.name]}"
+    with engine.connect() as connection:
+        return {row.key: row.owner for row in connection.execute(sqlalchemy.text(query), {"study": study})}
 
 
 def make_table(engine: sqlalchemy.Engine) -> None:

@@ -255,6 +255,10 @@ class MLflowTracker:
             trials = sum(key.startswith("trial-") for key in self.known_runs())
             self.log(self.parent, {max(steps | {trials}): (new, now)})
 
+    def leave(self) -> bool:
+        """Write what waits, and leave the study's own run to the coordinator that ends it; whether all is written."""
+        return self._end(self.flush)
+
     def interrupt(self) -> None:
         """Write what waits and mark what is open as killed; a resumed study takes the same runs up again."""
         self.tell(self._kill_open)

@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 
 from harness.config import Study
-from harness.database import BUSY_TIMEOUT_SECONDS, check_database, connect, dispose, held, outlast, sqlite_file
+from harness.database import BUSY_TIMEOUT_SECONDS, alone, check_database, connect, dispose, held, outlast, sqlite_file
 from harness.errors import InputError
 from harness.files import Damaged
 from harness.leases import Leases, make_table
@@ -23,39 +23,53 @@ from harness.storage import Store
 
 
 @contextmanager
-def open_store(study: Study, url: str, content: Mapping[str, str] | None = None) -> Iterator[Store]:
+def open_store(
+    study: Study, url: str, content: Mapping[str, str] | None = None, *, joining: bool = False
+) -> Iterator[Store]:
     """Open a study for running, and hold it: a second process on the same SQLite study is refused.
 
-    `content` are fingerprints of what the definition only names, the images and the pretrained weights; None skips
-    their comparison. Raises InputError when the database cannot be opened or is none of ours, when another process
-    holds the study, and when the stored definition differs from `study` (naming the fields).
+    One that is `joining` works for the process that holds it. `content` are fingerprints of what the definition only
+    names, the images and the pretrained weights; None skips their comparison. Raises InputError when the database
+    cannot be opened or is none of ours, when another process holds the study, and when the stored definition differs
+    from `study` (naming the fields).
     """
     file = sqlite_file(url)
-    with held(file, study.name):
+    with held(None if joining else file, study.name):
         check_database(url)
-        storage = connect(url)
+        with alone(url):
+            storage = connect(url)
+            optuna_study = _begun(study, url, storage, content)
+        store = Store(url, optuna_study)
+        leases = Leases(storage.engine, store.attribute("uid"), file)
         try:
-            create = functools.partial(
-                optuna.create_study,
-                storage=storage,
-                study_name=study.name,
-                direction="maximize",
-                pruner=study.pruner.build(),
-                load_if_exists=True,
-            )
-            optuna_study = outlast(url, create)
-            store = Store(url, optuna_study)
-            _check_definition(study, store, content)
-            outlast(url, lambda: make_table(storage.engine))
-            leases = Leases(storage.engine, store.attribute("uid"), file)
-            try:
-                if file is not None:  # it is held: the workers of whoever held it before are gone, or should be
-                    outlast(url, leases.clear)
-                yield Store(url, optuna_study, leases=leases)
-            finally:
-                leases.close()
+            if file is not None and not joining:  # whoever held it before is gone, or works for one that is
+                outlast(url, leases.clear)
+            yield Store(url, optuna_study, engine=storage.engine, leases=leases)
         finally:
+            leases.close()
             dispose(storage)
+
+
+def _begun(
+    study: Study, url: str, storage: optuna.storages.RDBStorage, content: Mapping[str, str] | None
+) -> optuna.Study:
+    """The study in the storage, made if it is not there; its definition is kept or compared."""
+    create = functools.partial(
+        optuna.create_study,
+        storage=storage,
+        study_name=study.name,
+        direction="maximize",
+        pruner=study.pruner.build(),
+        load_if_exists=True,
+    )
+    try:
+        optuna_study = outlast(url, create)
+        _check_definition(study, Store(url, optuna_study), content)
+        outlast(url, lambda: make_table(storage.engine))
+    except BaseException:
+        dispose(storage)
+        raise
+    return optuna_study
 
 
 @contextmanager
@@ -73,7 +87,7 @@ def read_store(name: str, url: str) -> Iterator[Store]:
             raise InputError(
                 f"{url} holds no study named {name!r}; it has not begun there: run it, or check --storage and the name."
             ) from error
-        yield Store(url, optuna_study, as_of_now=True)
+        yield Store(url, optuna_study, as_of_now=True, engine=storage.engine)
     finally:
         dispose(storage)
 

@@ -107,9 +107,9 @@ def counts(store: Store) -> dict[str, int]:
 
 
 def _abandoned(store: Store) -> bool:
-    """Whether no process works on this study. On a database server nobody can tell."""
+    """Whether no process works on this study."""
     file = sqlite_file(store.url)
-    return file is not None and holder(file) is None
+    return not store.at_work() if file is None else holder(file) is None
 
 
 def trial_records(store: Store) -> list[TrialRecord]:

@@ -24,6 +24,13 @@ def rerank(place: Place) -> Iterator[Event]:
     results: dict[str, list[dict[str, Any]]] = kept.get("results", {})
     if kept.get("candidates") == numbers and kept.get("chosen") is not None:
         return
+    yield from place.ahead(
+        [
+            Retraining(place, "rerank", trial, number)
+            for trial in candidates
+            for number in range(len(results.get(str(trial.number), [])), study.final.seeds)
+        ]
+    )
     for trial in candidates:
         done = results.setdefault(str(trial.number), [])
         for number in range(len(done), study.final.seeds):

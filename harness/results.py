@@ -137,6 +137,24 @@ class TrialStarted:
     progress: Any
 
 
+@dataclass
+class Reached:
+    """How far a training in another process is, as this one heard last; `harness.trainer.Progress` where it runs."""
+
+    epoch: int  # under way, from 1
+    step: int
+    steps: int
+    epochs: list[EpochResult]
+
+    @staticmethod
+    def of(progress: Any) -> Reached:
+        return Reached(progress.epoch, progress.step, progress.steps, list(progress.epochs))
+
+    def ended(self, result: EpochResult) -> None:
+        self.epoch, self.step = result.epoch + 1, 0
+        self.epochs.append(result)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EpochEnded:
     """An epoch of the running trial, or of the final run's seed, is over."""
@@ -154,4 +172,18 @@ class TrialEnded:
     outcome: TrialOutcome
 
 
-Event = TrialStarted | EpochEnded | TrialEnded
+@dataclass(frozen=True, kw_only=True)
+class TrialLost:
+    """Another process has taken up the trial, for this one was thought dead."""
+
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elsewhere:
+    """What comes after the search is done by another process, for whose end this one waits."""
+
+    by: str  # machine and process
+
+
+Event = TrialStarted | EpochEnded | TrialEnded | TrialLost | Elsewhere

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +20,7 @@ from harness.seeds import derive_seed
 from harness.storage import Store, TrialRecord
 from harness.tracking import RunLog, Tracker, base_key, final_key, rerank_key, retraining_tags
 from harness.trainer import Training, fit
+from harness.worker import Train, Workers
 
 Kind = Literal["final", "base", "rerank"]
 KEYS = {"final": final_key, "base": base_key, "rerank": rerank_key}
@@ -34,6 +35,12 @@ class Place:
     tracker: Tracker
     runtime: Runtime
     checkpoints: Path
+    workers: Workers | None = None  # who trains for this process; None: it trains itself
+
+    def ahead(self, retrainings: Sequence[Retraining]) -> Iterator[Event]:
+        """Have the workers train these side by side, if there are any; each is then found trained."""
+        if self.workers is not None:
+            yield from self.workers.train([Train(each.kind, each.trial.number, each.number) for each in retrainings])
 
 
 class Retraining:

@@ -9,9 +9,8 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from harness import interrupt
 from harness.errors import Halt, InputError, masked, no_room
@@ -19,8 +18,6 @@ from harness.errors import Halt, InputError, masked, no_room
 if TYPE_CHECKING:
     from harness.catalogue import Found
     from harness.config import Study
-    from harness.mlflow_tracker import MLflowTracker
-    from harness.saved_model import SavedModel
     from harness.storage import Store
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
@@ -99,6 +96,7 @@ def _share_cores() -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from harness import catalogue, database, opening, overview
+    from harness.coordinator import ended
     from harness.mlflow_places import uri_of
 
     found = catalogue.find(args.study)
@@ -120,7 +118,7 @@ def _run(args: argparse.Namespace) -> int:
             if store.is_complete(study) and saved and not args.reopen_test:
                 print(f"Nothing is missing: {store.finished()} trials are finished (asked for: {study.trials}).")
                 print(overview.summary(study.name, store, uri_of(args.tracking_uri, found.mlruns)))
-                return _ended(store)
+                return ended(store)
     elif args.reopen_test:
         raise InputError("--reopen-test: no test result of this study is known yet; leave it out.")
     return _run_what_is_missing(args, found, study, url, begun)
@@ -163,14 +161,17 @@ def _check_reopening(study: Study, store: Store) -> None:
 
 def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, url: str, begun: bool) -> int:
     from harness import opening
+    from harness.coordinator import run_study
     from harness.display import StudyConsole
     from harness.engine import find_device
     from harness.mlflow_places import check_writable, tracker_for
     from harness.search import rehearse
+    from harness.workers import surroundings
 
     console = StudyConsole()
     rehearse(study)
-    find_device(study.train.engine.device)
+    device = find_device(study.train.engine.device)
+    surroundings(args.workers, args.workers_per_gpu, device.type)
     if not args.tracking_uri:
         check_writable(found.mlruns)
     study.train.data.samples("train")
@@ -189,7 +190,8 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
             console.print(text, highlight=False, soft_wrap=True)
     with opening.open_store(study, url, content) as store:
         try:
-            return _run_study(found, study, store, tracker, console, args.reopen_test)
+            store.set_attribute("command", _lasting_command())
+            return run_study(args, found, study, store, tracker, console)
         except KeyboardInterrupt:
             tracker.interrupt()
             counted = f"{store.finished()} of {study.trials} trials finished"
@@ -207,119 +209,3 @@ def _prepare(study: Study) -> dict[str, str]:
     from harness.data.tensors import prepare
 
     return {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
-
-
-def _run_study(
-    found: Found, study: Study, store: Store, tracker: MLflowTracker, console: Any, reason: str | None
-) -> int:
-    from harness import overview, report, tracking
-    from harness.display import Display
-    from harness.experiment import decide_runtime
-    from harness.features import keep_features
-    from harness.study import TooManyFailures
-    from harness.study import run as events_of
-
-    runtime = decide_runtime(study.train, store.attribute("runtime"), study.trials)
-    store.set_attribute("runtime", runtime.to_dict())
-    store.set_attribute("command", _lasting_command())
-    store.set_attribute("published", None)  # until this start has told MLflow everything
-    store.set_attribute("depths", {by: study.train.backbone.depths(by) for by in ("block", "layer")})
-    _name_changes(store, runtime.device.type)
-    keep_features(study.train, runtime, with_validation=study.final.fit_on == "train+val")
-    tracker.start(study, store, tracking.facts(study, runtime.to_dict()))
-    console.print(
-        f"Study {study.name}: {store.finished()} of {study.trials} trials finished, "
-        + overview.in_words(runtime.to_dict()),
-        highlight=False,
-        soft_wrap=True,
-    )
-    if runtime.compiled:
-        console.print("The model is compiled in its first steps; that takes minutes, once a process.")
-    failure = None
-    model_folder, report_folder, checkpoints = (
-        found.beside(store.url, suffix) for suffix in (".model", ".report", ".checkpoints")
-    )
-    with (
-        Display(study, store, console) as display,
-        closing(events_of(study, store, tracker, runtime, model_folder, checkpoints, reason)) as events,
-    ):
-        try:
-            for event in events:
-                keep_imports()
-                display.show(event)
-        except TooManyFailures as error:
-            failure = error
-    report.write_report(study.name, store, tracker.uri, report_folder)
-    model = _describe_model(study, store, model_folder, console)
-    told = tracker.finish(
-        tracking.study_metrics(store), [report_folder, model_folder], "failed" if failure else "complete"
-    )
-    if failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return FAILED
-    if told and model is not None:
-        told = _register(study, store, tracker, model, console)
-    if told:
-        store.set_attribute("published", store.finished())
-    else:
-        print(f"MLflow at {masked(tracker.uri)} lacks a part of this; the same command writes it when MLflow is back.")
-    print(overview.summary(study.name, store, tracker.uri))
-    print(f"report    {report_folder / 'report.html'}")
-    return _ended(store)
-
-
-def _describe_model(study: Study, store: Store, folder: Path, console: Any) -> SavedModel | None:
-    """Put the exported program and the card beside the final model; returns it if it is to be registered."""
-    from harness.export import PROGRAM, write_program
-    from harness.model_card import write_card
-    from harness.opening import has_model
-    from harness.saved_model import load_saved
-
-    if not (store.has_final() and has_model(folder)):
-        return None
-    model, program = None, None
-    if study.final.publish:
-        saved = load_saved(study, store, folder)
-        try:
-            with console.status("Exporting the final model …"):
-                write_program(saved, folder / PROGRAM)
-            model, program = saved, PROGRAM
-        except InputError as error:  # a backbone that torch cannot export; the result is none the worse
-            print(f"{error} It is kept as weights, and not registered in MLflow.", file=sys.stderr)
-            store.set_attribute("registered", store.attribute("final")["trial"])
-    write_card(study.name, study.train.data, store, folder, program)
-    return model
-
-
-def _register(study: Study, store: Store, tracker: MLflowTracker, model: SavedModel, console: Any) -> bool:
-    """Register the model in MLflow; whether that is done."""
-    from harness.mlflow_model import candidate, publish
-
-    with console.status("Registering the final model in MLflow, and checking it …"):
-        done = publish(tracker, candidate(study.name, store, model))
-    if done:
-        store.set_attribute("registered", model.description["trial"])
-    return done
-
-
-def _name_changes(store: Store, device: str) -> None:
-    """Say what is other than when the last trial ended and may change the last bits from here on."""
-    from harness.checkpoint import differences
-    from harness.environment import environment
-
-    ended = [trial.environments[-1] for trial in store.trials() if trial.environments]
-    if ended and (found := differences(ended[-1], environment(device))):
-        print(f"Since the last trial, {found}: from here on the last bits may differ.", file=sys.stderr)
-
-
-def _ended(store: Store) -> int:
-    """The exit code of a study with all its trials; without a complete one it has no result."""
-    if store.best() is not None:
-        return DONE
-    last = store.trials()[-1]
-    print(
-        f"error: No trial is complete (trial {last.number}: {last.reason or last.state}); tracebacks are in MLflow. "
-        "Mend the cause and give a larger --trials, or start anew with --fresh.",
-        file=sys.stderr,
-    )
-    return FAILED

@@ -6,15 +6,17 @@ import contextlib
 import dataclasses
 import functools
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import optuna
+import sqlalchemy
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from harness import asking, ledger
+from harness import asking, leases, ledger
 from harness.asking import FINISHED, Seen
 from harness.config import Study
 from harness.database import Unreadable, outlast
@@ -28,6 +30,8 @@ from harness.tracking import trial_key
 
 P = ParamSpec("P")
 T = TypeVar("T")
+FINAL = "final"  # the key of what comes after the search
+POLL_SECONDS = 0.5  # between two looks at what other processes are at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +83,16 @@ class Store:
     """
 
     def __init__(
-        self, url: str, optuna_study: optuna.Study, as_of_now: bool = False, leases: Leases | None = None
+        self,
+        url: str,
+        optuna_study: optuna.Study,
+        as_of_now: bool = False,
+        engine: sqlalchemy.Engine | None = None,
+        leases: Leases | None = None,
     ) -> None:
-        """Without `leases` nobody else may work on the study."""
+        """Without `leases` nobody else may work on the study; `engine` tells who does."""
         self.url = url
+        self._engine = engine
         self._study = optuna_study
         self._leases = leases
         self._curves: dict[int, dict[int, float]] = {}  # of the trials asked for: accuracy by epoch, as it is stored
@@ -214,6 +224,33 @@ class Store:
         """Whether nothing comes after the search, unless somebody gives a reason to open the test set again."""
         return self.best() is None or self.has_final() or self.needs_reason()
 
+    # -- several processes ----------------------------------------------------------------------------------------
+
+    @outlasting
+    def at_work(self) -> dict[str, str]:
+        """What other processes are at now: the owner (machine, process) by trial, or "final"."""
+        known = {} if self._engine is None else leases.holders(self._engine, self.attribute("uid") or "")
+        return {key: owner for key, owner in known.items() if self._leases is None or owner != self._leases.owner}
+
+    @contextlib.contextmanager
+    def alone(self, key: str) -> Iterator[None]:
+        """One process at a time; waits for another one that is inside."""
+        while not self._claim(key):
+            time.sleep(POLL_SECONDS)
+        try:
+            yield
+        finally:
+            if self._leases is not None:
+                self._leases.release(key)
+
+    @outlasting
+    def _claim(self, key: str) -> bool:
+        return self._leases is None or self._leases.claim(key)
+
+    def lead(self) -> bool:
+        """Whether what comes after the search is this process's to do; it stays so until the store is closed."""
+        return self._claim(FINAL)
+
     # -- writing ------------------------------------------------------------------------------------------------
 
     @outlasting
@@ -247,28 +284,29 @@ class Store:
 
     def _take(self, study: Study, at_most: int | None) -> tuple[FrozenTrial, bool]:
         """A trial that nobody is at, for this process, and whether it was begun before; made if none is left over."""
-        storage, leases = self._study._storage, self._leases
-        with contextlib.nullcontext() if leases is None else leases.desk():
+        storage, held = self._study._storage, self._leases
+        with contextlib.nullcontext() if held is None else held.desk():
             if not self._study.get_trials(deepcopy=False):
                 self._study.enqueue_trial(encode(study.space, study.train))
             trials = self._study.get_trials(deepcopy=False)
             unfinished = [trial for trial in trials if trial.state not in FINISHED]
-            if leases is not None and at_most is not None:
-                others = {key for key, owner in leases.holders().items() if owner != leases.owner}
+            if held is not None and at_most is not None:
+                others = {key for key, owner in held.holders().items() if owner != held.owner}
                 taken = sum(trial_key(trial.number) in others for trial in unfinished)
                 if len(trials) - len(unfinished) + taken >= at_most:
                     raise NoTrialFree
             for trial in unfinished:
-                if leases is None or leases.claim(trial_key(trial.number)):
+                if held is None or held.claim(trial_key(trial.number)):
                     if trial.state is TrialState.RUNNING:
                         return trial, True
                     storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
                     return storage.get_trial(trial._trial_id), False
             made = storage.get_trial(storage.create_new_trial(self._study._study_id))
-            if leases is not None:
-                leases.claim(trial_key(made.number))
+            if held is not None:
+                held.claim(trial_key(made.number))
             return made, False
 
+    @outlasting
     def check(self, asked: Asked) -> None:
         """Raise LeaseLost when another process has taken up this trial, for this one was thought dead."""
         if self._leases is not None:

@@ -14,13 +14,13 @@ from harness.final import final_run
 from harness.leases import LeaseLost
 from harness.objective import evaluate_trial
 from harness.rerank import rerank
-from harness.results import Event, Failed, TrialEnded
+from harness.results import Event, Failed, TrialEnded, TrialLost
 from harness.retraining import Place
-from harness.storage import NoTrialFree, Store
+from harness.storage import POLL_SECONDS, NoTrialFree, Store
 from harness.tracking import Tracker, base_key, final_key, rerank_key, trial_key
+from harness.worker import Workers
 
 FAILURES_IN_A_ROW = 3
-POLL_SECONDS = 0.5
 
 
 class TooManyFailures(Exception):
@@ -35,15 +35,20 @@ def run(
     model_folder: Path,
     checkpoints: Path,
     reason: str | None = None,
+    workers: Workers | None = None,
 ) -> Generator[Event, None, None]:
     """Whatever the study still lacks, yielding what happens. Closing the generator stops it.
 
-    `reason` is why the test set may be opened for another trial than before.
+    `reason` is why the test set may be opened for another trial than before. `workers` train, if there are any.
     """
-    for path in stale(checkpoints, wanted_keys(study, store)):
-        remove(path)  # its process died between recording the result and this
-    yield from search(study, store, tracker, runtime, checkpoints)
-    place = Place(study=study, store=store, tracker=tracker, runtime=runtime, checkpoints=checkpoints)
+    if not store.at_work():
+        for path in stale(checkpoints, wanted_keys(study, store)):
+            remove(path)  # its process died between recording the result and this
+    if workers is None:
+        yield from search(study, store, tracker, runtime, checkpoints)
+    elif store.finished() < study.trials:
+        yield from workers.search()
+    place = Place(study=study, store=store, tracker=tracker, runtime=runtime, checkpoints=checkpoints, workers=workers)
     yield from rerank(place)
     yield from final_run(place, model_folder, reason)
 
@@ -78,6 +83,7 @@ def search(study: Study, store: Store, tracker: Tracker, runtime: Runtime, check
             time.sleep(POLL_SECONDS)  # somebody who is at one of them may die
             continue
         except LeaseLost:
+            yield TrialLost(number=asked.number)
             continue
         yield TrialEnded(number=asked.number, outcome=outcome)
         failures = failures + 1 if isinstance(outcome, Failed) else 0

@@ -132,6 +132,7 @@ class Tracker(Protocol):
     def start(self, study: Study, store: Store, facts: Mapping[str, str]) -> None: ...
     def run(self, key: str, config: TrainConfig, tags: Mapping[str, str]) -> RunLog: ...
     def finish(self, metrics: Mapping[str, float], artifacts: Iterable[Path], state: str) -> bool: ...
+    def leave(self) -> bool: ...
     def interrupt(self) -> None: ...
 
 
@@ -159,6 +160,9 @@ class NoTracker:
         return NoRun()
 
     def finish(self, metrics: Mapping[str, float], artifacts: Iterable[Path], state: str) -> bool:
+        return True
+
+    def leave(self) -> bool:
         return True
 
     def interrupt(self) -> None:

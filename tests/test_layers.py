@@ -22,9 +22,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("trainer", "auto"),
     ("experiment", "checkpoint", "features"),
     ("objective", "storage", "opening", "tracking", "mlflow_tracker", "mlflow_places", "mlflow_check"),
-    ("study", "final", "retraining", "rerank", "saved_model", "catalogue", "reproduce", "doctor"),
+    ("study", "final", "retraining", "rerank", "saved_model", "worker", "workers", "catalogue", "reproduce", "doctor"),
     ("cost", "overview", "report", "export", "model_card", "mlflow_model", "predict"),
-    ("cli", "arguments", "running", "auditing", "demo_page", "display", "pretrain", "__main__"),
+    ("cli", "arguments", "running", "coordinator", "auditing", "demo_page", "display", "pretrain", "__main__"),
 )
 FREE_OF_TORCH = (
     *(

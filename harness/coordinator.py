@@ -1,0 +1,208 @@
+"""The coordinator: begins a study that is open, has it run by itself or by workers, shows it, and publishes its end."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.environment import versions
+from harness.errors import InputError, masked
+
+if TYPE_CHECKING:
+    from harness.catalogue import Found
+    from harness.config import Study
+    from harness.engine import Runtime
+    from harness.mlflow_tracker import MLflowTracker
+    from harness.saved_model import SavedModel
+    from harness.storage import Store
+    from harness.worker import Workers
+
+DONE, FAILED = 0, 1
+START = "start"  # the key of what one coordinator at a time does at its start
+
+
+def run_study(
+    args: argparse.Namespace, found: Found, study: Study, store: Store, tracker: MLflowTracker, console: Any
+) -> int:
+    """Run what the study lacks, to its published end; returns the exit code."""
+    from harness.display import Display
+    from harness.running import keep_imports
+    from harness.study import TooManyFailures
+    from harness.study import run as events_of
+
+    runtime = _begin(study, store, tracker)
+    _say_what_begins(args, study, store, runtime, console)
+    model, checkpoints = (found.beside(store.url, suffix) for suffix in (".model", ".checkpoints"))
+    failure = None
+    with (
+        _workers(args, found, study, store, tracker, runtime) as workers,
+        Display(study, store, console, args.workers) as display,
+        closing(events_of(study, store, tracker, runtime, model, checkpoints, args.reopen_test, workers)) as events,
+    ):
+        try:
+            for event in events:
+                keep_imports()
+                display.show(event)
+        except TooManyFailures as error:
+            failure = error
+    return _end(found, study, store, tracker, console, failure)
+
+
+def _begin(study: Study, store: Store, tracker: MLflowTracker) -> Runtime:
+    """What must be settled before the first trial: how it is computed, and that MLflow has the study's run."""
+    from harness import tracking
+    from harness.experiment import decide_runtime
+    from harness.features import keep_features
+
+    with store.alone(START):
+        _check_versions(store)
+        runtime = decide_runtime(study.train, store.attribute("runtime"), study.trials)
+        store.set_attribute("runtime", runtime.to_dict())
+        store.set_attribute("published", None)  # until this start has told MLflow everything
+        store.set_attribute("depths", {by: study.train.backbone.depths(by) for by in ("block", "layer")})
+        _name_changes(store, runtime.device.type)
+        keep_features(study.train, runtime, with_validation=study.final.fit_on == "train+val")
+        tracker.start(study, store, tracking.facts(study, runtime.to_dict()))
+    return runtime
+
+
+def _check_versions(store: Store) -> None:
+    """Raise InputError when others work on the study with other versions: their trials could not be compared."""
+    from harness.checkpoint import differences
+
+    known, others = store.attribute("versions"), store.at_work()
+    if others and known and (differing := differences(known, versions())):
+        raise InputError(
+            f"{next(iter(others.values()))} works on this study, and here {differing}; "
+            "install the same versions, or wait for its end."
+        )
+    store.set_attribute("versions", versions())
+
+
+def _say_what_begins(args: argparse.Namespace, study: Study, store: Store, runtime: Runtime, console: Any) -> None:
+    from harness import overview
+
+    workers = f", {args.workers} workers" if args.workers > 1 else ""
+    console.print(
+        f"Study {study.name}: {store.finished()} of {study.trials} trials finished, "
+        f"{overview.in_words(runtime.to_dict())}{workers}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if runtime.compiled:
+        console.print("The model is compiled in its first steps; that takes minutes, once a process.")
+
+
+def _end(
+    found: Found, study: Study, store: Store, tracker: MLflowTracker, console: Any, failure: Exception | None
+) -> int:
+    """Write the report, describe and register the model, tell MLflow; unless another coordinator does."""
+    from harness import overview, report, tracking
+
+    if not store.lead():
+        tracker.leave()
+        print(overview.summary(study.name, store, tracker.uri))
+        return ended(store)
+    model_folder, report_folder = (found.beside(store.url, suffix) for suffix in (".model", ".report"))
+    report.write_report(study.name, store, tracker.uri, report_folder)
+    model = _describe_model(study, store, model_folder, console)
+    told = tracker.finish(
+        tracking.study_metrics(store), [report_folder, model_folder], "failed" if failure else "complete"
+    )
+    if failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return FAILED
+    if told and model is not None:
+        told = _register(study, store, tracker, model, console)
+    if told:
+        store.set_attribute("published", store.finished())
+    else:
+        print(f"MLflow at {masked(tracker.uri)} lacks a part of this; the same command writes it when MLflow is back.")
+    print(overview.summary(study.name, store, tracker.uri))
+    print(f"report    {report_folder / 'report.html'}")
+    return ended(store)
+
+
+@contextmanager
+def _workers(
+    args: argparse.Namespace, found: Found, study: Study, store: Store, tracker: MLflowTracker, runtime: Runtime
+) -> Iterator[Workers | None]:
+    """Who trains for this process; None when it does so itself, or nothing is left to train."""
+    if args.workers == 1 or (store.finished() >= study.trials and store.is_settled()):
+        yield None
+        return
+    from harness.worker import Order
+    from harness.workers import Pool, surroundings
+
+    order = Order(
+        file=found.file,
+        settings=tuple(args.set),
+        data_root=args.data_root,
+        device=args.device,
+        trials=study.trials,
+        url=store.url,
+        checkpoints=found.beside(store.url, ".checkpoints"),
+    )
+    with Pool(order, surroundings(args.workers, args.workers_per_gpu, runtime.device.type), tracker) as pool:
+        yield pool
+
+
+def _describe_model(study: Study, store: Store, folder: Path, console: Any) -> SavedModel | None:
+    """Put the exported program and the card beside the final model; returns it if it is to be registered."""
+    from harness.export import PROGRAM, write_program
+    from harness.model_card import write_card
+    from harness.opening import has_model
+    from harness.saved_model import load_saved
+
+    if not (store.has_final() and has_model(folder)):
+        return None
+    model, program = None, None
+    if study.final.publish:
+        saved = load_saved(study, store, folder)
+        try:
+            with console.status("Exporting the final model …"):
+                write_program(saved, folder / PROGRAM)
+            model, program = saved, PROGRAM
+        except InputError as error:  # a backbone that torch cannot export; the result is none the worse
+            print(f"{error} It is kept as weights, and not registered in MLflow.", file=sys.stderr)
+            store.set_attribute("registered", store.attribute("final")["trial"])
+    write_card(study.name, study.train.data, store, folder, program)
+    return model
+
+
+def _register(study: Study, store: Store, tracker: MLflowTracker, model: SavedModel, console: Any) -> bool:
+    """Register the model in MLflow; whether that is done."""
+    from harness.mlflow_model import candidate, publish
+
+    with console.status("Registering the final model in MLflow, and checking it …"):
+        done = publish(tracker, candidate(study.name, store, model))
+    if done:
+        store.set_attribute("registered", model.description["trial"])
+    return done
+
+
+def _name_changes(store: Store, device: str) -> None:
+    """Say what is other than when the last trial ended and may change the last bits from here on."""
+    from harness.checkpoint import differences
+    from harness.environment import environment
+
+    ended = [trial.environments[-1] for trial in store.trials() if trial.environments]
+    if ended and (found := differences(ended[-1], environment(device))):
+        print(f"Since the last trial, {found}: from here on the last bits may differ.", file=sys.stderr)
+
+
+def ended(store: Store) -> int:
+    """The exit code of a study with all its trials; without a complete one it has no result."""
+    if store.best() is not None:
+        return DONE
+    last = store.trials()[-1]
+    print(
+        f"error: No trial is complete (trial {last.number}: {last.reason or last.state}); tracebacks are in MLflow. "
+        "Mend the cause and give a larger --trials, or start anew with --fresh.",
+        file=sys.stderr,
+    )
+    return FAILED
