@@ -95,7 +95,7 @@ class Leases:
         """Take a key that is free, or is held already by this process; whether it is held now."""
         began = _clock()
         if not self._insert(key):
-            holder = self.holder(key)
+            holder = _noted(self._engine, self._study).get(key)
             if holder is None or not is_gone(holder):
                 return False
             self._execute(

@@ -365,18 +365,22 @@ class Store:
             "environments": [dict(each) for each in environments],
             "outcome": described,
         }
-        with _ended_elsewhere(asked):
-            for name, value in attributes.items():
-                self._study._storage.set_trial_user_attr(self._id(asked), name, value)
-            if isinstance(outcome, Completed):
-                self._study.tell(asked.number, outcome.value)
-            elif isinstance(outcome, Failed):
-                self._study.tell(asked.number, state=TrialState.FAIL)
-            else:
-                # A diverged trial is told as pruned: Optuna's samplers ignore failures and would try its region again.
-                self._study.tell(asked.number, state=TrialState.PRUNED)
+        if self._study._storage.get_trial(self._id(asked)).state not in FINISHED:  # this may be the second attempt
+            with _ended_elsewhere(asked):
+                self._tell(asked, outcome, attributes)
         if self._leases is not None:
             self._leases.release(trial_key(asked.number))
+
+    def _tell(self, asked: Asked, outcome: TrialOutcome, attributes: Mapping[str, Any]) -> None:
+        for name, value in attributes.items():
+            self._study._storage.set_trial_user_attr(self._id(asked), name, value)
+        if isinstance(outcome, Completed):
+            self._study.tell(asked.number, outcome.value)
+        elif isinstance(outcome, Failed):
+            self._study.tell(asked.number, state=TrialState.FAIL)
+        else:
+            # A diverged trial is told as pruned: Optuna's samplers ignore failures and would try its region again.
+            self._study.tell(asked.number, state=TrialState.PRUNED)
 
 
 @contextlib.contextmanager

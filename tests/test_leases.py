@@ -1,0 +1,136 @@
+"""Leases on a real SQLite database: one holder at a time, the dead are not waited for, the late find out."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy
+
+from harness import leases
+from harness.leases import LeaseLost, Leases, here, is_gone, make_table
+
+STUDY = "0123456789abcdef" * 2
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[sqlalchemy.Engine]:
+    engine = sqlalchemy.create_engine(f"sqlite:///{tmp_path}/study.db")
+    make_table(engine)
+    yield engine
+    engine.dispose()
+
+
+def of(engine: sqlalchemy.Engine, seconds: float = 30.0) -> Leases:
+    return Leases(engine, STUDY, Path(str(engine.url.database)), seconds)
+
+
+def test_a_key_has_one_holder_who_may_claim_it_again(engine: sqlalchemy.Engine) -> None:
+    one, other = of(engine), of(engine)
+    assert one.claim("trial-0")
+    assert one.claim("trial-0")
+    assert not other.claim("trial-0")
+    assert other.claim("trial-1")
+    assert one.holders() == {"trial-0": one.owner, "trial-1": other.owner}
+    one.check("trial-0")
+    one.close()
+    assert other.claim("trial-0"), "what is let go is free"
+    other.close()
+    assert leases.holders(engine, STUDY) == {}
+
+
+def test_other_studies_in_the_same_database_do_not_matter(engine: sqlalchemy.Engine) -> None:
+    one, other = of(engine), Leases(engine, "f" * 32, None)
+    assert one.claim("trial-0")
+    assert other.claim("trial-0")
+    one.close()
+    other.close()
+
+
+def test_who_lets_the_time_pass_finds_that_another_one_has_taken_over(
+    engine: sqlalchemy.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "RENEWAL_SECONDS", 60.0)  # as a process that stands still
+    late, next_one = of(engine, seconds=0.05), of(engine)
+    assert late.claim("trial-0")
+    time.sleep(0.1)
+    assert next_one.claim("trial-0")
+    with pytest.raises(LeaseLost):
+        late.check("trial-0")
+    late.release("trial-0")
+    assert next_one.holder("trial-0") == next_one.owner, "whoever is late lets nothing go that is another one's"
+    next_one.close()
+
+
+def test_who_is_late_keeps_what_nobody_wanted(engine: sqlalchemy.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "RENEWAL_SECONDS", 60.0)
+    late = of(engine, seconds=0.05)
+    assert late.claim("trial-0")
+    time.sleep(0.1)
+    late.check("trial-0")
+    assert late.holder("trial-0") == late.owner
+    late.close()
+
+
+def test_a_living_process_keeps_its_lease_without_doing_anything(
+    engine: sqlalchemy.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "RENEWAL_SECONDS", 0.05)
+    busy, other = of(engine, seconds=1.0), of(engine)
+    assert busy.claim("trial-0")
+    end = time.monotonic() + 2.0
+    while time.monotonic() < end:
+        assert not other.claim("trial-0")
+        time.sleep(0.1)
+    busy.close()
+
+
+def test_a_process_of_this_machine_that_is_gone_is_not_waited_for(engine: sqlalchemy.Engine) -> None:
+    code = (
+        "import sys, time, pathlib, sqlalchemy\n"
+        "from harness.leases import Leases\n"
+        "engine = sqlalchemy.create_engine(sys.argv[1])\n"
+        "assert Leases(engine, sys.argv[2], pathlib.Path(engine.url.database)).claim('trial-0')\n"
+        "print('held', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(engine.url), STUDY], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    mine = of(engine)
+    assert not mine.claim("trial-0")
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert mine.holders() == {}
+    assert mine.claim("trial-0")
+    mine.close()
+
+
+def test_of_other_machines_nothing_is_known() -> None:
+    assert not is_gone(f"another-machine/pid:[1]/{2**22 + 1} 0")
+    assert not is_gone(f"{here()}/{os.getpid()} 0")
+    assert is_gone(f"{here()}/{2**22 + 1} 0")
+
+
+def test_the_desk_is_free_again_when_the_process_at_it_dies(engine: sqlalchemy.Engine) -> None:
+    code = (
+        "import sys, time, pathlib, sqlalchemy\n"
+        "from harness.leases import Leases\n"
+        "engine = sqlalchemy.create_engine(sys.argv[1])\n"
+        "with Leases(engine, sys.argv[2], pathlib.Path(engine.url.database)).desk():\n"
+        "    print('at it', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    first = subprocess.Popen([sys.executable, "-c", code, str(engine.url), STUDY], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "at it\n"
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    with of(engine).desk():
+        pass

@@ -1,0 +1,277 @@
+"""Workers of one machine, in real processes: exactly as many results as asked for, whoever dies."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from harness import leases
+from harness.errors import InputError
+from harness.opening import read_store
+from harness.workers import surroundings
+from tests.conftest import PROJECT
+
+STUDY_FILE = """
+import dataclasses
+
+from harness.config import FinalConfig
+from harness.search import asha, grid, no_pruning
+from harness.space import Choice
+from tests.small import small_study
+
+SPACE = {{
+    "optim.base_lr": Choice((1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
+    "backbone.dropout": Choice((0.1, 0.3)),
+}}
+study = small_study({cache!r})
+train = dataclasses.replace(study.train, epochs={epochs}, checkpoint_seconds=0.1, batch_size=8)
+STUDY = dataclasses.replace(
+    study,
+    train=train,
+    space=SPACE,
+    sampler=grid(),
+    pruner=no_pruning(),
+    trials=9,
+    final=FinalConfig(seeds=2, publish=False),
+)
+"""
+
+
+class Command:
+    """`run_study.py --study tiny` in a folder of its own and a process group of its own."""
+
+    def __init__(self, place: Path, cache: Path, epochs: int = 8) -> None:
+        self.place = place
+        (place / "studies").mkdir(parents=True)
+        (place / "studies" / "tiny.py").write_text(STUDY_FILE.format(cache=str(cache), epochs=epochs))
+        self.url = f"sqlite:///{place}/studies/tiny.db"
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(PROJECT / "run_study.py"), "--study", "tiny", *arguments]
+        environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            command,
+            cwd=self.place,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *arguments: str) -> str:
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+        return output
+
+    def trials(self) -> list[Any]:
+        with read_store("tiny", self.url) as store:
+            return store.trials()
+
+    def results(self) -> dict[str, Any]:
+        """All that may not depend on who did what when."""
+        with read_store("tiny", self.url) as store:
+            final = store.attribute("final")
+            return {
+                "trials": [
+                    (trial.number, trial.state, trial.params, trial.value, trial.curve) for trial in store.trials()
+                ],
+                "final": [(each["seed"], each["weights"], each["correct"]) for each in final["per_seed"]],
+                "base": final["base"] and final["base"]["weights"],
+            }
+
+    def check(self) -> None:
+        """Exactly nine results, one final run, one MLflow run for each, nobody at work, and nothing for the doctor."""
+        with read_store("tiny", self.url) as store:
+            assert [trial.number for trial in store.trials()] == list(range(9))
+            assert {trial.state for trial in store.trials()} == {"complete"}
+            assert leases.holders(store._engine, store.attribute("uid")) == {}  # type: ignore[arg-type]
+            assert [line["event"] for line in store.ledger()] == ["opened", "result"]
+        client = MlflowClient(tracking_uri=f"sqlite:///{self.place}/mlruns/mlflow.db")
+        (experiment,) = [each for each in client.search_experiments() if each.name == "tiny"]
+        runs = client.search_runs([experiment.experiment_id])
+        keys = Counter(run.data.tags["harness.key"] for run in runs)
+        assert max(keys.values()) == 1
+        assert len([key for key in keys if key.startswith("trial-")]) == 9
+        assert {run.info.status for run in runs} == {"FINISHED"}
+        doctor = subprocess.run(
+            [sys.executable, "-m", "harness", "doctor", "tiny"],
+            cwd=self.place,
+            env=os.environ | {"PYTHONPATH": str(PROJECT)},
+            capture_output=True,
+            text=True,
+        )
+        assert doctor.returncode == 0, doctor.stdout
+        assert "agree on 9 finished trials" in doctor.stdout
+
+    def begun(self) -> int:
+        """How many trials have an epoch behind them."""
+        file = Path(self.url.removeprefix("sqlite:///"))
+        place = f"{file.as_uri()}?mode=ro"  # looking must not make it
+        with (
+            contextlib.suppress(sqlite3.OperationalError),
+            contextlib.closing(sqlite3.connect(place, uri=True)) as connection,
+        ):
+            (count,) = connection.execute("SELECT count(DISTINCT trial_id) FROM trial_intermediate_values").fetchone()
+            return int(count)
+        return 0
+
+    def wait_for_work(self, process: subprocess.Popen[str], started: int = 2) -> list[int]:
+        """The PIDs of the workers, as soon as some trials are under way."""
+        end = time.monotonic() + 120
+        while time.monotonic() < end and process.poll() is None:
+            if self.begun() >= started:
+                workers = children(process.pid)
+                assert len(workers) >= 2
+                return workers
+            time.sleep(0.1)
+        raise AssertionError(f"no trials under way: {process.communicate()[0]}")
+
+
+def children(pid: int) -> list[int]:
+    """The worker processes of a coordinator; not multiprocessing's resource tracker."""
+    listed = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True
+    ).stdout
+    return [int(line.split()[0]) for line in listed.splitlines() if "spawn_main" in line]
+
+
+def alive(pid: int) -> bool:
+    state = Path(f"/proc/{pid}/stat")
+    return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_until_gone(pids: list[int], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while any(map(alive, pids)):
+        assert time.monotonic() < end, f"still there: {[pid for pid in pids if alive(pid)]}"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def single(image_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one worker finds."""
+    command = Command(tmp_path_factory.mktemp("single"), image_cache)
+    command.run()
+    command.check()
+    return command.results()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_four_workers_give_what_one_gives(single: dict[str, Any], image_cache: Path, tmp_path: Path) -> None:
+    command = Command(tmp_path / "four", image_cache)
+    output = command.run("--workers", "4")
+    command.check()
+    assert command.results() == single, "a trial's result does not depend on who trains it, or beside whom"
+    assert "4 workers" in output
+    assert "Nothing is missing" in command.run("--workers", "4")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_killed_workers_are_replaced_and_their_trials_taken_up(
+    single: dict[str, Any], image_cache: Path, tmp_path: Path
+) -> None:
+    command = Command(tmp_path / "killed", image_cache)
+    process = command.start("--workers", "3")
+    first = command.wait_for_work(process)
+    for pid in first[:2]:
+        os.kill(pid, signal.SIGKILL)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert output.count("died (killed by signal 9); another one takes its place.") == 2, output
+    command.check()
+    assert command.results() == single
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_workers_end_with_their_coordinator_and_the_same_command_goes_on(
+    single: dict[str, Any], image_cache: Path, tmp_path: Path
+) -> None:
+    command = Command(tmp_path / "killed", image_cache)
+    process = command.start("--workers", "2")
+    workers = command.wait_for_work(process)
+    process.kill()
+    process.communicate()
+    wait_until_gone(workers)
+    output = command.run("--workers", "2")
+    command.check()
+    assert command.results() == single
+    assert "of 9 trials finished" in output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_all_write_their_checkpoints_and_the_study_goes_on_from_them(
+    number: signal.Signals, single: dict[str, Any], image_cache: Path, tmp_path: Path
+) -> None:
+    command = Command(tmp_path / "stopped", image_cache)
+    process = command.start("--workers", "2")
+    workers = command.wait_for_work(process)
+    if number is signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "Go on with:" in output
+    assert "Traceback" not in output
+    wait_until_gone(workers, 5)
+    running = [trial.number for trial in command.trials() if trial.state == "running"]
+    kept = {path.stem for path in (tmp_path / "stopped" / "studies" / "tiny.checkpoints").glob("trial-*")}
+    assert kept <= {f"trial-{each}" for each in running}
+    output = command.run("--workers", "2")
+    command.check()
+    assert command.results() == single
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_trials_that_fail_in_a_row_stop_all_workers(image_cache: Path, tmp_path: Path) -> None:
+    command = Command(tmp_path / "failing", image_cache)
+    file = tmp_path / "failing" / "studies" / "tiny.py"
+    text = file.read_text() + (
+        "\n\nclass Broken(type(train.backbone)):\n"
+        "    def build(self, classes, image_size):\n        raise RuntimeError('no such layer')\n\n\n"
+        "STUDY = dataclasses.replace(STUDY, train=dataclasses.replace(train, backbone=Broken()))\n"
+    )
+    file.write_text(text)
+    process = command.start("--workers", "2")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1, output
+    assert "trials in a row failed, the last one with RuntimeError: no such layer" in output
+    assert "Traceback" not in output
+    assert len(command.trials()) < 9
+
+
+def test_the_cores_are_divided_among_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("harness.workers._cores", lambda: range(8))
+    assert surroundings(3, 1, "cpu") == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert surroundings(16, 1, "cpu") == [{"OMP_NUM_THREADS": "1"}] * 16
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert surroundings(2, 1, "cpu") == [{"OMP_NUM_THREADS": "5"}] * 2
+
+
+def test_each_worker_has_a_gpu_of_its_own_unless_they_are_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert surroundings(2, 1, "cuda") == [{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "7"}]
+    shared = [each["CUDA_VISIBLE_DEVICES"] for each in surroundings(4, 2, "cuda")]
+    assert shared == ["4", "4", "7", "7"]
+    with pytest.raises(InputError, match=r"--workers 3 takes 3 GPUs .* there are 2; give fewer --workers"):
+        surroundings(3, 1, "cuda")
