@@ -49,11 +49,11 @@ PARTS = {  # of innermost names the time is counted; what is named nowhere is "t
         "harness.objective": ["environment"],
         "harness.retraining": ["environment"],
         "harness.tracking": ["facts"],
-        "harness.running": ["_name_changes"],
+        "harness.coordinator": ["_name_changes"],
     },
     "report": {"harness.report": ["write_report"], "harness.overview": ["summary"]},
     "saving the model": {"harness.final": ["save_model"], "harness.retraining": ["fingerprint"]},
-    "publishing the model": {"harness.running": ["_describe_model", "_register"]},
+    "publishing the model": {"harness.coordinator": ["_describe_model", "_register"]},
     "display": {"harness.display.Display": ["show", "__enter__", "__exit__"]},
 }
 

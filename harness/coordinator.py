@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from harness.catalogue import Found
     from harness.config import Study
     from harness.engine import Runtime
+    from harness.jobs import Workers
     from harness.mlflow_tracker import MLflowTracker
     from harness.saved_model import SavedModel
     from harness.storage import Store
-    from harness.worker import Workers
 
 DONE, FAILED = 0, 1
 START = "start"  # the key of what one coordinator at a time does at its start
@@ -30,7 +30,6 @@ def run_study(
 ) -> int:
     """Run what the study lacks, to its published end; returns the exit code."""
     from harness.display import Display
-    from harness.running import keep_imports
     from harness.study import TooManyFailures
     from harness.study import run as events_of
 
@@ -45,7 +44,6 @@ def run_study(
     ):
         try:
             for event in events:
-                keep_imports()
                 display.show(event)
         except TooManyFailures as error:
             failure = error

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from harness.checkpoint import SUFFIX, Checkpoint, fingerprint, identity_of, remove
 from harness.config import Study
@@ -15,14 +15,13 @@ from harness.engine import Runtime
 from harness.environment import environment
 from harness.errors import Halt
 from harness.experiment import assemble, with_validation_images
+from harness.jobs import Kind, Train, Workers
 from harness.results import EpochEnded, Event, TrialStarted
 from harness.seeds import derive_seed
 from harness.storage import Store, TrialRecord
 from harness.tracking import RunLog, Tracker, base_key, final_key, rerank_key, retraining_tags
 from harness.trainer import Training, fit
-from harness.worker import Train, Workers
 
-Kind = Literal["final", "base", "rerank"]
 KEYS = {"final": final_key, "base": base_key, "rerank": rerank_key}
 
 

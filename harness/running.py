@@ -191,6 +191,7 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
     with opening.open_store(study, url, content) as store:
         try:
             store.set_attribute("command", _lasting_command())
+            keep_imports()
             return run_study(args, found, study, store, tracker, console)
         except KeyboardInterrupt:
             tracker.interrupt()

@@ -11,6 +11,7 @@ from harness.checkpoint import remove, stale
 from harness.config import Study
 from harness.engine import Runtime
 from harness.final import final_run
+from harness.jobs import Workers
 from harness.leases import LeaseLost
 from harness.objective import evaluate_trial
 from harness.rerank import rerank
@@ -18,7 +19,6 @@ from harness.results import Event, Failed, TrialEnded, TrialLost
 from harness.retraining import Place
 from harness.storage import POLL_SECONDS, NoTrialFree, Store
 from harness.tracking import Tracker, base_key, final_key, rerank_key, trial_key
-from harness.worker import Workers
 
 FAILURES_IN_A_ROW = 3
 

@@ -11,20 +11,21 @@ import functools
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, parent_process
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from harness import interrupt
 from harness.errors import Halt, InputError
+from harness.jobs import Job, Search
 from harness.results import EpochResult, Event, Reached, TrialStarted
 
 if TYPE_CHECKING:
     from harness.config import Study, TrainConfig
-    from harness.retraining import Kind, Place
+    from harness.retraining import Place
     from harness.storage import Store
     from harness.tracking import RunLog, Tracker
 
@@ -49,46 +50,6 @@ class Order:
         found = catalogue.find(str(self.file))
         study = found.study.with_settings(self.settings).located(found.home, self.data_root, self.device)
         return dataclasses.replace(study, trials=self.trials)
-
-
-@dataclass(frozen=True)
-class Search:
-    """Evaluate trials until the study has as many as it asks for."""
-
-    def events(self, place: Place) -> Iterator[Event]:
-        from harness.study import search
-
-        return search(place.study, place.store, place.tracker, place.runtime, place.checkpoints)
-
-
-@dataclass(frozen=True)
-class Train:
-    """Train a configuration again; the trained weights stay in the checkpoint."""
-
-    kind: Kind
-    trial: int
-    seed_number: int
-
-    def events(self, place: Place) -> Iterator[Event]:
-        from harness.retraining import Retraining
-
-        trial = next(each for each in place.store.trials() if each.number == self.trial)
-        return Retraining(place, self.kind, trial, self.seed_number).train()
-
-
-Job = Search | Train
-
-
-class Workers(Protocol):
-    """Who works for a coordinator: processes of this machine (`harness.workers`), or of a cluster."""
-
-    def search(self) -> Iterator[Event]:
-        """Have the trials evaluated that the study lacks, yielding what happens."""
-        ...
-
-    def train(self, jobs: Sequence[Train]) -> Iterator[Event]:
-        """Have these trained; each one's checkpoint lies with the coordinator's afterwards, if all went well."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -175,13 +136,24 @@ def do(job: Job, place: Place, tell: Callable[[Message], None]) -> None:
     from harness.study import TooManyFailures
 
     try:
-        with closing(job.events(place)) as events:  # type: ignore[type-var]
+        with closing(_events(job, place)) as events:
             for event in events:
                 tell(portable(event))
     except (TooManyFailures, Halt, InputError) as error:
         tell(Stopped(error))
     else:
         tell(Done())
+
+
+def _events(job: Job, place: Place) -> Generator[Event, None, None]:
+    from harness.retraining import Retraining
+    from harness.study import search
+
+    if isinstance(job, Search):
+        yield from search(place.study, place.store, place.tracker, place.runtime, place.checkpoints)
+    else:
+        trial = next(each for each in place.store.trials() if each.number == job.trial)
+        yield from Retraining(place, job.kind, trial, job.seed_number).train()
 
 
 def portable(event: Event) -> Event:

@@ -17,9 +17,10 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 
 from harness.errors import Halt, InputError
+from harness.jobs import Job, Search, Train
 from harness.results import Event
 from harness.tracking import Tracker
-from harness.worker import Done, Job, Listener, Message, Order, Search, Stopped, Told, Train, work
+from harness.worker import Done, Listener, Message, Order, Stopped, Told, work
 
 DEATHS_IN_A_ROW = 3  # of workers, without anything heard from one in between
 FAREWELL_SECONDS = 60.0  # for the batch under way and its checkpoint

@@ -18,7 +18,7 @@ HARNESS = PROJECT / "harness"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "results", "seeds", "space", "config", "interrupt", "environment", "outbox", "files", "mlflow_library"),
     ("ledger", "packing", "evidence", "audit", "predictions", "thumbnails"),
-    ("data", "models", "optim", "engine", "search", "asking", "database", "leases"),
+    ("data", "models", "optim", "engine", "search", "asking", "database", "leases", "jobs"),
     ("trainer", "auto"),
     ("experiment", "checkpoint", "features"),
     ("objective", "storage", "opening", "tracking", "mlflow_tracker", "mlflow_places", "mlflow_check"),

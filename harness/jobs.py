@@ -1,0 +1,40 @@
+"""What a coordinator has others do, and who they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from harness.results import Event
+
+Kind = Literal["final", "base", "rerank"]  # of a configuration that is trained again (`harness.retraining`)
+
+
+@dataclass(frozen=True)
+class Search:
+    """Evaluate trials until the study has as many as it asks for."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a trial's configuration again; the trained weights stay in the checkpoint."""
+
+    kind: Kind
+    trial: int
+    seed_number: int
+
+
+Job = Search | Train
+
+
+class Workers(Protocol):
+    """Who works for a coordinator: processes of this machine (`harness.workers`), or of a cluster."""
+
+    def search(self) -> Iterator[Event]:
+        """Have the trials evaluated that the study lacks, yielding what happens."""
+        ...
+
+    def train(self, jobs: Sequence[Train]) -> Iterator[Event]:
+        """Have these trained; each one's checkpoint lies with the coordinator's afterwards, if all went well."""
+        ...
