@@ -25,10 +25,10 @@ PEER = "import torch, torchvision, optuna, mlflow"
 # The command as it is, with a stop behind the first step; the module is imported at the moment when it would be anyway.
 TO_THE_FIRST_STEP = """
 import os, sys
-from harness import running
+from harness import coordinator
 from harness.cli import process
 
-run_study = running._run_study
+run_study = coordinator.run_study
 
 def watched(*arguments):
     from harness import trainer
@@ -42,7 +42,7 @@ def watched(*arguments):
     trainer.train_step = first
     return run_study(*arguments)
 
-running._run_study = watched
+coordinator.run_study = watched
 process(["run", *sys.argv[1:]], program="run_study.py")
 """
 STOPPED = 77

@@ -282,6 +282,7 @@ IMPORTS = (
     "harness.mlflow_tracker",
     "mlflow.store.tracking.sqlalchemy_store",
     "harness.running",
+    "harness.coordinator",
     "harness.display",
     "harness.study",
     "harness.models.maxvit",
