@@ -22,6 +22,7 @@ from harness.mlflow_places import local_tracker
 from harness.models.maxvit import TinyMaxViT
 from harness.search import no_pruning, tpe
 from harness.space import Choice, Float
+from tests.postgres import database, postgres  # noqa: F401  (fixtures)
 
 pytest.register_assert_rewrite("tests.refusal")  # its assertions speak for the tests that call it
 if TYPE_CHECKING:
