@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
 import sys
 import time
@@ -34,9 +35,22 @@ IDLE_SECONDS = 30  # after which a server takes its locks from a process that st
 LOCK_SECONDS = 0.3  # `show` takes the lock for a moment to see whether anybody holds it
 # The modules that SQLAlchemy asks for, and the packages to install where those are called otherwise.
 DRIVERS = {"psycopg2": "psycopg2-binary", "psycopg": "'psycopg[binary]'", "MySQLdb": "mysqlclient"}
+POSTGRESQL_DRIVERS = ("psycopg", "psycopg2")  # both are libpq, whose settings are given here
+# What PostgreSQL and its client say, and what there is to do; of a failed connection nothing but the text is known.
+REMEDIES = {
+    "password authentication failed": "check the user and the password",
+    "no password supplied": "give the password in the URL, in PGPASSWORD or in ~/.pgpass",
+    "resolve host": "check the host's name",
+    "Connection refused": "check host and port, and that the server is running",
+    "No such file or directory": "check the folder of its socket, and that the server is running",
+    "timeout expired": "check host and port, and that the server can be reached from here",
+    "too many clients": "raise its max_connections, or start fewer workers",
+    "permission denied": "let this user make tables in it",
+}
 SETTING_UP = 7_283_911  # the number of PostgreSQL's advisory lock
 CONFLICTS = ("40001", "40P01")  # PostgreSQL's serialization failure and deadlock: the same again will do
 OPTUNA_TABLES = {"studies", "study_directions", "trials", "version_info"}
+LAST_TABLE = "alembic_version"  # that Optuna makes
 
 
 class Unreadable(str):
@@ -99,12 +113,26 @@ def check_database(url: str) -> None:
             f"--storage {url!r}: a study lives in SQLite or PostgreSQL; write sqlite:///FILE or postgresql://..."
         )
     check_driver(url, "--storage")
+    if (driver := sqlalchemy.engine.make_url(url).get_dialect().driver) not in POSTGRESQL_DRIVERS:
+        raise InputError(f"--storage {url!r} asks for the driver {driver}; write postgresql+psycopg://...")
+    _check_tables(url, *_tables_on_server(url))
+
+
+def _tables_on_server(url: str) -> list[str]:
+    """The names of the tables in a server's database. Raises InputError when it cannot be opened."""
     try:
-        engine = sqlalchemy.create_engine(url, **_engine_options(url))
-        _check_tables(url, *sqlalchemy.inspect(engine).get_table_names())
-        engine.dispose()
+        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=_connect_args(url))
+        return sqlalchemy.inspect(engine).get_table_names()
     except (SQLAlchemyError, ImportError) as error:
         raise _unopened(url, error) from error
+
+
+def has_tables(url: str) -> bool:
+    """Whether a study's tables are all there. To connect would make them, which looking must not.
+
+    A SQLite file that is not empty is taken to have them. Raises InputError when the database cannot be opened.
+    """
+    return sqlite_file(url) is not None or LAST_TABLE in _tables_on_server(url)
 
 
 def outlast(url: str, operation: Callable[[], T]) -> T:
@@ -171,7 +199,10 @@ def _unopened(url: str, error: BaseException) -> Exception:
     cause = _cause(error)
     if _no_room(cause):
         return _failed(url, cause)
-    return InputError(f"--storage {url!r} cannot be opened: {cause}; check the URL.")
+    missing = re.search('FATAL: +database "(.*)" does not exist', cause)
+    remedy = f"make it with `createdb {missing[1]}`" if missing else "check the URL"
+    remedy = next((each for words, each in REMEDIES.items() if words in cause), remedy)
+    return InputError(f"--storage {url!r} cannot be opened: {cause.rstrip('.')}; {remedy}.")
 
 
 def check_driver(url: str, option: str) -> None:
@@ -253,14 +284,16 @@ def connect(url: str, *, writing: bool = True) -> optuna.storages.RDBStorage:
 def _engine_options(url: str) -> dict[str, Any]:
     if sqlite_file(url) is not None:
         return {"connect_args": {"timeout": BUSY_TIMEOUT_SECONDS}}
-    options = f"-c idle_in_transaction_session_timeout={IDLE_SECONDS}s"
     # A worker keeps one connection; a lock, and the thread that renews leases, take another one for a moment.
-    return {
-        "connect_args": {"connect_timeout": CONNECT_SECONDS, "application_name": "harness", "options": options},
-        "pool_pre_ping": True,
-        "pool_size": 1,
-        "max_overflow": 3,
-    }
+    return {"connect_args": _connect_args(url), "pool_pre_ping": True, "pool_size": 1, "max_overflow": 3}
+
+
+def _connect_args(url: str) -> dict[str, Any]:
+    """Settings of a connection to a server; what the URL itself says of them stays."""
+    given = sqlalchemy.engine.make_url(url).query
+    options = f"{given.get('options', '')} -c idle_in_transaction_session_timeout={IDLE_SECONDS}s"
+    ours = {"connect_timeout": CONNECT_SECONDS, "application_name": "harness"}
+    return {name: value for name, value in ours.items() if name not in given} | {"options": options.strip()}
 
 
 @contextmanager
@@ -272,16 +305,17 @@ def alone(url: str) -> Iterator[None]:
     if sqlite_file(url) is not None:
         yield
         return
-    options = {key: value for key, value in _engine_options(url).items() if key == "connect_args"}
-    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **options)
+    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=_connect_args(url))
     try:
         connection = engine.connect()
-    except SQLAlchemyError as error:
-        raise _unopened(url, error) from error
-    with connection, connection.begin():
         connection.execute(sqlalchemy.text("SET LOCAL idle_in_transaction_session_timeout = 0"))
         connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({SETTING_UP})"))
+    except SQLAlchemyError as error:
+        raise _unopened(url, error) from error
+    try:
         yield
+    finally:
+        connection.close()  # which ends the transaction, and with it the lock
 
 
 def _set_pragmas(connection: Any, _record: Any) -> None:

@@ -15,7 +15,17 @@ from typing import Any
 import optuna
 
 from harness.config import Study
-from harness.database import BUSY_TIMEOUT_SECONDS, alone, check_database, connect, dispose, held, outlast, sqlite_file
+from harness.database import (
+    BUSY_TIMEOUT_SECONDS,
+    alone,
+    check_database,
+    connect,
+    dispose,
+    has_tables,
+    held,
+    outlast,
+    sqlite_file,
+)
 from harness.errors import InputError
 from harness.files import Damaged
 from harness.leases import Leases, make_table
@@ -79,14 +89,17 @@ def read_store(name: str, url: str) -> Iterator[Store]:
     if file is not None and (not file.is_file() or file.stat().st_size == 0):
         raise InputError(f"Study {name!r} has no results yet ({file} does not exist); run it with --study {name}.")
     check_database(url)
+    unknown = InputError(
+        f"{url} holds no study named {name!r}; it has not begun there: run it, or check --storage and the name."
+    )
+    if not has_tables(url):
+        raise unknown
     storage = connect(url, writing=False)
     try:
         try:
             optuna_study = outlast(url, lambda: optuna.load_study(storage=storage, study_name=name))
         except KeyError as error:
-            raise InputError(
-                f"{url} holds no study named {name!r}; it has not begun there: run it, or check --storage and the name."
-            ) from error
+            raise unknown from error
         yield Store(url, optuna_study, as_of_now=True, engine=storage.engine)
     finally:
         dispose(storage)
@@ -101,6 +114,8 @@ def exists(name: str, url: str) -> bool:
     if file is not None and (not file.is_file() or file.stat().st_size == 0):
         return False
     check_database(url)
+    if not has_tables(url):
+        return False
     storage = connect(url, writing=False)
     try:
         study = outlast(url, lambda: storage.get_study_id_from_name(name))
@@ -163,15 +178,22 @@ def _check_definition(study: Study, store: Store, content: Mapping[str, str] | N
         )
 
 
+def check_movable(url: str) -> None:
+    """Raise InputError when a study at this URL could not be moved aside: on a server others may be at work on it."""
+    if sqlite_file(url) is None:
+        raise InputError(
+            "--fresh moves a SQLite file; on a server, give the new study a database of its own by --storage."
+        )
+
+
 def move_aside(name: str, url: str, *folders: Path) -> Path | None:
     """Give an existing study, and the folders beside it, another name (`--fresh`); nothing is deleted.
 
     Returns the new file, None if there was none.
     """
     file = sqlite_file(url)
-    if file is None:
-        raise InputError("--fresh moves a SQLite file; with another database, give the new study another --storage.")
-    if not file.exists():
+    check_movable(url)
+    if file is None or not file.exists():
         return None
     with held(file, name):
         stamp = time.strftime("%Y%m%d-%H%M%S")

@@ -106,6 +106,8 @@ def _run(args: argparse.Namespace) -> int:
     url = args.storage or found.storage_url
     database.check_database(url)
     database.check_writable(database.sqlite_file(url))
+    if args.fresh:
+        opening.check_movable(url)
     begun = not args.fresh and opening.exists(study.name, url)
     if begun:
         # Without --data-root nothing says that the images are others; to look would take longer than the answer.

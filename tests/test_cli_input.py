@@ -85,7 +85,9 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "a device file as storage": (["--storage", "sqlite:////dev/null"], ["/dev/null is no file"]),
     "a storage of an unknown driver": (["--storage", "sqlite+nodriver:///x.db"], ["is no database URL"]),
     "a storage in SQLite's words": (["--storage", "sqlite:///file:x.db?uri=true"], ["write sqlite:///FILE"]),
-    "a storage on a server, moved aside": (["--fresh", "--storage", "mysql://a@h/x"], ["pip install mysqlclient"]),
+    "a storage of another kind": (["--storage", "mysql://a@h/x"], ["SQLite or PostgreSQL"]),
+    "a storage of another kind, moved aside": (["--fresh", "--storage", "mysql://a@h/x"], ["SQLite or PostgreSQL"]),
+    "a storage by another driver": (["--storage", "postgresql+asyncpg://a@h/x"], ["asyncpg"]),
     "a folder as storage, moved aside": (["--fresh", "--storage", "sqlite:///studies"], ["studies"]),
 }
 

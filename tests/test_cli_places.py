@@ -72,7 +72,7 @@ def changed_definition(home: Path, database: Path) -> None:
 
 
 POSTGRES = "postgresql://flora:secret@127.0.0.1:1/studies"
-DRIVER = ["needs the database driver psycopg", "pip install", ":***@"]
+REFUSED = ["Connection refused", "that the server is running", ":***@"]
 OTHER = "sqlite:///other.db"
 NEVER = ["'demo' has no results yet", "--study demo"]
 ROWS: dict[str, tuple[Preparation | None, list[str], list[str]]] = {
@@ -138,17 +138,9 @@ ROWS: dict[str, tuple[Preparation | None, list[str], list[str]]] = {
         ["Garden draws its own images"],
     ),
     # databases
-    "no driver": (
-        None,
-        ["run", "--study", "demo", "--storage", POSTGRES],
-        DRIVER,
-    ),
-    "no driver to look": (
-        None,
-        ["show", "demo", "--storage", POSTGRES],
-        DRIVER,
-    ),
-    "no driver of MySQL": (None, ["show", "demo", "--storage", "mysql://a@h/x"], ["pip install mysqlclient"]),
+    "a server that is away": (None, ["run", "--study", "demo", "--storage", POSTGRES], REFUSED),
+    "a server that is away, to look": (None, ["show", "demo", "--storage", POSTGRES], REFUSED),
+    "a study in MySQL": (None, ["show", "demo", "--storage", "mysql://a@h/x"], ["SQLite or PostgreSQL"]),
     "an empty storage": (as_begun, ["show", "demo", "--storage="], ["argument --storage", "it is empty"]),
     "an empty tracking": (as_begun, ["doctor", "demo", "--tracking-uri="], ["argument --tracking-uri", "it is empty"]),
     "tracking of no known kind": (as_begun, ["doctor", "demo", "--tracking-uri", "x://y"], ["--tracking-uri"]),
@@ -165,7 +157,7 @@ ROWS: dict[str, tuple[Preparation | None, list[str], list[str]]] = {
     "tracking in another's database": (recipes, ["doctor", "demo", "--tracking-uri", OTHER], ["--tracking-uri"]),
     "tracking on a server without a driver": (
         as_begun,
-        ["doctor", "demo", "--tracking-uri", POSTGRES],
+        ["doctor", "demo", "--tracking-uri", "mysql://flora:secret@127.0.0.1:1/x"],
         ["--tracking-uri", ":***@"],
     ),
     "tracking on a server that is away": (
