@@ -66,6 +66,12 @@ def is_gone(owner: str) -> bool:
     return False
 
 
+def in_words(owner: str) -> str:
+    """An owner as people name it: `1234 on gpu-7`, a process and its machine."""
+    place, _, process = owner.rpartition("/")
+    return f"{process.partition(' ')[0]} on {place.rpartition('/')[0]}"
+
+
 class Leases:
     """What one process holds of a study."""
 
@@ -130,6 +136,10 @@ class Leases:
         """Raise LeaseLost unless this process holds the key. Asks the database only when its own clock is in doubt."""
         if _clock() < self._held.get(key, 0.0) - RENEWAL_SECONDS / 2:
             return
+        self.confirm(key)
+
+    def confirm(self, key: str) -> None:
+        """Raise LeaseLost unless the database says that this process holds the key."""
         if not self._renew(key):
             raise LeaseLost(key)
 

@@ -95,6 +95,7 @@ class Store:
         self._engine = engine
         self._study = optuna_study
         self._leases = leases
+        self._leads = False
         self._curves: dict[int, dict[int, float]] = {}  # of the trials asked for: accuracy by epoch, as it is stored
         self._as_of_now = as_of_now
         self._attributes: dict[str, Any] | None = None
@@ -240,16 +241,32 @@ class Store:
         try:
             yield
         finally:
-            if self._leases is not None:
-                self._leases.release(key)
+            self._release(key)
 
     @outlasting
     def _claim(self, key: str) -> bool:
         return self._leases is None or self._leases.claim(key)
 
+    @outlasting
+    def _release(self, key: str) -> None:
+        if self._leases is not None:
+            self._leases.release(key)
+
     def lead(self) -> bool:
         """Whether what comes after the search is this process's to do; it stays so until the store is closed."""
-        return self._claim(FINAL)
+        self._leads = self._claim(FINAL)
+        return self._leads
+
+    @outlasting
+    def check_lead(self) -> None:
+        """Raise LeaseLost when this process led, and another one does now, for this one was thought dead."""
+        if self._leases is not None and self._leads:
+            self._leases.check(FINAL)
+
+    def leader(self) -> str:
+        """Who does what comes after the search, for people to read."""
+        owner = self.at_work().get(FINAL)
+        return "another process" if owner is None else f"process {leases.in_words(owner)}"
 
     # -- writing ------------------------------------------------------------------------------------------------
 
@@ -286,22 +303,34 @@ class Store:
         """A trial that nobody is at, for this process, and whether it was begun before; made if none is left over."""
         storage, held = self._study._storage, self._leases
         with contextlib.nullcontext() if held is None else held.desk():
+            # Read before the trials: one that ends in between has ended, and is not one that nobody is at.
+            holders = {} if held is None else held.holders()
+            others = {key for key, owner in holders.items() if held is not None and owner != held.owner}
             if not self._study.get_trials(deepcopy=False):
                 self._study.enqueue_trial(encode(study.space, study.train))
             trials = self._study.get_trials(deepcopy=False)
             unfinished = [trial for trial in trials if trial.state not in FINISHED]
-            if held is not None and at_most is not None:
-                others = {key for key, owner in held.holders().items() if owner != held.owner}
-                taken = sum(trial_key(trial.number) in others for trial in unfinished)
-                if len(trials) - len(unfinished) + taken >= at_most:
-                    raise NoTrialFree
-            for trial in unfinished:
-                if held is None or held.claim(trial_key(trial.number)):
-                    if trial.state is TrialState.RUNNING:
-                        return trial, True
-                    storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
-                    return storage.get_trial(trial._trial_id), False
+            free = [trial for trial in unfinished if trial_key(trial.number) not in others]
+            if at_most is not None and len(trials) - len(free) >= at_most:
+                raise NoTrialFree
+            for trial in free:
+                if held is not None:
+                    if not held.claim(trial_key(trial.number)):
+                        continue
+                    if storage.get_trial(trial._trial_id).state in FINISHED:
+                        held.release(trial_key(trial.number))  # thought dead, its worker has ended it just now
+                        raise NoTrialFree
+                if trial.state is TrialState.RUNNING:
+                    return trial, True
+                storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+                return storage.get_trial(trial._trial_id), False
+            if at_most is not None and len(trials) >= at_most:
+                raise NoTrialFree
             made = storage.get_trial(storage.create_new_trial(self._study._study_id))
+            if at_most is not None and made.number >= at_most:
+                # This process stood still at the desk until the server gave its place to another.
+                storage.set_trial_state_values(made._trial_id, TrialState.WAITING)
+                raise NoTrialFree
             if held is not None:
                 held.claim(trial_key(made.number))
             return made, False
@@ -311,6 +340,19 @@ class Store:
         """Raise LeaseLost when another process has taken up this trial, for this one was thought dead."""
         if self._leases is not None:
             self._leases.check(trial_key(asked.number))
+
+    @contextlib.contextmanager
+    def _ending(self, asked: Asked) -> Iterator[None]:
+        """Raise LeaseLost when a trial has ended by another process.
+
+        By this one it has when it is told again, for the database's answer was lost.
+        """
+        try:
+            yield
+        except UpdateFinishedTrialError as error:
+            if self._leases is None:
+                raise LeaseLost(trial_key(asked.number)) from error
+            self._leases.confirm(trial_key(asked.number))
 
     def _id(self, asked: Asked) -> int:
         return self._study._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, asked.number)
@@ -325,7 +367,7 @@ class Store:
         curve = self._curves[asked.number]
         known = curve.get(epoch)
         if known is None:
-            with _ended_elsewhere(asked):
+            with self._ending(asked):
                 self._study._storage.set_trial_intermediate_value(self._id(asked), epoch, value)
             curve[epoch] = value
         elif known != value:
@@ -365,9 +407,8 @@ class Store:
             "environments": [dict(each) for each in environments],
             "outcome": described,
         }
-        if self._study._storage.get_trial(self._id(asked)).state not in FINISHED:  # this may be the second attempt
-            with _ended_elsewhere(asked):
-                self._tell(asked, outcome, attributes)
+        with self._ending(asked):
+            self._tell(asked, outcome, attributes)
         if self._leases is not None:
             self._leases.release(trial_key(asked.number))
 
@@ -381,15 +422,6 @@ class Store:
         else:
             # A diverged trial is told as pruned: Optuna's samplers ignore failures and would try its region again.
             self._study.tell(asked.number, state=TrialState.PRUNED)
-
-
-@contextlib.contextmanager
-def _ended_elsewhere(asked: Asked) -> Iterator[None]:
-    """A trial that has ended meanwhile was taken up by another process."""
-    try:
-        yield
-    except UpdateFinishedTrialError as error:
-        raise LeaseLost(trial_key(asked.number)) from error
 
 
 def _record(trial: FrozenTrial) -> TrialRecord:
