@@ -70,12 +70,14 @@ def _begin(study: Study, store: Store, tracker: MLflowTracker) -> Runtime:
 
 def _check_versions(store: Store) -> None:
     """Raise InputError when others work on the study with other versions: their trials could not be compared."""
-    from harness.checkpoint import differences
+    from harness.leases import in_words
 
-    known, others = store.attribute("versions"), store.at_work()
-    if others and known and (differing := differences(known, versions())):
+    known, here, others = store.attribute("versions"), versions(), store.at_work()
+    if others and known and known != here:
+        names = [name for name in {**known, **here} if known.get(name) != here.get(name)]
+        differing = ", ".join(f"{name} {known.get(name)} (here {here.get(name)})" for name in names)
         raise InputError(
-            f"{next(iter(others.values()))} works on this study, and here {differing}; "
+            f"Process {in_words(next(iter(others.values())))} works on this study with {differing}; "
             "install the same versions, or wait for its end."
         )
     store.set_attribute("versions", versions())
@@ -101,10 +103,11 @@ def _end(
     """Write the report, describe and register the model, tell MLflow; unless another coordinator does."""
     from harness import overview, report, tracking
 
-    if not store.lead():
+    done = failure is None and store.is_complete(study)  # by another coordinator, for which this one waited
+    if done or not store.lead():
         tracker.leave()
         print(overview.summary(study.name, store, tracker.uri))
-        return ended(store)
+        return _failed(failure) if failure else ended(store)
     model_folder, report_folder = (found.beside(store.url, suffix) for suffix in (".model", ".report"))
     report.write_report(study.name, store, tracker.uri, report_folder)
     model = _describe_model(study, store, model_folder, console)
@@ -112,8 +115,7 @@ def _end(
         tracking.study_metrics(store), [report_folder, model_folder], "failed" if failure else "complete"
     )
     if failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return FAILED
+        return _failed(failure)
     if told and model is not None:
         told = _register(study, store, tracker, model, console)
     if told:
@@ -123,6 +125,11 @@ def _end(
     print(overview.summary(study.name, store, tracker.uri))
     print(f"report    {report_folder / 'report.html'}")
     return ended(store)
+
+
+def _failed(failure: Exception) -> int:
+    print(f"error: {failure}", file=sys.stderr)
+    return FAILED
 
 
 @contextmanager

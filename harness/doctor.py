@@ -18,6 +18,7 @@ from harness.data.cache import damaged
 from harness.database import holder, pid_file, sqlite_file
 from harness.errors import InputError
 from harness.files import Damaged
+from harness.leases import in_words
 from harness.opening import as_begun, has_model, open_store, read_description, read_store
 from harness.storage import Store
 from harness.study import wanted_keys
@@ -38,7 +39,7 @@ def consult(found: Found, url: str, tracking_uri: str | None, fix: bool) -> bool
     study = found.study.located(found.home, None, None)
     checkpoints, model = (found.beside(url, suffix) for suffix in (".checkpoints", ".model"))
     with read_store(study.name, url) as store:
-        process = holder(file) if file is not None else ", ".join(sorted(set(store.at_work().values()))) or None
+        process = holder(file) if file is not None else _at_work(store)
         if fix and process is not None:
             raise InputError(f"Study {study.name!r} is being run by process {process}; wait for it, then mend.")
         study = as_begun(study, store)
@@ -55,6 +56,11 @@ def consult(found: Found, url: str, tracking_uri: str | None, fix: bool) -> bool
         return not findings
     with open_store(study, url) as store:
         return _mend(study, store, found, tracking_uri, checkpoints, model)
+
+
+def _at_work(store: Store) -> str | None:
+    """The processes that work on a study on a server, None when there are none."""
+    return ", ".join(sorted({in_words(owner) for owner in store.at_work().values()})) or None
 
 
 def _well(store: Store, process: str | None) -> str:

@@ -48,7 +48,7 @@ def final_run(place: Place, folder: Path, reason: str | None = None) -> Iterator
     A seed that was trained before an interruption is not trained again, for its last checkpoint stays until the result
     is recorded. When the result is there and only the model is lost, its seed is trained once more, and the test set
     stays closed. It also stays closed when it was opened for another trial and no `reason` is given. Does nothing when
-    no trial is complete.
+    no trial is complete. Raises LeaseLost before the opening when another process does this by now.
     """
     study, store = place.study, place.store
     chosen = store.chosen()
@@ -98,6 +98,7 @@ def _open_test_set(
 ) -> None:
     # The only place where the test split is read. Everything is trained; nothing is decided after this line.
     store, chosen = place.store, seeds[0].trial
+    store.check_lead()
     _write_opening(store, chosen, fingerprint(seeds[0].config), reason)
     test = load_test(seeds[0].config.data)
     saved = seeds[0].trained()

@@ -15,7 +15,7 @@ from harness.jobs import Workers
 from harness.leases import LeaseLost
 from harness.objective import evaluate_trial
 from harness.rerank import rerank
-from harness.results import Event, Failed, TrialEnded, TrialLost
+from harness.results import Elsewhere, Event, Failed, TrialEnded, TrialLost
 from harness.retraining import Place
 from harness.storage import POLL_SECONDS, NoTrialFree, Store
 from harness.tracking import Tracker, base_key, final_key, rerank_key, trial_key
@@ -49,8 +49,26 @@ def run(
     elif store.finished() < study.trials:
         yield from workers.search()
     place = Place(study=study, store=store, tracker=tracker, runtime=runtime, checkpoints=checkpoints, workers=workers)
-    yield from rerank(place)
-    yield from final_run(place, model_folder, reason)
+    yield from _after_search(place, model_folder, reason)
+
+
+def _after_search(place: Place, model_folder: Path, reason: str | None) -> Iterator[Event]:
+    """Choose, retrain and test, as the one process that does; another one waits, lest that process dies."""
+    store = place.store
+    waited = False
+    while True:
+        while not store.lead():
+            waited = True
+            yield Elsewhere(by=store.leader())
+            time.sleep(POLL_SECONDS)
+        if waited and store.is_settled():
+            return
+        try:
+            yield from rerank(place)
+            yield from final_run(place, model_folder, reason)
+        except LeaseLost:
+            continue
+        return
 
 
 def wanted_keys(study: Study, store: Store) -> set[str]:
