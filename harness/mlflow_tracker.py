@@ -244,7 +244,12 @@ class MLflowTracker:
                 self.tell(functools.partial(self._log_folder, path))
         self.tell(self._close_leftovers)
         self.tell(lambda: self.close_run(self.parent, state))
+        self.tell(self._look)
+        self._behind = True  # another coordinator may have died before it had told everything
         return self._end(self._catch_up)
+
+    def _look(self) -> None:
+        self._runs = self.known_runs()
 
     def _log_study(self, metrics: Mapping[str, float], now: int) -> None:
         """What the study's own run shows, at the number of its trials; a step later if a reopened test changed it."""

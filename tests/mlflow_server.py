@@ -13,10 +13,12 @@ from pathlib import Path
 
 
 class Server:
-    """`mlflow server` on SQLite in a process group of its own, so that all of it can be killed or halted."""
+    """`mlflow server` in a process group of its own, so that all of it can be killed or halted."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, database: str | None = None) -> None:
+        """`database` is the URL of an empty one; without it a SQLite file is made in `folder`."""
         self.folder = folder
+        self._database = database or f"sqlite:///{folder / 'mlflow.db'}"
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port: int = probe.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
@@ -24,7 +26,7 @@ class Server:
 
     def start(self) -> None:
         options = {
-            "backend-store-uri": f"sqlite:///{self.folder}/mlflow.db",
+            "backend-store-uri": self._database,
             "artifacts-destination": str(self.folder / "artifacts"),
             "host": "127.0.0.1",
             "port": str(self.port),
