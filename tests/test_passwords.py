@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import OperationalError
 
-from harness import running
-from harness.database import outlast
+from harness import database, running
 from harness.errors import Halt, InputError, masked
 from harness.overview import overview, summary
 from harness.report import write_report
@@ -75,8 +74,11 @@ def test_what_mlflow_keeps_and_the_command_to_go_on_hide_it(
     assert printed.count("flora:***@db.example") == 2
 
 
-def test_waiting_for_a_locked_database_shows_no_password(capsys: pytest.CaptureFixture[str]) -> None:
-    answers: list[Exception | int] = [StorageInternalError("database is locked"), 3]
+def test_waiting_for_a_server_that_is_away_shows_no_password(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "RETRY_SECONDS", 0.0)
+    answers: list[Exception | int] = [OperationalError("SELECT 1", {}, Exception("the connection is closed")), 3]
 
     def operation() -> int:
         answer = answers.pop(0)
@@ -84,7 +86,7 @@ def test_waiting_for_a_locked_database_shows_no_password(capsys: pytest.CaptureF
             raise answer
         return answer
 
-    assert outlast("postgresql://me:secret@host/studies", operation) == 3
+    assert database.outlast("postgresql://me:secret@host/studies", operation) == 3
     said = capsys.readouterr().err
     assert "me:***@host" in said
     assert "secret" not in said

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import sqlalchemy
 
+from harness.database import check_database
 from harness.environment import versions
 from harness.opening import open_store, read_store
 from tests.faulty import CommandLine, one_sentence, small_study
@@ -77,6 +78,11 @@ def test_a_wrong_url_is_refused(
     before = tree(line.place)
     assert_refused(line, ["--storage", url.format(port=postgres.port)], words)
     assert {*tree(line.place)} - {*before} <= {"studies/tiny.py"}
+
+
+def test_the_password_may_be_in_the_environment(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGPASSWORD", PASSWORD)
+    check_database(database.replace(f":{PASSWORD}", ""))
 
 
 def test_a_missing_driver_is_named(line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
