@@ -38,6 +38,12 @@ class Seen:
         running = [trial.number for trial in lower if all(path in trial.params for path in space)]
         return Seen(tuple(trial.number for trial in lower), tuple(running))
 
+    @staticmethod
+    def of(trial: FrozenTrial) -> Seen:
+        """What is kept with a trial; nothing is, if all lower numbers had ended."""
+        kept = trial.user_attrs.get("seen")
+        return Seen() if kept is None else Seen.from_dict(kept)
+
     def history(self, trials: Sequence[FrozenTrial], number: int) -> list[FrozenTrial]:
         """The trials as they were known to trial `number`; of the running ones the parameters alone."""
         known = [trial for trial in trials if trial.number < number and trial.number not in self.open]
@@ -68,6 +74,25 @@ def _running(trial: FrozenTrial) -> FrozenTrial:
     )
 
 
+class _Storage:
+    """A storage without what samplers note of a study: who asks later would meet what others had seen.
+
+    Optuna's genetic algorithms note the parents of a generation there; they find the same ones again in the history.
+    """
+
+    def __init__(self, storage: optuna.storages.BaseStorage) -> None:
+        self._storage = storage
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
+        return {}
+
+    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
+        pass
+
+
 class _History(optuna.Study):
     """A study that shows its sampler these trials, whatever the storage holds."""
 
@@ -87,7 +112,8 @@ def ask(study: Study, of: optuna.Study, trial_id: int, number: int, history: lis
     therefore answers the same after a kill as without one.
     """
     shown = _History.__new__(_History)
-    shown.__setstate__({key: value for key, value in of.__dict__.items() if key != "_thread_local"})
+    kept = {key: value for key, value in of.__dict__.items() if key != "_thread_local"}
+    shown.__setstate__(kept | {"_storage": _Storage(of._storage)})
     shown.shown = history
     of.sampler = shown.sampler = study.sampler.build(study, derive_seed(study.seed, "ask", number))
     trial = optuna.Trial(shown, trial_id)

@@ -132,6 +132,10 @@ class Leases:
         """Who holds what of this study now, by key; processes of this machine that are gone hold nothing."""
         return {key: owner for key, owner in _noted(self._engine, self._study).items() if not is_gone(owner)}
 
+    def others(self) -> dict[str, str]:
+        """What other processes hold now."""
+        return {key: owner for key, owner in self.holders().items() if owner != self.owner}
+
     def check(self, key: str) -> None:
         """Raise LeaseLost unless this process holds the key. Asks the database only when its own clock is in doubt."""
         if _clock() < self._held.get(key, 0.0) - RENEWAL_SECONDS / 2:

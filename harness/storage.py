@@ -44,7 +44,7 @@ class Asked:
 
 
 class NoTrialFree(Exception):
-    """Every trial that the study asks for has ended, or another worker is at it."""
+    """Every trial that the study asks for has ended, or another worker is at it; in a moment one may be free."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,8 +230,9 @@ class Store:
     @outlasting
     def at_work(self) -> dict[str, str]:
         """What other processes are at now: the owner (machine, process) by trial, or "final"."""
-        known = {} if self._engine is None else leases.holders(self._engine, self.attribute("uid") or "")
-        return {key: owner for key, owner in known.items() if self._leases is None or owner != self._leases.owner}
+        if self._leases is not None:
+            return self._leases.others()
+        return {} if self._engine is None else leases.holders(self._engine, self.attribute("uid") or "")
 
     @contextlib.contextmanager
     def alone(self, key: str) -> Iterator[None]:
@@ -290,12 +291,16 @@ class Store:
         """
         taken, resumed = self._take(study, at_most)
         trials = self._study.get_trials(deepcopy=False)
-        kept = taken.user_attrs.get("seen")
-        seen = Seen.now(trials, taken.number, study.space) if kept is None else Seen.from_dict(kept)
-        if kept is None and seen.open:  # before the first parameter is written
-            self._study._storage.set_trial_user_attr(taken._trial_id, "seen", seen.to_dict())
-        history = seen.history(trials, taken.number)
-        params = asking.ask(study, self._study, taken._trial_id, taken.number, history)
+        try:
+            if "seen" in taken.user_attrs:
+                seen = Seen.of(taken)
+            elif (seen := Seen.now(trials, taken.number, study.space)).open:  # kept before the first parameter is
+                self._check(taken.number)
+                self._study._storage.set_trial_user_attr(taken._trial_id, "seen", seen.to_dict())
+            history = seen.history(trials, taken.number)
+            params = asking.ask(study, self._study, taken._trial_id, taken.number, history)
+        except (LeaseLost, UpdateFinishedTrialError) as error:  # this process stood still, and another one went on
+            raise NoTrialFree from error
         self._curves[taken.number] = dict(taken.intermediate_values)
         return Asked(number=taken.number, params=params, resumed=resumed)
 
@@ -309,6 +314,9 @@ class Store:
             if not self._study.get_trials(deepcopy=False):
                 self._study.enqueue_trial(encode(study.space, study.train))
             trials = self._study.get_trials(deepcopy=False)
+            if not trials:
+                self._study.enqueue_trial(encode(study.space, study.train))
+                trials = self._study.get_trials(deepcopy=False)
             unfinished = [trial for trial in trials if trial.state not in FINISHED]
             free = [trial for trial in unfinished if trial_key(trial.number) not in others]
             if at_most is not None and len(trials) - len(free) >= at_most:
@@ -338,8 +346,11 @@ class Store:
     @outlasting
     def check(self, asked: Asked) -> None:
         """Raise LeaseLost when another process has taken up this trial, for this one was thought dead."""
+        self._check(asked.number)
+
+    def _check(self, number: int) -> None:
         if self._leases is not None:
-            self._leases.check(trial_key(asked.number))
+            self._leases.check(trial_key(number))
 
     @contextlib.contextmanager
     def _ending(self, asked: Asked) -> Iterator[None]:
