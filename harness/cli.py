@@ -166,6 +166,15 @@ def _reproduce(args: argparse.Namespace) -> int:
     return FAILED
 
 
+def _replay(args: argparse.Namespace) -> int:
+    from harness import catalogue, opening
+    from harness.replay import replay_study
+
+    found = catalogue.find(args.study)
+    with opening.read_store(found.study.name, args.storage or found.storage_url) as store:
+        return DONE if replay_study(opening.as_begun(found.study, store), store) else FAILED
+
+
 def _audit(args: argparse.Namespace) -> int:
     from harness.running import resumable
 
@@ -278,6 +287,7 @@ COMMANDS = {
     "show": _show,
     "report": _report,
     "reproduce": _reproduce,
+    "replay": _replay,
     "audit": _audit,
     "doctor": _doctor,
     "predict": _predict,

@@ -31,7 +31,7 @@ def test_every_command_in_the_readme_parses() -> None:
 def test_every_command_of_the_program_is_in_the_readme() -> None:
     help_text = build_parser("python -m harness").format_help()
     commands = re.findall(r"^    (\w+)(?: |$)", help_text, re.M)
-    assert " ".join(commands) == "run show report reproduce audit doctor export predict demo ui"
+    assert " ".join(commands) == "run show report reproduce replay audit doctor export predict demo ui"
     for command in commands[1:]:
         assert f"python -m harness {command}" in README
 

@@ -22,7 +22,19 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("trainer", "auto"),
     ("experiment", "checkpoint", "features"),
     ("objective", "storage", "opening", "tracking", "mlflow_tracker", "mlflow_places", "mlflow_check"),
-    ("study", "final", "retraining", "rerank", "saved_model", "worker", "workers", "catalogue", "reproduce", "doctor"),
+    (
+        "study",
+        "final",
+        "retraining",
+        "rerank",
+        "saved_model",
+        "worker",
+        "workers",
+        "catalogue",
+        "reproduce",
+        "replay",
+        "doctor",
+    ),
     ("cost", "overview", "report", "export", "model_card", "mlflow_model", "predict"),
     ("cli", "arguments", "running", "coordinator", "auditing", "demo_page", "display", "pretrain", "__main__"),
 )
@@ -44,6 +56,7 @@ FREE_OF_TORCH = (
     *(
         "arguments",
         "asking",
+        "replay",
         "leases",
         "opening",
         "ledger",
