@@ -75,9 +75,10 @@ def _running(trial: FrozenTrial) -> FrozenTrial:
 
 
 class _Storage:
-    """A storage without what samplers note of a study: who asks later would meet what others had seen.
+    """A storage without what samplers note for others: what a suggestion has seen is its history alone.
 
-    Optuna's genetic algorithms note the parents of a generation there; they find the same ones again in the history.
+    Optuna's genetic algorithms note the parents of a generation; they find the same ones again in the history. Other
+    samplers note the parameters that they are about to write; a running trial is shown when it has them all.
     """
 
     def __init__(self, storage: optuna.storages.BaseStorage) -> None:
@@ -91,6 +92,10 @@ class _Storage:
 
     def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
         pass
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        if "relative_params" not in key:
+            self._storage.set_trial_system_attr(trial_id, key, value)
 
 
 class _History(optuna.Study):

@@ -16,7 +16,7 @@ import sqlalchemy
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from harness import asking, leases, ledger
+from harness import asking, leases, ledger, taking
 from harness.asking import FINISHED, Seen
 from harness.config import Study
 from harness.database import Unreadable, outlast
@@ -25,7 +25,7 @@ from harness.leases import LeaseLost, Leases
 from harness.ledger import Line
 from harness.results import Completed, Diverged, EpochResult, Failed, TrialOutcome
 from harness.search import may_prune
-from harness.space import encode
+from harness.taking import NoTrialFree as NoTrialFree
 from harness.tracking import trial_key
 
 P = ParamSpec("P")
@@ -41,10 +41,6 @@ class Asked:
     number: int
     params: dict[str, Any]
     resumed: bool
-
-
-class NoTrialFree(Exception):
-    """Every trial that the study asks for has ended, or another worker is at it; in a moment one may be free."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,8 +285,9 @@ class Store:
         It is this process's until it is told, or the process is thought dead. Raises NoTrialFree when those that have
         ended and those that other workers are at make `at_most`.
         """
-        taken, resumed = self._take(study, at_most)
+        place, resumed = taking.take(study, self._study, self._engine, self._leases, at_most)
         trials = self._study.get_trials(deepcopy=False)
+        taken = trials[place.number]
         try:
             if "seen" in taken.user_attrs:
                 seen = Seen.of(taken)
@@ -303,45 +300,6 @@ class Store:
             raise NoTrialFree from error
         self._curves[taken.number] = dict(taken.intermediate_values)
         return Asked(number=taken.number, params=params, resumed=resumed)
-
-    def _take(self, study: Study, at_most: int | None) -> tuple[FrozenTrial, bool]:
-        """A trial that nobody is at, for this process, and whether it was begun before; made if none is left over."""
-        storage, held = self._study._storage, self._leases
-        with contextlib.nullcontext() if held is None else held.desk():
-            # Read before the trials: one that ends in between has ended, and is not one that nobody is at.
-            holders = {} if held is None else held.holders()
-            others = {key for key, owner in holders.items() if held is not None and owner != held.owner}
-            if not self._study.get_trials(deepcopy=False):
-                self._study.enqueue_trial(encode(study.space, study.train))
-            trials = self._study.get_trials(deepcopy=False)
-            if not trials:
-                self._study.enqueue_trial(encode(study.space, study.train))
-                trials = self._study.get_trials(deepcopy=False)
-            unfinished = [trial for trial in trials if trial.state not in FINISHED]
-            free = [trial for trial in unfinished if trial_key(trial.number) not in others]
-            if at_most is not None and len(trials) - len(free) >= at_most:
-                raise NoTrialFree
-            for trial in free:
-                if held is not None:
-                    if not held.claim(trial_key(trial.number)):
-                        continue
-                    if storage.get_trial(trial._trial_id).state in FINISHED:
-                        held.release(trial_key(trial.number))  # thought dead, its worker has ended it just now
-                        raise NoTrialFree
-                if trial.state is TrialState.RUNNING:
-                    return trial, True
-                storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
-                return storage.get_trial(trial._trial_id), False
-            if at_most is not None and len(trials) >= at_most:
-                raise NoTrialFree
-            made = storage.get_trial(storage.create_new_trial(self._study._study_id))
-            if at_most is not None and made.number >= at_most:
-                # This process stood still at the desk until the server gave its place to another.
-                storage.set_trial_state_values(made._trial_id, TrialState.WAITING)
-                raise NoTrialFree
-            if held is not None:
-                held.claim(trial_key(made.number))
-            return made, False
 
     @outlasting
     def check(self, asked: Asked) -> None:

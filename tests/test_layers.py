@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data", "models", "optim", "engine", "search", "asking", "database", "leases", "jobs"),
     ("trainer", "auto"),
     ("experiment", "checkpoint", "features"),
-    ("objective", "storage", "opening", "tracking", "mlflow_tracker", "mlflow_places", "mlflow_check"),
+    ("objective", "storage", "taking", "opening", "tracking", "mlflow_tracker", "mlflow_places", "mlflow_check"),
     (
         "study",
         "final",
@@ -57,6 +57,7 @@ FREE_OF_TORCH = (
         "arguments",
         "asking",
         "replay",
+        "taking",
         "leases",
         "opening",
         "ledger",
