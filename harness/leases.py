@@ -52,6 +52,11 @@ def here() -> str:
     return f"{socket.gethostname()}/{space}"
 
 
+def new_owner() -> str:
+    """A name for what this process holds from now on: its place, and a part of its own, for PIDs come again."""
+    return f"{here()}/{os.getpid()} {uuid.uuid4().hex[:8]}"
+
+
 def is_gone(owner: str) -> bool:
     """Whether the owner was a process of this machine that no longer lives; of others nothing is known."""
     place, _, process = owner.rpartition("/")
@@ -75,15 +80,30 @@ def in_words(owner: str) -> str:
 class Leases:
     """What one process holds of a study."""
 
-    def __init__(self, engine: sqlalchemy.Engine, study: str, file: Path | None, seconds: float = LEASE_SECONDS):
-        """`study` is its uid; `file` the database's, None for a server. The table must exist (`make_table`)."""
-        self.owner = f"{here()}/{os.getpid()} {uuid.uuid4().hex[:8]}"
-        self._engine, self._study, self._seconds = engine, study, seconds
+    def __init__(
+        self,
+        engine: sqlalchemy.Engine,
+        study: str,
+        file: Path | None,
+        seconds: float = LEASE_SECONDS,
+        owner: str | None = None,
+    ):
+        """`study` is its uid; `file` the database's, None for a server. The table must exist (`make_table`).
+
+        An `owner` is a process elsewhere (`new_owner`) that reaches the database through this one, and calls `renew`.
+        """
+        self.owner = owner or new_owner()
+        self._by_itself = owner is None
+        self._engine, self._study, self._file, self._seconds = engine, study, file, seconds
         self._now = NOW[engine.dialect.name]
         self._desk = None if file is None else filelock.FileLock(f"{file}.desk.lock")
         self._held: dict[str, float] = {}  # key -> until when surely, by this process's clock
         self._renewal: threading.Thread | None = None
         self._closed = threading.Event()
+
+    def of(self, owner: str) -> Leases:
+        """What a process elsewhere holds, which reaches the database through this one."""
+        return Leases(self._engine, self._study, self._file, self._seconds, owner)
 
     @contextmanager
     def desk(self) -> Iterator[None]:
@@ -99,7 +119,7 @@ class Leases:
 
     def claim(self, key: str) -> bool:
         """Take a key that is free, or is held already by this process; whether it is held now."""
-        began = _clock()
+        began = clock()
         if not self._insert(key):
             holder = _noted(self._engine, self._study).get(key)
             if holder is None or not is_gone(holder):
@@ -110,7 +130,8 @@ class Leases:
             if not self._insert(key):
                 return False
         self._held[key] = began + self._seconds
-        self._keep_renewing()
+        if self._by_itself:
+            self._keep_renewing()
         return True
 
     def _insert(self, key: str) -> bool:
@@ -138,7 +159,7 @@ class Leases:
 
     def check(self, key: str) -> None:
         """Raise LeaseLost unless this process holds the key. Asks the database only when its own clock is in doubt."""
-        if _clock() < self._held.get(key, 0.0) - RENEWAL_SECONDS / 2:
+        if clock() < self._held.get(key, 0.0) - RENEWAL_SECONDS / 2:
             return
         self.confirm(key)
 
@@ -157,6 +178,15 @@ class Leases:
         with self._engine.begin() as connection:
             connection.execute(sqlalchemy.delete(TABLE).where(TABLE.c.study == self._study))
 
+    def dismiss(self, owner: str) -> None:
+        """Take away what an owner holds; it finds so when it renews or checks next."""
+        self._execute("DELETE FROM harness_leases WHERE study = :study AND owner = :gone", "", owner)
+
+    def renew(self) -> None:
+        """Move the time on of everything that is held."""
+        for key in list(self._held):
+            self._renew(key)
+
     def close(self) -> None:
         """Let everything go."""
         self._closed.set()
@@ -167,7 +197,7 @@ class Leases:
                 self.release(key)
 
     def _renew(self, key: str) -> bool:
-        began = _clock()
+        began = clock()
         kept = self._execute(
             f"UPDATE harness_leases SET until = {self._now} + :seconds "
             f"WHERE study = :study AND key = :key AND owner = :owner",
@@ -186,11 +216,10 @@ class Leases:
 
     def _work(self) -> None:
         while not self._closed.wait(RENEWAL_SECONDS):
-            for key in list(self._held):
-                try:
-                    self._renew(key)
-                except SQLAlchemyError:
-                    continue  # the time runs on; whoever works on it hears of the database's fault itself
+            try:
+                self.renew()
+            except SQLAlchemyError:
+                continue  # the time runs on; whoever works on it hears of the database's fault itself
 
     def _execute(self, statement: str, key: str, gone: str = "") -> int:
         values = {"study": self._study, "key": key, "owner": self.owner, "seconds": self._seconds, "gone": gone}
@@ -217,6 +246,6 @@ def make_table(engine: sqlalchemy.Engine) -> None:
     TABLE.create(engine, checkfirst=True)
 
 
-def _clock() -> float:
+def clock() -> float:
     """Seconds that also pass while the machine sleeps, where the system has such a clock."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

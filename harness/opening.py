@@ -74,7 +74,7 @@ def _begun(
     )
     try:
         optuna_study = outlast(url, create)
-        _check_definition(study, Store(url, optuna_study), content)
+        check_definition(study, Store(url, optuna_study), content)
         outlast(url, lambda: make_table(storage.engine))
     except BaseException:
         dispose(storage)
@@ -137,7 +137,7 @@ def as_begun(study: Study, store: Store, content: Mapping[str, str] | None = Non
     if stored is None:
         raise InputError(f"Study {study.name!r} has not begun; run it with --study {study.name}.")
     study = study.with_definition(stored)
-    _check_definition(study, store, content)
+    check_definition(study, store, content)
     return study
 
 
@@ -145,10 +145,10 @@ def compare(study: Study, url: str, content: Mapping[str, str] | None) -> None:
     """Raise InputError unless `study` continues the one in the storage, which exists. Writes nothing, nor locks."""
     with read_store(study.name, url) as store:
         if store.attribute("definition") is not None or store.trials():
-            _check_definition(study, store, content)
+            check_definition(study, store, content)
 
 
-def _check_definition(study: Study, store: Store, content: Mapping[str, str] | None) -> None:
+def check_definition(study: Study, store: Store, content: Mapping[str, str] | None) -> None:
     """Keep the definition at the first start; at every later one, refuse a study that would not continue it."""
     now = study.definition() | {f"content of {name}": value for name, value in (content or {}).items()}
     stored = store.attribute("definition")

@@ -223,6 +223,16 @@ class Store:
 
     # -- several processes ----------------------------------------------------------------------------------------
 
+    @property
+    def leases(self) -> Leases:
+        """What this process holds of the study; a store that is only looked at has none."""
+        assert self._leases is not None
+        return self._leases
+
+    def of(self, owner: str) -> Store:
+        """This study as a process elsewhere works on it through this one, with leases of its own."""
+        return Store(self.url, self._study, engine=self._engine, leases=self.leases.of(owner))
+
     @outlasting
     def at_work(self) -> dict[str, str]:
         """What other processes are at now: the owner (machine, process) by trial, or "final"."""

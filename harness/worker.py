@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import interrupt
+from harness.environment import versions
 from harness.errors import Halt, InputError
 from harness.jobs import Job, Search
 from harness.results import EpochResult, Event, Reached, TrialStarted
@@ -166,14 +167,23 @@ def portable(event: Event) -> Event:
 @contextmanager
 def opened(order: Order, tracker: Tracker) -> Iterator[Place]:
     """The study as this worker sees it. Raises InputError when it is not the study that was begun."""
-    from harness.experiment import decide_runtime
     from harness.opening import open_store
-    from harness.retraining import Place
 
     study = order.study()
     with open_store(study, order.url, joining=True) as store:
-        runtime = decide_runtime(study.train, store.attribute("runtime"))
-        yield Place(study=study, store=store, tracker=tracker, runtime=runtime, checkpoints=order.checkpoints)
+        yield place_of(order, study, store, tracker)
+
+
+def place_of(order: Order, study: Study, store: Store, tracker: Tracker) -> Place:
+    """What a worker needs. Raises InputError when it would compute with other versions than its coordinator."""
+    from harness.checkpoint import differences
+    from harness.experiment import decide_runtime
+    from harness.retraining import Place
+
+    if differing := differences(store.attribute("versions") or {}, versions()):
+        raise InputError(f"This study is computed elsewhere with other versions: {differing} here; install the same.")
+    runtime = decide_runtime(study.train, store.attribute("runtime"))
+    return Place(study=study, store=store, tracker=tracker, runtime=runtime, checkpoints=order.checkpoints)
 
 
 def work(order: Order, line: connection.Connection) -> None:
