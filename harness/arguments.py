@@ -79,12 +79,23 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--workers",
         metavar="N",
         type=_positive,
-        default=1,
-        help="processes that train side by side, each with a GPU of its own or its share of the cores "
-        "(default: %(default)s)",
+        help="processes that train side by side, each with a GPU of its own or its share of the cores (default: 1; "
+        "with --engine ray one for each GPU of the cluster, without GPUs one for each node)",
     )
     parser.add_argument(
         "--workers-per-gpu", metavar="N", type=_positive, default=1, help="how many share a GPU (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=["processes", "ray"],
+        default="processes",
+        help="where the workers run: processes of this machine, or tasks on a Ray cluster (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="auto|HOST:PORT",
+        type=_given,
+        help="with --engine ray: the cluster (default: auto, the one that this machine belongs to)",
     )
     parser.add_argument(
         "--reopen-test",

@@ -137,11 +137,11 @@ def _workers(
     args: argparse.Namespace, found: Found, study: Study, store: Store, tracker: MLflowTracker, runtime: Runtime
 ) -> Iterator[Workers | None]:
     """Who trains for this process; None when it does so itself, or nothing is left to train."""
-    if args.workers == 1 or (store.finished() >= study.trials and store.is_settled()):
+    here = args.engine == "processes"
+    if (here and args.workers == 1) or (store.finished() >= study.trials and store.is_settled()):
         yield None
         return
     from harness.worker import Order
-    from harness.workers import Pool, surroundings
 
     order = Order(
         file=found.file,
@@ -152,8 +152,17 @@ def _workers(
         url=store.url,
         checkpoints=found.beside(store.url, ".checkpoints"),
     )
-    with Pool(order, surroundings(args.workers, args.workers_per_gpu, runtime.device.type), tracker) as pool:
-        yield pool
+    if here:
+        from harness.workers import Pool, surroundings
+
+        with Pool(order, surroundings(args.workers, args.workers_per_gpu, runtime.device.type), tracker) as pool:
+            yield pool
+        return
+    from harness.ray_cluster import needs
+    from harness.ray_workers import RayWorkers
+
+    with RayWorkers(order, store, needs(args.workers, args.workers_per_gpu, runtime.device.type), tracker) as workers:
+        yield workers
 
 
 def _describe_model(study: Study, store: Store, folder: Path, console: Any) -> SavedModel | None:

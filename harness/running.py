@@ -99,6 +99,8 @@ def _run(args: argparse.Namespace) -> int:
     from harness.coordinator import ended
     from harness.mlflow_places import uri_of
 
+    if args.ray_address is not None and args.engine != "ray":
+        raise InputError("--ray-address names a cluster for --engine ray; give that, too, or leave it out.")
     found = catalogue.find(args.study)
     study = found.study.with_settings(args.set).located(found.home, args.data_root, args.device)
     if args.trials is not None:
@@ -168,12 +170,11 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
     from harness.engine import find_device
     from harness.mlflow_places import check_writable, tracker_for
     from harness.search import rehearse
-    from harness.workers import surroundings
 
     console = StudyConsole()
     rehearse(study)
     device = find_device(study.train.engine.device)
-    surroundings(args.workers, args.workers_per_gpu, device.type)
+    _check_workers(args, device.type)
     if not args.tracking_uri:
         check_writable(found.mlruns)
     study.train.data.samples("train")
@@ -205,6 +206,20 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
         except (Exception, SystemExit):
             tracker.interrupt()
             raise
+
+
+def _check_workers(args: argparse.Namespace, device: str) -> None:
+    """Settle how many there are to be. Raises InputError when there is no room for them on `device`."""
+    if args.engine == "ray":
+        from harness import ray_cluster
+
+        ray_cluster.connect(args.ray_address)
+        args.workers = ray_cluster.needs(args.workers, args.workers_per_gpu, device).workers
+    else:
+        from harness.workers import surroundings
+
+        args.workers = args.workers or 1
+        surroundings(args.workers, args.workers_per_gpu, device)
 
 
 def _prepare(study: Study) -> dict[str, str]:

@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "replay",
         "doctor",
     ),
+    ("ray_cluster", "ray_head", "ray_workers"),
     ("cost", "overview", "report", "export", "model_card", "mlflow_model", "predict"),
     ("cli", "arguments", "running", "coordinator", "auditing", "demo_page", "display", "pretrain", "__main__"),
 )

@@ -1,0 +1,141 @@
+"""Joining a Ray cluster, and what each worker asks of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+import signal
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.errors import InputError, first_line
+
+PROBE_SECONDS = 3.0  # for a port to answer; Ray itself would try for minutes
+# Read when Ray is imported. What it says of nodes that come and go is said here in a line of our own.
+QUIET = {
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+# What a worker's process takes over from the coordinator's.
+TAKEN_OVER = ("PYTHONPATH", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """How many workers there are to be, and what each asks for."""
+
+    workers: int
+    cpus: int
+    gpus: float  # a part of one when several workers share it
+    places: int  # for how many of them the cluster has room as it is now
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables for each worker's process."""
+        taken_over = {name: os.environ[name] for name in TAKEN_OVER if name in os.environ}
+        return taken_over | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.cpus))}
+
+
+def connect(address: str | None) -> None:
+    """Join the cluster at "auto" (the one that this machine belongs to) or HOST:PORT; once a process.
+
+    Raises InputError when Ray is not installed, or there is no such cluster.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise InputError('--engine ray needs Ray; install it with pip install -e ".[ray]".')
+    address = address or os.environ.get("RAY_ADDRESS") or "auto"
+    if address != "auto":
+        _probe(address)
+    os.environ |= QUIET
+    import ray
+
+    if ray.is_initialized():
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+    except ConnectionError as error:
+        raise InputError(
+            "No Ray cluster runs on this machine; start one with `ray start --head`, give the --ray-address HOST:PORT "
+            "of one that this machine has joined, or leave --engine ray out."
+        ) from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"The Ray cluster at {address} cannot be joined ({first_line(error)}); this machine must be one of its "
+            "nodes, with the same versions of Ray and Python: `ray start --address HOST:PORT` makes it one."
+        ) from error
+    finally:
+        for number, handler in handlers.items():  # Ray takes SIGTERM for itself
+            signal.signal(number, handler)
+
+
+def _probe(address: str) -> None:
+    """Raise InputError unless something listens at HOST:PORT."""
+    found = re.fullmatch(r"\[?([^\s/]+?)\]?:(\d{1,5})", address)
+    if found is None or int(found[2]) > 65535:
+        raise InputError(f"--ray-address {address!r} is neither auto nor HOST:PORT, as `ray start --head` prints it.")
+    try:
+        socket.create_connection((found[1], int(found[2])), PROBE_SECONDS).close()
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise InputError(
+            f"No Ray cluster answers at --ray-address {address} ({reason}); start one with `ray start --head`, "
+            "or give another address."
+        ) from error
+
+
+def needs(workers: int | None, per_gpu: int, device: str) -> Needs:
+    """What the workers of a study on `device` (a torch device type) ask for; `workers` None is as many as fit.
+
+    That is one for each GPU (or `per_gpu` of them), without GPUs one for each node. They share the cores evenly.
+    Raises InputError when the cluster has no room for a single one, and no autoscaler that could make it.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if device == "cuda":
+        shares = [int(node["GPU"] * per_gpu) for node in nodes if node.get("GPU", 0) >= 1]
+        cores = [int(node.get("CPU", 0)) for node in nodes if node.get("GPU", 0) >= 1]
+        each = max(1, min((core // share for core, share in zip(cores, shares, strict=True)), default=1))
+        places = sum(min(share, core // each) for core, share in zip(cores, shares, strict=True))
+        asked = Needs(workers=workers or max(1, places), cpus=each, gpus=1 / per_gpu, places=places)
+    else:
+        cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+        count = workers or max(1, len(cores))
+        each = _share(cores, count)
+        asked = Needs(workers=count, cpus=each, gpus=0, places=sum(core // each for core in cores))
+    if asked.places == 0 and not _may_grow(asked):
+        has = f"{sum(int(node.get('CPU', 0)) for node in nodes)} CPUs and {sum(node.get('GPU', 0) for node in nodes):g}"
+        raise InputError(
+            f"No node of the Ray cluster has room for a worker, which takes {in_words(asked)}; all of its nodes have "
+            f"{has} GPUs. Add a node, or give another --device."
+        )
+    return asked
+
+
+def in_words(needs: Needs) -> str:
+    """What a worker asks for."""
+    cores = f"{needs.cpus} CPU{'s' if needs.cpus > 1 else ''}"
+    if not needs.gpus:
+        return cores
+    return f"{cores} and a GPU" if needs.gpus == 1 else f"{cores} and {needs.gpus:.2g} of a GPU"
+
+
+def _share(cores: Sequence[int], workers: int) -> int:
+    """The most cores for each worker such that the nodes have room for all; 1 when they have not."""
+    shares = range(sum(cores) // workers, 1, -1)
+    return next((share for share in shares if sum(core // share for core in cores) >= workers), 1)
+
+
+def _may_grow(needs: Needs) -> bool:
+    """Whether the cluster has an autoscaler whose nodes would have room for a worker."""
+    from ray._private.state import state  # where Ray's own libraries look
+
+    largest: Mapping[str, Any] | None = state.get_max_resources_from_cluster_config()
+    if largest is None:
+        return False
+    return largest.get("CPU", 0) >= needs.cpus and largest.get("GPU", 0) >= needs.gpus

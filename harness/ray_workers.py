@@ -1,0 +1,279 @@
+"""Workers on a Ray cluster: tasks, each with its share of a node. Ray places them, and starts them again elsewhere when
+their node dies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+import socket
+import sys
+import tempfile
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import filelock
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from harness import interrupt
+from harness.checkpoint import SUFFIX, remove
+from harness.database import sqlite_file
+from harness.errors import Halt, InputError, first_line
+from harness.files import replace_file
+from harness.leases import new_owner
+from harness.ray_cluster import Needs
+from harness.ray_head import Arrived, Head, Replaced, answer, served
+from harness.results import EpochEnded, Event
+from harness.retraining import KEYS, Place
+from harness.storage import Store
+from harness.tracking import Tracker
+from harness.worker import (
+    Done,
+    Job,
+    Listener,
+    Message,
+    Order,
+    Search,
+    Stopped,
+    Teller,
+    Told,
+    Train,
+    do,
+    opened,
+    place_of,
+)
+from harness.workers import DEATHS_IN_A_ROW, FAREWELL_SECONDS
+
+POLL_SECONDS = 0.2  # between two looks at what the workers say
+SHARED = "shared"  # a file in the folder of checkpoints: who sees it shares the folder with the coordinator
+
+
+class RayWorkers:
+    """The workers of one coordinator. Use it as a context manager; its end lets every training write its checkpoint."""
+
+    def __init__(self, order: Order, store: Store, needs: Needs, tracker: Tracker) -> None:
+        device = "cuda" if needs.gpus else order.device  # a task sees the GPU that it was given, under no number
+        data_root = None if order.data_root is None else str(Path(order.data_root).resolve())
+        self._order = dataclasses.replace(order, device=device, data_root=data_root)
+        self._store, self._needs, self._listener = store, needs, Listener(tracker)
+        self._mark = order.checkpoints / SHARED
+        self._token = uuid.uuid4().hex
+        self._begun = self._deaths = self._fetched = 0
+        self._tasks: dict[Any, tuple[int, Job]] = {}  # Ray's reference -> the worker's number, what it is at
+        self._arrived: set[int] = set()
+        self._head: Any = None
+
+    def __enter__(self) -> RayWorkers:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        environment = {"env_vars": self._needs.environment()}
+        options = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": environment}
+        self._head = ray.remote(Head).options(**options).remote()
+        serving = sqlite_file(self._order.url) is not None
+        self._ask(self._head.open.remote(self._order, Path.cwd(), serving))
+        if self._needs.places < self._needs.workers:
+            print(
+                f"The Ray cluster has room for {self._needs.places} of {self._needs.workers} workers now; "
+                "the others begin when there are nodes for them.",
+                file=sys.stderr,
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop what is under way as Ctrl-C does; MLflow still hears what the workers have said."""
+        left = list(self._tasks)
+        for task in left:
+            ray.cancel(task, recursive=False)
+        until = time.monotonic() + FAREWELL_SECONDS
+        while left and time.monotonic() < until:
+            _, left = ray.wait(left, num_returns=len(left), timeout=POLL_SECONDS)
+            for message in self._messages():
+                if isinstance(message, Told):
+                    self._listener.hear(message)
+        for task in left:
+            ray.cancel(task, force=True)
+        ray.kill(self._head)
+        if self._mark.exists():
+            remove(self._mark)
+
+    def search(self) -> Iterator[Event]:
+        return self._do([Search()] * self._needs.workers)
+
+    def train(self, jobs: Sequence[Train]) -> Iterator[Event]:
+        return self._do(jobs)
+
+    def _do(self, jobs: Sequence[Job]) -> Iterator[Event]:
+        waiting = deque(jobs)
+        replace_file(self._mark, self._token.encode())
+        while waiting or self._tasks:
+            while waiting and len(self._tasks) < self._needs.workers:
+                self._begin(waiting.popleft())
+            ended, _ = ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=POLL_SECONDS)
+            for message in self._messages():  # before it ended, a task has said all that it had to say
+                yield from self._heard(message)
+            for task in ended:
+                _, job = self._tasks.pop(task)
+                if not self._ended(task, job):
+                    waiting.appendleft(job)
+                elif isinstance(job, Search):
+                    self._withdraw()
+
+    def _begin(self, job: Job) -> None:
+        number, self._begun = self._begun, self._begun + 1
+        options = {
+            "num_cpus": self._needs.cpus,
+            "num_gpus": self._needs.gpus,
+            "max_retries": -1,  # `_heard` counts
+            "runtime_env": {"env_vars": self._needs.environment()},
+            "name": f"{self._order.file.stem} worker {number}",
+        }
+        task = _work.options(**options).remote(self._order, job, number, self._head, self._token)
+        self._tasks[task] = number, job
+
+    def _withdraw(self) -> None:
+        """The search is over; workers that no node had room for are not needed any more."""
+        for task, (number, _) in list(self._tasks.items()):
+            if number not in self._arrived:
+                ray.cancel(task, recursive=False)
+                del self._tasks[task]
+
+    def _messages(self) -> list[Message | Arrived]:
+        messages: list[Message | Arrived] = self._ask(self._head.messages.remote(self._fetched))
+        self._fetched += len(messages)
+        return messages
+
+    def _ask(self, reference: Any) -> Any:
+        try:
+            return ray.get(reference)
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayActorError as error:
+            raise Halt(
+                f"The Ray actor between the study and its workers died ({first_line(error)}); see Ray's logs."
+            ) from error
+
+    def _heard(self, message: Message | Arrived) -> Iterator[Event]:
+        match message:
+            case Arrived():
+                self._arrived.add(message.number)
+                if message.before is not None:
+                    self._replaced(message, message.before)
+            case Told():
+                self._listener.hear(message)
+            case Done():
+                pass
+            case Stopped():
+                raise message.error
+            case _:
+                if isinstance(message, EpochEnded):
+                    self._deaths = 0
+                yield message
+
+    def _replaced(self, arrived: Arrived, before: str) -> None:
+        self._store.leases.dismiss(before)  # nobody need wait until what it held runs out
+        self._deaths += 1
+        if self._deaths > DEATHS_IN_A_ROW:
+            raise Halt("Workers die again and again; if memory is short on the nodes, give fewer --workers.")
+        print(f"Worker {arrived.number} died; Ray has started it again on {arrived.where}.", file=sys.stderr)
+
+    def _ended(self, task: Any, job: Job) -> bool:
+        """Whether a task came to its end; it did not if something else than this process stopped it."""
+        try:
+            content = ray.get(task)
+        except TaskCancelledError:
+            return False
+        except RayTaskError as error:
+            print(error, file=sys.stderr)  # with the traceback
+            raise Halt(f"A worker failed ({first_line(error.cause)}).") from error
+        except RayError as error:
+            raise InputError(f"Ray cannot run the workers: {' '.join(str(error).split())[:500]}") from error
+        if content is not None:
+            assert isinstance(job, Train)
+            replace_file(self._order.checkpoints / _file(job), content)
+        return True
+
+
+@ray.remote(max_calls=1)
+def _work(order: Order, job: Job, number: int, head: Any, token: str) -> bytes | None:
+    """Do a job. The trained weights are returned where the coordinator does not see the file that they are in."""
+    interrupt.install()
+    owner, where = new_owner(), socket.gethostname()
+    tell = functools.partial(_tell, head, owner)
+    answer(head.arrive.remote(number, owner, where))
+    try:
+        with _opened(order, head, owner, Teller(tell)) as place:
+            _prepare(place)
+            do(job, place, tell)
+        return _to_carry(order, job, token)
+    except InputError as error:
+        tell(Stopped(InputError(f"On {where}: {error}")))
+        return None
+    finally:
+        answer(head.leave.remote(owner))
+
+
+def _tell(head: Any, owner: str, message: Message) -> None:
+    try:
+        with interrupt.undivided():
+            answer(head.hear.remote(owner, message))
+    except Replaced:  # another one does this worker's work
+        raise KeyboardInterrupt from None
+
+
+@contextmanager
+def _opened(order: Order, head: Any, owner: str, tracker: Tracker) -> Iterator[Place]:
+    """The study as this worker sees it: in SQLite through the head, else in its database."""
+    from harness.opening import check_definition
+
+    if sqlite_file(order.url) is None:
+        with opened(order, tracker) as place:
+            place.store.leases.owner = owner  # the one that the coordinator knows
+            yield place
+        return
+    study = order.study()
+    with served(head, owner, order.url) as store:
+        check_definition(study, store, None)
+        yield place_of(order, study, store, tracker)
+
+
+def _prepare(place: Place) -> None:
+    """Make what all workers of this node need, once. Raises InputError when the data are not those of the study."""
+    from harness.data.tensors import prepare
+    from harness.features import keep_features
+
+    study = place.study
+    name = hashlib.sha256(str(study.train.data.cache).encode()).hexdigest()[:16]
+    with filelock.FileLock(Path(tempfile.gettempdir()) / f"harness-{os.getuid()}-{name}.lock"):
+        content = prepare(study.train.data)
+        begun = place.store.attribute("definition").get("content of data")
+        if begun not in (None, content):
+            raise InputError("the data set is not the one that the study was begun with; copy that one here.")
+        keep_features(study.train, place.runtime, with_validation=study.final.fit_on == "train+val")
+
+
+def _to_carry(order: Order, job: Job, token: str) -> bytes | None:
+    """The file that a training left, if this node's folder of checkpoints is not the coordinator's."""
+    mark = order.checkpoints / SHARED
+    if isinstance(job, Search) or (mark.is_file() and mark.read_text(errors="replace") == token):
+        return None
+    path = order.checkpoints / _file(job)
+    if not path.exists():  # the job was stopped for good, and the coordinator has heard why
+        return None
+    content = path.read_bytes()
+    remove(path)
+    return content
+
+
+def _file(job: Train) -> str:
+    return f"{KEYS[job.kind](job.trial, job.seed_number)}{SUFFIX}"
