@@ -119,9 +119,9 @@ class Leases:
 
     def claim(self, key: str) -> bool:
         """Take a key that is free, or is held already by this process; whether it is held now."""
-        began = clock()
+        began = _clock()
         if not self._insert(key):
-            holder = _noted(self._engine, self._study).get(key)
+            holder = _noted(self._engine, self._study).get(key)  # `holders` leaves out those that are gone
             if holder is None or not is_gone(holder):
                 return False
             self._execute(
@@ -159,7 +159,7 @@ class Leases:
 
     def check(self, key: str) -> None:
         """Raise LeaseLost unless this process holds the key. Asks the database only when its own clock is in doubt."""
-        if clock() < self._held.get(key, 0.0) - RENEWAL_SECONDS / 2:
+        if _clock() < self._held.get(key, 0.0) - RENEWAL_SECONDS / 2:
             return
         self.confirm(key)
 
@@ -197,7 +197,7 @@ class Leases:
                 self.release(key)
 
     def _renew(self, key: str) -> bool:
-        began = clock()
+        began = _clock()
         kept = self._execute(
             f"UPDATE harness_leases SET until = {self._now} + :seconds "
             f"WHERE study = :study AND key = :key AND owner = :owner",
@@ -246,6 +246,6 @@ def make_table(engine: sqlalchemy.Engine) -> None:
     TABLE.create(engine, checkfirst=True)
 
 
-def clock() -> float:
+def _clock() -> float:
     """Seconds that also pass while the machine sleeps, where the system has such a clock."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from harness.config import Study
 from harness.database import outlast
-from harness.leases import RENEWAL_SECONDS, LeaseLost, clock
+from harness.leases import RENEWAL_SECONDS, LeaseLost
 from harness.opening import open_store
 from harness.storage import Asked, Store
 from harness.worker import Message, Order
@@ -138,9 +139,9 @@ class _Served:
             raise KeyboardInterrupt from None
 
     def check(self, asked: Asked) -> None:
-        if clock() - self._checked.get(asked.number, -CHECK_SECONDS) >= CHECK_SECONDS:
+        if time.monotonic() - self._checked.get(asked.number, -CHECK_SECONDS) >= CHECK_SECONDS:
             self._call("check", asked)
-            self._checked[asked.number] = clock()
+            self._checked[asked.number] = time.monotonic()
 
     def _call(self, method: str, *arguments: Any) -> Any:
         try:
