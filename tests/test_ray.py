@@ -71,6 +71,7 @@ def cluster() -> Iterator[Any]:
     """A head that runs no workers; tests add nodes."""
     from ray.cluster_utils import Cluster
 
+    handler = signal.getsignal(signal.SIGTERM)  # Ray takes it for itself
     place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets lie in it, whose paths must be short
     head = {"num_cpus": 0, "object_store_memory": OBJECT_STORE, "include_dashboard": False, "temp_dir": place}
     cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -78,6 +79,7 @@ def cluster() -> Iterator[Any]:
         yield cluster
     finally:
         cluster.shutdown()
+        signal.signal(signal.SIGTERM, handler)
         shutil.rmtree(place, ignore_errors=True)
 
 
@@ -94,6 +96,7 @@ def nodes(cluster: Any, count: int, num_cpus: int = 1, num_gpus: int = 0) -> Ite
         for node in added:
             if node in cluster.worker_nodes:
                 cluster.remove_node(node, allow_graceful=False)
+        cluster.wait_for_nodes()  # until Ray knows that they are gone
 
 
 def working(place: Path, nodes: list[Any]) -> Any:
@@ -223,7 +226,7 @@ def test_weights_come_back_from_a_node_that_does_not_share_the_checkpoints(tmp_p
     place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     script = Path(sys.executable).with_name("ray")
     small = f"--object-store-memory={OBJECT_STORE}"
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(PROJECT)}
+    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(PROJECT)}
     begin = [script, "start", "--head", "--port=0", "--num-cpus=0", small, "--include-dashboard=false", "--block"]
     head = subprocess.Popen([*begin, f"--temp-dir={place}"], env=environment, stdout=subprocess.PIPE, text=True)
     node = None
