@@ -30,6 +30,7 @@ from harness.checkpoint import SUFFIX, remove
 from harness.database import sqlite_file
 from harness.errors import Halt, InputError, first_line
 from harness.files import replace_file
+from harness.jobs import Job, Search, Train
 from harness.leases import new_owner
 from harness.ray_cluster import Needs
 from harness.ray_head import Arrived, Head, Replaced, answer, served
@@ -37,21 +38,7 @@ from harness.results import EpochEnded, Event
 from harness.retraining import KEYS, Place
 from harness.storage import Store
 from harness.tracking import Tracker
-from harness.worker import (
-    Done,
-    Job,
-    Listener,
-    Message,
-    Order,
-    Search,
-    Stopped,
-    Teller,
-    Told,
-    Train,
-    do,
-    opened,
-    place_of,
-)
+from harness.worker import Done, Listener, Message, Order, Stopped, Teller, Told, do, opened, place_of
 from harness.workers import DEATHS_IN_A_ROW, FAREWELL_SECONDS
 
 POLL_SECONDS = 0.2  # between two looks at what the workers say
