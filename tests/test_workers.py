@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -33,6 +35,7 @@ from tests.small import small_study
 SPACE = {{
     "optim.base_lr": Choice((1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
     "backbone.dropout": Choice((0.1, 0.3)),
+    "optim.weight_decay": Choice({decays}),
 }}
 study = small_study({cache!r})
 train = dataclasses.replace(study.train, epochs={epochs}, checkpoint_seconds=0.1, batch_size=8)
@@ -42,7 +45,7 @@ STUDY = dataclasses.replace(
     space=SPACE,
     sampler=grid(),
     pruner=no_pruning(),
-    trials=9,
+    trials={trials},
     final=FinalConfig(seeds=2, publish=False),
 )
 """
@@ -51,10 +54,13 @@ STUDY = dataclasses.replace(
 class Command:
     """`run_study.py --study tiny` in a folder of its own and a process group of its own."""
 
-    def __init__(self, place: Path, cache: Path, epochs: int = 8) -> None:
-        self.place = place
+    def __init__(self, place: Path, cache: Path, epochs: int = 8, trials: int = 9) -> None:
+        self.place, self.count = place, trials
+        decays = tuple(0.01 * each for each in range(1, -(-trials // 10) + 1))
         (place / "studies").mkdir(parents=True)
-        (place / "studies" / "tiny.py").write_text(STUDY_FILE.format(cache=str(cache), epochs=epochs))
+        (place / "studies" / "tiny.py").write_text(
+            STUDY_FILE.format(cache=str(cache), epochs=epochs, trials=trials, decays=decays)
+        )
         self.url = f"sqlite:///{place}/studies/tiny.db"
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
@@ -93,9 +99,9 @@ class Command:
             }
 
     def check(self) -> None:
-        """Exactly nine results, one final run, one MLflow run for each, nobody at work, and nothing for the doctor."""
+        """Exactly as many results as asked for, one final run, one MLflow run for each, nobody at work, and nothing for the doctor."""
         with read_store("tiny", self.url) as store:
-            assert [trial.number for trial in store.trials()] == list(range(9))
+            assert [trial.number for trial in store.trials()] == list(range(self.count))
             assert {trial.state for trial in store.trials()} == {"complete"}
             assert leases.holders(store._engine, store.attribute("uid")) == {}  # type: ignore[arg-type]
             assert [line["event"] for line in store.ledger()] == ["opened", "result"]
@@ -104,7 +110,7 @@ class Command:
         runs = client.search_runs([experiment.experiment_id])
         keys = Counter(run.data.tags["harness.key"] for run in runs)
         assert max(keys.values()) == 1
-        assert len([key for key in keys if key.startswith("trial-")]) == 9
+        assert len([key for key in keys if key.startswith("trial-")]) == self.count
         assert {run.info.status for run in runs} == {"FINISHED"}
         doctor = subprocess.run(
             [sys.executable, "-m", "harness", "doctor", "tiny"],
@@ -114,7 +120,7 @@ class Command:
             text=True,
         )
         assert doctor.returncode == 0, doctor.stdout
-        assert "agree on 9 finished trials" in doctor.stdout
+        assert f"agree on {self.count} finished trials" in doctor.stdout
 
     def begun(self) -> int:
         """How many trials have an epoch behind them."""
@@ -257,6 +263,46 @@ def test_trials_that_fail_in_a_row_stop_all_workers(image_cache: Path, tmp_path:
     assert "trials in a row failed, the last one with RuntimeError: no such layer" in output
     assert "Traceback" not in output
     assert len(command.trials()) < 9
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+@pytest.mark.timeout(1800)
+def test_workers_killed_at_random_lose_nothing_and_do_nothing_twice(image_cache: Path, tmp_path: Path) -> None:
+    seed = int(os.environ.get("CHAOS_SEED") or random.SystemRandom().randrange(10**6))
+    print(f"CHAOS_SEED={seed}")
+    chance, kills, found = random.Random(seed), 0, []
+    for number in range(3):
+        command = Command(tmp_path / str(number), image_cache, epochs=4, trials=40)
+        for _ in range(20):  # starts of the command; a killed coordinator is one that was not its last
+            process = command.start("--workers", "3")
+            kills += rage(command, process, chance, at_most=8)
+            if process.returncode == 0:
+                break
+        command.check()
+        found.append(command.results())
+    assert found[0] == found[1] == found[2]
+    assert kills >= 20
+
+
+def rage(command: Command, process: subprocess.Popen[str], chance: random.Random, at_most: int) -> int:
+    """Kill workers, and now and then their coordinator, at random moments; returns how many before it ended."""
+    output = threading.Thread(target=process.communicate, daemon=True)
+    output.start()
+    kills = 0
+    while process.poll() is None:
+        time.sleep(chance.uniform(0.3, 2.5))
+        workers = children(process.pid)
+        if kills == at_most or not workers or not command.begun():
+            continue
+        victim = process.pid if chance.random() < 0.15 else chance.choice(workers)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+            kills += 1
+        if victim == process.pid:
+            wait_until_gone(workers)
+    output.join()
+    return kills
 
 
 def test_the_cores_are_divided_among_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
