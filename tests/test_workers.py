@@ -99,7 +99,7 @@ class Command:
             }
 
     def check(self) -> None:
-        """Exactly as many results as asked for, one final run, one MLflow run for each, nobody at work, and nothing for the doctor."""
+        """As many results as asked for, one final run, one MLflow run for each, nobody at work, the doctor silent."""
         with read_store("tiny", self.url) as store:
             assert [trial.number for trial in store.trials()] == list(range(self.count))
             assert {trial.state for trial in store.trials()} == {"complete"}
