@@ -173,7 +173,7 @@ def quick() -> dict[str, float]:
     """Against the plain script, on drawn flowers."""
     with tempfile.TemporaryDirectory() as folder:
         drawn = Path(folder)
-        draw(drawn, per_class=4)
+        draw(drawn, per_class=2)
         contest = Contest("tiny", drawn, 1, 1, ["plain"])
         return {"plain / harness": 1 / contest.compare(1)}
 

@@ -22,6 +22,7 @@ from harness.data.garden import Garden
 from harness.data.image_folder import ImageFolder
 from harness.evidence import percent
 from harness.export import PROGRAM, logits_of, write_program
+from harness.ledger import appended
 from harness.model_card import CARD, UNKNOWN_LICENCE, _plain, _table, card, write_card
 from harness.opening import open_store
 from harness.overview import conclusion, final_sentence, overview, selection_sentence
@@ -119,10 +120,11 @@ WRITTEN = "a | b\n\n# c\n- d `e` <img src=x onerror=f()> *g* __h__ [i](j) ![k](l
 
 def test_what_somebody_wrote_is_shown_and_changes_nothing_around_it(finished: Finished) -> None:
     lines, saved = finished.store.attribute("ledger"), json.loads((finished.folder / "model.json").read_text())
-    opened = {"event": "opened", "trial": 7, "time": "2026-01-02T03:04:05+00:00", "reason": "plain"}
+    opened = {"event": "opened", "trial": 7, "time": "2026-01-02T03:04:05+00:00", "commit": "abc", "configuration": "d"}
+    uid = finished.store.attribute("uid")
     pages = []
     for reason, name in (("plain", "rose"), (WRITTEN, "wild | <b>rose</b>_a_")):
-        finished.store.set_attribute("ledger", [*lines, opened | {"reason": reason}])
+        finished.store.set_attribute("ledger", appended(lines, uid, opened | {"reason": reason}))
         try:
             text = card("tiny", "", finished.store, saved | {"classes": [name] * len(saved["classes"])}, None)
         finally:
