@@ -48,9 +48,9 @@ def connect(address: str | None) -> None:
     if importlib.util.find_spec("ray") is None:
         raise InputError('--engine ray needs Ray; install it with pip install -e ".[ray]".')
     address = address or os.environ.get("RAY_ADDRESS") or "auto"
+    os.environ |= QUIET
     if address != "auto":
         _probe(address)
-    os.environ |= QUIET
     import ray
 
     if ray.is_initialized():
@@ -61,7 +61,8 @@ def connect(address: str | None) -> None:
     except ConnectionError as error:
         raise InputError(
             "No Ray cluster runs on this machine; start one with `ray start --head`, give the --ray-address HOST:PORT "
-            "of one that this machine has joined, or leave --engine ray out."
+            "of one that this machine has joined, or leave --engine ray out. (One that asks for a token needs "
+            "RAY_AUTH_MODE=token in the environment.)"
         ) from error
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(
@@ -85,6 +86,21 @@ def _probe(address: str) -> None:
         raise InputError(
             f"No Ray cluster answers at --ray-address {address} ({reason}); start one with `ray start --head`, "
             "or give another address."
+        ) from error
+    import ray
+    from ray.exceptions import AuthenticationError, RayError
+
+    try:
+        ray._raylet.GcsClient(address=address)  # the first thing that `ray.init` makes, and would try for minutes
+    except AuthenticationError as error:
+        raise InputError(
+            f"The Ray cluster at {address} asks for a token; set RAY_AUTH_MODE=token, with its token in "
+            "~/.ray/auth_token or RAY_AUTH_TOKEN."
+        ) from error
+    except RayError as error:
+        raise InputError(
+            f"What answers at --ray-address {address} is no Ray cluster ({first_line(error)}); give the address that "
+            "`ray start --head` prints."
         ) from error
 
 
