@@ -188,10 +188,10 @@ def place_of(order: Order, study: Study, store: Store, tracker: Tracker) -> Plac
 
 def work(order: Order, line: connection.Connection) -> None:
     """The main function of a worker's process: do what comes over the line, until nothing more comes."""
-    interrupt.install()
-    _end_with_coordinator()
     tell = functools.partial(_send, line)
     try:
+        interrupt.install()
+        _end_with_coordinator()
         with opened(order, Teller(tell)) as place:
             while (job := line.recv()) is not None:
                 do(job, place, tell)

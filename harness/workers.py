@@ -6,6 +6,7 @@ up by whoever asks next, for the lease of a dead process of this machine counts 
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import sys
@@ -69,7 +70,8 @@ class _Worker:
 
     def take(self, job: Job) -> None:
         self.job = job
-        self.line.send(job)
+        with contextlib.suppress(OSError):  # it has died; whoever listens to it hears of that
+            self.line.send(job)
 
 
 class Pool:
@@ -91,7 +93,8 @@ class Pool:
             if worker.job is not None:
                 worker.process.terminate()
             else:
-                _say_nothing_more(worker)
+                with contextlib.suppress(OSError):
+                    worker.line.send(None)
         for worker in self._workers:
             for message in _rest(worker):
                 if isinstance(message, Told):
@@ -153,13 +156,6 @@ class Pool:
             )
         print(f"Worker {dead.number} died ({how}); another one takes its place.", file=sys.stderr)
         self._workers[self._workers.index(dead)] = _Worker(self._order, dead.number, dead.environment)
-
-
-def _say_nothing_more(worker: _Worker) -> None:
-    try:
-        worker.line.send(None)
-    except OSError:  # it has died
-        worker.process.join()
 
 
 def _rest(worker: _Worker) -> Iterator[Message]:

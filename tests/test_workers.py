@@ -287,8 +287,9 @@ def test_workers_killed_at_random_lose_nothing_and_do_nothing_twice(image_cache:
 
 def rage(command: Command, process: subprocess.Popen[str], chance: random.Random, at_most: int) -> int:
     """Kill workers, and now and then their coordinator, at random moments; returns how many before it ended."""
-    output = threading.Thread(target=process.communicate, daemon=True)
-    output.start()
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.append(process.communicate()[0]), daemon=True)
+    reader.start()
     kills = 0
     while process.poll() is None:
         time.sleep(chance.uniform(0.3, 2.5))
@@ -301,7 +302,8 @@ def rage(command: Command, process: subprocess.Popen[str], chance: random.Random
             kills += 1
         if victim == process.pid:
             wait_until_gone(workers)
-    output.join()
+    reader.join()
+    print(process.returncode, said[0][-1500:])
     return kills
 
 
