@@ -117,9 +117,9 @@ def run(sampler: str, url: str, workers: int, server: int | None) -> dict[str, f
     for process in processes:
         process.start()
     try:
-        ready.wait(300)
+        ready.wait(120)
         served = cpu_seconds(server)
-        counts = [results.get(timeout=300) for _ in processes]
+        counts = [results.get(timeout=60) for _ in processes]
         served = cpu_seconds(server) - served
         for process in processes:
             process.join(60)

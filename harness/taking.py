@@ -20,7 +20,8 @@ from harness.space import encode
 from harness.tracking import trial_key
 
 UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
-TRIALS = sqlalchemy.table("trials", *(sqlalchemy.column(name) for name in ("trial_id", "number", "study_id", "state")))
+STATE = sqlalchemy.column("state", sqlalchemy.Enum(TrialState, name="trialstate"))
+TRIALS = sqlalchemy.table("trials", *map(sqlalchemy.column, ("trial_id", "number", "study_id")), STATE)
 
 
 class NoTrialFree(Exception):
@@ -90,11 +91,11 @@ def _look(of: optuna.Study, engine: sqlalchemy.Engine | None) -> tuple[int, list
         kept = [Place(each._trial_id, each.number, each.state) for each in trials if each.state in UNFINISHED]
         return len(trials), kept
     mine = TRIALS.c.study_id == of._study_id
-    open_ones = mine & TRIALS.c.state.in_([state.name for state in UNFINISHED])
+    open_ones = mine & TRIALS.c.state.in_(UNFINISHED)
     with engine.connect() as connection:
         rows = connection.execute(sqlalchemy.select(TRIALS).where(open_ones).order_by(TRIALS.c.number)).all()
         count = connection.execute(sqlalchemy.select(sqlalchemy.func.count()).select_from(TRIALS).where(mine)).scalar()
-    return count or 0, [Place(row.trial_id, row.number, TrialState[row.state]) for row in rows]
+    return count or 0, [Place(row.trial_id, row.number, row.state) for row in rows]
 
 
 def _number(of: optuna.Study, engine: sqlalchemy.Engine | None, trial_id: int) -> int:
