@@ -104,20 +104,21 @@ class Display:
             self._final_ratio = 1 + result.val.total / result.train.total
 
     def _epoch_ended(self, event: EpochEnded) -> None:
-        result, started = event.result, self._under_way[event.name]
-        if isinstance(started.progress, Reached):
+        result, started = event.result, self._under_way.get(event.name)
+        epochs = self._study.train.epochs if started is None else started.epochs
+        if started is not None and isinstance(started.progress, Reached):
             started.progress.ended(result)
         if result.val or not self._epoch_seconds:
             self._epoch_seconds.append(result.seconds)
             self._compare_sizes(result)
         if not self._console.is_terminal:
             measured = f"val {result.val.accuracy:.2%}" if result.val else f"train {result.train.accuracy:.2%}"
-            self._say(f"{event.name}  epoch {result.epoch}/{started.epochs}  loss {result.train.loss:.3f}  {measured}")
+            self._say(f"{event.name}  epoch {result.epoch}/{epochs}  loss {result.train.loss:.3f}  {measured}")
         if not self._forecast:
             self._forecast = True
             self._say(forecast(result.seconds, self._left() or 0.0, pruning_known=bool(self._trial_seconds)))
-        if result.epoch == started.epochs and not event.name.startswith("trial "):
-            del self._under_way[event.name]
+        if result.epoch == epochs and not event.name.startswith("trial "):
+            self._under_way.pop(event.name, None)
 
     def _trial_ended(self, event: TrialEnded) -> None:
         self._look()

@@ -18,6 +18,7 @@ from harness.results import (
     Failed,
     Metrics,
     Pruned,
+    Reached,
     TrialEnded,
     TrialOutcome,
     TrialStarted,
@@ -157,12 +158,31 @@ def test_what_is_left_shrinks_in_the_final_run(store: Store) -> None:
     display = Display(study, store, Console(file=io.StringIO()))
     left = []
     for name, number in (("final seed 0", 0), ("final seed 2", 2), ("base seed 0", 0)):
-        start = TrialStarted(name=name, number=number, params={}, epochs=2, resumed=False, progress=Progress())
-        display.show(start)
+        reached = Reached(epoch=1, step=0, steps=1, epochs=[])
+        display.show(TrialStarted(name=name, number=number, params={}, epochs=2, resumed=False, progress=reached))
         left.append(display._left())
-        display.show(EpochEnded(name=name, number=number, result=epoch_result(1, 0.5)))
-        left.append(display._left())
+        for epoch in (1, 2):
+            display.show(EpochEnded(name=name, number=number, result=epoch_result(epoch, 0.5)))
+            if epoch == 1:
+                left.append(display._left())
     assert left == [4.0, 3.5, 2.0, 1.5, 1.0, 0.5]
+
+
+def test_several_trials_under_way_share_the_time_that_is_left(store: Store) -> None:
+    study = make_study("cache", trials=4, final=FinalConfig(seeds=1, fit_on="train", compare_base=False))
+    out = io.StringIO()
+    alone, both = (Display(study, store, Console(file=out), workers=count) for count in (1, 2))
+    for display in (alone, both):
+        for number in (0, 1):
+            reached = Reached(epoch=1, step=0, steps=1, epochs=[])
+            name = f"trial {number}"
+            display.show(TrialStarted(name=name, number=number, params={}, epochs=2, resumed=False, progress=reached))
+            display.show(EpochEnded(name=name, number=number, result=epoch_result(1, 0.5)))
+    left = alone._left()
+    assert left is not None
+    assert both._left() == left / 2
+    assert "trial 0  epoch 1/2" in out.getvalue()
+    assert "trial 1  epoch 1/2" in out.getvalue()
 
 
 def test_the_best_trial_so_far_is_marked(store: Store) -> None:
