@@ -56,6 +56,7 @@ class Display:
         self._trial_seconds: list[float] = []
         self._final_ratio = 1.0  # how much longer an epoch of the final run is, with the validation images trained on
         self._forecast = self._waiting = False  # whether it was said
+        self._trained = False  # whether one of the last trainings has ended
         self._look()
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
 
@@ -119,6 +120,7 @@ class Display:
             self._say(forecast(result.seconds, self._left() or 0.0, pruning_known=bool(self._trial_seconds)))
         if result.epoch == epochs and not event.name.startswith("trial "):
             self._under_way.pop(event.name, None)
+            self._trained = self._trained or not event.name.startswith("rerank ")
 
     def _trial_ended(self, event: TrialEnded) -> None:
         self._look()
@@ -154,7 +156,7 @@ class Display:
             return final.seeds - min(seeds) + final.compare_base
         if any(name.startswith("base ") for name in self._under_way):
             return 1
-        return final.trainings(self._study.trials)
+        return 0 if self._trained else final.trainings(self._study.trials)
 
     def _render(self) -> RenderableType:
         study, left = self._study, self._left()

@@ -166,6 +166,7 @@ def test_what_is_left_shrinks_in_the_final_run(store: Store) -> None:
             if epoch == 1:
                 left.append(display._left())
     assert left == [4.0, 3.5, 2.0, 1.5, 1.0, 0.5]
+    assert display._left() == 0.0
 
 
 def test_several_trials_under_way_share_the_time_that_is_left(store: Store) -> None:
