@@ -160,8 +160,8 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
 
 
 def _given(text: str) -> str:
-    """An empty text is a variable that was not set; the default would go elsewhere than was meant."""
-    if not text:
+    """A blank text is a variable that was not set; the default would go elsewhere than was meant."""
+    if not text.strip():
         raise argparse.ArgumentTypeError("it is empty; give a value or leave it out")
     return text
 
