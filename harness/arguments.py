@@ -113,7 +113,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGE|DIR", nargs="+", type=_path, help="photographs, or folders of them")
     parser.add_argument("--top", metavar="N", type=_positive, help="how many classes to show (default: 5)")
     parser.add_argument(
-        "--csv", metavar="FILE", type=_path, help="write a table instead: file, rank, class, probability"
+        "--csv", metavar="FILE", type=_path, help="write a table instead (-: to stdout): file, rank, class, probability"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     _add_storage(parser)

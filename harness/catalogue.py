@@ -39,6 +39,15 @@ class Found:
             (self.file.parent / f"{self.study.name}{suffix}") if file is None else file.absolute().with_suffix(suffix)
         )
 
+    def kept(self, url: str) -> list[Path]:
+        """The files and folders of the study and its results at `url`, there or not, that nothing else may replace."""
+        from harness.database import sqlite_file
+
+        file = sqlite_file(url)
+        beside = ("", "-wal", "-shm", "-journal", ".lock", ".pid")
+        database = [] if file is None else [Path(f"{file}{suffix}") for suffix in beside]
+        return [self.file, *database, *(self.beside(url, suffix) for suffix in (".model", ".checkpoints"))]
+
     @property
     def mlruns(self) -> Path:
         return self.home / "mlruns"

@@ -195,13 +195,14 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from harness import predict
+    from harness import catalogue, predict
     from harness.files import check_place
     from harness.running import keep_imports
 
     files = predict.find_images(args.images)
-    if args.csv is not None:
-        check_place(args.csv, "--csv")
+    if args.csv not in (None, predict.STDOUT):
+        found = catalogue.find(args.study)
+        check_place(args.csv, "--csv", ".csv", [*files, *found.kept(args.storage or found.storage_url)])
     predictor = predict.load_predictor(args.study, args.storage, args.device)
     count = predict.top(args.top, len(predictor.saved.classes))
     keep_imports()

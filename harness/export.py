@@ -85,7 +85,7 @@ def program_weights(path: Path) -> str | None:
 def export_onnx(found: Found, url: str, path: Path) -> None:
     """Write the model of a study's final run as ONNX to `path`. Raises InputError for what a user can mend."""
     check_packages()
-    check_place(path, "--onnx")
+    check_place(path, "--onnx", ".onnx", found.kept(url))
     from harness import opening
     from harness.saved_model import load_saved
 

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -81,14 +81,23 @@ def check_tensors(path: Path) -> None:
         raise Damaged(f"{path} is damaged ({error})") from error
 
 
-def check_place(path: Path, option: str) -> None:
-    """Raise InputError unless a file can be written at `path`, which `option` named; folders are not made for it."""
+def check_place(path: Path, option: str, suffix: str, kept: Iterable[Path]) -> None:
+    """Raise InputError unless a file can be written at `path`, which `option` named; folders are not made for it.
+
+    It may replace an older file of its kind, by the `suffix`, but nothing of another kind, and none of the files and
+    folders in `kept`, nor what lies in them.
+    """
     if path.exists() and not path.is_file():
         raise InputError(f"{option} {path} is there and no file; give the name of a file.")
     if not path.parent.is_dir():
         raise InputError(f"{option} {path}: there is no folder {path.parent}; make it, or give another.")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"{option} {path}: nothing can be written in {path.parent}; give another folder.")
+    place = path.resolve()
+    if not {each.resolve() for each in kept}.isdisjoint([place, *place.parents]):
+        raise InputError(f"{option} {path} is a place of the study's own files or of the input; give another file.")
+    if path.exists() and path.suffix.lower() != suffix:
+        raise InputError(f"{option} {path} is there, and no *{suffix}; give a name that ends in {suffix}.")
 
 
 def _synchronise(folder: Path) -> None:

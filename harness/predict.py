@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
-import io
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 import torch
 from rich.console import Console
@@ -29,6 +29,7 @@ from harness.trainer import outputs_of
 
 BATCH = 32  # photographs that pass the model while the next ones are decoded
 TOP = 5
+STDOUT = Path("-")  # the table goes there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +154,11 @@ def _refuse(error: OSError) -> NoReturn:
 def predict(predictor: Predictor, files: Sequence[Path], count: int, table: Path | None) -> int:
     """Print the guesses for every file, or write them to `table` as CSV: file, rank, class, probability.
 
-    The table's name is printed. Returns how many files could not be read; each is named on stderr. Raises Halt when
-    the table cannot be written.
+    The table's name is printed, unless it is STDOUT. Returns how many files could not be read; each is named on stderr.
+    Raises Halt when the table cannot be written.
     """
     # Answers that scroll by in a terminal show the progress themselves, and a bar would get between them.
-    quiet = not sys.stderr.isatty() or (table is None and sys.stdout.isatty())
+    quiet = not sys.stderr.isatty() or (table in (None, STDOUT) and sys.stdout.isatty())
     columns = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     bar = Progress(
@@ -177,8 +178,11 @@ def predict(predictor: Predictor, files: Sequence[Path], count: int, table: Path
     with bar:
         if table is None:
             _print(readable())
+        elif table == STDOUT:
+            _write(readable(), sys.stdout.buffer)
         else:
-            _write(readable(), table)
+            with replacing(table) as file:
+                _write(readable(), file)
             print(shown(str(table)))
     if damaged:
         console.out(f"{damaged} of {len(files)} files could not be read.", highlight=False)
@@ -192,16 +196,11 @@ def _print(answers: Iterable[tuple[Path, list[Guess]]]) -> None:
             print(f"  {guess.probability * 100:6.2f} %  {guess.name}", flush=True)
 
 
-def _write(answers: Iterable[tuple[Path, list[Guess]]], table: Path) -> None:
-    with replacing(table) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-        writer = csv.writer(text)
-        writer.writerow(["file", "rank", "class", "probability"])
-        for path, guesses in answers:
-            writer.writerows(
-                [path, rank, guess.name, f"{guess.probability:.6g}"] for rank, guess in enumerate(guesses, 1)
-            )
-        text.detach()  # flushes; the file is closed by who opened it
+def _write(answers: Iterable[tuple[Path, list[Guess]]], file: BinaryIO) -> None:
+    writer = csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape"))
+    writer.writerow(["file", "rank", "class", "probability"])
+    for path, guesses in answers:
+        writer.writerows([path, rank, guess.name, f"{guess.probability:.6g}"] for rank, guess in enumerate(guesses, 1))
 
 
 def shown(text: str) -> str:

@@ -234,6 +234,8 @@ def test_the_command_writes_the_file(workspace_with_model: Workspace, saved: Sav
         ("studies", "the name of a file"),
         ("/dev/null", "the name of a file"),
         ("no/such/model.onnx", "there is no folder no/such; make it, or give another"),
+        ("studies/tiny.py", "is a place of the study's own files"),
+        ("notes.txt", "is there, and no *.onnx; give a name that ends in .onnx"),
         ("studies/tiny.py/model.onnx", "there is no folder studies/tiny.py"),
     ],
 )
@@ -241,8 +243,19 @@ def test_a_target_that_cannot_be_written_is_refused(
     workspace_with_model: Workspace, capsys: pytest.CaptureFixture[str], target: str, words: str
 ) -> None:
     pytest.importorskip("onnxscript")
+    (workspace_with_model.folder / "notes.txt").write_text("kept")
     arguments = ["export", "tiny", "--storage", workspace_with_model.url, "--onnx", target]
     assert_refused(workspace_with_model.folder, capsys, arguments, [target, words])
+
+
+@pytest.mark.parametrize("name", ["tiny.model/model.safetensors", "tiny.db", "tiny.checkpoints/new.onnx"])
+def test_a_target_among_the_studys_results_is_refused(
+    workspace_with_model: Workspace, place: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    pytest.importorskip("onnxscript")
+    arguments = ["export", "tiny", "--storage", workspace_with_model.url, "--onnx", f"{place}/{name}"]
+    (place / "tiny.checkpoints").mkdir(exist_ok=True)
+    assert_refused(place, capsys, arguments, ["is a place of the study's own files"])
 
 
 def test_a_study_without_a_model_is_refused(

@@ -32,6 +32,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, image_cache: Path) -> Path:
     study, _ = study_in(home, image_cache)
     complete(study, home / "studies")
     (home / "pictures").mkdir()
+    (home / "table.csv").write_text("a photograph by its content only")
+    (home / "notes.txt").write_text("kept")
     data = study.train.data
     for number, (item, _) in enumerate(data.samples("test")):
         data.open(item).save(home / "pictures" / f"{number:03}.png")
@@ -175,6 +177,14 @@ def test_the_table_has_a_line_for_every_rank(at_home: Path, tmp_path: Path, caps
     assert capsys.readouterr() == (f"{tmp_path}/table.csv\n", "")
 
 
+def test_the_table_goes_to_stdout(at_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "tiny", "pictures", "--csv", str(tmp_path / "table.csv")]) == 0
+    capsys.readouterr()
+    assert main(["predict", "tiny", "pictures", "--csv", "-"]) == 0
+    assert capsys.readouterr() == ((tmp_path / "table.csv").read_bytes().decode(), "")
+    assert not (at_home / "-").exists()
+
+
 def test_a_damaged_file_is_named_and_skipped(
     at_home: Path, tmp_path: Path, flower: Image.Image, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,6 +255,16 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "too many classes": (["tiny", "pictures", "--top", "17"], ["--top 17", "knows 16 classes"]),
     "a table in no folder": (["tiny", "pictures", "--csv", "no/such.csv"], ["there is no folder no"]),
     "a table that is a folder": (["tiny", "pictures", "--csv", "pictures"], ["--csv pictures", "the name of a file"]),
+    "a table in a photograph's place": (["tiny", "pictures", "--csv", "pictures/000.png"], ["--csv pictures/000.png"]),
+    "a table in the database's place": (["tiny", "pictures", "--csv", "studies/tiny.db"], ["the study's own files"]),
+    "a table in the study's place": (["tiny", "pictures", "--csv", "studies/tiny.py"], ["the study's own files"]),
+    "a table beside the database": (["tiny", "pictures", "--csv", "studies/tiny.db-wal"], ["the study's own files"]),
+    "a table in the model's folder": (
+        ["tiny", "pictures", "--csv", "studies/tiny.model/table.csv"],
+        ["--csv studies/tiny.model/table.csv", "the study's own files", "give another file"],
+    ),
+    "a table in an input's place": (["tiny", "table.csv", "--csv", "./table.csv"], ["or of the input"]),
+    "a table in a text's place": (["tiny", "pictures", "--csv", "notes.txt"], ["no *.csv", "that ends in .csv"]),
     "a table that is a device": (["tiny", "pictures", "--csv", "/dev/null"], ["--csv /dev/null", "no file"]),
     "an unknown device": (["tiny", "pictures", "--device", "abacus"], ["--device abacus"]),
     "an empty storage": (["tiny", "pictures", "--storage", "sqlite:///none.db"], ["none.db does not exist"]),
