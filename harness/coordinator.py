@@ -168,8 +168,8 @@ def _workers(
 def _describe_model(study: Study, store: Store, folder: Path, console: Any) -> SavedModel | None:
     """Put the exported program and the card beside the final model; returns it if it is to be registered."""
     from harness.export import PROGRAM, write_program
-    from harness.model_card import write_card
-    from harness.opening import has_model
+    from harness.model_card import CARD, write_card
+    from harness.opening import has_model, record_files
     from harness.saved_model import load_saved
 
     if not (store.has_final() and has_model(folder)):
@@ -185,6 +185,7 @@ def _describe_model(study: Study, store: Store, folder: Path, console: Any) -> S
             print(f"{error} It is kept as weights, and not registered in MLflow.", file=sys.stderr)
             store.set_attribute("registered", store.attribute("final")["trial"])
     write_card(study.name, study.train.data, store, folder, program)
+    record_files(store, folder, CARD, PROGRAM)
     return model
 
 

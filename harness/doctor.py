@@ -19,7 +19,18 @@ from harness.database import holder, pid_file, sqlite_file
 from harness.errors import InputError
 from harness.files import Damaged
 from harness.leases import in_words
-from harness.opening import as_begun, has_model, open_store, read_description, read_store
+from harness.opening import (
+    AGAIN,
+    CHECK_FILE,
+    WEIGHTS,
+    as_begun,
+    has_model,
+    is_recorded,
+    open_store,
+    read_store,
+    record_files,
+    wrong_files,
+)
 from harness.storage import Store
 from harness.study import wanted_keys
 from harness.tracking import Finding, expected_runs, facts, study_metrics, trial_key
@@ -146,20 +157,24 @@ def _model(store: Store, folder: Path) -> Iterator[Finding]:
     final = store.attribute("final")
     if final is None or not store.has_final():
         return
-    again = "run the study again: its seed is trained once more, and the test set stays closed"
     if not has_model(folder):
-        yield Finding(f"{folder} holds no model, but the final run is recorded; {again}")
+        yield Finding(f"{folder} holds no model, but the final run is recorded; {AGAIN}")
         return
-    weights, description = folder / "model.safetensors", folder / "model.json"
-    try:
-        read_description(description)
-    except Damaged as error:
-        yield Finding(f"{error}; {again}", description.unlink)
-    try:
-        recorded = final["per_seed"][0].get("weights")  # studies finished before these were kept have none
-        known = recorded is None or fingerprint(read_tensors(weights)[0]) == recorded
-    except Damaged as error:
-        yield Finding(f"{error}; {again}", weights.unlink)
+    wrong = wrong_files(store, folder)
+    for name, fault in wrong:
+        if name == CHECK_FILE:
+            text = f"{fault}; it cannot be made again, and the registry's check takes validation images instead"
+            yield Finding(text, partial(_give_up, store, folder / name))
+        else:
+            yield Finding(f"{fault}; {AGAIN}", partial((folder / name).unlink, missing_ok=True))
+    weights, known = folder / WEIGHTS, final["per_seed"][0].get("weights")
+    if WEIGHTS in dict(wrong) or known is None or is_recorded(store, folder, WEIGHTS):  # older studies know no weights
         return
-    if not known:
-        yield Finding(f"{weights} holds other weights than the final run's; {again}", weights.unlink)
+    if fingerprint(read_tensors(weights)[0]) != known:
+        yield Finding(f"{weights} holds other weights than the final run's; {AGAIN}", weights.unlink)
+
+
+def _give_up(store: Store, path: Path) -> None:
+    """Drop a file of the model that nothing can make again, and what is recorded of it."""
+    path.unlink(missing_ok=True)
+    record_files(store, path.parent, path.name)

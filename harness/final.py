@@ -19,7 +19,7 @@ import torch
 
 from harness import ledger
 from harness.checkpoint import write_tensors
-from harness.config import Dataset, SplitName, fingerprint
+from harness.config import Dataset, SplitName, TrainConfig, fingerprint
 from harness.data.augment import MEAN, STD
 from harness.data.duplicates import find
 from harness.data.tensors import ImageSet, items_of, load_split, load_test
@@ -27,12 +27,12 @@ from harness.environment import git_commit
 from harness.evidence import balanced_accuracy, mcnemar, selection_excess, wilson
 from harness.experiment import evaluation_of
 from harness.files import replace_file
-from harness.opening import has_model
+from harness.opening import CHECK_FILE, DESCRIPTION, WEIGHTS, has_model, is_recorded, record_files
 from harness.packing import pack, unpack_bits
 from harness.predictions import pictured
 from harness.results import Event
 from harness.retraining import Place, Retraining
-from harness.saved_model import CHECK_FILE, CHECK_IMAGES
+from harness.saved_model import CHECK_IMAGES
 from harness.space import label, leaves
 from harness.storage import Store, TrialRecord
 from harness.thumbnails import thumbnails
@@ -46,21 +46,26 @@ def final_run(place: Place, folder: Path, reason: str | None = None) -> Iterator
     """Retrain the chosen configuration, open the test set, save the model in `folder`, record the result.
 
     A seed that was trained before an interruption is not trained again, for its last checkpoint stays until the result
-    is recorded. When the result is there and only the model is lost, its seed is trained once more, and the test set
-    stays closed. It also stays closed when it was opened for another trial and no `reason` is given. Does nothing when
-    no trial is complete. Raises LeaseLost before the opening when another process does this by now.
+    is recorded. When the result is there and only the weights are lost, their seed is trained once more, and the test
+    set stays closed. It also stays closed when it was opened for another trial and no `reason` is given. Does nothing
+    when no trial is complete. Raises LeaseLost before the opening when another process does this by now.
     """
     study, store = place.study, place.store
     chosen = store.chosen()
     if chosen is None or (store.has_final() and has_model(folder)):
         return
     if store.has_final():
+        if is_recorded(store, folder, WEIGHTS):  # only what says what they are is lost, and the storage knows it
+            write_description(folder, study.config(chosen.params), chosen, store.attribute("final"))
+            record_files(store, folder, DESCRIPTION)
+            return
         print(
             f"The model in {folder} is missing: its seed is trained again, the test set stays closed.", file=sys.stderr
         )
         seed = Retraining(place, "final", chosen, 0)
         yield from seed.train()
         save_model(folder, seed.trained(), chosen, store.attribute("final"))
+        record_files(store, folder, WEIGHTS, DESCRIPTION)
         seed.end()
         return
     store.ledger()  # an edited one is named before hours of training
@@ -120,6 +125,7 @@ def _open_test_set(
     final["ledger"] = _write_result(store, final)
     keep_check_images(folder, test)
     save_model(folder, saved, chosen, final)
+    record_files(store, folder, WEIGHTS, DESCRIPTION, CHECK_FILE)
     predictions = {
         "classes": list(saved.classes),
         "labels": pack(test.labels.numpy().astype("uint16")),
@@ -232,10 +238,16 @@ def keep_check_images(folder: Path, test: ImageSet) -> None:
 
 
 def save_model(folder: Path, training: Training, chosen: TrialRecord, final: Mapping[str, Any]) -> None:
-    """Write model.safetensors and model.json: weights, classes, preprocessing, configuration and test result."""
-    size = training.config.data.image_size
+    """Write model.safetensors and model.json."""
+    write_tensors(folder / WEIGHTS, training.model.state_dict(), {"trial": chosen.number, "seed": 0})
+    write_description(folder, training.config, chosen, final)
+
+
+def write_description(folder: Path, config: TrainConfig, chosen: TrialRecord, final: Mapping[str, Any]) -> None:
+    """Write model.json: classes, preprocessing, configuration and test result."""
+    size = config.data.image_size
     description = {
-        "classes": training.classes,
+        "classes": config.data.classes(),
         "preprocessing": {
             "resize_short_side": size,
             "interpolation": "bicubic, antialiased",
@@ -243,10 +255,9 @@ def save_model(folder: Path, training: Training, chosen: TrialRecord, final: Map
             "mean": MEAN,
             "std": STD,
         },
-        "configuration": {path: label(value) for path, value in leaves(training.config, identity_only=True)},
+        "configuration": {path: label(value) for path, value in leaves(config, identity_only=True)},
         "trial": chosen.number,
         "validation_accuracy": chosen.value,
         "test": {key: final["per_seed"][0][key] for key in ("seed", "correct", "total", "accuracy")},
     }
-    write_tensors(folder / "model.safetensors", training.model.state_dict(), {"trial": chosen.number, "seed": 0})
-    replace_file(folder / "model.json", json.dumps(description, indent=2, ensure_ascii=False).encode())
+    replace_file(folder / DESCRIPTION, json.dumps(description, indent=2, ensure_ascii=False).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import sqlite3
 import time
@@ -27,7 +28,7 @@ from harness.database import (
     sqlite_file,
 )
 from harness.errors import InputError
-from harness.files import Damaged
+from harness.files import Damaged, check_tensors
 from harness.leases import Leases, make_table
 from harness.storage import Store
 
@@ -212,9 +213,64 @@ def move_aside(name: str, url: str, *folders: Path) -> Path | None:
     return target
 
 
+WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+CHECK_FILE = "check.safetensors"  # test images as the cache holds them: `images` uint8 [N, S, S, 3]
+AGAIN = "run the study again: it makes what is lost again, and the test set stays closed"
+
+
 def has_model(folder: Path) -> bool:
     """Whether the final run's model lies whole in its folder; it is written as these two files, in this order."""
-    return (folder / "model.safetensors").is_file() and (folder / "model.json").is_file()
+    return (folder / WEIGHTS).is_file() and (folder / DESCRIPTION).is_file()
+
+
+def record_files(store: Store, folder: Path, *names: str) -> None:
+    """Keep the sha256 of files of the model's folder as they are now; of one that is not there, keep none.
+
+    For a study on a server nothing is kept: each machine has a folder of its own, and weights of its own to the last
+    bits.
+    """
+    if sqlite_file(store.url) is None:
+        return
+    others = {name: value for name, value in _recorded(store).items() if name not in names}
+    here = {name: _sha256(folder / name) for name in names if (folder / name).is_file()}
+    store.set_attribute("files", others | here)
+
+
+def is_recorded(store: Store, folder: Path, name: str) -> bool:
+    """Whether a file of the model is there and, to the last bit, the one that was recorded."""
+    return name in _recorded(store) and (folder / name).is_file() and file_fault(store, folder, name) is None
+
+
+def wrong_files(store: Store, folder: Path) -> list[tuple[str, str]]:
+    """The final model's files that are missing or not as they were written: the name, and a clause that says so."""
+    found = {name: file_fault(store, folder, name) for name in sorted({WEIGHTS, DESCRIPTION, *_recorded(store)})}
+    return [(name, fault) for name, fault in found.items() if fault is not None]
+
+
+def file_fault(store: Store, folder: Path, name: str) -> str | None:
+    """What is wrong with a file of the final model, in a clause that names it; None when nothing is known to be."""
+    path, recorded = folder / name, _recorded(store).get(name)
+    if not path.is_file():
+        return f"{path} is missing"
+    if recorded is not None:
+        return None if _sha256(path) == recorded else f"{path} is damaged (its checksum is wrong)"
+    try:  # studies finished before sha256 were kept, and those on a server
+        if name == WEIGHTS:
+            check_tensors(path)
+        elif name == DESCRIPTION:
+            read_description(path)
+    except Damaged as error:
+        return str(error)
+    return None
+
+
+def _recorded(store: Store) -> dict[str, str]:
+    return store.attribute("files") or {}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 DESCRIBED = {"classes": list, "preprocessing": dict, "configuration": dict, "trial": int, "test": dict}

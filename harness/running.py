@@ -133,19 +133,19 @@ def _is_saved(study: Study, store: Store, folder: Path) -> bool:
     if not store.has_final():
         return True
     from harness.export import PROGRAM
-    from harness.files import Damaged, check_tensors
     from harness.model_card import CARD
-    from harness.opening import has_model, read_description
+    from harness.opening import CHECK_FILE, wrong_files
 
-    if not has_model(folder) or not (folder / CARD).is_file():
+    whole = (folder / CARD).is_file()
+    for name, fault in wrong_files(store, folder):
+        if name == CHECK_FILE:  # made of test images, which are not looked at again for it
+            continue
+        if (folder / name).exists():
+            print(f"{fault}; it is made again.", file=sys.stderr)
+            (folder / name).unlink()
+        whole = False
+    if not whole:
         return False
-    for file, check in ((folder / "model.safetensors", check_tensors), (folder / "model.json", read_description)):
-        try:
-            check(file)
-        except Damaged as error:
-            print(f"{error}; it is made again.", file=sys.stderr)
-            file.unlink()
-            return False
     if PROGRAM in (folder / CARD).read_text(encoding="utf-8", errors="replace") and not (folder / PROGRAM).is_file():
         return False
     return not study.final.publish or store.attribute("registered") == store.attribute("final")["trial"]

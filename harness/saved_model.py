@@ -15,10 +15,9 @@ from harness.checkpoint import read_tensors
 from harness.config import Study, TrainConfig
 from harness.errors import InputError
 from harness.files import Damaged
-from harness.opening import has_model, read_description
+from harness.opening import AGAIN, CHECK_FILE, DESCRIPTION, WEIGHTS, file_fault, has_model, read_description
 from harness.storage import Store
 
-CHECK_FILE = "check.safetensors"  # test images as the cache holds them: `images` uint8 [N, S, S, 3]
 CHECK_IMAGES = 5  # another number than an exported program's example, so that the batch size is seen to be free
 
 
@@ -48,20 +47,20 @@ class SavedModel:
 def load_saved(study: Study, store: Store, folder: Path) -> SavedModel:
     """The model that the study's final run left in `folder`; `study` is as it was begun (`opening.as_begun`).
 
-    Raises InputError when there is none yet, or it is damaged.
+    Raises InputError when there is none yet, or it is damaged or not the one that was recorded.
     """
     if not has_model(folder):
         raise InputError(f"{folder} holds no model{_why_missing(study, store)}")
+    for name in (WEIGHTS, DESCRIPTION):
+        if (fault := file_fault(store, folder, name)) is not None:
+            raise InputError(f"The model cannot be used: {fault}; {AGAIN}.")
     try:
-        description = read_description(folder / "model.json")
-        tensors, _ = read_tensors(folder / "model.safetensors")
+        description = read_description(folder / DESCRIPTION)
+        tensors, _ = read_tensors(folder / WEIGHTS)
         trials = {trial.number: trial for trial in store.trials()}
         config = study.config(trials[description["trial"]].params)
     except (Damaged, ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(
-            f"The model in {folder} cannot be read ({error}); remove the folder and run the study again: its seed is "
-            "trained once more, and the test set stays closed."
-        ) from error
+        raise InputError(f"The model in {folder} cannot be read ({error}); {AGAIN}.") from error
     model = without_pretrained(config.backbone).build(len(description["classes"]), config.data.image_size)
     model.load_state_dict(tensors)
     images = _check_images(folder / CHECK_FILE)
@@ -81,10 +80,7 @@ def _check_images(path: Path) -> Tensor | None:
 def _why_missing(study: Study, store: Store) -> str:
     """What became of the model whose folder is empty, and what to do: the end of a sentence that names the folder."""
     if store.has_final():
-        return (
-            f", though the final run of study {study.name!r} has ended; run the study again: the model's seed is "
-            "trained once more, and the test set stays closed."
-        )
+        return f", though the final run of study {study.name!r} has ended; {AGAIN}."
     if (why := store.why_closed()) is not None:
         return f". {why}"
     return f": the final run of study {study.name!r} has not ended; run the study to its end."

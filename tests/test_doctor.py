@@ -539,7 +539,7 @@ def test_a_model_that_is_not_described_is_named_and_waits_for_a_run(place: Path,
     code, lines = doctor()
     assert (code, len(lines)) == (1, 1)
     assert "model.json is damaged (" in lines[0]
-    assert "run the study again: its seed is trained once more, and the test set stays closed" in lines[0]
+    assert "run the study again: it makes what is lost again, and the test set stays closed" in lines[0]
     assert path.read_text() == text
     assert doctor("--fix")[0] == 1
     assert not path.exists(), "the next run makes it again"

@@ -258,7 +258,8 @@ def test_a_damaged_description_of_the_model_is_made_again(line: CommandLine) -> 
     description.write_text("{}")
     ended = line.run("--trials", "1")
     assert ended.code == 0
-    assert f"{description} is damaged (it does not say the model's classes, preprocessing, " in ended.err
+    assert f"{description} is damaged (its checksum is wrong); it is made again." in ended.err
+    assert "its seed is trained again" not in ended.err
     assert description.read_bytes() == before
     assert "The test set was opened once." in ended.out
 

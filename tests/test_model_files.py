@@ -1,0 +1,73 @@
+"""The files of the final model: one that is lost, or not as it was written, is named, not used, and made again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from harness.cli import main
+from harness.errors import InputError
+from harness.opening import read_store
+from harness.saved_model import load_saved
+from tests.faulty import CommandLine, small_study
+
+
+def _edited(path: Path) -> None:
+    """Valid JSON still, with another name for a class."""
+    described = json.loads(path.read_text())
+    path.write_text(json.dumps(described | {"classes": ["weed", *described["classes"][1:]]}))
+
+
+def _flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("model.json", _edited), ("model.pt2", _flipped), ("README.md", _flipped), ("README.md", Path.unlink)],
+)
+def test_a_changed_or_lost_file_of_the_model_is_named_and_made_again(
+    line: CommandLine, capsys: pytest.CaptureFixture[str], name: str, change: Callable[[Path], None]
+) -> None:
+    arguments = ["--trials", "1", "--set", "final.publish=true"]
+    assert line.run(*arguments).code == 0
+    folder = line.place / "studies" / "tiny.model"
+    before = (folder / name).read_bytes()
+    change(folder / name)
+    capsys.readouterr()
+    assert main(["doctor", "tiny"]) == 1
+    said = capsys.readouterr().out
+    assert f"{folder / name} is" in said
+    assert "run the study again: it makes what is lost again" in said
+    ended = line.run(*arguments)
+    assert ended.code == 0
+    assert "Nothing is missing" not in ended.out
+    assert name == "model.pt2" or (folder / name).read_bytes() == before
+    assert "Nothing is missing" in line.run(*arguments).out
+    assert main(["doctor", "tiny"]) == 0
+
+
+def test_lost_check_images_are_named_and_given_up(line: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert line.run("--trials", "1").code == 0
+    (line.place / "studies" / "tiny.model" / "check.safetensors").unlink()
+    assert main(["doctor", "tiny"]) == 1
+    assert "check.safetensors is missing; it cannot be made again" in capsys.readouterr().out
+    assert "Nothing is missing" in line.run("--trials", "1").out
+    assert main(["doctor", "tiny", "--fix"]) == 0
+    assert main(["doctor", "tiny"]) == 0
+
+
+def test_an_edited_description_of_the_model_is_not_used(line: CommandLine) -> None:
+    assert line.run("--trials", "1").code == 0
+    folder = line.place / "studies" / "tiny.model"
+    _edited(folder / "model.json")
+    with (
+        read_store("tiny", f"sqlite:///{line.place}/studies/tiny.db") as store,
+        pytest.raises(InputError, match=r"model\.json is damaged .* run the study again: it makes what is lost again"),
+    ):
+        load_saved(small_study("data/cache"), store, folder)
