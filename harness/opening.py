@@ -87,8 +87,13 @@ def _begun(
 def read_store(name: str, url: str) -> Iterator[Store]:
     """Open a study to look at it; it may be running. Raises InputError when there is none."""
     file = sqlite_file(url)
-    if file is not None and (not file.is_file() or file.stat().st_size == 0):
+    if file is not None and not file.is_file():
         raise InputError(f"Study {name!r} has no results yet ({file} does not exist); run it with --study {name}.")
+    if file is not None and file.stat().st_size == 0:
+        raise InputError(
+            f"Study {name!r} has no results ({file} is empty); take the file from a copy if it held any, else run it "
+            f"with --study {name}."
+        )
     check_database(url)
     unknown = InputError(
         f"{url} holds no study named {name!r}; it has not begun there: run it, or check --storage and the name."

@@ -590,6 +590,13 @@ def test_a_study_without_a_final_result_lacks_no_model(place: Path, doctor: Doct
     assert doctor()[0] == 0
 
 
+def test_an_empty_database_is_one_sentence(place: Path, doctor: Doctor) -> None:
+    (place / "studies" / "tiny.db").write_bytes(b"")
+    code, lines = doctor()
+    assert (code, len(lines)) == (2, 1)
+    assert "tiny.db is empty); take the file from a copy if it held any, else run it with --study tiny." in lines[0]
+
+
 def test_an_edited_test_ledger_is_named_and_never_mended(place: Path, doctor: Doctor) -> None:
     with open_store(small_study(place / "cache"), f"sqlite:///{place}/studies/tiny.db") as store:
         store.add_to_ledger({"event": "opened", "trial": 0})
