@@ -31,6 +31,7 @@ from harness.opening import (
     record_files,
     wrong_files,
 )
+from harness.predictions import from_record
 from harness.storage import Store
 from harness.study import wanted_keys
 from harness.tracking import Finding, expected_runs, facts, study_metrics, trial_key
@@ -119,6 +120,11 @@ def examine(
         yield from _checkpoints(study, store, checkpoints)
     if (wrong := store.ledger_fault()) is not None:
         yield Finding(f"In the storage, {wrong}: its test result is not to be trusted; take the storage from a copy")
+    if (predictions := store.attribute("predictions")) is not None:
+        try:
+            from_record(predictions)
+        except InputError as error:
+            yield Finding(f"In the storage: {error}")
     yield from _model(store, model)
     yield from _images(Path(study.train.data.cache))
     running = {trial_key(trial.number) for trial in store.trials() if trial.state == "running"}

@@ -13,6 +13,18 @@ from typing import Any
 
 OPENED, RESULT = "opened", "result"
 Line = dict[str, Any]
+# What every final result says.
+FINAL: dict[str, Any] = {
+    "trial": int,
+    "correct": int,
+    "total": int,
+    "accuracy": float | int,
+    "interval": list,
+    "spread": float | int | None,
+    "fit_on": str,
+    "test_openings": int,
+    "per_seed": list,
+}
 
 
 def appended(lines: Sequence[Line], uid: str, entry: Line) -> list[Line]:
@@ -56,6 +68,24 @@ def difference(lines: Sequence[Line], final: Mapping[str, Any]) -> str | None:
     if seeds == line["seeds"] and shown == (correct, total, correct / total, line["trial"]):
         return None
     return f"the final result is not the one that line {line['line']} of the test ledger says"
+
+
+def lacking(final: Any) -> list[str]:
+    """What of a final result is missing or of another kind, by name, of that which every one says."""
+    if not isinstance(final, dict):
+        return [*FINAL]
+    seeds = final.get("per_seed")
+    wrong = [name for name, kind in FINAL.items() if not isinstance(final.get(name, ()), kind)]
+    if "per_seed" not in wrong and not (seeds and all(_is_seed(each) for each in seeds)):
+        wrong.append("per_seed")
+    if "interval" not in wrong and [isinstance(end, float | int) for end in final["interval"]] != [True, True]:
+        wrong.append("interval")
+    return wrong
+
+
+def _is_seed(record: Any) -> bool:
+    kinds = {"seed": int, "correct": int, "total": int, "accuracy": float | int}
+    return isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in kinds.items())
 
 
 def readable(lines: Any) -> list[Line]:

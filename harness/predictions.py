@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import InputError
 from harness.evidence import Bin, calibration_error, reliability, wilson
 from harness.packing import unpack
 
@@ -41,14 +42,22 @@ class Predictions:
 
 
 def from_record(record: Mapping[str, Any]) -> Predictions:
-    """The storage's attribute "predictions", unpacked. A study without the classes' names gets numbers for them."""
+    """The storage's attribute "predictions", unpacked. A study without the classes' names gets numbers for them.
+
+    Raises InputError when they are not what a final run keeps.
+    """
     import numpy
 
-    labels = unpack(record["labels"], "uint16").astype(int)
-    predicted = numpy.stack([unpack(each["predicted"], "uint16").astype(int) for each in record["seeds"]])
-    confidence = numpy.stack([unpack(each["confidence"], "float32") for each in record["seeds"]])
-    count = 1 + max(int(labels.max()), int(predicted.max()))
-    names = record.get("classes") or [f"class {number}" for number in range(count)]
+    try:
+        labels = unpack(record["labels"], "uint16").astype(int)
+        predicted = numpy.stack([unpack(each["predicted"], "uint16").astype(int) for each in record["seeds"]])
+        confidence = numpy.stack([unpack(each["confidence"], "float32") for each in record["seeds"]])
+        count = 1 + max(int(labels.max()), int(predicted.max()))
+        names = record.get("classes") or [f"class {number}" for number in range(count)]
+        if len(names) < count or not predicted.shape == confidence.shape == (len(predicted), len(labels)):
+            raise ValueError(f"{len(labels)} labels of {len(names)} classes do not fit")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"The study's 'predictions' are damaged ({error}); take the storage from a copy.") from error
     return Predictions(labels=labels, predicted=predicted, confidence=confidence, classes=tuple(names))
 
 

@@ -106,7 +106,7 @@ class Store:
 
     @outlasting
     def attribute(self, name: str) -> Any:
-        """A fact about the whole study, or None. Raises InputError when it is no JSON.
+        """A fact about the whole study, or None. Raises InputError when it is no JSON, or no whole final result.
 
         But for the ledger, whose text is then given as it is: its fault is named beside what is else known.
         """
@@ -115,6 +115,9 @@ class Store:
         value = self._attributes.get(name)
         if isinstance(value, Unreadable) and name != "ledger":
             raise InputError(f"In {self.url}, the study's {name!r} is no JSON; take the storage from a copy.")
+        if name == "final" and value is not None and (lacking := ledger.lacking(value)):
+            named = f"the study's 'final' does not say its {', '.join(lacking)}"
+            raise InputError(f"In {self.url}, {named}; take the storage from a copy.")
         return value
 
     def _all_trials(self) -> list[FrozenTrial]:

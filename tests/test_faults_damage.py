@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import save_file
 
 from harness.checkpoint import read_tensors, write_tensors
+from harness.cli import main
 from harness.config import Study
 from harness.data.tensors import load_test
 from harness.errors import Halt
 from harness.files import Damaged
+from harness.opening import read_store
 from harness.results import EpochEnded, Event, TrialStarted
-from tests.faulty import Died, complete, small_study
+from tests.faulty import CommandLine, Died, complete, one_sentence, small_study
 
 
 @pytest.fixture
@@ -192,3 +194,32 @@ def test_a_whole_checkpoint_of_another_training_is_refused(
     capsys.readouterr()
     assert complete(study, tmp_path) == undisturbed
     assert capsys.readouterr().err == f"{path} belongs to another training; it is not used.\n"
+
+
+@pytest.mark.parametrize(
+    ("attribute", "change", "words"),
+    [
+        ("final", {"per_seed": None}, "the study's 'final' does not say its per_seed; take the storage from a copy."),
+        ("final", {"interval": [0.1]}, "the study's 'final' does not say its interval;"),
+        ("predictions", {"classes": ["rose"]}, "The study's 'predictions' are damaged (32 labels of 1 classes"),
+        ("predictions", {"labels": "AAA"}, "The study's 'predictions' are damaged ("),
+        ("predictions", {"seeds": None}, "The study's 'predictions' are damaged ("),
+    ],
+)
+def test_an_attribute_of_another_shape_is_named(
+    line: CommandLine, capsys: pytest.CaptureFixture[str], attribute: str, change: dict[str, Any], words: str
+) -> None:
+    assert line.run("--trials", "1").code == 0
+    with read_store("tiny", f"sqlite:///{line.place}/studies/tiny.db") as store:
+        store.set_attribute(attribute, store.attribute(attribute) | change)
+    capsys.readouterr()
+    assert main(["report", "tiny"]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert one_sentence(err)
+    code = main(["doctor", "tiny"])
+    said = capsys.readouterr()
+    if attribute == "final":  # most of what the doctor compares follows from it
+        assert (code, words in said.err) == (2, True)
+    else:
+        assert (code, words in said.out) == (1, True)

@@ -19,6 +19,7 @@ import sqlalchemy
 from harness import database, opening
 from harness.config import FinalConfig, Study
 from harness.errors import InputError
+from harness.final import summary
 from harness.opening import open_store, read_store
 from harness.results import Completed, Diverged, Failed, Pruned
 from harness.search import Pruner, Sampler, asha, grid, no_pruning, tpe
@@ -676,17 +677,20 @@ def test_tell_writes_the_epochs_before_the_state(tmp_path: Path) -> None:
         assert not any(f"'{name}'" in each for each in statements[state:]), name
 
 
+FINAL = summary([{"seed": 0, "correct": 1, "total": 2, "accuracy": 0.5}]) | {"fit_on": "train", "test_openings": 1}
+
+
 def test_the_final_result_belongs_to_one_trial(tmp_path: Path) -> None:
     study = searching(pruner=no_pruning(), trials=2)
     with open_store(study, url_of(tmp_path / "tiny.db")) as store:
         store.tell(store.ask(study), Completed(value=0.5), [epoch_result(1, 0.5)], seconds=1.0)
         assert not store.has_final()
-        store.set_attribute("final", {"trial": 0})
+        store.set_attribute("final", FINAL | {"trial": 0})
         assert store.has_final()
         assert not store.is_complete(study)
         store.tell(store.ask(study), Completed(value=0.7), [epoch_result(1, 0.7)], seconds=1.0)
         assert not store.has_final()
-        store.set_attribute("final", {"trial": 1})
+        store.set_attribute("final", FINAL | {"trial": 1})
         assert not store.is_complete(study)  # not yet published
         store.set_attribute("published", 2)
         assert store.is_complete(study)
