@@ -211,7 +211,11 @@ def _name_changes(store: Store, device: str) -> None:
 
 
 def ended(store: Store) -> int:
-    """The exit code of a study with all its trials; without a complete one it has no result."""
+    """The exit code of a study with all its trials; without a complete one, or a whole ledger, it has no result."""
+    if (fault := store.ledger_fault()) is not None:
+        text = f"error: In {masked(store.url)}, {fault}; the test result is not to be trusted."
+        print(f"{text} Take the storage from a copy.", file=sys.stderr)
+        return FAILED
     if store.best() is not None:
         return DONE
     last = store.trials()[-1]

@@ -126,8 +126,10 @@ def summary(name: str, store: Store, tracking: str) -> str:
     del counted["running" if counted["interrupted"] else "interrupted"]
     best = store.best()
     params = f"\n          {in_short(best.params)}" if best is not None and best.params else ""
+    fault = store.ledger_fault()
     return "\n".join(
         [
+            *([] if fault is None else [f"warning   Do not trust this: {fault}."]),
             f"study     {name}: {', '.join(f'{number} {state}' for state, number in counted.items())}",
             f"best      {verdict(store)}{params}",
             *_chosen_line(store),
@@ -163,8 +165,7 @@ def _remarks(store: Store) -> list[str]:
     final = store.attribute("final")
     lines = [rerank_sentence(store.attribute("rerank"))]
     lines += [] if final is None else [conclusion(store), selection_sentence(final), store.why_closed()]
-    fault = store.ledger_fault()
-    return [*filter(None, lines), *([] if fault is None else [f"Do not trust this: {fault}."])]
+    return [*filter(None, lines)]
 
 
 def _audit_lines(store: Store) -> list[str]:

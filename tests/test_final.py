@@ -140,14 +140,17 @@ def test_what_is_no_ledger_is_named_by_every_command_and_keeps_the_test_set_clos
         fault = fault if content.startswith("[") else "the test ledger is not as it was written, a list of lines"
         capsys.readouterr()
         assert main(["show", "tiny"]) == 0
-        assert f"Do not trust this: {fault}." in capsys.readouterr().out
+        assert capsys.readouterr().out.startswith(f"warning   Do not trust this: {fault}.\n")
         assert main(["show", "tiny", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["ledger"] == {"lines": [], "fault": fault}
         assert main(["report", "tiny"]) == 0
         assert f"Do not trust this: {fault}." in (line.place / "studies" / "tiny.report" / "report.html").read_text()
         assert main(["doctor", "tiny"]) == 1
         assert f"In the storage, {fault}: its test result is not to be trusted" in capsys.readouterr().out
-        assert f"Do not trust this: {fault}." in line.run("--trials", "1").out
+        again = line.run("--trials", "1")
+        assert again.code == 1
+        assert f"Do not trust this: {fault}." in again.out
+        assert f"{fault}; the test result is not to be trusted. Take the storage from a copy." in again.err
         refused = line.run("--trials", "2", "--reopen-test", "why not")
         assert refused.code == 2
         assert f"{fault}; the test set stays closed. Take the storage from a copy." in refused.err

@@ -471,9 +471,12 @@ def test_the_page_shows_the_second_look_the_ledger_and_the_duplicates(
         assert words in page.words
     assert "among 1,200 images: 1 with the same bytes, 0 with nearly the same picture" in page.words
     assert "Do not trust this" not in page.words
+    assert 'class="untrusted"' not in text
     lines = store.attribute("ledger")
     store.set_attribute("ledger", [lines[0] | {"reason": "another"}])
-    assert "Do not trust this: line 1 of the test ledger is not as it was written." in page_of(store, tmp_path)[1].words
+    text, page = page_of(store, tmp_path)
+    assert "Do not trust this: line 1 of the test ledger is not as it was written." in page.words
+    assert text.index("Do not trust this") < text.index('<h1 class="untrusted">')
 
 
 def test_an_audit_says_what_pruning_saved_in_place_of_the_estimate(study: Study, store: Store, tmp_path: Path) -> None:
