@@ -253,7 +253,7 @@ def _decide(client: Any, version: ModelVersion) -> str:
         if (reason := _why_not(version, holder)) is not None:
             return reason
     client.set_registered_model_alias(version.name, CHAMPION, version.version)
-    return f"checked, and now the {CHAMPION}"
+    return f"checked, became the {CHAMPION}"
 
 
 def _why_not(version: ModelVersion, holder: ModelVersion) -> str | None:

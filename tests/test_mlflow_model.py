@@ -32,6 +32,7 @@ from harness.mlflow_model import (
     CHECK,
     IMAGES,
     PASSED,
+    PLACE,
     SCORE,
     WEIGHTS,
     Candidate,
@@ -122,7 +123,7 @@ def test_the_model_is_logged_registered_checked_and_promoted(
     monkeypatch.chdir(tmp_path)
     assert publish(tracker, finished.wanted)
     assert not (tmp_path / "mlflow.db").exists(), "nothing goes to MLflow's default database"
-    assert capsys.readouterr().out == "model     tiny version 1 in MLflow: checked, and now the champion\n"
+    assert capsys.readouterr().out == "model     tiny version 1 in MLflow: checked, became the champion\n"
     (version,), (model,) = versions(tracker.client), models(tracker.client)
     assert (version.source, version.run_id, version.tags[CHECK]) == (model.artifact_location, tracker.parent, PASSED)
     assert champion(tracker.client) == "1"
@@ -287,6 +288,14 @@ def test_the_check_takes_the_test_images_that_the_opening_left_and_opens_nothing
     assert len(finished.wanted.images) == CHECK_IMAGES
     assert all((left == image).flatten(1).all(1).any() for image in finished.wanted.images)
 
+def test_what_a_version_is_said_to_be_stays_true_when_the_next_one_takes_over(
+    finished: Finished, tracker: MLflowTracker, unchecked: None
+) -> None:
+    assert publish(tracker, retagged(finished.wanted, weights="first", score="0.5"))
+    assert publish(tracker, retagged(finished.wanted, weights="second", score="0.9"))
+    assert [each.tags[PLACE] for each in versions(tracker.client)] == ["checked, became the champion"] * 2
+
+
     lost = dataclasses.replace(finished.wanted.saved, check_images=None)
     shown = normalise(load_split(data, "val", data.image_size).images)
     for image in candidate("tiny", finished.store, lost).images:
@@ -391,7 +400,7 @@ def test_the_command_registers_the_model_once(
     assert "model " not in capsys.readouterr().out
     assert main([*run, "--set", "final.publish=true"]) == 0
     said = capsys.readouterr().out
-    assert "tiny version 1 in MLflow: checked, and now the champion" in said
+    assert "tiny version 1 in MLflow: checked, became the champion" in said
     assert "The test set was opened once" in said
     assert main([*run, "--set", "final.publish=true"]) == 0
     assert "Nothing is missing" in capsys.readouterr().out
