@@ -257,7 +257,7 @@ def write_description(folder: Path, config: TrainConfig, chosen: TrialRecord, fi
         },
         "configuration": {path: label(value) for path, value in leaves(config, identity_only=True)},
         "trial": chosen.number,
-        "validation_accuracy": chosen.value,
+        "trial_validation_accuracy": chosen.value,  # not this model's, which may have trained on these images
         "test": {key: final["per_seed"][0][key] for key in ("seed", "correct", "total", "accuracy")},
     }
     replace_file(folder / DESCRIPTION, json.dumps(description, indent=2, ensure_ascii=False).encode())

@@ -37,6 +37,7 @@ CHAMPION = "champion"
 WEIGHTS, TRIAL = "harness.weights", "harness.trial"
 SCORE, IMAGES = "harness.validation_accuracy", "harness.validation_images"
 CHECK, PLACE = "harness.check", "harness.place"  # written last: the step before it is done
+# The score is the searched trial's: the final model may have trained on the validation images.
 PASSED = "passed"
 CHECK_SECONDS = 600
 
@@ -75,7 +76,7 @@ def candidate(name: str, store: Store, saved: SavedModel) -> Candidate:
         UID: store.attribute("uid"),
         TRIAL: str(saved.description["trial"]),
         WEIGHTS: weights_of(saved),
-        SCORE: repr(saved.description["validation_accuracy"]),
+        SCORE: repr(trial_accuracy(saved)),
         IMAGES: validation_fingerprint(data, split),
     }
     images = _validation_images(split) if saved.check_images is None else saved.check_images
@@ -87,6 +88,13 @@ def _validation_images(split: ImageSet) -> Tensor:
     from harness.data.augment import normalise
 
     return normalise(split.images[:: max(1, len(split) // CHECK_IMAGES)][:CHECK_IMAGES])
+def trial_accuracy(saved: SavedModel) -> float:
+    """The validation accuracy of the trial that chose the model's configuration; older models name it less clearly."""
+    named = "trial_validation_accuracy"
+    accuracy: float = saved.description[named if named in saved.description else "validation_accuracy"]
+    return accuracy
+
+
 
 
 def validation_fingerprint(data: Dataset, split: ImageSet) -> str:
@@ -103,10 +111,10 @@ def validation_fingerprint(data: Dataset, split: ImageSet) -> str:
 def publish(tracker: MLflowTracker, wanted: Candidate) -> bool:
     """Log, register, check and promote the model; whether MLflow has taken it. Prints what came of it.
 
-    The alias `champion` goes to it when it passed the check and there is no champion, or one whose accuracy on the same
-    validation images is lower; the test images have no say. A champion that was measured on other validation images
-    stays: the two cannot be compared, and whoever serves the champion should not get another by a smaller trial run.
-    The tracker must have written the study's own run. What MLflow refuses for good is named and left out.
+    The alias `champion` goes to it when it passed the check and there is no champion, or one whose trial's accuracy on
+    the same validation images is lower; the test images have no say. A champion that was measured on other validation
+    images stays: the two cannot be compared, and whoever serves the champion should not get another by a smaller trial
+    run. The tracker must have written the study's own run. What MLflow refuses for good is named and left out.
     """
     client = tracker.client
     try:

@@ -127,7 +127,7 @@ def test_the_model_is_logged_registered_checked_and_promoted(
     (version,), (model,) = versions(tracker.client), models(tracker.client)
     assert (version.source, version.run_id, version.tags[CHECK]) == (model.artifact_location, tracker.parent, PASSED)
     assert champion(tracker.client) == "1"
-    assert version.tags[SCORE] == repr(finished.wanted.saved.description["validation_accuracy"])
+    assert version.tags[SCORE] == repr(finished.wanted.saved.description["trial_validation_accuracy"])
     assert [each.model_id for each in tracker.client.get_run(tracker.parent).outputs.model_outputs] == [model.model_id]
     assert publish(tracker, finished.wanted)
     assert len(versions(tracker.client)) == len(models(tracker.client)) == 1, "the same study registers nothing twice"
@@ -287,6 +287,21 @@ def test_the_check_takes_the_test_images_that_the_opening_left_and_opens_nothing
     left = normalise(load_test(data).images)
     assert len(finished.wanted.images) == CHECK_IMAGES
     assert all((left == image).flatten(1).all(1).any() for image in finished.wanted.images)
+
+def test_what_a_version_is_said_to_be_stays_true_when_the_next_one_takes_over(
+    finished: Finished, tracker: MLflowTracker, unchecked: None
+) -> None:
+    assert publish(tracker, retagged(finished.wanted, weights="first", score="0.5"))
+    assert publish(tracker, retagged(finished.wanted, weights="second", score="0.9"))
+    assert [each.tags[PLACE] for each in versions(tracker.client)] == ["checked, became the champion"] * 2
+
+
+def test_a_model_from_before_the_score_had_its_name(finished: Finished) -> None:
+    described = dict(finished.wanted.saved.description)
+    described["validation_accuracy"] = described.pop("trial_validation_accuracy")
+    older = dataclasses.replace(finished.wanted.saved, description=described)
+    assert candidate("tiny", finished.store, older).tags == finished.wanted.tags
+
 
 def test_what_a_version_is_said_to_be_stays_true_when_the_next_one_takes_over(
     finished: Finished, tracker: MLflowTracker, unchecked: None
