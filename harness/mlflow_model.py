@@ -7,6 +7,7 @@ that was killed anywhere goes on with the step that is missing.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from harness.mlflow_library import faults, first_line, is_refusal
 from harness.mlflow_tracker import UID, MLflowTracker
 from harness.overview import final_sentence
 from harness.saved_model import CHECK_IMAGES
+from harness.tracking import final_key
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Run
@@ -35,9 +37,11 @@ if TYPE_CHECKING:
 
 CHAMPION = "champion"
 WEIGHTS, TRIAL = "harness.weights", "harness.trial"
+# The score is the searched trial's: the final model may have trained on the validation images.
 SCORE, IMAGES = "harness.validation_accuracy", "harness.validation_images"
 CHECK, PLACE = "harness.check", "harness.place"  # written last: the step before it is done
-# The score is the searched trial's: the final model may have trained on the validation images.
+VERSIONS = "mlflow.modelVersions"  # MLflow's own: what the logged model's page shows as its registered versions
+MEASURED = ("val_accuracy", "test_accuracy", "test_loss")  # of the run that trained the model
 PASSED = "passed"
 CHECK_SECONDS = 600
 
@@ -84,10 +88,6 @@ def candidate(name: str, store: Store, saved: SavedModel) -> Candidate:
     return Candidate(name=name, saved=saved, images=images, tags=tags, text=text)
 
 
-def _validation_images(split: ImageSet) -> Tensor:
-    from harness.data.augment import normalise
-
-    return normalise(split.images[:: max(1, len(split) // CHECK_IMAGES)][:CHECK_IMAGES])
 def trial_accuracy(saved: SavedModel) -> float:
     """The validation accuracy of the trial that chose the model's configuration; older models name it less clearly."""
     named = "trial_validation_accuracy"
@@ -95,6 +95,10 @@ def trial_accuracy(saved: SavedModel) -> float:
     return accuracy
 
 
+def _validation_images(split: ImageSet) -> Tensor:
+    from harness.data.augment import normalise
+
+    return normalise(split.images[:: max(1, len(split) // CHECK_IMAGES)][:CHECK_IMAGES])
 
 
 def validation_fingerprint(data: Dataset, split: ImageSet) -> str:
@@ -120,7 +124,10 @@ def publish(tracker: MLflowTracker, wanted: Candidate) -> bool:
     try:
         run = client.get_run(tracker.parent)
         logged = _logged(client, run, wanted)
+        if not logged.metrics:
+            _measure(client, tracker, logged, wanted)
         version = _registered(client, run, logged, wanted)
+        _show_registered(client, logged.model_id, version)
         if CHECK not in version.tags:
             wrong = _wrong(tracker.uri, logged, wanted)
             client.set_model_version_tag(wanted.name, version.version, CHECK, wrong or PASSED)
@@ -144,7 +151,7 @@ def _logged(client: Any, run: Run, wanted: Candidate) -> LoggedModel:
         client.delete_logged_model(known.model_id)
     with tempfile.TemporaryDirectory() as place:
         model = client.create_logged_model(
-            experiment, name="model", source_run_id=run.info.run_id, tags=dict(wanted.tags), model_type="classifier"
+            experiment, wanted.name, source_run_id=run.info.run_id, tags=dict(wanted.tags), model_type="classifier"
         )
         _write_model(Path(place) / "model", model, run, wanted.saved)
         client.log_model_artifacts(model.model_id, str(Path(place) / "model"))
@@ -198,6 +205,23 @@ def _link(client: Any, run: Run, model: LoggedModel) -> None:
     client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=0)])
 
 
+def _measure(client: Any, tracker: MLflowTracker, model: LoggedModel, wanted: Candidate) -> None:
+    """Show the results of the run that trained the model, with the model too.
+
+    The study's own run has the mean over the seeds. The entries keep their times: the run, which has them, takes none
+    twice.
+    """
+    from mlflow.entities import Metric
+
+    run = tracker.known_runs().get(final_key(int(wanted.tags[TRIAL]), wanted.saved.description["test"]["seed"]))
+    if run is None:
+        return
+    last = [entry for name in MEASURED for entry in client.get_metric_history(run.info.run_id, name)[-1:]]
+    metrics = [Metric(each.key, each.value, each.timestamp, each.step, model.model_id) for each in last]
+    if metrics:
+        client.log_batch(run.info.run_id, metrics=metrics)
+
+
 def _registered(client: Any, run: Run, logged: LoggedModel, wanted: Candidate) -> ModelVersion:
     """The version of the registered model that is this model, made if it is not there."""
     query = f"name = '{wanted.name}'"
@@ -214,6 +238,14 @@ def _registered(client: Any, run: Run, logged: LoggedModel, wanted: Candidate) -
         description=wanted.text,
         model_id=logged.model_id,
     )
+
+
+def _show_registered(client: Any, model_id: str, version: ModelVersion) -> None:
+    """Name the version on the logged model's page, as MLflow's `register_model` does; a server has done it already."""
+    known = json.loads(client.get_logged_model(model_id).tags.get(VERSIONS, "[]"))
+    if (version.name, str(version.version)) not in {(each["name"], str(each["version"])) for each in known}:
+        entry = {"name": version.name, "version": str(version.version)}
+        client.set_logged_model_tags(model_id, {VERSIONS: json.dumps([*known, entry])})
 
 
 def _wrong(uri: str, logged: LoggedModel, wanted: Candidate) -> str | None:

@@ -34,6 +34,7 @@ from harness.mlflow_model import (
     PASSED,
     PLACE,
     SCORE,
+    VERSIONS,
     WEIGHTS,
     Candidate,
     candidate,
@@ -96,6 +97,19 @@ def versions(client: MlflowClient) -> list[Any]:
     return sorted(client.search_model_versions("name = 'tiny'"), key=lambda each: int(each.version))
 
 
+def registered(client: MlflowClient) -> list[tuple[str, str]]:
+    """The versions that the only logged model's page shows."""
+    (model,) = models(client)
+    return [(each["name"], each["version"]) for each in json.loads(model.tags[VERSIONS])]
+
+
+def measured(client: MlflowClient) -> set[str]:
+    """The names of what the only logged model's page shows as its results."""
+    (model,) = models(client)
+    assert len(model.metrics) == len({each.key for each in model.metrics})
+    return {each.key for each in model.metrics}
+
+
 def champion(client: MlflowClient) -> str | None:
     number = client.get_registered_model("tiny").aliases.get(CHAMPION)
     return None if number is None else str(number)
@@ -129,6 +143,12 @@ def test_the_model_is_logged_registered_checked_and_promoted(
     assert champion(tracker.client) == "1"
     assert version.tags[SCORE] == repr(finished.wanted.saved.description["trial_validation_accuracy"])
     assert [each.model_id for each in tracker.client.get_run(tracker.parent).outputs.model_outputs] == [model.model_id]
+    assert (model.name, registered(tracker.client)) == ("tiny", [("tiny", "1")])
+    first = finished.store.attribute("final")["per_seed"][0]
+    shown = {each.key: each.value for each in model.metrics}
+    assert shown == {"test_accuracy": first["accuracy"], "test_loss": first["loss"]}, "the model's, not the mean"
+    seed = next(run for key, run in tracker.known_runs().items() if key.startswith("final-seed-0"))
+    assert len(tracker.client.get_metric_history(seed.info.run_id, "test_accuracy")) == 1
     assert publish(tracker, finished.wanted)
     assert len(versions(tracker.client)) == len(models(tracker.client)) == 1, "the same study registers nothing twice"
 
@@ -162,8 +182,10 @@ STEPS = (
     "log_model_artifacts",
     "log_outputs",
     "finalize_logged_model",
+    "log_batch",
     "create_registered_model",
     "create_model_version",
+    "set_logged_model_tags",
     "set_model_version_tag",
     "set_registered_model_alias",
 )
@@ -191,6 +213,8 @@ def test_killed_at_any_step_the_next_run_completes_it(
         assert [each.status for each in models(tracker.client)] == ["READY"]
         assert [each.tags[CHECK] for each in versions(tracker.client)] == [PASSED]
         assert champion(tracker.client) == "1"
+        assert registered(tracker.client) == [("tiny", "1")]
+        assert measured(tracker.client) == {"test_accuracy", "test_loss"}
 
 
 # -- the check -----------------------------------------------------------------------------------------------------
@@ -264,6 +288,21 @@ def test_a_champion_on_other_validation_images_stays_and_the_user_is_told(
     assert "version 1 stays the champion, for it was measured on other validation images" in capsys.readouterr().out
 
 
+def test_what_a_version_is_said_to_be_stays_true_when_the_next_one_takes_over(
+    finished: Finished, tracker: MLflowTracker, unchecked: None
+) -> None:
+    assert publish(tracker, retagged(finished.wanted, weights="first", score="0.5"))
+    assert publish(tracker, retagged(finished.wanted, weights="second", score="0.9"))
+    assert [each.tags[PLACE] for each in versions(tracker.client)] == ["checked, became the champion"] * 2
+
+
+def test_a_model_from_before_the_score_had_its_name(finished: Finished) -> None:
+    described = dict(finished.wanted.saved.description)
+    described["validation_accuracy"] = described.pop("trial_validation_accuracy")
+    older = dataclasses.replace(finished.wanted.saved, description=described)
+    assert candidate("tiny", finished.store, older).tags == finished.wanted.tags
+
+
 def test_an_alias_that_a_person_has_moved_is_left_alone(
     finished: Finished, tracker: MLflowTracker, unchecked: None
 ) -> None:
@@ -287,29 +326,6 @@ def test_the_check_takes_the_test_images_that_the_opening_left_and_opens_nothing
     left = normalise(load_test(data).images)
     assert len(finished.wanted.images) == CHECK_IMAGES
     assert all((left == image).flatten(1).all(1).any() for image in finished.wanted.images)
-
-def test_what_a_version_is_said_to_be_stays_true_when_the_next_one_takes_over(
-    finished: Finished, tracker: MLflowTracker, unchecked: None
-) -> None:
-    assert publish(tracker, retagged(finished.wanted, weights="first", score="0.5"))
-    assert publish(tracker, retagged(finished.wanted, weights="second", score="0.9"))
-    assert [each.tags[PLACE] for each in versions(tracker.client)] == ["checked, became the champion"] * 2
-
-
-def test_a_model_from_before_the_score_had_its_name(finished: Finished) -> None:
-    described = dict(finished.wanted.saved.description)
-    described["validation_accuracy"] = described.pop("trial_validation_accuracy")
-    older = dataclasses.replace(finished.wanted.saved, description=described)
-    assert candidate("tiny", finished.store, older).tags == finished.wanted.tags
-
-
-def test_what_a_version_is_said_to_be_stays_true_when_the_next_one_takes_over(
-    finished: Finished, tracker: MLflowTracker, unchecked: None
-) -> None:
-    assert publish(tracker, retagged(finished.wanted, weights="first", score="0.5"))
-    assert publish(tracker, retagged(finished.wanted, weights="second", score="0.9"))
-    assert [each.tags[PLACE] for each in versions(tracker.client)] == ["checked, became the champion"] * 2
-
 
     lost = dataclasses.replace(finished.wanted.saved, check_images=None)
     shown = normalise(load_split(data, "val", data.image_size).images)
@@ -352,6 +368,7 @@ def test_on_a_server_that_was_away_the_next_run_registers_the_model(
     assert [each.tags[CHECK] for each in versions(tracker.client)] == [PASSED]
     assert champion(tracker.client) == "1"
     assert len(models(tracker.client)) == 1
+    assert registered(tracker.client) == [("tiny", "1")]
 
 
 @pytest.mark.slow
