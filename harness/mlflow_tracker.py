@@ -302,7 +302,7 @@ class MLflowTracker:
         return key in self._runs
 
     def open_run(self, key: str, params: Mapping[str, str], tags: Mapping[str, str], name: str | None = None) -> str:
-        from mlflow.entities import Param
+        from mlflow.entities import Param, RunTag
 
         if self.has(key):
             assert self._runs is not None
@@ -316,6 +316,8 @@ class MLflowTracker:
             every = {**tags, KEY: key, STATE: "running"} | ({} if key == STUDY else {PARENT: self.parent})
             run = self.client.create_run(self._experiment, tags=every, run_name=name or key.replace("-", " "))
             run_id = run.info.run_id
+            if key == STUDY:  # the command, the versions and the rest are those of the last start
+                self.client.log_batch(run_id, tags=[RunTag(tag, text) for tag, text in tags.items()])
             assert self._runs is not None
             self._runs[key] = run
         if params:

@@ -159,6 +159,16 @@ def test_tags_say_with_what_the_study_ran(study: Study, store: Store, mlruns: Pa
         assert tags["mlflow.source.git.commit"]
 
 
+def test_the_study_s_own_run_has_the_command_of_its_last_start(study: Study, store: Store, mlruns: Path) -> None:
+    for command in ("run --trials 4", "run --trials 10"):
+        tracker = local_tracker(mlruns)
+        tracker.start(study, store, {"harness.command": command})
+        tracker.run(trial_key(0), study.train, {}).end("complete")
+        tracker.finish({}, [], "complete")
+    said = {key: run.data.tags["harness.command"] for key, run in runs_of(mlruns).items()}
+    assert said == {"study": "run --trials 10", "trial-0": "run --trials 4"}
+
+
 def test_the_commit_is_that_of_the_code(study: Study) -> None:
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True, text=True, check=False)
     expected = done.stdout.strip() if done.returncode == 0 else "unknown"
