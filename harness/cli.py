@@ -245,10 +245,14 @@ def _ui(args: argparse.Namespace) -> int:
         raise InputError(f"--tracking-uri {uri} is a server with pages of its own; open it in a browser.")
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         raise InputError(f"--tracking-uri {uri}: there is no such file; give the MLflow database of a study.")
-    tracker_for(uri, folder).check()
+    tracker = tracker_for(uri, folder)
+    tracker.check()
     _check_port(args.host, args.port)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
-    print(f"The MLflow UI opens at http://{args.host}:{args.port} (Ctrl-C ends it).", flush=True)
+    address = f"http://{args.host}:{args.port}"
+    print(f"The MLflow UI opens at {address} (Ctrl-C ends it).", flush=True)
+    for name, path in tracker.pages():  # the UI itself opens a study on its traces, of which there are none
+        print(f"{name:<9} {address}/{path}", flush=True)
     signal.signal(signal.SIGTERM, _as_interrupt)
     # A session of its own: MLflow's servers have workers, and all of them should go when this process does.
     server = subprocess.Popen(

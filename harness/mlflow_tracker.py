@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 STATUS = {"complete": "FINISHED", "pruned": "KILLED", "diverged": "FAILED", "failed": "FAILED"}
 UID, KEY, STATE = "harness.study_uid", "harness.key", "harness.state"
 STUDY, PARENT = "study", "mlflow.parentRunId"  # the key of a study's own run, and the tag that its children carry
+EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}  # the UI calls it one of model training
 EPOCHS_IN_A_REQUEST = 50  # MLflow takes 1,000 metrics in one; an epoch must not be cut in two
 
 
@@ -126,6 +127,11 @@ class MLflowTracker:
         """Raise InputError unless the server or database answers; no run is made."""
         with self._as_input_error():
             self.connect()
+
+    def pages(self) -> list[tuple[str, str]]:
+        """Each experiment's name, and where in MLflow's UI its runs are; once it is connected."""
+        known = [each for each in self.client.search_experiments() if each.name != "Default"]
+        return sorted((each.name, f"#/experiments/{each.experiment_id}/runs") for each in known)
 
     def start(self, study: Study, store: Store, facts: Mapping[str, str]) -> None:
         """Open or reopen the study's parent run, and bring its runs into line with the storage.
@@ -310,14 +316,14 @@ class MLflowTracker:
             run_id: str = known.info.run_id
             self.client.update_run(run_id, status="RUNNING")
             self.client.set_tag(run_id, STATE, "running")
+            if key == STUDY:  # the command, the versions and the rest are those of the last start
+                self.client.log_batch(run_id, tags=[RunTag(tag, text) for tag, text in tags.items()])
             # Parameters cannot be changed; where something lies may be another place today.
             params = {path: value for path, value in params.items() if path not in known.data.params}
         else:
             every = {**tags, KEY: key, STATE: "running"} | ({} if key == STUDY else {PARENT: self.parent})
             run = self.client.create_run(self._experiment, tags=every, run_name=name or key.replace("-", " "))
             run_id = run.info.run_id
-            if key == STUDY:  # the command, the versions and the rest are those of the last start
-                self.client.log_batch(run_id, tags=[RunTag(tag, text) for tag, text in tags.items()])
             assert self._runs is not None
             self._runs[key] = run
         if params:
@@ -377,8 +383,7 @@ class MLflowTracker:
         if existing is not None:
             return str(existing.experiment_id)
         location = (self._artifacts / name).resolve().as_uri() if self._artifacts else None
-        tags = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on training runs, not on traces
-        return str(self.client.create_experiment(name, artifact_location=location, tags=tags))
+        return str(self.client.create_experiment(name, artifact_location=location, tags=EXPERIMENT))
 
     def known_runs(self) -> dict[str, Run]:
         """This study's runs by key."""

@@ -16,6 +16,8 @@ import pytest
 
 from harness.cli import main
 from harness.mlflow_places import local_tracker
+from harness.mlflow_tracker import EXPERIMENT
+from tests.browser import page
 from tests.refusal import assert_refused
 
 
@@ -47,15 +49,24 @@ def test_an_empty_host_is_refused(workspace: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.slow
 def test_the_page_answers_on_this_machine_and_goes_with_the_command(workspace: Path) -> None:
-    local_tracker(workspace / "mlruns")
+    tracker = local_tracker(workspace / "mlruns")
+    tracker.check()
+    number = tracker.client.create_experiment("demo", tags=EXPERIMENT)
+    tracker.client.create_run(number, run_name="a trial of it")
     port = free_port()
-    process = subprocess.Popen([sys.executable, "-m", "harness", "ui", "--port", str(port)], cwd=workspace)
+    command = [sys.executable, "-m", "harness", "ui", "--port", str(port)]
+    process = subprocess.Popen(command, cwd=workspace, stdout=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{port}/"
     try:
         assert answers(url, seconds=120)
+        with page() as browser:
+            browser.goto(f"{url}#/experiments/{number}/runs")
+            browser.get_by_text("a trial of it").first.wait_for(timeout=60_000)
     finally:
         os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=60) == 130
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"demo      {url}#/experiments/{number}/runs\n" in said
     assert not answers(url, seconds=0)
 
 
