@@ -225,7 +225,24 @@ def all_equal(store: Store) -> bool:
 
 
 def conclusion(store: Store) -> str:
-    """Whether any configuration is shown to be better than another, in a sentence."""
+    """Whether any configuration is shown to be better than another, in a sentence.
+
+    Of a study that has gone on since the test set was opened, it says that it is of that moment.
+    """
+    sentence, when = _compared(store), _when(store)
+    return f"{when}: {sentence[0].lower()}{sentence[1:]}" if when else sentence
+
+
+def _when(store: Store) -> str | None:
+    """When what the final result says was known; None when that is now."""
+    final = store.attribute("final")
+    selection = None if final is None else final.get("selection")
+    if selection is not None and selection["candidates"] != store.counts()["complete"]:
+        return f"When the test set was opened, with {selection['candidates']:,} complete trials"
+    return "When the test set was opened" if store.needs_reason() else None
+
+
+def _compared(store: Store) -> str:
     if store.best() is None:
         return "No trial is complete yet."
     if all_equal(store):
@@ -264,9 +281,10 @@ def selection_sentence(final: dict[str, Any] | None) -> str | None:
     if found is None:
         return None
     return (
-        f"The best of {found['candidates']:,} complete trials looks better on the {found['images']:,} validation "
-        f"images than it is: by {100 * max(found['excess'], 0):.2f} points, as they lie apart, by "
-        f"{100 * found['excess_if_equal']:.2f} points if all were equally good (bootstrap over the images)."
+        f"The best of the {found['candidates']:,} trials that were complete when the test set was opened looks better "
+        f"on the {found['images']:,} validation images than it is: by {100 * max(found['excess'], 0):.2f} points, as "
+        f"they lie apart, by {100 * found['excess_if_equal']:.2f} points if all were equally good (bootstrap over the "
+        "images)."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import html
 import json
 import sqlite3
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from harness.final import final_run
 from harness.opening import open_store
 from harness.overview import conclusion, final_sentence, overview, summary
 from harness.packing import unpack
+from harness.report import write_report
 from harness.rerank import rerank
 from harness.results import Completed
 from harness.retraining import Place
@@ -179,12 +181,17 @@ def test_a_better_trial_leaves_the_test_set_closed_until_a_reason_is_given(
     study: Study, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     everything(study, store, tmp_path)
-    before = store.attribute("final")
+    before, at_the_opening = store.attribute("final"), conclusion(store)
     number = better_trial(study, store)
     everything(study, store, tmp_path)
     assert store.attribute("final") == before
     assert f"Trial {number} is better on the validation images than trial {before['trial']}" in capsys.readouterr().err
-    assert store.why_closed() in summary("tiny", store, "nowhere")
+    shown = summary("tiny", store, "nowhere")
+    page = html.unescape(write_report("tiny", store, "nowhere", tmp_path).read_text())
+    for text in (shown, page):
+        assert store.why_closed() in text
+        assert "When the test set was opened" in text
+    assert "When the test set was opened" not in at_the_opening
     assert store.is_settled()
     with pytest.raises(InputError, match=rf"gone holds no model\. Trial {number} is better .*--reopen-test"):
         load_saved(study, store, tmp_path / "gone")

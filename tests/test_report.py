@@ -508,7 +508,8 @@ def test_the_page_is_about_the_trial_that_was_tested(study: Study, store: Store,
     complete(study, store, 0.75)
     _, page = page_of(store, tmp_path)
     assert "python -m harness reproduce tiny 0" in page.words
-    assert "Trial 1 is better on the validation images than trial 0, which was tested" in page.words
+    assert store.why_closed() in page.words
+    assert "When the test set was opened: " in page.words
 
 
 def test_the_same_numbers_are_in_the_overview(study: Study, store: Store) -> None:

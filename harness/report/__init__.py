@@ -59,7 +59,7 @@ def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
         "subject": about,
         "parameters": [] if about is None else _parameters(store, about, trials),
         "commands": _commands(seen, about),
-        "comparison": _comparison(seen),
+        "comparison": _comparison(seen, store.why_closed()),
         "search": search_plots(store, trials),
         "tested": tested,
         "test": [] if tested is None else final_plots(store.attribute("predictions"), tested),
@@ -153,7 +153,7 @@ def _commands(seen: Mapping[str, Any], about: TrialRecord | None) -> list[tuple[
     return lines
 
 
-def _comparison(seen: Mapping[str, Any]) -> list[str]:
+def _comparison(seen: Mapping[str, Any], why_closed: str | None) -> list[str]:
     """What is known of the best configuration beside the base, and of the best score beside the truth."""
     final = seen["final"]
     if final is None:
@@ -164,13 +164,8 @@ def _comparison(seen: Mapping[str, Any]) -> list[str]:
             f"The base configuration, trial {base['trial']}, trained from seed {base['seed']} as the best one was, "
             f"reaches {percent(base['accuracy'])} ({base['correct']:,} of {base['total']:,})."
         )
-    if seen["chosen"] not in (None, final["trial"]):
-        lines.append(
-            f"Trial {seen['chosen']} is better on the validation images than trial {final['trial']}, which was tested; "
-            'the test set stays closed until --reopen-test "why" is given.'
-        )
-    excess = selection_sentence(final)
-    return [*lines, excess or "What choosing the best adds to its validation score is not recorded."]
+    lines.append(selection_sentence(final) or "What choosing the best adds to its validation score is not recorded.")
+    return lines if why_closed is None else [*lines, why_closed]
 
 
 def _cost(seen: Mapping[str, Any]) -> list[str]:
