@@ -195,12 +195,16 @@ def _worst_classes(store: Store, description: Mapping[str, Any]) -> list[str]:
         return []
     labels = unpack(kept["labels"], "uint16")
     hits = unpack(kept["seeds"][0]["predicted"], "uint16") == labels
-    shares = {int(label): float(hits[labels == label].mean()) for label in numpy.unique(labels)}
-    worst = sorted((share, label) for label, share in shares.items() if share < 1)[:WORST_CLASSES]
+    found = {int(label): hits[labels == label] for label in numpy.unique(labels)}
+    worst = sorted((label for label, each in found.items() if not each.all()), key=lambda label: found[label].mean())
     if not worst:
         return []
-    names = ", ".join(f"{_plain(description['classes'][label])} ({percent(share)})" for share, label in worst)
-    return [f"The classes that it finds least often among the test images: {names}."]
+    names = ", ".join(
+        f"{_plain(description['classes'][label])} ({found[label].sum()} of {len(found[label])})"
+        for label in worst[:WORST_CLASSES]
+    )
+    seed = kept["seeds"][0]["seed"]
+    return [f"The classes that it, trained from seed {seed}, finds least often among the test images: {names}."]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

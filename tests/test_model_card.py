@@ -133,7 +133,8 @@ def test_what_somebody_wrote_is_shown_and_changes_nothing_around_it(finished: Fi
     (tags, _), (same, words) = pages
     assert same == tags
     assert f"Reason: {' '.join(WRITTEN.split())}." in words
-    assert "wild | <b>rose</b>_a_ (0.00 %)" in words
+    assert "wild | <b>rose</b>_a_ (0 of 2)" in words
+    assert "trained from seed 0, finds least often" in words
 
 
 @pytest.mark.parametrize("written", ["a|b", "a\\|b", "<i>`_*a_*"])
