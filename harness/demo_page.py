@@ -12,11 +12,12 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import InputError
+from harness.evidence import percent
 from harness.predict import TOP, Predictor
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ EXAMPLE_PIXELS = 384  # drawn flowers are drawn at this size, photographs reduce
 LARGEST_FILE = "50mb"
 # What the browser may load, and from where: this server. Gradio's page has its scripts and styles inline.
 POLICY = "default-src 'self' 'unsafe-inline' data: blob:; frame-ancestors 'none'"
-NOTE = "The examples are validation images of the study; a model whose final run trained on train+val has seen them."
 CSS = """
 .gradio-container { width: 100%; max-width: 960px !important; margin: 0 auto !important; }
 #answer .container { padding-top: 2.2em; }
@@ -118,7 +118,7 @@ def build_page(predictor: Predictor, examples: Sequence[Path]) -> gradio.Blocks:
     import gradio
 
     with gradio.Blocks(title="Which flower is this?", analytics_enabled=False) as blocks:
-        gradio.Markdown(_heading(predictor))
+        gradio.Markdown(heading(predictor.saved.description))
         with gradio.Row():
             with gradio.Column():
                 photograph = gradio.Image(
@@ -139,19 +139,30 @@ def build_page(predictor: Predictor, examples: Sequence[Path]) -> gradio.Blocks:
                 note = gradio.Markdown(elem_id="note")
         if examples:
             gradio.Examples([str(each) for each in examples], photograph, label="Examples", elem_id="examples")
-            gradio.Markdown(NOTE)
+            gradio.Markdown(note_of(predictor.saved.description))
         submit.click(_answering(predictor), photograph, [answer, note])
         clear.click(lambda: (None, None, ""), None, [photograph, answer, note])
     return blocks
 
 
-def _heading(predictor: Predictor) -> str:
-    description = predictor.saved.description
-    test, classes = description["test"], predictor.saved.classes
+def heading(description: Mapping[str, Any]) -> str:
+    """The page's first lines, given what model.json says: the saved seed's numbers as they stand in the model card."""
+    test = description["test"]
     return (
-        f"# Which flower is this?\n\nDrop an image of a flower and press Submit. The model knows {len(classes)} kinds "
-        f"and was right on {test['accuracy'] * 100:.1f} % of the {test['total']:,} test images."
+        "# Which flower is this?\n\nDrop an image of a flower and press Submit. The model knows "
+        f"{len(description['classes'])} kinds; trained from seed {test['seed']}, it was right on {test['correct']:,} "
+        f"of the {test['total']:,} test images ({percent(test['accuracy'])})."
     )
+
+
+def note_of(description: Mapping[str, Any]) -> str:
+    """What the examples are to the model; of older models it is not known what they were trained on."""
+    seen = {
+        "train": "the model was not trained on them.",
+        "train+val": "the model was trained on them too, so it does better on them than on other images.",
+    }
+    unknown = "the model may have been trained on them too."
+    return f"The examples are validation images of the study; {seen.get(description.get('fit_on', ''), unknown)}"
 
 
 def _answering(predictor: Predictor) -> Callable[[str | None], tuple[dict[str, float] | None, str]]:

@@ -256,6 +256,7 @@ def write_description(folder: Path, config: TrainConfig, chosen: TrialRecord, fi
             "std": STD,
         },
         "configuration": {path: label(value) for path, value in leaves(config, identity_only=True)},
+        "fit_on": final["fit_on"],
         "trial": chosen.number,
         "trial_validation_accuracy": chosen.value,  # not this model's, which may have trained on these images
         "test": {key: final["per_seed"][0][key] for key in ("seed", "correct", "total", "accuracy")},

@@ -20,7 +20,8 @@ from PIL import Image
 
 from harness.cli import main
 from harness.data.image_folder import ImageFolder
-from harness.demo_page import write_examples
+from harness.demo_page import heading, note_of, write_examples
+from harness.evidence import percent
 from harness.predict import Predictor, load_predictor
 from tests.browser import page
 from tests.conftest import PROJECT
@@ -201,6 +202,17 @@ def test_the_page_fits_its_window(url: str, home: Path, width: int, dark: bool) 
         assert browser.locator("#photograph").bounding_box() == before  # nothing jumps
         assert browser.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         assert browser.evaluate("document.body.classList.contains('dark')") == dark
+
+
+def test_it_says_whose_number_it_gives_and_whether_the_model_was_trained_on_the_examples(predictor: Predictor) -> None:
+    description = predictor.saved.description
+    test = description["test"]
+    assert f"from seed 0, it was right on {test['correct']} of the {test['total']} test images" in heading(description)
+    assert f"({percent(test['accuracy'])})" in heading(description), "as in the card"
+    assert "was trained on them too" in note_of(description)
+    assert "was not trained on them." in note_of({**description, "fit_on": "train"})
+    older = {key: value for key, value in description.items() if key != "fit_on"}
+    assert "may have been trained on them" in note_of(older)
 
 
 def test_a_study_whose_images_are_not_here_has_a_page_without_examples(
