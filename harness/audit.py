@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from harness.cost import duration
 from harness.evidence import CONFIDENCE, percent
 from harness.seeds import derive_seed
 
@@ -199,9 +200,8 @@ def _was(count: int) -> str:
 
 
 def _saved_sentence(record: Mapping[str, Any]) -> str:
-    seconds = record["saved"]["seconds"]
-    time = f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
-    return f"Pruning saved {time}, {percent(record['saved']['share'])} of what the search would have taken without it."
+    time, share = duration(record["saved"]["seconds"]), percent(record["saved"]["share"])
+    return f"Pruning saved {time}, {share} of what the search would have taken without it."
 
 
 def _winner_sentences(record: Mapping[str, Any]) -> list[str]:

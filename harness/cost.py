@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from harness.storage import TrialRecord
+if TYPE_CHECKING:
+    from harness.storage import TrialRecord
 
 A_DAY_SECONDS = 86_400
 

@@ -244,7 +244,7 @@ def test_the_sentences_of_a_partial_audit() -> None:
     assert audit_sentences(record(COURSES, results, 2, 0)) == [
         "Of 5 trials 2 were pruned; 1 of them, drawn at random, was trained to the end. 1 more was asked for; the same "
         "command goes on.",
-        "Pruning saved 0.1 minutes, 23.08 % of what the search would have taken without it.",
+        "Pruning saved 6.0 s, 23.08 % of what the search would have taken without it.",
         "0 of the 1 would have beaten the winner, trial 0 with a validation accuracy of 80.00 %: 0.00 % of the pruned "
         "trials, 95 % interval 0.00 % to 50.00 % (hypergeometric, exact).",
         f"The best of them, trial {number}, reached 20.00 %.",

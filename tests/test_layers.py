@@ -17,7 +17,7 @@ HARNESS = PROJECT / "harness"
 # Lowest first; `config` stands on `errors` and `space`.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "results", "seeds", "space", "config", "interrupt", "environment", "outbox", "files", "mlflow_library"),
-    ("ledger", "packing", "evidence", "audit", "predictions", "thumbnails"),
+    ("ledger", "packing", "evidence", "cost", "audit", "predictions", "thumbnails"),
     ("data", "models", "optim", "engine", "search", "asking", "database", "leases", "jobs"),
     ("trainer", "auto"),
     ("experiment", "checkpoint", "features"),
@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "doctor",
     ),
     ("ray_cluster", "ray_head", "ray_workers"),
-    ("cost", "overview", "report", "export", "model_card", "mlflow_model", "predict"),
+    ("overview", "report", "export", "model_card", "mlflow_model", "predict"),
     ("cli", "arguments", "running", "coordinator", "auditing", "demo_page", "display", "pretrain", "__main__"),
 )
 FREE_OF_TORCH = (
