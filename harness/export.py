@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import re
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,7 +124,9 @@ def preprocessing_of(saved: SavedModel) -> dict[str, str]:
     """What a user of the bare network must know, each entry as JSON: the ONNX file's metadata."""
     described = {**saved.description["preprocessing"], "classes": saved.description["classes"]}
     entries = {key: json.dumps(value, ensure_ascii=False) for key, value in described.items()}
-    return entries | {"input": '"RGB, 0 to 1, minus mean, divided by std; float32 [batch, 3, height, width]"'}
+    size = saved.image_size
+    what = f"RGB, 0 to 1, minus mean, divided by std; float32 [batch, 3, {size}, {size}], with any batch"
+    return entries | {"input": json.dumps(what)}
 
 
 def _program(saved: SavedModel) -> ExportedProgram:
@@ -149,8 +152,19 @@ def _onnx(saved: SavedModel) -> bytes:
     except Exception as error:  # an operator of the backbone may have no counterpart
         raise InputError(f"This model cannot be written as ONNX ({first_line(error)}).") from error
     made.model.metadata_props.update(preprocessing_of(saved))
-    content: bytes = made.model_proto.SerializeToString()
+    proto = made.model_proto
+    _name_batch(proto.graph)
+    content: bytes = proto.SerializeToString()
     return content
+
+
+def _name_batch(graph: Any) -> None:
+    """Call the free dimension of an ONNX graph `batch`; torch calls it something like s77, whatever it was named."""
+    symbol = re.escape(graph.input[0].type.tensor_type.shape.dim[0].dim_param)
+    for value in [*graph.input, *graph.output, *graph.value_info]:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = re.sub(rf"\b{symbol}\b", "batch", dim.dim_param)
 
 
 def _check_onnx(saved: SavedModel, written: Path, path: Path) -> None:

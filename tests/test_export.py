@@ -178,6 +178,9 @@ def assert_same_through_onnxruntime(saved: SavedModel, path: Path) -> dict[str, 
     """Any number of images gives the model's own logits; returns the metadata."""
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    size = saved.image_size
+    assert session.get_inputs()[0].shape == ["batch", 3, size, size]
+    assert session.get_outputs()[0].shape == ["batch", len(saved.classes)]
     for count in (1, 2, 5):
         images = pixels(saved, count)
         (found,) = session.run(None, {"images": images.numpy()})
@@ -192,6 +195,7 @@ def test_the_onnx_file_gives_the_same_logits_and_says_how_to_use_it(saved: Saved
     assert metadata["classes"] == list(saved.classes)
     assert metadata["mean"] == pytest.approx([0.485, 0.456, 0.406])
     assert metadata["std"] == pytest.approx([0.229, 0.224, 0.225])
+    assert f"float32 [batch, 3, {saved.image_size}, {saved.image_size}]" in metadata["input"]
     assert metadata["centre_crop"] == metadata["resize_short_side"] == saved.image_size
     assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"], "one file, with the weights in it"
 
