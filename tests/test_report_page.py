@@ -107,6 +107,28 @@ def test_a_phone_shows_it_without_scrolling_sideways(finished: tuple[Path, dict[
         assert tab.evaluate("[...document.querySelectorAll('.plot')].every(each => each.clientWidth <= 390)")
 
 
+def test_what_is_wider_than_a_phone_says_so(finished: tuple[Path, dict[str, Any]]) -> None:
+    """Commands stay on their line, for a browser breaks --set after its dashes; a shadow shows where there is more."""
+    with opened(finished[0], width=375, height=844) as tab:
+        for command in tab.locator(".command code").all():
+            assert command.evaluate("each => getComputedStyle(each).whiteSpace") == "pre"
+        for box in tab.locator(".scroll, .command code").all():
+            assert box.evaluate("each => getComputedStyle(each).overflowX") == "auto"
+            attached = box.evaluate("each => getComputedStyle(each).backgroundAttachment").split(", ")
+            assert attached == ["local", "local", "scroll", "scroll"]
+
+
+def test_the_calibration_counts_its_predictions_and_is_marked_to_the_end(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    report, seen = finished
+    with opened(report) as tab:
+        assert marks(tab, "Calibration", "x")[-1] == marks(tab, "Calibration", "y")[-1] == "100%"
+        figure = tab.locator("figure", has=tab.get_by_role("heading", name="Calibration", exact=True))
+        counted = figure.locator(".textpoint text").all_text_contents()
+        assert counted == [str(each["count"]) for each in seen["test"]["calibration"]]
+
+
 def test_the_figures_follow_the_colour_scheme(finished: tuple[Path, dict[str, Any]]) -> None:
     line = "document.querySelector('.js-line').style.stroke"
     with opened(finished[0]) as tab:
