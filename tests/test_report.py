@@ -24,7 +24,7 @@ from harness.evidence import percent
 from harness.final import summary
 from harness.overview import final_sentence, frame, overview, verdict
 from harness.predictions import pictured
-from harness.report import write_report
+from harness.report import _strip, write_report
 from harness.report.figures import whole_numbers
 from harness.report.search_figures import search_plots
 from harness.results import Completed, Diverged, Pruned
@@ -403,6 +403,33 @@ def test_an_old_study_says_what_it_has_not_recorded(study: Study, store: Store, 
         "not recorded",
     ):
         assert words in page.words
+
+
+@pytest.mark.parametrize(
+    ("changes", "ends"),
+    [
+        ({"interval": [0.7, 0.95]}, ("70 %", "100 %")),
+        ({"interval": [0.91, 0.912], "base": {"accuracy": 0.38}}, ("30 %", "100 %")),
+        ({"interval": [1.0, 1.0], "per_seed": [{"accuracy": 1.0}], "accuracy": 1.0}, ("90 %", "100 %")),
+        ({"interval": [0.0, 0.0], "per_seed": [{"accuracy": 0.0}], "accuracy": 0.0}, ("0 %", "10 %")),
+    ],
+)
+def test_the_line_of_the_number_ends_at_whole_tens(changes: dict[str, Any], ends: tuple[str, str]) -> None:
+    found = _strip(final_result() | {"base": None} | changes)
+    assert found["ends"] == ends
+    assert all(0 <= place <= 100 for place in (found["low"], found["mean"], found["low"] + found["width"]))
+
+
+def test_the_colours_of_the_contour_come_to_the_outermost_trials() -> None:
+    study = make_study("cache", pruner=no_pruning())
+    corners = [(1e-4, 0.0), (1e-4, 1.0), (1e-2, 0.0), (1e-2, 1.0), (1e-3, 0.5), (2e-3, 0.4)]
+    plots = {plot.title: plot.figure for plot in search_plots(*with_params(study, corners))}
+    figure = plots["Base learning rate against depth-LR multiplier"]
+    assert figure is not None
+    contour = next(trace for trace in figure.data if trace.type == "contour")
+    known = np.array([[value is not None for value in row] for row in contour.z])
+    assert known.mean() > 0.98
+    assert min(known.shape) >= 150, "one step is less than a dot"
 
 
 def test_the_page_shows_classes_mistakes_and_calibration(study: Study, store: Store, tmp_path: Path) -> None:

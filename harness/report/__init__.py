@@ -6,6 +6,7 @@ storage.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -87,8 +88,10 @@ def _strip(final: Mapping[str, Any]) -> dict[str, Any]:
     (low, high), base = final["interval"], final["base"]
     seeds = [seed["accuracy"] for seed in final["per_seed"]]
     points = [low, high, *seeds, *([] if base is None else [base["accuracy"]])]
-    margin = 0.12 * (max(points) - min(points)) or 0.01
-    start, end = max(min(points) - margin, 0.0), min(max(points) + margin, 1.0)
+    # From one ten percent to another, so that nobody takes the ends for an interval.
+    first = min(math.floor(10 * min(points)), 9)
+    last = max(math.ceil(10 * max(points)), first + 1)
+    start, end = first / 10, last / 10
 
     def place(value: float) -> float:
         return round(100 * (value - start) / (end - start), 2)
@@ -99,7 +102,7 @@ def _strip(final: Mapping[str, Any]) -> dict[str, Any]:
         "mean": place(final["accuracy"]),
         "seeds": [(place(value), percent(value)) for value in seeds],
         "base": None if base is None else (place(base["accuracy"]), percent(base["accuracy"])),
-        "ends": (percent(start), percent(end)),
+        "ends": (f"{10 * first} %", f"{10 * last} %"),
         "interval": (percent(low), percent(high)),
     }
 

@@ -9,6 +9,7 @@ from typing import Any
 from harness.predictions import calibration_sentence, from_record
 from harness.report.figures import ACCENT, ACCURACIES, INK, LINE, SOFT, Plot, empty
 
+FEW = 10  # predictions: with fewer, a bar says little
 NAMED = 20  # classes; with more, their names do not fit on the axes
 # A confused share of a few percent must be seen beside a diagonal of nearly one.
 STEPS = (0.0, 0.04, 0.15, 0.5, 1.0)
@@ -91,7 +92,11 @@ def _reliability(tested: Mapping[str, Any]) -> Plot:
         x=[(each["low"] + each["high"]) / 2 for each in bins],
         y=[each["accuracy"] for each in bins],
         width=[0.92 * (each["high"] - each["low"]) for each in bins],
-        marker={"color": ACCENT, "opacity": 0.35, "line": {"color": LINE}},
+        marker={
+            "color": ACCENT,
+            "opacity": [0.35 if each["count"] >= FEW else 0.12 for each in bins],
+            "line": {"color": LINE},
+        },
         hoverinfo="skip",
     )
     figure.add_scatter(
@@ -103,10 +108,21 @@ def _reliability(tested: Mapping[str, Any]) -> Plot:
         hovertemplate="confidence %{x:.1%}, right %{y:.1%}<br>%{customdata:,} predictions<extra></extra>",
         cliponaxis=False,
     )
-    figure.update_xaxes(range=[0, 1], tickformat=".0%")
-    figure.update_yaxes(range=[0, 1], tickformat=".0%")
+    figure.add_scatter(  # not the bars' own text, which a bar without height does not show
+        x=[(each["low"] + each["high"]) / 2 for each in bins],
+        y=[0.0 for _ in bins],
+        mode="text",
+        text=[f"{each['count']:,}" for each in bins],
+        textposition="top center",
+        textfont={"color": INK, "size": 11},
+        hoverinfo="skip",
+    )
+    figure.update_layout(margin_r=28)  # room for the last mark
+    figure.update_xaxes(range=[0, 1], dtick=0.2, tickformat=".0%")
+    figure.update_yaxes(range=[0, 1], dtick=0.2, tickformat=".0%")
     caption = (
         f"How often predictions of a confidence are right, {f'over all {seeds} seeds' if seeds > 1 else 'of seed 0'}: "
-        f"on the dotted line, 80 % sure is right 80 times of 100. {calibration_sentence(tested)}"
+        f"on the dotted line, 80 % sure is right 80 times of 100. The numbers "
+        f"count the predictions; fewer than {FEW} are drawn pale. {calibration_sentence(tested)}"
     )
     return Plot(title="Calibration", caption=caption, figure=figure, width="half", shape="square")

@@ -32,7 +32,7 @@ ACCURACY = "validation accuracy"
 PAIR = ("optim.base_lr", "optim.depth_lr_mult")
 FEW = 20  # complete trials: with fewer, importances are a hint at most
 ROOM = 0.6  # of a trial, beside the first and the last: half of a bar and a little
-GRID = 60  # steps a side of the contour
+GRID = 160  # steps a side of the contour; with few, it ends in stairs before it comes to the outermost trials
 BETWEEN = 6  # complete trials: with fewer, nothing is interpolated
 
 
@@ -238,7 +238,11 @@ def _landscape(store: Store, trials: Sequence[TrialRecord]) -> Plot:
     between = len(complete) >= BETWEEN and _contour(figure, complete)
     _add_dots(figure, drawn)
     caption = "A dot is a complete trial, a cross one that was pruned or failed."
-    colours = " The colours between the dots are interpolated; outside of them nothing is known." if between else ""
+    colours = (
+        " The colours between the dots are interpolated on a fine grid; outside of them nothing is known."
+        if between
+        else ""
+    )
     return Plot(title=title, caption=caption + colours, figure=figure)
 
 
@@ -266,7 +270,7 @@ def _contour(figure: Figure, complete: Sequence[TrialRecord]) -> bool:
     figure.add_contour(
         x=(10**columns).tolist(),
         y=rows.tolist(),
-        z=[[None if math.isnan(value) else value for value in row] for row in between.tolist()],
+        z=[[None if math.isnan(value) else round(value, 5) for value in row] for row in between.tolist()],
         colorscale=SCALE,
         zmin=values.min(),
         zmax=values.max(),
