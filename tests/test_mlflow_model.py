@@ -98,9 +98,9 @@ def versions(client: MlflowClient) -> list[Any]:
 
 
 def registered(client: MlflowClient) -> list[tuple[str, str]]:
-    """The versions that the only logged model's page shows."""
+    """The versions that the only logged model's page shows; a server writes their numbers as numbers."""
     (model,) = models(client)
-    return [(each["name"], each["version"]) for each in json.loads(model.tags[VERSIONS])]
+    return [(each["name"], str(each["version"])) for each in json.loads(model.tags[VERSIONS])]
 
 
 def measured(client: MlflowClient) -> set[str]:
