@@ -23,6 +23,8 @@ from harness.database import Unreadable, outlast
 from harness.errors import InputError
 from harness.leases import LeaseLost, Leases
 from harness.ledger import Line
+from harness.records import TrialRecord as TrialRecord
+from harness.records import record_of
 from harness.results import Completed, Diverged, EpochResult, Failed, TrialOutcome
 from harness.search import may_prune
 from harness.taking import NoTrialFree as NoTrialFree
@@ -41,22 +43,6 @@ class Asked:
     number: int
     params: dict[str, Any]
     resumed: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrialRecord:
-    """A trial as the storage knows it, in the project's words."""
-
-    number: int
-    state: str  # complete, pruned, diverged, failed, running
-    value: float | None  # validation accuracy of the last epoch; None unless complete
-    params: dict[str, Any]
-    epochs: tuple[EpochResult, ...]
-    curve: dict[int, float]  # epoch -> validation accuracy, as reported so far
-    reason: str | None
-    seconds: float | None
-    environments: tuple[dict[str, str], ...] = ()
-    traceback: str | None = None
 
 
 def outlasting(method: Callable[Concatenate[Store, P], T]) -> Callable[Concatenate[Store, P], T]:
@@ -133,7 +119,7 @@ class Store:
     def trials(self) -> list[TrialRecord]:
         """All trials that have begun, by number."""
         waiting = TrialState.WAITING
-        return [_record(trial) for trial in self._all_trials() if trial.state is not waiting]
+        return [record_of(trial) for trial in self._all_trials() if trial.state is not waiting]
 
     def counts(self) -> dict[str, int]:
         """Trials by state; a diverged trial is a failed one here."""
@@ -404,21 +390,3 @@ class Store:
         else:
             # A diverged trial is told as pruned: Optuna's samplers ignore failures and would try its region again.
             self._study.tell(asked.number, state=TrialState.PRUNED)
-
-
-def _record(trial: FrozenTrial) -> TrialRecord:
-    states = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
-    outcome = trial.user_attrs.get("outcome", {})
-    finished = trial.state in FINISHED
-    return TrialRecord(
-        number=trial.number,
-        state=(outcome.get("state") or states[trial.state]) if finished else "running",
-        value=trial.value if trial.state is TrialState.COMPLETE else None,
-        params=dict(trial.params),
-        epochs=tuple(EpochResult.from_dict(each) for each in trial.user_attrs.get("epochs", [])),
-        curve=dict(sorted(trial.intermediate_values.items())),
-        reason=outcome.get("reason"),
-        seconds=trial.user_attrs.get("seconds"),
-        environments=tuple(trial.user_attrs.get("environments", [])),
-        traceback=outcome.get("traceback"),
-    )

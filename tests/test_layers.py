@@ -21,7 +21,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data", "models", "optim", "engine", "search", "asking", "database", "leases", "jobs"),
     ("trainer", "auto"),
     ("experiment", "checkpoint", "features"),
-    ("objective", "storage", "taking", "opening", "tracking", "mlflow_tracker", "mlflow_places", "mlflow_check"),
+    (
+        "objective",
+        "storage",
+        "records",
+        "taking",
+        "opening",
+        "tracking",
+        "mlflow_tracker",
+        "mlflow_places",
+        "mlflow_check",
+    ),
     (
         "study",
         "final",
