@@ -174,7 +174,7 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
     console = StudyConsole()
     rehearse(study)
     device = find_device(study.train.engine.device)
-    _check_workers(args, device.type)
+    _check_workers(args, study.train.engine.device, device.type)
     if not args.tracking_uri:
         check_writable(found.mlruns)
     study.train.data.samples("train")
@@ -208,8 +208,13 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
             raise
 
 
-def _check_workers(args: argparse.Namespace, device: str) -> None:
-    """Settle how many there are to be. Raises InputError when there is no room for them on `device`."""
+def _check_workers(args: argparse.Namespace, named: str, device: str) -> None:
+    """Settle how many there are to be. Raises InputError when there is no room for them on the `device` named so."""
+    if named.startswith("cuda:") and (args.engine == "ray" or (args.workers or 1) > 1):
+        raise InputError(
+            f"--device {named} names one GPU, and workers get one each; give --device cuda, and choose among several "
+            "with CUDA_VISIBLE_DEVICES."
+        )
     if args.engine == "ray":
         from harness import ray_cluster
 

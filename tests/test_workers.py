@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import random
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from harness import leases
+from harness import leases, running
 from harness.errors import InputError
 from harness.opening import read_store
 from harness.workers import surroundings
@@ -314,6 +315,12 @@ def test_the_cores_are_divided_among_the_workers(monkeypatch: pytest.MonkeyPatch
     assert surroundings(16, 1, "cpu") == [{"OMP_NUM_THREADS": "1"}] * 16
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert surroundings(2, 1, "cpu") == [{"OMP_NUM_THREADS": "5"}] * 2
+
+
+def test_workers_do_not_share_a_gpu_that_is_named() -> None:
+    two = argparse.Namespace(engine="processes", workers=2, workers_per_gpu=1)
+    with pytest.raises(InputError, match=r"--device cuda:1 names one GPU.*CUDA_VISIBLE_DEVICES"):
+        running._check_workers(two, "cuda:1", "cuda")
 
 
 def test_each_worker_has_a_gpu_of_its_own_unless_they_are_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
