@@ -34,6 +34,7 @@ STATUS = {"complete": "FINISHED", "pruned": "KILLED", "diverged": "FAILED", "fai
 UID, KEY, STATE = "harness.study_uid", "harness.key", "harness.state"
 STUDY, PARENT = "study", "mlflow.parentRunId"  # the key of a study's own run, and the tag that its children carry
 EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}  # the UI calls it one of model training
+TRAINING = "?workflowType=machine_learning"  # without it MLflow's pages are those for language models
 EPOCHS_IN_A_REQUEST = 50  # MLflow takes 1,000 metrics in one; an epoch must not be cut in two
 
 
@@ -131,7 +132,7 @@ class MLflowTracker:
     def pages(self) -> list[tuple[str, str]]:
         """Each experiment's name, and where in MLflow's UI its runs are; once it is connected."""
         known = [each for each in self.client.search_experiments() if each.name != "Default"]
-        return sorted((each.name, f"#/experiments/{each.experiment_id}/runs") for each in known)
+        return sorted((each.name, f"#/experiments/{each.experiment_id}/runs{TRAINING}") for each in known)
 
     def start(self, study: Study, store: Store, facts: Mapping[str, str]) -> None:
         """Open or reopen the study's parent run, and bring its runs into line with the storage.

@@ -60,13 +60,13 @@ def test_the_page_answers_on_this_machine_and_goes_with_the_command(workspace: P
     try:
         assert answers(url, seconds=120)
         with page() as browser:
-            browser.goto(f"{url}#/experiments/{number}/runs")
+            browser.goto(f"{url}#/experiments/{number}/runs?workflowType=machine_learning")
             browser.get_by_text("a trial of it").first.wait_for(timeout=60_000)
     finally:
         os.kill(process.pid, signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"demo      {url}#/experiments/{number}/runs\n" in said
+    assert f"demo      {url}#/experiments/{number}/runs?workflowType=machine_learning\n" in said
     assert not answers(url, seconds=0)
 
 
