@@ -204,9 +204,9 @@ def _watch(child: _Child) -> None:
         child.write("end", "after telling")
 
     def named(name: str) -> Callable[..., Any]:
-        def around(original: Any, *arguments: Any) -> Any:
+        def around(original: Any, *arguments: Any, **options: Any) -> Any:
             with child.span(name):
-                return original(*arguments)
+                return original(*arguments, **options)
 
         return around
 

@@ -84,7 +84,7 @@ ROWS: dict[str, tuple[Preparation | None, list[str], list[str]]] = {
     "reproduce before run": (None, ["reproduce", "demo", "0"], NEVER),
     "doctor before run": (None, ["doctor", "demo"], NEVER),
     "doctor that mends before run": (None, ["doctor", "demo", "--fix"], NEVER),
-    "show of an empty database": (empty_database, ["show", "demo"], NEVER),
+    "show of an empty database": (empty_database, ["show", "demo"], ["demo.db is empty", "take the file from a copy"]),
     "show of half a database": (half_a_database, ["show", "demo"], ["demo.db"]),
     "doctor of half a database": (half_a_database, ["doctor", "demo"], ["demo.db"]),
     "run on half a database": (half_a_database, ["run", "--study", "demo"], ["demo.db"]),

@@ -57,7 +57,7 @@ class Command:
 
     def __init__(self, place: Path, cache: Path, epochs: int = 8, trials: int = 9) -> None:
         self.place, self.count = place, trials
-        decays = tuple(0.01 * each for each in range(1, -(-trials // 10) + 1))
+        decays = tuple(0.02 * each for each in range(1, -(-trials // 10) + 1))
         (place / "studies").mkdir(parents=True)
         (place / "studies" / "tiny.py").write_text(
             STUDY_FILE.format(cache=str(cache), epochs=epochs, trials=trials, decays=decays)
