@@ -115,6 +115,10 @@ def check_database(url: str) -> None:
     check_driver(url, "--storage")
     if (driver := sqlalchemy.engine.make_url(url).get_dialect().driver) not in POSTGRESQL_DRIVERS:
         raise InputError(f"--storage {url!r} asks for the driver {driver}; write postgresql+psycopg://...")
+    parsed = sqlalchemy.engine.make_url(url)
+    if not parsed.database and not {"dbname", "service"} & parsed.query.keys():
+        # PostgreSQL would take the one that is called as the user is, which may be everybody's.
+        raise InputError(f"--storage {url!r} names no database; write postgresql+psycopg://USER@HOST/DATABASE.")
     _check_tables(url, *_tables_on_server(url))
 
 

@@ -179,8 +179,7 @@ def check_definition(study: Study, store: Store, content: Mapping[str, str] | No
         command = store.attribute("command")  # the settings of the last start, which had the same definition
         raise InputError(
             f"Study {study.name!r} was begun with another definition ({changes}); its results could not be compared. "
-            "Change it back, or start anew with --fresh (the old study is kept under another name)."
-            + (f" It was run with: {command}" if command else "")
+            f"Change it back, or {_anew(store.url)}." + (f" It was run with: {command}" if command else "")
         )
 
 
@@ -190,6 +189,12 @@ def check_movable(url: str) -> None:
         raise InputError(
             "--fresh moves a SQLite file; on a server, give the new study a database of its own by --storage."
         )
+
+
+def _anew(url: str) -> str:
+    if sqlite_file(url) is None:
+        return "give the new study a database of its own with --storage"
+    return "start anew with --fresh (the old study is kept under another name)"
 
 
 def move_aside(name: str, url: str, *folders: Path) -> Path | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -62,4 +62,12 @@ def explanation(trial: TrialRecord, runtime: Runtime) -> str:
         found.append("the trial was interrupted and went on elsewhere")
     if not found:
         return "Versions, device, threads and commit are those of then; uncommitted code or the machine differs."
-    return "Different from then: " + "; ".join(found) + "."
+    return "Different from then: " + "; ".join(found) + "." + _remedy(trial, here)
+
+
+def _remedy(trial: TrialRecord, here: Mapping[str, str]) -> str:
+    """What trains with as many threads as then; workers that share the cores have fewer than one process alone."""
+    threads = {each.get("threads", here["threads"]) for each in trial.environments}
+    if len(threads) != 1 or threads == {here["threads"]}:
+        return ""
+    return f" Set OMP_NUM_THREADS={threads.pop()} to train with as many threads as then."

@@ -60,6 +60,7 @@ URLS = {
         f"postgresql+psycopg://postgres:{PASSWORD}@127.0.0.1:{{port}}/meadow",
         ["make it with `createdb meadow`"],
     ),
+    "no database": (f"postgresql+psycopg://postgres:{PASSWORD}@127.0.0.1:{{port}}", ["names no database"]),
     "an unknown option": (
         f"postgresql+psycopg://postgres:{PASSWORD}@127.0.0.1:{{port}}/postgres?sslmod=require",
         ["sslmod", "check the URL"],

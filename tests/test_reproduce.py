@@ -133,6 +133,7 @@ def test_what_differs_from_then_is_named_as_the_reason(place: Path, run: Run, ke
     code, out, _ = run("1")
     assert code == 1
     assert f"{key} was {then}, is {environment.environment('cpu')[key]}" in out.splitlines()[-1]
+    assert ("Set OMP_NUM_THREADS=64" in out) == (key == "threads")
 
 
 def test_without_a_difference_the_reason_says_that_too(place: Path, run: Run) -> None:
