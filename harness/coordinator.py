@@ -55,9 +55,12 @@ def _begin(study: Study, store: Store, tracker: MLflowTracker) -> Runtime:
     from harness import tracking
     from harness.experiment import decide_runtime
     from harness.features import keep_features
+    from harness.study import WANTED
 
     with store.alone(START):
         _check_versions(store)
+        among_others = store.attribute(WANTED) or 0 if store.at_work() else 0
+        store.set_attribute(WANTED, max(among_others, study.trials))
         runtime = decide_runtime(study.train, store.attribute("runtime"), study.trials)
         store.set_attribute("runtime", runtime.to_dict())
         store.set_attribute("published", None)  # until this start has told MLflow everything

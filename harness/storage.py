@@ -253,6 +253,11 @@ class Store:
         self._leads = self._claim(FINAL)
         return self._leads
 
+    def follow(self) -> None:
+        """Leave what comes after the search to others again."""
+        self._leads = False
+        self._release(FINAL)
+
     @outlasting
     def check_lead(self) -> None:
         """Raise LeaseLost when this process led, and another one does now, for this one was thought dead."""

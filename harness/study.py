@@ -21,6 +21,7 @@ from harness.storage import POLL_SECONDS, NoTrialFree, Store
 from harness.tracking import Tracker, base_key, final_key, rerank_key, trial_key
 
 FAILURES_IN_A_ROW = 3
+WANTED = "wanted"  # a study's attribute; see `wanted`
 
 
 class TooManyFailures(Exception):
@@ -44,16 +45,26 @@ def run(
     if not store.at_work():
         for path in stale(checkpoints, wanted_keys(study, store)):
             remove(path)  # its process died between recording the result and this
-    if workers is None:
-        yield from search(study, store, tracker, runtime, checkpoints)
-    elif store.finished() < study.trials:
-        yield from workers.search()
     place = Place(study=study, store=store, tracker=tracker, runtime=runtime, checkpoints=checkpoints, workers=workers)
-    yield from _after_search(place, model_folder, reason)
+    done = False
+    while not done:
+        if workers is None:
+            yield from search(study, store, tracker, runtime, checkpoints)
+        elif store.finished() < wanted(study, store):
+            yield from workers.search()
+        done = yield from _after_search(place, model_folder, reason)
 
 
-def _after_search(place: Place, model_folder: Path, reason: str | None) -> Iterator[Event]:
-    """Choose, retrain and test, as the one process that does; another one waits, lest that process dies."""
+def wanted(study: Study, store: Store) -> int:
+    """How many finished trials there should be: the most that a command asks for that works on the study."""
+    return max(study.trials, store.attribute(WANTED) or 0)
+
+
+def _after_search(place: Place, model_folder: Path, reason: str | None) -> Generator[Event, None, bool]:
+    """Choose, retrain and test, as the one process that does; another one waits, lest that process dies.
+
+    Returns False, with nothing done, when another command has come that asks for more trials.
+    """
     store = place.store
     waited = False
     while True:
@@ -61,14 +72,17 @@ def _after_search(place: Place, model_folder: Path, reason: str | None) -> Itera
             waited = True
             yield Elsewhere(by=store.leader())
             time.sleep(POLL_SECONDS)
+        if store.finished() < wanted(place.study, store):
+            store.follow()
+            return False
         if waited and store.is_settled():
-            return
+            return True
         try:
             yield from rerank(place)
             yield from final_run(place, model_folder, reason)
         except LeaseLost:
             continue
-        return
+        return True
 
 
 def wanted_keys(study: Study, store: Store) -> set[str]:
@@ -87,15 +101,15 @@ def wanted_keys(study: Study, store: Store) -> set[str]:
 
 
 def search(study: Study, store: Store, tracker: Tracker, runtime: Runtime, checkpoints: Path) -> Iterator[Event]:
-    """Run the trials that are missing from `study.trials`, yielding what happens.
+    """Run the trials that are missing from those `wanted`, yielding what happens.
 
     Raises TooManyFailures after three failed trials in a row.
     """
     states = [trial.state for trial in store.trials() if trial.state != "running"]
     failures = next((count for count, state in enumerate(reversed(states)) if state != "failed"), len(states))
-    while store.finished() < study.trials:
+    while store.finished() < (count := wanted(study, store)):
         try:
-            asked = store.ask(study, at_most=study.trials)
+            asked = store.ask(study, at_most=count)
             outcome = yield from evaluate_trial(study, asked, store, tracker, runtime, checkpoints)
         except NoTrialFree:
             time.sleep(POLL_SECONDS)  # somebody who is at one of them may die

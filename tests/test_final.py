@@ -32,7 +32,7 @@ from harness.retraining import Place
 from harness.saved_model import load_saved
 from harness.space import Choice
 from harness.storage import Store
-from harness.study import run, search
+from harness.study import WANTED, run, search
 from harness.tracking import NoTracker
 from tests.analytic import epoch_result
 from tests.faulty import CommandLine, one_sentence
@@ -71,6 +71,13 @@ def better_trial(study: Study, store: Store) -> int:
 
 
 # -- the test set ------------------------------------------------------------------------------------------------------
+
+
+def test_it_waits_for_the_trials_that_another_command_asked_for(study: Study, store: Store, tmp_path: Path) -> None:
+    store.set_attribute(WANTED, study.trials + 2)
+    everything(study, store, tmp_path)
+    assert store.finished() == study.trials + 2
+    assert store.has_final()
 
 
 def test_the_search_cannot_reach_the_test_split(

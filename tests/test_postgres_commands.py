@@ -125,6 +125,18 @@ def test_two_commands_at_the_same_time_are_one_study(
     assert again.startswith("Nothing is missing")
 
 
+def test_a_command_that_asks_for_fewer_trials_does_not_open_the_test_set_while_another_wants_more(
+    database: str, mlflow: Server, tmp_path: Path, start: Start
+) -> None:
+    more = start(tmp_path, *run_tiny(database, mlflow, 10))
+    assert more.stdout is not None
+    more.stdout.readline()  # it has begun
+    fewer = start(tmp_path, *run_tiny(database, mlflow, 2))
+    output(fewer)
+    output(more)
+    assert_one_study(database, mlflow, 10)
+
+
 def test_two_machines_with_four_workers_each_are_one_study(
     database: str, mlflow: Server, tmp_path: Path, start: Start
 ) -> None:
