@@ -170,8 +170,9 @@ class Leases:
 
     def release(self, key: str) -> None:
         """Let a key go, if this process holds it."""
-        if self._held.pop(key, None) is not None:
+        if key in self._held:
             self._execute("DELETE FROM harness_leases WHERE study = :study AND key = :key AND owner = :owner", key)
+            self._held.pop(key, None)  # not before: a database that was locked is asked again
 
     def clear(self) -> None:
         """Take away what anybody holds of this study: whoever held it is dead, or has outlived its coordinator."""

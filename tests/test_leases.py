@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
 import pytest
 import sqlalchemy
 
@@ -91,22 +91,33 @@ def test_a_living_process_keeps_its_lease_without_doing_anything(
     busy.close()
 
 
-def test_a_process_of_this_machine_that_is_gone_is_not_waited_for(engine: sqlalchemy.Engine) -> None:
+def elsewhere(engine: sqlalchemy.Engine, lines: str) -> subprocess.Popen[str]:
+    """A process that has done these lines with `leases` of its own when it is returned."""
     code = (
         "import sys, time, pathlib, sqlalchemy\n"
         "from harness.leases import Leases\n"
         "engine = sqlalchemy.create_engine(sys.argv[1])\n"
-        "assert Leases(engine, sys.argv[2], pathlib.Path(engine.url.database)).claim('trial-0')\n"
-        "print('held', flush=True)\n"
+        "leases = Leases(engine, sys.argv[2], pathlib.Path(engine.url.database))\n"
+        f"{lines}\n"
+        "print('done', flush=True)\n"
         "time.sleep(60)\n"
     )
-    holder = subprocess.Popen([sys.executable, "-c", code, str(engine.url), STUDY], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
+    process = subprocess.Popen([sys.executable, "-c", code, str(engine.url), STUDY], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "done\n"
+    return process
+
+
+def killed(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
+def test_a_process_of_this_machine_that_is_gone_is_not_waited_for(engine: sqlalchemy.Engine) -> None:
+    holder = elsewhere(engine, "assert leases.claim('trial-0')")
     mine = of(engine)
     assert not mine.claim("trial-0")
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    killed(holder)
     assert mine.holders() == {}
     assert mine.claim("trial-0")
     mine.close()
@@ -119,18 +130,10 @@ def test_of_other_machines_nothing_is_known() -> None:
 
 
 def test_the_desk_is_free_again_when_the_process_at_it_dies(engine: sqlalchemy.Engine) -> None:
-    code = (
-        "import sys, time, pathlib, sqlalchemy\n"
-        "from harness.leases import Leases\n"
-        "engine = sqlalchemy.create_engine(sys.argv[1])\n"
-        "with Leases(engine, sys.argv[2], pathlib.Path(engine.url.database)).desk():\n"
-        "    print('at it', flush=True)\n"
-        "    time.sleep(60)\n"
-    )
-    first = subprocess.Popen([sys.executable, "-c", code, str(engine.url), STUDY], stdout=subprocess.PIPE, text=True)
-    assert first.stdout is not None
-    assert first.stdout.readline() == "at it\n"
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    at_it = elsewhere(engine, "place = leases.desk(); place.__enter__()")
+    desk = filelock.FileLock(f"{engine.url.database}.desk.lock")
+    with pytest.raises(filelock.Timeout):
+        desk.acquire(blocking=False)
+    killed(at_it)
     with of(engine).desk():
         pass
