@@ -1,10 +1,11 @@
 """What a head-only study gains from kept features: seconds a trial, against the same trial through the whole model.
 
-    python -m benchmarks.head_only --data-root DIR [--trials 50] [--limit N] [--views K]
+    python -m benchmarks.head_only --data-root DIR [--trials 50] [--limit N] [--views K] [--workers 1 2]
 
 The study is studies/flowers102_head.py with MaxViT-T and random weights, for which the arithmetic is the same. The
 whole model's trial is extrapolated from its real steps (the backbone frozen, so without its gradient) and validation
-batches, taken by turns with whole trials on kept features. Then the real command runs all trials.
+batches, taken by turns with whole trials on kept features. Then the real command runs all trials, once with each number
+of workers.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ ROUNDS = 3
 QUICK_DATA = ["data.train_per_class=8", "data.val_per_class=8", "data.test_per_class=1"]
 
 
-def full(data_root: str, trials: int, limit: int | None, views: int | None) -> None:
+def full(data_root: str, trials: int, limit: int | None, views: int | None, workers: list[int]) -> None:
     settings = ["backbone.pretrained=false", *([] if limit is None else [f"data.limit={limit}"])]
     settings += [] if views is None else [f"feature_views={views}"]
     with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +54,8 @@ def full(data_root: str, trials: int, limit: int | None, views: int | None) -> N
         decided = [f"engine.precision={precision}", f"engine.channels_last={layout}"]
         (home / "studies").mkdir()
         (home / "studies" / "flowers102_head.py").write_text((PROJECT / "studies" / "flowers102_head.py").read_text())
-        command(home, Path(data_root).resolve(), trials, [*settings, *decided])
+        for count in workers:
+            command(home, Path(data_root).resolve(), trials, [*settings, *decided], count)
 
 
 def extraction(study: Study, runtime: Runtime) -> None:
@@ -125,10 +127,12 @@ def per_trial(study: Study, runtime: Runtime) -> None:
     print(f"largest |kept - live| of {kept.numel()} logits: {(kept - seen).abs().max():.1e}", flush=True)
 
 
-def command(home: Path, data_root: Path, trials: int, settings: list[str]) -> None:
+def command(home: Path, data_root: Path, trials: int, settings: list[str], workers: int) -> None:
     """The real command, until the last trial's end and until its own end."""
+    url = f"sqlite:///{home}/studies/{workers}.db"
     words = [sys.executable, "-u", str(PROJECT / "run_study.py"), "--study", "flowers102_head", "--trials", str(trials)]
     words += ["--data-root", str(data_root), "--device", "cpu", *(w for each in settings for w in ("--set", each))]
+    words += ["--workers", str(workers), "--storage", url]
     start = time.perf_counter()
     process = subprocess.Popen(words, cwd=home, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -140,10 +144,11 @@ def command(home: Path, data_root: Path, trials: int, settings: list[str]) -> No
     if process.wait():
         sys.exit(f"error: the command ended with {process.returncode}.")
     ended = time.perf_counter() - start
-    with read_store("flowers102_head", f"sqlite:///{home}/studies/flowers102_head.db") as store:
+    with read_store("flowers102_head", url) as store:
         seconds = Figures(tuple(trial.seconds or 0.0 for trial in store.trials()))
-    print(f"command: {trials} trials in {searched:.1f} s, start included ({began:.1f} s); a trial {seconds.text()}")
-    print(f"command: final step and reports {ended - searched:.1f} s, the test images' features included")
+    print(f"{workers} workers: {trials} trials in {searched:.1f} s, start included ({began:.1f} s)")
+    print(f"{workers} workers: a trial {seconds.text()}")
+    print(f"{workers} workers: final step and reports {ended - searched:.1f} s, the test images' features included")
 
 
 def quick() -> dict[str, float]:
@@ -176,6 +181,7 @@ if __name__ == "__main__":
             "--data-root": {"required": False, "default": "data", "help": "holds torchvision's flowers-102/"},
             "--trials": {"type": int, "default": 50},
             "--limit": {"type": int, "help": "at most that many images a split (default: all)"},
+            "--workers": {"type": int, "nargs": "+", "default": [1], "help": "how many; several numbers by turns"},
             "--views": {"type": int, "help": "augmented views of a training image (default: the study's)"},
         },
     )
