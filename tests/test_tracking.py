@@ -400,6 +400,7 @@ from harness.mlflow_places import local_tracker
 from tests.conftest import make_study
 from tests.test_tracking import run_trial
 
+outbox.GATHERING_SECONDS = 3600.0  # before there is a thread, so that nothing is written but by `flush`
 place = Path(sys.argv[1])
 study = make_study("cache", pruner=no_pruning())
 with open_store(study, f"sqlite:///{place}/tiny.db") as store:
@@ -407,7 +408,6 @@ with open_store(study, f"sqlite:///{place}/tiny.db") as store:
     tracker.start(study, store, {})
     run_trial(study, store, tracker, Completed(value=0.6), dies="tell")
     tracker.flush()
-    outbox.GATHERING_SECONDS = 60.0
     for dies in ("", "end", "tell"):
         run_trial(study, store, tracker, Completed(value=0.6), dies=dies)
     os.kill(os.getpid(), signal.SIGKILL)
