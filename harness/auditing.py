@@ -16,12 +16,12 @@ from harness.config import Study
 from harness.data.tensors import prepare
 from harness.engine import Runtime
 from harness.environment import environment
-from harness.errors import InputError
+from harness.errors import DONE, InputError
 from harness.experiment import assemble, decide_runtime
 from harness.mlflow_places import attached, tracker_at, uri_of
 from harness.reproduce import Compared, explanation
 from harness.results import EpochResult
-from harness.running import DONE, keep_imports
+from harness.running import keep_imports
 from harness.seeds import derive_seed
 from harness.storage import Store, TrialRecord
 from harness.trainer import fit

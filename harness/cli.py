@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from harness.arguments import build_parser
-from harness.errors import Halt, InputError, no_room
+from harness.errors import DONE, FAILED, INTERRUPTED, WRONG_INPUT, Halt, InputError, no_room
 
 if TYPE_CHECKING:
     from harness.catalogue import Found
     from harness.config import Study
 
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 # A place that a user named, or whose permissions a user can change.
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 

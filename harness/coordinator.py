@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.environment import versions
-from harness.errors import InputError, masked
+from harness.errors import DONE, FAILED, InputError, masked
 
 if TYPE_CHECKING:
     from harness.catalogue import Found
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from harness.saved_model import SavedModel
     from harness.storage import Store
 
-DONE, FAILED = 0, 1
 START = "start"  # the key of what one coordinator at a time does at its start
 
 

@@ -1,9 +1,11 @@
-"""What ends a command with one sentence instead of a traceback."""
+"""What ends a command with one sentence instead of a traceback, and the exit codes."""
 
 from __future__ import annotations
 
 import errno
 import re
+
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130  # exit codes of every command
 
 # user:password@ after ://, up to the last @ of the word, and passwords given as a parameter.
 SECRETS = re.compile(r"(?<=://)([^\s/@:]*:)\S*(?=@)|([?&](?:password|passwd|token)=)[^\s&'\"]+", re.IGNORECASE)

@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import interrupt
-from harness.errors import Halt, InputError, masked, no_room
+from harness.errors import FAILED, INTERRUPTED, Halt, InputError, masked, no_room
 
 if TYPE_CHECKING:
     from harness.catalogue import Found
     from harness.config import Study
     from harness.storage import Store
-
-DONE, FAILED, INTERRUPTED = 0, 1, 130
 
 
 def run(args: argparse.Namespace) -> int:

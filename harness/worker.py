@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import interrupt
 from harness.environment import versions
-from harness.errors import Halt, InputError
+from harness.errors import INTERRUPTED, Halt, InputError
 from harness.jobs import Job, Search
 from harness.results import EpochResult, Event, Reached, TrialStarted
 
@@ -198,7 +198,7 @@ def work(order: Order, line: connection.Connection) -> None:
     except InputError as error:
         tell(Stopped(error))
     except (KeyboardInterrupt, EOFError, BrokenPipeError):
-        os._exit(130)  # everything is in the storage and the checkpoints; the coordinator says what there is to say
+        os._exit(INTERRUPTED)  # all is in the storage and the checkpoints; the coordinator says what there is to say
 
 
 def _send(line: connection.Connection, message: Message) -> None:
@@ -215,6 +215,6 @@ def _end_with_coordinator() -> None:
         connection.wait([coordinator.sentinel])
         os.kill(os.getpid(), signal.SIGTERM)
         threading.Event().wait(ORPHAN_SECONDS)
-        os._exit(130)
+        os._exit(INTERRUPTED)
 
     threading.Thread(target=watch, name="coordinator", daemon=True).start()

@@ -17,7 +17,7 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 
-from harness.errors import Halt, InputError
+from harness.errors import INTERRUPTED, Halt, InputError
 from harness.jobs import Job, Search, Train
 from harness.results import Event
 from harness.tracking import Tracker
@@ -146,7 +146,7 @@ class Pool:
     def _replace(self, dead: _Worker) -> None:
         dead.process.join()
         code = dead.process.exitcode
-        if code == 130:  # it was asked to stop, and so are the others
+        if code == INTERRUPTED:  # it was asked to stop, and so are the others
             raise KeyboardInterrupt
         how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         self._deaths += 1
