@@ -289,9 +289,9 @@ class Store:
         It is this process's until it is told, or the process is thought dead. Raises NoTrialFree when those that have
         ended and those that other workers are at make `at_most`.
         """
-        place, resumed = taking.take(study, self._study, self._engine, self._leases, at_most)
+        row, resumed = taking.take(study, self._study, self._engine, self._leases, at_most)
         trials = self._study.get_trials(deepcopy=False)
-        taken = trials[place.number]
+        taken = trials[row.number]
         try:
             if "seen" in taken.user_attrs:
                 seen = Seen.of(taken)

@@ -29,8 +29,8 @@ class NoTrialFree(Exception):
 
 
 @dataclass(frozen=True)
-class Place:
-    """A trial in the storage: its id there, its number in the study, its state."""
+class Row:
+    """A trial as the storage lists it: its id there, its number in the study, its state."""
 
     trial_id: int
     number: int
@@ -39,7 +39,7 @@ class Place:
 
 def take(
     study: Study, of: optuna.Study, engine: sqlalchemy.Engine | None, held: Leases | None, at_most: int | None
-) -> tuple[Place, bool]:
+) -> tuple[Row, bool]:
     """A trial that nobody else is at, for this process, and whether it was begun before; made if none is left over.
 
     `engine` is that of the storage of `of`, None for one in memory. Raises NoTrialFree.
@@ -51,28 +51,28 @@ def take(
         if not count:
             of.enqueue_trial(encode(study.space, study.train))
             count, unfinished = _look(of, engine)
-        free = [place for place in unfinished if trial_key(place.number) not in others]
+        free = [row for row in unfinished if trial_key(row.number) not in others]
         if at_most is not None and count - len(free) >= at_most:
             raise NoTrialFree
         if not free:
             return _made(of, engine, held, at_most), False
-        place = free[0]
+        row = free[0]
         if held is not None:
-            _claim_left_behind(of, held, place)
-        if place.state is TrialState.WAITING:
-            of._storage.set_trial_state_values(place.trial_id, TrialState.RUNNING)
-        return place, place.state is TrialState.RUNNING
+            _claim_left_behind(of, held, row)
+        if row.state is TrialState.WAITING:
+            of._storage.set_trial_state_values(row.trial_id, TrialState.RUNNING)
+        return row, row.state is TrialState.RUNNING
 
 
-def _claim_left_behind(of: optuna.Study, held: Leases, place: Place) -> None:
-    if not held.claim(trial_key(place.number)):  # its holder has come back
+def _claim_left_behind(of: optuna.Study, held: Leases, row: Row) -> None:
+    if not held.claim(trial_key(row.number)):  # its holder has come back
         raise NoTrialFree
-    if of._storage.get_trial(place.trial_id).state in FINISHED:  # its holder was thought dead, and has just ended it
-        held.release(trial_key(place.number))
+    if of._storage.get_trial(row.trial_id).state in FINISHED:  # its holder was thought dead, and has just ended it
+        held.release(trial_key(row.number))
         raise NoTrialFree
 
 
-def _made(of: optuna.Study, engine: sqlalchemy.Engine | None, held: Leases | None, at_most: int | None) -> Place:
+def _made(of: optuna.Study, engine: sqlalchemy.Engine | None, held: Leases | None, at_most: int | None) -> Row:
     trial_id = of._storage.create_new_trial(of._study_id)
     number = _number(of, engine, trial_id)
     if at_most is not None and number >= at_most:
@@ -81,21 +81,21 @@ def _made(of: optuna.Study, engine: sqlalchemy.Engine | None, held: Leases | Non
         raise NoTrialFree
     if held is not None:
         held.claim(trial_key(number))
-    return Place(trial_id, number, TrialState.RUNNING)
+    return Row(trial_id, number, TrialState.RUNNING)
 
 
-def _look(of: optuna.Study, engine: sqlalchemy.Engine | None) -> tuple[int, list[Place]]:
+def _look(of: optuna.Study, engine: sqlalchemy.Engine | None) -> tuple[int, list[Row]]:
     """How many trials there are, and those that have not ended, by number; Optuna would read all that they have."""
     if engine is None:
         trials = of.get_trials(deepcopy=False)
-        kept = [Place(each._trial_id, each.number, each.state) for each in trials if each.state in UNFINISHED]
+        kept = [Row(each._trial_id, each.number, each.state) for each in trials if each.state in UNFINISHED]
         return len(trials), kept
     mine = TRIALS.c.study_id == of._study_id
     open_ones = mine & TRIALS.c.state.in_(UNFINISHED)
     with engine.connect() as connection:
         rows = connection.execute(sqlalchemy.select(TRIALS).where(open_ones).order_by(TRIALS.c.number)).all()
         count = connection.execute(sqlalchemy.select(sqlalchemy.func.count()).select_from(TRIALS).where(mine)).scalar()
-    return count or 0, [Place(row.trial_id, row.number, row.state) for row in rows]
+    return count or 0, [Row(each.trial_id, each.number, each.state) for each in rows]
 
 
 def _number(of: optuna.Study, engine: sqlalchemy.Engine | None, trial_id: int) -> int:
