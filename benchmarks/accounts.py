@@ -42,7 +42,7 @@ PARTS = {  # of innermost names the time is counted; what is named nowhere is "t
     "MLflow: opening": {"harness.mlflow_tracker.MLflowTracker": ["check", "start"]},
     "MLflow: runs": {
         "harness.mlflow_tracker.MLflowTracker": ["run"],
-        "harness.mlflow_tracker.MLflowRun": ["epoch", "metrics", "text", "end"],
+        "harness.mlflow_run.MLflowRun": ["epoch", "metrics", "text", "end"],
     },
     "MLflow: end of the study": {"harness.mlflow_tracker.MLflowTracker": ["finish", "interrupt"]},
     "environment, versions": {

@@ -141,7 +141,7 @@ class _Child:
 def _watch(child: _Child) -> None:
     """Wrap what the phases are made of. Nothing that they compute is changed."""
     from harness import checkpoint, final, objective, trainer
-    from harness.mlflow_tracker import MLflowRun
+    from harness.mlflow_run import MLflowRun
     from harness.storage import Store
 
     def made(original: Any, self: Any, path: Path, identity: Any, training: Any, environment: Any) -> None:

@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "opening",
         "tracking",
         "mlflow_tracker",
+        "mlflow_run",
         "mlflow_places",
         "mlflow_check",
     ),
