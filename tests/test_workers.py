@@ -77,6 +77,11 @@ class Command:
             start_new_session=True,
         )
 
+    def at_work(self, count: int) -> tuple[subprocess.Popen[str], list[int]]:
+        """Start with so many workers; the process, and their PIDs as soon as some trials are under way."""
+        process = self.start("--workers", str(count))
+        return process, self.wait_for_work(process)
+
     def run(self, *arguments: str) -> str:
         process = self.start(*arguments)
         output, _ = process.communicate(timeout=240)
@@ -122,6 +127,11 @@ class Command:
         )
         assert doctor.returncode == 0, doctor.stdout
         assert f"agree on {self.count} finished trials" in doctor.stdout
+
+    def check_against(self, single: dict[str, Any]) -> None:
+        """The same, and what one worker found: a result does not depend on who trains it, or beside whom."""
+        self.check()
+        assert self.results() == single
 
     def begun(self) -> int:
         """How many trials have an epoch behind them."""
@@ -181,8 +191,7 @@ def single(image_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def test_four_workers_give_what_one_gives(single: dict[str, Any], image_cache: Path, tmp_path: Path) -> None:
     command = Command(tmp_path / "four", image_cache)
     output = command.run("--workers", "4")
-    command.check()
-    assert command.results() == single, "a trial's result does not depend on who trains it, or beside whom"
+    command.check_against(single)
     assert "4 workers" in output
     assert "Nothing is missing" in command.run("--workers", "4")
 
@@ -193,15 +202,13 @@ def test_killed_workers_are_replaced_and_their_trials_taken_up(
     single: dict[str, Any], image_cache: Path, tmp_path: Path
 ) -> None:
     command = Command(tmp_path / "killed", image_cache)
-    process = command.start("--workers", "3")
-    first = command.wait_for_work(process)
+    process, first = command.at_work(3)
     for pid in first[:2]:
         os.kill(pid, signal.SIGKILL)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert output.count("died (killed by signal 9); another one takes its place.") == 2, output
-    command.check()
-    assert command.results() == single
+    command.check_against(single)
 
 
 @pytest.mark.slow
@@ -210,14 +217,12 @@ def test_workers_end_with_their_coordinator_and_the_same_command_goes_on(
     single: dict[str, Any], image_cache: Path, tmp_path: Path
 ) -> None:
     command = Command(tmp_path / "killed", image_cache)
-    process = command.start("--workers", "2")
-    workers = command.wait_for_work(process)
+    process, workers = command.at_work(2)
     process.kill()
     process.communicate()
     wait_until_gone(workers)
     output = command.run("--workers", "2")
-    command.check()
-    assert command.results() == single
+    command.check_against(single)
     assert "of 9 trials finished" in output
 
 
@@ -228,8 +233,7 @@ def test_asked_to_stop_all_write_their_checkpoints_and_the_study_goes_on_from_th
     number: signal.Signals, single: dict[str, Any], image_cache: Path, tmp_path: Path
 ) -> None:
     command = Command(tmp_path / "stopped", image_cache)
-    process = command.start("--workers", "2")
-    workers = command.wait_for_work(process)
+    process, workers = command.at_work(2)
     if number is signal.SIGINT:
         os.killpg(process.pid, number)  # as a terminal does
     else:
@@ -243,8 +247,7 @@ def test_asked_to_stop_all_write_their_checkpoints_and_the_study_goes_on_from_th
     kept = {path.stem for path in (tmp_path / "stopped" / "studies" / "tiny.checkpoints").glob("trial-*")}
     assert kept <= {f"trial-{each}" for each in running}
     output = command.run("--workers", "2")
-    command.check()
-    assert command.results() == single
+    command.check_against(single)
 
 
 @pytest.mark.slow
