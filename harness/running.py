@@ -213,6 +213,11 @@ def _check_workers(args: argparse.Namespace, named: str, device: str) -> None:
             f"--device {named} names one GPU, and workers get one each; give --device cuda, and choose among several "
             "with CUDA_VISIBLE_DEVICES."
         )
+    if device != "cuda" and args.workers_per_gpu > 1:
+        raise InputError(
+            f"--workers-per-gpu {args.workers_per_gpu} lets workers share a GPU, and this study is computed on "
+            f"{device}; leave it out, --workers alone says how many there are."
+        )
     if args.engine == "ray":
         from harness import ray_cluster
 

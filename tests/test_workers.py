@@ -326,6 +326,13 @@ def test_workers_do_not_share_a_gpu_that_is_named() -> None:
         running._check_workers(two, "cuda:1", "cuda")
 
 
+@pytest.mark.parametrize("engine", ["processes", "ray"])
+def test_workers_cannot_share_a_gpu_where_there_is_none(engine: str) -> None:
+    four = argparse.Namespace(engine=engine, workers=4, workers_per_gpu=2, ray_address="nowhere:1")
+    with pytest.raises(InputError, match=r"--workers-per-gpu 2 .* computed on cpu; leave it out"):
+        running._check_workers(four, "auto", "cpu")
+
+
 def test_each_worker_has_a_gpu_of_its_own_unless_they_are_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     assert surroundings(2, 1, "cuda") == [{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "7"}]
