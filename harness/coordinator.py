@@ -87,10 +87,11 @@ def _check_versions(store: Store) -> None:
 
 def _say_what_begins(args: argparse.Namespace, study: Study, store: Store, runtime: Runtime, console: Any) -> None:
     from harness import overview
+    from harness.study import wanted
 
     workers = f", {args.workers} workers" if args.workers > 1 else ""
     console.print(
-        f"Study {study.name}: {store.finished()} of {study.trials} trials finished, "
+        f"Study {study.name}: {overview.finished_of(store.finished(), wanted(study, store))}, "
         f"{overview.in_words(runtime.to_dict())}{workers}",
         highlight=False,
         soft_wrap=True,

@@ -106,6 +106,13 @@ def counts(store: Store) -> dict[str, int]:
     return counted | unfinished
 
 
+def finished_of(finished: int, asked: int) -> str:
+    """How far the search is: a study may have more trials than a command asks for."""
+    if finished > asked:
+        return f"{finished} trials finished (asked for: {asked})"
+    return f"{finished} of {asked} trials finished"
+
+
 def _abandoned(store: Store) -> bool:
     """Whether no process works on this study."""
     file = sqlite_file(store.url)

@@ -162,12 +162,13 @@ def _check_reopening(study: Study, store: Store) -> None:
 
 
 def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, url: str, begun: bool) -> int:
-    from harness import opening
+    from harness import opening, overview
     from harness.coordinator import run_study
     from harness.display import StudyConsole
     from harness.engine import find_device
     from harness.mlflow_places import check_writable, tracker_for
     from harness.search import rehearse
+    from harness.study import wanted
 
     console = StudyConsole()
     rehearse(study)
@@ -196,8 +197,9 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
             return run_study(args, found, study, store, tracker, console)
         except KeyboardInterrupt:
             tracker.interrupt()
-            counted = f"{store.finished()} of {study.trials} trials finished"
-            if store.finished() >= study.trials and not store.is_settled():
+            finished, asked = store.finished(), wanted(study, store)
+            counted = overview.finished_of(finished, asked)
+            if finished >= asked and not store.is_settled():
                 counted += ", the final run is missing"
             console.print(f"Interrupted with {counted}.", highlight=False, soft_wrap=True)
             raise
