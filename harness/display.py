@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 import os
+import statistics
 import sys
+from collections.abc import Iterable
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
@@ -32,6 +35,8 @@ from harness.results import (
 )
 from harness.storage import Store
 
+BAR_COLUMNS = 30  # at most; fewer in a narrow terminal
+
 
 class StudyConsole(Console):
     """A console whose reader may leave (`| head`, a `tee` that Ctrl-C ended): the study goes on without it."""
@@ -56,7 +61,7 @@ class Display:
         self._trial_seconds: list[float] = []
         self._final_ratio = 1.0  # how much longer an epoch of the final run is, with the validation images trained on
         self._forecast = self._waiting = False  # whether it was said
-        self._trained = False  # whether one of the last trainings has ended
+        self._begun = 0  # trainings after the search, those that were done before this process among them
         self._look()
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
 
@@ -74,7 +79,7 @@ class Display:
     def show(self, event: Event) -> None:
         match event:
             case TrialStarted():
-                self._under_way[event.name] = event
+                self._begins(event)
                 if event.resumed:
                     self._say(f"{event.name} was interrupted; it {_place(event)}.")
             case EpochEnded():
@@ -91,8 +96,11 @@ class Display:
 
     def _look(self) -> None:
         """What the storage knows, so that a resumed study starts with the times of before."""
+        from harness.study import wanted  # here, for it imports torch, and a message at the end does not need that
+
         ended = [trial for trial in self._store.trials() if trial.state != "running"]
         self._finished, self._best = self._store.finished(), self._store.best()
+        self._asked = wanted(self._study, self._store)
         self._trial_seconds = [trial.seconds for trial in ended if trial.seconds is not None]
         epochs = [epoch for trial in ended for epoch in trial.epochs]
         self._epoch_seconds = [epoch.seconds for epoch in epochs]
@@ -118,9 +126,8 @@ class Display:
         if not self._forecast:
             self._forecast = True
             self._say(forecast(result.seconds, self._left() or 0.0, pruning_known=bool(self._trial_seconds)))
-        if result.epoch == epochs and not event.name.startswith("trial "):
+        if result.epoch == epochs and not _is_trial(event.name):
             self._under_way.pop(event.name, None)
-            self._trained = self._trained or not event.name.startswith("rerank ")
 
     def _trial_ended(self, event: TrialEnded) -> None:
         self._look()
@@ -138,58 +145,67 @@ class Display:
         """Estimated seconds until the end, from the trials so far; None before the first epoch."""
         if not self._epoch_seconds:
             return None
-        epoch = sum(self._epoch_seconds) / len(self._epoch_seconds)
-        trial = sum(self._trial_seconds) / len(self._trial_seconds) if self._trial_seconds else None
-        whole = {"trial": trial or epoch * self._study.train.epochs}
-        after = epoch * self._study.train.epochs * self._final_ratio
-        left = estimate(self._study, self._finished, epoch, trial, self._final_ratio, self._trainings())
-        for started in self._under_way.values():
-            spent = sum(result.seconds for result in started.progress.epochs)
-            left -= min(spent, whole.get(started.name.partition(" ")[0], after))
-        return max(left / self._workers, 0.0)
+        epoch = statistics.fmean(self._epoch_seconds)
+        training = epoch * self._study.train.epochs
+        trial = statistics.fmean(self._trial_seconds) if self._trial_seconds else training
+        search = self._seconds(True, self._asked - self._finished, trial)
+        after = self._seconds(False, self._trainings(), training * self._final_ratio)
+        return side_by_side(search, self._workers) + side_by_side(after, self._workers)
+
+    def _seconds(self, trials: bool, missing: int, each: float) -> list[float]:
+        """What is left of each of the `missing` trials, or trainings after the search; those under way come first."""
+        under_way = [started for started in list(self._under_way.values()) if _is_trial(started.name) == trials]
+        spent = [sum(result.seconds for result in started.progress.epochs) for started in under_way]
+        return [max(each - seconds, 0.0) for seconds in spent] + [each] * (missing - len(spent))
+
+    def _begins(self, event: TrialStarted) -> None:
+        """Count it; after the search one begins after the other, and those before it that did not begin were done."""
+        if not _is_trial(event.name) and event.name not in self._under_way:
+            looks, seeds = self._second_looks(), self._study.final.seeds
+            kind = event.name.partition(" ")[0]
+            place = {"rerank": self._begun, "final": looks + event.number, "base": looks + seeds}[kind]
+            self._begun = max(self._begun, place + 1)
+        self._under_way[event.name] = event
 
     def _trainings(self) -> int:
-        """How many trainings come after the search, those under way among them: the seeds, and the base last."""
+        """How many trainings after the search have not ended: second looks at the best, the seeds, and the base."""
         final = self._study.final
-        seeds = [each.number for name, each in self._under_way.items() if name.startswith("final ")]
-        if seeds:
-            return final.seeds - min(seeds) + final.compare_base
-        if any(name.startswith("base ") for name in self._under_way):
-            return 1
-        return 0 if self._trained else final.trainings(self._study.trials)
+        under_way = sum(not _is_trial(name) for name in list(self._under_way))
+        if not under_way and self._begun >= self._second_looks() + final.seeds:
+            return 0  # where the base is the chosen one, it is not trained again
+        return final.trainings(self._study.trials) - self._begun + under_way
+
+    def _second_looks(self) -> int:
+        final = self._study.final
+        return final.trainings(self._study.trials) - final.seeds - final.compare_base
 
     def _render(self) -> RenderableType:
-        study, left = self._study, self._left()
-        grid = Table.grid(padding=(0, 1))
-        done = min(self._finished, study.trials)
-        grid.add_row(
-            "study", ProgressBar(total=study.trials, completed=done, width=30), f"{done}/{study.trials} trials"
-        )
+        left, asked = self._left(), max(self._asked, self._finished)
+        rows: list[tuple[str, int, float, str]] = [("study", asked, self._finished, f"{self._finished}/{asked} trials")]
         for started in list(self._under_way.values()):
             progress, epochs = started.progress, started.epochs
-            part = progress.step / max(progress.steps, 1)
-            bar = ProgressBar(total=epochs, completed=progress.epoch - 1 + part, width=30)
-            grid.add_row(started.name, bar, f"epoch {min(progress.epoch, epochs)}/{epochs}")
+            done = progress.epoch - 1 + progress.step / max(progress.steps, 1)
+            rows.append((started.name, epochs, done, f"epoch {min(progress.epoch, epochs)}/{epochs}"))
+        texts = max(len(name) for name, *_ in rows) + max(len(text) for *_, text in rows)
+        width = min(BAR_COLUMNS, max(self._console.width - texts - 3, 1))
+        grid = Table.grid(padding=(0, 1))
+        for name, total, done, text in rows:
+            grid.add_row(name, ProgressBar(total=total, completed=done, width=width), text)
         best = "none yet" if self._best is None else f"{self._best.value:.2%} (trial {self._best.number})"
         last = f"best {best}   time left {'…' if left is None else duration(left)}"
         return Group(grid, interrupt.NOTICE if interrupt.requested() else last)
 
 
-def estimate(
-    study: Study,
-    finished: int,
-    epoch_seconds: float,
-    trial_seconds: float | None,
-    final_ratio: float,
-    trainings: int,
-) -> float:
-    """Seconds until the end of the study, of which `trainings` come after the search.
+def side_by_side(seconds: Iterable[float], workers: int) -> float:
+    """How long trainings take that take so many seconds each, begun in this order by whichever worker is free."""
+    ends = [0.0] * workers  # a heap
+    for each in seconds:
+        heapq.heapreplace(ends, ends[0] + each)
+    return max(ends)
 
-    An epoch of the final run takes `final_ratio` as long as a trial's.
-    """
-    per_trial = trial_seconds if trial_seconds is not None else epoch_seconds * study.train.epochs
-    final = trainings * study.train.epochs * epoch_seconds * final_ratio
-    return max(study.trials - finished, 0) * per_trial + final
+
+def _is_trial(name: str) -> bool:
+    return name.startswith("trial ")
 
 
 def forecast(epoch_seconds: float, left: float, pruning_known: bool) -> str:

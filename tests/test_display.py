@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from harness.config import FinalConfig, Study
-from harness.display import Display, estimate, forecast
+from harness.display import Display, forecast, side_by_side
+from harness.overview import finished_of
 from harness.results import (
     Completed,
     Diverged,
@@ -31,12 +32,22 @@ ALONE = FinalConfig(seeds=3, fit_on="train", compare_base=False)
 STUDY = make_study("cache", trials=10, final=ALONE)  # two epochs
 
 
+@pytest.fixture
+def store() -> Store:
+    return memory_store(STUDY)
+
+
 # -- the estimate --------------------------------------------------------------------------------------------------
 
 
 def seconds_left(study: Study, finished: int, epoch: float, trial: float | None, ratio: float) -> float:
     """Before the final run has begun."""
-    return estimate(study, finished, epoch, trial, ratio, study.final.trainings(study.trials))
+    display = Display(study, memory_store(study), Console(file=io.StringIO()))
+    display._finished, display._epoch_seconds, display._final_ratio = finished, [epoch], ratio
+    display._trial_seconds = [] if trial is None else [trial]
+    left = display._left()
+    assert left is not None
+    return left
 
 
 def test_the_estimate_adds_the_trials_left_and_the_final_run() -> None:
@@ -63,6 +74,46 @@ def test_the_estimate_is_never_negative() -> None:
     assert seconds_left(STUDY, 99, 3.0, None, 1.0) == 3 * 2 * 3.0
 
 
+def test_workers_take_the_next_training_as_they_become_free() -> None:
+    assert side_by_side([3.0, 1.0, 1.0, 1.0, 2.0], 1) == 8.0
+    assert side_by_side([3.0, 1.0, 1.0, 1.0, 2.0], 2) == 5.0  # 3 and 2, beside 1, 1 and 1
+    assert side_by_side([3.0], 4) == 3.0
+    assert side_by_side([], 4) == 0.0
+
+
+def test_the_last_training_takes_its_time_however_many_workers_there_are(store: Store) -> None:
+    study = make_study("cache", trials=1, final=FinalConfig(seeds=3, fit_on="train", compare_base=False))
+    store.tell(store.ask(study), Completed(value=0.6), [epoch_result(1, 0.3), epoch_result(2, 0.6)], 1.0)
+    display = Display(study, store, Console(file=io.StringIO()), workers=2)
+    assert display._left() == 2.0, "the third seed waits for the first"
+    for number in (0, 1):
+        display.show(started(f"final seed {number}", number))
+    for epoch in (1, 2):
+        display.show(EpochEnded(name="final seed 1", number=1, result=epoch_result(epoch, 0.5)))
+    display.show(started("final seed 2", 2))
+    assert display._left() == 1.0, "the two that are left go side by side"
+    for epoch in (1, 2):
+        display.show(EpochEnded(name="final seed 0", number=0, result=epoch_result(epoch, 0.5)))
+    assert display._left() == 1.0
+    display.show(EpochEnded(name="final seed 2", number=2, result=epoch_result(1, 0.5)))
+    assert display._left() == 0.5
+
+
+def test_second_looks_at_the_best_are_counted_as_they_end(store: Store) -> None:
+    study = make_study("cache", trials=2, final=FinalConfig(seeds=2, rerank=2, fit_on="train", compare_base=False))
+    for _ in range(2):
+        store.tell(store.ask(study), Completed(value=0.6), [epoch_result(1, 0.3), epoch_result(2, 0.6)], 1.0)
+    display = Display(study, store, Console(file=io.StringIO()))
+    left = [display._left()]
+    for trial, number in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        name = f"rerank seed {number} of trial {trial}"
+        display.show(started(name, number))
+        for epoch in (1, 2):
+            display.show(EpochEnded(name=name, number=number, result=epoch_result(epoch, 0.5)))
+        left.append(display._left())
+    assert left == [6.0, 5.0, 4.0, 3.0, 2.0]
+
+
 def test_a_forecast_of_more_than_a_day_says_so_and_what_helps() -> None:
     text = forecast(4000.0, 100_000.0, pruning_known=False)
     assert "An epoch takes 1 h 7 min here: about 1.2 days are left, pruning aside." in text
@@ -75,12 +126,12 @@ def test_a_forecast_of_less_than_a_day_does_not() -> None:
     assert forecast(3.0, 78.0, pruning_known=True) == "An epoch takes 3.0 s here: about 1 min 18 s are left."
 
 
+def started(name: str, number: int) -> TrialStarted:
+    reached = Reached(epoch=1, step=0, steps=1, epochs=[])
+    return TrialStarted(name=name, number=number, params={}, epochs=2, resumed=False, progress=reached)
+
+
 # -- without a terminal --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def store() -> Store:
-    return memory_store(STUDY)
 
 
 def shown(study: Study, store: Store, outcomes: list[TrialOutcome], terminal: bool = False) -> str:
@@ -179,9 +230,8 @@ def test_several_trials_under_way_share_the_time_that_is_left(store: Store) -> N
             name = f"trial {number}"
             display.show(TrialStarted(name=name, number=number, params={}, epochs=2, resumed=False, progress=reached))
             display.show(EpochEnded(name=name, number=number, result=epoch_result(1, 0.5)))
-    left = alone._left()
-    assert left is not None
-    assert both._left() == left / 2
+    assert alone._left() == 0.5 + 0.5 + 1.0 + 1.0 + 1.0  # two half trials, two trials, the seed
+    assert both._left() == 1.5 + 1.0  # nobody helps with the only seed
     assert "trial 0  epoch 1/2" in out.getvalue()
     assert "trial 1  epoch 1/2" in out.getvalue()
 
@@ -221,3 +271,28 @@ def test_in_a_terminal_trials_are_printed_and_epochs_are_not(store: Store) -> No
     text = shown(STUDY, store, [Completed(value=0.6)], terminal=True)
     assert "complete" in text
     assert "trial 0  epoch 1/2" not in text
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_in_a_terminal_of_any_width_every_worker_has_one_line(store: Store, width: int) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=width)
+    display = Display(STUDY, store, console, workers=8)
+    for number in range(8):
+        display.show(started(f"final seed {number}", number))
+    console.print(display._render())
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 1 + 8 + 1
+    assert max(map(len, lines)) <= width
+    assert all("epoch 1/2" in line for line in lines[1:9])
+
+
+def test_a_study_with_more_trials_than_asked_for_says_a_count_that_can_be(store: Store) -> None:
+    study = make_study("cache", trials=1, final=ALONE)
+    shown(STUDY, store, [Completed(value=0.6), Completed(value=0.5)])
+    out = io.StringIO()
+    console = Console(file=out, width=80)
+    console.print(Display(study, store, console)._render())
+    assert "2/2 trials" in out.getvalue()
+    assert finished_of(2, 1) == "2 trials finished (asked for: 1)"
+    assert finished_of(1, 2) == "1 of 2 trials finished"
