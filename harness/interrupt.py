@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ UNHEARD_SECONDS = 0.01  # until a request that was swallowed is made again
 class _State:
     requested = False  # somebody asked this process to stop
     undivided = False  # a batch is being computed; stopping waits for its end
+    swallowing = False  # Python swallows what is raised now
 
 
 def install() -> None:
@@ -52,6 +54,8 @@ def undivided() -> Iterator[None]:
 
 
 def _handle(number: int, frame: Any) -> None:
+    if _State.swallowing:  # a request is about to be made again
+        return
     again, _State.requested = _State.requested, True
     if again and number != signal.SIGINT:
         return
@@ -66,7 +70,15 @@ def _unraisable(fault: Any) -> None:
     if fault.exc_type is not KeyboardInterrupt:
         sys.__unraisablehook__(fault)
         return
-    _State.requested = False
+    _State.swallowing = True
     # Not from here: it would be swallowed with the callback's own. To the main thread, for it may be waiting.
-    main = threading.main_thread().ident
-    threading.Timer(UNHEARD_SECONDS, signal.pthread_kill, (main, signal.SIGTERM)).start()
+    threading.Thread(target=_ask_again, args=(threading.main_thread().ident,)).start()
+    _State.requested = False
+    _State.swallowing = False
+
+
+def _ask_again(main: int) -> None:
+    time.sleep(UNHEARD_SECONDS)
+    while _State.swallowing:  # on a busy machine, starting this thread takes longer than that
+        time.sleep(UNHEARD_SECONDS)
+    signal.pthread_kill(main, signal.SIGTERM)

@@ -100,6 +100,23 @@ def test_a_request_inside_a_callback_whose_exceptions_python_swallows_is_heard_a
     assert "Traceback" not in said
 
 
+def test_a_request_that_is_made_again_before_python_has_left_the_callback_is_not_lost() -> None:
+    """On a busy machine, starting a thread takes long."""
+    slow = """
+import threading
+start = threading.Thread.start
+
+def slowly(thread):
+    start(thread)
+    time.sleep(0.2)
+
+threading.Thread.start = slowly
+"""
+    words, said = child("import time" + slow + SWALLOWED.format(name="SIGINT"))
+    assert words == ["stopped"]
+    assert "Traceback" not in said
+
+
 def test_what_else_python_swallows_is_still_shown() -> None:
     code = """
 class Thing:
