@@ -61,6 +61,7 @@ class Display:
         self._trial_seconds: list[float] = []
         self._final_ratio = 1.0  # how much longer an epoch of the final run is, with the validation images trained on
         self._forecast = self._waiting = False  # whether it was said
+        self._heard = False  # whether anything has happened
         self._begun = 0  # trainings after the search, those that were done before this process among them
         self._look()
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
@@ -77,6 +78,7 @@ class Display:
             self._live.stop()
 
     def show(self, event: Event) -> None:
+        self._heard = True
         match event:
             case TrialStarted():
                 self._begins(event)
@@ -139,7 +141,7 @@ class Display:
         self._say(f"{name} {_outcome(event.outcome)}  {in_short(params, whole_paths=False)}  {duration(seconds)}{best}")
 
     def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, soft_wrap=not self._console.is_terminal)  # else cut inside words
 
     def _left(self) -> float | None:
         """Estimated seconds until the end, from the trials so far; None before the first epoch."""
@@ -192,7 +194,10 @@ class Display:
         for name, total, done, text in rows:
             grid.add_row(name, ProgressBar(total=total, completed=done, width=width), text)
         best = "none yet" if self._best is None else f"{self._best.value:.2%} (trial {self._best.number})"
-        last = f"best {best}   time left {'…' if left is None else duration(left)}"
+        time = "time left …" if left is None else f"time left {duration(left)}" if left else "nearly done"
+        last = f"best {best}   {time}"
+        if not self._heard:
+            last = "The workers are starting …" if self._workers > 1 else "Starting …"
         return Group(grid, interrupt.NOTICE if interrupt.requested() else last)
 
 

@@ -131,6 +131,13 @@ def started(name: str, number: int) -> TrialStarted:
     return TrialStarted(name=name, number=number, params={}, epochs=2, resumed=False, progress=reached)
 
 
+def rendered(display: Display) -> str:
+    """What stands at the bottom of a terminal."""
+    with display._console.capture() as captured:
+        display._console.print(display._render())
+    return captured.get()
+
+
 # -- without a terminal --------------------------------------------------------------------------------------------
 
 
@@ -275,13 +282,10 @@ def test_in_a_terminal_trials_are_printed_and_epochs_are_not(store: Store) -> No
 
 @pytest.mark.parametrize("width", [40, 80])
 def test_in_a_terminal_of_any_width_every_worker_has_one_line(store: Store, width: int) -> None:
-    out = io.StringIO()
-    console = Console(file=out, width=width)
-    display = Display(STUDY, store, console, workers=8)
+    display = Display(STUDY, store, Console(file=io.StringIO(), width=width), workers=8)
     for number in range(8):
         display.show(started(f"final seed {number}", number))
-    console.print(display._render())
-    lines = out.getvalue().splitlines()
+    lines = rendered(display).splitlines()
     assert len(lines) == 1 + 8 + 1
     assert max(map(len, lines)) <= width
     assert all("epoch 1/2" in line for line in lines[1:9])
@@ -290,9 +294,30 @@ def test_in_a_terminal_of_any_width_every_worker_has_one_line(store: Store, widt
 def test_a_study_with_more_trials_than_asked_for_says_a_count_that_can_be(store: Store) -> None:
     study = make_study("cache", trials=1, final=ALONE)
     shown(STUDY, store, [Completed(value=0.6), Completed(value=0.5)])
-    out = io.StringIO()
-    console = Console(file=out, width=80)
-    console.print(Display(study, store, console)._render())
-    assert "2/2 trials" in out.getvalue()
+    assert "2/2 trials" in rendered(Display(study, store, Console(file=io.StringIO(), width=80)))
     assert finished_of(2, 1) == "2 trials finished (asked for: 1)"
     assert finished_of(1, 2) == "1 of 2 trials finished"
+
+
+def test_what_is_going_on_is_said_before_the_first_epoch_and_after_the_last(store: Store) -> None:
+    study = make_study("cache", trials=1, final=FinalConfig(seeds=1, fit_on="train", compare_base=False))
+    display = Display(study, store, Console(file=io.StringIO()), workers=2)
+    assert "The workers are starting" in rendered(display)
+    display.show(started("trial 0", 0))
+    assert rendered(display).splitlines()[-1] == "best none yet   time left …"
+    store.tell(store.ask(study), Completed(value=0.6), [epoch_result(1, 0.3), epoch_result(2, 0.6)], 1.0)
+    display.show(TrialEnded(number=0, outcome=Completed(value=0.6)))
+    assert "time left 1.0 s" in rendered(display)
+    display.show(started("final seed 0", 0))
+    display.show(EpochEnded(name="final seed 0", number=0, result=epoch_result(2, 0.6)))
+    assert rendered(display).splitlines()[-1] == "best 60.00% (trial 0)   nearly done"
+
+
+def test_in_a_terminal_lines_are_not_cut_inside_words(store: Store) -> None:
+    out = io.StringIO()
+    display = Display(STUDY, store, Console(file=out, force_terminal=True, width=30))
+    display._say("trial 0 complete dropout = 0.1234 hidden = 128-64")
+    assert [line.rstrip() for line in out.getvalue().splitlines()] == [
+        "trial 0 complete dropout =",
+        "0.1234 hidden = 128-64",
+    ]
