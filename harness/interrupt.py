@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from typing import Any
 
 NOTICE = "Stopping: the batch is finished first, then saved. Ctrl-C again stops at once."
-
-
 UNHEARD_SECONDS = 0.01  # until a request that was swallowed is made again
 
 
@@ -24,16 +22,31 @@ class _State:
     requested = False  # somebody asked this process to stop
     undivided = False  # a batch is being computed; stopping waits for its end
     swallowing = False  # Python swallows what is raised now
+    noticed = False  # that it waits was said, or is said by another process
 
 
-def install() -> None:
-    """Handle SIGINT and SIGTERM from now on; both end in KeyboardInterrupt."""
-    _State.requested = False
+def install(*, quiet: bool = False) -> None:
+    """Handle SIGINT and SIGTERM from now on; both end in KeyboardInterrupt.
+
+    A process that is `quiet` has another one above it that says what there is to say.
+    """
+    _State.requested, _State.noticed = False, quiet
     signal.signal(signal.SIGINT, _handle)
     signal.signal(signal.SIGTERM, _handle)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # `nohup` ignores it
         signal.signal(signal.SIGHUP, _handle)  # the terminal was closed
     sys.unraisablehook = _unraisable
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
+@contextmanager
+def inherited_later() -> Iterator[None]:
+    """A Ctrl-C reaches a process that is started inside once it calls `install`; before, it would only die noisily."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def requested() -> bool:
@@ -53,6 +66,13 @@ def undivided() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def notice() -> None:
+    """Say, once, that stopping takes a moment."""
+    if not _State.noticed:
+        _State.noticed = True
+        os.write(2, f"{NOTICE}\n".encode())  # print may not be called inside a print
+
+
 def _handle(number: int, frame: Any) -> None:
     if _State.swallowing:  # a request is about to be made again
         return
@@ -61,8 +81,8 @@ def _handle(number: int, frame: Any) -> None:
         return
     if again or not _State.undivided:
         raise KeyboardInterrupt
-    if not sys.stdout.isatty():  # a live display says it itself; and print may not be called inside a print
-        os.write(2, f"{NOTICE}\n".encode())
+    if not sys.stdout.isatty():  # a live display says it itself
+        notice()
 
 
 def _unraisable(fault: Any) -> None:

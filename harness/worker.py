@@ -190,7 +190,7 @@ def work(order: Order, line: connection.Connection) -> None:
     """The main function of a worker's process: do what comes over the line, until nothing more comes."""
     tell = functools.partial(_send, line)
     try:
-        interrupt.install()
+        interrupt.install(quiet=True)
         _end_with_coordinator()
         with opened(order, Teller(tell)) as place:
             while (job := line.recv()) is not None:

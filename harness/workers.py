@@ -13,10 +13,11 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 
+from harness import interrupt
 from harness.errors import INTERRUPTED, Halt, InputError
 from harness.jobs import Job, Search, Train
 from harness.results import Event
@@ -64,7 +65,8 @@ class _Worker:
         self.process: BaseProcess = context.Process(
             target=work, args=(order, theirs), name=f"worker {number}", daemon=True
         )
-        with _environment(environment):
+        resource_tracker.ensure_running()  # starting it would let signals through again
+        with _environment(environment), interrupt.inherited_later():
             self.process.start()
         theirs.close()
 
@@ -89,6 +91,8 @@ class Pool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop what is under way as Ctrl-C does; MLflow still hears what the workers have said."""
+        if kind is KeyboardInterrupt and any(worker.job is not None for worker in self._workers):
+            interrupt.notice()
         for worker in self._workers:
             if worker.job is not None:
                 worker.process.terminate()

@@ -75,6 +75,25 @@ def test_ctrl_c_after_a_request_stops_at_once(names: tuple[str, ...]) -> None:
     assert "Traceback" not in said
 
 
+def test_what_another_process_says_is_not_said_again() -> None:
+    code = "interrupt.install(quiet=True)\ninterrupt.notice()\n" + INSIDE.format(signals="'SIGINT'")
+    assert child(code) == (["finished", "stopped"], "")
+
+
+def test_a_process_that_starts_hears_of_ctrl_c_when_it_is_ready() -> None:
+    code = """
+import subprocess, time
+program = "import os, signal, time; from harness import interrupt; os.kill(os.getpid(), signal.SIGINT)" + (
+    "\\nprint('ready', flush=True)\\ntry:\\n    interrupt.install(); time.sleep(9)"
+    "\\nexcept KeyboardInterrupt:\\n    print('stopped')"
+)
+with interrupt.inherited_later():
+    process = subprocess.Popen([sys.executable, "-c", program])
+process.wait()
+"""
+    assert child(code) == (["ready", "stopped"], "")
+
+
 SWALLOWED = """
 import time
 import weakref

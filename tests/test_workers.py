@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from harness import leases, running
+from harness import interrupt, leases, running
 from harness.errors import InputError
 from harness.opening import read_store
 from harness.workers import surroundings
@@ -242,12 +242,32 @@ def test_asked_to_stop_all_write_their_checkpoints_and_the_study_goes_on_from_th
     assert process.returncode == 130, output
     assert "Go on with:" in output
     assert "Traceback" not in output
+    assert output.count(interrupt.NOTICE) == 1, "of one process, for all"
     wait_until_gone(workers, 5)
     running = [trial.number for trial in command.trials() if trial.state == "running"]
     kept = {path.stem for path in (tmp_path / "stopped" / "studies" / "tiny.checkpoints").glob("trial-*")}
     assert kept <= {f"trial-{each}" for each in running}
     output = command.run("--workers", "2")
     command.check_against(single)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seconds", [0.2, 0.8])
+def test_stopped_while_its_workers_start_a_study_says_only_how_to_go_on(
+    seconds: float, image_cache: Path, tmp_path: Path
+) -> None:
+    process = Command(tmp_path / "early", image_cache).start("--workers", "2")
+    assert process.stdout is not None
+    assert any("2 workers" in line for line in process.stdout)
+    time.sleep(seconds)
+    workers = children(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    lines = [line for line in output.splitlines() if line != interrupt.NOTICE]
+    assert lines[:2] == ["Interrupted with 0 of 9 trials finished.", "Go on with:"]
+    wait_until_gone(workers, 5)
 
 
 @pytest.mark.slow
