@@ -108,6 +108,7 @@ def _run(args: argparse.Namespace) -> int:
     database.check_writable(database.sqlite_file(url))
     if args.fresh:
         opening.check_movable(url)
+        _check_nobody_at_work(study, url)
     begun = not args.fresh and opening.exists(study.name, url)
     if begun:
         # Without --data-root nothing says that the images are others; to look would take longer than the answer.
@@ -124,6 +125,19 @@ def _run(args: argparse.Namespace) -> int:
     elif args.reopen_test:
         raise InputError("--reopen-test: no test result of this study is known yet; leave it out.")
     return _run_what_is_missing(args, found, study, url, begun)
+
+
+def _check_nobody_at_work(study: Study, url: str) -> None:
+    """Raise InputError when a process works on this study; one that has lost its coordinator does so for a while."""
+    from harness import leases, opening
+
+    if opening.exists(study.name, url):
+        with opening.read_store(study.name, url) as store:
+            others = sorted(map(leases.in_words, set(store.at_work().values())))
+        if others:
+            raise InputError(
+                f"--fresh: process {others[0]} works on study {study.name!r}; wait for its end, or end it first."
+            )
 
 
 def _is_saved(study: Study, store: Store, folder: Path) -> bool:

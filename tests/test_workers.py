@@ -21,9 +21,10 @@ from mlflow import MlflowClient
 
 from harness import interrupt, leases, running
 from harness.errors import InputError
-from harness.opening import read_store
+from harness.opening import open_store, read_store
 from harness.workers import surroundings
 from tests.conftest import PROJECT
+from tests.small import study_in
 
 STUDY_FILE = """
 import dataclasses
@@ -268,6 +269,18 @@ def test_stopped_while_its_workers_start_a_study_says_only_how_to_go_on(
     lines = [line for line in output.splitlines() if line != interrupt.NOTICE]
     assert lines[:2] == ["Interrupted with 0 of 9 trials finished.", "Go on with:"]
     wait_until_gone(workers, 5)
+
+
+def test_a_study_that_a_process_works_on_is_not_moved_aside(image_cache: Path, tmp_path: Path) -> None:
+    """A worker that has lost its coordinator writes on for a while; its file must not go from under it."""
+    study, url = study_in(tmp_path, image_cache)
+    with open_store(study, url) as store:
+        running._check_nobody_at_work(study, url)
+        store.ask(study)
+        with pytest.raises(InputError, match=rf"--fresh: process {os.getpid()} on .* wait for its end"):
+            running._check_nobody_at_work(study, url)
+    running._check_nobody_at_work(study, url)
+    running._check_nobody_at_work(study, f"sqlite:///{tmp_path}/none.db")
 
 
 @pytest.mark.slow
