@@ -31,14 +31,17 @@ def run_study(
     from harness.display import Display
     from harness.study import TooManyFailures
     from harness.study import run as events_of
+    from harness.workers import of_use
 
     runtime = _begin(study, store, tracker)
-    _say_what_begins(args, study, store, runtime, console)
+    here = args.engine == "processes"
+    workers_of_use = of_use(args.workers, study, store, bool(args.reopen_test)) if here else args.workers
+    _say_what_begins(args, workers_of_use, study, store, runtime, console)
     model, checkpoints = (found.beside(store.url, suffix) for suffix in (".model", ".checkpoints"))
     failure = None
     with (
-        _workers(args, found, study, store, tracker, runtime) as workers,
-        Display(study, store, console, args.workers) as display,
+        _workers(args, workers_of_use, found, study, store, tracker, runtime) as workers,
+        Display(study, store, console, workers_of_use) as display,
         closing(events_of(study, store, tracker, runtime, model, checkpoints, args.reopen_test, workers)) as events,
     ):
         try:
@@ -85,11 +88,15 @@ def _check_versions(store: Store) -> None:
     store.set_attribute("versions", versions())
 
 
-def _say_what_begins(args: argparse.Namespace, study: Study, store: Store, runtime: Runtime, console: Any) -> None:
+def _say_what_begins(
+    args: argparse.Namespace, of_use: int, study: Study, store: Store, runtime: Runtime, console: Any
+) -> None:
     from harness import overview
     from harness.study import wanted
 
     workers = f", {args.workers} workers" if args.workers > 1 else ""
+    if of_use < args.workers:
+        workers = f", {of_use} of {args.workers} workers, for the others there is nothing to do"
     console.print(
         f"Study {study.name}: {overview.finished_of(store.finished(), wanted(study, store))}, "
         f"{overview.in_words(runtime.to_dict())}{workers}",
@@ -137,7 +144,13 @@ def _failed(failure: Exception) -> int:
 
 @contextmanager
 def _workers(
-    args: argparse.Namespace, found: Found, study: Study, store: Store, tracker: MLflowTracker, runtime: Runtime
+    args: argparse.Namespace,
+    of_use: int,
+    found: Found,
+    study: Study,
+    store: Store,
+    tracker: MLflowTracker,
+    runtime: Runtime,
 ) -> Iterator[Workers | None]:
     """Who trains for this process; None when it does so itself, or nothing is left to train."""
     here = args.engine == "processes"
@@ -158,7 +171,8 @@ def _workers(
     if here:
         from harness.workers import Pool, surroundings
 
-        with Pool(order, surroundings(args.workers, args.workers_per_gpu, runtime.device.type), tracker) as pool:
+        environments = surroundings(args.workers, args.workers_per_gpu, runtime.device.type)
+        with Pool(order, environments[:of_use], tracker) as pool:
             yield pool
         return
     from harness.ray_cluster import needs

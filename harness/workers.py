@@ -16,13 +16,19 @@ from contextlib import contextmanager
 from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from harness import interrupt
+from harness.database import sqlite_file
 from harness.errors import INTERRUPTED, Halt, InputError
 from harness.jobs import Job, Search, Train
 from harness.results import Event
 from harness.tracking import Tracker
 from harness.worker import Done, Listener, Message, Order, Stopped, Told, work
+
+if TYPE_CHECKING:
+    from harness.config import Study
+    from harness.storage import Store
 
 DEATHS_IN_A_ROW = 3  # of workers, without anything heard from one in between
 FAREWELL_SECONDS = 60.0  # for the batch under way and its checkpoint
@@ -46,6 +52,15 @@ def surroundings(workers: int, per_gpu: int, device: str) -> list[dict[str, str]
             f"{len(gpus)}; give fewer --workers or more --workers-per-gpu."
         )
     return [{"CUDA_VISIBLE_DEVICES": gpus[number // per_gpu]} for number in range(workers)]
+
+
+def of_use(asked: int, study: Study, store: Store, reopening: bool) -> int:
+    """How many of the workers asked for can have something to do; each takes seconds of a core to start."""
+    if sqlite_file(store.url) is None:  # another command may ask for more trials at any time
+        return asked
+    settled = store.best() is not None and store.is_settled() and not reopening
+    after = 0 if settled else study.final.trainings(study.trials)
+    return min(asked, max(study.trials - store.finished(), after, 1))
 
 
 def _cores() -> Sequence[int]:

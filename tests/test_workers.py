@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import random
 import signal
@@ -20,9 +21,13 @@ import pytest
 from mlflow import MlflowClient
 
 from harness import interrupt, leases, running
+from harness.config import FinalConfig
 from harness.errors import InputError
+from harness.final import summary
 from harness.opening import open_store, read_store
-from harness.workers import surroundings
+from harness.results import Completed
+from harness.workers import of_use, surroundings
+from tests.analytic import epoch_result
 from tests.conftest import PROJECT
 from tests.small import study_in
 
@@ -342,6 +347,23 @@ def rage(command: Command, process: subprocess.Popen[str], chance: random.Random
     reader.join()
     print(process.returncode, said[0][-1500:])
     return kills
+
+
+def test_workers_that_would_have_nothing_to_do_are_not_started(image_cache: Path, tmp_path: Path) -> None:
+    study, url = study_in(tmp_path, image_cache)
+    final = FinalConfig(seeds=2, compare_base=True, publish=False)
+    two, nine = (dataclasses.replace(study, trials=count, final=final) for count in (2, 9))
+    with open_store(two, url) as store:
+        assert of_use(8, nine, store, False) == 8
+        assert of_use(8, two, store, False) == 3, "two seeds and the base"
+        for _ in range(2):
+            store.tell(store.ask(two), Completed(value=0.5), [epoch_result(1, 0.3), epoch_result(2, 0.5)], 1.0)
+        seeds = [{"seed": 0, "correct": 5, "total": 8, "accuracy": 0.625, "loss": 1.0, "weights": "", "epochs": []}]
+        store.set_attribute("final", summary(seeds) | {"trial": 0, "fit_on": "train", "test_openings": 1})
+        assert of_use(8, nine, store, False) == 7
+        assert of_use(8, two, store, False) == 1
+        assert of_use(8, two, store, True) == 3, "the test set is opened again"
+        assert of_use(1, nine, store, False) == 1
 
 
 def test_the_cores_are_divided_among_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
