@@ -103,6 +103,7 @@ class Display:
         ended = [trial for trial in self._store.trials() if trial.state != "running"]
         self._finished, self._best = self._store.finished(), self._store.best()
         self._asked = wanted(self._study, self._store)
+        self._settled = self._best is not None and self._store.is_settled()
         self._trial_seconds = [trial.seconds for trial in ended if trial.seconds is not None]
         epochs = [epoch for trial in ended for epoch in trial.epochs]
         self._epoch_seconds = [epoch.seconds for epoch in epochs]
@@ -173,6 +174,8 @@ class Display:
         """How many trainings after the search have not ended: second looks at the best, the seeds, and the base."""
         final = self._study.final
         under_way = sum(not _is_trial(name) for name in list(self._under_way))
+        if not self._begun and self._settled:
+            return 0  # the test set was opened, and is opened again only for a reason
         if not under_way and self._begun >= self._second_looks() + final.seeds:
             return 0  # where the base is the chosen one, it is not trained again
         return final.trainings(self._study.trials) - self._begun + under_way

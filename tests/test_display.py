@@ -10,6 +10,7 @@ from rich.console import Console
 
 from harness.config import FinalConfig, Study
 from harness.display import Display, forecast, side_by_side
+from harness.final import summary
 from harness.overview import finished_of
 from harness.results import (
     Completed,
@@ -97,6 +98,15 @@ def test_the_last_training_takes_its_time_however_many_workers_there_are(store: 
     assert display._left() == 1.0
     display.show(EpochEnded(name="final seed 2", number=2, result=epoch_result(1, 0.5)))
     assert display._left() == 0.5
+
+
+def test_a_study_that_was_tested_has_only_its_trials_left(store: Store) -> None:
+    study = make_study("cache", trials=3, final=ALONE)
+    store.tell(store.ask(study), Completed(value=0.6), [epoch_result(1, 0.3), epoch_result(2, 0.6)], 1.0)
+    assert Display(study, store, Console(file=io.StringIO()))._left() == 2 * 1.0 + 3 * 1.0
+    seeds = [{"seed": 0, "correct": 5, "total": 8, "accuracy": 0.625, "loss": 1.0, "weights": "", "epochs": []}]
+    store.set_attribute("final", summary(seeds) | {"trial": 0, "fit_on": "train", "test_openings": 1})
+    assert Display(study, store, Console(file=io.StringIO()))._left() == 2 * 1.0
 
 
 def test_second_looks_at_the_best_are_counted_as_they_end(store: Store) -> None:
