@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sqlite3
 import sys
 import time
@@ -204,9 +205,19 @@ def _unopened(url: str, error: BaseException) -> Exception:
     if _no_room(cause):
         return _failed(url, cause)
     missing = re.search('FATAL: +database "(.*)" does not exist', cause)
-    remedy = f"make it with `createdb {missing[1]}`" if missing else "check the URL"
+    remedy = f"make it with `{_createdb(url, missing[1])}`" if missing else "check the URL"
     remedy = next((each for words, each in REMEDIES.items() if words in cause), remedy)
     return InputError(f"--storage {url!r} cannot be opened: {cause.rstrip('.')}; {remedy}.")
+
+
+def _createdb(url: str, name: str) -> str:
+    """The command that makes a database on the server of a URL; what the URL leaves out, libpq finds in its own way."""
+    parsed = sqlalchemy.engine.make_url(url)
+    named = {"-h": parsed.host, "-p": parsed.port, "-U": parsed.username}
+    asked = {"-h": "host", "-p": "port", "-U": "user"}  # what a URL's query may say of them
+    found = {option: parsed.query.get(asked[option]) or value for option, value in named.items()}
+    words = [word for option, value in found.items() if isinstance(value, str | int) for word in (option, str(value))]
+    return shlex.join(["createdb", *words, name])
 
 
 def check_driver(url: str, option: str) -> None:

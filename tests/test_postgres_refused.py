@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sqlalchemy
 
-from harness.database import check_database
+from harness.database import _createdb, check_database
 from harness.environment import versions
 from harness.opening import open_store, read_store
 from tests.faulty import CommandLine, one_sentence, small_study
@@ -58,7 +58,7 @@ URLS = {
     ),
     "an unknown database": (
         f"postgresql+psycopg://postgres:{PASSWORD}@127.0.0.1:{{port}}/meadow",
-        ["make it with `createdb meadow`"],
+        ["make it with `createdb -h 127.0.0.1 -p {port} -U postgres meadow`"],
     ),
     "no database": (f"postgresql+psycopg://postgres:{PASSWORD}@127.0.0.1:{{port}}", ["names no database"]),
     "an unknown option": (
@@ -77,8 +77,23 @@ def test_a_wrong_url_is_refused(
     monkeypatch.delenv("PGPASSWORD", raising=False)
     monkeypatch.setenv("PGPASSFILE", "/dev/null")
     before = tree(line.place)
-    assert_refused(line, ["--storage", url.format(port=postgres.port)], words)
+    assert_refused(
+        line, ["--storage", url.format(port=postgres.port)], [word.format(port=postgres.port) for word in words]
+    )
     assert {*tree(line.place)} - {*before} <= {"studies/tiny.py"}
+
+
+@pytest.mark.parametrize(
+    ("url", "command"),
+    [
+        ("postgresql+psycopg://flora:secret@db.example:5433/x", "createdb -h db.example -p 5433 -U flora meadow"),
+        ("postgresql+psycopg://db.example/x", "createdb -h db.example meadow"),
+        ("postgresql:///x?host=/run/pg&port=5433&user=flora", "createdb -h /run/pg -p 5433 -U flora meadow"),
+        ("postgresql:///x", "createdb meadow"),
+    ],
+)
+def test_the_command_that_makes_a_database_is_for_the_server_of_the_url(url: str, command: str) -> None:
+    assert _createdb(url, "meadow") == command
 
 
 def test_the_password_may_be_in_the_environment(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
