@@ -33,7 +33,7 @@ def run_study(
     from harness.study import run as events_of
     from harness.workers import of_use
 
-    runtime = _begin(study, store, tracker)
+    runtime = _begin(args, study, store, tracker)
     here = args.engine == "processes"
     workers_of_use = of_use(args.workers, study, store, bool(args.reopen_test)) if here else args.workers
     _say_what_begins(args, workers_of_use, study, store, runtime, console)
@@ -52,7 +52,7 @@ def run_study(
     return _end(found, study, store, tracker, console, failure)
 
 
-def _begin(study: Study, store: Store, tracker: MLflowTracker) -> Runtime:
+def _begin(args: argparse.Namespace, study: Study, store: Store, tracker: MLflowTracker) -> Runtime:
     """What must be settled before the first trial: how it is computed, and that MLflow has the study's run."""
     from harness import tracking
     from harness.experiment import decide_runtime
@@ -67,7 +67,8 @@ def _begin(study: Study, store: Store, tracker: MLflowTracker) -> Runtime:
         store.set_attribute("runtime", runtime.to_dict())
         store.set_attribute("published", None)  # until this start has told MLflow everything
         store.set_attribute("depths", {by: study.train.backbone.depths(by) for by in ("block", "layer")})
-        _name_changes(store, runtime.device.type)
+        if args.engine == "processes" and args.workers == 1 and store.finished() < study.trials:
+            _name_changes(store, runtime.device.type)  # workers' shares of the cores are the same from run to run
         keep_features(study.train, runtime, with_validation=study.final.fit_on == "train+val")
         tracker.start(study, store, tracking.facts(study, runtime.to_dict()))
     return runtime
