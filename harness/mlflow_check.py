@@ -62,22 +62,23 @@ def _compare(tracker: MLflowTracker, wanted: Expected, run: Run | None) -> Itera
     if run is None:
         yield Finding(f"MLflow lacks the run of {wanted.key}", partial(tracker.write, wanted))
         return
-    series, anew = wanted.series(), partial(_write_anew, tracker, wanted, run)
-    found = {
-        name: [(each.step, each.value) for each in tracker.client.get_metric_history(run.info.run_id, name)]
-        for name in series
-    }
-    for name, history in found.items():
-        if not set(history) <= set(series[name]) or len(set(history)) < len(history):
-            yield Finding(f"MLflow has other values of {name} for {wanted.key} than the storage", anew)
+    series, write_anew = wanted.series(), partial(_write_anew, tracker, wanted, run)
+    entries = {name: tracker.history(run.info.run_id, name) for name in series}
+    # Of several at one step the latest counts: a trial may have begun anew, by another process and with other bits.
+    found = {name: dict(history) for name, history in entries.items()}
+    anew = {step for step, loss in entries["train_loss"] if loss != found["train_loss"][step]}
+    for name, history in entries.items():
+        once = [entry for entry in history if entry[0] not in anew]
+        if not found[name].items() <= set(series[name]) or len(set(once)) < len(once):
+            yield Finding(f"MLflow has other values of {name} for {wanted.key} than the storage", write_anew)
             return
-    for name, history in found.items():
-        if len(history) < len(series[name]):
-            text = f"MLflow has {name} of {wanted.key} at {len(history)} of {len(series[name])} steps"
+    for name, values in found.items():
+        if len(values) < len(series[name]):
+            text = f"MLflow has {name} of {wanted.key} at {len(values)} of {len(series[name])} steps"
             # Whole epochs can be added; to one that is there in part nothing is added.
-            steps = [{step for step, _ in found[each]} for each in ("train_loss", "val_accuracy") if series[each]]
+            steps = [found[each].keys() for each in ("train_loss", "val_accuracy") if series[each]]
             even = all(each == steps[0] for each in steps)
-            yield Finding(text, partial(tracker.write, wanted) if even else anew)
+            yield Finding(text, partial(tracker.write, wanted) if even else write_anew)
             return
     said = run.info.status, run.data.tags.get(STATE)
     if said != (STATUS[wanted.state], wanted.state):

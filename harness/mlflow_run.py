@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from itertools import islice
@@ -17,12 +18,15 @@ EPOCHS_IN_A_REQUEST = 50  # MLflow takes 1,000 metrics in one; an epoch must not
 
 
 class MLflowRun:
-    """One MLflow run, opened when the first entry arrives; what it already has at a step is not written twice."""
+    """One MLflow run, opened when the first entry arrives; what it already has at a step is not written twice.
+
+    An epoch with another result is: a trial that was taken up where its checkpoint is not begins anew.
+    """
 
     def __init__(self, tracker: MLflowTracker, key: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         self._tracker, self._key, self._params, self._tags = tracker, key, params, tags
         self._run_id: str | None = None
-        self._steps: set[int] | None = None  # epochs that it has; None when that must be asked
+        self._losses: dict[int, float] | None = None  # of the epochs that it has; None when that must be asked
         self._epochs: deque[tuple[EpochResult, int]] = deque()  # those that wait, with the time when they were told
         tracker.tell(self._open)
 
@@ -54,11 +58,11 @@ class MLflowRun:
             return
         try:
             # Until it is known that the entries arrived, nothing is known about the steps.
-            run_id, (steps, self._steps) = self._open(), (self._steps, None)
-            known = self._tracker.steps(run_id, "train_loss") if steps is None else steps
-            new = {result.epoch: (result.metrics(), now) for result, now in reversed(told) if result.epoch not in known}
-            self._tracker.log(run_id, {epoch: new[epoch] for epoch in sorted(new)})
-            self._steps = known | new.keys()
+            run_id, (losses, self._losses) = self._open(), (self._losses, None)
+            known = dict(self._tracker.history(run_id, "train_loss")) if losses is None else losses
+            new = {result.epoch: (result, now) for result, now in reversed(told) if _is_new(result, known)}
+            self._tracker.log(run_id, {epoch: (new[epoch][0].metrics(), new[epoch][1]) for epoch in sorted(new)})
+            self._losses = known | {epoch: result.train.loss for epoch, (result, _) in new.items()}
         except faults() as error:
             if is_refusal(error):
                 self._forget(len(told))
@@ -73,5 +77,14 @@ class MLflowRun:
         if self._run_id is None:
             new = not self._tracker.has(self._key)
             self._run_id = self._tracker.open_run(self._key, self._params, self._tags)
-            self._steps = set() if new else None
+            self._losses = {} if new else None
         return self._run_id
+
+
+def _is_new(result: EpochResult, known: Mapping[int, float]) -> bool:
+    """Whether MLflow lacks an epoch, or has it as a process that died came to it, with other bits.
+
+    The later entry of a step is the one that MLflow shows. What is no finite number MLflow may give back as another.
+    """
+    loss = result.train.loss
+    return result.epoch not in known or (math.isfinite(loss) and known[result.epoch] != loss)

@@ -282,8 +282,13 @@ class MLflowTracker:
         self.client.delete_run(run.info.run_id)
         self._runs = None
 
+    def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
+        """Step and value of every entry, in the order of their times."""
+        entries = sorted(self.client.get_metric_history(run_id, metric), key=lambda each: each.timestamp)
+        return [(each.step, each.value) for each in entries]
+
     def steps(self, run_id: str, metric: str) -> set[int]:
-        return {each.step for each in self.client.get_metric_history(run_id, metric)}
+        return {step for step, _ in self.history(run_id, metric)}
 
     def log(self, run_id: str, steps: Mapping[int, tuple[Mapping[str, float], int]]) -> None:
         """Write values by step, in one request; beside them the time in milliseconds when they were told.
