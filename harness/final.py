@@ -6,6 +6,7 @@ beforehand (seed 0), so nothing is chosen by the test set. Every opening is writ
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from harness import ledger
-from harness.checkpoint import write_tensors
+from harness.checkpoint import differences, read_tensors, write_tensors
+from harness.checkpoint import fingerprint as sha256_of
 from harness.config import Dataset, SplitName, TrainConfig, fingerprint
 from harness.data.augment import MEAN, STD
 from harness.data.duplicates import find
@@ -27,15 +29,25 @@ from harness.environment import git_commit
 from harness.evidence import balanced_accuracy, mcnemar, selection_excess, wilson
 from harness.experiment import evaluation_of
 from harness.files import replace_file
-from harness.opening import CHECK_FILE, DESCRIPTION, WEIGHTS, has_model, is_recorded, record_files
+from harness.opening import (
+    CHECK_FILE,
+    DESCRIPTION,
+    WEIGHTS,
+    check_folder,
+    forget_files,
+    has_model,
+    is_recorded,
+    record_files,
+)
 from harness.packing import pack, unpack_bits
 from harness.predictions import pictured
 from harness.results import Event
-from harness.retraining import Place, Retraining
+from harness.retraining import Place, Retraining, threads_of
 from harness.saved_model import CHECK_IMAGES
 from harness.space import label, leaves
 from harness.storage import Store, TrialRecord
 from harness.thumbnails import thumbnails
+from harness.tracking import NoTracker
 from harness.trainer import Training, logits_of, measure
 
 if TYPE_CHECKING:
@@ -48,25 +60,23 @@ def final_run(place: Place, folder: Path, reason: str | None = None) -> Iterator
     A seed that was trained before an interruption is not trained again, for its last checkpoint stays until the result
     is recorded. When the result is there and only the weights are lost, their seed is trained once more, and the test
     set stays closed. It also stays closed when it was opened for another trial and no `reason` is given. Does nothing
-    when no trial is complete. Raises LeaseLost before the opening when another process does this by now.
+    when no trial is complete. Raises LeaseLost before the opening when another process does this by now, and InputError
+    when the model in `folder` is another study's.
     """
     study, store = place.study, place.store
     chosen = store.chosen()
-    if chosen is None or (store.has_final() and has_model(folder)):
+    if chosen is None:
+        return
+    check_folder(folder, store.url, store.attribute("uid"))
+    if store.has_final() and has_model(folder):
         return
     if store.has_final():
         if is_recorded(store, folder, WEIGHTS):  # only what says what they are is lost, and the storage knows it
-            write_description(folder, study.config(chosen.params), chosen, store.attribute("final"))
+            weights = sha256_of(read_tensors(folder / WEIGHTS)[0])
+            write_description(store, folder, study.config(chosen.params), chosen, store.attribute("final"), weights)
             record_files(store, folder, DESCRIPTION)
-            return
-        print(
-            f"The model in {folder} is missing: its seed is trained again, the test set stays closed.", file=sys.stderr
-        )
-        seed = Retraining(place, "final", chosen, 0)
-        yield from seed.train()
-        save_model(folder, seed.trained(), chosen, store.attribute("final"))
-        record_files(store, folder, WEIGHTS, DESCRIPTION)
-        seed.end()
+        else:
+            yield from _make_again(place, chosen, folder)
         return
     store.ledger()  # an edited one is named before hours of training
     if reason is None and (why := store.why_closed()) is not None:
@@ -80,6 +90,35 @@ def final_run(place: Place, folder: Path, reason: str | None = None) -> Iterator
     _open_test_set(place, seeds, base, folder, reason)
     for retraining in [*seeds, *base]:
         retraining.end()
+
+
+def _make_again(place: Place, chosen: TrialRecord, folder: Path) -> Iterator[Event]:
+    """Train the lost model's seed once more, as it was trained before.
+
+    Where that gives other weights all the same, it is said, here and in model.json: the test result is not theirs.
+    """
+    store = place.store
+    print(f"The model in {folder} is missing: its seed is trained again, the test set stays closed.", file=sys.stderr)
+    tested = store.attribute("final")["per_seed"][0]
+    environments = tested.get("environments") or []  # older studies kept none
+    # MLflow is not told: what it shows of this seed is the training that was tested.
+    seed = Retraining(dataclasses.replace(place, tracker=NoTracker()), "final", chosen, 0)
+    with threads_of(environments):
+        yield from seed.train()
+        training = seed.trained()
+    save_model(store, folder, training, chosen, store.attribute("final"))
+    if tested.get("weights") in (None, sha256_of(training.model.state_dict())):
+        record_files(store, folder, WEIGHTS, DESCRIPTION)
+    else:
+        forget_files(store, WEIGHTS, DESCRIPTION)  # the tested ones are welcome, too, if somebody has a copy
+        differing = differences(environments[-1], seed.environments[-1]) if environments else ""
+        print(
+            f"The model in {folder} was trained again, and its weights are not those that were tested"
+            f"{f' ({differing})' if differing else ''}; its test result is theirs. To have the same bits, copy "
+            f"{folder.name} from the machine that trained it first.",
+            file=sys.stderr,
+        )
+    seed.end()
 
 
 def _base(place: Place, chosen: TrialRecord) -> list[Retraining]:
@@ -124,7 +163,7 @@ def _open_test_set(
             final["mcnemar"] = mcnemar(results[0].hits, result.hits).to_dict()
     final["ledger"] = _write_result(store, final)
     keep_check_images(folder, test)
-    save_model(folder, saved, chosen, final)
+    save_model(store, folder, saved, chosen, final)
     record_files(store, folder, WEIGHTS, DESCRIPTION, CHECK_FILE)
     predictions = {
         "classes": list(saved.classes),
@@ -237,16 +276,24 @@ def keep_check_images(folder: Path, test: ImageSet) -> None:
     write_tensors(folder / CHECK_FILE, {"images": images}, {"split": "test"})
 
 
-def save_model(folder: Path, training: Training, chosen: TrialRecord, final: Mapping[str, Any]) -> None:
+def save_model(store: Store, folder: Path, training: Training, chosen: TrialRecord, final: Mapping[str, Any]) -> None:
     """Write model.safetensors and model.json."""
-    write_tensors(folder / WEIGHTS, training.model.state_dict(), {"trial": chosen.number, "seed": 0})
-    write_description(folder, training.config, chosen, final)
+    weights = training.model.state_dict()
+    write_tensors(folder / WEIGHTS, weights, {"trial": chosen.number, "seed": 0})
+    write_description(store, folder, training.config, chosen, final, sha256_of(weights))
 
 
-def write_description(folder: Path, config: TrainConfig, chosen: TrialRecord, final: Mapping[str, Any]) -> None:
-    """Write model.json: classes, preprocessing, configuration and test result."""
-    size = config.data.image_size
+def write_description(
+    store: Store, folder: Path, config: TrainConfig, chosen: TrialRecord, final: Mapping[str, Any], weights: str
+) -> None:
+    """Write model.json: classes, preprocessing, configuration and test result, and whether that is these weights' own.
+
+    `weights` is the sha256 of those beside it.
+    """
+    size, tested = config.data.image_size, final["per_seed"][0].get("weights")  # older studies know none
     description = {
+        "study_uid": store.attribute("uid"),
+        "weights": {"sha256": weights, "tested": None if tested is None else weights == tested},
         "classes": config.data.classes(),
         "preprocessing": {
             "resize_short_side": size,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from harness import ledger
 from harness.evidence import percent
 from harness.files import replace_file
+from harness.opening import is_tested
 from harness.overview import conclusion, final_sentence, selection_sentence
 from harness.packing import unpack
 from harness.predictions import calibration_sentence, described
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 UNKNOWN_LICENCE = "Nothing is recorded about the licence of these images; ask who took them before passing on."
+RETRAINED = (
+    " These weights were trained again from that seed after the tested ones were lost, and differ from them by what "
+    "another machine computes otherwise; the results below are those of the tested ones."
+)
 WORST_CLASSES = 5
 
 
@@ -62,7 +67,7 @@ def _what(description: Mapping[str, Any], final: Mapping[str, Any]) -> str:
         f"It tells {len(description['classes'])} classes apart in images of {size} x {size} pixels. Backbone: "
         f"{backbone}; weights: those of seed {description['test']['seed']} of {len(final['per_seed'])}, fixed before "
         "the test set was opened. The weights are in `model.safetensors`; classes, preprocessing and the whole "
-        "configuration are in `model.json`."
+        f"configuration are in `model.json`.{'' if is_tested(description) else RETRAINED}"
     )
 
 

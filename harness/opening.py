@@ -246,6 +246,12 @@ def record_files(store: Store, folder: Path, *names: str) -> None:
     store.set_attribute("files", others | here)
 
 
+def forget_files(store: Store, *names: str) -> None:
+    """Keep no sha256 of these files: whatever lies there whole will do."""
+    if _recorded(store):
+        store.set_attribute("files", {name: value for name, value in _recorded(store).items() if name not in names})
+
+
 def is_recorded(store: Store, folder: Path, name: str) -> bool:
     """Whether a file of the model is there and, to the last bit, the one that was recorded."""
     return name in _recorded(store) and (folder / name).is_file() and file_fault(store, folder, name) is None
@@ -298,3 +304,31 @@ def read_description(path: Path) -> dict[str, Any]:
     if lacking:
         raise Damaged(f"{path} is damaged (it does not say the model's {', '.join(lacking)})")
     return description
+
+
+def is_tested(description: Mapping[str, Any]) -> bool:
+    """Whether a model.json calls the weights beside it the tested ones; those of older studies are taken to be."""
+    weights = description.get("weights")
+    return not (isinstance(weights, dict) and weights.get("tested") is False)
+
+
+def check_folder(folder: Path, url: str, uid: str | None) -> None:
+    """Raise InputError when the model in `folder` is not that of the study at `url`; its `uid` is None until it begins.
+
+    Studies of one name in several databases have their folders in one place. Older models do not say whose they are.
+    """
+    try:
+        owner = read_description(folder / DESCRIPTION).get("study_uid")
+    except Damaged:
+        return
+    if owner not in (None, uid):
+        other = "give this study another name" if sqlite_file(url) is None else "give another --storage"
+        raise InputError(f"{folder} holds the model of another study than {url}; move that folder away, or {other}.")
+
+
+def uid_of(name: str, url: str) -> str | None:
+    """The uid of a study, None when it has not begun. Raises InputError when the storage cannot be opened."""
+    if not exists(name, url):
+        return None
+    with read_store(name, url) as store:
+        return store.attribute("uid")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from harness.checkpoint import SUFFIX, Checkpoint, fingerprint, identity_of, remove
 from harness.config import Study
@@ -52,6 +54,7 @@ class Retraining:
         self.kind, self.trial, self.number = kind, trial, number
         self.config = place.study.config(trial.params)
         self.key = KEYS[kind](trial.number, number)
+        self.environments: Sequence[Mapping[str, str]] = ()  # that it was trained in, once `trained` has read it
         self._place = place
         self._path = place.checkpoints / f"{self.key}{SUFFIX}"
         self._seed = derive_seed(place.study.seed, "rerank" if kind == "rerank" else "final", number)
@@ -93,13 +96,15 @@ class Retraining:
         checkpoint = self._checkpoint()
         if not checkpoint.restore():
             raise Halt(f"The trained weights {self._path} are gone or damaged; the same command trains them again.")
+        self.environments = checkpoint.environments
         return checkpoint.training
 
     def record(self, training: Training) -> dict[str, Any]:
-        """What the storage keeps of the training: the weights' sha256 and every epoch."""
+        """What the storage keeps of the training: the weights' sha256, what they were computed with, every epoch."""
         return {
             "seed": self.number,
             "weights": fingerprint(training.model.state_dict()),
+            "environments": [dict(each) for each in self.environments],
             "epochs": [result.without_hits().to_dict() for result in training.progress.epochs],
         }
 
@@ -116,3 +121,19 @@ class Retraining:
         identity = identity_of(place.store.attribute("uid"), self.key, self._seed, self.config)
         here = environment(place.runtime.device.type)
         return Checkpoint(self._path, identity | {"fit_on": self._fit_on}, training, here)
+
+
+@contextmanager
+def threads_of(environments: Sequence[Mapping[str, str]]) -> Iterator[None]:
+    """As many of torch's threads as a training had, for on a CPU their number decides its last bits.
+
+    They are left as they are when that is not known, or it went on with another number.
+    """
+    known, before = {each.get("threads") for each in environments}, torch.get_num_threads()
+    number = known.pop() if len(known) == 1 else None
+    if number is not None:
+        torch.set_num_threads(int(number))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -109,21 +109,24 @@ def _run(args: argparse.Namespace) -> int:
     if args.fresh:
         opening.check_movable(url)
         _check_nobody_at_work(study, url)
-    begun = not args.fresh and opening.exists(study.name, url)
+    begun, model = not args.fresh and opening.exists(study.name, url), found.beside(url, ".model")
     if begun:
         # Without --data-root nothing says that the images are others; to look would take longer than the answer.
         content = _prepare(study) if args.data_root else None
         opening.compare(study, url, content)
         with opening.open_store(study, url, content) as store:
+            opening.check_folder(model, url, store.attribute("uid"))
             if args.reopen_test:
                 _check_reopening(study, store)
-            saved = _is_saved(study, store, found.beside(url, ".model"))
+            saved = _is_saved(study, store, model)
             if store.is_complete(study) and saved and not args.reopen_test:
                 print(f"Nothing is missing: {store.finished()} trials are finished (asked for: {study.trials}).")
                 print(overview.summary(study.name, store, uri_of(args.tracking_uri, found.mlruns)))
                 return ended(store)
-    elif args.reopen_test:
-        raise InputError("--reopen-test: no test result of this study is known yet; leave it out.")
+    else:
+        if args.reopen_test:
+            raise InputError("--reopen-test: no test result of this study is known yet; leave it out.")
+        opening.check_folder(model, url, opening.uid_of(study.name, url))
     return _run_what_is_missing(args, found, study, url, begun)
 
 

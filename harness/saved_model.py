@@ -15,7 +15,16 @@ from harness.checkpoint import read_tensors
 from harness.config import Study, TrainConfig
 from harness.errors import InputError
 from harness.files import Damaged
-from harness.opening import AGAIN, CHECK_FILE, DESCRIPTION, WEIGHTS, file_fault, has_model, read_description
+from harness.opening import (
+    AGAIN,
+    CHECK_FILE,
+    DESCRIPTION,
+    WEIGHTS,
+    check_folder,
+    file_fault,
+    has_model,
+    read_description,
+)
 from harness.storage import Store
 
 CHECK_IMAGES = 5  # another number than an exported program's example, so that the batch size is seen to be free
@@ -51,6 +60,7 @@ def load_saved(study: Study, store: Store, folder: Path) -> SavedModel:
     """
     if not has_model(folder):
         raise InputError(f"{folder} holds no model{_why_missing(study, store)}")
+    check_folder(folder, store.url, store.attribute("uid"))
     for name in (WEIGHTS, DESCRIPTION):
         if (fault := file_fault(store, folder, name)) is not None:
             raise InputError(f"The model cannot be used: {fault}; {AGAIN}.")
