@@ -6,7 +6,7 @@ is never touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,11 +22,15 @@ from harness.leases import in_words
 from harness.opening import (
     AGAIN,
     CHECK_FILE,
+    DESCRIPTION,
     WEIGHTS,
     as_begun,
+    check_folder,
     has_model,
     is_recorded,
+    is_tested,
     open_store,
+    read_description,
     read_store,
     record_files,
     wrong_files,
@@ -38,6 +42,10 @@ from harness.tracking import Finding, expected_runs, facts, study_metrics, trial
 
 if TYPE_CHECKING:
     from harness.mlflow_tracker import MLflowTracker
+
+UNFINISHED = (
+    "The study has not ended, and no process is at it: the same command goes on, and mends what was left behind."
+)
 
 
 def consult(found: Found, url: str, tracking_uri: str | None, fix: bool) -> bool:
@@ -51,35 +59,57 @@ def consult(found: Found, url: str, tracking_uri: str | None, fix: bool) -> bool
     study = found.study.located(found.home, None, None)
     checkpoints, model = (found.beside(url, suffix) for suffix in (".checkpoints", ".model"))
     with read_store(study.name, url) as store:
-        process = holder(file) if file is not None else _at_work(store)
-        if fix and process is not None:
-            raise InputError(f"Study {study.name!r} is being run by process {process}; wait for it, then mend.")
+        who = _who(store, file)
+        if fix and who is not None:
+            raise InputError(f"Study {study.name!r} is being run by {who}; wait for the end, then mend.")
         study = as_begun(study, store)
         tracker = attached(tracking_uri, found.mlruns, study, store)
-        findings = list(examine(study, store, tracker, checkpoints, model, process is not None))
-        if file is not None and process is None and pid_file(file).exists():
+        findings = list(examine(study, store, tracker, checkpoints, model, who is not None))
+        if file is not None and who is None and pid_file(file).exists():
             text = f"{pid_file(file)} names process {pid_file(file).read_text().strip()}, which is gone"
             findings.append(Finding(text, pid_file(file).unlink))
         for finding in findings:
             print(finding.text)
         if not findings:
-            print(_well(store, process))
+            print(_well(store, model, who is not None))
+        elif not fix and who is None and not _was_published(store):
+            print(UNFINISHED)
     if not (fix and findings):
         return not findings
     with open_store(study, url) as store:
         return _mend(study, store, found, tracking_uri, checkpoints, model)
 
 
-def _at_work(store: Store) -> str | None:
-    """The processes that work on a study on a server, None when there are none."""
-    return ", ".join(sorted({in_words(owner) for owner in store.at_work().values()})) or None
+def _who(store: Store, file: Path | None) -> str | None:
+    """The processes that work on a study, as people name them; None when there are none."""
+    if file is not None:
+        pid = holder(file)
+        return None if pid is None else f"process {pid}"
+    owners = sorted({in_words(owner) for owner in store.at_work().values()})
+    return _several("process", "processes", owners) if owners else None
 
 
-def _well(store: Store, process: str | None) -> str:
-    unfinished = ", ".join(str(trial.number) for trial in store.trials() if trial.state == "running")
-    then = "goes on when the study does" if process is None else f"is under way in process {process}"
-    waiting = f"; trial {unfinished} {then}" if unfinished else ""
-    return f"Storage, MLflow, checkpoints and processes agree on {store.finished()} finished trials{waiting}."
+def _several(one: str, more: str, names: Sequence[str]) -> str:
+    """`trial 3`, `trials 3, 4 and 5`."""
+    *rest, last = names
+    return f"{more} {', '.join(rest)} and {last}" if rest else f"{one} {last}"
+
+
+def _well(store: Store, model: Path, living: bool) -> str:
+    owners, numbers = store.at_work(), [trial.number for trial in store.trials() if trial.state == "running"]
+    said = [f"Storage, MLflow, checkpoints and processes agree on {store.finished()} finished trials"]
+    held = {number: owners[trial_key(number)] for number in numbers if trial_key(number) in owners}
+    said += [f"trial {number} is under way in process {in_words(owner)}" for number, owner in held.items()]
+    if waiting := [str(number) for number in numbers if number not in held]:
+        goes = "goes" if len(waiting) == 1 else "go"
+        said.append(
+            f"{_several('trial', 'trials', waiting)} {goes} on when {'its turn comes' if living else 'the study does'}"
+        )
+    if store.has_final() and has_model(model) and not is_tested(read_description(model / DESCRIPTION)):
+        said.append(
+            f"the model in {model} was trained again after the tested one, whose test result it shows, was lost"
+        )
+    return f"{'; '.join(said)}."
 
 
 def _mend(study: Study, store: Store, found: Found, tracking_uri: str | None, checkpoints: Path, model: Path) -> bool:
@@ -163,6 +193,11 @@ def _model(store: Store, folder: Path) -> Iterator[Finding]:
     final = store.attribute("final")
     if final is None or not store.has_final():
         return
+    try:
+        check_folder(folder, store.url, store.attribute("uid"))
+    except InputError as error:
+        yield Finding(str(error).rstrip("."))
+        return
     if not has_model(folder):
         yield Finding(f"{folder} holds no model, but the final run is recorded; {AGAIN}")
         return
@@ -176,8 +211,19 @@ def _model(store: Store, folder: Path) -> Iterator[Finding]:
     weights, known = folder / WEIGHTS, final["per_seed"][0].get("weights")
     if WEIGHTS in dict(wrong) or known is None or is_recorded(store, folder, WEIGHTS):  # older studies know no weights
         return
-    if fingerprint(read_tensors(weights)[0]) != known:
+    there = fingerprint(read_tensors(weights)[0])
+    # Weights that were trained again where other bits come out, and say so, are as good as this machine makes them.
+    if there != known and not _says_so(folder, there):
         yield Finding(f"{weights} holds other weights than the final run's; {AGAIN}", weights.unlink)
+
+
+def _says_so(folder: Path, weights: str) -> bool:
+    """Whether model.json says of weights with this sha256 that they are not the tested ones."""
+    try:
+        description = read_description(folder / DESCRIPTION)
+    except Damaged:
+        return False
+    return not is_tested(description) and bool(description["weights"].get("sha256") == weights)
 
 
 def _give_up(store: Store, path: Path) -> None:
