@@ -73,7 +73,7 @@ def output(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def assert_one_study(database: str, mlflow: Server, trials: int) -> None:
+def assert_one_study(database: str, mlflow: Server, trials: int, seeds: int = 1) -> None:
     """Exactly so many trials, one final run, one finished run in MLflow for each."""
     with read_store("tiny", database) as store:
         found = store.optuna_study.get_trials()
@@ -84,7 +84,7 @@ def assert_one_study(database: str, mlflow: Server, trials: int) -> None:
         assert store.attribute("published") == trials
         uid = store.attribute("uid")
         expected = {STUDY, *(f"trial-{trial.number}" for trial in found)}
-        expected |= {f"final-seed-0-of-trial-{store.attribute('final')['trial']}"}
+        expected |= {f"final-seed-{seed}-of-trial-{store.attribute('final')['trial']}" for seed in range(seeds)}
     runs = [run for run in runs_on(mlflow) if run.data.tags["harness.study_uid"] == uid]
     keys = Counter(run.data.tags[KEY] for run in runs)
     assert {key: count for key, count in keys.items() if not key.startswith("base-")} == dict.fromkeys(expected, 1)
