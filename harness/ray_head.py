@@ -7,6 +7,7 @@ reached through it as well: it has the storage open, and each worker has leases 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import threading
 import time
@@ -58,6 +59,7 @@ class Head:
     def open(self, order: Order, place: Path, serving: bool) -> None:
         """Load the study's file, whose classes messages may hold; if `serving`, its storage. `place`: the cwd."""
         os.chdir(place)
+        self._checkpoints = order.checkpoints
         self._study = order.study()
         if serving:
             self._store = self._kept.enter_context(open_store(self._study, order.url, joining=True))
@@ -86,6 +88,13 @@ class Head:
         del self._messages[: fetched - self._fetched]
         self._fetched = fetched
         return list(self._messages)
+
+    def holds(self, name: str, sha256: str) -> bool:
+        """Whether the coordinator's folder of checkpoints has this file with this content."""
+        try:
+            return hashlib.sha256((self._checkpoints / name).read_bytes()).hexdigest() == sha256
+        except OSError:
+            return False
 
     def renew(self, owner: str) -> None:
         store = self._of(owner)

@@ -12,7 +12,6 @@ import socket
 import sys
 import tempfile
 import time
-import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,7 +41,6 @@ from harness.worker import Done, Listener, Message, Order, Stopped, Teller, Told
 from harness.workers import DEATHS_IN_A_ROW, FAREWELL_SECONDS
 
 POLL_SECONDS = 0.2  # between two looks at what the workers say
-SHARED = "shared"  # a file in the folder of checkpoints: who sees it shares the folder with the coordinator
 
 
 class RayWorkers:
@@ -53,8 +51,6 @@ class RayWorkers:
         data_root = None if order.data_root is None else str(Path(order.data_root).resolve())
         self._order = dataclasses.replace(order, device=device, data_root=data_root)
         self._store, self._needs, self._listener = store, needs, Listener(tracker)
-        self._mark = order.checkpoints / SHARED
-        self._token = uuid.uuid4().hex
         self._begun = self._deaths = self._fetched = 0
         self._tasks: dict[Any, tuple[int, Job]] = {}  # Ray's reference -> the worker's number, what it is at
         self._arrived: set[int] = set()
@@ -91,8 +87,6 @@ class RayWorkers:
         for task in left:
             ray.cancel(task, force=True)
         ray.kill(self._head)
-        if self._mark.exists():
-            remove(self._mark)
 
     def search(self) -> Iterator[Event]:
         return self._do([Search()] * self._needs.workers)
@@ -102,7 +96,6 @@ class RayWorkers:
 
     def _do(self, jobs: Sequence[Job]) -> Iterator[Event]:
         waiting = deque(jobs)
-        replace_file(self._mark, self._token.encode())
         while waiting or self._tasks:
             while waiting and len(self._tasks) < self._needs.workers:
                 self._begin(waiting.popleft())
@@ -125,7 +118,7 @@ class RayWorkers:
             "runtime_env": {"env_vars": self._needs.environment()},
             "name": f"{self._order.file.stem} worker {number}",
         }
-        task = _work.options(**options).remote(self._order, job, number, self._head, self._token)
+        task = _work.options(**options).remote(self._order, job, number, self._head)
         self._tasks[task] = number, job
 
     def _withdraw(self) -> None:
@@ -192,7 +185,7 @@ class RayWorkers:
 
 
 @ray.remote(max_calls=1)
-def _work(order: Order, job: Job, number: int, head: Any, token: str) -> bytes | None:
+def _work(order: Order, job: Job, number: int, head: Any) -> bytes | None:
     """Do a job. The trained weights are returned where the coordinator does not see the file that they are in."""
     interrupt.install()
     owner, where = new_owner(), socket.gethostname()
@@ -202,7 +195,7 @@ def _work(order: Order, job: Job, number: int, head: Any, token: str) -> bytes |
         with _opened(order, head, owner, Teller(tell)) as place:
             _prepare(place)
             do(job, place, tell)
-        return _to_carry(order, job, token)
+        return _to_carry(order, job, head)
     except InputError as error:
         tell(Stopped(InputError(f"On {where}: {error}")))
         return None
@@ -249,15 +242,16 @@ def _prepare(place: Place) -> None:
         keep_features(study.train, place.runtime, with_validation=study.final.fit_on == "train+val")
 
 
-def _to_carry(order: Order, job: Job, token: str) -> bytes | None:
-    """The file that a training left, if this node's folder of checkpoints is not the coordinator's."""
-    mark = order.checkpoints / SHARED
-    if isinstance(job, Search) or (mark.is_file() and mark.read_text(errors="replace") == token):
+def _to_carry(order: Order, job: Job, head: Any) -> bytes | None:
+    """The file that a training left, unless the coordinator sees it, too, in its own folder of checkpoints."""
+    if isinstance(job, Search):
         return None
     path = order.checkpoints / _file(job)
     if not path.exists():  # the job was stopped for good, and the coordinator has heard why
         return None
     content = path.read_bytes()
+    if answer(head.holds.remote(path.name, hashlib.sha256(content).hexdigest())):
+        return None
     remove(path)
     return content
 
