@@ -41,7 +41,7 @@ def run_study(
     failure = None
     with (
         _workers(args, workers_of_use, found, study, store, tracker, runtime) as workers,
-        Display(study, store, console, workers_of_use) as display,
+        Display(study, store, console, 1 if workers is None else workers.at_once) as display,
         closing(events_of(study, store, tracker, runtime, model, checkpoints, args.reopen_test, workers)) as events,
     ):
         try:

@@ -52,6 +52,7 @@ class Display:
     """Shows the events of `study.run`. Use it as a context manager."""
 
     def __init__(self, study: Study, store: Store, console: Console, workers: int = 1) -> None:
+        """`workers` is how many train side by side."""
         self._study = study
         self._workers = workers
         self._store = store

@@ -31,6 +31,11 @@ Job = Search | Train
 class Workers(Protocol):
     """Who works for a coordinator: processes of this machine (`harness.workers`), or of a cluster."""
 
+    @property
+    def at_once(self) -> int:
+        """How many there is room for, and so how many train side by side."""
+        ...
+
     def search(self) -> Iterator[Event]:
         """Have the trials evaluated that the study lacks, yielding what happens."""
         ...

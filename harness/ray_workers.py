@@ -88,6 +88,10 @@ class RayWorkers:
             ray.cancel(task, force=True)
         ray.kill(self._head)
 
+    @property
+    def at_once(self) -> int:
+        return max(1, min(self._needs.workers, self._needs.places))
+
     def search(self) -> Iterator[Event]:
         return self._do([Search()] * self._needs.workers)
 

@@ -123,6 +123,10 @@ class Pool:
                 worker.process.kill()
                 worker.process.join()
 
+    @property
+    def at_once(self) -> int:
+        return len(self._workers)
+
     def search(self) -> Iterator[Event]:
         return self._do([Search()] * len(self._workers))
 
