@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ def run_study(
     model, checkpoints = (found.beside(store.url, suffix) for suffix in (".model", ".checkpoints"))
     failure = None
     with (
-        _workers(args, workers_of_use, found, study, store, tracker, runtime) as workers,
+        _workers(args, workers_of_use, found, study, store, tracker, runtime, console) as workers,
         Display(study, store, console, 1 if workers is None else workers.at_once) as display,
         closing(events_of(study, store, tracker, runtime, model, checkpoints, args.reopen_test, workers)) as events,
     ):
@@ -152,6 +152,7 @@ def _workers(
     store: Store,
     tracker: MLflowTracker,
     runtime: Runtime,
+    console: Any,
 ) -> Iterator[Workers | None]:
     """Who trains for this process; None when it does so itself, or nothing is left to train."""
     here = args.engine == "processes"
@@ -176,10 +177,15 @@ def _workers(
         with Pool(order, environments[:of_use], tracker) as pool:
             yield pool
         return
-    from harness.ray_cluster import needs
+    from harness.ray_cluster import in_words, needs
     from harness.ray_workers import RayWorkers
 
-    with RayWorkers(order, store, needs(args.workers, args.workers_per_gpu, runtime.device.type), tracker) as workers:
+    asked = needs(args.workers, args.workers_per_gpu, runtime.device.type)
+    text = f"Asking Ray for {asked.workers} worker{'s' if asked.workers > 1 else ''}"
+    console.print(f"{text}, {in_words(asked)} each; that takes some seconds.", highlight=False, soft_wrap=True)
+    with ExitStack() as kept:
+        with console.status(f"{text} …"):
+            workers = kept.enter_context(RayWorkers(order, store, asked, tracker))
         yield workers
 
 
