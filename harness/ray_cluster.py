@@ -21,6 +21,8 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+NOBODY = "start one with `ray start --head`, or give another address."
+GONE = "`ray stop` forgets it; then `ray start --head` starts one, `ray start --address HOST:PORT` joins another one."
 # What a worker's process takes over from the coordinator's.
 TAKEN_OVER = ("PYTHONPATH", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
@@ -47,17 +49,21 @@ def connect(address: str | None) -> None:
     """
     if importlib.util.find_spec("ray") is None:
         raise InputError('--engine ray needs Ray; install it with pip install -e ".[ray]".')
-    address = address or os.environ.get("RAY_ADDRESS") or "auto"
+    option, given = check_address(address)
     os.environ |= QUIET
-    if address != "auto":
-        _probe(address)
     import ray
 
     if ray.is_initialized():
         return
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    place = given
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+        if given == "auto":
+            place = _last_joined()
+            _probe(place, f"The Ray cluster that this machine belonged to last, at {place}, does not answer", GONE)
+        else:
+            _probe(place, f"No Ray cluster answers at {option} {place}", NOBODY)
+        ray.init(address=place, log_to_driver=False, logging_level=logging.CRITICAL)
     except ConnectionError as error:
         raise InputError(
             "No Ray cluster runs on this machine; start one with `ray start --head`, give the --ray-address HOST:PORT "
@@ -65,28 +71,50 @@ def connect(address: str | None) -> None:
             "RAY_AUTH_MODE=token in the environment.)"
         ) from error
     except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(
-            f"The Ray cluster at {address} cannot be joined ({first_line(error)}); this machine must be one of its "
-            "nodes, with the same versions of Ray and Python: `ray start --address HOST:PORT` makes it one."
-        ) from error
+        raise InputError(f"The Ray cluster at {place} cannot be joined: {_why(error)}") from error
     finally:
         for number, handler in handlers.items():  # Ray takes SIGTERM for itself
             signal.signal(number, handler)
 
 
-def _probe(address: str) -> None:
-    """Raise InputError unless something listens at HOST:PORT."""
+def check_address(given: str | None) -> tuple[str, str]:
+    """The option or variable that says where the cluster is, and what it says: "auto" or HOST:PORT.
+
+    Where RAY_ADDRESS is set it is what "auto" means, as everywhere in Ray. Raises InputError for something else.
+    """
+    option, address = "--ray-address", given or "auto"
+    if address == "auto" and os.environ.get("RAY_ADDRESS"):
+        option, address = "RAY_ADDRESS", os.environ["RAY_ADDRESS"]
+    if address != "auto" and _parts(address) is None:
+        raise InputError(f"{option} {address!r} is neither auto nor HOST:PORT, as `ray start --head` prints it.")
+    return option, address
+
+
+def _parts(address: str) -> tuple[str, int] | None:
     found = re.fullmatch(r"\[?([^\s/]+?)\]?:(\d{1,5})", address)
-    if found is None or int(found[2]) > 65535:
-        raise InputError(f"--ray-address {address!r} is neither auto nor HOST:PORT, as `ray start --head` prints it.")
+    return (found[1], int(found[2])) if found is not None and int(found[2]) <= 65535 else None
+
+
+def _last_joined() -> str:
+    """HOST:PORT that "auto" stands for, found as Ray finds it: of a node that runs here, else what its file says.
+
+    Raises ConnectionError when this machine belongs to no cluster.
+    """
+    from ray._private.services import get_ray_address_from_environment
+
+    logging.getLogger("ray").setLevel(logging.CRITICAL)  # which of several nodes it takes
+    found: str = get_ray_address_from_environment("auto", None)
+    if _parts(found) is None:
+        raise ConnectionError(f"Ray's file of its last cluster holds {found!r}")
+    return found
+
+
+def _probe(address: str, nobody: str, remedy: str) -> None:
+    """Raise InputError unless a Ray cluster listens at HOST:PORT: `nobody`, the reason, and the remedy."""
     try:
-        socket.create_connection((found[1], int(found[2])), PROBE_SECONDS).close()
+        socket.create_connection(_parts(address), PROBE_SECONDS).close()  # type: ignore[arg-type]
     except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise InputError(
-            f"No Ray cluster answers at --ray-address {address} ({reason}); start one with `ray start --head`, "
-            "or give another address."
-        ) from error
+        raise InputError(f"{nobody} ({error.strerror or first_line(error)}); {remedy}") from error
     import ray
     from ray.exceptions import AuthenticationError, RayError
 
@@ -99,9 +127,18 @@ def _probe(address: str) -> None:
         ) from error
     except RayError as error:
         raise InputError(
-            f"What answers at --ray-address {address} is no Ray cluster ({first_line(error)}); give the address that "
+            f"What answers at {address} is no Ray cluster ({first_line(error)}); give the --ray-address that "
             "`ray start --head` prints."
         ) from error
+
+
+def _why(error: Exception) -> str:
+    """Why a cluster cannot be joined, and what helps; Ray names differing versions in lines of their own."""
+    versions = re.findall(r"\b(?:Ray|Python): (\S+)", str(error))
+    if len(versions) == 4:
+        runs = "it runs Ray {} and Python {}, and here are Ray {} and Python {}".format(*versions)
+        return f"{runs}; install the same versions on all of its nodes."
+    return f"{first_line(error)}; this machine must be one of its nodes: `ray start --address HOST:PORT` makes it one."
 
 
 def needs(workers: int | None, per_gpu: int, device: str) -> Needs:

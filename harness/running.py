@@ -93,12 +93,14 @@ def _share_cores() -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from harness import catalogue, database, opening, overview
+    from harness import catalogue, database, opening, overview, ray_cluster
     from harness.coordinator import ended
     from harness.mlflow_places import uri_of
 
     if args.ray_address is not None and args.engine != "ray":
         raise InputError("--ray-address names a cluster for --engine ray; give that, too, or leave it out.")
+    if args.engine == "ray":  # a finished study needs no cluster, but what is typed makes sense
+        ray_cluster.check_address(args.ray_address)
     found = catalogue.find(args.study)
     study = found.study.with_settings(args.set).located(found.home, args.data_root, args.device)
     if args.trials is not None:
