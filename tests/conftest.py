@@ -23,6 +23,7 @@ from harness.models.maxvit import TinyMaxViT
 from harness.search import no_pruning, tpe
 from harness.space import Choice, Float
 from tests.postgres import database, postgres  # noqa: F401  (fixtures)
+from tests.ray_nodes import cluster  # noqa: F401  (a fixture)
 
 pytest.register_assert_rewrite("tests.refusal")  # its assertions speak for the tests that call it
 if TYPE_CHECKING:

@@ -1,0 +1,181 @@
+"""A real Ray cluster of several nodes on this machine, and studies that run on it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.catalogue import PROJECT
+from harness.opening import read_store
+
+OBJECT_STORE = 80 * 2**20  # bytes; Ray takes no less than 75 MiB
+PATIENCE_SECONDS = 150
+TASK = "ray::tiny worker"  # what its process is called
+# Its backbone is defined in the study's file, which workers must have loaded before they can be told of it.
+STUDY_FILE = """
+import dataclasses
+import time
+from dataclasses import dataclass
+
+from harness.config import FinalConfig
+from tests.faulty import Pebble, small_study
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slow(Pebble):
+    def build(self, classes, image_size):
+        model = super().build(classes, image_size)
+        forward = model.forward
+
+        def slow(images):
+            if model.training:
+                time.sleep(0.1)
+            return forward(images)
+
+        model.forward = slow
+        return model
+
+
+STUDY = dataclasses.replace(
+    small_study("data/cache", backbone=Slow(), epochs=4),
+    name="tiny",
+    trials=5,
+    final=FinalConfig(seeds=2, publish=False, compare_base=False),
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head that runs no workers; tests add nodes."""
+    pytest.importorskip("ray", reason="Ray is not installed")
+    from ray.cluster_utils import Cluster
+
+    handler = signal.getsignal(signal.SIGTERM)  # Ray takes it for itself
+    place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets lie in it, whose paths must be short
+    head = {"num_cpus": 0, "object_store_memory": OBJECT_STORE, "include_dashboard": False, "temp_dir": place}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+        signal.signal(signal.SIGTERM, handler)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def nodes(cluster: Any, count: int, num_cpus: int = 1, num_gpus: int = 0) -> Iterator[list[Any]]:
+    added = []
+    try:
+        for _ in range(count):
+            node = cluster.add_node(num_cpus=num_cpus, num_gpus=num_gpus, object_store_memory=OBJECT_STORE)
+            added.append(node)
+        cluster.wait_for_nodes()
+        yield added
+    finally:
+        for node in added:
+            if node in cluster.worker_nodes:
+                cluster.remove_node(node, allow_graceful=False)
+        cluster.wait_for_nodes()  # until Ray knows that they are gone
+
+
+def tasks(nodes: Sequence[Any]) -> list[int]:
+    """The PIDs of the processes on these nodes that are at a worker's task."""
+    raylets = [str(each.process.pid) for node in nodes for each in node.all_processes["raylet"]]
+    command = ["ps", "-ww", "-o", "pid=,args=", "--ppid", ",".join(raylets)]
+    listed = subprocess.run(command, capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in listed.splitlines() if TASK in line]
+
+
+def working(url: str, nodes: Sequence[Any]) -> Any:
+    """The first of the nodes that is found at work on a trial: by the parent of the process that holds it."""
+    raylets = {each.process.pid: node for node in nodes for each in node.all_processes["raylet"]}
+    with read_store("tiny", url) as store:
+        until = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < until:
+            for key, owner in store.at_work().items():
+                status = Path("/proc", owner.rpartition("/")[2].partition(" ")[0], "status")
+                parent = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("PPid")]
+                if key.startswith("trial") and int(parent[0]) in raylets:
+                    return raylets[int(parent[0])]
+            time.sleep(0.02)
+    raise AssertionError("no trial was begun")
+
+
+class Command:
+    """`run_study.py --engine ray` in a folder, line by line."""
+
+    def __init__(self, place: Path, address: str, *arguments: str) -> None:
+        (place / "studies").mkdir(exist_ok=True)
+        (place / "studies" / "tiny.py").write_text(STUDY_FILE)
+        command = [sys.executable, str(PROJECT / "run_study.py"), "--study", "tiny", "--engine", "ray"]
+        self.said = ""
+        self.process = subprocess.Popen(
+            [*command, "--ray-address", address, *arguments],
+            cwd=place,
+            env=os.environ | {"PYTHONPATH": str(PROJECT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def __enter__(self) -> Command:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def until(self, words: str) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said += line
+            if words in line:
+                return
+        raise AssertionError(f"{words!r} was not said:\n{self.said}")
+
+    def end(self) -> int:
+        self.said += self.process.communicate(timeout=PATIENCE_SECONDS)[0]
+        return self.process.returncode
+
+
+def url_in(place: Path) -> str:
+    return f"sqlite:///{place}/studies/tiny.db"
+
+
+def check_whole(place: Path, trials: int, url: str | None = None) -> None:
+    """Exactly that many results, nothing running, one final run, one MLflow run a trial, and a silent doctor."""
+    with read_store("tiny", url or url_in(place)) as store:
+        assert [(trial.number, trial.state) for trial in store.trials()] == [(n, "complete") for n in range(trials)]
+        assert store.has_final()
+        assert len(store.ledger()) == 2  # one opening of the test set and its result
+        assert store.at_work() == {}
+    database = sqlite3.connect(place / "mlruns" / "mlflow.db")
+    query = "SELECT name FROM runs JOIN tags USING (run_uuid) WHERE tags.key = 'harness.kind' AND tags.value = 'trial'"
+    names = Counter(name for (name,) in database.execute(query))
+    database.close()
+    assert len(names) == trials, names
+    assert set(names.values()) == {1}, names
+    assert not (place / "studies" / "tiny.checkpoints").exists()
+    doctor = subprocess.run(
+        [sys.executable, "-m", "harness", "doctor", "tiny", *(["--storage", url] if url else [])],
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+    )
+    assert doctor.returncode == 0, doctor.stdout + doctor.stderr
+    assert doctor.stdout.startswith("Storage, MLflow, checkpoints and processes agree"), doctor.stdout
