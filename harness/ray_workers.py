@@ -12,7 +12,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +51,8 @@ class RayWorkers:
         data_root = None if order.data_root is None else str(Path(order.data_root).resolve())
         self._order = dataclasses.replace(order, device=device, data_root=data_root)
         self._store, self._needs, self._listener = store, needs, Listener(tracker)
-        self._begun = self._deaths = self._fetched = 0
+        self._begun = self._fetched = 0
+        self._deaths: Counter[int] = Counter()  # by the worker's number, since anyone's last epoch: nodes have several
         self._tasks: dict[Any, tuple[int, Job]] = {}  # Ray's reference -> the worker's number, what it is at
         self._arrived: set[int] = set()
         self._head: Any = None
@@ -161,13 +162,13 @@ class RayWorkers:
                 raise message.error
             case _:
                 if isinstance(message, EpochEnded):
-                    self._deaths = 0
+                    self._deaths.clear()
                 yield message
 
     def _replaced(self, arrived: Arrived, before: str) -> None:
         self._store.leases.dismiss(before)  # nobody need wait until what it held runs out
-        self._deaths += 1
-        if self._deaths > DEATHS_IN_A_ROW:
+        self._deaths[arrived.number] += 1
+        if self._deaths[arrived.number] > DEATHS_IN_A_ROW:
             raise Halt("Workers die again and again; if memory is short on the nodes, give fewer --workers.")
         print(f"Worker {arrived.number} died; Ray has started it again on {arrived.where}.", file=sys.stderr)
 

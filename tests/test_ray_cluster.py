@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import InputError
+from harness.errors import Halt, InputError
 from harness.opening import open_store
 from harness.ray_cluster import Needs
 from harness.tracking import NoTracker
@@ -22,7 +22,21 @@ from tests.small import study_in
 pytest.importorskip("ray", reason="Ray is not installed")
 from ray._private.utils import write_ray_address
 
+from harness.ray_head import Arrived
 from harness.ray_workers import RayWorkers
+
+
+def order_in(place: Path, url: str) -> Order:
+    return Order(
+        file=place / "studies" / "tiny.py",
+        settings=(),
+        data_root=None,
+        device=None,
+        trials=3,
+        url=url,
+        checkpoints=place / "tiny.checkpoints",
+    )
+
 
 ADDRESSES = {
     "nobody there": ("127.0.0.1:9", ["No Ray cluster answers at --ray-address 127.0.0.1:9", "ray start --head"]),
@@ -78,21 +92,27 @@ def test_a_finished_study_needs_no_cluster_but_an_address(line: CommandLine) -> 
 
 
 def test_workers_without_a_place_do_not_shorten_the_time_that_is_left(tmp_path: Path) -> None:
-    order = Order(
-        file=tmp_path / "tiny.py",
-        settings=(),
-        data_root=None,
-        device=None,
-        trials=3,
-        url="",
-        checkpoints=tmp_path / "tiny.checkpoints",
-    )
+    order = order_in(tmp_path, "")
 
     def at_once(workers: int, places: int) -> int:
         needs = Needs(workers=workers, cpus=1, gpus=0, places=places)
         return RayWorkers(order, None, needs, NoTracker()).at_once  # type: ignore[arg-type]
 
     assert [at_once(20, 8), at_once(2, 8), at_once(4, 0)] == [8, 2, 1]
+
+
+def test_a_node_that_takes_many_workers_along_is_outlived_and_a_worker_that_dies_each_time_is_not(
+    tmp_path: Path, image_cache: Path
+) -> None:
+    study, url = study_in(tmp_path, image_cache)
+    with open_store(study, url) as store:
+        workers = RayWorkers(order_in(tmp_path, url), store, Needs(workers=8, cpus=1, gpus=0, places=16), NoTracker())
+        for number in range(8):
+            assert list(workers._heard(Arrived(number, "another node", f"elsewhere/pid:[1]/{number} a"))) == []
+        again = Arrived(3, "another node", "elsewhere/pid:[1]/9 b")
+        assert [list(workers._heard(again)) for _ in range(2)] == [[], []]
+        with pytest.raises(Halt, match="Workers die again and again"):
+            list(workers._heard(again))
 
 
 def test_wrong_engines(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,15 +142,7 @@ def test_ray_that_is_not_installed_is_named(tmp_path: Path, image_cache: Path) -
 
 def test_a_worker_with_other_versions_is_refused(tmp_path: Path, image_cache: Path) -> None:
     study, url = study_in(tmp_path, image_cache)
-    order = Order(
-        file=tmp_path / "studies" / "tiny.py",
-        settings=(),
-        data_root=None,
-        device=None,
-        trials=3,
-        url=url,
-        checkpoints=tmp_path / "tiny.checkpoints",
-    )
+    order = order_in(tmp_path, url)
     with open_store(study, url) as store:
         store.set_attribute("versions", {"python": "3.11.0", "optuna": "4.0"})
         with pytest.raises(InputError, match=r"optuna was 4\.0, is .* here"), opened(order, None):  # type: ignore[arg-type]
