@@ -63,13 +63,11 @@ def _compare(tracker: MLflowTracker, wanted: Expected, run: Run | None) -> Itera
         yield Finding(f"MLflow lacks the run of {wanted.key}", partial(tracker.write, wanted))
         return
     series, write_anew = wanted.series(), partial(_write_anew, tracker, wanted, run)
-    entries = {name: tracker.history(run.info.run_id, name) for name in series}
-    # Of several at one step the latest counts: a trial may have begun anew, by another process and with other bits.
-    found = {name: dict(history) for name, history in entries.items()}
-    anew = {step for step, loss in entries["train_loss"] if loss != found["train_loss"][step]}
-    for name, history in entries.items():
-        once = [entry for entry in history if entry[0] not in anew]
-        if not found[name].items() <= set(series[name]) or len(set(once)) < len(once):
+    # Of several entries at one step the latest counts: a trial may have begun anew, and the coordinator of the process
+    # that died may tell of it late.
+    found = {name: dict(tracker.history(run.info.run_id, name)) for name in series}
+    for name, shown in found.items():
+        if not shown.items() <= set(series[name]):
             yield Finding(f"MLflow has other values of {name} for {wanted.key} than the storage", write_anew)
             return
     for name, values in found.items():
