@@ -77,6 +77,8 @@ class RayWorkers:
     ) -> None:
         """Stop what is under way as Ctrl-C does; MLflow still hears what the workers have said."""
         left = list(self._tasks)
+        if kind is KeyboardInterrupt and left:
+            interrupt.notice()
         for task in left:
             ray.cancel(task, recursive=False)
         until = time.monotonic() + FAREWELL_SECONDS

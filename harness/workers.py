@@ -10,7 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import connection, resource_tracker
@@ -22,7 +22,7 @@ from harness import interrupt
 from harness.database import sqlite_file
 from harness.errors import INTERRUPTED, Halt, InputError
 from harness.jobs import Job, Search, Train
-from harness.results import Event
+from harness.results import EpochEnded, Event
 from harness.tracking import Tracker
 from harness.worker import Done, Listener, Message, Order, Stopped, Told, work
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from harness.config import Study
     from harness.storage import Store
 
-DEATHS_IN_A_ROW = 3  # of workers, without anything heard from one in between
+DEATHS_IN_A_ROW = 3  # of one worker, without an epoch of anybody in between
 FAREWELL_SECONDS = 60.0  # for the batch under way and its checkpoint
 
 
@@ -97,7 +97,7 @@ class Pool:
     def __init__(self, order: Order, environments: Sequence[Mapping[str, str]], tracker: Tracker) -> None:
         self._order, self._listener = order, Listener(tracker)
         self._workers = [_Worker(order, number, each) for number, each in enumerate(environments)]
-        self._deaths = 0
+        self._deaths: Counter[int] = Counter()  # by the worker's number, since anybody's last epoch
 
     def __enter__(self) -> Pool:
         return self
@@ -151,7 +151,6 @@ class Pool:
                     waiting.appendleft(worker.job)
                     self._replace(worker)
                 else:
-                    self._deaths = 0
                     yield from self._heard(worker, message)
 
     def _heard(self, worker: _Worker, message: Message) -> Iterator[Event]:
@@ -164,6 +163,8 @@ class Pool:
                 worker.job = None
                 raise message.error
             case _:
+                if isinstance(message, EpochEnded):
+                    self._deaths.clear()
                 yield message
 
     def _replace(self, dead: _Worker) -> None:
@@ -172,8 +173,8 @@ class Pool:
         if code == INTERRUPTED:  # it was asked to stop, and so are the others
             raise KeyboardInterrupt
         how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        self._deaths += 1
-        if self._deaths > DEATHS_IN_A_ROW:
+        self._deaths[dead.number] += 1
+        if self._deaths[dead.number] > DEATHS_IN_A_ROW:
             raise Halt(
                 f"Workers die again and again ({how}); with signal 9, memory may be short: give fewer --workers."
             )

@@ -349,6 +349,39 @@ def rage(command: Command, process: subprocess.Popen[str], chance: random.Random
     return kills
 
 
+DEADLY = """
+import os
+import signal
+from multiprocessing import parent_process
+
+from tests.small import SmallNet
+
+
+class Deadly(SmallNet):
+    def build(self, classes, image_size):
+        if parent_process() is not None:  # as when memory is short for one worker's model
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().build(classes, image_size)
+
+
+STUDY = dataclasses.replace(STUDY, train=dataclasses.replace(STUDY.train, backbone=Deadly()))
+"""
+
+
+@pytest.mark.slow
+def test_workers_that_die_each_time_end_the_command(image_cache: Path, tmp_path: Path) -> None:
+    command = Command(tmp_path, image_cache)
+    with (tmp_path / "studies" / "tiny.py").open("a") as file:
+        file.write(DEADLY)
+    process = command.start("--workers", "2")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1, output
+    assert "another one takes its place" in output
+    assert "error: Workers die again and again (killed by signal 9)" in output
+    assert "Go on with:" in output
+    assert "Traceback" not in output
+
+
 def test_workers_that_would_have_nothing_to_do_are_not_started(image_cache: Path, tmp_path: Path) -> None:
     study, url = study_in(tmp_path, image_cache)
     final = FinalConfig(seeds=2, compare_base=True, publish=False)
