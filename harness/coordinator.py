@@ -113,6 +113,7 @@ def _end(
 ) -> int:
     """Write the report, describe and register the model, tell MLflow; unless another coordinator does."""
     from harness import overview, report, tracking
+    from harness.opening import is_untested
 
     done = failure is None and store.is_complete(study)  # by another coordinator, for which this one waited
     if done or not store.lead():
@@ -122,12 +123,11 @@ def _end(
     model_folder, report_folder = (found.beside(store.url, suffix) for suffix in (".model", ".report"))
     report.write_report(study.name, store, tracker.uri, report_folder)
     model = _describe_model(study, store, model_folder, console)
-    told = tracker.finish(
-        tracking.study_metrics(store), [report_folder, model_folder], "failed" if failure else "complete"
-    )
+    folders = [report_folder] if is_untested(model_folder) else [report_folder, model_folder]
+    told = tracker.finish(tracking.study_metrics(store), folders, "failed" if failure else "complete")
     if failure:
         return _failed(failure)
-    if told and model is not None:
+    if told and model is not None and model_folder in folders:
         told = _register(study, store, tracker, model, console)
     if told:
         store.set_attribute("published", store.finished())

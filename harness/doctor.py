@@ -29,6 +29,7 @@ from harness.opening import (
     has_model,
     is_recorded,
     is_tested,
+    is_untested,
     open_store,
     read_description,
     read_store,
@@ -105,7 +106,7 @@ def _well(store: Store, model: Path, living: bool) -> str:
         said.append(
             f"{_several('trial', 'trials', waiting)} {goes} on when {'its turn comes' if living else 'the study does'}"
         )
-    if store.has_final() and has_model(model) and not is_tested(read_description(model / DESCRIPTION)):
+    if store.has_final() and is_untested(model):
         said.append(
             f"the model in {model} was trained again after the tested one, whose test result it shows, was lost"
         )
@@ -122,7 +123,8 @@ def _mend(study: Study, store: Store, found: Found, tracking_uri: str | None, ch
         if finding.mend is not None:
             finding.mend()
     if _was_published(store):
-        folders = [found.beside(store.url, ".report"), model]
+        report = found.beside(store.url, ".report")
+        folders = [report] if is_untested(model) else [report, model]
         told = tracker.finish(study_metrics(store), folders, "complete")
     else:
         told = tracker.settle()

@@ -312,6 +312,14 @@ def is_tested(description: Mapping[str, Any]) -> bool:
     return not (isinstance(weights, dict) and weights.get("tested") is False)
 
 
+def is_untested(folder: Path) -> bool:
+    """Whether the model there was trained again, to other bits than those that were tested.
+
+    MLflow is not given it: it has the tested one, or may still get it from the machine where that lies.
+    """
+    return has_model(folder) and not is_tested(read_description(folder / DESCRIPTION))
+
+
 def check_folder(folder: Path, url: str, uid: str | None) -> None:
     """Raise InputError when the model in `folder` is not that of the study at `url`; its `uid` is None until it begins.
 

@@ -151,7 +151,7 @@ def _is_saved(study: Study, store: Store, folder: Path) -> bool:
         return True
     from harness.export import PROGRAM
     from harness.model_card import CARD
-    from harness.opening import CHECK_FILE, wrong_files
+    from harness.opening import CHECK_FILE, is_untested, wrong_files
 
     whole = (folder / CARD).is_file()
     for name, fault in wrong_files(store, folder):
@@ -165,7 +165,9 @@ def _is_saved(study: Study, store: Store, folder: Path) -> bool:
         return False
     if PROGRAM in (folder / CARD).read_text(encoding="utf-8", errors="replace") and not (folder / PROGRAM).is_file():
         return False
-    return not study.final.publish or store.attribute("registered") == store.attribute("final")["trial"]
+    if not study.final.publish or is_untested(folder):
+        return True
+    return bool(store.attribute("registered") == store.attribute("final")["trial"])
 
 
 def _check_reopening(study: Study, store: Store) -> None:

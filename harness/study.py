@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from harness.audit import audit_key
-from harness.checkpoint import remove, stale
+from harness.checkpoint import SUFFIX, remove, stale
 from harness.config import Study
 from harness.engine import Runtime
 from harness.final import final_run
@@ -53,6 +53,15 @@ def run(
         elif store.finished() < wanted(study, store):
             yield from workers.search()
         done = yield from _after_search(place, model_folder, reason)
+    for path in left_over(study, store, checkpoints):
+        remove(path)  # of what another machine took up and ended
+
+
+def left_over(study: Study, store: Store, folder: Path) -> list[Path]:
+    """The whole checkpoints that nobody will read any more. One that is being written meanwhile is not among them."""
+    files = list(folder.glob(f"*{SUFFIX}"))  # before it is asked what is under way
+    wanted = wanted_keys(study, store)
+    return [path for path in files if path.stem not in wanted]
 
 
 def wanted(study: Study, store: Store) -> int:

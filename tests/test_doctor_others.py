@@ -14,16 +14,19 @@ import pytest
 import torch
 
 from harness.cli import main
+from harness.config import Study
+from harness.engine import Runtime
 from harness.errors import InputError
 from harness.final import final_run
 from harness.leases import Leases
 from harness.mlflow_places import local_tracker
 from harness.mlflow_tracker import MLflowTracker
 from harness.opening import check_folder, open_store, read_store
-from harness.results import Completed
+from harness.results import Completed, TrialEnded
 from harness.retraining import threads_of
 from harness.storage import Store
-from harness.tracking import trial_key, trial_tags
+from harness.study import run
+from harness.tracking import NoTracker, trial_key, trial_tags
 from tests.analytic import epoch_result
 from tests.faulty import CommandLine, one_sentence, small_study
 from tests.refusal import tree
@@ -122,6 +125,8 @@ def test_a_model_that_cannot_be_made_to_the_same_bits_says_so_and_is_used(
     assert code == 0, text
     assert f"the model in {model} was trained again after the tested one, whose test result it shows, was lost" in text
     assert main(["export", "tiny", "--storage", url, "--onnx", str(line.place / "x.onnx")]) == 0
+    in_mlflow = [json.loads(each.read_text()) for each in (line.place / "mlruns").rglob("model.json")]
+    assert [each["weights"]["tested"] for each in in_mlflow] == [True], "MLflow has the tested one"
 
     shutil.rmtree(model)
     kept.rename(model)  # the tested one is welcome
@@ -158,6 +163,21 @@ def test_changed_threads_are_named_when_trials_are_trained(line: CommandLine) ->
     begun_with_one_thread(line, f"sqlite:///{line.place}/studies/tiny.db")
     ended = line.run("--trials", "2")
     assert f"Since the last trial, threads was 1, is {torch.get_num_threads()}" in ended.err
+
+
+# -- what is left of a trial ---------------------------------------------------------------------------------------
+
+
+def test_a_trial_that_another_machine_ended_leaves_no_checkpoint_here(study: Study, tmp_path: Path) -> None:
+    """It was begun here, and taken up by one that does not see this folder."""
+    runtime = Runtime(device=torch.device("cpu"), bf16=False, channels_last=False)
+    left = tmp_path / "checkpoints" / "trial-0.safetensors"
+    with open_store(study, f"sqlite:///{tmp_path}/tiny.db") as store:
+        for event in run(study, store, NoTracker(), runtime, tmp_path / "model", left.parent):
+            if isinstance(event, TrialEnded) and event.number == 0:
+                left.parent.mkdir(exist_ok=True)
+                left.write_bytes(b"half of a training")
+    assert not left.exists()
 
 
 # -- whose a model is ----------------------------------------------------------------------------------------------
