@@ -8,9 +8,8 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from harness.errors import InputError, first_line
 
@@ -145,7 +144,7 @@ def needs(workers: int | None, per_gpu: int, device: str) -> Needs:
     """What the workers of a study on `device` (a torch device type) ask for; `workers` None is as many as fit.
 
     That is one for each GPU (or `per_gpu` of them), without GPUs one for each node. They share the cores evenly.
-    Raises InputError when the cluster has no room for a single one, and no autoscaler that could make it.
+    Raises InputError when it is left to the cluster, and that has no room for a single one.
     """
     import ray
 
@@ -161,11 +160,12 @@ def needs(workers: int | None, per_gpu: int, device: str) -> Needs:
         count = workers or max(1, len(cores))
         each = _share(cores, count)
         asked = Needs(workers=count, cpus=each, gpus=0, places=sum(core // each for core in cores))
-    if asked.places == 0 and not _may_grow(asked):
+    if asked.places == 0 and workers is None:  # Ray does not tell whether an autoscaler would bring a node
         has = f"{sum(int(node.get('CPU', 0)) for node in nodes)} CPUs and {sum(node.get('GPU', 0) for node in nodes):g}"
         raise InputError(
             f"No node of the Ray cluster has room for a worker, which takes {in_words(asked)}; all of its nodes have "
-            f"{has} GPUs. Add a node, or give another --device."
+            f"{has} GPUs. Add a node, or give another --device; where an autoscaler brings nodes, say with --workers "
+            "how many are to wait for them."
         )
     return asked
 
@@ -182,13 +182,3 @@ def _share(cores: Sequence[int], workers: int) -> int:
     """The most cores for each worker such that the nodes have room for all; 1 when they have not."""
     shares = range(sum(cores) // workers, 1, -1)
     return next((share for share in shares if sum(core // share for core in cores) >= workers), 1)
-
-
-def _may_grow(needs: Needs) -> bool:
-    """Whether the cluster has an autoscaler whose nodes would have room for a worker."""
-    from ray._private.state import state  # where Ray's own libraries look
-
-    largest: Mapping[str, Any] | None = state.get_max_resources_from_cluster_config()
-    if largest is None:
-        return False
-    return largest.get("CPU", 0) >= needs.cpus and largest.get("GPU", 0) >= needs.gpus

@@ -31,7 +31,7 @@ from harness.errors import Halt, InputError, first_line
 from harness.files import replace_file
 from harness.jobs import Job, Search, Train
 from harness.leases import new_owner
-from harness.ray_cluster import Needs
+from harness.ray_cluster import Needs, in_words
 from harness.ray_head import Arrived, Head, Replaced, answer, served
 from harness.results import EpochEnded, Event
 from harness.retraining import KEYS, Place
@@ -64,10 +64,12 @@ class RayWorkers:
         self._head = ray.remote(Head).options(**options).remote()
         serving = sqlite_file(self._order.url) is not None
         self._ask(self._head.open.remote(self._order, Path.cwd(), serving))
-        if self._needs.places < self._needs.workers:
+        places, workers = self._needs.places, self._needs.workers
+        if places < workers:
+            room = f"{places} of {workers} workers now; the others begin when there are nodes for them."
+            none = f"a worker now, which takes {in_words(self._needs)}; they begin when there are nodes for them."
             print(
-                f"The Ray cluster has room for {self._needs.places} of {self._needs.workers} workers now; "
-                "the others begin when there are nodes for them.",
+                f"The Ray cluster has room for {room}" if places else f"The Ray cluster has no room for {none}",
                 file=sys.stderr,
             )
         return self

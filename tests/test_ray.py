@@ -150,6 +150,8 @@ print(json.dumps([[each.workers, each.cpus, each.gpus, each.places] for each in 
     assert json.loads(found.stdout) == [[1, 8, 0, 1], [2, 4, 0, 2], [20, 1, 0, 8], [4, 2, 0.5, 4], [1, 4, 1.0, 2]]
     refused = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert "room for a worker, which takes 1 CPU; all of its nodes have 0 CPUs and 0 GPUs" in refused.stderr
+    command[-1] = json.dumps([(2, 1, "cpu")])  # those that are asked for wait for nodes, which an autoscaler may bring
+    assert json.loads(subprocess.check_output(command, cwd=PROJECT)) == [[2, 1, 0, 0]]
 
 
 @pytest.mark.slow
