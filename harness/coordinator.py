@@ -41,7 +41,7 @@ def run_study(
     failure = None
     with (
         _workers(args, workers_of_use, found, study, store, tracker, runtime, console) as workers,
-        Display(study, store, console, 1 if workers is None else workers.at_once) as display,
+        Display(study, store, console, workers.at_once if workers else 1, bool(args.reopen_test)) as display,
         closing(events_of(study, store, tracker, runtime, model, checkpoints, args.reopen_test, workers)) as events,
     ):
         try:
@@ -117,7 +117,10 @@ def _end(
 
     done = failure is None and store.is_complete(study)  # by another coordinator, for which this one waited
     if done or not store.lead():
-        tracker.leave()
+        if done:
+            tracker.finish(tracking.study_metrics(store), [], "complete")  # where each has an MLflow of its own
+        else:
+            tracker.leave()
         print(overview.summary(study.name, store, tracker.uri))
         return _failed(failure) if failure else ended(store)
     model_folder, report_folder = (found.beside(store.url, suffix) for suffix in (".model", ".report"))

@@ -51,10 +51,10 @@ class StudyConsole(Console):
 class Display:
     """Shows the events of `study.run`. Use it as a context manager."""
 
-    def __init__(self, study: Study, store: Store, console: Console, workers: int = 1) -> None:
-        """`workers` is how many train side by side."""
+    def __init__(self, study: Study, store: Store, console: Console, workers: int = 1, reopening: bool = False) -> None:
+        """`workers` is how many train side by side; `reopening`, whether the test set is to be opened again."""
         self._study = study
-        self._workers = workers
+        self._workers, self._reopening = workers, reopening
         self._store = store
         self._console = console
         self._under_way: dict[str, TrialStarted] = {}  # by name
@@ -175,8 +175,8 @@ class Display:
         """How many trainings after the search have not ended: second looks at the best, the seeds, and the base."""
         final = self._study.final
         under_way = sum(not _is_trial(name) for name in list(self._under_way))
-        if not self._begun and self._settled:
-            return 0  # the test set was opened, and is opened again only for a reason
+        if self._settled and not self._reopening:
+            return under_way  # at most a lost model's seed: the test set was opened
         if not under_way and self._begun >= self._second_looks() + final.seeds:
             return 0  # where the base is the chosen one, it is not trained again
         return final.trainings(self._study.trials) - self._begun + under_way

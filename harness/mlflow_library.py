@@ -30,10 +30,11 @@ def milliseconds() -> int:
 
 def faults() -> tuple[type[Exception], ...]:
     """What MLflow's client raises when its server or database does not do as it is told."""
+    from alembic.util import CommandError  # a database that somebody else was just making, too
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return MlflowException, SQLAlchemyError, OSError
+    return MlflowException, SQLAlchemyError, CommandError, OSError
 
 
 def is_refusal(error: Exception) -> bool:

@@ -6,6 +6,8 @@ import contextlib
 import os
 import sqlite3
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,13 @@ def uri_of(given: str | None, folder: Path) -> str:
 
 def tracker_for(given: str | None, folder: Path) -> MLflowTracker:
     """A tracker at the given URI, else on the database in `folder`, which is made."""
-    return tracker_at(given) if given else local_tracker(folder)
+    if not given:
+        return local_tracker(folder)
+    tracker = tracker_at(given)
+    if given.startswith("sqlite:///"):
+        with _made(Path(given.removeprefix("sqlite:///"))):
+            pass
+    return tracker
 
 
 def attached(given: str | None, folder: Path, study: Study, store: Store) -> MLflowTracker | None:
@@ -45,9 +53,7 @@ def local_tracker(folder: Path) -> MLflowTracker:
     """A tracker on `folder`/mlflow.db. Raises InputError when the folder cannot be written."""
     check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / "mlflow.db.lock"):  # two studies may be started at the same time
-        if not (folder / "mlflow.db").exists():
-            _create_database(folder)
+    with _made(folder / "mlflow.db"):
         _write_ahead(folder / "mlflow.db")
     return MLflowTracker(local_uri(folder), folder / "artifacts")
 
@@ -74,8 +80,17 @@ def tracker_at(uri: str) -> MLflowTracker:
     return MLflowTracker(uri, file.parent / "artifacts")
 
 
-def _create_database(folder: Path) -> None:
-    """Make mlflow.db whole or not at all: MLflow cannot open one whose migrations were killed half-way.
+@contextmanager
+def _made(file: Path) -> Iterator[None]:
+    """A database that is there, held; two studies may be started at the same time."""
+    with filelock.FileLock(f"{file}.lock"):
+        if not file.exists():
+            _create_database(file)
+        yield
+
+
+def _create_database(file: Path) -> None:
+    """Make it whole or not at all: MLflow cannot open one whose migrations were killed half-way.
 
     Raises Halt when it cannot be made.
     """
@@ -85,15 +100,15 @@ def _create_database(folder: Path) -> None:
     quiet()
     sqlalchemy.event.listen(sqlalchemy.Engine, "connect", _unsynchronised)
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as place:
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".new-") as place:
             made = Path(place) / "mlflow.db"
             MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments(max_results=1)
-            with made.open("rb+") as file:
-                os.fsync(file.fileno())
-            made.replace(folder / "mlflow.db")
+            with made.open("rb+") as written:
+                os.fsync(written.fileno())
+            made.replace(file)
     except faults() as error:
         raise Halt(
-            f"{folder / 'mlflow.db'} cannot be made ({first_line(error)}); make room, or give --tracking-uri."
+            f"{file} cannot be made ({first_line(error)}); make room, or give another --tracking-uri."
         ) from error
     finally:
         sqlalchemy.event.remove(sqlalchemy.Engine, "connect", _unsynchronised)

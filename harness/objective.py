@@ -79,6 +79,8 @@ def _train(
     name, last = f"trial {asked.number}", training.config.epochs
     checkpoint.restore()
     restored = tuple(training.progress.epochs)
+    # Of those it went beyond: with other workers' results of since then the pruner might say otherwise.
+    judged = restored if training.progress.step else restored[:-1]
     yield TrialStarted(
         name=name,
         number=asked.number,
@@ -103,6 +105,6 @@ def _train(
             log.epoch(result)
             if result not in restored:
                 yield EpochEnded(name=name, number=asked.number, result=result)
-            if result.epoch < last and store.should_prune(asked, result.epoch):
+            if result.epoch < last and result not in judged and store.should_prune(asked, result.epoch):
                 return Pruned(epoch=result.epoch)
     return Completed(value=value)

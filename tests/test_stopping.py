@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 
@@ -16,7 +17,9 @@ from harness.engine import Runtime
 from harness.final import final_run
 from harness.objective import evaluate_trial
 from harness.opening import open_store
+from harness.results import EpochEnded
 from harness.retraining import Place
+from harness.search import no_pruning
 from harness.storage import Store
 from harness.study import search
 from harness.tracking import NoTracker
@@ -57,3 +60,29 @@ def test_stopped_while_its_weights_are_written_a_final_seed_keeps_its_training(
         with pytest.raises(KeyboardInterrupt):
             list(final_run(place, tmp_path / "model"))
     assert len(read_tensors(folder / "final-seed-0-of-trial-0.safetensors")[1]["epochs"]) == study.train.epochs
+
+
+class Always(optuna.pruners.BasePruner):
+    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+        return True
+
+
+def test_an_epoch_that_a_trial_went_beyond_is_not_judged_again(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then other workers' results are there, and the pruner might say otherwise."""
+    study = dataclasses.replace(study, train=dataclasses.replace(study.train, epochs=3), pruner=no_pruning())
+    with open_store(study, f"sqlite:///{tmp_path}/tiny.db") as store:
+        begun = evaluate_trial(study, store.ask(study), store, NoTracker(), CPU, tmp_path / "checkpoints")
+        for event in begun:
+            if isinstance(event, EpochEnded):
+                break
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "check", stop)  # after the next batch
+            with pytest.raises(KeyboardInterrupt):
+                list(begun)
+        store._study.pruner = Always()
+        resumed = evaluate_trial(study, store.ask(study), store, NoTracker(), CPU, tmp_path / "checkpoints")
+        assert [event.result.epoch for event in resumed if isinstance(event, EpochEnded)] == [2]
+        (trial,) = store.trials()
+    assert (trial.state, list(trial.curve)) == ("pruned", [1, 2])

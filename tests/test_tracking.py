@@ -435,6 +435,24 @@ def test_what_waits_when_the_process_is_killed_is_written_at_the_next_start(
             assert steps_of(mlruns, runs[key], metric) == [1, 2, 3], key
 
 
+BEGINS = """
+import sys
+from pathlib import Path
+from harness.mlflow_places import tracker_for
+
+tracker_for(sys.argv[1], Path("nowhere")).check()
+"""
+
+
+@pytest.mark.slow
+def test_several_studies_may_begin_at_once_on_one_new_database(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", BEGINS, f"sqlite:///{tmp_path}/shared.db"]
+    begun = [subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    said = [each.communicate()[1] for each in begun]
+    assert [each.returncode for each in begun] == [0] * 4, said
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["shared.db", "shared.db.lock"]
+
+
 def test_the_local_database_is_in_wal_mode_and_a_given_one_stays_as_it_is(mlruns: Path, empty_mlflow: Path) -> None:
     def journal(file: Path) -> str:
         with closing(sqlite3.connect(file)) as connection:
