@@ -113,6 +113,8 @@ def check_database(url: str) -> None:
         raise InputError(
             f"--storage {url!r}: a study lives in SQLite or PostgreSQL; write sqlite:///FILE or postgresql://..."
         )
+    if url.partition("://")[2].partition("?")[0].count("@") > 1:  # else a part of it is taken for the host, and printed
+        raise InputError(f"--storage {url!r} has more than one @; write %40 for one in the password.")
     check_driver(url, "--storage")
     if (driver := sqlalchemy.engine.make_url(url).get_dialect().driver) not in POSTGRESQL_DRIVERS:
         raise InputError(f"--storage {url!r} asks for the driver {driver}; write postgresql+psycopg://...")

@@ -303,6 +303,8 @@ def test_sentence(store: Store) -> str:
             f"The test set was opened for trial {opened[-1]['trial']}, and no result is recorded yet: the study's "
             "command goes on."
         )
+    if store.attribute("final") is None and (leader := store.leader()) is not None:
+        return f"The final run is under way in {leader}. {final_sentence(None)}"
     return final_sentence(store.attribute("final"))
 
 

@@ -264,10 +264,10 @@ class Store:
         if self._leases is not None and self._leads:
             self._leases.check(FINAL)
 
-    def leader(self) -> str:
-        """Who does what comes after the search, for people to read."""
+    def leader(self) -> str | None:
+        """Which other process does what comes after the search, for people to read; None when none does."""
         owner = self.at_work().get(FINAL)
-        return "another process" if owner is None else f"process {leases.in_words(owner)}"
+        return None if owner is None else f"process {leases.in_words(owner)}"
 
     # -- writing ------------------------------------------------------------------------------------------------
 

@@ -79,7 +79,7 @@ def _after_search(place: Place, model_folder: Path, reason: str | None) -> Gener
     while True:
         while not store.lead():
             waited = True
-            yield Elsewhere(by=store.leader())
+            yield Elsewhere(by=store.leader() or "another process")
             time.sleep(POLL_SECONDS)
         if store.finished() < wanted(place.study, store):
             store.follow()

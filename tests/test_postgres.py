@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
 from harness import database as databases
-from harness import leases, opening, storage
+from harness import leases, opening, overview, storage
 from harness.leases import LeaseLost
 from harness.opening import open_store, read_store
 from harness.storage import NoTrialFree, Store
@@ -287,7 +287,9 @@ def test_whoever_led_and_stood_still_does_not_open_the_test_set(database: str) -
     with open_store(searching(), database) as first, open_store(searching(), database) as second:
         assert first.lead()
         assert not second.lead()
-        assert second.leader().startswith(f"process {os.getpid()} on ")
+        led = f"The final run is under way in process {os.getpid()} on "
+        assert overview.test_sentence(second).startswith(led)
+        assert overview.test_sentence(first) == "The test set has not been opened.", "it knows what it does"
         first.check_lead()
         assert first._leases is not None
         first._leases._closed.set()  # its thread renews nothing, as when the process stands still

@@ -117,7 +117,7 @@ def test_two_commands_whose_workers_are_killed_at_random_lose_nothing_and_do_not
         finally:
             for machine in machines:
                 machine.end()
-        assert_one_study(database, server, TRIALS, seeds=2)
+        assert_one_study(database, server.uri, TRIALS, seeds=2)
         assert {trial.state for trial in machines[0].trials()} == {"complete"}
         said = [each.doctor() for each in machines if each.has_model()]
         assert said

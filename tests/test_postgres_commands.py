@@ -73,7 +73,7 @@ def output(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def assert_one_study(database: str, mlflow: Server, trials: int, seeds: int = 1) -> None:
+def assert_one_study(database: str, tracking_uri: str, trials: int, seeds: int = 1) -> None:
     """Exactly so many trials, one final run, one finished run in MLflow for each."""
     with read_store("tiny", database) as store:
         found = store.optuna_study.get_trials()
@@ -85,16 +85,16 @@ def assert_one_study(database: str, mlflow: Server, trials: int, seeds: int = 1)
         uid = store.attribute("uid")
         expected = {STUDY, *(f"trial-{trial.number}" for trial in found)}
         expected |= {f"final-seed-{seed}-of-trial-{store.attribute('final')['trial']}" for seed in range(seeds)}
-    runs = [run for run in runs_on(mlflow) if run.data.tags["harness.study_uid"] == uid]
+    runs = [run for run in runs_on(tracking_uri) if run.data.tags["harness.study_uid"] == uid]
     keys = Counter(run.data.tags[KEY] for run in runs)
     assert {key: count for key, count in keys.items() if not key.startswith("base-")} == dict.fromkeys(expected, 1)
     assert [run.data.tags[KEY] for run in runs if run.info.status == "RUNNING"] == []
 
 
-def runs_on(mlflow: Server) -> list[Any]:
+def runs_on(tracking_uri: str) -> list[Any]:
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri=mlflow.uri)
+    client = MlflowClient(tracking_uri=tracking_uri)
     experiments = [each.experiment_id for each in client.search_experiments()]
     return list(client.search_runs(experiments, max_results=1000))
 
@@ -117,7 +117,7 @@ def test_two_commands_at_the_same_time_are_one_study(
 ) -> None:
     commands = [start(tmp_path, *run_tiny(database, mlflow, 8)) for _ in range(2)]
     said = [output(each) for each in commands]
-    assert_one_study(database, mlflow, 8)
+    assert_one_study(database, mlflow.uri, 8)
     assert sum("final seed 0  epoch 2/2" in each for each in said) == 1
     assert all(PASSWORD not in each and "8 of 8 trials" not in each.splitlines()[0] for each in said)
     assert "agree on 8 finished trials" in doctor(start, tmp_path, database, mlflow)
@@ -134,7 +134,7 @@ def test_a_command_that_asks_for_fewer_trials_does_not_open_the_test_set_while_a
     fewer = start(tmp_path, *run_tiny(database, mlflow, 2))
     output(fewer)
     output(more)
-    assert_one_study(database, mlflow, 10)
+    assert_one_study(database, mlflow.uri, 10)
 
 
 def test_two_machines_with_four_workers_each_are_one_study(
@@ -144,11 +144,22 @@ def test_two_machines_with_four_workers_each_are_one_study(
     folders = [tmp_path / name for name in ("one", "two")]
     commands = [start(folder, *run_tiny(database, mlflow, 24, "--workers", "4")) for folder in folders]
     said = [output(each) for each in commands]
-    assert_one_study(database, mlflow, 24)
+    assert_one_study(database, mlflow.uri, 24)
     led = [folder for folder, each in zip(folders, said, strict=True) if "final seed 0  epoch 2/2" in each]
     assert len(led) == 1
     assert [folder for folder in folders if (folder / "studies" / "tiny.model").exists()] == led
     assert "agree on 24 finished trials" in doctor(start, led[0], database, mlflow)
+
+
+def test_machines_with_an_mlflow_of_their_own_have_all_runs_at_the_end(
+    database: str, tmp_path: Path, start: Start
+) -> None:
+    folders = [tmp_path / name for name in ("one", "two")]
+    words = [str(PROJECT / "run_study.py"), "--study", "tiny", "--trials", "6", "--storage", database]
+    for command in [start(folder, *words) for folder in folders]:
+        output(command)
+    for folder in folders:
+        assert_one_study(database, f"sqlite:///{folder}/mlruns/mlflow.db", 6)
 
 
 def test_a_machine_that_dies_loses_nothing(database: str, mlflow: Server, tmp_path: Path, start: Start) -> None:
@@ -162,5 +173,5 @@ def test_a_machine_that_dies_loses_nothing(database: str, mlflow: Server, tmp_pa
             break
     os.killpg(one.pid, signal.SIGKILL)
     output(other)
-    assert_one_study(database, mlflow, 12)
+    assert_one_study(database, mlflow.uri, 12)
     assert "agree on 12 finished trials" in doctor(start, tmp_path, database, mlflow)

@@ -46,6 +46,10 @@ URLS = {
         "postgresql+psycopg://postgres:secret@127.0.0.1:{port}/postgres",
         ["password authentication failed", "check the user and the password"],
     ),
+    "a password with an @": (
+        "postgresql+psycopg://postgres:se@secret/secret@127.0.0.1:{port}/postgres",
+        ["***", "write %40 for one in the password"],
+    ),
     "no password": ("postgresql+psycopg://postgres@127.0.0.1:{port}/postgres", ["no password", "PGPASSWORD"]),
     "an unknown host": ("postgresql+psycopg://postgres:secret@db.invalid/x", ["db.invalid", "check the host's name"]),
     "a port where nothing is": (
