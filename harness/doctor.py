@@ -73,7 +73,9 @@ def consult(found: Found, url: str, tracking_uri: str | None, fix: bool) -> bool
             print(finding.text)
         if not findings:
             print(_well(store, model, who is not None))
-        elif not fix and who is None and not _was_published(store):
+        elif who is not None:
+            print(f"The study is under way in {who}: MLflow may lag behind it; look again when it has ended.")
+        elif not fix and not _was_published(store):
             print(UNFINISHED)
     if not (fix and findings):
         return not findings

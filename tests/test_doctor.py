@@ -523,8 +523,9 @@ def test_while_a_process_runs_the_study_what_is_under_way_is_left_out_and_mendin
             query = "UPDATE tags SET value = 'pruned' WHERE key = 'harness.state' AND run_uuid = ?"
             database.execute(query, (run_id(database, "trial-0"),))
         code, lines = doctor()
-        assert (code, len(lines)) == (1, 1), lines
+        assert (code, len(lines)) == (1, 2), lines
         assert "shows trial-0 as pruned" in lines[0]
+        assert lines[1].startswith(f"The study is under way in process {process.pid}:")
     finally:
         process.kill()
         process.wait(timeout=60)
