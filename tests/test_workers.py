@@ -279,7 +279,9 @@ def test_stopped_while_its_workers_start_a_study_says_only_how_to_go_on(
 def test_a_study_that_a_process_works_on_is_not_moved_aside(image_cache: Path, tmp_path: Path) -> None:
     """A worker that has lost its coordinator writes on for a while; its file must not go from under it."""
     study, url = study_in(tmp_path, image_cache)
-    with open_store(study, url) as store:
+    with open_store(study, url):
+        running._check_nobody_at_work(study, url)  # the command itself is named when its study would be moved
+    with open_store(study, url, joining=True) as store:
         running._check_nobody_at_work(study, url)
         store.ask(study)
         with pytest.raises(InputError, match=rf"--fresh: process {os.getpid()} on .* wait for its end"):
