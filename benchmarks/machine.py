@@ -1,14 +1,19 @@
-"""What a measurement was made on, in one line."""
+"""What a measurement was made on, and whether anything else ran there."""
 
 from __future__ import annotations
 
 import os
 import platform
+import time
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
 from harness.environment import processor
+
+NOT_BUSY = ("idle", "iowait", "guest", "guest_nice")  # a guest's time is in the user's, too
+STAT = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal", "guest", "guest_nice")
 
 
 def describe() -> str:
@@ -28,3 +33,40 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def kind() -> str:
+    """The kind of processor: what a ratio on one machine says about another holds for the same kind alone."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    numbers = "".join(f", {key} {fields[key]}" for key in ("cpu family", "model") if key in fields)
+    return f"{processor()}{numbers}, {os.cpu_count()} cores"
+
+
+class Others:
+    """What other processes, and other virtual machines, have taken of the processor since this was made."""
+
+    def __init__(self) -> None:
+        self._began, self._used = time.monotonic(), _used_by_others()
+
+    def cores(self) -> float | None:
+        """How many cores they kept busy on average; None where that cannot be seen (it takes Linux's /proc/stat).
+
+        Children of this process are others until they have been waited for.
+        """
+        used = _used_by_others()
+        if used is None or self._used is None:
+            return None
+        return max(0.0, used - self._used) / (time.monotonic() - self._began)
+
+
+def _used_by_others() -> float | None:
+    """Seconds of all processors since the machine's start, without those of this process and its children."""
+    try:
+        first = Path("/proc/stat").read_text().partition("\n")[0]
+    except FileNotFoundError:
+        return None
+    ticks = dict(zip(STAT, map(int, first.split()[1:]), strict=False))
+    busy = sum(count for name, count in ticks.items() if name not in NOT_BUSY) / os.sysconf("SC_CLK_TCK")
+    return busy - sum(os.times()[:4])

@@ -65,15 +65,20 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     handler = signal.getsignal(signal.SIGTERM)  # Ray takes it for itself
-    place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets lie in it, whose paths must be short
-    head = {"num_cpus": 0, "object_store_memory": OBJECT_STORE, "include_dashboard": False, "temp_dir": place}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        yield cluster
-    finally:
-        cluster.shutdown()
-        signal.signal(signal.SIGTERM, handler)
-        shutil.rmtree(place, ignore_errors=True)
+    place = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets lie in it, whose paths must be short
+    # `Cluster` writes its address into RAY_TMPDIR/ray, and makes no folder for it. By default that is /tmp/ray, which
+    # only `ray start` makes; and a Ray of this machine's user would be forgotten by its own commands.
+    (place / "ray").mkdir()
+    head = {"num_cpus": 0, "object_store_memory": OBJECT_STORE, "include_dashboard": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", str(place))
+        cluster = Cluster(initialize_head=True, head_node_args={**head, "temp_dir": str(place / "ray")})
+        try:
+            yield cluster
+        finally:
+            cluster.shutdown()
+            signal.signal(signal.SIGTERM, handler)
+            shutil.rmtree(place, ignore_errors=True)
 
 
 @contextmanager

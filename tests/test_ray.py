@@ -101,12 +101,13 @@ def test_weights_come_back_from_a_node_that_does_not_share_the_checkpoints(tmp_p
     """The node sees another folder in the place of the coordinator's: it has a file system of its own there."""
     checkpoints = tmp_path / "studies" / "tiny.checkpoints"
     checkpoints.mkdir(parents=True)
-    place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets lie in it, whose paths must be short
     script = Path(sys.executable).with_name("ray")
     small = f"--object-store-memory={OBJECT_STORE}"
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(PROJECT)}
+    environment["RAY_TMPDIR"] = place
     begin = [script, "start", "--head", "--port=0", "--num-cpus=0", small, "--include-dashboard=false", "--block"]
-    head = subprocess.Popen([*begin, f"--temp-dir={place}"], env=environment, stdout=subprocess.PIPE, text=True)
+    head = subprocess.Popen([*begin, f"--temp-dir={place}/ray"], env=environment, stdout=subprocess.PIPE, text=True)
     node = None
     try:
         assert head.stdout is not None
