@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sqlite3
+import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +18,7 @@ from harness.config import Study
 from harness.database import connect, dispose
 from harness.opening import exists, has_model, open_store
 from harness.results import EpochEnded, Event
+from tests.conftest import PATIENCE_SECONDS
 from tests.faulty import CommandLine, complete, one_sentence, small_disk, small_study
 
 pytestmark = pytest.mark.usefixtures("mlruns")
@@ -110,16 +111,26 @@ def test_no_room_for_what_lies_beside_the_study_stops_it_and_room_lets_it_go_on(
 
 
 class Locker:
-    """A second connection that holds the study's database, as a backup program may, for a while."""
+    """A second connection that holds the study's database, as a backup program may, until somebody waits for it."""
 
-    def __init__(self, file: Path, seconds: float) -> None:
-        self._file, self._seconds = file, seconds
-        self._locked = threading.Event()
+    def __init__(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._file = file
+        self._locked, self._heard = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._hold)
+        self._stderr = sys.stderr
+        monkeypatch.setattr("sys.stderr", self)
+
+    def write(self, text: str) -> int:
+        if "waiting for it" in text:
+            self._heard.set()
+        return self._stderr.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stderr, name)
 
     def lock(self) -> None:
         self._thread.start()
-        assert self._locked.wait(10)
+        assert self._locked.wait(PATIENCE_SECONDS)
 
     def wait(self) -> None:
         self._thread.join()
@@ -128,7 +139,7 @@ class Locker:
         with closing(sqlite3.connect(self._file, isolation_level=None)) as connection:
             connection.execute("BEGIN EXCLUSIVE")
             self._locked.set()
-            time.sleep(self._seconds)
+            self._heard.wait(PATIENCE_SECONDS)
             connection.execute("ROLLBACK")
 
 
@@ -149,13 +160,11 @@ def test_a_study_waits_for_its_locked_database_and_says_so_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("harness.database.BUSY_TIMEOUT_SECONDS", 0.1)
-    locker = Locker(tmp_path / "tiny.db", seconds=0.6)
-    start = time.monotonic()
+    locker = Locker(tmp_path / "tiny.db", monkeypatch)
     assert complete(study, tmp_path, at=held_at_first_epoch(locker, 1)) == undisturbed
-    assert time.monotonic() - start > 0.6
+    locker.wait()
     said = capsys.readouterr().err
     assert said == f"The database sqlite:///{tmp_path}/tiny.db is locked by another program; waiting for it.\n"
-    locker.wait()
 
 
 @pytest.mark.slow
@@ -168,12 +177,12 @@ def test_opening_a_locked_study_waits_too(
 ) -> None:
     complete(dataclasses.replace(study, trials=1), tmp_path)
     monkeypatch.setattr("harness.database.BUSY_TIMEOUT_SECONDS", 0.1)
-    locker = Locker(tmp_path / "tiny.db", seconds=0.6)
+    locker = Locker(tmp_path / "tiny.db", monkeypatch)
     locker.lock()
     found = complete(study, tmp_path)
     assert found[1] == undisturbed[1]
-    assert capsys.readouterr().err.count("is locked by another program; waiting for it.") == 1
     locker.wait()
+    assert capsys.readouterr().err.count("is locked by another program; waiting for it.") == 1
 
 
 @pytest.mark.slow
@@ -182,7 +191,7 @@ def test_a_database_locked_in_the_middle_of_a_command_delays_it_only(
 ) -> None:
     monkeypatch.setattr("harness.database.BUSY_TIMEOUT_SECONDS", 0.2)
     assert line.run("--trials", "1").code == 0
-    locker = Locker(line.place / "studies" / "tiny.db", seconds=2.0)
+    locker = Locker(line.place / "studies" / "tiny.db", monkeypatch)
     locker.lock()
     ended = line.run("--trials", "2")
     assert ended.code == 0

@@ -176,7 +176,7 @@ def test_a_server_that_never_comes_back_is_filled_up_by_the_same_command(
 
 
 @pytest.mark.parametrize("after", [EpochEnded, TrialEnded], ids=["in a trial", "between two"])
-def test_a_server_that_hangs_costs_seconds_and_nothing_else(
+def test_a_server_that_hangs_is_not_waited_for(
     after: type[Event],
     server: Server,
     study: Study,
@@ -184,26 +184,20 @@ def test_a_server_that_hangs_costs_seconds_and_nothing_else(
     undisturbed: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("harness.outbox.FIRST_PAUSE_SECONDS", 2.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3600")  # whoever waited for an answer would wait for ever
     tracker = MLflowTracker(server.uri, None)
-    seconds: list[float] = []
 
     def finished(store: Store) -> Any:
-        seconds.append(time.monotonic())
         server.signal(signal.SIGCONT)
         assert ended(tracker)
         return look(server.uri, study)(store)
 
-    def hang() -> None:
-        server.signal(signal.SIGSTOP)
-        seconds.append(time.monotonic())
-
     try:
-        found = complete(study, tmp_path, tracker, at=when(after, 0, hang), look=finished)
+        at = when(after, 0, lambda: server.signal(signal.SIGSTOP))
+        found = complete(study, tmp_path, tracker, at=at, look=finished)
     finally:
         server.signal(signal.SIGCONT)
     assert found == undisturbed
-    assert seconds[1] - seconds[0] < 12
 
 
 @pytest.mark.parametrize("after", [EpochEnded, TrialEnded], ids=["a metric", "a new run"])
@@ -263,7 +257,6 @@ def test_a_database_locked_for_longer_than_mlflow_waits_does_not_delay_the_study
 ) -> None:
     monkeypatch.setattr("harness.outbox.FIRST_PAUSE_SECONDS", 60.0)  # the rest of the study is told at its end
     tracker = local_tracker(mlruns)
-    seconds: list[float] = []
     said = ""
 
     def noticed() -> bool:
@@ -275,10 +268,9 @@ def test_a_database_locked_for_longer_than_mlflow_waits_does_not_delay_the_study
 
         def lock() -> None:
             other.execute("BEGIN EXCLUSIVE")
-            seconds.append(time.monotonic())
 
         def finished(store: Store) -> Any:
-            seconds.append(time.monotonic())
+            assert not noticed(), "the study waited for the 20 s after which MLflow gives up"
             until(noticed)
             other.execute("ROLLBACK")
             assert ended(tracker)
@@ -286,7 +278,6 @@ def test_a_database_locked_for_longer_than_mlflow_waits_does_not_delay_the_study
 
         found = complete(study, tmp_path, tracker, at=when(EpochEnded, 0, lock), look=finished)
     assert found == undisturbed
-    assert seconds[1] - seconds[0] < 10, "MLflow waits for 20 s, in a thread"
     said += capsys.readouterr().err
     assert "(sqlite3.OperationalError) database is locked). The study goes on, and it is told later." in said
     assert "Traceback" not in said

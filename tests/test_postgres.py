@@ -246,14 +246,11 @@ def test_the_trial_of_a_killed_worker_is_taken_up_when_its_lease_has_run_out(
     worker.do(TRIALS)
     worker.heard("trial 0 epoch 3")
     worker.process.kill()
-    killed = time.monotonic()
     study = searching()
     with open_store(study, database) as store:
         assert list(store.at_work()) == ["trial-0"]
         asked = taken_up(store, 1)
-        waited = time.monotonic() - killed
         assert (asked.number, asked.resumed) == (0, True)
-        assert waited < LEASE + 3  # a lease, and what a busy machine takes
         evaluate(study, store, asked)
         run_analytic(study, store, TRIALS)
         assert told(store) == uninterrupted

@@ -323,18 +323,18 @@ def test_a_fresh_study_of_the_same_name_has_runs_of_its_own(
 # -- written by a thread -------------------------------------------------------------------------------------------
 
 
-def test_an_epoch_is_seen_within_five_seconds_while_the_next_one_trains(
+def test_an_epoch_is_seen_while_the_next_one_trains_which_waits_for_nothing(
     study: Study, store: Store, mlruns: Path
 ) -> None:
     tracker = local_tracker(mlruns)
     tracker.start(study, store, {})
     log = tracker.run(trial_key(0), study.train, {})
     for epoch in (1, 2):
-        before = time.monotonic()
-        log.epoch(epoch_result(epoch, 0.5))
-        assert time.monotonic() - before < 0.1, "the training waits for nothing"
+        with closing(sqlite3.connect(mlruns / "mlflow.db", isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")  # whoever waited for MLflow now would wait for ever
+            log.epoch(epoch_result(epoch, 0.5))
+            other.execute("ROLLBACK")
         while epoch not in (steps_of(mlruns, runs["trial-0"]) if "trial-0" in (runs := runs_of(mlruns)) else []):
-            assert time.monotonic() - before < 5
             time.sleep(0.05)
     tracker.interrupt()
 
