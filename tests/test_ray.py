@@ -24,6 +24,13 @@ from tests.test_workers import wait_until_gone
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 
 
+def test_a_study_runs_on_one_node(cluster: Any, tmp_path: Path, mlruns: Path) -> None:
+    with nodes(cluster, 1), Command(tmp_path, cluster.address, "--trials", "1") as command:
+        assert command.end() == 0, command.said
+    assert "Asking Ray for 1 worker, 1 CPU each" in command.said
+    check_whole(tmp_path, trials=1)
+
+
 @pytest.mark.slow
 def test_a_study_runs_on_three_nodes(cluster: Any, tmp_path: Path, mlruns: Path) -> None:
     with nodes(cluster, 3), Command(tmp_path, cluster.address) as command:
