@@ -25,7 +25,7 @@ from tests.postgres import PostgreSQL
 from tests.test_postgres_commands import assert_one_study
 from tests.test_workers import Command, children, rage
 
-pytestmark = [pytest.mark.slow, pytest.mark.chaos]
+pytestmark = pytest.mark.chaos
 
 TRIALS, STUDIES, KILLS = 40, 3, 4  # kills at most of each start of a command
 STARTS = 20  # of a command; one that was killed is started again

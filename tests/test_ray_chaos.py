@@ -47,7 +47,6 @@ class OnRay(Command):
         return super().start("--engine", "ray", "--ray-address", self.address, *arguments)
 
 
-@pytest.mark.slow
 @pytest.mark.chaos
 @pytest.mark.timeout(1800)
 def test_workers_on_ray_killed_at_random_lose_nothing_and_do_nothing_twice(

@@ -309,7 +309,6 @@ def test_trials_that_fail_in_a_row_stop_all_workers(image_cache: Path, tmp_path:
     assert len(command.trials()) < 9
 
 
-@pytest.mark.slow
 @pytest.mark.chaos
 @pytest.mark.timeout(1800)
 def test_workers_killed_at_random_lose_nothing_and_do_nothing_twice(image_cache: Path, tmp_path: Path) -> None:
