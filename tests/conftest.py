@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from tests.faulty import CommandLine
 
 PROJECT = Path(__file__).resolve().parent.parent
-# Until what hangs is given up. No test says how fast anything is: the machine may be busy with something else.
-PATIENCE_SECONDS = 600.0
 
 
 def make_study(cache: Path | str, **changes: Any) -> Study:

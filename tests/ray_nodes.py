@@ -7,7 +7,6 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -20,6 +19,7 @@ import pytest
 
 from harness.catalogue import PROJECT
 from harness.opening import read_store
+from tests.forked import Process
 
 OBJECT_STORE = 80 * 2**20  # bytes; Ray takes no less than 75 MiB
 PATIENCE_SECONDS = 150
@@ -126,16 +126,10 @@ class Command:
     def __init__(self, place: Path, address: str, *arguments: str) -> None:
         (place / "studies").mkdir(exist_ok=True)
         (place / "studies" / "tiny.py").write_text(STUDY_FILE)
-        command = [sys.executable, str(PROJECT / "run_study.py"), "--study", "tiny", "--engine", "ray"]
+        command = [str(PROJECT / "run_study.py"), "--study", "tiny", "--engine", "ray", "--ray-address", address]
+        environment = os.environ | {"PYTHONPATH": str(PROJECT)}
         self.said = ""
-        self.process = subprocess.Popen(
-            [*command, "--ray-address", address, *arguments],
-            cwd=place,
-            env=os.environ | {"PYTHONPATH": str(PROJECT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        self.process = Process([*command, *arguments], cwd=place, env=environment)
 
     def __enter__(self) -> Command:
         return self
@@ -145,7 +139,6 @@ class Command:
         self.process.wait()
 
     def until(self, words: str) -> None:
-        assert self.process.stdout is not None
         for line in self.process.stdout:
             self.said += line
             if words in line:
@@ -153,8 +146,8 @@ class Command:
         raise AssertionError(f"{words!r} was not said:\n{self.said}")
 
     def end(self) -> int:
-        self.said += self.process.communicate(timeout=PATIENCE_SECONDS)[0]
-        return self.process.returncode
+        self.said += self.process.communicate()[0]
+        return self.process.wait()
 
 
 def url_in(place: Path) -> str:
@@ -175,12 +168,7 @@ def check_whole(place: Path, trials: int, url: str | None = None) -> None:
     assert len(names) == trials, names
     assert set(names.values()) == {1}, names
     assert not (place / "studies" / "tiny.checkpoints").exists()
-    doctor = subprocess.run(
-        [sys.executable, "-m", "harness", "doctor", "tiny", *(["--storage", url] if url else [])],
-        cwd=place,
-        env=os.environ | {"PYTHONPATH": str(PROJECT)},
-        capture_output=True,
-        text=True,
-    )
-    assert doctor.returncode == 0, doctor.stdout + doctor.stderr
-    assert doctor.stdout.startswith("Storage, MLflow, checkpoints and processes agree"), doctor.stdout
+    doctor = Process(["-m", "harness", "doctor", "tiny", *(["--storage", url] if url else [])], cwd=place)
+    said, _ = doctor.communicate()
+    assert doctor.returncode == 0, said
+    assert said.startswith("Storage, MLflow, checkpoints and processes agree"), said

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import signal
 import statistics
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,7 +48,8 @@ from harness.study import wanted_keys
 from harness.tracking import NoTracker
 from harness.trainer import fit
 from tests.analytic import memory_store, run_analytic
-from tests.conftest import PROJECT, make_study
+from tests.conftest import make_study
+from tests.forked import Process
 from tests.small import Run, command, copied, small_study
 from tests.test_reproduce import change
 
@@ -486,14 +485,7 @@ def test_an_audit_that_was_stopped_comes_to_the_same_record(
 
     def child(lines: int) -> int:
         """Run the command and send it the signal after so many epochs; returns the exit code."""
-        process = subprocess.Popen(
-            [sys.executable, "-m", "harness", "audit", "tiny", "--fraction", "1"],
-            cwd=place,
-            env={**os.environ, "PYTHONPATH": str(PROJECT)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
+        process = Process(["-m", "harness", "audit", "tiny", "--fraction", "1"], cwd=place, stderr=subprocess.PIPE)
         read = 0
         for line in process.stdout:
             read += line.startswith("trial ")
@@ -502,7 +494,7 @@ def test_an_audit_that_was_stopped_comes_to_the_same_record(
                 break
         again = "-m harness audit tiny --fraction 1\n"
         assert process.stdout.read().endswith(again) == (number == signal.SIGINT)
-        return process.wait(timeout=120)
+        return process.wait()
 
     before, _ = stored(place)
     assert [child(lines) for lines in stops] == [code] * len(stops)

@@ -19,7 +19,7 @@ from harness.opening import open_store, read_store
 from harness.overview import digest
 from tests import browser
 from tests.analytic import run_analytic
-from tests.conftest import PROJECT
+from tests.forked import Process
 from tests.small import study_in
 from tests.test_audit import place_of, run_to_the_end
 from tests.test_cli_ui import answers, free_port
@@ -99,21 +99,13 @@ def test_a_study_that_runs_is_not_disturbed(tmp_path: Path, image_cache: Path) -
     with dashboard(url, tmp_path) as address, browser.page() as page:
         page.goto(f"{address}/dashboard/studies/1")
         page.get_by_text("tiny (id=1)").wait_for(timeout=MILLISECONDS)
-        run = subprocess.Popen(
-            [sys.executable, "-m", "harness", "run", "--study", "tiny"],
-            cwd=watched,
-            env={**os.environ, "PYTHONPATH": str(PROJECT)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        run = Process(["-m", "harness", "run", "--study", "tiny"], cwd=watched)
         seen = set()
         while run.poll() is None:  # what the page asks for every few seconds, and much more often
             answer = page.request.get(f"{address}/api/studies/1")
             assert answer.ok, answer.text()
             seen.add(len(answer.json()["trials"]))
-        assert run.stderr is not None
-        said = run.stderr.read()
+        said, _ = run.communicate()
         page.reload()
         assert len(curves(page)) == study.trials
     assert run.returncode == 0, said

@@ -18,8 +18,8 @@ from harness.config import Study
 from harness.database import connect, dispose
 from harness.opening import exists, has_model, open_store
 from harness.results import EpochEnded, Event
-from tests.conftest import PATIENCE_SECONDS
 from tests.faulty import CommandLine, complete, one_sentence, small_disk, small_study
+from tests.patience import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.usefixtures("mlruns")
 

@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 
 from harness.opening import read_store
 from tests.conftest import PROJECT
+from tests.forked import Process
 
 pytestmark = pytest.mark.slow
 
@@ -58,14 +59,13 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-u", str(PROJECT / "run_study.py"), "--study", "small", *arguments]
-    return subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(place: Path, *arguments: str) -> Process:
+    return Process([str(PROJECT / "run_study.py"), "--study", "small", *arguments], cwd=place)
 
 
 def run(place: Path, *arguments: str) -> str:
     process = start(place, *arguments)
-    output, _ = process.communicate(timeout=250)
+    output, _ = process.communicate()
     assert process.returncode == 0, output
     return output
 
@@ -117,13 +117,12 @@ def test_a_study_killed_again_and_again_ends_as_one_that_was_not(
     # One kill at a random moment of each process's life, from its imports to the final run, then a last one in peace.
     for words in ("trial 0", "trial 2", "trial 4", "final seed", "final seed 1"):
         process = start(place)
-        assert process.stdout is not None
         for line in process.stdout:
             if line.startswith(words):
                 time.sleep(chance.uniform(0, 0.6))
                 break
         process.kill()
-        kills += process.wait(timeout=60) == -signal.SIGKILL
+        kills += process.wait() == -signal.SIGKILL
     assert kills >= 3
     run(place)
     assert outcome(place) == uninterrupted
@@ -133,11 +132,12 @@ def test_a_study_killed_again_and_again_ends_as_one_that_was_not(
 def test_killed_before_anything_is_written_and_while_databases_are_made(
     place: Path, uninterrupted: dict[str, Any]
 ) -> None:
+    command = [sys.executable, str(PROJECT / "run_study.py"), "--study", "small"]
     for seconds in (1.0, 5.0, 7.0):
-        process = start(place)
+        process = subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
         time.sleep(seconds)
         process.kill()
-        process.wait(timeout=60)
+        process.wait()
     run(place)
     assert outcome(place) == uninterrupted
     check_mlflow(place, trials=6, seeds=2)
@@ -167,13 +167,12 @@ def test_an_interrupt_leaves_with_130_and_the_command_that_goes_on(
     place: Path, uninterrupted: dict[str, Any], number: signal.Signals
 ) -> None:
     process = start(place)
-    assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("trial 1"):
             break
     process.send_signal(number)
     rest = process.stdout.read()
-    assert process.wait(timeout=60) == 130, rest
+    assert process.wait() == 130, rest
     assert "run_study.py --study small" in rest.strip().splitlines()[-1]
     assert "Traceback" not in rest
     client = MlflowClient(f"sqlite:///{place}/mlruns/mlflow.db")
@@ -184,9 +183,8 @@ def test_an_interrupt_leaves_with_130_and_the_command_that_goes_on(
 
 
 def test_when_its_reader_leaves_a_study_goes_on_and_still_says_how_after_an_interrupt(place: Path) -> None:
-    command = [sys.executable, "-u", str(PROJECT / "run_study.py"), "--study", "small", "--trials", "40"]
-    process = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
+    command = [str(PROJECT / "run_study.py"), "--study", "small", "--trials", "40"]
+    process = Process(command, cwd=place, stderr=subprocess.PIPE)
     assert process.stderr is not None
     for line in process.stdout:
         if line.startswith("trial 0"):
@@ -196,21 +194,20 @@ def test_when_its_reader_leaves_a_study_goes_on_and_still_says_how_after_an_inte
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     said = process.stderr.read()
-    assert process.wait(timeout=60) == 130, said
+    assert process.wait() == 130, said
     assert said.splitlines()[-2] == "Go on with:", said
     assert "Traceback" not in said
 
 
 def test_a_second_process_is_refused_and_told_the_first_ones_pid(place: Path) -> None:
     first = start(place)
-    assert first.stdout is not None
     for line in first.stdout:
         if line.startswith("Study small"):
             break
     second = start(place)
-    output, _ = second.communicate(timeout=120)
+    output, _ = second.communicate()
     first.kill()
-    first.wait(timeout=60)
+    first.wait()
     assert second.returncode == 2, output
     assert f"is being run by process {first.pid}" in output
 
@@ -231,7 +228,7 @@ def test_two_studies_started_at_once_in_an_empty_folder_do_not_harm_each_other(p
     (place / "studies" / "other.py").write_text(other)
     quick = ("--trials", "1", "--set", "epochs=1", "--set", "final.seeds=1")
     processes = [start(place, *quick), start(place, *quick), start(place, *quick, "--study", "other")]
-    outputs = [process.communicate(timeout=250)[0] for process in processes]
+    outputs = [process.communicate()[0] for process in processes]
     codes = [process.returncode for process in processes]
     assert sorted(codes[:2]) == [0, 2], outputs
     assert codes[2] == 0, outputs[2]
@@ -254,8 +251,8 @@ def test_a_lost_model_is_made_again_and_the_test_set_stays_closed(place: Path) -
 
 def test_show_json_and_the_saved_model_agree_with_the_run(place: Path) -> None:
     run(place, "--trials", "1")
-    command = [sys.executable, "-m", "harness", "show", str(place / "studies" / "small.py"), "--json"]
-    shown = json.loads(subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout)
+    show = Process(["-m", "harness", "show", str(place / "studies" / "small.py"), "--json"], cwd=PROJECT)
+    shown = json.loads(show.communicate()[0])
     assert shown["trials"] == {"complete": 1, "pruned": 0, "failed": 0, "running": 0, "interrupted": 0}
     assert shown["final"]["accuracy"] == shown["final"]["correct"] / shown["final"]["total"]
     model = json.loads((place / "studies" / "small.model" / "model.json").read_text())

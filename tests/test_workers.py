@@ -10,7 +10,6 @@ import random
 import signal
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -29,6 +28,7 @@ from harness.results import Completed
 from harness.workers import of_use, surroundings
 from tests.analytic import epoch_result
 from tests.conftest import PROJECT
+from tests.forked import Process
 from tests.small import study_in
 
 STUDY_FILE = """
@@ -70,27 +70,19 @@ class Command:
         )
         self.url = f"sqlite:///{place}/studies/tiny.db"
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, str(PROJECT / "run_study.py"), "--study", "tiny", *arguments]
+    def start(self, *arguments: str) -> Process:
+        command = [str(PROJECT / "run_study.py"), "--study", "tiny", *arguments]
         environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            command,
-            cwd=self.place,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        return Process(command, cwd=self.place, env=environment, start_new_session=True)
 
-    def at_work(self, count: int) -> tuple[subprocess.Popen[str], list[int]]:
+    def at_work(self, count: int) -> tuple[Process, list[int]]:
         """Start with so many workers; the process, and their PIDs as soon as some trials are under way."""
         process = self.start("--workers", str(count))
         return process, self.wait_for_work(process)
 
     def run(self, *arguments: str) -> str:
         process = self.start(*arguments)
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate()
         assert process.returncode == 0, output
         return output
 
@@ -124,15 +116,10 @@ class Command:
         assert max(keys.values()) == 1
         assert len([key for key in keys if key.startswith("trial-")]) == self.count
         assert {run.info.status for run in runs} == {"FINISHED"}
-        doctor = subprocess.run(
-            [sys.executable, "-m", "harness", "doctor", "tiny"],
-            cwd=self.place,
-            env=os.environ | {"PYTHONPATH": str(PROJECT)},
-            capture_output=True,
-            text=True,
-        )
-        assert doctor.returncode == 0, doctor.stdout
-        assert f"agree on {self.count} finished trials" in doctor.stdout
+        doctor = Process(["-m", "harness", "doctor", "tiny"], cwd=self.place)
+        said, _ = doctor.communicate()
+        assert doctor.returncode == 0, said
+        assert f"agree on {self.count} finished trials" in said
 
     def check_against(self, single: dict[str, Any]) -> None:
         """The same, and what one worker found: a result does not depend on who trains it, or beside whom."""
@@ -151,7 +138,7 @@ class Command:
             return int(count)
         return 0
 
-    def wait_for_work(self, process: subprocess.Popen[str], started: int = 2) -> list[int]:
+    def wait_for_work(self, process: Process, started: int = 2) -> list[int]:
         """The PIDs of the workers, as soon as some trials are under way."""
         end = time.monotonic() + 120
         while time.monotonic() < end and process.poll() is None:
@@ -211,7 +198,7 @@ def test_killed_workers_are_replaced_and_their_trials_taken_up(
     process, first = command.at_work(3)
     for pid in first[:2]:
         os.kill(pid, signal.SIGKILL)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate()
     assert process.returncode == 0, output
     assert output.count("died (killed by signal 9); another one takes its place.") == 2, output
     command.check_against(single)
@@ -244,7 +231,7 @@ def test_asked_to_stop_all_write_their_checkpoints_and_the_study_goes_on_from_th
         os.killpg(process.pid, number)  # as a terminal does
     else:
         process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate()
     assert process.returncode == 130, output
     assert "Go on with:" in output
     assert "Traceback" not in output
@@ -264,12 +251,11 @@ def test_stopped_while_its_workers_start_a_study_says_only_how_to_go_on(
     seconds: float, image_cache: Path, tmp_path: Path
 ) -> None:
     process = Command(tmp_path / "early", image_cache).start("--workers", "2")
-    assert process.stdout is not None
     assert any("2 workers" in line for line in process.stdout)
     time.sleep(seconds)
     workers = children(process.pid)
     os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate()
     assert process.returncode == 130, output
     lines = [line for line in output.splitlines() if line != interrupt.NOTICE]
     assert lines[:2] == ["Interrupted with 0 of 9 trials finished.", "Go on with:"]
@@ -302,7 +288,7 @@ def test_trials_that_fail_in_a_row_stop_all_workers(image_cache: Path, tmp_path:
     )
     file.write_text(text)
     process = command.start("--workers", "2")
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate()
     assert process.returncode == 1, output
     assert "trials in a row failed, the last one with RuntimeError: no such layer" in output
     assert "Traceback" not in output
@@ -328,7 +314,7 @@ def test_workers_killed_at_random_lose_nothing_and_do_nothing_twice(image_cache:
     assert kills >= 20
 
 
-def rage(command: Command, process: subprocess.Popen[str], chance: random.Random, at_most: int) -> int:
+def rage(command: Command, process: Process, chance: random.Random, at_most: int) -> int:
     """Kill workers, and now and then their coordinator, at random moments; returns how many before it ended."""
     said: list[str] = []
     reader = threading.Thread(target=lambda: said.append(process.communicate()[0]), daemon=True)
@@ -375,7 +361,7 @@ def test_workers_that_die_each_time_end_the_command(image_cache: Path, tmp_path:
     with (tmp_path / "studies" / "tiny.py").open("a") as file:
         file.write(DEADLY)
     process = command.start("--workers", "2")
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate()
     assert process.returncode == 1, output
     assert "another one takes its place" in output
     assert "error: Workers die again and again (killed by signal 9)" in output
