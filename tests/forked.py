@@ -1,8 +1,8 @@
 """Commands in processes of their own, forked from one that has imported everything.
 
 The imports of torch, MLflow, Optuna and the harness take seconds of a processor; the tests start more than a hundred
-commands, and pay for them once. What is started so is a real process, to be killed for real. A test of imports, or of the
-interpreter's options, needs a `subprocess`.
+commands, and pay for them once. What is started so is a real process, to be killed for real. A test of imports, or of
+the interpreter's options, needs a `subprocess`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Process:
         stderr: int = subprocess.STDOUT,
         start_new_session: bool = False,
     ) -> None:
-        """`arguments` are Python's: a script, or `-m` and a module, and what follows. `env` is this process's by default."""
+        """`arguments` are Python's: a script, or `-m` and a module, and what follows. `env` is ours by default."""
         ours, theirs = socket.socketpair()
         out, written = os.pipe()
         faults, complained = os.pipe() if stderr == subprocess.PIPE else (None, written)
