@@ -76,7 +76,7 @@ def _begin(args: argparse.Namespace, study: Study, store: Store, tracker: MLflow
 
 def _check_versions(store: Store) -> None:
     """Raise InputError when others work on the study with other versions: their trials could not be compared."""
-    from harness.leases import in_words
+    from harness.processes import in_words
 
     known, here, others = store.attribute("versions"), versions(), store.at_work()
     if others and known and known != here:

@@ -134,14 +134,15 @@ def _run(args: argparse.Namespace) -> int:
 
 def _check_nobody_at_work(study: Study, url: str) -> None:
     """Raise InputError when a process works on this study; one that has lost its coordinator does so for a while."""
-    from harness import database, leases, opening
+    from harness import database, opening
+    from harness.processes import in_words
 
     file = database.sqlite_file(url)
     if file is not None and database.holder(file) is not None:
         return  # the command itself is, and named when its study would be moved
     if opening.exists(study.name, url):
         with opening.read_store(study.name, url) as store:
-            others = sorted(map(leases.in_words, set(store.at_work().values())))
+            others = sorted(map(in_words, set(store.at_work().values())))
         if others:
             raise InputError(
                 f"--fresh: process {others[0]} works on study {study.name!r}; wait for its end, or end it first."

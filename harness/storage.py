@@ -23,6 +23,7 @@ from harness.database import Unreadable, outlast
 from harness.errors import InputError
 from harness.leases import LeaseLost, Leases
 from harness.ledger import Line
+from harness.processes import in_words
 from harness.records import TrialRecord as TrialRecord
 from harness.records import record_of
 from harness.results import Completed, Diverged, EpochResult, Failed, TrialOutcome
@@ -267,7 +268,7 @@ class Store:
     def leader(self) -> str | None:
         """Which other process does what comes after the search, for people to read; None when none does."""
         owner = self.at_work().get(FINAL)
-        return None if owner is None else f"process {leases.in_words(owner)}"
+        return None if owner is None else f"process {in_words(owner)}"
 
     # -- writing ------------------------------------------------------------------------------------------------
 
