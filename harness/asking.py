@@ -46,7 +46,7 @@ class Seen:
         return Seen() if kept is None else Seen.from_dict(kept)
 
     def history(self, trials: Sequence[FrozenTrial], number: int) -> list[FrozenTrial]:
-        """The trials as they were known to trial `number`; of the running and the diverged ones the parameters alone."""
+        """The trials as they were known to trial `number`; of running and diverged ones the parameters alone."""
         known = [
             _without_values(trial) if has_diverged(trial) else trial
             for trial in trials
@@ -144,7 +144,7 @@ def ask(study: Study, of: optuna.Study, trial_id: int, number: int, history: lis
 
 
 def _sampler(study: Study, seed: int, history: list[FrozenTrial]) -> optuna.samplers.BaseSampler:
-    """The study's sampler, made anew. TPE takes the best tenth for good, but none that diverged, if there are too few."""
+    """The study's sampler, made anew. TPE takes the best tenth of the trials for good, but none that diverged."""
     sampler = study.sampler.build(study, seed)
     if isinstance(sampler, optuna.samplers.TPESampler):
         ended = [trial for trial in history if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]

@@ -9,7 +9,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,14 @@ def open_store(
     """
     file = sqlite_file(url)
     with held(None if joining else file, study.name):
-        check_database(url)
-        with alone(url):
-            storage = connect(url)
-            optuna_study = _begun(study, url, storage, content)
+
+        def begin() -> tuple[optuna.storages.RDBStorage, optuna.Study]:
+            check_database(url)
+            with alone(url):
+                storage = connect(url)
+                return storage, _begun(study, url, storage, content)
+
+        storage, optuna_study = outlast(url, begin) if joining else begin()  # a server was there a moment ago
         store = Store(url, optuna_study)
         leases = Leases(storage.engine, store.attribute("uid"), file)
         try:
@@ -213,14 +217,23 @@ def move_aside(name: str, url: str, *folders: Path) -> Path | None:
             for number in range(1000)
             if not (path := file.with_name(f"{file.stem}.{stamp}{f'-{number}' if number else ''}.db")).exists()
         )
-        connection = sqlite3.connect(file, timeout=BUSY_TIMEOUT_SECONDS)
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # all of the study is in the one file that is renamed
-        connection.close()
+        _gather(file)
         for folder in folders:
             if folder.exists():
                 folder.rename(target.with_suffix(folder.suffix))
         file.rename(target)
     return target
+
+
+def _gather(file: Path) -> None:
+    """Bring all of a study into the one file that is renamed. Raises InputError while another program is at it."""
+    try:
+        with closing(sqlite3.connect(file, timeout=BUSY_TIMEOUT_SECONDS)) as connection:
+            (busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    except sqlite3.OperationalError:
+        busy = True
+    if busy:
+        raise InputError(f"--fresh: another program reads or writes {file}; end it, and try again.")
 
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
