@@ -236,6 +236,12 @@ class Study:
             hasattr(self.sampler, "check"), f'sampler must be tpe(), grid() or Sampler("NAME"), not {self.sampler!r}.'
         )
         require(hasattr(self.pruner, "build"), f'pruner must be asha() or Pruner("NAME"), not {self.pruner!r}.')
+        for path, value in self.definition().items():
+            require(
+                _survives(value),
+                f"{path} is {value!r}, which a study cannot keep and compare when it is resumed; use numbers, texts, "
+                "true, false, null, or tuples of them.",
+            )
         self.sampler.check(self)
 
     def image_sizes(self) -> set[int]:
@@ -331,4 +337,12 @@ def _owner(study: Study, path: str) -> tuple[Any, str]:
 
 def _plain(value: Any) -> Any:
     """As JSON gives it back, so that a stored definition compares equal to a fresh one."""
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _survives(value: Any) -> bool:
+    """Whether JSON gives a value back as it was; not so objects, functions, sets, and what is not a number."""
+    try:
+        return bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError):
+        return False

@@ -72,7 +72,7 @@ class Choice:
         if len(self.options) == 0:
             raise InputError("Choice(()) offers nothing; list at least one value.")
         for option in self.options:
-            if not isinstance(option, bool | int | float | str | tuple | None):
+            if not is_plain(option) or isinstance(option, list | dict):
                 raise InputError(f"Choice cannot offer {option!r}; offer numbers, texts, None, or tuples of them.")
         if len(set(self.labels)) != len(self.options):
             raise InputError(f"Choice{self.options} offers the same value twice; list each value once.")
@@ -107,6 +107,18 @@ def label(value: Any) -> Any:
     if isinstance(value, tuple):
         return "-".join(str(item) for item in value) if value else "none"
     return value
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is read back as it was written: a number, a text, None, or a tuple, list or dict of them.
+
+    Not what is only derived from one of these, such as numpy's numbers, whose text changes with its version.
+    """
+    if type(value) in (tuple, list):
+        return all(is_plain(each) for each in value)
+    if type(value) is dict:
+        return all(is_plain(each) for pair in value.items() for each in pair)
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def leaves(config: Any, prefix: str = "", identity_only: bool = False) -> Iterator[tuple[str, Any]]:
