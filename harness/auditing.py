@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from collections.abc import Generator
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from harness import audit, catalogue, opening, report
+from harness import audit, catalogue, mounts, opening, report
 from harness.checkpoint import SUFFIX, Checkpoint, identity_of, remove
 from harness.config import Study
 from harness.data.tensors import prepare
+from harness.database import sqlite_file
 from harness.engine import Runtime
 from harness.environment import environment
 from harness.errors import DONE, InputError
@@ -45,6 +47,8 @@ def audit_study(args: argparse.Namespace) -> int:
         if missing(store, args.fraction, args.seed):
             content = {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
         opening.as_begun(study, store, content)
+    if (risk := mounts.warning(sqlite_file(url))) is not None:
+        print(f"Warning: {risk}", file=sys.stderr)
     keep_imports()
     with opening.open_store(study, url, content) as store:
         checkpoints = found.beside(url, ".checkpoints")

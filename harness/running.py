@@ -93,7 +93,7 @@ def _share_cores() -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from harness import catalogue, database, opening, overview, ray_cluster
+    from harness import catalogue, database, mounts, opening, overview, ray_cluster
     from harness.coordinator import ended
     from harness.mlflow_places import uri_of
 
@@ -108,6 +108,8 @@ def _run(args: argparse.Namespace) -> int:
     url = args.storage or found.storage_url
     database.check_database(url)
     database.check_writable(database.sqlite_file(url))
+    if (risk := mounts.warning(database.sqlite_file(url))) is not None:
+        print(f"Warning: {risk}", file=sys.stderr)
     if args.fresh:
         opening.check_movable(url)
         _check_nobody_at_work(study, url)
