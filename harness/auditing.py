@@ -33,7 +33,7 @@ def audit_study(args: argparse.Namespace) -> int:
     """Audit a study, or go on with it; returns the exit code. Raises InputError for what a user can mend."""
     found = catalogue.find(args.study)
     study = found.study.located(found.home, args.data_root, args.device)
-    url = args.storage or found.storage_url
+    url = found.url(args.storage)
     if args.tracking_uri:
         tracker_at(args.tracking_uri)  # a URI that is none is named before anything is trained
     with opening.read_store(study.name, url) as store:

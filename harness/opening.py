@@ -137,6 +137,15 @@ def exists(name: str, url: str) -> bool:
         dispose(storage)
 
 
+def begun_by(name: str, url: str) -> str | None:
+    """The name of the study file that a study was last run from, None when that, or the study, is not known."""
+    try:
+        with read_store(name, url) as store:
+            return store.attribute("file")
+    except InputError:  # there is no such study, and whoever wants it says so
+        return None
+
+
 def as_begun(study: Study, store: Store, content: Mapping[str, str] | None = None) -> Study:
     """The study as the storage knows it: settings given on the command line at its start are put back.
 

@@ -105,7 +105,7 @@ def _run(args: argparse.Namespace) -> int:
     study = found.study.with_settings(args.set).located(found.home, args.data_root, args.device)
     if args.trials is not None:
         study = dataclasses.replace(study, trials=args.trials)
-    url = args.storage or found.storage_url
+    url = found.url(args.storage)
     database.check_database(url)
     database.check_writable(database.sqlite_file(url))
     if (risk := mounts.warning(database.sqlite_file(url))) is not None:
@@ -220,6 +220,7 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
     with opening.open_store(study, url, content) as store:
         try:
             store.set_attribute("command", _lasting_command())
+            store.set_attribute("file", found.file.name)
             keep_imports()
             return run_study(args, found, study, store, tracker, console)
         except KeyboardInterrupt:
