@@ -54,7 +54,9 @@ def audit_study(args: argparse.Namespace) -> int:
         checkpoints = found.beside(url, ".checkpoints")
         with closing(train(study, store, runtime, checkpoints, args.fraction, args.seed)) as lines:
             for line in lines:
+                store.check_file()
                 print(line, flush=True)
+        store.check_file()
         print("\n".join(audit.audit_sentences(store.attribute("audit"))))
         _write_report(study, store, found, args.tracking_uri)
     return DONE

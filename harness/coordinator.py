@@ -46,6 +46,7 @@ def run_study(
     ):
         try:
             for event in events:
+                store.check_file()
                 display.show(event)
         except TooManyFailures as error:
             failure = error
@@ -115,6 +116,7 @@ def _end(
     from harness import overview, report, tracking
     from harness.opening import is_untested
 
+    store.check_file()
     done = failure is None and store.is_complete(study)  # by another coordinator, for which this one waited
     if done or not store.lead():
         if done:
@@ -122,6 +124,7 @@ def _end(
         else:
             tracker.leave()
         print(overview.summary(study.name, store, tracker.uri))
+        store.check_file()
         return _failed(failure) if failure else ended(store)
     model_folder, report_folder = (found.beside(store.url, suffix) for suffix in (".model", ".report"))
     report.write_report(study.name, store, tracker.uri, report_folder)
@@ -138,6 +141,7 @@ def _end(
         print(f"MLflow at {masked(tracker.uri)} lacks a part of this; the same command writes it when MLflow is back.")
     print(overview.summary(study.name, store, tracker.uri))
     print(f"report    {report_folder / 'report.html'}")
+    store.check_file()
     return ended(store)
 
 

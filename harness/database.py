@@ -14,7 +14,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -409,5 +409,6 @@ def held(file: Path | None, name: str) -> Iterator[None]:
         replace_file(pid, f"{os.getpid()}\n".encode())
         yield
     finally:
-        pid.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be gone by now, or read-only; what is lost with it was said
+            pid.unlink(missing_ok=True)
         lock.release()

@@ -30,6 +30,7 @@ from harness.database import (
 from harness.errors import InputError
 from harness.files import Damaged, check_tensors
 from harness.leases import Leases, make_table
+from harness.opened_file import OpenedFile
 from harness.storage import Store
 
 
@@ -56,13 +57,17 @@ def open_store(
         storage, optuna_study = outlast(url, begin) if joining else begin()  # a server was there a moment ago
         store = Store(url, optuna_study)
         leases = Leases(storage.engine, store.attribute("uid"), file)
+        opened = None
         try:
             if file is not None and not joining:  # whoever held it before is gone, or works for one that is
                 outlast(url, leases.clear)
-            yield Store(url, optuna_study, engine=storage.engine, leases=leases)
+                opened = OpenedFile(file)
+            yield Store(url, optuna_study, engine=storage.engine, leases=leases, file=opened)
         finally:
             leases.close()
             dispose(storage)
+            if opened is not None:
+                opened.close()
 
 
 def _begun(

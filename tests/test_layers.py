@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("processes",),
     ("errors", "results", "seeds", "space", "config", "interrupt", "environment", "outbox", "files", "mlflow_library"),
     ("ledger", "packing", "evidence", "cost", "audit", "predictions", "thumbnails"),
-    ("data", "models", "optim", "engine", "search", "asking", "database", "leases", "mounts", "jobs"),
+    ("data", "models", "optim", "engine", "search", "asking", "database", "leases", "mounts", "opened_file", "jobs"),
     ("trainer", "auto"),
     ("experiment", "checkpoint", "features"),
     (
