@@ -40,8 +40,7 @@ class Found:
         from harness.opening import begun_by
 
         name, url = self.study.name, storage or self.storage_url
-        owner = begun_by(name, url) or (None if storage else f"{name}.py")
-        twin = self.file.with_name(owner or self.file.name)
+        twin = self.file.with_name(begun_by(name, url) or self.file.name)
         if twin.is_file() and not twin.samefile(self.file) and _defines(twin, name):
             raise InputError(
                 f"{self.file} defines the study {name!r}, and so does {twin}, whose results are in {url}: "

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from harness.saved_model import SavedModel
     from harness.storage import Store
 
+# What helps when trials end without a result, by their state.
+REMEDIES = {
+    "failed": "The tracebacks are in MLflow and in the report: mend the cause.",
+    "diverged": "Against diverging, search lower learning rates, warm up longer, or clip gradients (optim.clip_norm).",
+    "pruned": "Against pruning, take a pruner that spares more trials, or no_pruning().",
+}
 START = "start"  # the key of what one coordinator at a time does at its start
 
 
@@ -249,10 +255,22 @@ def ended(store: Store) -> int:
         return FAILED
     if store.best() is not None:
         return DONE
-    last = store.trials()[-1]
-    print(
-        f"error: No trial is complete (trial {last.number}: {last.reason or last.state}); tracebacks are in MLflow. "
-        "Mend the cause and give a larger --trials, or start anew with --fresh.",
-        file=sys.stderr,
-    )
+    print(f"error: {_no_result(store)}", file=sys.stderr)
     return FAILED
+
+
+def _no_result(store: Store) -> str:
+    """Why no trial is complete, and what helps, in the words of what happened."""
+    last = {trial.state: trial for trial in store.trials()}  # of each kind
+    states = [trial.state for trial in store.trials()]
+    if len(last) > 1:
+        counted = ", ".join(f"{states.count(state)} {state}" for state in last)
+    else:
+        counted = f"{'all ' * (len(states) > 1)}{len(states)} {states[0]}"
+    told = "; ".join(f"trial {trial.number}: {trial.reason}" for trial in last.values() if trial.reason)
+    remedies = " ".join(remedy for state, remedy in REMEDIES.items() if state in last)
+    what = f"{counted} ({told})" if told else counted
+    return (
+        f"No trial is complete: {what}. {remedies} Then start anew with --fresh, or try further ones with a larger "
+        "--trials."
+    )

@@ -143,10 +143,13 @@ def exists(name: str, url: str) -> bool:
 
 
 def begun_by(name: str, url: str) -> str | None:
-    """The name of the study file that a study was last run from, None when that, or the study, is not known."""
+    """The name of the study file that a study was last run from, None when there is no such study.
+
+    Of one from before that was kept it is the file that is called as the study is.
+    """
     try:
         with read_store(name, url) as store:
-            return store.attribute("file")
+            return store.attribute("file") or f"{name}.py"
     except InputError:  # there is no such study, and whoever wants it says so
         return None
 

@@ -55,11 +55,6 @@ def test_a_copy_is_told_to_change_its_name(
     assert main(["show", "demo"]) == 0
 
 
-def test_a_copy_is_refused_also_before_anything_has_run(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    copy(workspace, "mine")
-    assert_refused(workspace, capsys, ["run", "--study", "mine"], ["change `name` in mine.py"])
-
-
 def test_of_two_files_neither_of_which_is_named_so_the_first_to_run_has_the_study(workspace: Path) -> None:
     for name in ("one", "other"):
         copy(workspace, name, old='"demo"', new='"shared"')
