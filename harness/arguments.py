@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Callable
 from pathlib import Path
+
+from harness.space import LARGEST, MOST_TRIALS, shortened
+
+MOST_WORKERS = 10_000  # a larger number is a slip of the keyboard
 
 
 def build_parser(program: str) -> argparse.ArgumentParser:
@@ -28,7 +34,7 @@ def build_parser(program: str) -> argparse.ArgumentParser:
     report.set_defaults(command="report")
     reproduce = commands.add_parser("reproduce", help="train a trial again and compare every epoch with the record")
     reproduce.add_argument("study", metavar="STUDY", help="a study's name or file")
-    reproduce.add_argument("trial", metavar="N", type=_number, help="the trial's number")
+    reproduce.add_argument("trial", metavar="N", type=_whole(0), help="the trial's number")
     reproduce.add_argument("--data-root", metavar="DIR", type=_given, help="the folder that holds the data set")
     reproduce.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps (default: what the study ran on)")
     reproduce.set_defaults(command="reproduce")
@@ -55,7 +61,7 @@ def build_parser(program: str) -> argparse.ArgumentParser:
         "--tracking-uri", metavar="URI", type=_given, help="the MLflow database or server (default: mlruns/mlflow.db)"
     )
     ui.add_argument("--host", type=_given, default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    ui.add_argument("--port", type=int, default=5000, help="port to listen on (default: %(default)s)")
+    ui.add_argument("--port", type=_whole(1, 65_535), default=5000, help="port to listen on (default: %(default)s)")
     ui.set_defaults(command="ui")
     return parser
 
@@ -63,7 +69,10 @@ def build_parser(program: str) -> argparse.ArgumentParser:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--study", metavar="NAME|FILE", default="flowers102", help="the study (default: %(default)s)")
     parser.add_argument(
-        "--trials", metavar="N", type=_positive, help="how many finished trials the study should have in all"
+        "--trials",
+        metavar="N",
+        type=_whole(1, MOST_TRIALS),
+        help="how many finished trials the study should have in all",
     )
     parser.add_argument("--data-root", metavar="DIR", type=_given, help="the folder that holds the data set")
     parser.add_argument(
@@ -78,12 +87,16 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         metavar="N",
-        type=_positive,
+        type=_whole(1, MOST_WORKERS),
         help="processes that train side by side, each with a GPU of its own or its share of the cores (default: 1; "
         "with --engine ray one for each GPU of the cluster, without GPUs one for each node)",
     )
     parser.add_argument(
-        "--workers-per-gpu", metavar="N", type=_positive, default=1, help="how many share a GPU (default: %(default)s)"
+        "--workers-per-gpu",
+        metavar="N",
+        type=_whole(1, MOST_WORKERS),
+        default=1,
+        help="how many share a GPU (default: %(default)s)",
     )
     parser.add_argument(
         "--engine",
@@ -111,7 +124,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", metavar="STUDY", help="a study's name or file")
     parser.add_argument("images", metavar="IMAGE|DIR", nargs="+", type=_path, help="photographs, or folders of them")
-    parser.add_argument("--top", metavar="N", type=_positive, help="how many classes to show (default: 5)")
+    parser.add_argument("--top", metavar="N", type=_whole(1), help="how many classes to show (default: 5)")
     parser.add_argument(
         "--csv", metavar="FILE", type=_path, help="write a table instead (-: to stdout): file, rank, class, probability"
     )
@@ -123,7 +136,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", metavar="STUDY", help="a study's name or file")
     parser.add_argument("--host", type=_given, default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=_whole(1, 65_535), default=7860, help="port to listen on (default: %(default)s)")
     parser.add_argument("--data-root", metavar="DIR", type=_given, help="the data set, for example photographs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     _add_storage(parser)
@@ -139,7 +152,9 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
         default=0.1,
         help="of the pruned trials, at least (default: %(default)s)",
     )
-    parser.add_argument("--seed", metavar="N", type=_number, default=0, help="of the drawing (default: %(default)s)")
+    parser.add_argument(
+        "--seed", metavar="N", type=_whole(0, LARGEST), default=0, help="of the drawing (default: %(default)s)"
+    )
     parser.add_argument("--data-root", metavar="DIR", type=_given, help="the folder that holds the data set")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps (default: what the study ran on)")
     _add_places(parser)
@@ -170,10 +185,19 @@ def _path(text: str) -> Path:
     return Path(_given(text))
 
 
-def _number(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"it must be a whole number, 0 or more, not {text!r}")
-    return int(text)
+def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """What reads a whole number that is neither smaller nor larger."""
+
+    def read(text: str) -> int:
+        # The length first: Python refuses to read a number of thousands of digits.
+        number = int(text) if len(text) <= 30 and re.fullmatch(r"\s*[+-]?[0-9]+\s*", text, re.ASCII) else None
+        if number is None or number < low or (high is not None and number > high):
+            least = "0 or more" if low == 0 else f"of at least {low}"
+            most = "" if high is None else f" and at most {high:,}"
+            raise argparse.ArgumentTypeError(f"it must be a whole number {least}{most}, not {shortened(text)}")
+        return number
+
+    return read
 
 
 def _fraction(text: str) -> float:
@@ -182,15 +206,5 @@ def _fraction(text: str) -> float:
     except ValueError:
         share = 0.0
     if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"it must be a number above 0 and at most 1, not {text!r}")
+        raise argparse.ArgumentTypeError(f"it must be a number above 0 and at most 1, not {shortened(text)}")
     return share
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"it must be a whole number of at least 1, not {text!r}")
-    return number

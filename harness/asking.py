@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import optuna
+from optuna.samplers._tpe.sampler import default_gamma
 from optuna.trial import FrozenTrial, TrialState
 
 from harness.search import suggest
@@ -45,9 +46,13 @@ class Seen:
         return Seen() if kept is None else Seen.from_dict(kept)
 
     def history(self, trials: Sequence[FrozenTrial], number: int) -> list[FrozenTrial]:
-        """The trials as they were known to trial `number`; of the running ones the parameters alone."""
-        known = [trial for trial in trials if trial.number < number and trial.number not in self.open]
-        running = [_running(trial) for trial in trials if trial.number in self.running]
+        """The trials as they were known to trial `number`; of running and diverged ones the parameters alone."""
+        known = [
+            _without_values(trial) if has_diverged(trial) else trial
+            for trial in trials
+            if trial.number < number and trial.number not in self.open
+        ]
+        running = [_without_values(trial, TrialState.RUNNING) for trial in trials if trial.number in self.running]
         return sorted(known + running, key=lambda trial: trial.number)
 
     def to_dict(self) -> dict[str, list[int]]:
@@ -58,16 +63,22 @@ class Seen:
         return Seen(tuple(record["open"]), tuple(record["running"]))
 
 
-def _running(trial: FrozenTrial) -> FrozenTrial:
+def has_diverged(trial: FrozenTrial) -> bool:
+    """Whether a trial, which is told as pruned, ended with a loss or gradient that was no number."""
+    return trial.state is TrialState.PRUNED and trial.user_attrs.get("outcome", {}).get("state") == "diverged"
+
+
+def _without_values(trial: FrozenTrial, state: TrialState = TrialState.PRUNED) -> FrozenTrial:
+    """A trial of which the parameters alone are shown; TPE puts a pruned one without values behind all others."""
     return FrozenTrial(
         number=trial.number,
-        state=TrialState.RUNNING,
+        state=state,
         value=None,
         datetime_start=trial.datetime_start,
-        datetime_complete=None,
+        datetime_complete=None if state is TrialState.RUNNING else trial.datetime_complete,
         params=trial.params,
         distributions=trial.distributions,
-        user_attrs={},
+        user_attrs={} if state is TrialState.RUNNING else trial.user_attrs,
         system_attrs={},
         intermediate_values={},
         trial_id=trial._trial_id,
@@ -120,13 +131,23 @@ def ask(study: Study, of: optuna.Study, trial_id: int, number: int, history: lis
     kept = {key: value for key, value in of.__dict__.items() if key != "_thread_local"}
     shown.__setstate__(kept | {"_storage": _Storage(of._storage)})
     shown.shown = history
-    of.sampler = shown.sampler = study.sampler.build(study, derive_seed(study.seed, "ask", number))
+    of.sampler = shown.sampler = _sampler(study, derive_seed(study.seed, "ask", number), history)
     trial = optuna.Trial(shown, trial_id)
     # Optuna draws jointly sampled parameters at the first question; have it drawn now, whatever was asked before.
     _ = trial.relative_params
     for path, dimension in study.space.items():
         # A fresh stream for each parameter: a process may die between two of them.
-        shown.sampler = study.sampler.build(study, derive_seed(study.seed, "ask", number, path))
+        shown.sampler = _sampler(study, derive_seed(study.seed, "ask", number, path), history)
         suggest(trial, path, dimension)
     of.sampler = shown.sampler
     return dict(trial.params)
+
+
+def _sampler(study: Study, seed: int, history: list[FrozenTrial]) -> optuna.samplers.BaseSampler:
+    """The study's sampler, made anew. TPE takes the best tenth of the trials for good, but none that diverged."""
+    sampler = study.sampler.build(study, seed)
+    if isinstance(sampler, optuna.samplers.TPESampler):
+        ended = [trial for trial in history if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+        sound = len(ended) - sum(map(has_diverged, ended))
+        sampler._gamma = lambda count: min(default_gamma(count), sound)
+    return sampler

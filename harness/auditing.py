@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from collections.abc import Generator
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from harness import audit, catalogue, opening, report
+from harness import audit, catalogue, mounts, opening, report
 from harness.checkpoint import SUFFIX, Checkpoint, identity_of, remove
 from harness.config import Study
 from harness.data.tensors import prepare
+from harness.database import sqlite_file
 from harness.engine import Runtime
 from harness.environment import environment
 from harness.errors import DONE, InputError
@@ -31,7 +33,7 @@ def audit_study(args: argparse.Namespace) -> int:
     """Audit a study, or go on with it; returns the exit code. Raises InputError for what a user can mend."""
     found = catalogue.find(args.study)
     study = found.study.located(found.home, args.data_root, args.device)
-    url = args.storage or found.storage_url
+    url = found.url(args.storage)
     if args.tracking_uri:
         tracker_at(args.tracking_uri)  # a URI that is none is named before anything is trained
     with opening.read_store(study.name, url) as store:
@@ -45,12 +47,16 @@ def audit_study(args: argparse.Namespace) -> int:
         if missing(store, args.fraction, args.seed):
             content = {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
         opening.as_begun(study, store, content)
+    if (risk := mounts.warning(sqlite_file(url))) is not None:
+        print(f"Warning: {risk}", file=sys.stderr)
     keep_imports()
     with opening.open_store(study, url, content) as store:
         checkpoints = found.beside(url, ".checkpoints")
         with closing(train(study, store, runtime, checkpoints, args.fraction, args.seed)) as lines:
             for line in lines:
+                store.check_file()
                 print(line, flush=True)
+        store.check_file()
         print("\n".join(audit.audit_sentences(store.attribute("audit"))))
         _write_report(study, store, found, args.tracking_uri)
     return DONE

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from harness.config import Study
 
 PROJECT = Path(__file__).resolve().parent.parent
+NO_STUDY = "defines no STUDY = Study(...)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,23 @@ class Found:
     @property
     def storage_url(self) -> str:
         return f"sqlite:///{self.file.parent / self.study.name}.db"
+
+    def url(self, storage: str | None) -> str:
+        """The database of the study's results: `storage` if that is given, else the one beside the study file.
+
+        Raises InputError when the study in there is that of another study file, which is there and has the same name:
+        one of the two is a copy.
+        """
+        from harness.opening import begun_by
+
+        name, url = self.study.name, storage or self.storage_url
+        twin = self.file.with_name(begun_by(name, url) or self.file.name)
+        if twin.is_file() and not twin.samefile(self.file) and _defines(twin, name):
+            raise InputError(
+                f"{self.file} defines the study {name!r}, and so does {twin}, whose results are in {url}: "
+                f"change `name` in {self.file.name}."
+            )
+        return url
 
     def beside(self, url: str, suffix: str) -> Path:
         """A folder that belongs to the results at `url`: beside a SQLite file, else beside the study file."""
@@ -86,6 +104,14 @@ def names() -> list[str]:
     return sorted(file.stem for file in files if not file.stem.startswith("_"))
 
 
+def _defines(file: Path, name: str) -> bool:
+    """Whether a file defines the study called so; one that cannot be loaded, for it is being edited, is taken to."""
+    try:
+        return _load(file).name == name
+    except InputError as error:
+        return NO_STUDY not in str(error)
+
+
 def _load(file: Path) -> Study:
     from harness.config import Study
 
@@ -109,5 +135,5 @@ def _load(file: Path) -> Study:
         raise InputError(f"{place}: {reason}; mend the study file.") from error
     study = getattr(module, "STUDY", None)
     if not isinstance(study, Study):
-        raise InputError(f"{file} defines no STUDY = Study(...); see studies/demo.py for one.")
+        raise InputError(f"{file} {NO_STUDY}; see studies/demo.py for one.")
     return study

@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from harness.files import METADATA, Damaged, replace_file
+from harness.files import METADATA, Damaged, remove_abandoned, replace_file
+from harness.leases import LeaseLost
+from harness.processes import is_abandoned
 from harness.results import EpochResult
 from harness.space import leaves
 from harness.trainer import Training
@@ -45,8 +47,10 @@ def fingerprint(tensors: Mapping[str, Tensor], record: str = "") -> str:
     return digest.hexdigest()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], mark: str = "") -> None:
-    """Write tensors and a JSON record to `path`, whole or not at all; `mark` as in `replace_file`.
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], check: Callable[[], object] | None = None
+) -> None:
+    """Write tensors and a JSON record to `path`, whole or not at all; `check` as in `harness.files.replacing`.
 
     Raises Halt when there is no room.
     """
@@ -54,7 +58,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One entry, for safetensors writes several in any order, and equal trainings should give equal files.
     checked = json.dumps({"record": text, "sha256": fingerprint(plain, text)})
-    replace_file(path, save(plain, {METADATA: checked}), mark)
+    replace_file(path, save(plain, {METADATA: checked}), check)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -79,11 +83,20 @@ def identity_of(study_uid: str, key: str, seed: int, config: Any) -> dict[str, A
 class Checkpoint:
     """The file of one training: written now and then while it runs, read when it is taken up again.
 
-    `identity` says whose it is; a file with another identity is not used.
+    `identity` says whose it is; a file with another identity is not used. `check` raises LeaseLost when the training is
+    another process's by now, whose file must stay as it is.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], training: Training, environment: Mapping[str, str]):
+    def __init__(
+        self,
+        path: Path,
+        identity: Mapping[str, Any],
+        training: Training,
+        environment: Mapping[str, str],
+        check: Callable[[], object] | None = None,
+    ) -> None:
         self.path = path
+        self._check = check
         self.environments = [dict(environment)]  # all that had a part in it, the first one first
         self.seconds_before = 0.0  # that earlier processes spent on this training
         self._began = time.monotonic()
@@ -135,7 +148,8 @@ class Checkpoint:
         try:
             yield
         except (KeyboardInterrupt, GeneratorExit):
-            self.save()
+            with contextlib.suppress(LeaseLost):
+                self.save()
             raise
 
     def after_batch(self) -> None:
@@ -165,22 +179,22 @@ class Checkpoint:
             "training_seconds": self.seconds(),
             "environments": self.environments,
         }
-        write_tensors(self.path, tensors, record)
+        write_tensors(self.path, tensors, record, self._check)
         self._written = time.monotonic()
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint, what a killed process left of a newer one, and their folder when it is empty."""
+    """Remove a checkpoint, what killed processes left of newer ones, and their folder when it is empty."""
     path.unlink(missing_ok=True)
-    path.with_name(path.name + ".partial").unlink(missing_ok=True)
+    remove_abandoned(path)
     with contextlib.suppress(OSError):
         path.parent.rmdir()
 
 
 def stale(folder: Path, wanted: Collection[str]) -> list[Path]:
-    """The files in a folder of checkpoints that no training among the `wanted` keys will read."""
+    """The files in a folder of checkpoints that nobody writes, and no training among the `wanted` keys will read."""
     files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-    return [path for path in files if path.suffix == ".partial" or path.stem not in wanted]
+    return [path for path in files if (is_abandoned(path) if path.suffix == ".partial" else path.stem not in wanted)]
 
 
 def differences(one: Mapping[str, str], other: Mapping[str, str]) -> str:

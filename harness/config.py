@@ -37,6 +37,10 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def require_count(path: str, value: int, most: int) -> None:
+    require(1 <= value <= most, f"{path} must be at least 1 and at most {most:,}, not {value}.")
+
+
 class Dataset(Protocol):
     """What a data set must offer. See `harness.data.image_folder` for one; a new one is a file beside it."""
 
@@ -134,7 +138,8 @@ class OptimConfig:
         for name in ("weight_decay", "warmup_epochs"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"optim.{name} must be a finite number of at least 0, not {value}.")
-        require(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm must be greater than 0, or null.")
+        fits = self.clip_norm is None or 0 < self.clip_norm < math.inf
+        require(fits, "optim.clip_norm must be greater than 0 and finite, or null.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,9 +179,10 @@ class TrainConfig:
         for name, kind in (("augment", AugmentConfig), ("optim", OptimConfig), ("engine", EngineConfig)):
             held = getattr(self, name)
             require(isinstance(held, kind), f"{name} must be {kind.__name__}(...), not {held!r}.")
-        require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}.")
-        require(self.epochs >= 1, f"epochs must be at least 1, not {self.epochs}.")
-        require(self.checkpoint_seconds >= 0, f"checkpoint_seconds must be 0 or more, not {self.checkpoint_seconds}.")
+        require_count("batch_size", self.batch_size, 1_000_000)
+        require_count("epochs", self.epochs, 1_000_000)
+        fits = 0 <= self.checkpoint_seconds < math.inf
+        require(fits, f"checkpoint_seconds must be 0 or more, and finite, not {self.checkpoint_seconds}.")
         require(0 <= self.label_smoothing < 1, f"label_smoothing must lie in 0..1, not {self.label_smoothing}.")
         if self.feature_views is not None:
             fits = 0 <= self.feature_views <= 1000
@@ -201,9 +207,9 @@ class FinalConfig:
 
     def __post_init__(self) -> None:
         spaces.check_types(self, "final.")
-        require(self.seeds >= 1, f"final.seeds must be at least 1, not {self.seeds}.")
-        fits = self.rerank == 0 or self.rerank >= 2
-        require(fits, f"final.rerank must be at least 2, or 0 for no second look, not {self.rerank}.")
+        require_count("final.seeds", self.seeds, 1000)
+        fits = self.rerank == 0 or 2 <= self.rerank <= 1000
+        require(fits, f"final.rerank must be at least 2 and at most 1,000, or 0 for no second look, not {self.rerank}.")
 
     def trainings(self, trials: int) -> int:
         """How many trainings come after a search of so many trials, at most."""
@@ -230,12 +236,18 @@ class Study:
         require(isinstance(self.train, TrainConfig), f"train must be TrainConfig(...), not {self.train!r}.")
         require(isinstance(self.final, FinalConfig), f"final must be FinalConfig(...), not {self.final!r}.")
         require(self.space != {}, "A study's space is empty; name at least one field to search.")
-        require(self.trials >= 1, f"trials must be at least 1, not {self.trials}.")
+        require_count("trials", self.trials, spaces.MOST_TRIALS)
         spaces.check(self.space, self.train)
         require(
             hasattr(self.sampler, "check"), f'sampler must be tpe(), grid() or Sampler("NAME"), not {self.sampler!r}.'
         )
         require(hasattr(self.pruner, "build"), f'pruner must be asha() or Pruner("NAME"), not {self.pruner!r}.')
+        for path, value in self.definition().items():
+            require(
+                _survives(value),
+                f"{path} is {value!r}, which a study cannot keep and compare when it is resumed; use numbers, texts, "
+                "true, false, null, or tuples of them.",
+            )
         self.sampler.check(self)
 
     def image_sizes(self) -> set[int]:
@@ -252,7 +264,7 @@ class Study:
         study = self
         for setting in settings:
             path, equals, text = setting.partition("=")
-            require(bool(equals), f"--set {setting!r} has no value; write --set PATH=VALUE.")
+            require(bool(equals), f"--set {spaces.shortened(setting)} has no value; write --set PATH=VALUE.")
             known = [*spaces.paths(study.train), *(f"final.{name}" for name in spaces.paths(study.final)), "seed"]
             try:
                 if path not in known:
@@ -260,7 +272,7 @@ class Study:
                 part, inner = _owner(study, path)
                 changed = spaces.replace(part, inner, spaces.parse(part, inner, text))
             except InputError as error:
-                raise InputError(f"--set {setting}: {error}") from error
+                raise InputError(f"--set {spaces.shortened(setting)[1:-1]}: {error}") from error
             if part is study:
                 study = changed
             else:
@@ -331,4 +343,12 @@ def _owner(study: Study, path: str) -> tuple[Any, str]:
 
 def _plain(value: Any) -> Any:
     """As JSON gives it back, so that a stored definition compares equal to a fresh one."""
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _survives(value: Any) -> bool:
+    """Whether JSON gives a value back as it was; not so objects, functions, sets, and what is not a number."""
+    try:
+        return bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError):
+        return False

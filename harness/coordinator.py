@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from harness.saved_model import SavedModel
     from harness.storage import Store
 
+# What helps when trials end without a result, by their state.
+REMEDIES = {
+    "failed": "The tracebacks are in MLflow and in the report: mend the cause.",
+    "diverged": "Against diverging, search lower learning rates, warm up longer, or clip gradients (optim.clip_norm).",
+    "pruned": "Against pruning, take a pruner that spares more trials, or no_pruning().",
+}
 START = "start"  # the key of what one coordinator at a time does at its start
 
 
@@ -46,6 +52,7 @@ def run_study(
     ):
         try:
             for event in events:
+                store.check_file()
                 display.show(event)
         except TooManyFailures as error:
             failure = error
@@ -76,7 +83,7 @@ def _begin(args: argparse.Namespace, study: Study, store: Store, tracker: MLflow
 
 def _check_versions(store: Store) -> None:
     """Raise InputError when others work on the study with other versions: their trials could not be compared."""
-    from harness.leases import in_words
+    from harness.processes import in_words
 
     known, here, others = store.attribute("versions"), versions(), store.at_work()
     if others and known and known != here:
@@ -115,6 +122,7 @@ def _end(
     from harness import overview, report, tracking
     from harness.opening import is_untested
 
+    store.check_file()
     done = failure is None and store.is_complete(study)  # by another coordinator, for which this one waited
     if done or not store.lead():
         if done:
@@ -122,6 +130,7 @@ def _end(
         else:
             tracker.leave()
         print(overview.summary(study.name, store, tracker.uri))
+        store.check_file()
         return _failed(failure) if failure else ended(store)
     model_folder, report_folder = (found.beside(store.url, suffix) for suffix in (".model", ".report"))
     report.write_report(study.name, store, tracker.uri, report_folder)
@@ -138,6 +147,7 @@ def _end(
         print(f"MLflow at {masked(tracker.uri)} lacks a part of this; the same command writes it when MLflow is back.")
     print(overview.summary(study.name, store, tracker.uri))
     print(f"report    {report_folder / 'report.html'}")
+    store.check_file()
     return ended(store)
 
 
@@ -245,10 +255,22 @@ def ended(store: Store) -> int:
         return FAILED
     if store.best() is not None:
         return DONE
-    last = store.trials()[-1]
-    print(
-        f"error: No trial is complete (trial {last.number}: {last.reason or last.state}); tracebacks are in MLflow. "
-        "Mend the cause and give a larger --trials, or start anew with --fresh.",
-        file=sys.stderr,
-    )
+    print(f"error: {_no_result(store)}", file=sys.stderr)
     return FAILED
+
+
+def _no_result(store: Store) -> str:
+    """Why no trial is complete, and what helps, in the words of what happened."""
+    last = {trial.state: trial for trial in store.trials()}  # of each kind
+    states = [trial.state for trial in store.trials()]
+    if len(last) > 1:
+        counted = ", ".join(f"{states.count(state)} {state}" for state in last)
+    else:
+        counted = f"{'all ' * (len(states) > 1)}{len(states)} {states[0]}"
+    told = "; ".join(f"trial {trial.number}: {trial.reason}" for trial in last.values() if trial.reason)
+    remedies = " ".join(remedy for state, remedy in REMEDIES.items() if state in last)
+    what = f"{counted} ({told})" if told else counted
+    return (
+        f"No trial is complete: {what}. {remedies} Then start anew with --fresh, or try further ones with a larger "
+        "--trials."
+    )

@@ -14,7 +14,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -147,16 +147,23 @@ def outlast(url: str, operation: Callable[[], T]) -> T:
 
     It may be cut off anywhere and called again. Raises Halt when the database fails.
     """
-    began = time.monotonic()
+    end = time.monotonic() + AWAY_SECONDS
+    try:
+        return _waiting(url, operation, lambda why: why != AWAY or time.monotonic() < end)
+    except (StorageInternalError, SQLAlchemyError) as error:
+        raise _failed(url, _cause(error)) from error
+
+
+def _waiting(url: str, operation: Callable[[], T], worth: Callable[[str], bool]) -> T:
+    """What `operation` returns; tries again while what keeps it from that may be over soon, and is `worth` it."""
     said = False
     while True:
         try:
             return operation()
-        except (StorageInternalError, SQLAlchemyError) as error:
-            cause = _cause(error)
+        except (StorageInternalError, SQLAlchemyError, sqlite3.Error, filelock.Timeout, InputError) as error:
             why = _passing(url, error)
-            if why is None or (why == AWAY and time.monotonic() - began > AWAY_SECONDS):
-                raise _failed(url, cause) from error
+            if why is None or not worth(why):
+                raise
             if not said:
                 print(f"The database {masked(url)} {why}; waiting for it.", file=sys.stderr)
                 said = True
@@ -165,24 +172,32 @@ def outlast(url: str, operation: Callable[[], T]) -> T:
 
 
 LOCKED, AWAY = "is locked by another program", "does not answer"
+# What is said by a server that restarts, to somebody who connects.
+RESTARTS = ("Connection refused", "timeout expired", "No such file", "too many clients", "starting up", "shutting down")
 
 
 def _passing(url: str, error: BaseException) -> str | None:
     """What may be over soon: a lock, a server that is away, or two transactions in each other's way; else None."""
-    cause = _cause(error)
+    if isinstance(error, filelock.Timeout):  # at the desk, where each waits for the database
+        return LOCKED
+    cause, inner = _cause(error), _inner(error)
+    if isinstance(inner, InputError):
+        return None
     if sqlite_file(url) is not None:
         return LOCKED if "locked" in cause else None
     if _no_room(cause):
         return None
-    inner = _inner(error)
+    if isinstance(error, InputError):  # it could not be opened, perhaps for good
+        return AWAY if any(words in cause for words in RESTARTS) else None
     if getattr(getattr(inner, "orig", None), "sqlstate", None) in CONFLICTS:
         return "has two writers in each other's way"
     return AWAY if isinstance(inner, OperationalError | InterfaceError) else None
 
 
 def _inner(error: BaseException) -> BaseException:
-    """What SQLAlchemy raised; Optuna wraps it."""
-    return error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ is not None else error
+    """What SQLAlchemy raised; Optuna wraps it, and so do we when a database cannot be opened."""
+    wraps = isinstance(error, StorageInternalError | InputError) and isinstance(error.__cause__, SQLAlchemyError)
+    return error.__cause__ if wraps and error.__cause__ is not None else error
 
 
 def _cause(error: BaseException) -> str:
@@ -237,12 +252,13 @@ def check_driver(url: str, option: str) -> None:
 
 def tables(file: Path, option: str) -> list[str]:
     """The names of the tables in a SQLite file. Raises InputError when it is none; `option` named it."""
-    try:
-        connection = sqlite3.connect(_to_read(file), uri=True, timeout=BUSY_TIMEOUT_SECONDS)
-        try:
+
+    def names() -> list[str]:
+        with closing(sqlite3.connect(_to_read(file), uri=True, timeout=BUSY_TIMEOUT_SECONDS)) as connection:
             return [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        finally:
-            connection.close()
+
+    try:
+        return _waiting(f"sqlite:///{file}", names, lambda why: why == LOCKED)
     except sqlite3.Error as error:
         if file.is_file() and _no_room(str(error)):
             raise _failed(f"sqlite:///{file}", str(error)) from error
@@ -289,7 +305,8 @@ def connect(url: str, *, writing: bool = True) -> optuna.storages.RDBStorage:
     readable_only = file is not None and file.exists() and not may_write(file)
     place = f"sqlite:///{_to_read(file)}&uri=true" if file is not None and readable_only else url
     try:
-        storage = _Storage(place, engine_kwargs=_engine_options(url))
+        engine_options = _engine_options(url)
+        storage = _waiting(url, lambda: _Storage(place, engine_kwargs=engine_options), lambda why: why == LOCKED)
     except (SQLAlchemyError, ImportError, RuntimeError) as error:
         raise _unopened(url, error) from error
     if file is not None and writing:
@@ -392,5 +409,6 @@ def held(file: Path | None, name: str) -> Iterator[None]:
         replace_file(pid, f"{os.getpid()}\n".encode())
         yield
     finally:
-        pid.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be gone by now, or read-only; what is lost with it was said
+            pid.unlink(missing_ok=True)
         lock.release()

@@ -18,7 +18,6 @@ from harness.data.cache import damaged
 from harness.database import holder, pid_file, sqlite_file
 from harness.errors import InputError
 from harness.files import Damaged
-from harness.leases import in_words
 from harness.opening import (
     AGAIN,
     CHECK_FILE,
@@ -37,6 +36,7 @@ from harness.opening import (
     wrong_files,
 )
 from harness.predictions import from_record
+from harness.processes import in_words
 from harness.storage import Store
 from harness.study import wanted_keys
 from harness.tracking import Finding, expected_runs, facts, study_metrics, trial_key

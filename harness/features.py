@@ -13,7 +13,6 @@ import hashlib
 import json
 import sys
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
@@ -139,7 +138,7 @@ class FrozenBody:
             features = _read(path, place)
             if features is None:
                 features = self._made(images, view, first)
-                write_tensors(path, {"features": features}, place, f".{uuid.uuid4().hex}")
+                write_tensors(path, {"features": features}, place)
                 work.done(len(features))
             found.append(features)
         return torch.cat(found).unflatten(0, (len(versions), -1)).transpose(0, 1).contiguous().to(self._runtime.device)

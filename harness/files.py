@@ -6,12 +6,13 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from harness.errors import Halt, InputError
+from harness import processes
+from harness.errors import Halt, InputError, no_room
 
 METADATA = "harness"  # our entry in the header of a file of tensors
 # What torch calls the types of safetensors.
@@ -30,32 +31,52 @@ class Damaged(Exception):
 
 
 @contextmanager
-def replacing(path: Path, mark: str = "") -> Iterator[BinaryIO]:
+def replacing(path: Path, check: Callable[[], object] | None = None) -> Iterator[BinaryIO]:
     """A file to write into that becomes `path` at the end: written under another name, synchronised, renamed.
 
-    `mark` is part of the other name, for writers that may be at it at the same time. Raises Halt when it cannot be
-    written. Plain writes: a full disk would kill a writer through a memory map.
+    Several may write it at the same time, each under a name of its own; what writers left that are dead is removed.
+    `check` is called before the renaming, and leaves `path` as it is by raising. Raises Halt when it cannot be written.
+    Plain writes: a full disk would kill a writer through a memory map.
     """
-    partial = path.with_name(f"{path.name}{mark}.partial")
+    partial = path.with_name(path.name + processes.mark())
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with _opened(partial) as file:
+            remove_abandoned(path)
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if check is not None:
+            check()
         partial.replace(path)
         _synchronise(path.parent)
     except OSError as error:
-        raise Halt(f"{path} cannot be written ({error.strerror or error}); make room or make it writable.") from error
+        remedy = "make room" if no_room(error) else "make it writable"
+        remedy = "leave its folder where it is" if isinstance(error, FileNotFoundError) else remedy
+        raise Halt(f"{path} cannot be written ({error.strerror or error}); {remedy}.") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
 
 
-def replace_file(path: Path, content: bytes, mark: str = "") -> None:
-    """Write `content` to `path`, whole or not at all. Raises Halt when it cannot be written."""
-    with replacing(path, mark) as file:
+def _opened(partial: Path) -> BinaryIO:
+    for _ in range(10):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has just removed the empty folder
+            return partial.open("wb")
+    return partial.open("wb")
+
+
+def replace_file(path: Path, content: bytes, check: Callable[[], object] | None = None) -> None:
+    """Write `content` to `path`, whole or not at all, as `replacing` does. Raises Halt when it cannot be written."""
+    with replacing(path, check) as file:
         file.write(content)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what dead writers of a file left beside it."""
+    for each in list(path.parent.iterdir()) if path.parent.is_dir() else []:
+        if processes.is_partial(each.name, path.name) and processes.is_abandoned(each):
+            each.unlink(missing_ok=True)
 
 
 def check_tensors(path: Path) -> None:

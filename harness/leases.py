@@ -8,11 +8,8 @@ clocks differ agree. A holder on this machine whose process is gone is not waite
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +17,8 @@ from pathlib import Path
 import filelock
 import sqlalchemy
 from sqlalchemy.exc import SQLAlchemyError
+
+from harness.processes import is_gone, name_of_this
 
 LEASE_SECONDS = 45.0  # a dead worker is noticed after at most that long
 RENEWAL_SECONDS = 10.0
@@ -43,40 +42,6 @@ class LeaseLost(Exception):
     """This process was thought dead, and another has taken up what it was working on."""
 
 
-def here() -> str:
-    """This machine, and on it the processes among which a PID means something."""
-    try:
-        space = Path("/proc/self/ns/pid").readlink().name
-    except OSError:
-        space = "-"
-    return f"{socket.gethostname()}/{space}"
-
-
-def new_owner() -> str:
-    """A name for what this process holds from now on: its place, and a part of its own, for PIDs come again."""
-    return f"{here()}/{os.getpid()} {uuid.uuid4().hex[:8]}"
-
-
-def is_gone(owner: str) -> bool:
-    """Whether the owner was a process of this machine that no longer lives; of others nothing is known."""
-    place, _, process = owner.rpartition("/")
-    if place != here():
-        return False
-    try:
-        os.kill(int(process.partition(" ")[0]), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # somebody else's process
-        return False
-    return False
-
-
-def in_words(owner: str) -> str:
-    """An owner as people name it: `1234 on gpu-7`, a process and its machine."""
-    place, _, process = owner.rpartition("/")
-    return f"{process.partition(' ')[0]} on {place.rpartition('/')[0]}"
-
-
 class Leases:
     """What one process holds of a study."""
 
@@ -90,9 +55,9 @@ class Leases:
     ):
         """`study` is its uid; `file` the database's, None for a server. The table must exist (`make_table`).
 
-        An `owner` is a process elsewhere (`new_owner`) that reaches the database through this one, and calls `renew`.
+        An `owner` is a process elsewhere, by its name, that reaches the database through this one, and calls `renew`.
         """
-        self.owner = owner or new_owner()
+        self.owner = owner or name_of_this()
         self._by_itself = owner is None
         self._engine, self._study, self._file, self._seconds = engine, study, file, seconds
         self._now = NOW[engine.dialect.name]

@@ -52,7 +52,8 @@ def evaluate_trial(
         log.text(group_table(training.groups), "parameter_groups.txt")
         identity = identity_of(store.attribute("uid"), key, seed, config)
         here = environment(runtime.device.type)
-        checkpoint = Checkpoint(checkpoints / f"{key}{SUFFIX}", identity, training, here)
+        path = checkpoints / f"{key}{SUFFIX}"
+        checkpoint = Checkpoint(path, identity, training, here, check=lambda: store.check(asked))
         outcome = yield from _train(training, asked, store, log, checkpoint)
     except (Halt, LeaseLost):
         raise

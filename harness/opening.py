@@ -9,7 +9,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from harness.database import (
 from harness.errors import InputError
 from harness.files import Damaged, check_tensors
 from harness.leases import Leases, make_table
+from harness.opened_file import OpenedFile
 from harness.storage import Store
 
 
@@ -46,19 +47,27 @@ def open_store(
     """
     file = sqlite_file(url)
     with held(None if joining else file, study.name):
-        check_database(url)
-        with alone(url):
-            storage = connect(url)
-            optuna_study = _begun(study, url, storage, content)
+
+        def begin() -> tuple[optuna.storages.RDBStorage, optuna.Study]:
+            check_database(url)
+            with alone(url):
+                storage = connect(url)
+                return storage, _begun(study, url, storage, content)
+
+        storage, optuna_study = outlast(url, begin) if joining else begin()  # a server was there a moment ago
         store = Store(url, optuna_study)
         leases = Leases(storage.engine, store.attribute("uid"), file)
+        opened = None
         try:
             if file is not None and not joining:  # whoever held it before is gone, or works for one that is
                 outlast(url, leases.clear)
-            yield Store(url, optuna_study, engine=storage.engine, leases=leases)
+                opened = OpenedFile(file)
+            yield Store(url, optuna_study, engine=storage.engine, leases=leases, file=opened)
         finally:
             leases.close()
             dispose(storage)
+            if opened is not None:
+                opened.close()
 
 
 def _begun(
@@ -131,6 +140,18 @@ def exists(name: str, url: str) -> bool:
         return False
     finally:
         dispose(storage)
+
+
+def begun_by(name: str, url: str) -> str | None:
+    """The name of the study file that a study was last run from, None when there is no such study.
+
+    Of one from before that was kept it is the file that is called as the study is.
+    """
+    try:
+        with read_store(name, url) as store:
+            return store.attribute("file") or f"{name}.py"
+    except InputError:  # there is no such study, and whoever wants it says so
+        return None
 
 
 def as_begun(study: Study, store: Store, content: Mapping[str, str] | None = None) -> Study:
@@ -213,14 +234,23 @@ def move_aside(name: str, url: str, *folders: Path) -> Path | None:
             for number in range(1000)
             if not (path := file.with_name(f"{file.stem}.{stamp}{f'-{number}' if number else ''}.db")).exists()
         )
-        connection = sqlite3.connect(file, timeout=BUSY_TIMEOUT_SECONDS)
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # all of the study is in the one file that is renamed
-        connection.close()
+        _gather(file)
         for folder in folders:
             if folder.exists():
                 folder.rename(target.with_suffix(folder.suffix))
         file.rename(target)
     return target
+
+
+def _gather(file: Path) -> None:
+    """Bring all of a study into the one file that is renamed. Raises InputError while another program is at it."""
+    try:
+        with closing(sqlite3.connect(file, timeout=BUSY_TIMEOUT_SECONDS)) as connection:
+            (busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    except sqlite3.OperationalError:
+        busy = True
+    if busy:
+        raise InputError(f"--fresh: another program reads or writes {file}; end it, and try again.")
 
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"

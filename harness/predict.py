@@ -107,7 +107,7 @@ def load_predictor(name: str, storage_url: str | None, device: str, data_root: s
     Raises InputError when there is no such study, model or device.
     """
     found, where = find(name), find_device(device)
-    with read_store(found.study.name, storage_url or found.storage_url) as store:
+    with read_store(found.study.name, found.url(storage_url)) as store:
         study = as_begun(found.study.located(found.home, data_root, None), store)
         return Predictor(load_saved(study, store, found.beside(store.url, ".model")), where)
 

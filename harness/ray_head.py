@@ -152,6 +152,9 @@ class _Served:
             self._call("check", asked)
             self._checked[asked.number] = time.monotonic()
 
+    def check_lead(self) -> None:
+        """The coordinator leads; what a worker trains for it is nobody else's."""
+
     def _call(self, method: str, *arguments: Any) -> Any:
         try:
             return answer(self._head.call.remote(self._owner, method, *arguments))

@@ -30,7 +30,7 @@ from harness.database import sqlite_file
 from harness.errors import Halt, InputError, first_line
 from harness.files import replace_file
 from harness.jobs import Job, Search, Train
-from harness.leases import new_owner
+from harness.processes import name_of_this
 from harness.ray_cluster import Needs, in_words
 from harness.ray_head import Arrived, Head, Replaced, answer, served
 from harness.results import EpochEnded, Event
@@ -197,7 +197,7 @@ class RayWorkers:
 def _work(order: Order, job: Job, number: int, head: Any) -> bytes | None:
     """Do a job. The trained weights are returned where the coordinator does not see the file that they are in."""
     interrupt.install()
-    owner, where = new_owner(), socket.gethostname()
+    owner, where = name_of_this(), socket.gethostname()
     tell = functools.partial(_tell, head, owner)
     answer(head.arrive.remote(number, owner, where))
     try:

@@ -120,7 +120,8 @@ class Retraining:
             training = with_validation_images(training)
         identity = identity_of(place.store.attribute("uid"), self.key, self._seed, self.config)
         here = environment(place.runtime.device.type)
-        return Checkpoint(self._path, identity | {"fit_on": self._fit_on}, training, here)
+        identity |= {"fit_on": self._fit_on}
+        return Checkpoint(self._path, identity, training, here, check=place.store.check_lead)
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def _share_cores() -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from harness import catalogue, database, opening, overview, ray_cluster
+    from harness import catalogue, database, mounts, opening, overview, ray_cluster
     from harness.coordinator import ended
     from harness.mlflow_places import uri_of
 
@@ -105,9 +105,11 @@ def _run(args: argparse.Namespace) -> int:
     study = found.study.with_settings(args.set).located(found.home, args.data_root, args.device)
     if args.trials is not None:
         study = dataclasses.replace(study, trials=args.trials)
-    url = args.storage or found.storage_url
+    url = found.url(args.storage)
     database.check_database(url)
     database.check_writable(database.sqlite_file(url))
+    if (risk := mounts.warning(database.sqlite_file(url))) is not None:
+        print(f"Warning: {risk}", file=sys.stderr)
     if args.fresh:
         opening.check_movable(url)
         _check_nobody_at_work(study, url)
@@ -134,14 +136,15 @@ def _run(args: argparse.Namespace) -> int:
 
 def _check_nobody_at_work(study: Study, url: str) -> None:
     """Raise InputError when a process works on this study; one that has lost its coordinator does so for a while."""
-    from harness import database, leases, opening
+    from harness import database, opening
+    from harness.processes import in_words
 
     file = database.sqlite_file(url)
     if file is not None and database.holder(file) is not None:
         return  # the command itself is, and named when its study would be moved
     if opening.exists(study.name, url):
         with opening.read_store(study.name, url) as store:
-            others = sorted(map(leases.in_words, set(store.at_work().values())))
+            others = sorted(map(in_words, set(store.at_work().values())))
         if others:
             raise InputError(
                 f"--fresh: process {others[0]} works on study {study.name!r}; wait for its end, or end it first."
@@ -217,6 +220,7 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
     with opening.open_store(study, url, content) as store:
         try:
             store.set_attribute("command", _lasting_command())
+            store.set_attribute("file", found.file.name)
             keep_imports()
             return run_study(args, found, study, store, tracker, console)
         except KeyboardInterrupt:

@@ -19,7 +19,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
 from harness.errors import InputError
-from harness.space import Choice, Dimension, Int, get, label
+from harness.space import Choice, Dimension, Int, get, is_plain, label
 
 if TYPE_CHECKING:
     from harness.config import Study
@@ -40,8 +40,6 @@ def rehearse(study: Study) -> None:
     Optuna looks at some arguments only when it needs them: n_startup_trials="x" is found at the first question, others
     after the trials that are drawn at random. Raises InputError when the sampler or the pruner cannot work.
     """
-    if any(callable(value) for part in (study.sampler, study.pruner) for _, value in getattr(part, "options", ())):
-        return  # a function of the user's own, which may need what real trials have
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with _blaming(study.pruner):
         memory = optuna.create_study(direction="maximize", pruner=study.pruner.build())
@@ -82,6 +80,7 @@ class Sampler:
     options: tuple[tuple[str, Any], ...]
 
     def __init__(self, name: str, **options: Any) -> None:
+        _check_options(name, options, "")
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "options", tuple(sorted(options.items())))
 
@@ -158,12 +157,17 @@ class _GridSampler(optuna.samplers.BaseSampler):
 
 @dataclass(frozen=True)
 class Pruner:
-    """An Optuna pruner: the name of its class and its arguments, e.g. Pruner("MedianPruner", n_warmup_steps=5)."""
+    """An Optuna pruner: the name of its class and its arguments, e.g. Pruner("MedianPruner", n_warmup_steps=5).
+
+    One that asks another one takes it as an argument: Pruner("PatientPruner", wrapped_pruner=asha(), patience=2).
+    """
 
     name: str
     options: tuple[tuple[str, Any], ...]
 
     def __init__(self, name: str, **options: Any) -> None:
+        inner = {option for option, value in options.items() if isinstance(value, Pruner)}
+        _check_options(name, {k: v for k, v in options.items() if k not in inner}, ' or a Pruner("NAME")')
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "options", tuple(sorted(options.items())))
         self.build()
@@ -238,9 +242,21 @@ def _make(module: Any, name: str, suffix: str, options: Mapping[str, Any]) -> An
     return _call(getattr(module, name), name, options)
 
 
+def _check_options(name: str, options: Mapping[str, Any], or_else: str) -> None:
+    """Raise InputError unless a resumed study can tell that these are its options, by their text."""
+    if not isinstance(name, str):
+        raise InputError(f"A sampler or pruner is given by its name, a text, not {name!r}.")
+    for option, value in options.items():
+        if not is_plain(value):
+            raise InputError(
+                f"{name} cannot take {option}={value!r}, for a resumed study could not tell whether it is the same; "
+                f"give a number, a text, a list of them{or_else}, or leave {option} out."
+            )
+
+
 def _call(kind: Any, name: str, options: Mapping[str, Any]) -> Any:
     try:
-        return kind(**options)
+        return kind(**{key: value.build() if isinstance(value, Pruner) else value for key, value in options.items()})
     except (TypeError, ValueError, ImportError) as error:
         given = {option: value for option, value in options.items() if option != "seed"}  # the seed is the study's
         raise InputError(f"{name} cannot be made with {given}: {error}; correct its arguments.") from error

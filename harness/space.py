@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import functools
 import json
-import math
 import re
 import types
 import typing
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 ConfigT = TypeVar("ConfigT")
+
+LARGEST = 2**63 - 1  # whole number, in a configuration; databases have none beyond
+MOST_TRIALS = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Choice:
         if len(self.options) == 0:
             raise InputError("Choice(()) offers nothing; list at least one value.")
         for option in self.options:
-            if not isinstance(option, bool | int | float | str | tuple | None):
+            if not is_plain(option) or isinstance(option, list | dict):
                 raise InputError(f"Choice cannot offer {option!r}; offer numbers, texts, None, or tuples of them.")
         if len(set(self.labels)) != len(self.options):
             raise InputError(f"Choice{self.options} offers the same value twice; list each value once.")
@@ -90,16 +92,24 @@ class Choice:
 
 
 Dimension = Float | Int | Choice
+# An Int's ends: the storage keeps floating-point numbers, which tell whole ones apart up to there. A Float's: so that
+# their difference is a number.
+FARTHEST: dict[type, float] = {Int: 2**53, Float: 1e300}
 Space = Mapping[str, Dimension]
 
 
 def _check_range(dimension: Float | Int) -> None:
+    for name in ("low", "high"):
+        if isinstance(end := getattr(dimension, name), float):
+            object.__setattr__(dimension, name, float(end))  # numpy's have another text, which is kept and compared
     low, high = dimension.low, dimension.high
     kind, wanted = (int, "whole numbers") if isinstance(dimension, Int) else (int | float, "numbers")
     if any(not isinstance(end, kind) or isinstance(end, bool) for end in (low, high)):
         raise InputError(f"{dimension} must lie between two {wanted}.")
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+    if not low < high:
         raise InputError(f"{dimension} is an empty range; the first number must be the smaller one.")
+    if not -FARTHEST[type(dimension)] <= low < high <= FARTHEST[type(dimension)]:
+        raise InputError(f"{shortened(dimension)} reaches too far, or without end; take numbers nearer to 0.")
 
 
 def label(value: Any) -> Any:
@@ -107,6 +117,27 @@ def label(value: Any) -> Any:
     if isinstance(value, tuple):
         return "-".join(str(item) for item in value) if value else "none"
     return value
+
+
+def shortened(value: Any) -> str:
+    """A value as Python writes it, cut off where it would fill the screen."""
+    try:
+        text = repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        text = "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is read back as it was written: a number, a text, None, or a tuple, list or dict of them.
+
+    Not what is only derived from one of these, such as numpy's numbers, whose text changes with its version.
+    """
+    if type(value) in (tuple, list):
+        return all(is_plain(each) for each in value)
+    if type(value) is dict:
+        return all(is_plain(each) for pair in value.items() for each in pair)
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def leaves(config: Any, prefix: str = "", identity_only: bool = False) -> Iterator[tuple[str, Any]]:
@@ -160,9 +191,13 @@ def _checked(owner: type, name: str, value: Any, path: str) -> Any:
 
     hint, adapter = _adapter(owner, name)
     try:
-        return adapter.validate_python(value)
+        checked = adapter.validate_python(value)
     except ValidationError as error:
-        raise InputError(f"{path} must be {in_words(hint)}, not {value!r}.") from error
+        raise InputError(f"{path} must be {in_words(hint)}, not {shortened(value)}.") from error
+    for each in checked if isinstance(checked, tuple) else (checked,):
+        if isinstance(each, int) and abs(each) > LARGEST:
+            raise InputError(f"{path} must lie between {-LARGEST:,} and {LARGEST:,}, not {shortened(each)}.")
+    return checked
 
 
 @functools.cache

@@ -20,9 +20,11 @@ from harness import asking, leases, ledger, taking
 from harness.asking import FINISHED, Seen
 from harness.config import Study
 from harness.database import Unreadable, outlast
-from harness.errors import InputError
+from harness.errors import Halt, InputError
 from harness.leases import LeaseLost, Leases
 from harness.ledger import Line
+from harness.opened_file import OpenedFile
+from harness.processes import in_words
 from harness.records import TrialRecord as TrialRecord
 from harness.records import record_of
 from harness.results import Completed, Diverged, EpochResult, Failed, TrialOutcome
@@ -53,7 +55,11 @@ def outlasting(method: Callable[Concatenate[Store, P], T]) -> Callable[Concatena
 
     @functools.wraps(method)
     def patient(self: Store, *args: P.args, **kwargs: P.kwargs) -> T:
-        return outlast(self.url, lambda: method(self, *args, **kwargs))
+        try:
+            return outlast(self.url, lambda: method(self, *args, **kwargs))
+        except Halt:
+            self.check_file()
+            raise
 
     return patient
 
@@ -71,12 +77,14 @@ class Store:
         as_of_now: bool = False,
         engine: sqlalchemy.Engine | None = None,
         leases: Leases | None = None,
+        file: OpenedFile | None = None,
     ) -> None:
-        """Without `leases` nobody else may work on the study; `engine` tells who does."""
+        """Without `leases` nobody else may work on the study; `engine` tells who does. `file` is looked after."""
         self.url = url
         self._engine = engine
         self._study = optuna_study
         self._leases = leases
+        self._file = file
         self._leads = False
         self._curves: dict[int, dict[int, float]] = {}  # of the trials asked for: accuracy by epoch, as it is stored
         self._as_of_now = as_of_now
@@ -267,7 +275,12 @@ class Store:
     def leader(self) -> str | None:
         """Which other process does what comes after the search, for people to read; None when none does."""
         owner = self.at_work().get(FINAL)
-        return None if owner is None else f"process {leases.in_words(owner)}"
+        return None if owner is None else f"process {in_words(owner)}"
+
+    def check_file(self) -> None:
+        """Raise Halt when the study's file was deleted, replaced or moved while this process runs it."""
+        if self._file is not None:
+            self._file.check()
 
     # -- writing ------------------------------------------------------------------------------------------------
 

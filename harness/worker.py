@@ -195,7 +195,7 @@ def work(order: Order, line: connection.Connection) -> None:
         with opened(order, Teller(tell)) as place:
             while (job := line.recv()) is not None:
                 do(job, place, tell)
-    except InputError as error:
+    except (Halt, InputError) as error:
         tell(Stopped(error))
     except (KeyboardInterrupt, EOFError, BrokenPipeError):
         os._exit(INTERRUPTED)  # all is in the storage and the checkpoints; the coordinator says what there is to say

@@ -183,7 +183,7 @@ def _watch(child: _Child) -> None:
         renamed = original(self, target)
         if checkpointing:
             child.by("after the rename")
-        elif self.name == "model.safetensors.partial":
+        elif self.name.startswith("model.safetensors.") and self.suffix == ".partial":
             child.by("half a model")
         return renamed
 

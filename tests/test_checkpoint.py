@@ -36,6 +36,7 @@ from harness.engine import Runtime
 from harness.errors import Halt
 from harness.experiment import assemble
 from harness.files import TORCH_TYPES, Damaged, check_tensors
+from harness.leases import LeaseLost
 from harness.results import EpochResult
 from harness.trainer import Training, fit
 from tests.small import SmallNet
@@ -273,6 +274,26 @@ def test_the_file_is_safetensors_and_no_pickle_is_read(
     for owner, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
         monkeypatch.setattr(owner, name, refuse)
     assert fresh(path, config).restore()
+
+
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt, GeneratorExit])
+def test_who_has_lost_the_trial_leaves_its_checkpoint_to_the_one_who_has_it(
+    config: TrainConfig, path: Path, stopped: type[BaseException]
+) -> None:
+    late = fresh(path, config)
+    run_until(late, (1, 1))
+    right = path.read_bytes()
+
+    def check() -> None:
+        raise LeaseLost("trial-0")
+
+    late = Checkpoint(path, IDENTITY, late.training, HERE, check)
+    with pytest.raises(LeaseLost):
+        late.save()
+    with pytest.raises(stopped), late.saved_when_stopped():
+        raise stopped
+    assert path.read_bytes() == right
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
 # --- the same bits from any batch ---

@@ -16,9 +16,10 @@ HARNESS = PROJECT / "harness"
 
 # Lowest first; `config` stands on `errors` and `space`.
 LAYERS: tuple[tuple[str, ...], ...] = (
+    ("processes",),
     ("errors", "results", "seeds", "space", "config", "interrupt", "environment", "outbox", "files", "mlflow_library"),
     ("ledger", "packing", "evidence", "cost", "audit", "predictions", "thumbnails"),
-    ("data", "models", "optim", "engine", "search", "asking", "database", "leases", "jobs"),
+    ("data", "models", "optim", "engine", "search", "asking", "database", "leases", "mounts", "opened_file", "jobs"),
     ("trainer", "auto"),
     ("experiment", "checkpoint", "features"),
     (

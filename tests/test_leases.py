@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +15,9 @@ import filelock
 import pytest
 import sqlalchemy
 
-from harness import leases
-from harness.leases import LeaseLost, Leases, here, is_gone, make_table
+from harness import leases, processes
+from harness.leases import LeaseLost, Leases, make_table
+from harness.processes import here, in_words, is_gone, name_of_this
 
 STUDY = "0123456789abcdef" * 2
 
@@ -133,6 +136,47 @@ def test_of_other_machines_nothing_is_known() -> None:
     assert not is_gone(f"another-machine/pid:[1]/{2**22 + 1} 0")
     assert not is_gone(f"{here()}/{os.getpid()} 0")
     assert is_gone(f"{here()}/{2**22 + 1} 0")
+
+
+def test_a_machine_with_the_same_host_name_is_another_one(
+    engine: sqlalchemy.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "boot_id").write_text("0d8f3c1e-5d3a-4b0a-9a43-6f6c1b1f7c55\n")
+    with monkeypatch.context() as there:
+        there.setattr(processes, "BOOT", tmp_path / "boot_id")
+        theirs = of(engine)
+        place, _, process = theirs.owner.rpartition("/")
+        theirs.owner = f"{place}/{2**22 + 1} {process.partition(' ')[2]}"  # a PID that this machine has not
+        assert theirs.claim("trial-0")
+        assert is_gone(theirs.owner)
+    assert not is_gone(theirs.owner)
+    mine = of(engine)
+    assert not mine.claim("trial-0")
+    assert mine.others() == {"trial-0": theirs.owner}
+    host = socket.gethostname()
+    assert in_words(theirs.owner) == f"{2**22 + 1} on {host}"
+    assert len(mine.owner) <= 256, "what the table has room for"
+    mine.close()
+    theirs.close()
+
+
+def test_a_pid_that_has_come_again_is_another_process() -> None:
+    mine = name_of_this()
+    assert not is_gone(mine)
+    place, _, process = mine.rpartition("/")
+    pid, _, rest = process.partition(" ")
+    began = int(rest.partition(".")[0])
+    assert is_gone(f"{place}/{pid} {began - 1}.{rest.partition('.')[2]}")
+
+
+def test_without_a_boot_id_the_network_card_tells_machines_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "BOOT", tmp_path / "none")
+    first = here()
+    assert here() == first
+    monkeypatch.setattr(uuid, "getnode", lambda: 1)
+    assert here() != first
 
 
 def test_the_desk_is_free_again_when_the_process_at_it_dies(engine: sqlalchemy.Engine) -> None:

@@ -17,8 +17,8 @@ import pytest
 
 from harness.database import has_tables
 from harness.errors import InputError
-from harness.leases import in_words
 from harness.opening import read_store
+from harness.processes import in_words
 from tests.conftest import PROJECT
 from tests.mlflow_server import Server
 from tests.postgres import PostgreSQL

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.samplers._tpe import sampler as tpe_sampler
 
 from harness import catalogue
 from harness.cli import main
@@ -22,11 +23,11 @@ from harness.config import Study
 from harness.errors import InputError
 from harness.opening import open_store, read_store
 from harness.replay import replay, replay_study
-from harness.results import Completed, Failed
+from harness.results import Completed, Diverged, Failed, Pruned
 from harness.search import Sampler, asha, grid, tpe
 from harness.space import Choice
 from harness.storage import Asked, NoTrialFree, Store
-from tests.analytic import evaluate, memory_store, run_analytic
+from tests.analytic import epoch_result, evaluate, memory_store, run_analytic
 from tests.conftest import make_study
 
 WORKERS, TRIALS = 4, 24
@@ -67,6 +68,36 @@ def test_every_suggestion_of_a_serial_study_comes_out_again(searched: Study) -> 
     store = memory_store(searched)
     run_analytic(searched, store, TRIALS)
     assert differing(searched, store) == []
+
+
+@pytest.mark.parametrize("pruned", [0, 1])
+@pytest.mark.parametrize("constant_liar", [True, False])
+def test_a_trial_that_diverged_late_is_never_a_good_one_to_tpe(
+    pruned: int, constant_liar: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One trial is complete, few are pruned early, all others diverge in their last epoch."""
+    good: list[set[int]] = []
+    split = tpe_sampler._split_trials
+
+    def watched(*arguments: Any) -> Any:
+        below, above = split(*arguments)
+        good.append({trial.number for trial in below})
+        return below, above
+
+    monkeypatch.setattr(tpe_sampler, "_split_trials", watched)
+    study = make_study("cache", trials=25, sampler=tpe(n_startup_trials=2, constant_liar=constant_liar))
+    store = memory_store(study)
+    for number in range(study.trials):
+        asked = store.ask(study)
+        last = 1 if 0 < number <= pruned else 5
+        results = [epoch_result(epoch, 0.1 * epoch) for epoch in range(1, last + 1)]
+        for each in results:
+            store.report(asked, each.epoch, 0.1 * each.epoch)
+        outcome = Completed(value=0.5) if number == 0 else Pruned(epoch=1) if last == 1 else Diverged(epoch=6)
+        store.tell(asked, outcome, results, seconds=1.0)
+    assert len(good) > 0
+    assert set().union(*good) == set(range(1 + pruned))
+    assert differing(study, store) == []
 
 
 # -- several processes ---------------------------------------------------------------------------------------------

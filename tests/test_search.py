@@ -7,16 +7,21 @@ import importlib.util
 import math
 import random
 import statistics
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy
 import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness import catalogue
 from harness.config import Study
 from harness.errors import InputError
-from harness.search import Asha, Grid, Pruner, Sampler, asha, grid, no_pruning, tpe
+from harness.opening import open_store
+from harness.search import Asha, Grid, Pruner, Sampler, asha, grid, no_pruning, rehearse, tpe
 from harness.space import Choice, Float
 from tests.analytic import ceiling, memory_store, memory_study, run_analytic
 from tests.conftest import make_study
@@ -170,6 +175,97 @@ def test_an_unknown_sampler_lists_the_known_ones(name: str) -> None:
 def test_an_unknown_pruner_lists_the_known_ones(name: str) -> None:
     with pytest.raises(InputError, match=r"no pruner.*MedianPruner"):
         Pruner(name)
+
+
+PATIENT = {
+    "ours": Pruner("PatientPruner", wrapped_pruner=asha(min_epochs=1), patience=1),
+    "none": Pruner("PatientPruner", wrapped_pruner=None, patience=1),
+    "twice": Pruner(
+        "PatientPruner", patience=0, wrapped_pruner=Pruner("PatientPruner", patience=1, wrapped_pruner=no_pruning())
+    ),
+}
+
+
+@pytest.mark.parametrize("pruner", PATIENT.values(), ids=PATIENT)
+def test_a_pruner_may_hold_another_one(pruner: Pruner) -> None:
+    study = make_study("cache", pruner=pruner)
+    rehearse(study)
+    inner = dict(pruner.options)["wrapped_pruner"]
+    built = pruner.build()._wrapped_pruner  # type: ignore[attr-defined]
+    assert type(built) is (type(None) if inner is None else type(inner.build()))
+    assert " at 0x" not in study.definition()["pruner"]
+
+
+def test_a_study_whose_pruner_holds_another_one_is_resumed(workspace: Path) -> None:
+    nested = 'Pruner("PatientPruner", wrapped_pruner=Pruner("MedianPruner", n_startup_trials=1), patience=1)'
+    text = (workspace / "studies" / "demo.py").read_text(encoding="utf-8")
+    text = text.replace("import asha", "import Pruner").replace("asha(min_epochs=3, reduction=2)", nested)
+    (workspace / "studies" / "nested.py").write_text(text.replace('"demo"', '"nested"'), encoding="utf-8")
+
+    def curve(params: Mapping[str, Any], epoch: int) -> float:
+        return 0.9 if params["backbone.hidden"] == "128" else 0.5 / epoch  # falls, and others are better
+
+    for trials in (3, 6):
+        study = catalogue.find("nested").study
+        with open_store(study, f"sqlite:///{workspace}/studies/nested.db") as store:
+            run_analytic(study, store, trials, curve=curve)
+            states = [trial.state for trial in store.trials()]
+    assert len(states) == 6
+    assert {"complete", "pruned"} <= set(states)
+
+
+class Named:
+    """An object with a text of its own, which says nothing of what it does."""
+
+    def __repr__(self) -> str:
+        return "Named()"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda count: 1,
+        Named(),
+        Named,
+        optuna.pruners.MedianPruner(),
+        optuna.samplers.nsgaii.UniformCrossover(),
+        tpe(),
+        grid(),
+        {3, 4},
+        numpy.float64(0.5),
+        Path("a"),
+        len,
+        [no_pruning()],
+        {"a": (1, [Named()])},
+        b"bytes",
+        1j,
+    ],
+    ids=str,
+)
+def test_options_that_a_resumed_study_could_not_compare_are_refused(value: Any) -> None:
+    for make in (Sampler, Pruner):
+        name = {Sampler: "TPESampler", Pruner: "PatientPruner"}[make]
+        with pytest.raises(InputError) as caught:
+            make(name, gamma=value)
+        assert "cannot take gamma=" in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_pruner_is_no_option_of_a_sampler() -> None:
+    with pytest.raises(InputError, match="cannot take independent_sampler"):
+        Sampler("GPSampler", independent_sampler=asha())
+
+
+def test_plain_options_are_taken_as_they_are() -> None:
+    plain = {"a": [1, 2.5, None, "x", True, (3,)], 4: {"b": ()}}
+    assert dict(Sampler("GridSampler", search_space=plain).options) == {"search_space": plain}
+
+
+@pytest.mark.parametrize("given", [optuna.pruners.MedianPruner(), Pruner, None, 3])
+def test_a_sampler_or_pruner_is_given_by_its_name(given: Any) -> None:
+    for make in (Sampler, Pruner):
+        with pytest.raises(InputError, match="is given by its name"):
+            make(given)
 
 
 def test_the_list_of_pruners_names_our_own_too() -> None:

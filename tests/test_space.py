@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -261,6 +262,10 @@ def test_parse_never_breaks_whatever_is_typed(text: str) -> None:
 def test_an_empty_or_ambiguous_dimension_is_refused(make: Any) -> None:
     with pytest.raises(InputError):
         make()
+
+
+def test_numpys_numbers_are_kept_as_pythons() -> None:
+    assert repr(Float(numpy.float64(0.5), numpy.float64(1.0))) == "Float(low=0.5, high=1.0, log=False)"
 
 
 def test_both_ends_of_a_range_belong_to_it() -> None:

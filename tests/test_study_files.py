@@ -32,6 +32,7 @@ def changed_space(new: str, *words: str) -> Row:
     return prepare, ["--study", "bad"], ["bad.py", *words]
 
 
+INT = "__import__('harness.space').space.Int"  # which the demo does not import
 STUDIES: dict[str, Row] = {
     "an unknown study": (None, ["--study", "nothing"], ["no study 'nothing'", "demo", "flowers102", "flowers102_grid"]),
     "a missing file": (None, ["--study", "studies/nothing.py"], ["no study file", "nothing.py", "demo"]),
@@ -127,6 +128,16 @@ STUDIES: dict[str, Row] = {
     "another optimizer": changed("base_lr=1e-3", 'name="sgd", base_lr=1e-3', "optim.name must be adamw or adam"),
     "half a crop": changed("crop_scale=(0.6, 1.0)", "crop_scale=0.6", "augment.crop_scale must be a tuple of 2 num"),
     "a precision of its own": changed('precision="fp32"', "precision=32", "engine.precision must be auto or fp32 or"),
+    "a range beyond what is stored": changed_space(f"{{'epochs': {INT}(1, 2**60)}}", "Int(", "reaches too far"),
+    "a range beyond all numbers": changed_space("{'optim.base_lr': Float(1e-4, 10**400)}", "reaches too far"),
+    "a range without end": changed_space("{'optim.base_lr': Float(1e-4, float('inf'))}", "without end"),
+    "a range wider than numbers": changed_space("{'optim.base_lr': Float(-1e308, 1e308)}", "reaches too far"),
+    "epochs beyond number in the space": changed_space(
+        f"{{'epochs': {INT}(1, 2**40)}}", "epochs must be at least 1 and"
+    ),
+    "trials beyond number": changed("trials=8", "trials=10**30", "trials must lie between"),
+    "more trials than anybody runs": changed("trials=8", "trials=10**9", "trials must be at least 1 and at most"),
+    "epochs of thousands of digits": changed("epochs=8", "epochs=10**5000", "epochs must lie between", "thousands"),
     "seeds in quotes": changed("FinalConfig(seeds=3)", 'FinalConfig(seeds="3")', "final.seeds must be a whole number"),
     "a final that is a number": changed("FinalConfig(seeds=3)", "3", "final must be FinalConfig(...), not 3"),
     "data that are a path": changed("data=Garden()", 'data="pictures"', "data must be a data set such as Garden()"),

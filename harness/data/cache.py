@@ -15,7 +15,6 @@ import json
 import os
 import re
 import sys
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -82,7 +81,7 @@ def keyed(dataset: Dataset, items: Sequence[Any], sizes: Sequence[int]) -> dict[
                 text = f"The image cache {folder / keys[size]}.npy was written and cannot be read back; check the disk."
                 raise OSError(text)
             opened[size] = images
-        replace_file(remembered[size], keys[size].encode(), _mark())
+        replace_file(remembered[size], keys[size].encode())
     return {size: (keys[size], opened[size]) for size in sizes}
 
 
@@ -182,7 +181,7 @@ def _read_record(record: Path) -> dict[str, Any]:
 
 
 def _write_record(record: Path, known: dict[str, Any]) -> None:
-    replace_file(record, json.dumps(known).encode(), _mark())
+    replace_file(record, json.dumps(known).encode())
 
 
 def _write(folder: Path, keys: Mapping[int, str], count: int, rows: Iterator[Sequence[NDArray[np.uint8]]]) -> None:
@@ -194,7 +193,7 @@ def _write(folder: Path, keys: Mapping[int, str], count: int, rows: Iterator[Seq
     arrays = [folder / f"{key}.npy" for key in keys.values()]
     checksums = [hashlib.sha256() for _ in keys]
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(replacing(array, _mark())) for array in arrays]
+        files = [stack.enter_context(replacing(array)) for array in arrays]
         for file, shape, checksum in zip(files, shapes, checksums, strict=True):
             header = io.BytesIO()
             np.lib.format.write_array_header_2_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -208,11 +207,6 @@ def _write(folder: Path, keys: Mapping[int, str], count: int, rows: Iterator[Seq
     for array, shape, checksum in zip(arrays, shapes, checksums, strict=True):
         record = {"shape": shape, "sha256": checksum.hexdigest(), "file": _state(array)}
         _write_record(array.with_suffix(".json"), record)
-
-
-def _mark() -> str:
-    """Several processes may make the same cache at the same time."""
-    return f".{uuid.uuid4().hex}"
 
 
 class ImageFiles:

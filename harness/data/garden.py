@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
-from harness.config import SplitName, location, require
+from harness.config import SplitName, location, require, require_count
 from harness.seeds import derive_seed
 from harness.space import check_types
 
@@ -41,7 +41,7 @@ class Garden:
     def __post_init__(self) -> None:
         check_types(self, "data.")
         for name in ("train_per_class", "val_per_class", "test_per_class"):
-            require(getattr(self, name) >= 1, f"data.{name} must be at least 1, not {getattr(self, name)}.")
+            require_count(f"data.{name}", getattr(self, name), 100_000)
         check_sizes(self.image_size, self.stored_size, self.limit)
 
     def _all(self) -> tuple[Species, ...]:
@@ -76,6 +76,7 @@ class Garden:
 
 def check_sizes(image_size: int, stored_size: int, limit: int | None) -> None:
     require(image_size >= 1, f"data.image_size must be at least 1 pixel, not {image_size}.")
+    require(stored_size <= 10_000, f"data.stored_size must be at most 10,000 pixels, not {stored_size}.")
     require(
         stored_size >= image_size,
         f"data.stored_size ({stored_size}) must not be smaller than data.image_size ({image_size}).",

@@ -120,7 +120,8 @@ class TinyMaxViT:
 
 
 def check_head(hidden: tuple[int, ...], dropout: float, stochastic_depth: float, bn_momentum: float) -> None:
-    require(all(width >= 1 for width in hidden), f"backbone.hidden must list widths of at least 1, not {hidden}.")
+    fits = all(1 <= width <= 1_000_000 for width in hidden)
+    require(fits, f"backbone.hidden must list widths of at least 1 and at most 1,000,000, not {hidden}.")
     require(0 <= dropout < 1, f"backbone.dropout must lie in 0..1, 1 excluded, not {dropout}.")
     require(
         0 <= stochastic_depth < 1, f"backbone.stochastic_depth must lie in 0..1, 1 excluded, not {stochastic_depth}."

@@ -1,0 +1,100 @@
+"""A copied study file whose name was not changed is refused; one that was moved or renamed goes on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from harness import catalogue
+from harness.cli import main
+from harness.errors import InputError
+from harness.opening import open_store
+from tests.analytic import run_analytic
+from tests.refusal import assert_refused
+
+
+def begun(study: str, remembered: bool = True) -> None:
+    """A trial of a study, as the command begins it."""
+    found = catalogue.find(study)
+    with open_store(found.study, found.url(None)) as store:
+        if remembered:
+            store.set_attribute("file", found.file.name)
+        run_analytic(found.study, store, 1)
+
+
+def copy(workspace: Path, name: str, of: str = "demo", old: str = "", new: str = "") -> Path:
+    text = (workspace / "studies" / f"{of}.py").read_text(encoding="utf-8")
+    file = workspace / "studies" / f"{name}.py"
+    file.write_text(text.replace(old, new) if old else text, encoding="utf-8")
+    return file
+
+
+COMMANDS = (
+    ["run", "--study", "mine"],
+    ["run", "--study", "mine", "--fresh"],
+    ["run", "--study", "mine", "--set", "epochs=5"],
+    ["run", "--study", "studies/mine.py", "--trials", "20"],
+    ["show", "mine"],
+    ["doctor", "mine", "--fix"],
+)
+
+
+@pytest.mark.parametrize("remembered", [True, False], ids=["remembered", "from before it was"])
+def test_a_copy_is_told_to_change_its_name(
+    remembered: bool, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun("demo", remembered)
+    copy(workspace, "mine", old="epochs=8", new="epochs=9")
+    words = ["mine.py defines the study 'demo'", "studies/demo.py", "demo.db", "change `name` in mine.py"]
+    for command in COMMANDS:
+        assert_refused(workspace, capsys, command, words)
+        main(command)
+        assert "--fresh" not in capsys.readouterr().err
+    assert main(["show", "demo"]) == 0
+
+
+def test_of_two_files_neither_of_which_is_named_so_the_first_to_run_has_the_study(workspace: Path) -> None:
+    for name in ("one", "other"):
+        copy(workspace, name, old='"demo"', new='"shared"')
+    begun("one")
+    assert catalogue.find("one").url(None).endswith("shared.db")
+    with pytest.raises(InputError, match=r"change `name` in other\.py"):
+        catalogue.find("other").url(None)
+    (workspace / "studies" / "one.py").write_text("STUDY = None\n")  # no study any more
+    assert catalogue.find("other").url(None).endswith("shared.db")
+
+
+def test_the_last_owner_keeps_the_study_when_its_old_name_comes_again(workspace: Path) -> None:
+    begun("demo")
+    studies = workspace / "studies"
+    (studies / "demo.py").rename(studies / "flowers.py")
+    begun("flowers")
+    copy(workspace, "demo", of="flowers")
+    assert catalogue.find("flowers").url(None).endswith("demo.db")
+    with pytest.raises(InputError, match=r"change `name` in demo.py"):
+        catalogue.find("demo").url(None)
+
+
+def test_a_renamed_or_moved_study_goes_on(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun("demo")
+    studies = workspace / "studies"
+    (studies / "demo.py").rename(studies / "flowers.py")
+    assert catalogue.find("flowers").url(None) == f"sqlite:///{studies}/demo.db"
+    shutil.copytree(studies, tmp_path / "elsewhere" / "studies")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert catalogue.find("flowers").url(None) == f"sqlite:///{tmp_path}/elsewhere/studies/demo.db"
+
+
+def test_a_link_to_the_study_file_is_no_copy(workspace: Path) -> None:
+    begun("demo")
+    (workspace / "studies" / "alias.py").symlink_to("demo.py")
+    assert catalogue.find("alias").url(None).endswith("demo.db")
+
+
+def test_a_copy_with_a_storage_of_its_own_is_left_alone(workspace: Path) -> None:
+    begun("demo")
+    copy(workspace, "mine")
+    url = f"sqlite:///{workspace}/mine.db"
+    assert catalogue.find("mine").url(url) == url
