@@ -33,7 +33,7 @@ from harness.files import Damaged
 from harness.seeds import derive_seed
 from harness.trainer import EVALUATION_BATCH, outputs_of
 
-FORMAT = 1  # raise it whenever the same images would give other features
+FORMAT = 2  # raise it whenever the same images would give other features
 SAY_EVERY_SECONDS = 30.0
 FIXED = (nn.AdaptiveAvgPool2d, nn.Flatten)  # layers that learn nothing and draw nothing
 
