@@ -1,12 +1,16 @@
-"""What a number was computed with: versions, device, threads, and the commit of this code."""
+"""What a number was computed with: versions, device, cores, threads, and the commit of this code."""
 
 from __future__ import annotations
 
+import math
+import os
 import platform
+import re
 import subprocess
+from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 
 def versions() -> dict[str, str]:
@@ -30,6 +34,35 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def cores(root: Path = Path("/")) -> int:
+    """How many cores this process may use: those it may run on, and no more than a container's quota lets it have.
+
+    `root` is where the system's own files lie.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min([allowed, *(math.ceil(quota) for quota in _quotas(root))])
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """How many cores' time the control groups of this process have, and all groups around them, where it is limited.
+
+    A container may see its own group as the topmost one and yet be told the host's path to it.
+    """
+    known = root / "proc/self/cgroup"
+    for line in known.read_text().splitlines() if known.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")  # without controllers it is version 2
+        for group in (PurePosixPath(path), *PurePosixPath(path).parents):
+            place = top / group.relative_to("/")
+            files = [place / "cpu.max"], [place / "cpu.cfs_quota_us", place / "cpu.cfs_period_us"]
+            for each in files:
+                text = " ".join(file.read_text() for file in each if os.access(file, os.R_OK))
+                if limit := re.fullmatch(r"([1-9]\d*)\s+([1-9]\d*)\s*", text):  # else "max" or -1: no limit
+                    yield int(limit[1]) / int(limit[2])
 
 
 @cache
