@@ -139,12 +139,12 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How a step runs. "auto" is measured once, at a study's first trial, and then kept (`harness.engine`)."""
+    """How a step runs. "auto" goes by a rule, "tune" by timing; decided once a study, and kept (`harness.auto`)."""
 
     device: str = location("auto")  # auto, cpu, cuda, cuda:1, mps
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    channels_last: Literal["auto", "on", "off"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"
+    precision: Literal["auto", "tune", "fp32", "bf16"] = "auto"
+    channels_last: Literal["auto", "tune", "on", "off"] = "auto"
+    compile: Literal["auto", "tune", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
         spaces.check_types(self, "engine.")

@@ -11,6 +11,12 @@ from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+HARDWARE = ("device", "cuda", "cudnn", "driver")  # what `hardware` gives
 
 
 def versions() -> dict[str, str]:
@@ -19,13 +25,33 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
 
 
-def environment(device: str) -> dict[str, str]:
-    """All that may change a trained number's last bits, and the code's commit. `device` is a torch device type."""
+def environment(device: torch.device) -> dict[str, str]:
+    """All that may change the last bits of a number that is computed on this device, and the code's commit."""
     import torch
 
-    name = torch.cuda.get_device_name() if device == "cuda" else processor()
     relevant = {key: value for key, value in versions().items() if key in ("torch", "torchvision")}
-    return {**relevant, "device": name, "threads": str(torch.get_num_threads()), "commit": git_commit()}
+    return {**relevant, **hardware(device), "threads": str(torch.get_num_threads()), "commit": git_commit()}
+
+
+def hardware(device: torch.device) -> dict[str, str]:
+    """The device's name; on CUDA also the versions of CUDA (or ROCm), cuDNN and the driver."""
+    import torch
+
+    if device.type != "cuda":
+        return {"device": processor()}
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "cuda": str(torch.version.cuda or torch.version.hip),
+        "cudnn": str(torch.backends.cudnn.version()),
+        "driver": driver(),
+    }
+
+
+def driver(known: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """The version of Nvidia's driver, which torch does not tell; "unknown" where Linux does not say it."""
+    text = known.read_text() if known.is_file() else ""
+    found = re.search(r"^NVRM version:.*?\s(\d+\.\d+(\.\d+)*)\s", text, re.MULTILINE)
+    return found[1] if found else "unknown"
 
 
 def processor() -> str:

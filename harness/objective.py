@@ -51,7 +51,7 @@ def evaluate_trial(
         training = assemble(config, runtime, seed)
         log.text(group_table(training.groups), "parameter_groups.txt")
         identity = identity_of(store.attribute("uid"), key, seed, config)
-        here = environment(runtime.device.type)
+        here = environment(runtime.device)
         checkpoint = Checkpoint(checkpoints / f"{key}{SUFFIX}", identity, training, here)
         outcome = yield from _train(training, asked, store, log, checkpoint)
     except (Halt, LeaseLost):

@@ -121,6 +121,10 @@ class Store:
         waiting = TrialState.WAITING
         return [record_of(trial) for trial in self._all_trials() if trial.state is not waiting]
 
+    def environment(self) -> dict[str, str] | None:
+        """What the last trial that has ended was computed with (`harness.environment`)."""
+        return next((trial.environments[-1] for trial in reversed(self.trials()) if trial.environments), None)
+
     def counts(self) -> dict[str, int]:
         """Trials by state; a diverged trial is a failed one here."""
         states = [trial.state for trial in self.trials()]

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from harness import engine
-from harness.environment import cores
+from harness.environment import cores, driver, environment, processor
+from harness.tracking import facts
+from tests.conftest import make_study
 
 # /proc/self/cgroup as it is: of a container (version 2), of a service below a limited slice (version 2), of a container
 # that is told the host's path (version 1), of systems without limits (version 1, and both side by side).
@@ -92,3 +94,46 @@ def test_torch_has_as_many_threads_as_there_are_cores_unless_the_user_says_other
         assert torch.get_num_threads() == wanted
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"
+            "GCC version:  gcc version 11.4.0 (Ubuntu 11.4.0-1ubuntu1~22.04)\n",
+            "535.104.05",
+        ),
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build  (dvs-builder@U16)\n"
+            "GCC version:  gcc version 12.3.0\n",
+            "570.86.15",
+        ),
+        ("GCC version:  gcc version 12.3.0\n", "unknown"),
+        (None, "unknown"),
+    ],
+)
+def test_the_drivers_version_is_read_where_linux_says_it(tmp_path: Path, text: str | None, wanted: str) -> None:
+    if text is not None:
+        (tmp_path / "version").write_text(text)
+    assert driver(tmp_path / "version") == wanted
+
+
+def test_on_cuda_the_device_that_is_used_and_what_drives_it_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU number {device.index}")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    here = environment(torch.device("cuda", 3))
+    assert here["device"] == "GPU number 3"
+    assert here["cuda"] == "13.0"
+    assert here["cudnn"] == str(torch.backends.cudnn.version())
+    assert "driver" in here
+    tags = facts(make_study("cache"), {"device": "cuda"}, here)
+    assert tags["hardware.device"] == "GPU number 3"
+    assert {f"hardware.{name}" for name in ("cuda", "cudnn", "driver")} <= set(tags)
+
+
+def test_on_a_cpu_its_name_is_recorded() -> None:
+    here = environment(torch.device("cpu"))
+    assert here["device"] == processor()
+    assert "cuda" not in here
+    assert facts(make_study("cache"), {}, here)["hardware.device"] == processor()
