@@ -79,7 +79,7 @@ class Backbone(Protocol):
         ...
 
     def depths(self, by: Literal["block", "layer"]) -> list[str]:
-        """Prefixes of parameter names from the first block to the head, one a depth."""
+        """Prefixes of parameter names from the first block to the head, one a depth; the longest that fits counts."""
         ...
 
     def weights(self) -> str:

@@ -115,8 +115,10 @@ def compile_parts(model: nn.Module, parts: Iterable[str]) -> None:
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    modules = dict(model.named_modules())
     for part in parts:
-        model.get_submodule(part).compile(dynamic=False, options={"fallback_random": True})
+        if part in modules:  # a depth may also be a parameter, such as a class token
+            modules[part].compile(dynamic=False, options={"fallback_random": True})
 
 
 def keep_to_cores() -> None:
