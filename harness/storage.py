@@ -336,20 +336,22 @@ class Store:
 
     @outlasting
     def report(self, asked: Asked, epoch: int, value: float) -> None:
-        """Record the validation accuracy after an epoch; once is enough, a repeated epoch is left as it was.
+        """Record the validation accuracy after an epoch.
 
-        A repeated epoch with another result is named on stderr: the trial went on where the same steps give other bits.
+        An epoch that is redone with another result replaces the one before, so that the trial's curve, epochs and value
+        agree, and is named on stderr: the trial went on where the same steps give other bits.
         """
         self.check(asked)
         curve = self._curves[asked.number]
         known = curve.get(epoch)
-        if known is None:
-            with self._ending(asked):
-                self._study._storage.set_trial_intermediate_value(self._id(asked), epoch, value)
-            curve[epoch] = value
-        elif known != value:
+        if known == value:
+            return
+        if known is not None:
             text = f"Trial {asked.number} gives {value:.4f} in the redone epoch {epoch}, not {known:.4f} as before"
-            print(f"{text}: its later epochs are not those of an uninterrupted trial.", file=sys.stderr)
+            print(f"{text}; from here on it is not the uninterrupted trial.", file=sys.stderr)
+        with self._ending(asked):
+            self._study._storage.set_trial_intermediate_value(self._id(asked), epoch, value)
+        curve[epoch] = value
 
     @outlasting
     def should_prune(self, asked: Asked, epoch: int) -> bool:
