@@ -277,7 +277,7 @@ def test_a_depth_that_is_a_parameter_is_nothing_to_compile() -> None:
 def test_adam_and_adamw_both_train(name: Any, kind: type) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
-    config = rates(name=name, base_lr=0.02)
+    config = rates(name=name, base_lr=0.02, weight_decay=0.0)
     groups = parameter_groups(model, ["0.", "2."], config)
     optimizer = build_optimizer(model, groups, config)
     assert type(optimizer) is kind
