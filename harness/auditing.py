@@ -147,7 +147,7 @@ def _to_the_end(
     training = assemble(config, runtime, seed)
     training.progress.micro_batch = trial.epochs[0].micro_batch
     identity = identity_of(store.attribute("uid"), audit.audit_key(trial.number), seed, config)
-    checkpoint = Checkpoint(path, identity, training, environment(runtime.device.type))
+    checkpoint = Checkpoint(path, identity, training, environment(runtime.device))
     checkpoint.restore()
     now: list[EpochResult] = []
     with checkpoint.saved_when_stopped(), closing(fit(training, checkpoint.after_batch)) as results:

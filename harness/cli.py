@@ -106,7 +106,9 @@ def _groups(study: Study) -> str:
     from harness.optim import group_table, parameter_groups
 
     config: Any = study.train
-    backbone = dataclasses.replace(config.backbone, pretrained=False)
+    backbone = config.backbone
+    if "pretrained" in getattr(backbone, "__dataclass_fields__", {}) and backbone.pretrained is True:
+        backbone = dataclasses.replace(backbone, pretrained=False)
     try:
         classes = len(config.data.classes())
     except InputError:

@@ -10,10 +10,10 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from harness import space as spaces
 from harness.errors import InputError
@@ -83,7 +83,7 @@ class Backbone(Protocol):
         ...
 
     def depths(self, by: Literal["block", "layer"]) -> list[str]:
-        """Prefixes of parameter names from the first block to the head, one a depth."""
+        """Prefixes of parameter names from the first block to the head, one a depth; the longest that fits counts."""
         ...
 
     def weights(self) -> str:
@@ -139,17 +139,23 @@ class OptimConfig:
             value = getattr(self, name)
             require(0 <= value < math.inf, f"optim.{name} must be a finite number of at least 0, not {value}.")
         fits = self.clip_norm is None or 0 < self.clip_norm < math.inf
-        require(fits, "optim.clip_norm must be greater than 0 and finite, or null.")
+        require(fits, f"optim.clip_norm must be greater than 0 and finite, or null, not {self.clip_norm}.")
+        # Adam adds the decay to the gradient and divides it by the gradient's size: not the decay that is asked for.
+        require(
+            self.name == "adamw" or self.weight_decay == 0,
+            f"optim.name adam has no decoupled weight decay, and optim.weight_decay is or may become "
+            f"{self.weight_decay:g}: set optim.weight_decay to 0, or optim.name to adamw.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How a step runs. "auto" is measured once, at a study's first trial, and then kept (`harness.engine`)."""
+    """How a step runs. "auto" goes by a rule, "tune" by timing; decided once a study, and kept (`harness.auto`)."""
 
     device: str = location("auto")  # auto, cpu, cuda, cuda:1, mps
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    channels_last: Literal["auto", "on", "off"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"
+    precision: Literal["auto", "tune", "fp32", "bf16"] = "auto"
+    channels_last: Literal["auto", "tune", "on", "off"] = "auto"
+    compile: Literal["auto", "tune", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
         spaces.check_types(self, "engine.")
@@ -181,6 +187,12 @@ class TrainConfig:
             require(isinstance(held, kind), f"{name} must be {kind.__name__}(...), not {held!r}.")
         require_count("batch_size", self.batch_size, 1_000_000)
         require_count("epochs", self.epochs, 1_000_000)
+        warmup = self.optim.warmup_epochs
+        require(
+            warmup <= self.epochs,
+            f"optim.warmup_epochs is or may become {warmup:g}, longer than the whole training, whose epochs are or may "
+            f"become {self.epochs}; choose a shorter warm-up or more epochs.",
+        )
         fits = 0 <= self.checkpoint_seconds < math.inf
         require(fits, f"checkpoint_seconds must be 0 or more, and finite, not {self.checkpoint_seconds}.")
         require(0 <= self.label_smoothing < 1, f"label_smoothing must lie in 0..1, not {self.label_smoothing}.")
@@ -190,7 +202,7 @@ class TrainConfig:
             require(
                 self.optim.depth_lr_mult == 0,
                 "feature_views keeps the features of a frozen backbone, and optim.depth_lr_mult is or may become "
-                f"{self.optim.depth_lr_mult:g}: set it to 0 before feature_views and take it out of the study's space, "
+                f"{self.optim.depth_lr_mult:g}: set it to 0 and take it out of the study's space, "
                 "or leave feature_views null.",
             )
 
@@ -261,39 +273,26 @@ class Study:
 
     def with_settings(self, settings: Sequence[str]) -> Study:
         """This study with each "PATH=VALUE" applied to its base configuration, or to `final.*` or `seed`."""
-        study = self
-        for setting in settings:
-            path, equals, text = setting.partition("=")
-            require(bool(equals), f"--set {spaces.shortened(setting)} has no value; write --set PATH=VALUE.")
-            known = [*spaces.paths(study.train), *(f"final.{name}" for name in spaces.paths(study.final)), "seed"]
-            try:
-                if path not in known:
-                    raise spaces.unknown_field(path, known)
-                part, inner = _owner(study, path)
-                changed = spaces.replace(part, inner, spaces.parse(part, inner, text))
-            except InputError as error:
-                raise InputError(f"--set {spaces.shortened(setting)[1:-1]}: {error}") from error
-            if part is study:
-                study = changed
-            else:
-                owner = "final" if part is study.final else "train"
-                study = dataclasses.replace(study, **{owner: changed})
-        return study
+        return _in_any_order(self, settings, Study._with_setting)
+
+    def _with_setting(self, setting: str) -> Study:
+        path, equals, text = setting.partition("=")
+        require(bool(equals), f"--set {spaces.shortened(setting)} has no value; write --set PATH=VALUE.")
+        known = [*spaces.paths(self.train), *(f"final.{name}" for name in spaces.paths(self.final)), "seed"]
+        try:
+            if path not in known:
+                raise spaces.unknown_field(path, known)
+            part, inner = _owner(self, path)
+            changed = spaces.replace(part, inner, spaces.parse(part, inner, text))
+            if part is self:
+                return changed
+            return dataclasses.replace(self, **{"final" if part is self.final else "train": changed})
+        except InputError as error:
+            raise InputError(f"--set {spaces.shortened(setting)[1:-1]}: {error}") from error
 
     def with_definition(self, stored: Mapping[str, Any]) -> Study:
         """This study with the base configuration, the final step and the seed of a stored definition."""
-        study, waiting = self, dict(stored)
-        while waiting:
-            refused = {}
-            for path, value in waiting.items():
-                try:
-                    study = study._with_stored(path, value)
-                except InputError as error:  # it may need another field first: a larger image, a larger stored one
-                    refused[path] = value, error
-            if len(refused) == len(waiting):
-                raise next(iter(refused.values()))[1]
-            waiting = {path: value for path, (value, _) in refused.items()}
-        return study
+        return _in_any_order(self, list(stored.items()), lambda study, field: study._with_stored(*field))
 
     def _with_stored(self, path: str, value: Any) -> Study:
         if path == "seed":
@@ -325,6 +324,24 @@ class Study:
         flat |= {f"space.{path}": repr(dimension) for path, dimension in self.space.items()}
         flat |= {f"final.{path}": _plain(value) for path, value in spaces.leaves(self.final, identity_only=True)}
         return flat | {"sampler": repr(self.sampler), "pruner": repr(self.pruner), "seed": self.seed}
+
+
+ChangeT = TypeVar("ChangeT")
+
+
+def _in_any_order(study: Study, changes: Sequence[ChangeT], change: Callable[[Study, ChangeT], Study]) -> Study:
+    """The study with all changes, of which one may need another first: a larger image a larger stored one."""
+    while changes:
+        refused = []
+        for each in changes:
+            try:
+                study = change(study, each)
+            except InputError as error:
+                refused.append((each, error))
+        if len(refused) == len(changes):
+            raise refused[0][1]
+        changes = [each for each, _ in refused]
+    return study
 
 
 def fingerprint(config: TrainConfig) -> str:

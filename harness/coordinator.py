@@ -9,10 +9,12 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.environment import versions
+from harness.environment import environment, versions
 from harness.errors import DONE, FAILED, InputError, masked
 
 if TYPE_CHECKING:
+    import torch
+
     from harness.catalogue import Found
     from harness.config import Study
     from harness.engine import Runtime
@@ -75,9 +77,9 @@ def _begin(args: argparse.Namespace, study: Study, store: Store, tracker: MLflow
         store.set_attribute("published", None)  # until this start has told MLflow everything
         store.set_attribute("depths", {by: study.train.backbone.depths(by) for by in ("block", "layer")})
         if args.engine == "processes" and args.workers == 1 and store.finished() < study.trials:
-            _name_changes(store, runtime.device.type)  # workers' shares of the cores are the same from run to run
+            _name_changes(store, runtime.device)  # workers' shares of the cores are the same from run to run
         keep_features(study.train, runtime, with_validation=study.final.fit_on == "train+val")
-        tracker.start(study, store, tracking.facts(study, runtime.to_dict()))
+        tracker.start(study, store, tracking.facts(study, runtime.to_dict(), environment(runtime.device)))
     return runtime
 
 
@@ -237,13 +239,12 @@ def _register(study: Study, store: Store, tracker: MLflowTracker, model: SavedMo
     return done
 
 
-def _name_changes(store: Store, device: str) -> None:
+def _name_changes(store: Store, device: torch.device) -> None:
     """Say what is other than when the last trial ended and may change the last bits from here on."""
     from harness.checkpoint import differences
-    from harness.environment import environment
 
-    ended = [trial.environments[-1] for trial in store.trials() if trial.environments]
-    if ended and (found := differences(ended[-1], environment(device))):
+    before = store.environment()
+    if before and (found := differences(before, environment(device))):
         print(f"Since the last trial, {found}: from here on the last bits may differ.", file=sys.stderr)
 
 

@@ -120,7 +120,7 @@ def _mend(study: Study, store: Store, found: Found, tracking_uri: str | None, ch
     from harness.mlflow_places import tracker_for
 
     tracker = tracker_for(tracking_uri, found.mlruns)
-    tracker.start(study, store, facts(study, store.attribute("runtime") or {}))
+    tracker.start(study, store, facts(study, store.attribute("runtime") or {}, store.environment() or {}))
     for finding in list(examine(study, store, tracker, checkpoints, model, living=False)):
         if finding.mend is not None:
             finding.mend()

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.environment import cores
 from harness.errors import InputError
 
 # Graphs of one block: for training and for evaluation, for each batch size, and all blocks of a kind share their code.
@@ -114,8 +115,22 @@ def compile_parts(model: nn.Module, parts: Iterable[str]) -> None:
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    modules = dict(model.named_modules())
     for part in parts:
-        model.get_submodule(part).compile(dynamic=False, options={"fallback_random": True})
+        if part in modules:  # a depth may also be a parameter, such as a class token
+            modules[part].compile(dynamic=False, options={"fallback_random": True})
+
+
+def keep_to_cores() -> None:
+    """Have torch start no more threads than this process has cores, unless the user said how many.
+
+    torch counts the cores that it may run on; where a container's quota has fewer, its threads wait for each other.
+    """
+    if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys() and cores() < torch.get_num_threads():
+        torch.set_num_threads(cores())
+
+
+keep_to_cores()  # once a process, and before anything else chooses a number
 
 
 @contextlib.contextmanager

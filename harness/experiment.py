@@ -85,7 +85,7 @@ def _work(config: TrainConfig, trials: int) -> Work:
 
 
 def decide_runtime(config: TrainConfig, kept: Mapping[str, Any] | None, trials: int = 0) -> Runtime:
-    """What this configuration's "auto" settings mean on this machine: what the study `kept` from its start, if any.
+    """What this configuration's "auto" and "tune" mean on this machine: what the study `kept` from its start, if any.
 
     `trials` is the number that the study asks for. Raises InputError when the device of the start is asked to change or
     is not there, or torch cannot compile what is to be compiled.

@@ -28,12 +28,14 @@ from harness.data.augment import augment, normalise
 from harness.data.tensors import ImageSet, load_split
 from harness.engine import Runtime, seeded
 from harness.environment import versions
+from harness.errors import InputError
 from harness.files import Damaged
 from harness.seeds import derive_seed
 from harness.trainer import EVALUATION_BATCH, outputs_of
 
-FORMAT = 1  # raise it whenever the same images would give other features
+FORMAT = 2  # raise it whenever the same images would give other features
 SAY_EVERY_SECONDS = 30.0
+WHOLE = "leave feature_views null, and every trial passes the whole model"
 FIXED = (nn.AdaptiveAvgPool2d, nn.Flatten)  # layers that learn nothing and draw nothing
 
 
@@ -84,10 +86,12 @@ def _shallow(module: nn.Module) -> nn.Module:
 class FrozenBody:
     """The part of a model that does not train, and the folder where the features that it makes are kept.
 
-    Raises ValueError when the model is more than this body and its head one after the other.
+    Raises InputError when the model is more than this body and its head one after the other.
     """
 
     def __init__(self, model: nn.Module, head: str, image_size: int, runtime: Runtime, folder: Path) -> None:
+        if head not in dict(model.named_modules()):
+            raise InputError(f"The last depth, {head}, is no module: its features cannot be kept; {WHOLE}.")
         self.head = head
         self._body, rest = split(model.eval(), head)
         self._size, self._runtime, self._folder = image_size, runtime, folder / "features"
@@ -95,7 +99,7 @@ class FrozenBody:
         pixels = torch.linspace(-2, 2, 2 * 3 * image_size**2, device=runtime.device).view(2, 3, image_size, image_size)
         whole, features = (outputs_of(each, pixels.split, runtime) for each in (model, self._body))
         if not torch.allclose(whole, outputs_of(rest, features.split, runtime), rtol=1e-2, atol=1e-2):
-            raise ValueError(f"The model is not its body and then {head}: its features cannot be kept.")
+            raise InputError(f"The model is not its body and then {head}: its features cannot be kept; {WHOLE}.")
         self._identity = {
             "format": FORMAT,
             "weights": fingerprint(self._body.state_dict()),

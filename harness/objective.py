@@ -51,7 +51,7 @@ def evaluate_trial(
         training = assemble(config, runtime, seed)
         log.text(group_table(training.groups), "parameter_groups.txt")
         identity = identity_of(store.attribute("uid"), key, seed, config)
-        here = environment(runtime.device.type)
+        here = environment(runtime.device)
         path = checkpoints / f"{key}{SUFFIX}"
         checkpoint = Checkpoint(path, identity, training, here, check=lambda: store.check(asked))
         outcome = yield from _train(training, asked, store, log, checkpoint)

@@ -7,6 +7,7 @@ rate decay (Howard and Ruder, 2018, "discriminative fine-tuning"; Clark et al., 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,11 @@ import torch
 from torch import nn
 
 from harness.config import OptimConfig
+from harness.errors import InputError
+
+# Of these layers nothing decays, whatever its shape; nor do parameters of other modules that are called so.
+SPARED_LAYERS = (nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
+SPARED_NAMES = re.compile("bias|pos|token|embed|scale|gamma|table")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +41,20 @@ class ParameterGroup:
 def parameter_groups(model: nn.Module, depths: Sequence[str], config: OptimConfig) -> list[ParameterGroup]:
     """Partition the model's parameters, head first: every parameter in exactly one group.
 
-    Raises ValueError when a prefix matches nothing or a parameter has no prefix: a mistake in the backbone's class.
+    Of several prefixes that match the longest counts. Raises InputError when a prefix matches nothing or a parameter
+    has no prefix: a mistake in the backbone's class.
     """
     found: dict[tuple[str, bool], list[str]] = {(depth, decays): [] for depth in depths for decays in (True, False)}
     for name, parameter in model.named_parameters():
-        depth = next((each for each in depths if name.startswith(each)), None)
+        depth = max((each for each in depths if name.startswith(each)), key=len, default=None)
         if depth is None:
-            raise ValueError(f"The parameter {name} lies at none of the depths {list(depths)}.")
-        found[depth, _decays(name, parameter)].append(name)
+            raise InputError(f"The parameter {name} lies at none of the depths {list(depths)}; add its prefix to them.")
+        found[depth, _decays(model, name, parameter)].append(name)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     groups = []
     for distance, depth in enumerate(reversed(depths)):
         if not (found[depth, True] or found[depth, False]):
-            raise ValueError(f"The depth {depth} matches no parameter.")
+            raise InputError(f"The depth {depth} matches no parameter; take it out of the backbone's depths.")
         for decays in (True, False):
             if names := found[depth, decays]:
                 groups.append(
@@ -63,9 +70,17 @@ def parameter_groups(model: nn.Module, depths: Sequence[str], config: OptimConfi
     return groups
 
 
-def _decays(name: str, parameter: nn.Parameter) -> bool:
-    """Weights decay; biases, norms and the (two-dimensional) tables of relative positions do not."""
-    return parameter.ndim > 1 and not name.endswith("relative_position_bias_table")
+def _decays(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Weights of layers decay; biases, norms, embeddings, scales, tokens and tables of positions do not.
+
+    What belongs to no layer of torch has a name of its own, and is a weight when it has the shape and no other name.
+    """
+    owner, _, own = name.rpartition(".")
+    if parameter.ndim < 2 or isinstance(model.get_submodule(owner), SPARED_LAYERS):
+        return False
+    if own == "weight" or own.endswith("_weight"):
+        return True
+    return min(parameter.shape) > 1 and SPARED_NAMES.search(own) is None
 
 
 def freeze(model: nn.Module, groups: Sequence[ParameterGroup]) -> None:
@@ -76,15 +91,23 @@ def freeze(model: nn.Module, groups: Sequence[ParameterGroup]) -> None:
             parameters[name].requires_grad_(not group.frozen)
 
 
-def set_training(model: nn.Module, groups: Sequence[ParameterGroup], learner: nn.Module | None = None) -> None:
-    """Training mode, except for frozen depths: their BatchNorm and stochastic depth behave as in evaluation.
+def set_training(model: nn.Module, learner: nn.Module | None = None) -> None:
+    """Training mode, except for what is frozen: its BatchNorm and stochastic depth behave as in evaluation.
 
     `learner` is the part of the model that trains, if not all of it does.
     """
     (learner or model).train()
-    for frozen in {group.depth: model.get_submodule(group.depth) for group in groups if group.frozen}.values():
-        if frozen.training:
-            frozen.eval()
+    _rest(model)
+
+
+def _rest(module: nn.Module) -> None:
+    """Bring what is frozen, a whole module or parts of it, into evaluation mode."""
+    trains = [parameter.requires_grad for parameter in module.parameters()]
+    if any(trains):
+        for part in module.children():
+            _rest(part)
+    elif trains and module.training:
+        module.eval()
 
 
 def build_optimizer(model: nn.Module, groups: Sequence[ParameterGroup], config: OptimConfig) -> torch.optim.Optimizer:

@@ -39,7 +39,7 @@ def overview(name: str, store: Store, tracking: str) -> dict[str, Any]:
         "test": None if final is None else _tested(store),
         "cost": cost(trial_records(store), store.attribute("definition") or {}),
         "runtime": store.attribute("runtime"),
-        "environment": next((trial.environments[-1] for trial in reversed(store.trials()) if trial.environments), None),
+        "environment": store.environment(),
         "command": store.attribute("command"),
         "storage": masked(store.url),
         "tracking": masked(tracking),

@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images-per-species", type=int, default=100, help="default: %(default)s")
     args = parser.parse_args(arguments)
     data = dataclasses.replace(GARDEN, train_per_class=args.images_per_species)
-    config = dataclasses.replace(CONFIG, data=data, epochs=args.epochs)
+    optim = dataclasses.replace(CONFIG.optim, warmup_epochs=min(CONFIG.optim.warmup_epochs, args.epochs))
+    config = dataclasses.replace(CONFIG, data=data, optim=optim, epochs=args.epochs)
     prepare(data)
     training = assemble(config, decide_runtime(config, None), seed=0)
     for result in fit(training):

@@ -54,7 +54,7 @@ def reproduce(study: Study, trial: TrialRecord, runtime: Runtime) -> Iterator[Co
 
 def explanation(trial: TrialRecord, runtime: Runtime) -> str:
     """Why the numbers may differ: what was another version, device or number of threads then."""
-    here = environment(runtime.device.type)
+    here = environment(runtime.device)
     found = [text for each in trial.environments if (text := differences(each, here))]
     if any(each.micro_batch != trial.epochs[0].micro_batch for each in trial.epochs):
         found.append("memory ran out in the middle of it, and fewer images passed at once from there on")

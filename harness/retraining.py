@@ -119,7 +119,7 @@ class Retraining:
         if self._fit_on == "train+val":
             training = with_validation_images(training)
         identity = identity_of(place.store.attribute("uid"), self.key, self._seed, self.config)
-        here = environment(place.runtime.device.type)
+        here = environment(place.runtime.device)
         identity |= {"fit_on": self._fit_on}
         return Checkpoint(self._path, identity, training, here, check=place.store.check_lead)
 

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 import re
 import types
@@ -279,7 +280,9 @@ def unknown_field(path: str, known: list[str]) -> InputError:
 
 
 def check(space: Space, base: Any) -> None:
-    """Raise InputError unless every path of the space exists in `base` and the base's own value lies in its range."""
+    """Raise InputError unless every path of the space exists in `base`, the base's own value lies in its range, and the
+    ends of the ranges fit the base, alone and any two of them together.
+    """
     if not isinstance(space, Mapping) or not all(isinstance(path, str) for path in space):
         raise InputError(f"A study's space maps fields to ranges, such as {{'epochs': Int(2, 8)}}, not {space!r}.")
     for path, dimension in space.items():
@@ -291,8 +294,14 @@ def check(space: Space, base: Any) -> None:
                 f"The base configuration has {path} = {value!r}, outside of its search range {dimension}; "
                 "trial 0 is the base configuration, so widen the range or change the base."
             )
-        for bound in extremes(dimension):
-            replace(base, path, bound)
+    ends = {path: [replace(base, path, bound) for bound in extremes(dimension)] for path, dimension in space.items()}
+    for path, other in itertools.combinations(space, 2):
+        for config, bound in itertools.product(ends[path], extremes(space[other])):
+            try:
+                replace(config, other, bound)
+            except InputError as error:
+                both = f"{path} = {get(config, path)!r} with {other} = {bound!r}"
+                raise InputError(f"The study's space may combine {both}: {error}") from error
 
 
 def extremes(dimension: Dimension) -> tuple[Any, ...]:

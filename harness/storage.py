@@ -129,6 +129,10 @@ class Store:
         waiting = TrialState.WAITING
         return [record_of(trial) for trial in self._all_trials() if trial.state is not waiting]
 
+    def environment(self) -> dict[str, str] | None:
+        """What the last trial that has ended was computed with (`harness.environment`)."""
+        return next((trial.environments[-1] for trial in reversed(self.trials()) if trial.environments), None)
+
     def counts(self) -> dict[str, int]:
         """Trials by state; a diverged trial is a failed one here."""
         states = [trial.state for trial in self.trials()]
@@ -345,20 +349,22 @@ class Store:
 
     @outlasting
     def report(self, asked: Asked, epoch: int, value: float) -> None:
-        """Record the validation accuracy after an epoch; once is enough, a repeated epoch is left as it was.
+        """Record the validation accuracy after an epoch.
 
-        A repeated epoch with another result is named on stderr: the trial went on where the same steps give other bits.
+        An epoch that is redone with another result replaces the one before, so that the trial's curve, epochs and value
+        agree, and is named on stderr: the trial went on where the same steps give other bits.
         """
         self.check(asked)
         curve = self._curves[asked.number]
         known = curve.get(epoch)
-        if known is None:
-            with self._ending(asked):
-                self._study._storage.set_trial_intermediate_value(self._id(asked), epoch, value)
-            curve[epoch] = value
-        elif known != value:
+        if known == value:
+            return
+        if known is not None:
             text = f"Trial {asked.number} gives {value:.4f} in the redone epoch {epoch}, not {known:.4f} as before"
-            print(f"{text}: its later epochs are not those of an uninterrupted trial.", file=sys.stderr)
+            print(f"{text}; from here on it is not the uninterrupted trial.", file=sys.stderr)
+        with self._ending(asked):
+            self._study._storage.set_trial_intermediate_value(self._id(asked), epoch, value)
+        curve[epoch] = value
 
     @outlasting
     def should_prune(self, asked: Asked, epoch: int) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from harness.environment import git_commit, versions
+from harness.environment import HARDWARE, git_commit, versions
 from harness.errors import masked
 from harness.results import EpochResult
 from harness.seeds import derive_seed
@@ -176,8 +176,8 @@ def study_metrics(store: Store) -> dict[str, float]:
     return metrics if final is None else metrics | {"test_accuracy": final["accuracy"]}
 
 
-def facts(study: Study, runtime: Mapping[str, Any]) -> dict[str, str]:
-    """Tags that say how and with what a study ran."""
+def facts(study: Study, runtime: Mapping[str, Any], environment: Mapping[str, str] = {}) -> dict[str, str]:
+    """Tags that say how and with what a study ran; of the `environment`, its device and what drives it."""
     return {
         **{f"version.{name}": version for name, version in versions().items()},
         "harness.seed": str(study.seed),
@@ -185,4 +185,5 @@ def facts(study: Study, runtime: Mapping[str, Any]) -> dict[str, str]:
         "mlflow.source.git.commit": git_commit(),
         "mlflow.source.name": sys.argv[0],
         **{f"harness.{name}": str(value) for name, value in runtime.items()},
+        **{f"hardware.{name}": environment[name] for name in HARDWARE if name in environment},
     }

@@ -127,7 +127,7 @@ def _train_epoch(training: Training, after_batch: Callable[[], None]) -> None:
     progress.steps = len(batches)
     if progress.step == 0:
         progress.trace = torch.zeros(len(batches), 3, device=runtime.device)
-    set_training(training.model, training.groups, training.learner)
+    set_training(training.model, training.learner)
     with seeded(seed, runtime.device):
         if progress.random_states:
             generator.set_state(progress.random_states["augment"])

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from harness import interrupt
 from harness.database import sqlite_file
+from harness.environment import cores
 from harness.errors import INTERRUPTED, Halt, InputError
 from harness.jobs import Job, Search, Train
 from harness.results import EpochEnded, Event
@@ -40,7 +41,7 @@ def surroundings(workers: int, per_gpu: int, device: str) -> list[dict[str, str]
     Raises InputError when there are not as many GPUs as that takes.
     """
     if device != "cuda":
-        share = max(1, len(_cores()) // workers)
+        share = max(1, cores() // workers)
         return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(share))}] * workers
     import torch
 
@@ -61,12 +62,6 @@ def of_use(asked: int, study: Study, store: Store, reopening: bool) -> int:
     settled = store.best() is not None and store.is_settled() and not reopening
     after = 0 if settled else study.final.trainings(study.trials)
     return min(asked, max(study.trials - store.finished(), after, 1))
-
-
-def _cores() -> Sequence[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return range(os.cpu_count() or 1)
 
 
 class _Worker:

@@ -19,7 +19,7 @@ STUDY = Study(
         backbone=TinyMaxViT(),
         augment=AugmentConfig(crop_scale=(0.6, 1.0)),
         optim=OptimConfig(base_lr=1e-3, depth_lr_mult=0.6),
-        # Named, not "auto": the demo should give the same numbers on every run of the same machine.
+        # Named, not "auto": the demo should compute in the same way on every machine.
         engine=EngineConfig(precision="fp32", channels_last="on", compile="off"),
         batch_size=24,
         epochs=8,

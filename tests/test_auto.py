@@ -1,4 +1,4 @@
-"""Compiling: the same curve as uncompiled, one set of graphs for all trials, tried only where it can pay."""
+""" "auto" goes by a rule; compiling: the same curve as uncompiled, one set of graphs, tried only where it can pay."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +21,7 @@ from harness.auto import Work, pays, resolve
 from harness.config import EngineConfig, Study
 from harness.engine import Runtime
 from harness.experiment import assemble, decide_runtime
+from harness.models.maxvit import MaxViTT, TinyMaxViT
 from harness.models.stochastic_depth import StochasticDepth
 from harness.results import EpochResult
 from harness.trainer import fit
@@ -72,7 +75,7 @@ class DeepNet:
 @pytest.fixture
 def deep(image_cache: Path) -> Study:
     study = small_study(image_cache)
-    engine = dataclasses.replace(study.train.engine, compile="auto")
+    engine = dataclasses.replace(study.train.engine, compile="tune")
     return dataclasses.replace(study, train=dataclasses.replace(study.train, backbone=DeepNet(), engine=engine))
 
 
@@ -83,6 +86,58 @@ def curve(study: Study, runtime: Runtime, **changes: Any) -> list[EpochResult]:
         inner = dataclasses.replace(getattr(config, part), **{name: value}) if name else value
         config = dataclasses.replace(config, **{part: inner})
     return list(fit(assemble(config, runtime, 0)))
+
+
+TINY, LARGE = partial(TinyMaxViT(pretrained=False).build, 16, 64), partial(MaxViTT(pretrained=False).build, 102, 224)
+
+
+@pytest.mark.parametrize(
+    ("device", "instructions", "build", "bf16"),
+    [
+        ("cpu", True, TINY, False),
+        ("cpu", True, LARGE, True),  # as the timing chose on such a processor
+        ("cpu", False, LARGE, False),
+        ("cuda", (9, 0), TINY, True),
+        ("cuda", (8, 0), TINY, True),
+        ("cuda", (7, 5), LARGE, False),
+        ("mps", None, LARGE, False),
+    ],
+)
+def test_auto_goes_by_device_instructions_and_model_and_times_nothing(
+    monkeypatch: pytest.MonkeyPatch, device: str, instructions: Any, build: Callable[[], nn.Module], bf16: bool
+) -> None:
+    monkeypatch.setattr(auto, "find_device", torch.device)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: instructions)
+    monkeypatch.setattr(auto, "_step_seconds", lambda *args: pytest.fail("timed"))
+    state = torch.get_rng_state()
+    decided = resolve(EngineConfig(device=device), build, 64, Work(batch_size=8, steps=10**9, parts=["stem"]))
+    assert decided == Runtime(device=torch.device(device), bf16=bf16, channels_last=bf16, compiled=False)
+    assert torch.equal(torch.get_rng_state(), state), "deciding must not move torch's global generator"
+
+
+@pytest.mark.parametrize(
+    ("precision", "layout", "tried"),
+    [
+        ("tune", "tune", [(False, False), (False, True), (True, False), (True, True)]),
+        ("tune", "auto", [(False, False), (True, True)]),
+        ("fp32", "tune", [(False, False), (False, True)]),
+        ("tune", "off", [(False, False), (True, False)]),
+    ],
+)
+def test_tune_times_what_is_left_open_and_takes_the_clearly_fastest(
+    monkeypatch: pytest.MonkeyPatch, precision: Any, layout: Any, tried: list[tuple[bool, bool]]
+) -> None:
+    seen = []
+
+    def seconds(runtime: Runtime, *args: Any) -> list[float]:
+        seen.append((runtime.bf16, runtime.channels_last))
+        return [9.0, 1.0 / len(seen), 1.0]
+
+    monkeypatch.setattr(auto, "_step_seconds", seconds)
+    decided = resolve(EngineConfig(device="cpu", precision=precision, channels_last=layout), TINY, 64)
+    assert seen == tried
+    assert (decided.bf16, decided.channels_last) == tried[-1]
 
 
 @pytest.mark.slow
@@ -151,12 +206,13 @@ def test_a_long_study_is_compiled_on_trial_and_says_so(
 ) -> None:
     monkeypatch.setattr(auto, "LONG_ENOUGH_SECONDS", 0.0)
     work = Work(batch_size=8, steps=1, parts=["0", "1"])  # one step wins nothing back
-    engine = EngineConfig(device="cpu", precision="fp32", channels_last="off")
+    engine = EngineConfig(device="cpu", precision="fp32", channels_last="off", compile="tune")
     assert resolve(engine, lambda: DeepNet().build(4, 64), 64, work) == PLAIN
     assert "Trying whether compiling" in capfd.readouterr().err
 
 
-def test_what_was_decided_is_kept(deep: Study) -> None:
+def test_what_was_decided_is_kept(deep: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "resolve", lambda *args: pytest.fail("decided anew"))
     kept = PLAIN.to_dict()
     assert decide_runtime(deep.train, kept, trials=1) == PLAIN
     del kept["compile"]  # a study from before there was a choice

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from harness import catalogue
 from harness.cli import main
 from harness.opening import open_store
 from tests.analytic import Died, run_analytic
+from tests.refusal import assert_refused, demo_with
 
 
 @pytest.fixture
@@ -135,3 +137,27 @@ def test_a_reader_that_leaves_early_is_no_error(demo: catalogue.Found, workspace
     done = subprocess.run(command, cwd=workspace, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_groups_of_a_backbone_without_pretrained_weights_are_shown(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo_with(workspace, "own", "backbone=TinyMaxViT()", "backbone=OtherNet()")
+    file = workspace / "studies" / "own.py"
+    text = file.read_text().replace("STUDY = Study(", "from tests.test_optim import OtherNet\n\nSTUDY = Study(", 1)
+    file.write_text(re.sub(r'^ *"backbone\..*\n', "", text, flags=re.MULTILINE).replace('"demo"', '"own"'))
+    groups = shown(capsys, "show", "own", "--groups")
+    assert [line.split()[0] for line in groups.splitlines()[1:]][-1] == "class_token"
+
+
+def test_a_depth_that_matches_nothing_is_named(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo_with(workspace, "own", "backbone=TinyMaxViT()", "backbone=OWN")
+    file = workspace / "studies" / "own.py"
+    own = (
+        "class Own(TinyMaxViT):\n"
+        "    def depths(self, by):\n"
+        '        return ["stem.", "blocks.", "nowhere.", "classifier."]\n\n\n'
+        "OWN = Own()\n"
+    )
+    file.write_text(file.read_text().replace("STUDY = Study(", f"{own}STUDY = Study(", 1))
+    assert_refused(workspace, capsys, ["show", "own", "--groups"], ["nowhere.", "matches no parameter"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,14 @@ from harness.data.image_folder import ImageFolder
 from harness.errors import InputError
 from harness.models.maxvit import MaxViTT
 from harness.search import asha, tpe
-from harness.space import Choice, Float, leaves, replace
+from harness.space import Choice, Float, Int, extremes, leaves, replace
 from tests.conftest import make_study
 
 STUDY = make_study("cache")
-# The same with a frozen backbone, for what goes with no other.
+# The same with a frozen backbone and without weight decay, for what goes with no other.
 FROZEN = make_study(
     "cache",
-    train=replace(STUDY.train, "optim.depth_lr_mult", 0.0),
+    train=replace(replace(STUDY.train, "optim.depth_lr_mult", 0.0), "optim.weight_decay", 0.0),
     space={path: each for path, each in STUDY.space.items() if path != "optim.depth_lr_mult"},
 )
 
@@ -52,7 +53,7 @@ OTHER: dict[str, Any] = {
     "optim.base_lr": 2e-3,
     "optim.depth_lr_mult": 0.7,
     "optim.depth_by": "layer",
-    "optim.weight_decay": 0.0,
+    "optim.weight_decay": 0.01,
     "optim.schedule": "constant",
     "optim.warmup_epochs": 0.5,
     "optim.clip_norm": None,
@@ -83,6 +84,64 @@ def test_settings_change_the_base_the_final_run_and_the_seed() -> None:
 
 def test_the_last_of_two_settings_wins() -> None:
     assert STUDY.with_settings(["epochs=7", "epochs=9"]).train.epochs == 9
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["optim.warmup_epochs=5", "epochs=6"],
+        ["optim.name=adam", "optim.weight_decay=0"],
+        ["data.image_size=128", "data.stored_size=144"],
+    ],
+)
+def test_settings_that_need_each_other_may_come_in_any_order(settings: list[str]) -> None:
+    one, other = STUDY.with_settings(settings), STUDY.with_settings(settings[::-1])
+    assert one == other != STUDY
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["optim.warmup_epochs=2.5"], ["optim.warmup_epochs", "2.5", "epochs", "2;"]),
+        (["epochs=1", "optim.warmup_epochs=1.01"], ["optim.warmup_epochs", "1.01", "choose a shorter warm-up"]),
+        (["optim.name=adam"], ["optim.name adam", "0.02", "optim.weight_decay to 0"]),
+        (["optim.clip_norm=Infinity"], ["optim.clip_norm", "finite, or null"]),
+        (["optim.clip_norm=NaN"], ["optim.clip_norm"]),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_are_refused(settings: list[str], words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        STUDY.with_settings(settings)
+    for word in ["--set ", *words]:
+        assert word in str(caught.value)
+
+
+def test_a_warm_up_as_long_as_the_training_is_allowed() -> None:
+    assert STUDY.with_settings(["epochs=1", "optim.warmup_epochs=1"]).train.epochs == 1
+
+
+@pytest.mark.parametrize(
+    ("space", "refused"),
+    [
+        ({"epochs": Int(1, 8)}, False),  # the base warms up for one epoch
+        ({"optim.warmup_epochs": Float(0.0, 2.0)}, False),
+        ({"optim.warmup_epochs": Float(0.0, 3.0)}, True),
+        ({"epochs": Int(2, 8), "optim.warmup_epochs": Float(0.0, 2.0)}, False),
+        ({"epochs": Int(1, 8), "optim.warmup_epochs": Float(0.0, 2.0)}, True),  # each end fits the base, not the other
+        ({"optim.warmup_epochs": Choice((1.0, 1.5)), "epochs": Choice((1, 2))}, True),
+        ({"optim.weight_decay": Float(0.0, 0.1), "optim.name": Choice(("adamw", "adam"))}, True),
+        ({"data.stored_size": Choice((72, 144)), "data.image_size": Choice((64, 128))}, True),
+    ],
+)
+def test_what_a_space_may_combine_is_checked_before_anything_runs(space: Any, refused: bool) -> None:
+    if not refused:
+        study = make_study("cache", space=space)
+        ends = [[(path, end) for end in extremes(each)] for path, each in space.items()]
+        for params in itertools.product(*ends):
+            study.config(dict(params))
+        return
+    with pytest.raises(InputError, match=r"may become|may combine|must not be smaller"):
+        make_study("cache", space=space)
 
 
 def test_no_settings_change_nothing() -> None:

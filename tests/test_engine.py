@@ -79,14 +79,11 @@ def test_explicit_settings_are_kept_and_nothing_is_timed(precision: Any, layout:
     assert decided.to_dict() == expected
 
 
-@pytest.mark.parametrize(("precision", "layout"), [("auto", "auto"), ("auto", "off"), ("fp32", "auto")])
-def test_auto_on_a_cpu_decides_among_what_is_left_open(precision: Any, layout: Any) -> None:
+def test_timing_leaves_torchs_generator_and_what_is_not_asked_alone() -> None:
     state = torch.get_rng_state()
-    decided = resolve(EngineConfig(device="cpu", precision=precision, channels_last=layout), build, 64)
-    assert decided.device == torch.device("cpu")
-    assert precision == "auto" or not decided.bf16
-    assert layout == "auto" or not decided.channels_last
-    assert torch.equal(torch.get_rng_state(), state), "measuring must not move torch's global generator"
+    decided = resolve(EngineConfig(device="cpu", precision="fp32", channels_last="tune"), build, 64)
+    assert decided in (runtime(), runtime(channels_last=True))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # --- a training step ---

@@ -33,6 +33,7 @@ from tests.faulty import Pebble
 from tests.refusal import assert_refused, demo_with
 from tests.small import SmallNet
 from tests.test_checkpoint import RUNTIMES, check_every_stop
+from tests.test_optim import OtherNet
 from tests.test_trainer import CPU, equal, state, timeless
 
 TINY = TinyMaxViT(pretrained=False, hidden=(16,))
@@ -92,8 +93,19 @@ def test_a_model_that_does_more_after_its_head_is_refused(tmp_path: Path) -> Non
             return 5 * logits + 1
 
     model = Sharp(*SmallNet().build(4, 64).children())
-    with pytest.raises(ValueError, match="2: its features cannot be kept"):
+    with pytest.raises(InputError, match="2: its features cannot be kept"):
         FrozenBody(model, "2", 64, CPU, tmp_path)
+
+
+def test_a_last_depth_that_is_a_parameter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="class_token, is no module"):
+        FrozenBody(OtherNet().build(4, 64), "class_token", 64, CPU, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["vit", "convnext", "swin", "swin_v2"])
+def test_other_families_can_keep_their_features(tmp_path: Path, family: str) -> None:
+    backbone = OtherNet(family=family)
+    FrozenBody(backbone.build(4, 64), backbone.depths("block")[-1].rstrip("."), 64, CPU, tmp_path)
 
 
 # --- the same numbers as through the whole model ---

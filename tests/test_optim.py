@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerBlockV2
+from torchvision.models.vision_transformer import VisionTransformer
+from torchvision.ops import StochasticDepth
 
 from harness.config import OptimConfig, Study
-from harness.engine import Runtime
+from harness.engine import Runtime, compile_parts
+from harness.errors import InputError
 from harness.experiment import assemble
 from harness.models.maxvit import MaxViTT, TinyMaxViT
-from harness.optim import build_optimizer, freeze, group_table, lr_factor, parameter_groups, set_lr, set_training
+from harness.optim import (
+    _decays,
+    build_optimizer,
+    freeze,
+    group_table,
+    lr_factor,
+    parameter_groups,
+    set_lr,
+    set_training,
+)
 from harness.trainer import Training, fit
 
 CPU = Runtime(device=torch.device("cpu"), bf16=False, channels_last=False)
@@ -74,12 +89,12 @@ def test_biases_norms_and_position_tables_do_not_decay_and_all_else_does(family:
 
 
 def test_a_depth_that_matches_nothing_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"9\. matches no parameter"):
+    with pytest.raises(InputError, match=r"9\. matches no parameter"):
         parameter_groups(nn.Sequential(nn.Linear(2, 2)), ["9.", "0."], rates())
 
 
 def test_a_parameter_without_a_depth_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"1\.weight lies at none"):
+    with pytest.raises(InputError, match=r"1\.weight lies at none"):
         parameter_groups(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ["0."], rates())
 
 
@@ -122,7 +137,7 @@ def test_a_multiplier_of_zero_trains_the_head_and_leaves_the_backbone_bit_for_bi
 
 def test_frozen_depths_are_in_evaluation_mode_while_the_head_trains(study: Study) -> None:
     training = training_of(study, depth_lr_mult=0.0)
-    set_training(training.model, training.groups)
+    set_training(training.model)
     norms = [module for module in training.model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms
     assert not any(norm.training for norm in norms)
@@ -147,6 +162,114 @@ def test_what_was_frozen_thaws_again() -> None:
         assert model[1].weight.requires_grad
 
 
+# --- models of other families ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherNet:
+    """A small model of one of torchvision's families, as a user's backbone may build it."""
+
+    family: str = "vit"
+
+    def check(self, image_size: int) -> None:
+        """Takes all."""
+
+    def build(self, classes: int, image_size: int) -> nn.Module:
+        if self.family == "vit":
+            return VisionTransformer(
+                image_size, image_size // 4, 2, 2, 16, 32, dropout=0.1, attention_dropout=0.1, num_classes=classes
+            )
+        if self.family == "convnext":
+            return ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)], 0.5, num_classes=classes)
+        block = SwinTransformerBlockV2 if self.family == "swin_v2" else SwinTransformerBlock
+        return SwinTransformer([4, 4], 8, [2], [2], [4, 4], stochastic_depth_prob=0.5, num_classes=classes, block=block)
+
+    def depths(self, by: Literal["block", "layer"]) -> list[str]:
+        layers = [f"encoder.layers.encoder_layer_{number}" for number in range(2)]
+        return {
+            "vit": ["class_token", "conv_proj.", "encoder.", "encoder.pos_embedding", *layers, "heads."],
+            "convnext": ["features.0.", "features.1.", "features.2.", "features.3.", "classifier."],
+            "swin": ["features.0.", "features.1.", "norm.", "head."],
+            "swin_v2": ["features.", "norm", "head."],
+        }[self.family]
+
+    def weights(self) -> str:
+        return "none"
+
+
+SPARED_OF_OTHERS = {
+    "vit": {"class_token", "encoder.pos_embedding"},
+    "convnext": {"features.1.0.layer_scale", "features.3.0.layer_scale"},
+    "swin": {f"features.1.{block}.attn.relative_position_bias_table" for block in range(2)},
+    "swin_v2": {f"features.1.{block}.attn.logit_scale" for block in range(2)},
+}
+
+
+@pytest.mark.parametrize("family", SPARED_OF_OTHERS)
+def test_tokens_scales_and_positions_of_other_families_do_not_decay(family: str) -> None:
+    backbone = OtherNet(family=family)
+    model = backbone.build(5, 32)
+    groups = parameter_groups(model, backbone.depths("block"), rates(weight_decay=0.07))
+    decay = {name: group.weight_decay for group in groups for name in group.names}
+    vectors = {name for name, parameter in model.named_parameters() if parameter.ndim == 1}
+    assert SPARED_OF_OTHERS[family] <= set(decay)
+    assert {name for name, rate in decay.items() if rate == 0} == vectors | SPARED_OF_OTHERS[family]
+
+
+class Odd(nn.Module):
+    """Parameters that a shape or a name alone would misjudge."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 1, bias=False)
+        self.positions = nn.Embedding(4, 8)
+        self.norm = nn.LayerNorm((4, 8))
+        self.attend = nn.MultiheadAttention(8, 2, add_bias_kv=True, kdim=4, vdim=4)
+        self.kernel = nn.Parameter(torch.ones(8, 8))
+        self.pos_embed = nn.Parameter(torch.ones(4, 8))
+        self.mask_token = nn.Parameter(torch.ones(1, 8))
+        self.temperature = nn.Parameter(torch.ones(2, 1, 1))
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2, bias=False))
+
+
+def test_a_weight_decays_whatever_its_shape_and_a_table_does_not_whatever_its_shape() -> None:
+    model = Odd()
+    decaying = {name for name, each in model.named_parameters() if _decays(model, name, each)}
+    attention = {f"attend.{name}" for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")}
+    assert decaying == {"gate.weight", "kernel", "normed.parametrizations.weight.original1", *attention}
+
+
+@pytest.mark.parametrize("family", SPARED_OF_OTHERS)
+@pytest.mark.parametrize("mult", [0.0, 0.5])
+def test_other_families_train_and_a_frozen_part_stays_bit_for_bit(study: Study, family: str, mult: float) -> None:
+    config = dataclasses.replace(study.train, backbone=OtherNet(family=family), batch_size=32, epochs=2)
+    config = dataclasses.replace(config, optim=rates(depth_lr_mult=mult))
+    training = assemble(config, CPU, seed=0)
+    before = state(training)
+    head = OtherNet(family=family).depths("block")[-1]
+    for _ in fit(training):
+        # Between two epochs the model is in evaluation mode, so this is what an epoch begins with.
+        set_training(training.model)
+        dropping = [each for each in training.model.modules() if isinstance(each, nn.Dropout | StochasticDepth)]
+        assert any(each.training for each in dropping) == (mult > 0 and bool(dropping))
+    changed = {name for name, tensor in training.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    parameters = {name for name, _ in training.model.named_parameters()}
+    assert changed == ({name for name in parameters if name.startswith(head)} if mult == 0 else parameters)
+
+
+def test_of_two_prefixes_the_longer_one_counts() -> None:
+    backbone = OtherNet(family="vit")
+    groups = parameter_groups(backbone.build(5, 32), backbone.depths("block"), rates())
+    of = {name: group.depth for group in groups for name in group.names}
+    assert of["encoder.pos_embedding"] == "encoder.pos_embedding"
+    assert of["encoder.ln.weight"] == "encoder"
+    assert of["encoder.layers.encoder_layer_1.mlp.0.weight"] == "encoder.layers.encoder_layer_1"
+
+
+def test_a_depth_that_is_a_parameter_is_nothing_to_compile() -> None:
+    compile_parts(OtherNet().build(5, 32), ["class_token", "encoder.pos_embedding"])
+
+
 # --- the optimizer ---
 
 
@@ -154,7 +277,7 @@ def test_what_was_frozen_thaws_again() -> None:
 def test_adam_and_adamw_both_train(name: Any, kind: type) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
-    config = rates(name=name, base_lr=0.02)
+    config = rates(name=name, base_lr=0.02, weight_decay=0.0)
     groups = parameter_groups(model, ["0.", "2."], config)
     optimizer = build_optimizer(model, groups, config)
     assert type(optimizer) is kind

@@ -208,7 +208,7 @@ def test_a_study_begun_with_settings_is_reproduced_without_them(
     [
         SETTINGS,
         ["data.stored_size=144", "data.image_size=128"],  # neither order of these two is allowed in both directions
-        ["data.limit=20", "optim.clip_norm=null", "optim.name=adam", "optim.schedule=constant"],
+        ["data.limit=20", "optim.clip_norm=null", "optim.name=adam", "optim.weight_decay=0", "optim.schedule=constant"],
         ["backbone.hidden=16,8", "augment.crop_scale=0.7,0.9", "checkpoint_seconds=0"],
     ],
 )

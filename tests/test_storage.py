@@ -25,7 +25,7 @@ from harness.results import Completed, Diverged, Failed, Pruned
 from harness.search import Pruner, Sampler, asha, grid, no_pruning, tpe
 from harness.space import Choice, Float
 from harness.storage import Store
-from tests.analytic import Died, epoch_result, evaluate, fail_trial, run_analytic
+from tests.analytic import Died, accuracy, epoch_result, evaluate, fail_trial, run_analytic
 from tests.conftest import PROJECT, make_study
 
 TRIALS = 25
@@ -288,12 +288,34 @@ def test_an_interrupted_trial_is_asked_again_with_its_number_and_parameters(tmp_
         assert not store.ask(study).resumed
 
 
-def test_an_epoch_is_reported_once(tmp_path: Path) -> None:
+def test_an_epoch_that_is_redone_with_the_same_result_is_not_worth_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with open_store(searching(), url_of(tmp_path / "tiny.db")) as store:
         asked = store.ask(searching())
         store.report(asked, 1, 0.5)
-        store.report(asked, 1, 0.7)
+        store.report(asked, 1, 0.5)
         assert store.trials()[0].curve == {1: 0.5}
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("died", [1, EPOCHS - 1, EPOCHS])
+def test_curve_epochs_and_value_agree_when_redone_epochs_have_other_bits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], died: int
+) -> None:
+    study, file = searching(pruner=no_pruning()), tmp_path / "tiny.db"
+    run_on(study, file, 1, epochs=EPOCHS, stop_after=(0, died, "report"))
+    with open_store(study, url_of(file)) as store:
+        before = store.trials()[0].curve
+        evaluate(study, store, store.ask(study), epochs=EPOCHS, curve=lambda params, epoch: accuracy(params, epoch) / 2)
+        (trial,) = store.trials()
+    assert set(before) == set(range(1, died + 1))
+    assert trial.state == "complete"
+    assert trial.value == trial.curve[EPOCHS]
+    assert trial.curve == {each.epoch: each.val.accuracy for each in trial.epochs if each.val is not None}
+    assert all(trial.curve[epoch] != value for epoch, value in before.items())
+    said = capsys.readouterr().err.splitlines()
+    assert len([line for line in said if "in the redone epoch" in line]) == died
 
 
 # -- the definition ------------------------------------------------------------------------------------------------

@@ -388,7 +388,7 @@ def test_workers_that_would_have_nothing_to_do_are_not_started(image_cache: Path
 
 def test_the_cores_are_divided_among_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("harness.workers._cores", lambda: range(8))
+    monkeypatch.setattr("harness.workers.cores", lambda: 8)
     assert surroundings(3, 1, "cpu") == [{"OMP_NUM_THREADS": "2"}] * 3
     assert surroundings(16, 1, "cpu") == [{"OMP_NUM_THREADS": "1"}] * 16
     monkeypatch.setenv("OMP_NUM_THREADS", "5")

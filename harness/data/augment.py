@@ -27,6 +27,8 @@ _LUMA = torch.tensor([0.299, 0.587, 0.114])
 # most of the time went into fresh memory: 90 ms for 32 photographs of 256 px on one core, 24 ms in parts.
 PIXELS = 2 * 256 * 256
 
+TRIES = 10  # as many as torchvision's RandomResizedCrop has
+
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 [B, H, W, 3] to float32 [B, 3, H, W], standardised with ImageNet's mean and deviation."""
@@ -37,9 +39,8 @@ def normalise(images: Tensor) -> Tensor:
 def augment(images: Tensor, config: AugmentConfig, size: int, generator: torch.Generator) -> Tensor:
     """Random crop, flip, rotation and colour: uint8 [B, S, S, 3] to standardised float32 [B, 3, size, size]."""
     count, device = len(images), images.device
-    maps = torch.cat(
-        [part.flatten(1) for part in (affine_maps(config, count, generator), *colour_maps(config, count, generator))], 1
-    )
+    drawn = affine_maps(config, images.shape[1], count, generator), *colour_maps(config, count, generator)
+    maps = torch.cat([part.flatten(1) for part in drawn], 1)
     # One small transfer a batch, for which nothing waits: the driver has taken it when the call returns.
     maps = maps.to(device, non_blocking=device.type == "cuda")
     out = torch.empty(count, 3, size, size, device=device)
@@ -85,13 +86,14 @@ def _pixel_centres(size: int, device: torch.device) -> Tensor:
     return torch.cat([centres, torch.ones_like(centres[:, :1])], 1)
 
 
-def affine_maps(config: AugmentConfig, count: int, generator: torch.Generator) -> Tensor:
-    """One map [2, 3] an image from output to input coordinates, both in -1..1: crop and flip, then rotate."""
-    area = _uniform(count, *config.crop_scale, generator)
-    ratio = torch.exp(_uniform(count, math.log(config.crop_ratio[0]), math.log(config.crop_ratio[1]), generator))
-    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    x = _uniform(count, -1, 1, generator) * (1 - width)
-    y = _uniform(count, -1, 1, generator) * (1 - height)
+def affine_maps(config: AugmentConfig, side: int, count: int, generator: torch.Generator) -> Tensor:
+    """One map [2, 3] an image from output to input coordinates, both in -1..1: crop and flip, then rotate.
+
+    `side` is that of the stored images, in pixels.
+    """
+    left, top, width, height = crops(config, side, count, generator)
+    x, y = (2 * left + width) / side - 1, (2 * top + height) / side - 1
+    width, height = width / side, height / side
     sign = torch.where(_uniform(count, 0, 1, generator) < config.flip, -1.0, 1.0)
     angle = _uniform(count, -1, 1, generator) * math.radians(config.rotation_degrees)
     cos, sin = angle.cos(), angle.sin()
@@ -99,6 +101,28 @@ def affine_maps(config: AugmentConfig, count: int, generator: torch.Generator) -
     zero = torch.zeros(count)
     crop = torch.stack([torch.stack([width * sign, zero, x], 1), torch.stack([zero, height, y], 1)], 1)
     return rotation @ crop
+
+
+def crops(config: AugmentConfig, side: int, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Left, top, width and height [count] of random crops of a square, in whole pixels.
+
+    They are drawn as by torchvision's RandomResizedCrop: of ten draws the first that fits is taken, and where none
+    does, the largest crop in the middle whose ratio is allowed. All ten are always drawn, so that the generator goes on
+    alike whatever fits.
+    """
+    draws = count, TRIES
+    area = side**2 * _uniform(draws, *config.crop_scale, generator)
+    ratio = torch.exp(_uniform(draws, math.log(config.crop_ratio[0]), math.log(config.crop_ratio[1]), generator))
+    sizes = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()]).round()
+    fits = ((sizes >= 1) & (sizes <= side)).all(0)
+    # The whole square has the ratio 1; one side is cut where that is not allowed.
+    middle = side * torch.tensor([min(1, config.crop_ratio[1]), 1 / max(1, config.crop_ratio[0])])
+    first = sizes.gather(2, fits.int().argmax(1).expand(2, count).unsqueeze(2)).squeeze(2)
+    chosen = fits.any(1)
+    width, height = size = torch.where(chosen, first, middle.round().clamp(min=1).unsqueeze(1))
+    room = side - size
+    left, top = torch.where(chosen, (_uniform((2, count), 0, 1, generator) * (room + 1)).floor(), (room / 2).floor())
+    return left, top, width, height
 
 
 def colour_maps(config: AugmentConfig, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -122,5 +146,5 @@ def colour_maps(config: AugmentConfig, count: int, generator: torch.Generator) -
     return matrix, offset
 
 
-def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
-    return torch.rand(count, generator=generator) * (high - low) + low
+def _uniform(shape: int | tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator) * (high - low) + low

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from harness.config import Dataset
+from harness.environment import cores
 from harness.errors import Halt, InputError
 from harness.files import replace_file, replacing
 
@@ -36,7 +37,7 @@ MAX_PIXELS = 100_000_000  # a small file can claim more than memory holds; the l
 warnings.filterwarnings(
     "ignore", category=Image.DecompressionBombWarning
 )  # Pillow's lower bound; above ours is refused
-WORKERS = os.cpu_count() or 1  # Pillow releases the interpreter while it decodes and resizes
+WORKERS = cores()  # Pillow releases the interpreter while it decodes and resizes
 
 
 def decoded(dataset: Dataset, items: Sequence[Any], size: int) -> NDArray[np.uint8]:
