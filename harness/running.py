@@ -188,6 +188,7 @@ def _check_reopening(study: Study, store: Store) -> None:
 def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, url: str, begun: bool) -> int:
     from harness import opening, overview
     from harness.coordinator import run_study
+    from harness.data.tensors import remarks
     from harness.display import StudyConsole
     from harness.engine import find_device
     from harness.mlflow_places import check_writable, tracker_for
@@ -200,7 +201,8 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
     _check_workers(args, study.train.engine.device, device.type)
     if not args.tracking_uri:
         check_writable(found.mlruns)
-    study.train.data.samples("train")
+    for line in remarks(study.train.data):
+        print(line, file=sys.stderr)
     for image_size in study.image_sizes():
         study.train.backbone.check(image_size)
     with console.status("Looking at the images (the first time they are decoded and cached) …"):
