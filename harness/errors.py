@@ -23,6 +23,11 @@ def shown(text: str) -> str:
     return "".join(each if each.isprintable() or category(each) == "Zs" else ascii(each)[1:-1] for each in text)
 
 
+def is_utf8(text: str) -> bool:
+    """Whether the text can be written into a file; a name made of other bytes cannot."""
+    return not any(category(each) == "Cs" for each in text)
+
+
 class InputError(Exception):
     """Something a user can mend. The message is one clear sentence that says what to do instead; exit code 2."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import json
 import os
 import shlex
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import interrupt
-from harness.errors import FAILED, INTERRUPTED, Halt, InputError, masked, no_room
+from harness.errors import FAILED, INTERRUPTED, Halt, InputError, is_utf8, masked, no_room
 
 if TYPE_CHECKING:
     from harness.catalogue import Found
@@ -94,6 +95,7 @@ def _share_cores() -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from harness import catalogue, database, opening, overview, ray_cluster
+    from harness import space as spaces
     from harness.coordinator import ended
     from harness.mlflow_places import uri_of
 
@@ -105,6 +107,9 @@ def _run(args: argparse.Namespace) -> int:
     study = found.study.with_settings(args.set).located(found.home, args.data_root, args.device)
     if args.trials is not None:
         study = dataclasses.replace(study, trials=args.trials)
+    for path, value in spaces.leaves(study.train):
+        if not is_utf8(json.dumps(value, ensure_ascii=False, default=str)):
+            raise InputError(f"{path} is {value}, which is no UTF-8 and cannot be recorded; rename it.")
     url = args.storage or found.storage_url
     database.check_database(url)
     database.check_writable(database.sqlite_file(url))
@@ -201,8 +206,7 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
     _check_workers(args, study.train.engine.device, device.type)
     if not args.tracking_uri:
         check_writable(found.mlruns)
-    for line in remarks(study.train.data):
-        print(line, file=sys.stderr)
+    study.train.data.samples("train")
     for image_size in study.image_sizes():
         study.train.backbone.check(image_size)
     with console.status("Looking at the images (the first time they are decoded and cached) …"):
@@ -210,6 +214,8 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
     tracker = tracker_for(args.tracking_uri, found.mlruns)
     if not begun:  # one that has begun goes on without MLflow, too
         tracker.check()
+    for line in remarks(study.train.data):
+        print(line, file=sys.stderr)
     if args.fresh:
         folders = (found.beside(url, suffix) for suffix in (".model", ".checkpoints", ".report"))
         moved = opening.move_aside(study.name, url, *folders)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 from unicodedata import category, normalize
 
-from harness.errors import InputError, shown
+from harness.errors import InputError, is_utf8, shown
 
 
 def check_text(text: str, what: str) -> None:
     """Raise InputError unless `text`, which is `what`, can be written into every file and shown on one line."""
-    if any(category(each) == "Cs" for each in text):
+    if not is_utf8(text):
         raise InputError(f"{what} is no UTF-8 ({shown(text)}), and could not be written into results; rename it.")
     if any(category(each) in ("Cc", "Zl", "Zp") for each in text):
         raise InputError(f"{what} has a line break or another control character ({shown(text)}); rename it.")

@@ -115,8 +115,8 @@ def remarks(dataset: Dataset) -> list[str]:
     for split in SPLITS:
         if absent := [label for label in range(len(classes)) if label not in counts[split]]:
             said.append(
-                f"{len(absent)} of {len(classes)} classes have no image in the {split} split, which does not measure them "
-                f"({classes[absent[0]]!r} has {every[absent[0]]} in all); add some."
+                f"{len(absent)} of {len(classes)} classes have no image in the {split} split, which does not measure "
+                f"them ({classes[absent[0]]!r} has {every[absent[0]]} in all); add some."
             )
     return [shown(each) for each in said]
 
