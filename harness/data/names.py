@@ -10,6 +10,8 @@ from unicodedata import category, normalize
 
 from harness.errors import InputError, is_utf8, shown
 
+LONGEST = 255  # characters; no folder's name is longer
+
 
 def check_text(text: str, what: str) -> None:
     """Raise InputError unless `text`, which is `what`, can be written into every file and shown on one line."""
@@ -17,6 +19,8 @@ def check_text(text: str, what: str) -> None:
         raise InputError(f"{what} is no UTF-8 ({shown(text)}), and could not be written into results; rename it.")
     if any(category(each) in ("Cc", "Zl", "Zp") for each in text):
         raise InputError(f"{what} has a line break or another control character ({shown(text)}); rename it.")
+    if len(text) > LONGEST:
+        raise InputError(f"{what} has {len(text):,} characters ({shown(text[:20])} …); give one of at most {LONGEST}.")
     if not look(text):
         raise InputError(f"{what} is blank; give it a name that can be read.")
 
