@@ -63,6 +63,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object with its keys in NFC; `json` alone takes the last of two values of one key."""
     found: dict[str, Any] = {}
     for key, value in pairs:
-        if found.setdefault(normalize("NFC", key), value) != value:
-            raise ValueError(f"it names {key!r} twice")
+        composed = normalize("NFC", key)
+        if found.setdefault(composed, value) != value:
+            raise ValueError(f"it names {composed!r} twice")
     return found
