@@ -77,9 +77,7 @@ def find(name: str) -> Found:
         if not file.is_file():
             raise InputError(f"There is no study {name!r}; there are {', '.join(names())}. A path to a file works too.")
     if not is_utf8(str(file)):
-        raise InputError(
-            f"{file} lies in a folder whose name is no UTF-8, which MLflow cannot record; rename that folder."
-        )
+        raise InputError(f"The path {file} is no UTF-8 and cannot be recorded; rename it.")
     home = file.parent.parent if file.parent.name == "studies" else file.parent
     return Found(study=_load(file), file=file, home=home)
 
