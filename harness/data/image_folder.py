@@ -12,7 +12,7 @@ from harness.config import SplitName, location
 from harness.data.cache import ImageFiles
 from harness.data.garden import check_sizes
 from harness.data.hashes import content_hashes
-from harness.data.layout import Layout, check_link, is_passed_over, read_layout
+from harness.data.layout import Layout, check_link, made_by_system, read_layout
 from harness.data.names import check_names, read_names
 from harness.errors import InputError
 from harness.space import check_types
@@ -122,7 +122,7 @@ def _no_images(name: str, split: SplitName, why: str) -> str:
 def _images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    files = sorted(each for each in folder.iterdir() if not is_passed_over(each.name))
+    files = sorted(each for each in folder.iterdir() if not made_by_system(each.name))
     for file in files:
         check_link(file)
         if file.is_dir():
@@ -135,7 +135,7 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _is_picture(file: Path) -> bool:
-    return file.suffix.lower() in EXTENSIONS and not is_passed_over(file.name) and file.is_file()
+    return file.suffix.lower() in EXTENSIONS and not made_by_system(file.name) and file.is_file()
 
 
 def _inner_folder(inner: Path, beside_pictures: bool) -> str:

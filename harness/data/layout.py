@@ -21,7 +21,7 @@ SPLIT_NAMES: dict[SplitName, tuple[str, ...]] = {
 PURPOSES: dict[SplitName, str] = {"train": "training", "val": "validation", "test": "testing"}
 ENDING = "(?:[-_ ]?(?:set|data|images?))?"
 # What systems and programs put among a person's folders and files; hidden ones are theirs, too.
-SYSTEMS = {
+SYSTEM_FILES = {
     *("__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"),
     *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"),
 }
@@ -73,9 +73,9 @@ def split_of(folder: str) -> SplitName | None:
     return None
 
 
-def is_passed_over(name: str) -> bool:
+def made_by_system(name: str) -> bool:
     """Whether a file or folder of this name is hidden, or one that systems make without being asked."""
-    return name.startswith(".") or name.casefold() in SYSTEMS
+    return name.startswith(".") or name.casefold() in SYSTEM_FILES
 
 
 def check_link(path: Path) -> None:
@@ -86,7 +86,7 @@ def check_link(path: Path) -> None:
 
 def _folders_in(folder: Path, cache: Path | None = None) -> list[Path]:
     """The folders in a folder, without what is passed over and our own cache."""
-    inside = [each for each in sorted(folder.iterdir()) if not is_passed_over(each.name)]
+    inside = [each for each in sorted(folder.iterdir()) if not made_by_system(each.name)]
     for each in inside:
         check_link(each)
     inside = [each for each in inside if each.is_dir()]
