@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from harness.errors import is_utf8, shown
 from harness.space import LARGEST, MOST_TRIALS, shortened
 
 MOST_WORKERS = 10_000  # a larger number is a slip of the keyboard
@@ -35,7 +36,7 @@ def build_parser(program: str) -> argparse.ArgumentParser:
     reproduce = commands.add_parser("reproduce", help="train a trial again and compare every epoch with the record")
     reproduce.add_argument("study", metavar="STUDY", help="a study's name or file")
     reproduce.add_argument("trial", metavar="N", type=_whole(0), help="the trial's number")
-    reproduce.add_argument("--data-root", metavar="DIR", type=_given, help="the folder that holds the data set")
+    reproduce.add_argument("--data-root", metavar="DIR", type=_recorded, help="the folder that holds the data set")
     reproduce.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps (default: what the study ran on)")
     reproduce.set_defaults(command="reproduce")
     replay = commands.add_parser("replay", help="ask the sampler for every trial again and compare with the record")
@@ -58,9 +59,12 @@ def build_parser(program: str) -> argparse.ArgumentParser:
     _add_demo(commands.add_parser("demo", help="open a page where the saved model names the flower in a photograph"))
     ui = commands.add_parser("ui", help="open the MLflow UI on the logged runs")
     ui.add_argument(
-        "--tracking-uri", metavar="URI", type=_given, help="the MLflow database or server (default: mlruns/mlflow.db)"
+        "--tracking-uri",
+        metavar="URI",
+        type=_recorded,
+        help="the MLflow database or server (default: mlruns/mlflow.db)",
     )
-    ui.add_argument("--host", type=_given, default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    ui.add_argument("--host", type=_recorded, default="127.0.0.1", help="address to listen on (default: %(default)s)")
     ui.add_argument("--port", type=_whole(1, 65_535), default=5000, help="port to listen on (default: %(default)s)")
     ui.set_defaults(command="ui")
     return parser
@@ -74,7 +78,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         type=_whole(1, MOST_TRIALS),
         help="how many finished trials the study should have in all",
     )
-    parser.add_argument("--data-root", metavar="DIR", type=_given, help="the folder that holds the data set")
+    parser.add_argument("--data-root", metavar="DIR", type=_recorded, help="the folder that holds the data set")
     parser.add_argument(
         "--set",
         metavar="PATH=VALUE",
@@ -107,13 +111,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ray-address",
         metavar="auto|HOST:PORT",
-        type=_given,
+        type=_recorded,
         help="with --engine ray: the cluster (default: auto, the one that this machine belongs to)",
     )
     parser.add_argument(
         "--reopen-test",
         metavar="REASON",
-        type=_given,
+        type=_recorded,
         help="open the test set again for a better trial; the reason is kept in the ledger and shown in every report",
     )
     parser.add_argument("--fresh", action="store_true", help="move an existing study of this name aside and start anew")
@@ -135,9 +139,11 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", metavar="STUDY", help="a study's name or file")
-    parser.add_argument("--host", type=_given, default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--host", type=_recorded, default="127.0.0.1", help="address to listen on (default: %(default)s)"
+    )
     parser.add_argument("--port", type=_whole(1, 65_535), default=7860, help="port to listen on (default: %(default)s)")
-    parser.add_argument("--data-root", metavar="DIR", type=_given, help="the data set, for example photographs")
+    parser.add_argument("--data-root", metavar="DIR", type=_recorded, help="the data set, for example photographs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     _add_storage(parser)
     parser.set_defaults(command="demo")
@@ -155,7 +161,7 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", metavar="N", type=_whole(0, LARGEST), default=0, help="of the drawing (default: %(default)s)"
     )
-    parser.add_argument("--data-root", metavar="DIR", type=_given, help="the folder that holds the data set")
+    parser.add_argument("--data-root", metavar="DIR", type=_recorded, help="the folder that holds the data set")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps (default: what the study ran on)")
     _add_places(parser)
     parser.set_defaults(command="audit")
@@ -163,14 +169,14 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
 
 def _add_storage(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--storage", metavar="URL", type=_given, help="the study's database (default: sqlite, beside the study file)"
+        "--storage", metavar="URL", type=_recorded, help="the study's database (default: sqlite, beside the study file)"
     )
 
 
 def _add_places(parser: argparse.ArgumentParser) -> None:
     _add_storage(parser)
     parser.add_argument(
-        "--tracking-uri", metavar="URI", type=_given, help="an MLflow server or database (default: mlruns/mlflow.db)"
+        "--tracking-uri", metavar="URI", type=_recorded, help="an MLflow server or database (default: mlruns/mlflow.db)"
     )
 
 
@@ -178,6 +184,13 @@ def _given(text: str) -> str:
     """A blank text is a variable that was not set; the default would go elsewhere than was meant."""
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty; give a value or leave it out")
+    return text
+
+
+def _recorded(text: str) -> str:
+    """A text that goes into records and messages."""
+    if not is_utf8(_given(text)):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no UTF-8 and cannot be recorded; rename it")
     return text
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from harness.errors import InputError
+from harness.errors import InputError, is_utf8
 
 if TYPE_CHECKING:
     from harness.config import Study
@@ -94,6 +94,8 @@ def find(name: str) -> Found:
         file = find_home() / "studies" / f"{name}.py"
         if not file.is_file():
             raise InputError(f"There is no study {name!r}; there are {', '.join(names())}. A path to a file works too.")
+    if not is_utf8(str(file)):
+        raise InputError(f"The path {file} is no UTF-8 and cannot be recorded; rename it.")
     home = file.parent.parent if file.parent.name == "studies" else file.parent
     return Found(study=_load(file), file=file, home=home)
 

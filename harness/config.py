@@ -42,7 +42,10 @@ def require_count(path: str, value: int, most: int) -> None:
 
 
 class Dataset(Protocol):
-    """What a data set must offer. See `harness.data.image_folder` for one; a new one is a file beside it."""
+    """What a data set must offer. See `harness.data.image_folder` for one; a new one is a file beside it.
+
+    It may offer `remarks() -> list[str]`, sentences that are said once, when a study starts on it.
+    """
 
     @property
     def image_size(self) -> int: ...  # side of the square the model sees, pixels

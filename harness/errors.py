@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+from unicodedata import category
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130  # exit codes of every command
 
@@ -16,11 +17,16 @@ def masked(text: str) -> str:
     return SECRETS.sub(lambda found: f"{found[1] or found[2]}***", text)
 
 
+def is_utf8(text: str) -> bool:
+    """Whether the text can be written into a file; a name made of other bytes cannot."""
+    return not any(category(each) == "Cs" for each in text)
+
+
 class InputError(Exception):
     """Something a user can mend. The message is one clear sentence that says what to do instead; exit code 2."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(masked(message))
+        super().__init__(shown(masked(message)))
 
 
 class Halt(Exception):
@@ -41,3 +47,9 @@ def no_room(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its type when it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def shown(text: str) -> str:
+    """The text on one line of a terminal or a file: a name may hold bytes that are no UTF-8, which Python reads as lone
+    surrogates, line breaks, and signs that steer the terminal."""
+    return "".join(each if each.isprintable() or category(each) == "Zs" else ascii(each)[1:-1] for each in text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import json
 import os
 import shlex
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import interrupt
-from harness.errors import FAILED, INTERRUPTED, Halt, InputError, masked, no_room
+from harness.errors import FAILED, INTERRUPTED, Halt, InputError, is_utf8, masked, no_room
 
 if TYPE_CHECKING:
     from harness.catalogue import Found
@@ -94,6 +95,7 @@ def _share_cores() -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from harness import catalogue, database, mounts, opening, overview, ray_cluster
+    from harness import space as spaces
     from harness.coordinator import ended
     from harness.mlflow_places import uri_of
 
@@ -105,6 +107,9 @@ def _run(args: argparse.Namespace) -> int:
     study = found.study.with_settings(args.set).located(found.home, args.data_root, args.device)
     if args.trials is not None:
         study = dataclasses.replace(study, trials=args.trials)
+    for path, value in spaces.leaves(study.train):
+        if not is_utf8(json.dumps(value, ensure_ascii=False, default=str)):
+            raise InputError(f"{path} is {value}, which is no UTF-8 and cannot be recorded; rename it.")
     url = found.url(args.storage)
     database.check_database(url)
     database.check_writable(database.sqlite_file(url))
@@ -191,6 +196,7 @@ def _check_reopening(study: Study, store: Store) -> None:
 def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, url: str, begun: bool) -> int:
     from harness import opening, overview
     from harness.coordinator import run_study
+    from harness.data.tensors import remarks
     from harness.display import StudyConsole
     from harness.engine import find_device
     from harness.mlflow_places import check_writable, tracker_for
@@ -211,6 +217,8 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
     tracker = tracker_for(args.tracking_uri, found.mlruns)
     if not begun:  # one that has begun goes on without MLflow, too
         tracker.check()
+    for line in remarks(study.train.data):
+        print(line, file=sys.stderr)
     if args.fresh:
         folders = (found.beside(url, suffix) for suffix in (".model", ".checkpoints", ".report"))
         moved = opening.move_aside(study.name, url, *folders)

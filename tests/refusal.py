@@ -80,12 +80,12 @@ def demo_with(workspace: Path, name: str, old: str, new: str) -> None:
     write(workspace, name, text.replace(old, new))
 
 
-def pictures(workspace: Path, classes: int = 2, images: int = 8) -> Path:
+def pictures(workspace: Path, classes: int = 2, images: int = 20) -> Path:
     root = workspace / "pictures"
     for label in range(classes):
         (root / f"class_{label}").mkdir(parents=True)
         for number in range(images):
-            colour = (label * 100, number * 20, 50)
+            colour = (label * 100, number * 10, 50)
             Image.new("RGB", (80, 80), colour).save(root / f"class_{label}" / f"{number}.png")
     root.mkdir(exist_ok=True)
     write(workspace, "folder", FOLDER_STUDY)

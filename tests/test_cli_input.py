@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -229,10 +230,60 @@ def test_pictures_in_a_folder_of_their_own_inside_a_class_are_refused_by_name(
     assert_refused(workspace, capsys, ["run", "--study", "folder"], ["class_0/more", "move them up", "class_0,"])
 
 
-@pytest.mark.parametrize("place", ["class_1/8.png", "class_2"])
+@pytest.mark.parametrize("place", ["class_1/99.png", "class_2"])
 def test_a_link_to_nothing_is_refused_by_name(place: str, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (pictures(workspace) / place).symlink_to("/no/such/place")
     assert_refused(workspace, capsys, ["run", "--study", "folder"], [place, "/no/such/place", "remove the link"])
+
+
+def test_a_class_folder_whose_name_is_no_utf8_is_refused_before_anything_runs(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As out of an old archive, in train, valid and test."""
+    whole = pictures(workspace)
+    for split in ("train", "valid", "test"):
+        shutil.copytree(whole, workspace / "sorted" / split)
+        (workspace / "sorted" / split / "class_1").rename(workspace / "sorted" / split / os.fsdecode(b"r\xf6se"))
+    words = ["sorted/train/r\\udcf6se is no UTF-8", "rename it"]
+    assert_refused(workspace, capsys, ["run", "--study", "folder", "--data-root", "sorted"], words)
+
+
+@pytest.mark.parametrize(
+    "text", ['"r\\udcf6se"', '"a\\nb"', '"iris"', '""'], ids=["not utf-8", "two lines", "twice", "blank"]
+)
+def test_a_name_of_a_class_that_cannot_be_used_is_refused_before_anything_runs(
+    text: str, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures(workspace) / "names.json").write_text(f'{{"class_0": "iris", "class_1": {text}}}')
+    words = ["class", "'class_1'", "names.json"]
+    assert_refused(workspace, capsys, ["run", "--study", "folder", "--set", "data.names=names.json"], words)
+
+
+@pytest.mark.parametrize("option", ["--data-root", "--storage", "--tracking-uri", "--set"])
+def test_an_option_that_would_be_recorded_is_utf8(
+    option: str, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures(workspace)
+    value = os.fsdecode(b"data.names=\xf6") if option == "--set" else os.fsdecode(b"sqlite:///\xf6.db")
+    assert_refused(workspace, capsys, ["run", "--study", "folder", option, value], ["\\udcf6", "no UTF-8", "rename it"])
+
+
+@pytest.mark.parametrize("command", [["run", "--study"], ["show"], ["doctor"], ["report"]])
+def test_a_study_in_a_folder_whose_name_is_no_utf8_is_refused(
+    command: list[str], workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (workspace / "here").mkdir()
+    (workspace / "studies").rename(workspace / "here" / "studies")
+    (workspace / "here").rename(workspace / os.fsdecode(b"\xf6rt"))
+    monkeypatch.chdir(workspace / os.fsdecode(b"\xf6rt"))
+    assert_refused(workspace, capsys, [*command, "demo"], ["\\udcf6rt/studies/demo.py", "no UTF-8", "rename it"])
+
+
+def test_a_file_whose_name_has_a_line_break_is_refused_on_one_line(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures(workspace) / "class_1" / os.fsdecode(b"\xf6\n.txt")).write_text("mine")
+    assert_refused(workspace, capsys, ["run", "--study", "folder"], ["class_1/\\udcf6\\n.txt is not an image"])
 
 
 def test_missing_weights_are_refused_with_where_to_put_them(

@@ -21,12 +21,14 @@ from PIL import Image
 
 from harness.config import Dataset, SplitName
 from harness.data.cache import WORKERS
+from harness.data.layout import split_of
+from harness.errors import shown
 from harness.files import replace_file
 
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 1  # raise it whenever the same images would give other pairs
+FORMAT = 2  # raise it whenever the same images would give other pairs
 SIDE = 32  # pixels of the grey square that is hashed
 LOW = 8  # so many low frequencies a side make the hash
 # Of the hash's 64 bits, and of the two grey squares. Looked at by eye on Oxford Flowers-102: the pairs just inside show
@@ -45,7 +47,7 @@ def find(dataset: Dataset, images: dict[SplitName, tuple[Sequence[Any], torch.Te
     at least 0.92: one photograph in two sizes, or two of one flower a moment apart. They are searched once for the
     same images; the answer is kept in the folder `cache`.
     """
-    names = [f"{split}/{_name(item)}" for split, (items, _) in images.items() for item in items]
+    names = [_name(dataset, split, item) for split, (items, _) in images.items() for item in items]
     place = [split for split, (items, _) in images.items() for _ in items]
     with ThreadPoolExecutor(WORKERS) as pool:
         flat = [item for items, _ in images.values() for item in items]
@@ -66,10 +68,12 @@ def find(dataset: Dataset, images: dict[SplitName, tuple[Sequence[Any], torch.Te
     return found
 
 
-def _name(item: Any) -> str:
-    """A file by its name, anything else by what it prints; bytes that are no UTF-8 as they are escaped."""
-    text = item.name if isinstance(item, Path) else str(item)
-    return text.encode(errors="backslashreplace").decode()
+def _name(dataset: Dataset, split: SplitName, item: Any) -> str:
+    """A file by its path in the data root, anything else by what it prints; and its split, if the path has none."""
+    root = getattr(dataset, "root", None)
+    inside = root is not None and isinstance(item, Path) and item.is_relative_to(root)
+    text = shown(item.relative_to(root).as_posix() if inside else str(item))
+    return text if inside and split_of(Path(text).parts[0]) == split else f"{text} ({split})"
 
 
 def _equal(contents: Sequence[str]) -> list[Pair]:

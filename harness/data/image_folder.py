@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
+import os
+from collections import Counter
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 from harness.config import SplitName, location
 from harness.data.cache import ImageFiles
 from harness.data.garden import check_sizes
+from harness.data.hashes import content_hashes
+from harness.data.layout import Layout, check_link, made_by_system, read_layout
+from harness.data.names import check_names, read_names
 from harness.errors import InputError
 from harness.space import check_types
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"}
-SPLIT_FOLDERS: dict[SplitName, tuple[str, ...]] = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}
-SHARES: dict[SplitName, float] = {"train": 0.70, "val": 0.15, "test": 0.15}
+BOUNDS: dict[SplitName, float] = {"train": 0.70, "val": 0.85, "test": 1.0}  # of a content's place between 0 and 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder(ImageFiles):
-    """Either `train/`, `valid/` (or `val/`) and `test/` folders of class folders, or class folders alone.
+    """Either the folders of train, validation and test, which hold class folders, or class folders alone.
 
-    The latter are split 70 / 15 / 15 within each class, in the order of the files' content hashes: the same images
-    give the same split whatever they are called. `names` is an optional JSON file, in `root` unless absolute, that
-    maps a class folder's name to the name shown to people, as the original notebook's cat_to_name.json does.
+    The latter are split about 70 / 15 / 15, each photograph by its content alone: it stays in its split whatever it is
+    called, and whatever is added. So a class of few photographs may have none to validate or to test on. `names` is an
+    optional JSON file, in `root` unless absolute, that maps a class folder's name to the name shown to people, as the
+    original notebook's cat_to_name.json does.
     """
 
     root: str = location("data")
@@ -42,81 +43,90 @@ class ImageFolder(ImageFiles):
         check_sizes(self.image_size, self.stored_size, self.limit)
 
     def classes(self) -> tuple[str, ...]:
-        folders = self._class_folders()
+        folders = self._layout().classes
         if self.names is None:
+            check_names(folders, folders, f"in {self.root}")
             return folders
-        names = _read_names(Path(self.root) / self.names)
+        path = Path(self.root) / self.names
+        names = read_names(path)
         missing = [folder for folder in folders if folder not in names]
         if missing:
-            raise InputError(f"{Path(self.root) / self.names} names no class {missing[0]!r}; add it, or drop the file.")
-        return tuple(names[folder] for folder in folders)
+            raise InputError(f"{path} names no class {missing[0]!r}; add it, or drop the file.")
+        shown = tuple(names[folder] for folder in folders)
+        check_names(shown, folders, f"by {path}")
+        return shown
 
     def samples(self, split: SplitName) -> list[tuple[Path, int]]:
         """Raises InputError for a class without images in the split, and for what is in a class and no image."""
-        root, found = Path(self.root), []
-        for label, name in enumerate(self._class_folders()):
-            folder = self._split_folder(split)
-            images = _images((folder or root) / name)
-            files = images if folder else _share(images, split)
+        layout = self._layout()
+        if layout.splits is None:
+            return self._shared(layout)[split]
+        found = []
+        for label, name in enumerate(layout.classes):
+            folder = layout.folders[split].get(name, layout.splits[split] / name)
+            files = _images(folder)
             if not files:
-                few = f"only {len(images)}, too few to split 70 / 15 / 15" if images else "none"
-                place = f"Class {name!r} has no images in the {split} split"
-                raise InputError(f"{place} ({(folder or root) / name} holds {few}); add some or drop the class.")
+                raise InputError(_no_images(name, split, f"{folder} holds none"))
             found += [(file, label) for file in files]
         return found
 
-    def _class_folders(self) -> tuple[str, ...]:
-        folder = self._split_folder("train") or Path(self.root)
-        if not folder.is_dir():
-            raise InputError(f"There is no folder {folder}; give the one that holds the images with --data-root.")
-        # In text order, as the notebook and torchvision number their classes: 1, 10, 100, 101, 102, 11, ...
-        names = tuple(sorted(self._folders(folder)))
-        if not names:
-            raise InputError(f"{folder} holds no class folders; give the folder that does with --data-root.")
-        if len(names) < 2:
-            raise InputError(f"{folder} holds one class folder, {names[0]!r}; a classifier needs at least two.")
-        for split in SPLIT_FOLDERS:
-            self._check_same_classes(split, names)
-        return names
+    def remarks(self) -> list[str]:
+        """What is left out, and nothing else says so."""
+        layout = self._layout()
+        said = [f"{folder} is left out, for it is the folder of no split." for folder in layout.beside]
+        for place in layout.places():
+            if pictures := sorted(each for each in place.iterdir() if _is_picture(each)):
+                are, lie = ("pictures are", "they lie") if len(pictures) > 1 else ("picture is", "it lies")
+                said.append(f"{len(pictures)} {are} left out, such as {pictures[0]}, for {lie} in no class folder.")
+        return said
 
-    def _check_same_classes(self, split: SplitName, names: tuple[str, ...]) -> None:
-        folder = self._split_folder(split)
-        if folder is None:
-            return
-        if extra := sorted(self._folders(folder) - set(names)):
-            raise InputError(f"{folder} has a class {extra[0]!r} that the train folder lacks; the labels must match.")
+    def _layout(self) -> Layout:
+        return read_layout(Path(self.root), Path(self.cache))
 
-    def _folders(self, folder: Path) -> set[str]:
-        """Names of the folders in a folder, without hidden ones and our own cache."""
-        inside = [each for each in sorted(folder.iterdir()) if not each.name.startswith((".", "__"))]
-        for each in inside:
-            _check_link(each)
-        inside = [each for each in inside if each.is_dir()]
-        return {each.name for each in inside if each.resolve() != Path(self.cache).resolve()}
+    def _shared(self, layout: Layout) -> dict[SplitName, list[tuple[Path, int]]]:
+        """The photographs of class folders that stand alone, each in the split that its content decides."""
+        folders = layout.folders["train"]
+        labels = {file: label for label, name in enumerate(layout.classes) for file in _images(folders[name])}
+        kept = hashlib.sha256(os.path.realpath(self.root).encode(errors="surrogatepass")).hexdigest()[:32]
+        hashes = content_hashes({file: self.stamp(file) for file in labels}, Path(self.cache) / f"{kept}.hashes")
+        parts: dict[SplitName, list[tuple[Path, int]]] = {split: [] for split in BOUNDS}
+        for file in sorted(labels, key=lambda file: (labels[file], hashes[file], file.name)):
+            parts[_split_of(hashes[file])].append((file, labels[file]))
+        counts, trained = Counter(labels.values()), {label for _, label in parts["train"]}
+        for label, name in enumerate(layout.classes):
+            if label not in trained:
+                few = "none" if not counts[label] else f"only {counts[label]}, whose contents put them elsewhere"
+                raise InputError(_no_images(name, "train", f"{folders[name]} holds {few}"))
+        for split, part in parts.items():
+            if not part:
+                raise InputError(
+                    f"Of the {len(labels)} pictures in {layout.root} none falls into the {split} split (70 / 15 / 15, "
+                    "by their contents); add some, or sort them into train/, valid/ and test/ yourself."
+                )
+        return parts
 
-    def _split_folder(self, split: SplitName) -> Path | None:
-        """The folder of a split, or None when the root holds class folders itself."""
-        root = Path(self.root)
-        if not (root / "train").is_dir():
-            return None
-        for name in SPLIT_FOLDERS[split]:
-            if (root / name).is_dir():
-                return root / name
-        wanted = " or ".join(f"{name}/" for name in SPLIT_FOLDERS[split])
-        raise InputError(f"{root} has train/ but no {wanted}; add it, or give a folder of class folders.")
+
+def _split_of(digest: str) -> SplitName:
+    """The split of a file's content: a threshold, not a rank, so that no other file has a say."""
+    position = int(digest[:13], 16) / 16**13
+    return next(split for split, bound in BOUNDS.items() if position < bound)
+
+
+def _no_images(name: str, split: SplitName, why: str) -> str:
+    return (
+        f"Class {name!r} has no images in the {split} split ({why}); add some, or take the class's folder out of "
+        "all splits."
+    )
 
 
 def _images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    files = sorted(each for each in folder.iterdir() if not each.name.startswith("."))
+    files = sorted(each for each in folder.iterdir() if not made_by_system(each.name))
     for file in files:
-        _check_link(file)
+        check_link(file)
         if file.is_dir():
-            raise InputError(
-                f"{file} is a folder inside of a class, and its pictures would be left out; "
-                f"move them up into {folder}, or take the folder out."
-            )
+            raise InputError(_inner_folder(file, any(_is_picture(each) for each in files)))
         if file.suffix.lower() not in EXTENSIONS or not file.is_file():
             raise InputError(
                 f"{file} is not an image by its name, and a class folder holds images only; is --data-root right?"
@@ -124,32 +134,18 @@ def _images(folder: Path) -> list[Path]:
     return files
 
 
-def _check_link(path: Path) -> None:
-    """Raise InputError for a link to nothing: what it stood for would be missing without a word."""
-    if path.is_symlink() and not path.exists():
-        raise InputError(f"{path} is a link to {path.readlink()}, which is not there; mend or remove the link.")
+def _is_picture(file: Path) -> bool:
+    return file.suffix.lower() in EXTENSIONS and not made_by_system(file.name) and file.is_file()
 
 
-def _share(files: list[Path], split: SplitName) -> list[Path]:
-    ordered = sorted(files, key=lambda file: (_content_hash(file, file.stat().st_mtime_ns), file.name))
-    bounds, start = {}, 0.0
-    for name, share in SHARES.items():
-        bounds[name] = (round(start * len(files)), round((start + share) * len(files)))
-        start += share
-    first, last = bounds[split]
-    return ordered[first:last]
-
-
-@cache
-def _content_hash(file: Path, changed_ns: int) -> bytes:
-    return hashlib.sha256(file.read_bytes()).digest()
-
-
-def _read_names(path: Path) -> Mapping[str, str]:
-    try:
-        names: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as a JSON map of class names ({error}).") from error
-    if not isinstance(names, dict) or not all(isinstance(value, str) for value in names.values()):
-        raise InputError(f"{path} must be a JSON object that maps folder names to class names.")
-    return names
+def _inner_folder(inner: Path, beside_pictures: bool) -> str:
+    folder = inner.parent
+    if beside_pictures:
+        return (
+            f"{inner} is a folder inside of a class, and its pictures would be left out; "
+            f"move them up into {folder}, or take the folder out."
+        )
+    return (
+        f"{folder} is taken for a class and holds folders, such as {inner.name!r}, but no pictures; a split's folder "
+        "is called train, valid or test, a class's holds its pictures itself, and --data-root names the folder above."
+    )

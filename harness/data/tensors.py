@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,7 +14,8 @@ import numpy as np
 
 from harness.config import Dataset, SplitName, TrainConfig
 from harness.data.cache import content_keys, keyed
-from harness.errors import InputError
+from harness.data.names import check_names
+from harness.errors import InputError, shown
 from harness.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from harness.engine import Runtime
 
 
+SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 SHARE_OF_DEVICE = 1 / 4  # of its free memory may hold images
 
 
@@ -89,6 +92,7 @@ def prepare(dataset: Dataset) -> str:
     Returns a fingerprint of all of them with their labels. Raises InputError when the data are not there, a class is
     missing from a split, or a file is no image.
     """
+    check_names(dataset.classes(), dataset.classes(), "by the data set")
     digest = hashlib.sha256()
     sizes: dict[SplitName, list[int]] = {
         "train": [dataset.stored_size],
@@ -101,6 +105,20 @@ def prepare(dataset: Dataset) -> str:
         for size in each:
             digest.update(f"{keys[size]} {labels}".encode())
     return digest.hexdigest()[:16]
+
+
+def remarks(dataset: Dataset) -> list[str]:
+    """What a user should know about the data before a start: what is left out, and which classes are not measured."""
+    said, classes = list(getattr(dataset, "remarks", list)()), dataset.classes()
+    counts = {split: Counter(label for _, label in dataset.samples(split)) for split in SPLITS}
+    every = sum(counts.values(), Counter())
+    for split in SPLITS:
+        if absent := [label for label in range(len(classes)) if label not in counts[split]]:
+            said.append(
+                f"{len(absent)} of {len(classes)} classes have no image in the {split} split, which does not measure "
+                f"them ({classes[absent[0]]!r} has {every[absent[0]]} in all); add some."
+            )
+    return [shown(each) for each in said]
 
 
 def load_splits(dataset: Dataset) -> Splits:
@@ -151,9 +169,12 @@ def _select(dataset: Dataset, split: SplitName) -> tuple[list[Any], list[int]]:
     """The items and labels of a split, `dataset.limit` of them at most, spread evenly over the classes."""
     samples = dataset.samples(split)
     present = {label for _, label in samples}
-    if len(present) < len(dataset.classes()):
+    # What was never seen cannot be learned; a class that is not measured is named by `remarks`.
+    if not samples or (split == "train" and len(present) < len(dataset.classes())):
         absent = next(name for label, name in enumerate(dataset.classes()) if label not in present)
-        raise InputError(f"Class {absent!r} has no images in the {split} split; add some or drop the class.")
+        raise InputError(
+            f"Class {absent!r} has no images in the {split} split; add some, or take the class out of the data set."
+        )
     if dataset.limit is not None and dataset.limit < len(samples):
         samples = _spread(samples, dataset.limit, derive_seed("limit", split))
     return [item for item, _ in samples], [label for _, label in samples]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image, ImageEnhance
 
 from harness.config import SplitName
 from harness.data.drawing import DEMO_SPECIES, draw
-from harness.data.duplicates import find
+from harness.data.duplicates import _name, find
 from harness.data.garden import Garden
 from harness.data.image_folder import ImageFolder
 from harness.data.tensors import items_of, load_split, load_test
@@ -52,8 +53,8 @@ def found(data: Any, cache: Path) -> dict[str, Any]:
 def test_a_copy_and_a_darker_smaller_one_are_named_and_nothing_else(photographs: ImageFolder, tmp_path: Path) -> None:
     assert found(photographs, tmp_path / "kept") == {
         "images": 14,
-        "exact": [["train/again.png", "test/test-0.png"]],
-        "near": [["val/darker.jpg", "test/test-1.png"]],
+        "exact": [["train/a/again.png", "test/a/test-0.png"]],
+        "near": [["valid/a/darker.jpg", "test/a/test-1.png"]],
     }
 
 
@@ -66,6 +67,34 @@ def test_they_are_searched_once_for_the_same_images(photographs: ImageFolder, tm
     load_test.__globals__["_load"].cache_clear()
     again = found(photographs, tmp_path / "kept")
     assert (again["images"], again["exact"]) == (14, [])
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders_and_no_pair_is_named_twice(
+    photographs: ImageFolder, tmp_path: Path
+) -> None:
+    """As cameras and programs number them; the two of train and test have the same bytes, in both classes."""
+    for name in ("a", "b"):
+        content = (tmp_path / "valid" / name / "valid-1.png").read_bytes()
+        for place in ("train", "test"):
+            (tmp_path / place / name / "000.png").write_bytes(content)
+        (tmp_path / "valid" / name / "valid-1.png").rename(tmp_path / "valid" / name / os.fsdecode(b"\xf6\n.png"))
+    exact = found(photographs, tmp_path / "kept")["exact"]
+    assert [pair for pair in exact if "again" not in pair[0]] == [
+        ["train/a/000.png", "valid/a/\\udcf6\\n.png"],
+        ["train/a/000.png", "test/a/000.png"],
+        ["train/b/000.png", "valid/b/\\udcf6\\n.png"],
+        ["train/b/000.png", "test/b/000.png"],
+        ["valid/a/\\udcf6\\n.png", "test/a/000.png"],
+        ["valid/b/\\udcf6\\n.png", "test/b/000.png"],
+    ]
+
+
+def test_a_file_whose_path_does_not_say_its_split_is_named_with_it(tmp_path: Path) -> None:
+    data, other = ImageFolder(root=str(tmp_path)), Garden()
+    assert _name(data, "val", tmp_path / "a" / "1.png") == "a/1.png (val)"
+    assert _name(data, "val", tmp_path / "Validation" / "a" / "1.png") == "Validation/a/1.png"
+    assert _name(data, "val", Path("elsewhere/1.png")) == "elsewhere/1.png (val)"
+    assert _name(other, "test", "a seedling") == "a seedling (test)"
 
 
 def test_drawn_flowers_of_one_species_are_not_taken_for_the_same(tmp_path: Path) -> None:

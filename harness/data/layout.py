@@ -1,0 +1,187 @@
+"""How a folder of photographs is laid out: which folders are splits, which are classes, and what is neither."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from unicodedata import normalize
+
+from harness.config import SplitName
+from harness.data.names import check_text, look, told_apart
+from harness.errors import InputError
+
+# What people call the folders of splits, in any case, also as "training_set" or "test-images".
+SPLIT_NAMES: dict[SplitName, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "val": ("valid", "val", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+PURPOSES: dict[SplitName, str] = {"train": "training", "val": "validation", "test": "testing"}
+ENDING = "(?:[-_ ]?(?:set|data|images?))?"
+# What systems and programs put among a person's folders and files; hidden ones are theirs, too.
+SYSTEM_FILES = {
+    *("__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"),
+    *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The class folders of a root, by their names in Unicode's composed form (NFC)."""
+
+    root: Path
+    splits: Mapping[SplitName, Path] | None  # the folder of each; None where class folders stand alone in the root
+    classes: tuple[str, ...]  # in text order, as the notebook and torchvision number them: 1, 10, 100, 101, 2, ...
+    folders: Mapping[SplitName, Mapping[str, Path]]
+    beside: tuple[Path, ...]  # folders beside those of the splits
+
+    def places(self) -> tuple[Path, ...]:
+        """The folders that hold class folders, or splits."""
+        return (self.root, *(self.splits or {}).values())
+
+
+def read_layout(root: Path, cache: Path) -> Layout:
+    """Raises InputError when the folders of `root` are no classes, or their splits do not match."""
+    if not root.is_dir():
+        raise InputError(f"There is no folder {root}; give the one that holds the images with --data-root.")
+    inside = _folders_in(root, cache)
+    splits = _splits(root, inside) if _is_split(inside) else None
+    if splits is None:
+        folders = _classes(root, inside)
+        return Layout(
+            root=root,
+            splits=None,
+            classes=tuple(sorted(folders)),
+            folders=dict.fromkeys(SPLIT_NAMES, folders),
+            beside=(),
+        )
+    every = {split: _classes(folder, _folders_in(folder, cache), split) for split, folder in splits.items()}
+    for split, folder in splits.items():
+        if extra := sorted(every[split].keys() - every["train"].keys()):
+            raise InputError(_extra_class(folder, extra[0], every["train"]))
+    beside = tuple(each for each in inside if each not in splits.values())
+    return Layout(root=root, splits=splits, classes=tuple(sorted(every["train"])), folders=every, beside=beside)
+
+
+def split_of(folder: str) -> SplitName | None:
+    """The split that a folder of this name holds, as people call them."""
+    for split, names in SPLIT_NAMES.items():
+        if re.fullmatch(f"(?:{'|'.join(names)}){ENDING}", folder.strip().casefold()):
+            return split
+    return None
+
+
+def made_by_system(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or one that systems make without being asked."""
+    return name.startswith(".") or name.casefold() in SYSTEM_FILES
+
+
+def check_link(path: Path) -> None:
+    """Raise InputError for a link to nothing: what it stood for would be missing without a word."""
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{path} is a link to {path.readlink()}, which is not there; mend or remove the link.")
+
+
+def _folders_in(folder: Path, cache: Path | None = None) -> list[Path]:
+    """The folders in a folder, without what is passed over and our own cache."""
+    inside = [each for each in sorted(folder.iterdir()) if not made_by_system(each.name)]
+    for each in inside:
+        check_link(each)
+    inside = [each for each in inside if each.is_dir()]
+    return [each for each in inside if cache is None or each.resolve() != cache.resolve()]
+
+
+def _is_split(folders: Iterable[Path]) -> bool:
+    """Whether folders beside each other are those of splits, and not classes of which one is called `train`."""
+    named = {folder: split_of(folder.name) for folder in folders}
+    found = {split for split in named.values() if split is not None}
+    if len(found) > 1 or (named and None not in named.values()):
+        return True
+    # A class folder holds pictures, a split class folders.
+    return any(split == "train" and _folders_in(folder) for folder, split in named.items())
+
+
+def _splits(root: Path, inside: list[Path]) -> dict[SplitName, Path]:
+    """The folder of every split. Raises InputError when one has none, or two."""
+    splits: dict[SplitName, Path] = {}
+    for folder in inside:
+        split = split_of(folder.name)
+        if split is not None and (other := splits.setdefault(split, folder)) != folder:
+            raise InputError(
+                f"{root} has two folders for {PURPOSES[split]}, {other.name!r} and {folder.name!r}; put their pictures "
+                "together, or take one of them out."
+            )
+    _check_apart(splits.values(), "both would be a split")
+    if missing := [split for split in SPLIT_NAMES if split not in splits]:
+        raise InputError(_incomplete(root, splits, missing, [each for each in inside if each not in splits.values()]))
+    return {split: splits[split] for split in SPLIT_NAMES}
+
+
+def _incomplete(root: Path, splits: Mapping[SplitName, Path], missing: list[SplitName], others: list[Path]) -> str:
+    held = _listed(splits[split] for split in SPLIT_NAMES if split in splits)
+    names = {split: ", ".join(f"{name}/" for name in SPLIT_NAMES[split]) for split in missing}
+    wanted = " nor ".join(f"for {PURPOSES[split]} ({names[split]})" for split in missing)
+    text = f"{root} has {held}, taken for {'splits' if len(splits) > 1 else 'a split'}, and no folder {wanted}"
+    text += f", only {_listed(others)}; rename {held} if it is no split, or" if others else ";"
+    text += f" add {'it' if len(missing) == 1 else 'them'}"
+    if "train" in splits and _folders_in(splits["train"]):
+        text += f", or give {splits['train']} alone with --data-root: it is split 70 / 15 / 15 by the pictures' content"
+    return f"{text}."
+
+
+def _listed(folders: Iterable[Path], most: int = 3) -> str:
+    names = [f"{folder.name}/" for folder in folders]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _classes(place: Path, folders: list[Path], split: SplitName | None = None) -> dict[str, Path]:
+    """Class folders by their names in NFC. Raises InputError when they are none, too few, or not to be told apart."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        check_text(folder.name, f"The name of the folder {folder}")
+        if (other := found.setdefault(normalize("NFC", folder.name), folder)) != folder:
+            raise InputError(
+                f"{place} has two folders of one name, in two forms of Unicode, {told_apart(other.name, folder.name)}; "
+                "put their pictures together."
+            )
+    _check_apart(folders, "every picture would be in two classes")
+    if split is not None and not found:
+        raise InputError(_no_classes(place, split))
+    if split in (None, "train") and len(found) < 2:
+        raise InputError(_too_few(place, folders))
+    return found
+
+
+def _check_apart(folders: Iterable[Path], why: str) -> None:
+    """Raise InputError when two folders are one, by a link."""
+    seen: dict[Path, Path] = {}
+    for folder in folders:
+        if (other := seen.setdefault(folder.resolve(), folder)) != folder:
+            raise InputError(f"{other} and {folder} are the same folder, by a link, and {why}; take one of them out.")
+
+
+def _no_classes(place: Path, split: SplitName) -> str:
+    text = f"{place} is taken for the {PURPOSES[split]} split and holds no class folders"
+    if split == "train":
+        return f"{text}; put the pictures of each class into a folder of its own there, {place / 'NAME OF THE CLASS'}."
+    return (
+        f"{text}, so that nothing says what is right for its pictures; put them into class folders like those for "
+        f"training. If their classes are not known, give the training folder alone with --data-root: it is split "
+        "70 / 15 / 15 by the pictures' content."
+    )
+
+
+def _too_few(place: Path, folders: list[Path]) -> str:
+    if not folders:
+        return f"{place} holds no class folders; give the folder that does with --data-root."
+    if _folders_in(folders[0]):
+        return f"{place} holds one folder, {folders[0].name!r}, with folders in it; give {folders[0]} with --data-root."
+    return f"{place} holds one class folder, {folders[0].name!r}; a classifier needs at least two."
+
+
+def _extra_class(folder: Path, name: str, known: Mapping[str, Path]) -> str:
+    text = f"{folder} has a class {name!r} that the train folder lacks; the labels must match"
+    like = next((each for each in sorted(known) if look(each).casefold() == look(name).casefold()), None)
+    return f"{text}." if like is None else f"{text}, and {told_apart(name, like)} do not: rename one of them."
