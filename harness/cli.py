@@ -198,14 +198,14 @@ def _predict(args: argparse.Namespace) -> int:
     from harness.files import check_place
     from harness.running import keep_imports
 
-    files = predict.find_images(args.images)
+    files, left_out = predict.find_images(args.images)
     if args.csv not in (None, predict.STDOUT):
         found = catalogue.find(args.study)
         check_place(args.csv, "--csv", ".csv", [*files, *found.kept(args.storage or found.storage_url)])
     predictor = predict.load_predictor(args.study, args.storage, args.device)
     count = predict.top(args.top, len(predictor.saved.classes))
     keep_imports()
-    return FAILED if predict.predict(predictor, files, count, args.csv) else DONE
+    return DONE if predict.predict(predictor, files, count, args.csv, left_out) else FAILED
 
 
 def _demo(args: argparse.Namespace) -> int:

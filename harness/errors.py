@@ -41,3 +41,8 @@ def no_room(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its type when it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def shown(text: str) -> str:
+    """The text for a terminal: a file's name may hold bytes that are no UTF-8, or signs that steer the terminal."""
+    return text if text.isprintable() else ascii(text)[1:-1]

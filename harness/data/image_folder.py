@@ -12,11 +12,11 @@ from typing import Any
 
 from harness.config import SplitName, location
 from harness.data.cache import ImageFiles
+from harness.data.decoding import SUFFIXES
 from harness.data.garden import check_sizes
 from harness.errors import InputError
 from harness.space import check_types
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"}
 SPLIT_FOLDERS: dict[SplitName, tuple[str, ...]] = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}
 SHARES: dict[SplitName, float] = {"train": 0.70, "val": 0.15, "test": 0.15}
 
@@ -117,7 +117,7 @@ def _images(folder: Path) -> list[Path]:
                 f"{file} is a folder inside of a class, and its pictures would be left out; "
                 f"move them up into {folder}, or take the folder out."
             )
-        if file.suffix.lower() not in EXTENSIONS or not file.is_file():
+        if file.suffix.lower() not in SUFFIXES or not file.is_file():
             raise InputError(
                 f"{file} is not an image by its name, and a class folder holds images only; is --data-root right?"
             )
