@@ -130,7 +130,9 @@ def find_images(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     for path in paths:
         if path.is_dir():
             for file in _in_folder(path):
-                (found if file.suffix.lower() in SUFFIXES else left_out).append(file)
+                # A pipe would be waited for; a link to nothing is named when it is read.
+                image = file.suffix.lower() in SUFFIXES and (file.is_file() or file.is_symlink())
+                (found if image else left_out).append(file)
         elif path.exists():
             found.append(path)
         else:

@@ -304,10 +304,11 @@ def test_folders_are_walked_for_images(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "b" / "pipe.png")
     found, left_out = find_images([tmp_path])
     names = [str(each.relative_to(tmp_path)) for each in found]
     assert names == ["a.png", "gone.png", "b/1.tiff", "b/2.JPG", "b/c/1.webp"]
-    assert left_out == [tmp_path / "notes.txt"]
+    assert left_out == [tmp_path / "notes.txt", tmp_path / "b" / "pipe.png"]
     assert find_images([tmp_path / "notes.txt"]) == ([tmp_path / "notes.txt"], [])  # who names a file means it
 
 

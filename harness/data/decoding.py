@@ -109,7 +109,7 @@ def revision(content: bytes) -> bytes:
 
     So the caches of all other images, and the studies that were begun on them, stay as they are.
     """
-    if content[:2] not in (b"P2", b"P5", b"II", b"MM"):
+    if content[:2] not in (b"P2", b"P5", b"Pf", b"II", b"MM"):
         return b""
     with contextlib.suppress(InputError), _noting(), _guard(Path()):  # a damaged one is refused when it is decoded
         image = Image.open(io.BytesIO(content), formats=("TIFF", "PPM"))
@@ -139,8 +139,9 @@ def _guard(path: Path, kind: str = "") -> Iterator[None]:
     except Exception as error:
         # No list of types: on damaged bytes decoders raise RuntimeError, IndexError, TypeError, struct.error, ...
         why, remedy = first_line(error), REPLACE
-        if isinstance(error, UnidentifiedImageError) and _reading.notes:
-            why, remedy = _reading.notes[-1].partition(" opening failed. ")[2], CONVERT
+        if isinstance(error, UnidentifiedImageError):
+            said = [note.partition(" opening failed. ")[2] for note in _reading.notes]
+            why, remedy = next(filter(None, reversed(said)), "its start is damaged"), CONVERT
         what = f"{kind}: {why}" if kind else why
         raise InputError(f"{path} cannot be read as an image ({what}); {remedy}.") from error
 

@@ -125,6 +125,10 @@ def test_what_is_outside_of_the_list_is_called_what_it_is(kind: str, data: bytes
     )
 
 
+def test_a_start_that_no_decoder_takes_is_named_without_python_s_words() -> None:
+    assert "(WebP: its start is damaged); convert it" in refused("a.jpg", b"RIFF\0\0\0\0WEBPnone" + bytes(99))
+
+
 def test_the_preview_of_a_raw_file_is_not_taken_for_the_photograph() -> None:
     for tag in ({50706: b"\1\4\0\0"}, {254: 1}):
         assert "it is a camera's raw file" in refused("rose.tif", content(flower(), "TIFF", tiffinfo=tag))
