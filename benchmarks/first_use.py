@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader
 from benchmarks.flower_files import flower_folder
 from benchmarks.input_path import BATCH, Photographs
 from benchmarks.measure import ROOT_HELP, alternate, ratios, script
-from harness.data.cache import open_image, square
+from harness.data.cache import square
+from harness.data.decoding import open_image
 from harness.data.flowers102 import Flowers102
 from harness.data.image_folder import ImageFolder
 from harness.data.tensors import prepare

@@ -10,6 +10,7 @@ import atexit
 import dataclasses
 import errno
 import gc
+import io
 import json
 import os
 import signal
@@ -47,7 +48,13 @@ def process(arguments: Sequence[str], program: str = "python -m harness") -> NoR
 
 
 def main(arguments: Sequence[str], program: str = "python -m harness") -> int:
-    """Run a command and return the exit code."""
+    """Run a command and return the exit code.
+
+    Where output has another encoding than UTF-8, what it has no sign for is printed as Python escapes it.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     args = build_parser(program).parse_args(_with_command(arguments, program))
     try:
         code = COMMANDS[args.command](args)
@@ -95,7 +102,8 @@ def _show(args: argparse.Namespace) -> int:
         if args.digest:
             print(overview.digest(store))
         elif args.json:
-            print(json.dumps(overview.overview(found.study.name, store, uri), indent=2, ensure_ascii=False))
+            escaped = (sys.stdout.encoding or "utf-8").lower() not in ("utf-8", "utf8")  # JSON has escapes of its own
+            print(json.dumps(overview.overview(found.study.name, store, uri), indent=2, ensure_ascii=escaped))
         else:
             print(overview.summary(found.study.name, store, uri))
     return DONE
@@ -200,14 +208,14 @@ def _predict(args: argparse.Namespace) -> int:
     from harness.files import check_place
     from harness.running import keep_imports
 
-    files = predict.find_images(args.images)
+    files, left_out = predict.find_images(args.images)
     if args.csv not in (None, predict.STDOUT):
         found = catalogue.find(args.study)
         check_place(args.csv, "--csv", ".csv", [*files, *found.kept(found.url(args.storage))])
     predictor = predict.load_predictor(args.study, args.storage, args.device)
     count = predict.top(args.top, len(predictor.saved.classes))
     keep_imports()
-    return FAILED if predict.predict(predictor, files, count, args.csv) else DONE
+    return DONE if predict.predict(predictor, files, count, args.csv, left_out) else FAILED
 
 
 def _demo(args: argparse.Namespace) -> int:

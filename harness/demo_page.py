@@ -1,7 +1,8 @@
 """A page for people: drop a photograph, press Submit, see what the saved model takes it for.
 
 The page is Gradio's. Nothing leaves the machine: no analytics, no fonts or scripts from elsewhere (the browser is told
-to refuse them), and the photographs lie in a temporary folder that goes with the page.
+to refuse them), and the photographs lie in a temporary folder that goes with the page. It answers for files in that
+folder only; Gradio alone would fetch URLs and, on a page that is mounted like this one, copy any file of the machine.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from harness.predict import TOP, Predictor
 
 if TYPE_CHECKING:
     import gradio
+    from fastapi import FastAPI
 
 EXAMPLES = 8
 EXAMPLE_PIXELS = 384  # drawn flowers are drawn at this size, photographs reduced to it
@@ -46,23 +48,9 @@ def check_installed() -> None:
 def serve(predictor: Predictor, host: str, port: int) -> None:
     """Show the page at http://host:port until the process is interrupted."""
     with tempfile.TemporaryDirectory(prefix="flower-demo-") as folder:
-        # Both are read when Gradio is imported.
-        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
-        import gradio
         import uvicorn
-        from fastapi import FastAPI
 
-        blocks = build_page(predictor, write_examples(predictor, Path(folder)))
-        app = gradio.mount_gradio_app(
-            FastAPI(openapi_url=None),
-            blocks,
-            path="/",
-            css=CSS,
-            theme=theme(),
-            footer_links=[],
-            max_file_size=LARGEST_FILE,
-            ssr_mode=False,
-        )
+        app = build_app(predictor, Path(folder))
         print(f"The page opens at http://{host}:{port} (Ctrl-C ends it).", flush=True)
         # A browser keeps a connection open as long as it shows the page; one second is enough to take leave.
         config = uvicorn.Config(
@@ -74,6 +62,33 @@ def serve(predictor: Predictor, host: str, port: int) -> None:
             timeout_graceful_shutdown=1,
         )
         uvicorn.Server(config).run()
+
+
+def build_app(predictor: Predictor, folder: Path) -> FastAPI:
+    """The page as an application; the photographs that it is given lie in `folder`."""
+    # Both are read when Gradio is imported.
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder)}
+    import gradio
+    from fastapi import FastAPI, HTTPException
+
+    app = FastAPI(openapi_url=None)
+
+    @app.api_route("/gradio_api/file=http{url:path}", methods=["GET", "HEAD"])
+    def refuse(url: str) -> None:
+        raise HTTPException(403, "This page fetches nothing.")
+
+    blocks = build_page(predictor, write_examples(predictor, folder), folder)
+    return gradio.mount_gradio_app(
+        app,
+        blocks,
+        path="/",
+        css=CSS,
+        theme=theme(),
+        footer_links=[],
+        run_history=False,
+        max_file_size=LARGEST_FILE,
+        ssr_mode=False,
+    )
 
 
 def write_examples(predictor: Predictor, folder: Path) -> list[Path]:
@@ -113,11 +128,28 @@ def theme() -> gradio.Theme:
     )
 
 
-def build_page(predictor: Predictor, examples: Sequence[Path]) -> gradio.Blocks:
-    """The page, ready to be served."""
+def uploaded(values: Any, folder: Path) -> bool:
+    """Whether all files that an event of the page is called with lie in `folder`; a URL never does."""
+    if isinstance(values, dict):
+        path = values.get("path")
+        if path is not None and not (isinstance(path, str) and Path(path).resolve().is_relative_to(folder.resolve())):
+            return False
+        values = list(values.values())
+    return not isinstance(values, list) or all(uploaded(value, folder) for value in values)
+
+
+def build_page(predictor: Predictor, examples: Sequence[Path], folder: Path) -> gradio.Blocks:
+    """The page, ready to be served; uploaded files lie in `folder`."""
     import gradio
 
-    with gradio.Blocks(title="Which flower is this?", analytics_enabled=False) as blocks:
+    class Page(gradio.Blocks):
+        def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
+            """Called with what came in, before Gradio fetches or copies a file."""
+            if not uploaded(inputs, folder):
+                raise gradio.Error("This page answers for files only that were uploaded to it.", print_exception=False)
+            super().validate_inputs(block_fn, inputs)
+
+    with Page(title="Which flower is this?", analytics_enabled=False) as blocks:
         gradio.Markdown(heading(predictor.saved.description))
         with gradio.Row():
             with gradio.Column():

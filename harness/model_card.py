@@ -86,7 +86,8 @@ def _use(description: Mapping[str, Any], program: str | None) -> str:
         "from PIL import Image, ImageOps",
         "from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor",
         "",
-        'image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")',
+        # Not every format: for PostScript, whatever the file's name is, Pillow starts a program.
+        'image = ImageOps.exif_transpose(Image.open("photo.jpg", formats=["JPEG", "PNG"])).convert("RGB")',
         f"steps = [Resize({size}, InterpolationMode.BICUBIC), CenterCrop({size}), ToTensor()]",
         f"pixels = Compose([*steps, Normalize({mean}, {std})])(image)",
         f'logits = torch.export.load("{program}").module()(pixels[None])',

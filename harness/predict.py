@@ -18,10 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from harness.catalogue import find
-from harness.data.cache import WORKERS, check_proportions, open_image
-from harness.data.image_folder import EXTENSIONS
+from harness.data.cache import WORKERS
+from harness.data.decoding import SUFFIXES, check_proportions, open_image
+from harness.data.layout import made_by_system
 from harness.engine import Runtime, find_device
-from harness.errors import InputError
+from harness.errors import InputError, shown
 from harness.files import replacing
 from harness.opening import as_begun, read_store
 from harness.saved_model import SavedModel, load_saved, preprocess
@@ -60,7 +61,7 @@ class Predictor:
         Raises InputError naming the file when it is no image, damaged, or too large or too narrow to be decoded safely.
         """
         image = open_image(path)
-        check_proportions(path, image, self.saved.image_size)
+        check_proportions(path, *image.size, self.saved.image_size)
         return preprocess([image], self.saved.image_size)[0]
 
     def probabilities(self, images: Tensor) -> Tensor:
@@ -119,43 +120,48 @@ def top(count: int | None, classes: int) -> int:
     return min(TOP, classes) if count is None else count
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
+def find_images(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """The files named, and those in the folders named and below that are images by their name, in order.
 
-    Hidden files and folders are left out. Raises InputError when a path is not there or nothing is found, and OSError
-    when a folder cannot be read.
+    Then the files there that are none by their name; hidden ones and what systems make is not looked at. Raises
+    InputError when a path is not there or no image is found, and OSError when a folder cannot be read.
     """
     found: list[Path] = []
+    left_out: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found += _in_folder(path)
+            for file in _in_folder(path):
+                # A pipe would be waited for; a link to nothing is named when it is read.
+                image = file.suffix.lower() in SUFFIXES and (file.is_file() or file.is_symlink())
+                (found if image else left_out).append(file)
         elif path.exists():
             found.append(path)
         else:
             raise InputError(f"There is no file or folder {path}; give photographs, or folders that hold some.")
     if not found:
         folders = ", ".join(map(str, paths))
-        raise InputError(f"{folders} holds no images ({' '.join(sorted(EXTENSIONS))}); give photographs or a folder.")
-    return found
+        raise InputError(f"{folders} holds no images ({' '.join(sorted(SUFFIXES))}); give photographs or a folder.")
+    return found, left_out
 
 
 def _in_folder(folder: Path) -> Iterator[Path]:
     for place, folders, files in os.walk(folder, onerror=_refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:
-                yield Path(place, name)
+        folders[:] = sorted(name for name in folders if not made_by_system(name))
+        yield from (Path(place, name) for name in sorted(files) if not made_by_system(name))
 
 
 def _refuse(error: OSError) -> NoReturn:
     raise error  # os.walk would leave the folder out without a word
 
 
-def predict(predictor: Predictor, files: Sequence[Path], count: int, table: Path | None) -> int:
+def predict(
+    predictor: Predictor, files: Sequence[Path], count: int, table: Path | None, left_out: Sequence[Path] = ()
+) -> bool:
     """Print the guesses for every file, or write them to `table` as CSV: file, rank, class, probability.
 
-    The table's name is printed, unless it is STDOUT. Returns how many files could not be read; each is named on stderr.
-    Raises Halt when the table cannot be written.
+    The table's name is printed, unless it is STDOUT. Returns whether every file has its guesses; those that could not
+    be read, and those that were `left_out` by their names, are named on stderr. Raises Halt when the table cannot be
+    written.
     """
     # Answers that scroll by in a terminal show the progress themselves, and a bar would get between them.
     quiet = not sys.stderr.isatty() or (table in (None, STDOUT) and sys.stdout.isatty())
@@ -186,7 +192,11 @@ def predict(predictor: Predictor, files: Sequence[Path], count: int, table: Path
             print(shown(str(table)))
     if damaged:
         console.out(f"{damaged} of {len(files)} files could not be read.", highlight=False)
-    return damaged
+    for other in left_out:
+        console.out(f"{shown(str(other))} is no image by its name. It is left out.", highlight=False)
+    if left_out:
+        console.out(f"Left out: {len(left_out)} of {len(files) + len(left_out)} files.", highlight=False)
+    return not damaged and not left_out
 
 
 def _print(answers: Iterable[tuple[Path, list[Guess]]]) -> None:
@@ -201,8 +211,3 @@ def _write(answers: Iterable[tuple[Path, list[Guess]]], file: BinaryIO) -> None:
     writer.writerow(["file", "rank", "class", "probability"])
     for path, guesses in answers:
         writer.writerows([path, rank, guess.name, f"{guess.probability:.6g}"] for rank, guess in enumerate(guesses, 1))
-
-
-def shown(text: str) -> str:
-    """The text for a terminal: a file's name may hold bytes that are no UTF-8, or signs that steer the terminal."""
-    return text if text.isprintable() else ascii(text)[1:-1]

@@ -6,13 +6,17 @@ import dataclasses
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,7 +24,7 @@ from PIL import Image
 
 from harness.cli import main
 from harness.data.image_folder import ImageFolder
-from harness.demo_page import heading, note_of, write_examples
+from harness.demo_page import build_app, heading, note_of, uploaded, write_examples
 from harness.evidence import percent
 from harness.predict import Predictor, load_predictor
 from tests.browser import page
@@ -150,12 +154,19 @@ def test_what_is_no_flower_gets_a_sentence(url: str, home: Path, tmp_path: Path)
     whole = (home / "flower.png").read_bytes()
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "damaged.png").write_bytes(whole[: len(whole) // 2])
-    Image.new("1", (12_000, 10_000)).save(tmp_path / "huge.png")
+    header = struct.pack(">II", 60_000, 10_000)  # where a PNG says how large it is
+    (tmp_path / "huge.png").write_bytes(
+        whole[:16]
+        + header
+        + whole[24:29]
+        + struct.pack(">I", zlib.crc32(whole[12:16] + header + whole[24:29]))
+        + whole[33:]
+    )
     Image.new("RGB", (1, 30_000)).save(tmp_path / "narrow.png")
     said = {
         "text.png": "cannot be read as an image",
         "damaged.png": "cannot be read as an image",
-        "huge.png": "12000 x 10000 pixels",
+        "huge.png": "60000 x 10000 pixels",
         "narrow.png": "too narrow",
     }
     with page() as browser:
@@ -223,6 +234,95 @@ def test_a_study_whose_images_are_not_here_has_a_page_without_examples(
     moved = Predictor(dataclasses.replace(saved, config=config), torch.device("cpu"))
     assert write_examples(moved, tmp_path) == []
     assert "The page has no examples: There is no folder" in capsys.readouterr().err
+
+
+# -- what its API answers for ----------------------------------------------------------------------------------------
+
+ELSEWHERE = {
+    "a URL": "{server}/rose.png",
+    "a URL with a name": "http://rose.invalid/rose.png",
+    "a file's URL": "file:///etc/hostname",
+    "a file of the machine": "/etc/hostname",
+    "a file above the folder": "{folder}/../secret.png",
+    "a link out of the folder": "{folder}/link.png",
+    "a file of the working directory": "secret.png",
+    "a picture in the address": "data:image/png;base64,AAAA",
+}
+
+
+def test_a_file_s_place_is_looked_at_wherever_it_is_named(tmp_path: Path) -> None:
+    inside = {"path": str(tmp_path / "a.png"), "meta": {"_type": "gradio.FileData"}}
+    assert uploaded([inside, None, 3, {"path": None}, "text"], tmp_path)
+    for place in ("http://rose.invalid/", "/etc/hostname", f"{tmp_path}/../a.png", f"{tmp_path}x/a.png", "a.png", 3):
+        assert not uploaded([inside, {"files": [{"path": place}]}], tmp_path)
+
+
+@pytest.fixture(scope="module")
+def app(predictor: Predictor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
+    """The page as an application in this process, and its folder."""
+    pytest.importorskip("gradio", reason='no Gradio; pip install -e ".[demo]"')
+    from fastapi.testclient import TestClient
+
+    folder = tmp_path_factory.mktemp("page") / "folder"
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("GRADIO_TEMP_DIR", "")  # the page sets it; afterwards it is as before
+        environment.setenv("GRADIO_ANALYTICS_ENABLED", "")
+        with TestClient(build_app(predictor, folder)) as client:
+            yield client, folder
+
+
+def ask(client: Any, path: str) -> str:
+    """What the page's API says about a file."""
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    event = client.post("/gradio_api/call/answer", json={"data": [file]}).json()["event_id"]
+    said: str = client.get(f"/gradio_api/call/answer/{event}").text
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ELSEWHERE.values(), ids=ELSEWHERE.keys())
+def test_only_uploaded_files_are_answered(
+    app: tuple[Any, Path], home: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    client, folder = app
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+    flower = (home / "flower.png").read_bytes()
+    (folder.parent / "secret.png").write_bytes(flower)
+    (folder / "link.png").unlink(missing_ok=True)
+    (folder / "link.png").symlink_to(folder.parent / "secret.png")
+    monkeypatch.chdir(folder.parent)
+    looked_up: list[str] = []
+    real = socket.getaddrinfo
+    monkeypatch.setattr("socket.getaddrinfo", lambda host, *rest, **more: looked_up.append(host) or real(host, *rest))
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        path = place.format(server=f"http://127.0.0.1:{server.server_port}", folder=folder)
+        before = sorted(folder.rglob("*"))
+        said = ask(client, path)
+        assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
+        server.shutdown()
+    assert "event: error" in said
+    assert "This page answers for files only that were uploaded to it." in said
+    assert asked == looked_up == []
+    assert sorted(folder.rglob("*")) == before, "it was copied"
+
+
+@pytest.mark.slow
+def test_an_uploaded_file_is_answered(app: tuple[Any, Path], home: Path, predictor: Predictor) -> None:
+    client, folder = app
+    files = {"files": ("flower.png", (home / "flower.png").read_bytes())}
+    [path] = client.post("/gradio_api/upload", files=files).json()
+    assert Path(path).is_relative_to(folder)
+    said = ask(client, path)
+    assert "event: complete" in said
+    assert predictor.guesses(predictor.photograph(home / "flower.png").unsqueeze(0), 1)[0][0].name in said
 
 
 # -- the command ---------------------------------------------------------------------------------------------------

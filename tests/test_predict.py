@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -132,7 +134,7 @@ def test_a_photograph_is_turned_upright_first(predictor: Predictor, flower: Imag
 
 
 def test_more_files_than_a_batch_come_in_their_order(predictor: Predictor, home: Path) -> None:
-    files = (find_images([home / "pictures"]) * 3)[: 2 * BATCH + 1]
+    files = (find_images([home / "pictures"])[0] * 3)[: 2 * BATCH + 1]
     together = list(predictor.answers(files, 16))
     assert [file for file, _ in together] == files
     for file, answer in together[:: BATCH // 2]:
@@ -202,6 +204,77 @@ def test_a_damaged_file_is_named_and_skipped(
     assert lines[3:] == ["3 of 5 files could not be read."]
 
 
+def test_what_a_folder_holds_besides_images_is_named_and_counted(
+    at_home: Path, tmp_path: Path, flower: Image.Image, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.jpe", "a.jfif", "a.avif", "a.tga", "a.pgm", "a.mpo", "a.bmp"):
+        flower.save(tmp_path / name)
+    for name in ("notes.txt", "clip.mov", "Thumbs.db", "desktop.ini", ".DS_Store", "__MACOSX/._a.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("something else")
+    assert main(["predict", "tiny", str(tmp_path), "--top", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert len([line for line in out.splitlines() if line.startswith(str(tmp_path))]) == 7
+    assert err.splitlines() == [
+        f"{tmp_path}/clip.mov is no image by its name. It is left out.",
+        f"{tmp_path}/notes.txt is no image by its name. It is left out.",
+        "Left out: 2 of 9 files.",
+    ]
+    for name in ("notes.txt", "clip.mov"):
+        (tmp_path / name).unlink()
+    assert main(["predict", "tiny", str(tmp_path), "--top", "1"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_no_damage_costs_another_file_its_answer(
+    at_home: Path, tmp_path: Path, flower: Image.Image, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the decoders of these formats raise."""
+    for name in ("a.avif", "b.gif", "c.tif", "d.tga", "e.webp", "f.pgm", "g.jpg"):
+        flower.save(tmp_path / name)
+        whole = (tmp_path / name).read_bytes()
+        for part in (1, 2, 3):
+            (tmp_path / f"{part}{name}").write_bytes(whole[: len(whole) * part // 4])
+    (tmp_path / "rose.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    assert main(["predict", "tiny", str(tmp_path), "--top", "1"]) == 1
+    out, err = capsys.readouterr()
+    answered = [Path(line).name for line in out.splitlines() if line.startswith(str(tmp_path))]
+    assert {"a.avif", "b.gif", "c.tif", "d.tga", "e.webp", "f.pgm", "g.jpg"} <= set(answered)
+    lines = err.splitlines()
+    assert lines[-1] == f"{29 - len(answered)} of 29 files could not be read."
+    assert all(line.endswith("It is skipped.") for line in lines[:-1])
+    assert any("rose.jpg cannot be read as an image: it is PostScript" in line for line in lines)
+
+
+ENCODINGS = ["ascii", "latin-1", "cp1252"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_output_in_another_encoding_than_utf_8_is_escaped(
+    at_home: Path, tmp_path: Path, flower: Image.Image, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    predictor = load_predictor("tiny", None, "cpu")
+    predictor.saved.description["classes"] = [f"öl 花 {number}" for number in range(16)]
+    monkeypatch.setattr("harness.predict.load_predictor", lambda *arguments: predictor)
+    flower.save(tmp_path / "花é.png")
+    expected = ["花é.png", "öl 花 "]
+    for arguments, written_as in (([], encoding), (["--csv", "-"], "utf-8")):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert main(["predict", "tiny", str(tmp_path / "花é.png"), "--top", "1", *arguments]) == 0
+        stdout.flush()
+        said = stdout.buffer.getvalue()
+        assert all(word.encode(written_as, "backslashreplace") in said for word in expected)
+
+
+def test_json_stays_json_in_another_encoding_than_utf_8(at_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert main(["show", "tiny", "--json", "--tracking-uri", "http://öl.example"]) == 0
+    stdout.flush()
+    assert json.loads(stdout.buffer.getvalue())["tracking"] == "http://öl.example"
+
+
 def test_a_name_that_would_steer_the_terminal_is_shown_escaped() -> None:
     assert shown("rosé.jpg") == "rosé.jpg"
     assert shown("a\x1b[2Jb.jpg") == "a\\x1b[2Jb.jpg"
@@ -231,9 +304,12 @@ def test_folders_are_walked_for_images(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
-    found = [str(each.relative_to(tmp_path)) for each in find_images([tmp_path])]
-    assert found == ["a.png", "gone.png", "b/1.tiff", "b/2.JPG", "b/c/1.webp"]
-    assert find_images([tmp_path / "notes.txt"]) == [tmp_path / "notes.txt"]  # who names a file means it
+    os.mkfifo(tmp_path / "b" / "pipe.png")
+    found, left_out = find_images([tmp_path])
+    names = [str(each.relative_to(tmp_path)) for each in found]
+    assert names == ["a.png", "gone.png", "b/1.tiff", "b/2.JPG", "b/c/1.webp"]
+    assert left_out == [tmp_path / "notes.txt", tmp_path / "b" / "pipe.png"]
+    assert find_images([tmp_path / "notes.txt"]) == ([tmp_path / "notes.txt"], [])  # who names a file means it
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")

@@ -15,7 +15,6 @@ import json
 import os
 import re
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -27,16 +26,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from harness.config import Dataset
+from harness.data.decoding import check_proportions, open_image, revision
 from harness.environment import cores
-from harness.errors import Halt, InputError
+from harness.errors import Halt
 from harness.files import replace_file, replacing
 
 KEY = re.compile("[0-9a-f]{32}")  # what `_digest` gives
 FORMAT = "1"  # raise it whenever the same images would give other arrays
-MAX_PIXELS = 100_000_000  # a small file can claim more than memory holds; the largest cameras take about this many
-warnings.filterwarnings(
-    "ignore", category=Image.DecompressionBombWarning
-)  # Pillow's lower bound; above ours is refused
 WORKERS = cores()  # Pillow releases the interpreter while it decodes and resizes
 
 
@@ -94,16 +90,8 @@ def _remembered(file: Path) -> str:
 
 def _squares(dataset: Dataset, item: Any, sizes: Sequence[int]) -> list[NDArray[np.uint8]]:
     image = dataset.open(item)
-    check_proportions(item, image, max(sizes))
+    check_proportions(item, *image.size, max(sizes))
     return [square(image, size) for size in sizes]
-
-
-def check_proportions(item: Any, image: Image.Image, size: int) -> None:
-    """Raise InputError naming the item when its image is too narrow to be made a square of `size` pixels safely."""
-    width, height = image.size
-    # The short side is resized to `size` first: a line of pixels would become an image that fills the memory.
-    if max(width, height) * size**2 > MAX_PIXELS * min(width, height):
-        raise InputError(f"{item} has {width} x {height} pixels, which is too narrow; cut out the part that matters.")
 
 
 def square(image: Image.Image, size: int) -> NDArray[np.uint8]:
@@ -216,10 +204,12 @@ class ImageFiles:
     def stamp(self, item: Path) -> str:
         stat = os.stat(item)
         place = _real(os.path.dirname(item))
-        return f"{place}/{item.name}\x1f{stat.st_size}\x1f{stat.st_mtime_ns}\x1f{stat.st_ino}"
+        # The last number is raised when `revision` says more than before.
+        return f"{place}/{item.name}\x1f{stat.st_size}\x1f{stat.st_mtime_ns}\x1f{stat.st_ino}\x1f2"
 
     def content(self, item: Path) -> bytes:
-        return item.read_bytes()
+        content = item.read_bytes()
+        return content + revision(content)
 
     def open(self, item: Path) -> Image.Image:
         return open_image(item)
@@ -229,44 +219,3 @@ class ImageFiles:
 def _real(folder: str) -> str:
     """A folder's own path, links followed; for thousands of files at a time, that is slow."""
     return os.path.realpath(folder)
-
-
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Not ImageOps.exif_transpose: that writes the whole EXIF anew and fails at a single wrong field."""
-    turn = TURNS.get(image.getexif().get(0x0112, 1))
-    if image.mode.startswith("I;16"):  # Pillow's own conversion would cut everything above 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image if turn is None else image.transpose(turn)
-
-
-def open_image(path: Path) -> Image.Image:
-    """Decode an image file to RGB, upright as its EXIF orientation says.
-
-    Raises InputError naming the file when it is truncated, no image, or too large to be decoded safely.
-    """
-    try:
-        with Image.open(path) as image:  # reads the header only
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise InputError(
-                    f"{path} says that it has {width} x {height} pixels, and more than {MAX_PIXELS:,} are not decoded; "
-                    "replace it by a smaller one or take it out."
-                )
-            upright = _upright(image)
-            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-                backdrop = Image.new("RGBA", upright.size, "white")
-                upright = Image.alpha_composite(backdrop, upright.convert("RGBA"))
-            return upright.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as an image ({error}); replace it or take it out.") from error

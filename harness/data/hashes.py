@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import re
-import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +26,7 @@ def content_hashes(stamps: Mapping[Path, str], kept: Path) -> dict[Path, str]:
     if unread:
         content = json.dumps({stamp: known[stamp] for stamp in stamps.values()}).encode()
         with contextlib.suppress(Halt):  # where nothing can be written, the files are read every time
-            replace_file(kept, content, f".{uuid.uuid4().hex}")
+            replace_file(kept, content)
     return {file: known[stamp] for file, stamp in stamps.items()}
 
 

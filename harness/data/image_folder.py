@@ -10,6 +10,7 @@ from pathlib import Path
 
 from harness.config import SplitName, location
 from harness.data.cache import ImageFiles
+from harness.data.decoding import SUFFIXES
 from harness.data.garden import check_sizes
 from harness.data.hashes import content_hashes
 from harness.data.layout import Layout, check_link, made_by_system, read_layout
@@ -17,7 +18,6 @@ from harness.data.names import check_names, read_names
 from harness.errors import InputError
 from harness.space import check_types
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"}
 BOUNDS: dict[SplitName, float] = {"train": 0.70, "val": 0.85, "test": 1.0}  # of a content's place between 0 and 1
 
 
@@ -127,7 +127,7 @@ def _images(folder: Path) -> list[Path]:
         check_link(file)
         if file.is_dir():
             raise InputError(_inner_folder(file, any(_is_picture(each) for each in files)))
-        if file.suffix.lower() not in EXTENSIONS or not file.is_file():
+        if file.suffix.lower() not in SUFFIXES or not file.is_file():
             raise InputError(
                 f"{file} is not an image by its name, and a class folder holds images only; is --data-root right?"
             )
@@ -135,7 +135,7 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _is_picture(file: Path) -> bool:
-    return file.suffix.lower() in EXTENSIONS and not made_by_system(file.name) and file.is_file()
+    return file.suffix.lower() in SUFFIXES and not made_by_system(file.name) and file.is_file()
 
 
 def _inner_folder(inner: Path, beside_pictures: bool) -> str:

@@ -21,7 +21,8 @@ from torchvision.models import MaxVit_T_Weights
 from torchvision.transforms import functional as F
 
 from harness.data.augment import normalise
-from harness.data.cache import ImageFiles, content_keys, damaged, decoded, open_image, square
+from harness.data.cache import ImageFiles, content_keys, damaged, decoded, square
+from harness.data.decoding import open_image
 from harness.data.image_folder import ImageFolder
 from harness.errors import Halt, InputError
 
