@@ -126,7 +126,9 @@ STUDIES: dict[str, Row] = {
     ),
     "another optimizer": changed("base_lr=1e-3", 'name="sgd", base_lr=1e-3', "optim.name must be adamw or adam"),
     "half a crop": changed("crop_scale=(0.6, 1.0)", "crop_scale=0.6", "augment.crop_scale must be a tuple of 2 num"),
-    "a precision of its own": changed('precision="fp32"', "precision=32", "engine.precision must be auto or fp32 or"),
+    "a precision of its own": changed(
+        'precision="fp32"', "precision=32", "engine.precision must be auto or tune or fp32 or"
+    ),
     "seeds in quotes": changed("FinalConfig(seeds=3)", 'FinalConfig(seeds="3")', "final.seeds must be a whole number"),
     "a final that is a number": changed("FinalConfig(seeds=3)", "3", "final must be FinalConfig(...), not 3"),
     "data that are a path": changed("data=Garden()", 'data="pictures"', "data must be a data set such as Garden()"),
