@@ -1,4 +1,4 @@
-""" "auto" goes by a rule; compiling: the same curve as uncompiled, one set of graphs, tried only where it can pay."""
+"""What "auto" and "tune" mean; compiling: the plain curve, one set of graphs for all, tried only where it can pay."""
 
 from __future__ import annotations
 

@@ -382,7 +382,7 @@ def test_a_study_begun_before_there_were_features_goes_on(tmp_path: Path, study:
 def test_features_of_a_backbone_that_learns_are_refused(image_cache: Path) -> None:
     frozen = head_only(image_cache)
     study = make_study(image_cache)
-    with pytest.raises(InputError, match=r"optim\.depth_lr_mult is or may become 0\.5: set it to 0 before"):
+    with pytest.raises(InputError, match=r"optim\.depth_lr_mult is or may become 0\.5: set it to 0 and take"):
         dataclasses.replace(study.train, feature_views=0)
     with pytest.raises(InputError, match=r"may become 1: .* take it out of the study's space"):
         dataclasses.replace(study, train=frozen)  # its space has multipliers
@@ -396,7 +396,7 @@ def test_features_of_a_backbone_that_learns_are_refused(image_cache: Path) -> No
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["feature_views=4"], ["optim.depth_lr_mult is or may become 0.6", "set it to 0 before"]),
+        (["feature_views=4"], ["optim.depth_lr_mult is or may become 0.6", "set it to 0 and take"]),
         (["optim.depth_lr_mult=0", "feature_views=4"], ["may become 1", "take it out of the study's space"]),
         (["optim.depth_lr_mult=0", "feature_views=-1"], ["feature_views must lie in 0..1000, or be null, not -1"]),
         (["optim.depth_lr_mult=0", "feature_views=1000000000"], ["feature_views must lie in 0..1000"]),

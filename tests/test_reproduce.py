@@ -132,7 +132,7 @@ def test_what_differs_from_then_is_named_as_the_reason(place: Path, run: Run, ke
     change(place, 1, "environments", lambda each: [each[0] | {key: then}])
     code, out, _ = run("1")
     assert code == 1
-    assert f"{key} was {then}, is {environment.environment('cpu')[key]}" in out.splitlines()[-1]
+    assert f"{key} was {then}, is {environment.environment(torch.device('cpu'))[key]}" in out.splitlines()[-1]
     assert ("Set OMP_NUM_THREADS=64" in out) == (key == "threads")
 
 
