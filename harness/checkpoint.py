@@ -23,7 +23,6 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from harness.files import METADATA, Damaged, remove_abandoned, replace_file
-from harness.leases import LeaseLost
 from harness.processes import is_abandoned
 from harness.results import EpochResult
 from harness.space import leaves
@@ -148,8 +147,7 @@ class Checkpoint:
         try:
             yield
         except (KeyboardInterrupt, GeneratorExit):
-            with contextlib.suppress(LeaseLost):
-                self.save()
+            self._save(None)  # a database that does not answer must not keep it; a lost lease costs no more than time
             raise
 
     def after_batch(self) -> None:
@@ -159,6 +157,9 @@ class Checkpoint:
 
     def save(self) -> None:
         """Write, unless the training is inside a batch or has not begun. Raises Halt when there is no room."""
+        self._save(self._check)
+
+    def _save(self, check: Callable[[], object] | None) -> None:
         training, progress = self.training, self.training.progress
         if not progress.whole or (progress.step == 0 and not progress.epochs):
             return
@@ -179,7 +180,7 @@ class Checkpoint:
             "training_seconds": self.seconds(),
             "environments": self.environments,
         }
-        write_tensors(self.path, tensors, record, self._check)
+        write_tensors(self.path, tensors, record, check)
         self._written = time.monotonic()
 
 
