@@ -21,19 +21,21 @@ from harness.config import FinalConfig, Study
 from harness.data import tensors
 from harness.engine import Runtime
 from harness.errors import InputError
+from harness.evidence import compare
 from harness.final import final_run
+from harness.model_card import card
 from harness.opening import open_store
 from harness.overview import conclusion, final_sentence, overview, summary
 from harness.packing import unpack
 from harness.report import write_report
 from harness.rerank import rerank
-from harness.results import Completed
+from harness.results import Completed, TrialStarted
 from harness.retraining import Place
 from harness.saved_model import load_saved
 from harness.space import Choice
 from harness.storage import Store
 from harness.study import WANTED, run, search
-from harness.tracking import NoTracker
+from harness.tracking import NoTracker, expected_runs
 from tests.analytic import epoch_result
 from tests.faulty import CommandLine, one_sentence
 from tests.small import small_study
@@ -113,7 +115,7 @@ def test_an_opening_and_its_result_are_lines_of_the_ledger(study: Study, store: 
 def test_killed_after_the_opening_the_same_opening_goes_on(
     study: Study, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("load_test", "_write_result", "save_model", "_duplicates"):
+    for name in ("load_test", "_with_result", "save_model", "_duplicates"):
         with monkeypatch.context() as patched:
             patched.setattr(final, name, _killed)
             with pytest.raises(KeyboardInterrupt):
@@ -244,7 +246,7 @@ def test_a_result_from_before_there_was_a_ledger_counts_as_an_opening(
     study: Study, store: Store, tmp_path: Path
 ) -> None:
     everything(study, store, tmp_path)
-    newer = ("base", "mcnemar", "selection", "ledger", "balanced_accuracy")
+    newer = ("base", "comparison", "selection", "ledger", "balanced_accuracy")
     old = {key: value for key, value in store.attribute("final").items() if key not in newer}
     with sqlite3.connect(tmp_path / "tiny.db") as database:
         database.execute("DELETE FROM study_user_attributes WHERE key IN ('ledger', 'final')")
@@ -307,10 +309,101 @@ def test_the_base_configuration_is_trained_the_same_way_and_compared_image_by_im
     found, kept = store.attribute("final"), store.attribute("predictions")
     assert (found["trial"], found["base"]["trial"]) == (number, 0)
     labels = unpack(kept["labels"], "uint16")
-    best, base = (unpack(each["predicted"], "uint16") == labels for each in (kept["seeds"][0], kept["base"]))
-    assert found["mcnemar"]["only_first"] == (best & ~base).sum()
-    assert found["mcnemar"]["only_second"] == (base & ~best).sum()
-    assert f"p = {found['mcnemar']['p']:.2g}" in conclusion(store)
+    hits = [
+        np.stack([unpack(each["predicted"], "uint16") == labels for each in kept[name]]) for name in ("seeds", "base")
+    ]
+    assert (
+        [each["seed"] for each in found["base"]["per_seed"]] == [each["seed"] for each in found["per_seed"]] == [0, 1]
+    )
+    assert [each["correct"] for each in found["base"]["per_seed"]] == hits[1].sum(axis=1).tolist()
+    assert found["base"]["accuracy"] == pytest.approx(hits[1].mean())
+    assert found["comparison"] == compare(*hits).to_dict()
+    said = conclusion(store)
+    for text in (
+        f"is {100 * found['comparison']['difference']:+.2f} points",
+        f"95 % interval {100 * found['comparison']['low']:+.2f} to {100 * found['comparison']['high']:+.2f}",
+        f"p = {found['comparison']['p']:.2g}",
+        "over 2 seeds of each and 32 test images",
+    ):
+        assert text in said
+    page = html.unescape(write_report("tiny", store, "nowhere", tmp_path).read_text())
+    for text in (said, "base, trial 0, seed 0", "base, trial 0, seed 1"):
+        assert text in page
+    assert all("epochs" not in each for each in overview("tiny", store, "nowhere")["final"]["base"]["per_seed"])
+    runs = [each for each in expected_runs(study, store) if each.tags["harness.kind"] == "base"]
+    assert [each.metrics["test_accuracy"] for each in runs] == [each["accuracy"] for each in found["base"]["per_seed"]]
+
+
+def test_better_is_said_only_where_it_is_shown(study: Study, store: Store, tmp_path: Path) -> None:
+    finished_with_a_base(study, store, tmp_path)
+    found = store.attribute("final")
+    for claim, difference, low, high, p in (
+        ("The best configuration is better than the base configuration: ", 0.0104, 0.0041, 0.0167, 0.012),
+        ("The best configuration is worse than the base configuration: ", -0.0104, -0.0167, -0.0041, 0.012),
+        ("No configuration is shown to be better than another: ", 0.0104, -0.0096, 0.0304, 0.31),
+    ):
+        shown = {"difference": difference, "low": low, "high": high, "p": p}
+        store.set_attribute("final", found | {"comparison": found["comparison"] | shown})
+        assert conclusion(store) == (
+            f"{claim}the test accuracy of the best less that of the base is {100 * difference:+.2f} points (95 % "
+            f"interval {100 * low:+.2f} to {100 * high:+.2f}, p = {p}), over 2 seeds of each and 32 test images."
+        )
+
+
+def finished_with_a_base(study: Study, store: Store, folder: Path) -> int:
+    """A study that ended, whose best trial is not the base; returns the best."""
+    list(search(study, store, NoTracker(), CPU, folder / "checkpoints"))
+    number = better_trial(study, store)
+    everything(dataclasses.replace(study, trials=study.trials + 1), store, folder)
+    return number
+
+
+def test_with_one_seed_nothing_is_claimed_and_why_is_said(study: Study, image_cache: Path, tmp_path: Path) -> None:
+    study = dataclasses.replace(study, final=FinalConfig(seeds=1))
+    with open_store(study, f"sqlite:///{tmp_path}/one.db") as store:
+        finished_with_a_base(study, store, tmp_path)
+        assert store.attribute("final")["comparison"]["p"] is None
+        said = conclusion(store)
+        assert said.startswith("No configuration is shown to be better than another: with one seed of the base,")
+        assert "final.seeds of 2 or more" in said
+        assert said in html.unescape(write_report("tiny", store, "nowhere", tmp_path).read_text())
+
+
+def test_a_finished_study_with_one_seed_of_the_base_is_shown(study: Study, store: Store, tmp_path: Path) -> None:
+    """As studies were stored when the base was trained once, and the two compared by McNemar's test."""
+    finished_with_a_base(study, store, tmp_path)
+    found = store.attribute("final")
+    del found["comparison"]
+    found["base"] = found["base"]["per_seed"][0] | {"trial": 0}
+    found["mcnemar"] = {"only_first": 3, "only_second": 1, "p": 0.6}
+    store.set_attribute("final", found)
+    assert "with one seed of the base" in conclusion(store)
+    page = html.unescape(write_report("tiny", store, "nowhere", tmp_path).read_text())
+    assert "base, trial 0, seed 0" in page
+    assert overview("tiny", store, "nowhere")["final"]["base"]["per_seed"][0]["seed"] == 0
+    assert [each.key for each in expected_runs(study, store) if each.tags["harness.kind"] == "base"] == [
+        "base-seed-0-of-trial-0"
+    ]
+    assert "base configuration, 0 |" in card("tiny", "", store, description(tmp_path), None)
+
+
+def description(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "model" / "model.json").read_text()))
+
+
+def test_killed_between_the_seeds_of_the_base_none_is_trained_twice(study: Study, store: Store, tmp_path: Path) -> None:
+    list(search(study, store, NoTracker(), CPU, tmp_path / "checkpoints"))
+    better_trial(study, store)
+    begun: list[str] = []
+    for cut in (True, False):
+        with contextlib.closing(final_run(place_of(study, store, tmp_path), tmp_path / "model")) as events:
+            for event in events:
+                if isinstance(event, TrialStarted):
+                    if cut and event.name == "base seed 1":
+                        break
+                    begun.append(event.name)
+    assert begun == ["final seed 0", "final seed 1", "base seed 0", "base seed 1"]
+    assert len(store.attribute("final")["base"]["per_seed"]) == 2
 
 
 def test_where_all_configurations_are_the_same_none_is_better(image_cache: Path, tmp_path: Path) -> None:
@@ -322,8 +415,9 @@ def test_where_all_configurations_are_the_same_none_is_better(image_cache: Path,
         found = store.attribute("final")
         assert conclusion(store) == "No configuration is better than another: all 3 trials have the same one."
         if found["trial"] != 0:  # equal configurations and seeds: the same weights, so nothing can differ
-            assert found["base"]["weights"] == found["per_seed"][0]["weights"]
-            assert found["mcnemar"] == {"only_first": 0, "only_second": 0, "p": 1.0}
+            weights = [[each["weights"] for each in result["per_seed"]] for result in (found, found["base"])]
+            assert weights[0] == weights[1]
+            assert (found["comparison"]["difference"], found["comparison"]["p"]) == (0.0, 1.0)
 
 
 def test_what_the_choice_adds_is_computed_from_the_trials_validation_hits(
@@ -376,7 +470,7 @@ def test_a_rerank_that_is_cut_off_goes_on_and_trains_nothing_twice(
             list(search(study, store, NoTracker(), CPU, place.checkpoints))
             for _ in range(cuts):
                 with monkeypatch.context() as patched:
-                    patched.setattr(Store, "set_attribute", _killed)
+                    patched.setattr(Store, "set_as_leader", _killed)
                     with pytest.raises(KeyboardInterrupt):
                         list(rerank(place))
             list(rerank(place))
