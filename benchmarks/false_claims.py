@@ -19,20 +19,21 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable
-from statistics import NormalDist
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import bdtr, stdtr
+from scipy.special import bdtr, ndtri, stdtr
 
 from harness.evidence import ALPHA, compare
 from harness.seeds import derive_seed
 
-ACCURACY, IMAGES, SEEDS = 0.975, 6149, 3  # what the real study is expected to reach, on its test images
+ACCURACY = 0.975  # what the real study is expected to reach
+SIZES = ((3, 6149), (5, 6149), (2, 6149), (3, 1020))  # seeds, and test images: as many as the real study has, or fewer
 SPREADS = (0.0, 0.15, 0.25, 0.35, 0.5)  # points
 DIFFERENCES = (0.5, 1.0)  # points
 SHARED = 0.85  # of the variance between images is the image's; the rest differs from training to training
@@ -41,21 +42,21 @@ RESAMPLES = 100
 Hits = NDArray[np.bool_]
 
 
-def study(
-    draw: np.random.Generator, seeds: int, images: int, spread: float, difference: float, own: float
-) -> list[Hits]:
-    """The hits [seeds, images] of two configurations; `spread` and `difference` are shares."""
-    shared = normal(draw, SHARED * (1 - own), images)
-    found = []
-    for side in (0.5, -0.5):
-        level = np.clip(ACCURACY + side * difference + spread * draw.standard_normal(seeds), 0.001, 0.9999)
-        border = np.array([[-NormalDist().inv_cdf(each)] for each in level], dtype=np.float32)
-        found.append(shared + normal(draw, SHARED * own, images) + normal(draw, 1 - SHARED, seeds, images) > border)
-    return found
+def latent(draw: np.random.Generator, seeds: int, images: int, own: float) -> list[NDArray[np.float32]]:
+    """All but the levels, for each of two configurations [seeds, images]; of variance 1."""
+
+    def normal(variance: float, *shape: int) -> NDArray[np.float32]:
+        return draw.standard_normal(shape, dtype=np.float32) * np.float32(math.sqrt(variance))
+
+    shared = normal(SHARED * (1 - own), images)
+    return [shared + normal(SHARED * own, images) + normal(1 - SHARED, seeds, images) for _ in range(2)]
 
 
-def normal(draw: np.random.Generator, variance: float, *shape: int) -> NDArray[np.float32]:
-    return draw.standard_normal(shape, dtype=np.float32) * np.float32(math.sqrt(variance))
+def hits(parts: list[NDArray[np.float32]], chance: NDArray[Any], spread: float, difference: float) -> tuple[Hits, Hits]:
+    """Which images are right [seeds, images]; `chance` [2, seeds] moves the accuracies by so many spreads (points)."""
+    accuracy = ACCURACY + (spread * chance + difference * np.array([[0.5], [-0.5]])) / 100
+    border = -ndtri(np.clip(accuracy, 0.001, 0.9999)).astype(np.float32)[:, :, None]
+    return parts[0] > border[0], parts[1] > border[1]
 
 
 def mcnemar(first: Hits, second: Hits, draw: np.random.Generator) -> bool:
@@ -90,32 +91,37 @@ def ours(first: Hits, second: Hits, draw: np.random.Generator) -> bool:
     return p is not None and p < ALPHA
 
 
-RULES: dict[str, Callable[[Hits, Hits, np.random.Generator], bool]] = {
-    "McNemar, one seed": mcnemar,
-    "bootstrap, seeds paired": bootstrap,
-    "t, seeds paired": paired,
-    "t, as the report": ours,
+Rule = Callable[[Hits, Hits, np.random.Generator], bool]
+RULES: dict[str, tuple[Rule, int]] = {  # and the number of studies that a slow one is applied to
+    "McNemar, one seed": (mcnemar, 10**9),
+    "bootstrap, seeds paired": (bootstrap, 1000),
+    "t, seeds paired": (paired, 10**9),
+    "t, as the report": (ours, 10**9),
 }
+Shares = dict[tuple[float, float, float], list[float]]  # of each rule, by spread, difference and `own`
 
 
-def claims(studies: int, *setting: Any) -> list[float]:
-    """The share of studies with a claim by each rule, in percent."""
-    draw = np.random.default_rng(derive_seed("false claims", *map(str, setting)))
-    found = np.zeros(len(RULES))
-    for _ in range(studies):
-        hits = study(draw, *setting)
-        found += [rule(*hits, draw) for rule in RULES.values()]
-    return [float(each) for each in 100 * found / studies]
+def claims(studies: int, seeds: int, images: int, settings: list[tuple[float, float, float]]) -> Shares:
+    """The share of studies with a claim by each rule, in percent; the settings share what is drawn."""
+    draw = np.random.default_rng(derive_seed("false claims", seeds, images))
+    found = {setting: [0] * len(RULES) for setting in settings}
+    for number in range(studies):
+        parts = {own: latent(draw, seeds, images, own) for own in (0.0, OWN)}
+        chance = draw.standard_normal((2, seeds))
+        for (spread, difference, own), counts in found.items():
+            pair = hits(parts[own], chance, spread, difference)
+            for place, (rule, most) in enumerate(RULES.values()):
+                counts[place] += number < most and rule(*pair, draw)
+    of = [min(studies, most) for _, most in RULES.values()]
+    return {setting: [100 * n / m for n, m in zip(counts, of, strict=True)] for setting, counts in found.items()}
 
 
-def table(settings: list[tuple[int, int, float]], sides: list[tuple[float, float]], studies: int) -> None:
-    """A row a setting (seeds, images, spread in points); a cell holds the share for each difference and `own`."""
-    head = ["seeds", "images", "spread", *RULES]
-    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for seeds, images, spread in settings:
-        shares = [claims(studies, seeds, images, spread / 100, points / 100, own) for points, own in sides]
-        cells = [" / ".join(f"{each:.1f}" for each in cell) for cell in zip(*shares, strict=True)]
-        print(f"| {' | '.join([str(seeds), f'{images:,}', f'{spread:g}', *cells])} |", flush=True)
+def rows(seeds: int, images: int, found: Shares, sides: list[tuple[float, float]]) -> Iterator[str]:
+    """A row a spread; a cell holds the shares of all (difference, own) in `sides`."""
+    for spread in SPREADS:
+        columns = zip(*(found[spread, difference, own] for difference, own in sides), strict=True)
+        cells = [" / ".join(f"{each:.1f}" for each in column) for column in columns]
+        yield f"| {' | '.join([str(seeds), f'{images:,}', f'{spread:g}', *cells])} |"
 
 
 def main() -> None:
@@ -124,19 +130,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", type=int, default=1000, help="per setting (default: %(default)s)")
     studies = parser.parse_args().studies
-    first, second = study(np.random.default_rng(0), 2, 1_000_000, 0.0, 0.0, 0.0)[0]
+    first, second = hits(latent(np.random.default_rng(0), 1, 1_000_000, 0.0), np.zeros((2, 1)), 0.0, 0.0)
     error = 100 * math.sqrt(ALPHA * (1 - ALPHA) / studies)
     print(
-        f"{describe()}\n{studies:,} studies a setting (standard error {error:.2f} at 5 %), accuracy {ACCURACY:.1%}; "
-        f"two trainings of one configuration differ on {(first != second).mean():.1%} of the images\n\n"
-        "False claims, same / other, percent of the studies:\n"
+        f"{describe()}\n{studies:,} studies a setting (standard error {error:.2f} at 5 %; of the bootstrap at most "
+        f"{RULES['bootstrap, seeds paired'][1]:,}), accuracy {ACCURACY:.1%}; two trainings of one configuration differ "
+        f"on {(first != second).mean():.1%} of the images\n"
     )
-    settings = [(seeds, IMAGES, spread) for seeds in (SEEDS, 5, 2) for spread in SPREADS]
-    few = [(SEEDS, 1020, spread) for spread in SPREADS]
-    table(settings + few, [(0.0, 0.0), (0.0, OWN)], studies)
+    none, power = [(0.0, 0.0), (0.0, OWN)], [(difference, OWN) for difference in DIFFERENCES]
+    settings = [(spread, *side) for spread in SPREADS for side in (*none, *power)]
+    found = {}
+    for size in SIZES:
+        found[size] = claims(studies, *size, settings)
+        print(f"{size[0]} seeds on {size[1]:,} images done", file=sys.stderr, flush=True)
     points = " / ".join(f"{each:g}" for each in DIFFERENCES)
-    print(f"\nPower at a true difference of {points} points (other), percent of the studies:\n")
-    table(settings, [(difference, OWN) for difference in DIFFERENCES], studies)
+    for title, sides in (("False claims (same / other)", none), (f"Power at {points} points (other)", power)):
+        print(f"{title}, percent of the studies:\n\n| seeds | images | spread | {' | '.join(RULES)} |")
+        print(f"|{'---|' * (3 + len(RULES))}")
+        print("\n".join(row for size, shares in found.items() for row in rows(*size, shares, sides)), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ import dataclasses
 import html
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy
 import torch
 
 from harness import final
@@ -20,9 +21,10 @@ from harness.cli import main
 from harness.config import FinalConfig, Study
 from harness.data import tensors
 from harness.engine import Runtime
-from harness.errors import InputError
+from harness.errors import Halt, InputError
 from harness.evidence import compare
 from harness.final import final_run
+from harness.leases import LeaseLost
 from harness.model_card import card
 from harness.opening import open_store
 from harness.overview import conclusion, final_sentence, overview, summary
@@ -35,7 +37,7 @@ from harness.saved_model import load_saved
 from harness.space import Choice
 from harness.storage import Store
 from harness.study import WANTED, run, search
-from harness.tracking import NoTracker, expected_runs
+from harness.tracking import NoRun, NoTracker, expected_runs
 from tests.analytic import epoch_result
 from tests.faulty import CommandLine, one_sentence
 from tests.small import small_study
@@ -112,17 +114,129 @@ def test_an_opening_and_its_result_are_lines_of_the_ledger(study: Study, store: 
     assert (result["hash"], found["test_openings"]) == (found["ledger"], 1)
 
 
-def test_killed_after_the_opening_the_same_opening_goes_on(
+def test_stopped_anywhere_after_the_opening_the_same_opening_goes_on_to_the_same_result(
     study: Study, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("load_test", "_with_result", "save_model", "_duplicates"):
+    """By Ctrl-C, or for want of room: the result and its line are there together, or neither is."""
+    with open_store(study, f"sqlite:///{tmp_path}/straight.db") as other:
+        everything(study, other, tmp_path / "straight")
+        straight = told(other)
+    before = [(final, name) for name in ("load_test", "evaluated", "thumbnails", "_duplicates", "_with_result")]
+    before += [(final, name) for name in ("keep_check_images", "save_model", "record_files")]
+    last = [(Store, "set_as_leader"), (sqlalchemy.engine.Connection, "_commit_impl")]
+    for number, (of, name) in enumerate([*before, *last]):
+        stop = (_killed, _no_room)[number % 2]
         with monkeypatch.context() as patched:
-            patched.setattr(final, name, _killed)
-            with pytest.raises(KeyboardInterrupt):
+            patched.setattr(of, name, stop if name != "_commit_impl" else _at_the_result(stop))
+            with pytest.raises((KeyboardInterrupt, Halt)):
                 everything(study, store, tmp_path)
+        assert store.attribute("final") is None, name
+        assert [line["event"] for line in store.ledger()] in ([], ["opened"]), name
+    with monkeypatch.context() as patched:
+        patched.setattr(NoRun, "metrics", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            everything(study, store, tmp_path)
+    assert store.attribute("final")["ledger"] == store.ledger()[-1]["hash"]
+    everything(study, store, tmp_path)
+    assert [(line["event"], line.get("reason")) for line in store.ledger()] == [("opened", None), ("result", None)]
+    assert told(store) == straight
+    assert store.attribute("final")["test_openings"] == 1
+    better_trial(study, store)
+    assert store.needs_reason()
+
+
+def told(store: Store) -> list[tuple[int, int, str]]:
+    """The test result, and of which weights it is."""
+    return [(each["seed"], each["correct"], each["weights"]) for each in store.attribute("final")["per_seed"]]
+
+
+def _no_room(*_: Any) -> None:
+    raise Halt("There is no room.")
+
+
+def _at_the_result(stop: Callable[..., None]) -> Callable[..., None]:
+    """A commit that is stopped when it would write the result."""
+    commit = sqlalchemy.engine.Connection._commit_impl
+
+    def stopped(connection: sqlalchemy.engine.Connection) -> None:
+        if connection.in_transaction():
+            query = "SELECT 1 FROM study_user_attributes WHERE key = 'final'"
+            if connection.exec_driver_sql(query).first() is not None:
+                stop()
+        commit(connection)
+
+    return stopped
+
+
+def test_the_ledger_knows_a_result_that_is_missing_and_asks_for_a_reason(
+    study: Study, store: Store, tmp_path: Path
+) -> None:
+    """As where the two were written apart, and something came between."""
+    everything(study, store, tmp_path)
+    whole, straight = store.attribute("final"), told(store)
+    _lose(tmp_path / "tiny.db", "final")
+    assert not store.needs_reason()
+    everything(study, store, tmp_path)
+    assert (told(store), store.attribute("final")["ledger"]) == (straight, whole["ledger"])
+    assert [line["event"] for line in store.ledger()] == ["opened", "result"]
+    _lose(tmp_path / "tiny.db", "final")
+    number = better_trial(study, store)
+    assert store.needs_reason()
     everything(study, store, tmp_path)
     assert [line["event"] for line in store.ledger()] == ["opened", "result"]
-    assert store.attribute("final")["test_openings"] == 1
+    known = ("trial", "correct", "total", "accuracy", "interval", "spread", "test_openings", "ledger")
+    assert {key: store.attribute("final")[key] for key in known} == {key: whole[key] for key in known}
+    assert store.ledger_fault() is None
+    shown = summary("tiny", store, "nowhere")
+    assert f"{whole['correct']} correct of {whole['total']}" in shown
+    assert store.why_closed() in shown
+    assert write_report("tiny", store, "nowhere", tmp_path).is_file()
+    everything(study, store, tmp_path, reason="a longer search")
+    assert store.attribute("final")["trial"] == number
+    assert [line.get("reason") for line in store.ledger()] == [None, None, "a longer search", None]
+
+
+def _lose(database: Path, attribute: str) -> None:
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.execute("DELETE FROM study_user_attributes WHERE key = ?", (attribute,))
+        connection.commit()
+
+
+@pytest.mark.parametrize("moment", ["thumbnails", "record_files"])
+def test_a_leader_that_stood_still_does_not_overwrite(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    url = f"sqlite:///{tmp_path}/led.db"
+    with open_store(study, url) as late, open_store(study, url, joining=True) as next_one:
+        overtaken(study, late, next_one, tmp_path, monkeypatch, moment)
+
+
+def overtaken(
+    study: Study, late: Store, next_one: Store, folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The leader stands still at `moment`, the last before it writes, until another one has ended its work."""
+    list(search(study, late, NoTracker(), CPU, folder / "checkpoints"))
+    written, go_on = [], getattr(final, moment)
+
+    def stand_still(*args: Any) -> Any:
+        monkeypatch.setattr(final, moment, go_on)
+        with late._engine.begin() as connection:  # type: ignore[union-attr]
+            connection.execute(sqlalchemy.text("UPDATE harness_leases SET until = 0"))
+        assert next_one.lead()
+        list(final_run(place_of(study, next_one, folder), folder / "model"))
+        written.append((next_one.attribute("final"), next_one.ledger()))
+        return go_on(*args)
+
+    assert late.lead()
+    monkeypatch.setattr(final, moment, stand_still)
+    monkeypatch.setattr(final, "_now", lambda: {"time": f"2026-11-22T10:00:0{len(written)}+00:00", "commit": "abc"})
+    with pytest.raises(LeaseLost):
+        list(final_run(place_of(study, late, folder), folder / "model"))
+    assert [(late.attribute("final"), late.ledger())] == written
+    assert [line["event"] for line in late.ledger()] == ["opened", "result"]
+    with pytest.raises(LeaseLost):
+        late.set_as_leader({"rerank": {}})
+    assert late.attribute("rerank") is None
 
 
 def _killed(*_: Any) -> None:
@@ -230,7 +344,7 @@ def test_an_opening_that_was_cut_off_does_not_close_the_test_set_for_a_better_tr
     assert not store.needs_reason()
     everything(study, store, tmp_path)
     assert store.attribute("final")["trial"] == number
-    assert f"opening for trial {first} was cut off" in store.ledger()[1]["reason"]
+    assert store.ledger()[1]["reason"] == f"the opening for trial {first} was cut off before its result was recorded"
 
 
 @pytest.mark.parametrize("change", [{"accuracy": 0.99}, {"correct": 63}, {"trial": 9}])
