@@ -210,13 +210,12 @@ def _write_opening(store: Store, chosen: TrialRecord, configuration: str, reason
     lines, before = store.ledger(), store.attribute("final")
     if not lines and before is not None:
         known = {"event": ledger.OPENED, "trial": before["trial"], "configuration": None}
-        entry = _now() | known | {"reason": "opened before there was a ledger"}
-        store.set_as_leader({"ledger": store.extended_ledger(entry)})
+        store.add_to_ledger(_now() | known | {"reason": "opened before there was a ledger"})
     if not lines or lines[-1]["trial"] != chosen.number:
         if lines and lines[-1]["event"] == ledger.OPENED and reason is None:
             reason = f"the opening for trial {lines[-1]['trial']} was cut off before its result was recorded"
         entry = {"event": ledger.OPENED, "trial": chosen.number, "configuration": configuration, "reason": reason}
-        store.set_as_leader({"ledger": store.extended_ledger(_now() | entry)})
+        store.add_to_ledger(_now() | entry)
 
 
 def _with_result(store: Store, final: Mapping[str, Any]) -> list[ledger.Line]:

@@ -269,7 +269,7 @@ def _compared(store: Store) -> str:
             "No configuration is shown to be better than another: with one seed of the base, how far seeds lie apart "
             "is not known; final.seeds of 2 or more would tell."
         )
-    if found is None:
+    if found is None or found["p"] is None:
         return "The best configuration was not compared with the base configuration on the test set."
     sentence, p = comparison_sentence(found), found["p"]
     if p >= ALPHA:

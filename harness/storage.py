@@ -308,6 +308,10 @@ class Store:
         """The ledger with one more line, not written yet. Raises InputError when a line is not as it was written."""
         return ledger.appended(self.ledger(), self.attribute("uid") or "", entry)
 
+    def add_to_ledger(self, entry: Line) -> None:
+        """Write a line, as the leader."""
+        self.set_as_leader({"ledger": self.extended_ledger(entry)})
+
     @outlasting
     def ask(self, study: Study, at_most: int | None = None) -> Asked:
         """The next trial to evaluate: an interrupted one first, under its own number and parameters, else a new one.
