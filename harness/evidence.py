@@ -66,8 +66,8 @@ def compare(first: NDArray[Any], second: NDArray[Any]) -> Comparison:
     Both the seeds and the images are a sample. The variance of the difference of the mean hits has three parts: that
     of each configuration's seeds, and that of the images, each with the mean of its hits over the seeds (Owen, "The
     pigeonhole bootstrap", 2007). Student's t has the degrees of freedom of Welch (1947) and Satterthwaite (1946).
-    The images are taken in pairs; the seeds are not, which would leave half of the degrees of freedom: see
-    benchmarks/false_claims.py.
+    The images are taken in pairs; the seeds are not, for that would leave half of the degrees of freedom, with which
+    the error is not held (benchmarks/false_claims.py). Where a seed does the same to both, this is on the safe side.
     """
     from scipy.special import stdtr, stdtrit  # Student's t: its distribution function, and the inverse
 

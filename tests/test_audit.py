@@ -247,8 +247,8 @@ def test_the_sentences_of_a_partial_audit() -> None:
         "command goes on.",
         "Pruning saved 6.0 s, 23.08 % of what the search would have taken without it.",
         "0 of the 1 would have beaten the winner, trial 0 with a validation accuracy of 80.00 %: 0.00 % of the pruned "
-        "trials, 95 % interval 0.00 % to 50.00 % (hypergeometric, exact). That is a lower bound, for the winner's value "
-        "was selected as the highest and looks better than it is.",
+        "trials, 95 % interval 0.00 % to 50.00 % (hypergeometric, exact). That is a lower bound, for the winner's "
+        "value was selected as the highest and looks better than it is.",
         f"The best of them, trial {number}, reached 20.00 %.",
         "Where trials were pruned, the rank correlation with the end (Spearman) is 0.78 after epoch 1, "
         "0.78 after epoch 2. That is a hint only, from 3 trials.",
