@@ -61,8 +61,8 @@ def final_run(place: Place, folder: Path, reason: str | None = None) -> Iterator
     A seed that was trained before an interruption is not trained again, for its last checkpoint stays until the result
     is recorded. When the result is there and only the weights are lost, their seed is trained once more, and the test
     set stays closed. It also stays closed when it was opened for another trial and no `reason` is given. Does nothing
-    when no trial is complete. Raises LeaseLost before the opening when another process does this by now, and InputError
-    when the model in `folder` is another study's.
+    when no trial is complete. Raises LeaseLost, with nothing recorded, when another process does this by now, and
+    InputError when the model in `folder` is another study's.
     """
     study, store = place.study, place.store
     chosen = store.chosen()
