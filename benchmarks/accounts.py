@@ -32,7 +32,15 @@ PARTS = {  # of innermost names the time is counted; what is named nowhere is "t
     },
     "storage": {
         "harness.opening": ["open_store", "exists"],
-        "harness.storage.Store": ["attribute", "finished", "trials", "best", "has_final", "set_attribute"],
+        "harness.storage.Store": [
+            "attribute",
+            "finished",
+            "trials",
+            "best",
+            "has_final",
+            "set_attribute",
+            "set_as_leader",
+        ],
         "harness.database": ["check_database", "check_writable"],
     },
     "storage: ask": {"harness.storage.Store": ["ask"]},

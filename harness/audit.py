@@ -70,6 +70,8 @@ def _front(order: Sequence[int], done: Collection[int]) -> list[int]:
 def record(trials: Sequence[Course], results: Mapping[str, Mapping[str, Any]], asked: int, seed: int) -> dict[str, Any]:
     """What the storage keeps of an audit and `show --json` shows; `asked` is the size of the sample when it is whole.
 
+    `better` and what follows from it (`share_better`, `interval`) are lower bounds: the winner's value was selected as
+    the highest, so it looks better than it is, and those of the audited trials were not.
     `results` are the audited trials by number: each one's whole "curve", which is shorter than planned when the trial
     diverged. Only the front of the drawing order counts, for it alone is a random sample. Raises ValueError when no
     trial is complete, or the first one of the order is not audited.
@@ -94,6 +96,7 @@ def record(trials: Sequence[Course], results: Mapping[str, Mapping[str, Any]], a
         "winner": {"trial": winner.number, "value": winner.curve[-1]},
         "best_audited": {"trial": best, "value": None if ends[best] == LOST else ends[best]},
         "better": better,
+        "better_is_lower_bound": True,
         "tied": sum(end == winner.curve[-1] for end in ends.values()),
         "diverged": sum(end == LOST for end in ends.values()),
         "share_better": better / len(sample),
@@ -213,7 +216,8 @@ def _winner_sentences(record: Mapping[str, Any]) -> list[str]:
         share += f", 95 % interval {percent(low)} to {percent(high)} (hypergeometric, exact)"
     first = (
         f"{record['better']:,} of the {record['audited']:,} would have beaten the winner, trial {winner['trial']} with "
-        f"a validation accuracy of {percent(winner['value'])}{too}: {share}."
+        f"a validation accuracy of {percent(winner['value'])}{too}: {share}. That is a lower "
+        "bound, for the winner's value was selected as the highest and looks better than it is."
     )
     if best["value"] is None:
         return [first, "None of them came to its end: all diverged."]

@@ -217,7 +217,7 @@ class FinalConfig:
     seeds: int = 3
     fit_on: Literal["train", "train+val"] = "train+val"
     rerank: int = 0  # so many of the best are retrained on fresh seeds before one is chosen; 0: the search chooses
-    compare_base: bool = True  # train the base configuration, too, and compare the two on the test set
+    compare_base: bool = True  # train the base from the same seeds, too, and compare the two on the test set
     publish: bool = location(True)  # export the final model, and register it in MLflow
 
     def __post_init__(self) -> None:
@@ -228,7 +228,7 @@ class FinalConfig:
 
     def trainings(self, trials: int) -> int:
         """How many trainings come after a search of so many trials, at most."""
-        return self.seeds + self.compare_base + min(self.rerank, trials) * self.seeds
+        return self.seeds * (1 + self.compare_base + min(self.rerank, trials))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,6 +64,7 @@ class Display:
         self._forecast = self._waiting = False  # whether it was said
         self._heard = False  # whether anything has happened
         self._begun = 0  # trainings after the search, those that were done before this process among them
+        self._compares = study.final.compare_base  # whether the base is trained, too
         self._look()
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
 
@@ -167,23 +168,23 @@ class Display:
         if not _is_trial(event.name) and event.name not in self._under_way:
             looks, seeds = self._second_looks(), self._study.final.seeds
             kind = event.name.partition(" ")[0]
-            place = {"rerank": self._begun, "final": looks + event.number, "base": looks + seeds}[kind]
+            place = {"final": looks + event.number, "base": looks + seeds + event.number}.get(kind, self._begun)
+            if kind == "final" and (chosen := self._store.chosen()) is not None and chosen.number == 0:
+                self._compares = False
             self._begun = max(self._begun, place + 1)
         self._under_way[event.name] = event
 
     def _trainings(self) -> int:
-        """How many trainings after the search have not ended: second looks at the best, the seeds, and the base."""
-        final = self._study.final
+        """How many trainings after the search have not ended: second looks at the best, its seeds, and the base's."""
         under_way = sum(not _is_trial(name) for name in list(self._under_way))
         if self._settled and not self._reopening:
             return under_way  # at most a lost model's seed: the test set was opened
-        if not under_way and self._begun >= self._second_looks() + final.seeds:
-            return 0  # where the base is the chosen one, it is not trained again
-        return final.trainings(self._study.trials) - self._begun + under_way
+        all_of_them = self._second_looks() + self._study.final.seeds * (1 + self._compares)
+        return all_of_them - self._begun + under_way
 
     def _second_looks(self) -> int:
         final = self._study.final
-        return final.trainings(self._study.trials) - final.seeds - final.compare_base
+        return final.trainings(self._study.trials) - final.seeds * (1 + final.compare_base)
 
     def _render(self) -> RenderableType:
         left, asked = self._left(), max(self._asked, self._finished)

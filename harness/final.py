@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 
 from harness import ledger
@@ -26,7 +27,7 @@ from harness.data.augment import MEAN, STD
 from harness.data.duplicates import find
 from harness.data.tensors import ImageSet, items_of, load_split, load_test
 from harness.environment import git_commit
-from harness.evidence import balanced_accuracy, mcnemar, selection_excess, wilson
+from harness.evidence import balanced_accuracy, compare, selection_excess, wilson
 from harness.experiment import evaluation_of
 from harness.files import replace_file
 from harness.opening import (
@@ -60,8 +61,8 @@ def final_run(place: Place, folder: Path, reason: str | None = None) -> Iterator
     A seed that was trained before an interruption is not trained again, for its last checkpoint stays until the result
     is recorded. When the result is there and only the weights are lost, their seed is trained once more, and the test
     set stays closed. It also stays closed when it was opened for another trial and no `reason` is given. Does nothing
-    when no trial is complete. Raises LeaseLost before the opening when another process does this by now, and InputError
-    when the model in `folder` is another study's.
+    when no trial is complete. Raises LeaseLost, with nothing recorded, when another process does this by now, and
+    InputError when the model in `folder` is another study's.
     """
     study, store = place.study, place.store
     chosen = store.chosen()
@@ -79,11 +80,12 @@ def final_run(place: Place, folder: Path, reason: str | None = None) -> Iterator
             yield from _make_again(place, chosen, folder)
         return
     store.ledger()  # an edited one is named before hours of training
+    _repair(place, chosen)
     if reason is None and (why := store.why_closed()) is not None:
         print(why, file=sys.stderr)
         return
     seeds = [Retraining(place, "final", chosen, number) for number in range(study.final.seeds)]
-    base = _base(place, chosen)
+    base = _base_seeds(place, chosen)
     yield from place.ahead([*seeds, *base])
     for retraining in [*seeds, *base]:
         yield from retraining.train()
@@ -121,11 +123,28 @@ def _make_again(place: Place, chosen: TrialRecord, folder: Path) -> Iterator[Eve
     seed.end()
 
 
-def _base(place: Place, chosen: TrialRecord) -> list[Retraining]:
-    """The base configuration's training to compare with: one, or none where it is the chosen one or did not train."""
-    base = next(trial for trial in place.store.trials() if trial.number == 0)
+def _base_seeds(place: Place, chosen: TrialRecord) -> list[Retraining]:
+    """The base configuration's trainings to compare with, from the same seeds; none where it is the chosen one, or did
+    not train."""
+    final, base = place.study.final, next(trial for trial in place.store.trials() if trial.number == 0)
     comparable = chosen.number != 0 and base.state in ("complete", "pruned")
-    return [Retraining(place, "base", base, 0)] if place.study.final.compare_base and comparable else []
+    seeds = final.seeds if final.compare_base and comparable else 0
+    return [Retraining(place, "base", base, number) for number in range(seeds)]
+
+
+def _repair(place: Place, chosen: TrialRecord) -> None:
+    """Have the final result say what the ledger does, as far as its line goes, where the two were written apart.
+
+    For the trial that is chosen the opening goes on, and gives the whole of it.
+    """
+    store, lines = place.store, ledger.results(place.store.ledger())
+    known = store.attribute("final")
+    if not lines or lines[-1]["trial"] == chosen.number or (known or {}).get("ledger") == lines[-1]["hash"]:
+        return
+    seeds = [seed | {"accuracy": seed["correct"] / seed["total"]} for seed in lines[-1]["seeds"]]
+    about = {"trial": lines[-1]["trial"], "fit_on": place.study.final.fit_on, "ledger": lines[-1]["hash"]}
+    opened = len(ledger.openings(store.ledger()))
+    store.set_as_leader({"final": summary(seeds) | about | {"test_openings": opened}})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,33 +167,38 @@ def _open_test_set(
     saved = seeds[0].trained()
     results = [evaluated(seeds[0], saved, test)]
     results += [evaluated(each, each.trained(), test) for each in seeds[1:]]
-    against = [evaluated(each, each.trained(), load_test(each.config.data)) for each in base]
+    test_of_base = load_test(base[0].config.data) if base else test
+    against = [evaluated(each, each.trained(), test_of_base) for each in base]
     final = summary([result.record for result in results]) | {
         "trial": chosen.number,
         "fit_on": place.study.final.fit_on,
-        "base": None,
-        "mcnemar": None,
+        "base": summary([result.record for result in against]) | {"trial": base[0].trial.number} if base else None,
+        "comparison": None,
         "selection": selection(store),
         "test_openings": len(ledger.openings(store.ledger())),
     }
-    for result in against:
-        final["base"] = result.record | {"trial": base[0].trial.number}
-        if len(result.hits) == len(results[0].hits):  # a space may change the data set itself
-            final["mcnemar"] = mcnemar(results[0].hits, result.hits).to_dict()
-    final["ledger"] = _write_result(store, final)
-    keep_check_images(folder, test)
-    save_model(store, folder, saved, chosen, final)
-    record_files(store, folder, WEIGHTS, DESCRIPTION, CHECK_FILE)
+    if base and len(test_of_base) == len(test):  # a space may change the data set itself
+        best, other = (numpy.stack([each.hits for each in found]) for found in (results, against))
+        final["comparison"] = compare(best, other).to_dict()
     predictions = {
         "classes": list(saved.classes),
         "labels": pack(test.labels.numpy().astype("uint16")),
         "seeds": [result.predictions for result in results],
-        "base": next((result.predictions for result in against), None),
+        "base": [result.predictions for result in against],
     }
-    store.set_attribute("predictions", predictions)
-    store.set_attribute("thumbnails", thumbnails(test.images, pictured(predictions)))
-    store.set_attribute("duplicates", _duplicates(seeds[0].config.data, test))
-    store.set_attribute("final", final)
+    kept = {
+        "predictions": predictions,
+        "thumbnails": thumbnails(test.images, pictured(predictions)),
+        "duplicates": _duplicates(seeds[0].config.data, test),
+    }
+    lines = _with_result(store, final)
+    final["ledger"] = lines[-1]["hash"]
+    # What can fail comes first, and then, all at once, the ledger's line and what it is about.
+    store.check_lead()
+    keep_check_images(folder, test)
+    save_model(store, folder, saved, chosen, final)
+    record_files(store, folder, WEIGHTS, DESCRIPTION, CHECK_FILE)
+    store.set_as_leader({"ledger": lines, "final": final, **kept})
     for retraining, result in zip([*seeds, *base], [*results, *against], strict=True):
         # Nobody sees a test result before it is recorded.
         tested = {"test_accuracy": result.record["accuracy"], "test_loss": result.record["loss"]}
@@ -188,20 +212,20 @@ def _write_opening(store: Store, chosen: TrialRecord, configuration: str, reason
         known = {"event": ledger.OPENED, "trial": before["trial"], "configuration": None}
         store.add_to_ledger(_now() | known | {"reason": "opened before there was a ledger"})
     if not lines or lines[-1]["trial"] != chosen.number:
-        if lines and before is None and reason is None:
-            reason = f"the opening for trial {lines[-1]['trial']} was cut off, and nobody saw its result"
+        if lines and lines[-1]["event"] == ledger.OPENED and reason is None:
+            reason = f"the opening for trial {lines[-1]['trial']} was cut off before its result was recorded"
         entry = {"event": ledger.OPENED, "trial": chosen.number, "configuration": configuration, "reason": reason}
         store.add_to_ledger(_now() | entry)
 
 
-def _write_result(store: Store, final: Mapping[str, Any]) -> str:
-    """The result's line in the ledger, once; returns its hash."""
+def _with_result(store: Store, final: Mapping[str, Any]) -> list[ledger.Line]:
+    """The ledger with the result's line, once; it is not written yet."""
     each = [{key: seed[key] for key in ("seed", "correct", "total", "weights")} for seed in final["per_seed"]]
     entry = {"event": ledger.RESULT, "trial": final["trial"], "seeds": each}
-    last = store.ledger()[-1]
-    if {key: last.get(key) for key in entry} == entry:
-        return str(last["hash"])
-    return store.add_to_ledger(_now() | entry)
+    lines = store.ledger()
+    if {key: lines[-1].get(key) for key in entry} == entry:
+        return lines
+    return store.extended_ledger(_now() | entry)
 
 
 def _duplicates(data: Dataset, test: ImageSet) -> dict[str, Any]:

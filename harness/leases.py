@@ -128,9 +128,12 @@ class Leases:
             return
         self.confirm(key)
 
-    def confirm(self, key: str) -> None:
-        """Raise LeaseLost unless the database says that this process holds the key."""
-        if not self._renew(key):
+    def confirm(self, key: str, within: sqlalchemy.Connection | None = None) -> None:
+        """Raise LeaseLost unless the database says that this process holds the key.
+
+        What is written `within` the same transaction is written while it does: who wants the key waits for its end.
+        """
+        if not self._renew(key, within):
             raise LeaseLost(key)
 
     def release(self, key: str) -> None:
@@ -162,12 +165,13 @@ class Leases:
             for key in list(self._held):
                 self.release(key)
 
-    def _renew(self, key: str) -> bool:
+    def _renew(self, key: str, within: sqlalchemy.Connection | None = None) -> bool:
         began = _clock()
         kept = self._execute(
             f"UPDATE harness_leases SET until = {self._now} + :seconds "
             f"WHERE study = :study AND key = :key AND owner = :owner",
             key,
+            within=within,
         )
         if not kept:
             self._held.pop(key, None)
@@ -187,10 +191,10 @@ class Leases:
             except SQLAlchemyError:
                 continue  # the time runs on; whoever works on it hears of the database's fault itself
 
-    def _execute(self, statement: str, key: str, gone: str = "") -> int:
+    def _execute(self, statement: str, key: str, gone: str = "", within: sqlalchemy.Connection | None = None) -> int:
         values = {"study": self._study, "key": key, "owner": self.owner, "seconds": self._seconds, "gone": gone}
         named = {name: value for name, value in values.items() if f":{name}" in statement}
-        with self._engine.begin() as connection:
+        with self._engine.begin() if within is None else contextlib.nullcontext(within) as connection:
             return connection.execute(sqlalchemy.text(statement), named).rowcount
 
 

@@ -88,6 +88,12 @@ def _is_seed(record: Any) -> bool:
     return isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in kinds.items())
 
 
+def base_of(final: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a final result says of the base configuration, None when it was not trained; older ones know one seed."""
+    base: dict[str, Any] | None = final.get("base")
+    return base if base is None or "per_seed" in base else base | {"per_seed": [base], "spread": None}
+
+
 def readable(lines: Any) -> list[Line]:
     """The lines that can be shown: those that hold what an opening or a result does. `fault` names the others."""
     return [line for line in lines if _is_line(line)] if isinstance(lines, list) else []
@@ -109,6 +115,11 @@ def _is_line(line: Any) -> bool:
 def openings(lines: Sequence[Line]) -> list[Line]:
     """The lines that opened the test set."""
     return [line for line in lines if line["event"] == OPENED]
+
+
+def results(lines: Sequence[Line]) -> list[Line]:
+    """The lines that say a result of an opening."""
+    return [line for line in lines if line["event"] == RESULT]
 
 
 def _hash(line: Line) -> str:

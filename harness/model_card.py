@@ -103,8 +103,8 @@ def _use(description: Mapping[str, Any], program: str | None) -> str:
 
 def _results(store: Store, final: Mapping[str, Any]) -> str:
     rows = [_row(str(each["seed"]), each) for each in final["per_seed"]]
-    if (base := final.get("base")) is not None:
-        rows.append(_row(f"base configuration, {base['seed']}", base))
+    if (base := ledger.base_of(final)) is not None:
+        rows += [_row(f"base configuration, {each['seed']}", each) for each in base["per_seed"]]
     head = ["seed", "correct", "test images", "accuracy", "balanced over the classes"]
     remarks = [final_sentence(dict(final)), _table(head, rows), conclusion(store), selection_sentence(dict(final))]
     return "\n\n".join(filter(None, [*remarks, _calibration(store)]))

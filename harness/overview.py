@@ -13,8 +13,8 @@ from harness.audit import audit_sentences
 from harness.cost import cost
 from harness.database import holder, sqlite_file
 from harness.errors import masked
-from harness.evidence import ALPHA, percent
-from harness.ledger import openings
+from harness.evidence import ALPHA, comparison_sentence, percent
+from harness.ledger import base_of, openings
 from harness.predictions import described
 from harness.storage import Store, TrialRecord
 
@@ -58,7 +58,7 @@ FINAL = (
     "fit_on",
     "test_openings",
     "base",
-    "mcnemar",
+    "comparison",
     "selection",
 )
 
@@ -68,9 +68,13 @@ def _final(store: Store) -> dict[str, Any] | None:
     final = store.attribute("final")
     if final is None:
         return None
-    shown = {key: final.get(key) for key in FINAL}
-    base = None if shown["base"] is None else _without_epochs(shown["base"])
-    return shown | {"per_seed": [_without_epochs(seed) for seed in final["per_seed"]], "base": base}
+    shown = {key: final.get(key) for key in FINAL} | _seeds_without_epochs(final)
+    base = base_of(final)
+    return shown | {"base": None if base is None else _without_epochs(base) | _seeds_without_epochs(base)}
+
+
+def _seeds_without_epochs(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {"per_seed": [_without_epochs(seed) for seed in result["per_seed"]]}
 
 
 def _tested(store: Store) -> dict[str, Any] | None:
@@ -259,17 +263,19 @@ def _compared(store: Store) -> str:
         return "Whether the best configuration is better than the base is not known before the test set is opened."
     if final["trial"] == 0:
         return "No configuration is shown to be better than another: the base configuration itself was chosen."
-    if (test := final.get("mcnemar")) is None:
+    base, found = base_of(final), final.get("comparison")
+    if base is not None and len(base["per_seed"]) == 1:
+        return (
+            "No configuration is shown to be better than another: with one seed of the base, how far seeds lie apart "
+            "is not known; final.seeds of 2 or more would tell."
+        )
+    if found is None or found["p"] is None:
         return "The best configuration was not compared with the base configuration on the test set."
-    gained, lost, p = test["only_first"], test["only_second"], test["p"]
-    counted = (
-        f"{gained:,} test images are right with the best alone and {lost:,} with the base alone, p = {p:.2g} "
-        "(McNemar, one seed each)"
-    )
+    sentence, p = comparison_sentence(found), found["p"]
     if p >= ALPHA:
-        return f"No configuration is shown to be better than another: {counted}."
-    word = "better" if gained > lost else "worse"
-    return f"The best configuration is {word} than the base configuration: {counted}."
+        return f"No configuration is shown to be better than another: {sentence}."
+    word = "better" if found["difference"] > 0 else "worse"
+    return f"The best configuration is {word} than the base configuration: {sentence}."
 
 
 def rerank_sentence(record: dict[str, Any] | None) -> str | None:

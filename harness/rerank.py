@@ -41,11 +41,11 @@ def rerank(place: Place) -> Iterator[Event]:
             assert val is not None, "a choice is made by the validation images"
             counted = {"correct": val.correct, "total": val.total, "accuracy": val.accuracy}
             done.append(retraining.record(training) | counted)
-            store.set_attribute("rerank", {"candidates": numbers, "results": results, "chosen": None})
+            store.set_as_leader({"rerank": {"candidates": numbers, "results": results, "chosen": None}})
             retraining.end()
     # Equal means: the one that the search liked better, which comes first.
     chosen = max(numbers, key=lambda number: mean_accuracy(results[str(number)]))
-    store.set_attribute("rerank", {"candidates": numbers, "results": results, "chosen": chosen})
+    store.set_as_leader({"rerank": {"candidates": numbers, "results": results, "chosen": chosen}})
 
 
 def mean_accuracy(results: list[dict[str, Any]]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,10 @@ from harness.tracking import trial_key
 P = ParamSpec("P")
 T = TypeVar("T")
 FINAL = "final"  # the key of what comes after the search
+SET_ATTRIBUTE = sqlalchemy.text(
+    "INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (:study, :key, :value) "
+    "ON CONFLICT (study_id, key) DO UPDATE SET value_json = excluded.value_json"
+)
 POLL_SECONDS = 0.5  # between two looks at what other processes are at
 
 
@@ -187,8 +192,10 @@ class Store:
         return ledger.fault(lines, self.attribute("uid") or "", final.get("ledger")) or ledger.difference(lines, final)
 
     def opened_for(self) -> int | None:
-        """The trial whose test result is known; None while nobody has seen one."""
-        final = self.attribute("final")
+        """The trial whose test result was recorded last, by the ledger if there is one; None while none was."""
+        final, found = self.attribute("final"), ledger.results(self.ledger_lines())
+        if found:
+            return int(found[-1]["trial"])
         return None if final is None else int(final["trial"])
 
     def needs_reason(self) -> bool:
@@ -274,7 +281,7 @@ class Store:
     def check_lead(self) -> None:
         """Raise LeaseLost when this process led, and another one does now, for this one was thought dead."""
         if self._leases is not None and self._leads:
-            self._leases.check(FINAL)
+            self._leases.confirm(FINAL)
 
     def leader(self) -> str | None:
         """Which other process does what comes after the search, for people to read; None when none does."""
@@ -293,11 +300,34 @@ class Store:
         self._study.set_user_attr(name, value)
         self._attributes = None
 
-    def add_to_ledger(self, entry: Line) -> str:
-        """Write a line; returns its hash. Raises InputError when a line before it is not as it was written."""
-        lines = ledger.appended(self.ledger(), self.attribute("uid") or "", entry)
-        self.set_attribute("ledger", lines)
-        return str(lines[-1]["hash"])
+    @outlasting
+    def set_as_leader(self, values: Mapping[str, Any]) -> None:
+        """Write attributes of the study, all of them or none.
+
+        Raises LeaseLost, with nothing written, when this process led, and another one does now. In memory, where no
+        other process is, they are written one after the other.
+        """
+        if self._engine is None:
+            for name, value in values.items():
+                self._study.set_user_attr(name, value)
+        else:
+            with self._engine.begin() as connection:
+                if self._leads:
+                    self.leases.confirm(FINAL, connection)  # first: from here on nobody else writes or leads
+                rows = [
+                    {"study": self._study._study_id, "key": name, "value": json.dumps(value)}
+                    for name, value in values.items()
+                ]
+                connection.execute(SET_ATTRIBUTE, rows)
+        self._attributes = None
+
+    def extended_ledger(self, entry: Line) -> list[Line]:
+        """The ledger with one more line, not written yet. Raises InputError when a line is not as it was written."""
+        return ledger.appended(self.ledger(), self.attribute("uid") or "", entry)
+
+    def add_to_ledger(self, entry: Line) -> None:
+        """Write a line, as the leader."""
+        self.set_as_leader({"ledger": self.extended_ledger(entry)})
 
     @outlasting
     def ask(self, study: Study, at_most: int | None = None) -> Asked:

@@ -105,7 +105,7 @@ def wanted_keys(study: Study, store: Store) -> set[str]:
     seeds = range(study.final.seeds)
     keys |= {rerank_key(trial.number, number) for trial in store.candidates(study.final.rerank) for number in seeds}
     if (chosen := store.chosen()) is not None:
-        keys |= {final_key(chosen.number, number) for number in seeds} | {base_key(0, 0)}
+        keys |= {key for number in seeds for key in (final_key(chosen.number, number), base_key(0, number))}
     return keys
 
 

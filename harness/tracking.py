@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from harness.environment import HARDWARE, git_commit, versions
 from harness.errors import masked
+from harness.ledger import base_of
 from harness.results import EpochResult
 from harness.seeds import derive_seed
 
@@ -105,8 +106,8 @@ def _retrainings(store: Store) -> Iterator[tuple[str, Callable[[int, int], str],
         yield from (("rerank", rerank_key, int(number), each) for each in results)
     if (final := store.attribute("final")) is not None:
         yield from (("final", final_key, final["trial"], each) for each in final["per_seed"])
-        if (base := final.get("base")) is not None:
-            yield "base", base_key, base["trial"], base
+        if (base := base_of(final)) is not None:
+            yield from (("base", base_key, base["trial"], each) for each in base["per_seed"])
 
 
 @dataclass(frozen=True)

@@ -224,6 +224,7 @@ def test_only_the_front_of_the_order_counts() -> None:
         record(COURSES, {str(second): {"curve": [0.1, 0.2, 0.9], **LAW}}, 1, 0)
     found = record(COURSES, {str(first): {"curve": [0.1, 0.2, 0.8], **LAW}}, 2, 0)
     assert (found["audited"], found["better"], found["tied"]) == (1, 0, 1)
+    assert found["better_is_lower_bound"]
     assert found["interval"] == [0.0, 0.5]
 
 
@@ -245,7 +246,8 @@ def test_the_sentences_of_a_partial_audit() -> None:
         "command goes on.",
         "Pruning saved 6.0 s, 23.08 % of what the search would have taken without it.",
         "0 of the 1 would have beaten the winner, trial 0 with a validation accuracy of 80.00 %: 0.00 % of the pruned "
-        "trials, 95 % interval 0.00 % to 50.00 % (hypergeometric, exact).",
+        "trials, 95 % interval 0.00 % to 50.00 % (hypergeometric, exact). That is a lower bound, for the winner's "
+        "value was selected as the highest and looks better than it is.",
         f"The best of them, trial {number}, reached 20.00 %.",
         "Where trials were pruned, the rank correlation with the end (Spearman) is 0.78 after epoch 1, "
         "0.78 after epoch 2. That is a hint only, from 3 trials.",
@@ -258,7 +260,7 @@ def test_the_sentences_of_a_whole_audit_name_what_was_not_repeated() -> None:
     results = {"1": {"curve": [0.05], **LAW, "state": "diverged"}, "3": moved}
     said = audit_sentences(record(COURSES, results, 2, 0))
     assert said[0] == "Of 5 trials 2 were pruned; all of them were trained to the end."
-    assert said[2].endswith(": 50.00 % of the pruned trials.")
+    assert ": 50.00 % of the pruned trials. That is a lower bound, for " in said[2]
     assert said[3] == "The best of them, trial 3, reached 90.00 %; 1 diverged."
     assert said[-1].endswith("trained on: trial 3 (Different from then: x).")
 

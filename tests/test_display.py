@@ -68,7 +68,7 @@ def test_the_final_run_takes_longer_when_it_trains_on_the_validation_images_too(
 
 def test_the_estimate_counts_the_base_and_the_second_look_at_the_best() -> None:
     every = make_study("cache", trials=10, final=FinalConfig(seeds=3, rerank=2))
-    assert seconds_left(every, 10, 3.0, None, 1.0) == (3 + 1 + 2 * 3) * 2 * 3.0
+    assert seconds_left(every, 10, 3.0, None, 1.0) == (3 + 3 + 2 * 3) * 2 * 3.0
 
 
 def test_the_estimate_is_never_negative() -> None:
@@ -222,10 +222,11 @@ def test_a_resumed_study_knows_what_is_left_from_the_trials_before(store: Store)
 
 def test_what_is_left_shrinks_in_the_final_run(store: Store) -> None:
     study = make_study("cache", trials=1, final=FinalConfig(seeds=3, fit_on="train", compare_base=True))
-    store.tell(store.ask(study), Completed(value=0.6), [epoch_result(1, 0.3), epoch_result(2, 0.6)], 1.0)
+    for value in (0.5, 0.6):
+        store.tell(store.ask(study), Completed(value=value), [epoch_result(1, 0.3), epoch_result(2, value)], 1.0)
     display = Display(study, store, Console(file=io.StringIO()))
     left = []
-    for name, number in (("final seed 0", 0), ("final seed 2", 2), ("base seed 0", 0)):
+    for name, number in (("final seed 0", 0), ("final seed 2", 2), ("base seed 0", 0), ("base seed 2", 2)):
         reached = Reached(epoch=1, step=0, steps=1, epochs=[])
         display.show(TrialStarted(name=name, number=number, params={}, epochs=2, resumed=False, progress=reached))
         left.append(display._left())
@@ -233,8 +234,17 @@ def test_what_is_left_shrinks_in_the_final_run(store: Store) -> None:
             display.show(EpochEnded(name=name, number=number, result=epoch_result(epoch, 0.5)))
             if epoch == 1:
                 left.append(display._left())
-    assert left == [4.0, 3.5, 2.0, 1.5, 1.0, 0.5]
+    assert left == [6.0, 5.5, 4.0, 3.5, 3.0, 2.5, 1.0, 0.5]
     assert display._left() == 0.0
+
+
+def test_where_the_base_is_the_chosen_one_it_is_not_trained_again(store: Store) -> None:
+    study = make_study("cache", trials=1, final=FinalConfig(seeds=3, fit_on="train", compare_base=True))
+    store.tell(store.ask(study), Completed(value=0.6), [epoch_result(1, 0.3), epoch_result(2, 0.6)], 1.0)
+    display = Display(study, store, Console(file=io.StringIO()))
+    assert display._left() == 6.0  # a better one may still be found
+    display.show(started("final seed 2", 2))
+    assert display._left() == 1.0
 
 
 def test_several_trials_under_way_share_the_time_that_is_left(store: Store) -> None:

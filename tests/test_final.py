@@ -7,12 +7,13 @@ import dataclasses
 import html
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy
 import torch
 
 from harness import final
@@ -20,20 +21,23 @@ from harness.cli import main
 from harness.config import FinalConfig, Study
 from harness.data import tensors
 from harness.engine import Runtime
-from harness.errors import InputError
+from harness.errors import Halt, InputError
+from harness.evidence import compare
 from harness.final import final_run
+from harness.leases import LeaseLost
+from harness.model_card import card
 from harness.opening import open_store
 from harness.overview import conclusion, final_sentence, overview, summary
 from harness.packing import unpack
 from harness.report import write_report
 from harness.rerank import rerank
-from harness.results import Completed
+from harness.results import Completed, TrialStarted
 from harness.retraining import Place
 from harness.saved_model import load_saved
 from harness.space import Choice
 from harness.storage import Store
 from harness.study import WANTED, run, search
-from harness.tracking import NoTracker
+from harness.tracking import NoRun, NoTracker, expected_runs
 from tests.analytic import epoch_result
 from tests.faulty import CommandLine, one_sentence
 from tests.small import small_study
@@ -110,17 +114,129 @@ def test_an_opening_and_its_result_are_lines_of_the_ledger(study: Study, store: 
     assert (result["hash"], found["test_openings"]) == (found["ledger"], 1)
 
 
-def test_killed_after_the_opening_the_same_opening_goes_on(
+def test_stopped_anywhere_after_the_opening_the_same_opening_goes_on_to_the_same_result(
     study: Study, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("load_test", "_write_result", "save_model", "_duplicates"):
+    """By Ctrl-C, or for want of room: the result and its line are there together, or neither is."""
+    with open_store(study, f"sqlite:///{tmp_path}/straight.db") as other:
+        everything(study, other, tmp_path / "straight")
+        straight = told(other)
+    before = [(final, name) for name in ("load_test", "evaluated", "thumbnails", "_duplicates", "_with_result")]
+    before += [(final, name) for name in ("keep_check_images", "save_model", "record_files")]
+    last = [(Store, "set_as_leader"), (sqlalchemy.engine.Connection, "_commit_impl")]
+    for number, (of, name) in enumerate([*before, *last]):
+        stop = (_killed, _no_room)[number % 2]
         with monkeypatch.context() as patched:
-            patched.setattr(final, name, _killed)
-            with pytest.raises(KeyboardInterrupt):
+            patched.setattr(of, name, stop if name != "_commit_impl" else _at_the_result(stop))
+            with pytest.raises((KeyboardInterrupt, Halt)):
                 everything(study, store, tmp_path)
+        assert store.attribute("final") is None, name
+        assert [line["event"] for line in store.ledger()] in ([], ["opened"]), name
+    with monkeypatch.context() as patched:
+        patched.setattr(NoRun, "metrics", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            everything(study, store, tmp_path)
+    assert store.attribute("final")["ledger"] == store.ledger()[-1]["hash"]
+    everything(study, store, tmp_path)
+    assert [(line["event"], line.get("reason")) for line in store.ledger()] == [("opened", None), ("result", None)]
+    assert told(store) == straight
+    assert store.attribute("final")["test_openings"] == 1
+    better_trial(study, store)
+    assert store.needs_reason()
+
+
+def told(store: Store) -> list[tuple[int, int, str]]:
+    """The test result, and of which weights it is."""
+    return [(each["seed"], each["correct"], each["weights"]) for each in store.attribute("final")["per_seed"]]
+
+
+def _no_room(*_: Any) -> None:
+    raise Halt("There is no room.")
+
+
+def _at_the_result(stop: Callable[..., None]) -> Callable[..., None]:
+    """A commit that is stopped when it would write the result."""
+    commit = sqlalchemy.engine.Connection._commit_impl
+
+    def stopped(connection: sqlalchemy.engine.Connection) -> None:
+        if connection.in_transaction():
+            query = "SELECT 1 FROM study_user_attributes WHERE key = 'final'"
+            if connection.exec_driver_sql(query).first() is not None:
+                stop()
+        commit(connection)
+
+    return stopped
+
+
+def test_the_ledger_knows_a_result_that_is_missing_and_asks_for_a_reason(
+    study: Study, store: Store, tmp_path: Path
+) -> None:
+    """As where the two were written apart, and something came between."""
+    everything(study, store, tmp_path)
+    whole, straight = store.attribute("final"), told(store)
+    _lose(tmp_path / "tiny.db", "final")
+    assert not store.needs_reason()
+    everything(study, store, tmp_path)
+    assert (told(store), store.attribute("final")["ledger"]) == (straight, whole["ledger"])
+    assert [line["event"] for line in store.ledger()] == ["opened", "result"]
+    _lose(tmp_path / "tiny.db", "final")
+    number = better_trial(study, store)
+    assert store.needs_reason()
     everything(study, store, tmp_path)
     assert [line["event"] for line in store.ledger()] == ["opened", "result"]
-    assert store.attribute("final")["test_openings"] == 1
+    known = ("trial", "correct", "total", "accuracy", "interval", "spread", "test_openings", "ledger")
+    assert {key: store.attribute("final")[key] for key in known} == {key: whole[key] for key in known}
+    assert store.ledger_fault() is None
+    shown = summary("tiny", store, "nowhere")
+    assert f"{whole['correct']} correct of {whole['total']}" in shown
+    assert store.why_closed() in shown
+    assert write_report("tiny", store, "nowhere", tmp_path).is_file()
+    everything(study, store, tmp_path, reason="a longer search")
+    assert store.attribute("final")["trial"] == number
+    assert [line.get("reason") for line in store.ledger()] == [None, None, "a longer search", None]
+
+
+def _lose(database: Path, attribute: str) -> None:
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.execute("DELETE FROM study_user_attributes WHERE key = ?", (attribute,))
+        connection.commit()
+
+
+@pytest.mark.parametrize("moment", ["thumbnails", "record_files"])
+def test_a_leader_that_stood_still_does_not_overwrite(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    url = f"sqlite:///{tmp_path}/led.db"
+    with open_store(study, url) as late, open_store(study, url, joining=True) as next_one:
+        overtaken(study, late, next_one, tmp_path, monkeypatch, moment)
+
+
+def overtaken(
+    study: Study, late: Store, next_one: Store, folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The leader stands still at `moment`, the last before it writes, until another one has ended its work."""
+    list(search(study, late, NoTracker(), CPU, folder / "checkpoints"))
+    written, go_on = [], getattr(final, moment)
+
+    def stand_still(*args: Any) -> Any:
+        monkeypatch.setattr(final, moment, go_on)
+        with late._engine.begin() as connection:  # type: ignore[union-attr]
+            connection.execute(sqlalchemy.text("UPDATE harness_leases SET until = 0"))
+        assert next_one.lead()
+        list(final_run(place_of(study, next_one, folder), folder / "model"))
+        written.append((next_one.attribute("final"), next_one.ledger()))
+        return go_on(*args)
+
+    assert late.lead()
+    monkeypatch.setattr(final, moment, stand_still)
+    monkeypatch.setattr(final, "_now", lambda: {"time": f"2026-11-22T10:00:0{len(written)}+00:00", "commit": "abc"})
+    with pytest.raises(LeaseLost):
+        list(final_run(place_of(study, late, folder), folder / "model"))
+    assert [(late.attribute("final"), late.ledger())] == written
+    assert [line["event"] for line in late.ledger()] == ["opened", "result"]
+    with pytest.raises(LeaseLost):
+        late.set_as_leader({"rerank": {}})
+    assert late.attribute("rerank") is None
 
 
 def _killed(*_: Any) -> None:
@@ -228,7 +344,7 @@ def test_an_opening_that_was_cut_off_does_not_close_the_test_set_for_a_better_tr
     assert not store.needs_reason()
     everything(study, store, tmp_path)
     assert store.attribute("final")["trial"] == number
-    assert f"opening for trial {first} was cut off" in store.ledger()[1]["reason"]
+    assert store.ledger()[1]["reason"] == f"the opening for trial {first} was cut off before its result was recorded"
 
 
 @pytest.mark.parametrize("change", [{"accuracy": 0.99}, {"correct": 63}, {"trial": 9}])
@@ -244,7 +360,7 @@ def test_a_result_from_before_there_was_a_ledger_counts_as_an_opening(
     study: Study, store: Store, tmp_path: Path
 ) -> None:
     everything(study, store, tmp_path)
-    newer = ("base", "mcnemar", "selection", "ledger", "balanced_accuracy")
+    newer = ("base", "comparison", "selection", "ledger", "balanced_accuracy")
     old = {key: value for key, value in store.attribute("final").items() if key not in newer}
     with sqlite3.connect(tmp_path / "tiny.db") as database:
         database.execute("DELETE FROM study_user_attributes WHERE key IN ('ledger', 'final')")
@@ -307,10 +423,101 @@ def test_the_base_configuration_is_trained_the_same_way_and_compared_image_by_im
     found, kept = store.attribute("final"), store.attribute("predictions")
     assert (found["trial"], found["base"]["trial"]) == (number, 0)
     labels = unpack(kept["labels"], "uint16")
-    best, base = (unpack(each["predicted"], "uint16") == labels for each in (kept["seeds"][0], kept["base"]))
-    assert found["mcnemar"]["only_first"] == (best & ~base).sum()
-    assert found["mcnemar"]["only_second"] == (base & ~best).sum()
-    assert f"p = {found['mcnemar']['p']:.2g}" in conclusion(store)
+    hits = [
+        np.stack([unpack(each["predicted"], "uint16") == labels for each in kept[name]]) for name in ("seeds", "base")
+    ]
+    assert (
+        [each["seed"] for each in found["base"]["per_seed"]] == [each["seed"] for each in found["per_seed"]] == [0, 1]
+    )
+    assert [each["correct"] for each in found["base"]["per_seed"]] == hits[1].sum(axis=1).tolist()
+    assert found["base"]["accuracy"] == pytest.approx(hits[1].mean())
+    assert found["comparison"] == compare(*hits).to_dict()
+    said = conclusion(store)
+    for text in (
+        f"is {100 * found['comparison']['difference']:+.2f} points",
+        f"95 % interval {100 * found['comparison']['low']:+.2f} to {100 * found['comparison']['high']:+.2f}",
+        f"p = {found['comparison']['p']:.2g}",
+        "over 2 seeds of each and 32 test images",
+    ):
+        assert text in said
+    page = html.unescape(write_report("tiny", store, "nowhere", tmp_path).read_text())
+    for text in (said, "base, trial 0, seed 0", "base, trial 0, seed 1"):
+        assert text in page
+    assert all("epochs" not in each for each in overview("tiny", store, "nowhere")["final"]["base"]["per_seed"])
+    runs = [each for each in expected_runs(study, store) if each.tags["harness.kind"] == "base"]
+    assert [each.metrics["test_accuracy"] for each in runs] == [each["accuracy"] for each in found["base"]["per_seed"]]
+
+
+def test_better_is_said_only_where_it_is_shown(study: Study, store: Store, tmp_path: Path) -> None:
+    finished_with_a_base(study, store, tmp_path)
+    found = store.attribute("final")
+    for claim, difference, low, high, p in (
+        ("The best configuration is better than the base configuration: ", 0.0104, 0.0041, 0.0167, 0.012),
+        ("The best configuration is worse than the base configuration: ", -0.0104, -0.0167, -0.0041, 0.012),
+        ("No configuration is shown to be better than another: ", 0.0104, -0.0096, 0.0304, 0.31),
+    ):
+        shown = {"difference": difference, "low": low, "high": high, "p": p}
+        store.set_attribute("final", found | {"comparison": found["comparison"] | shown})
+        assert conclusion(store) == (
+            f"{claim}the test accuracy of the best less that of the base is {100 * difference:+.2f} points (95 % "
+            f"interval {100 * low:+.2f} to {100 * high:+.2f}, p = {p}), over 2 seeds of each and 32 test images."
+        )
+
+
+def finished_with_a_base(study: Study, store: Store, folder: Path) -> int:
+    """A study that ended, whose best trial is not the base; returns the best."""
+    list(search(study, store, NoTracker(), CPU, folder / "checkpoints"))
+    number = better_trial(study, store)
+    everything(dataclasses.replace(study, trials=study.trials + 1), store, folder)
+    return number
+
+
+def test_with_one_seed_nothing_is_claimed_and_why_is_said(study: Study, image_cache: Path, tmp_path: Path) -> None:
+    study = dataclasses.replace(study, final=FinalConfig(seeds=1))
+    with open_store(study, f"sqlite:///{tmp_path}/one.db") as store:
+        finished_with_a_base(study, store, tmp_path)
+        assert store.attribute("final")["comparison"]["p"] is None
+        said = conclusion(store)
+        assert said.startswith("No configuration is shown to be better than another: with one seed of the base,")
+        assert "final.seeds of 2 or more" in said
+        assert said in html.unescape(write_report("tiny", store, "nowhere", tmp_path).read_text())
+
+
+def test_a_finished_study_with_one_seed_of_the_base_is_shown(study: Study, store: Store, tmp_path: Path) -> None:
+    """As studies were stored when the base was trained once, and the two compared by McNemar's test."""
+    finished_with_a_base(study, store, tmp_path)
+    found = store.attribute("final")
+    del found["comparison"]
+    found["base"] = found["base"]["per_seed"][0] | {"trial": 0}
+    found["mcnemar"] = {"only_first": 3, "only_second": 1, "p": 0.6}
+    store.set_attribute("final", found)
+    assert "with one seed of the base" in conclusion(store)
+    page = html.unescape(write_report("tiny", store, "nowhere", tmp_path).read_text())
+    assert "base, trial 0, seed 0" in page
+    assert overview("tiny", store, "nowhere")["final"]["base"]["per_seed"][0]["seed"] == 0
+    assert [each.key for each in expected_runs(study, store) if each.tags["harness.kind"] == "base"] == [
+        "base-seed-0-of-trial-0"
+    ]
+    assert "base configuration, 0 |" in card("tiny", "", store, description(tmp_path), None)
+
+
+def description(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "model" / "model.json").read_text()))
+
+
+def test_killed_between_the_seeds_of_the_base_none_is_trained_twice(study: Study, store: Store, tmp_path: Path) -> None:
+    list(search(study, store, NoTracker(), CPU, tmp_path / "checkpoints"))
+    better_trial(study, store)
+    begun: list[str] = []
+    for cut in (True, False):
+        with contextlib.closing(final_run(place_of(study, store, tmp_path), tmp_path / "model")) as events:
+            for event in events:
+                if isinstance(event, TrialStarted):
+                    if cut and event.name == "base seed 1":
+                        break
+                    begun.append(event.name)
+    assert begun == ["final seed 0", "final seed 1", "base seed 0", "base seed 1"]
+    assert len(store.attribute("final")["base"]["per_seed"]) == 2
 
 
 def test_where_all_configurations_are_the_same_none_is_better(image_cache: Path, tmp_path: Path) -> None:
@@ -322,8 +529,9 @@ def test_where_all_configurations_are_the_same_none_is_better(image_cache: Path,
         found = store.attribute("final")
         assert conclusion(store) == "No configuration is better than another: all 3 trials have the same one."
         if found["trial"] != 0:  # equal configurations and seeds: the same weights, so nothing can differ
-            assert found["base"]["weights"] == found["per_seed"][0]["weights"]
-            assert found["mcnemar"] == {"only_first": 0, "only_second": 0, "p": 1.0}
+            weights = [[each["weights"] for each in result["per_seed"]] for result in (found, found["base"])]
+            assert weights[0] == weights[1]
+            assert (found["comparison"]["difference"], found["comparison"]["p"]) == (0.0, 1.0)
 
 
 def test_what_the_choice_adds_is_computed_from_the_trials_validation_hits(
@@ -376,7 +584,7 @@ def test_a_rerank_that_is_cut_off_goes_on_and_trains_nothing_twice(
             list(search(study, store, NoTracker(), CPU, place.checkpoints))
             for _ in range(cuts):
                 with monkeypatch.context() as patched:
-                    patched.setattr(Store, "set_attribute", _killed)
+                    patched.setattr(Store, "set_as_leader", _killed)
                     with pytest.raises(KeyboardInterrupt):
                         list(rerank(place))
             list(rerank(place))

@@ -78,8 +78,8 @@ def outcome(place: Path) -> dict[str, Any]:
         losses = [[(each.train, each.val) for each in t.epochs] for t in store.trials()]
         final = store.attribute("final")
         # The seeds' epochs carry seconds, and their weights' sha256 says all that the epochs do.
-        final["per_seed"] = [{k: v for k, v in seed.items() if k != "epochs"} for seed in final["per_seed"]]
-        final["base"] = None if final["base"] is None else final["base"] | {"epochs": None}
+        for result in filter(None, (final, final["base"])):
+            result["per_seed"] = [{k: v for k, v in seed.items() if k != "epochs"} for seed in result["per_seed"]]
         assert final.pop("ledger") == store.ledger()[-1]["hash"]  # there the time is kept, too
         return {"trials": trials, "losses": losses, "final": final}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +29,8 @@ from tests.analytic import Died, accuracy, evaluate, run_analytic
 from tests.analytic_worker import patient, searching
 from tests.conftest import PROJECT
 from tests.postgres import PostgreSQL
+from tests.small import small_study
+from tests.test_final import overtaken
 from tests.test_storage import death_at_write, told
 
 TRIALS = 12
@@ -297,6 +301,14 @@ def test_whoever_led_and_stood_still_does_not_open_the_test_set(database: str) -
         with pytest.raises(LeaseLost):
             first.check_lead()
         second.check_lead()
+
+
+def test_whoever_led_and_stood_still_does_not_overwrite_the_result(
+    database: str, image_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = dataclasses.replace(small_study(image_cache), trials=2)
+    with open_store(study, database) as late, open_store(study, database) as next_one:
+        overtaken(study, late, next_one, tmp_path, monkeypatch, "record_files")
 
 
 def test_a_place_at_the_desk_that_was_lost_makes_no_trial_too_many(

@@ -240,7 +240,7 @@ class Named:
         b"bytes",
         1j,
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_options_that_a_resumed_study_could_not_compare_are_refused(value: Any) -> None:
     for make in (Sampler, Pruner):

@@ -99,7 +99,7 @@ class Command:
                     (trial.number, trial.state, trial.params, trial.value, trial.curve) for trial in store.trials()
                 ],
                 "final": [(each["seed"], each["weights"], each["correct"]) for each in final["per_seed"]],
-                "base": final["base"] and final["base"]["weights"],
+                "base": final["base"] and [each["weights"] for each in final["base"]["per_seed"]],
             }
 
     def check(self) -> None:
@@ -375,14 +375,14 @@ def test_workers_that_would_have_nothing_to_do_are_not_started(image_cache: Path
     two, nine = (dataclasses.replace(study, trials=count, final=final) for count in (2, 9))
     with open_store(two, url) as store:
         assert of_use(8, nine, store, False) == 8
-        assert of_use(8, two, store, False) == 3, "two seeds and the base"
+        assert of_use(8, two, store, False) == 4, "two seeds of the best and of the base"
         for _ in range(2):
             store.tell(store.ask(two), Completed(value=0.5), [epoch_result(1, 0.3), epoch_result(2, 0.5)], 1.0)
         seeds = [{"seed": 0, "correct": 5, "total": 8, "accuracy": 0.625, "loss": 1.0, "weights": "", "epochs": []}]
         store.set_attribute("final", summary(seeds) | {"trial": 0, "fit_on": "train", "test_openings": 1})
         assert of_use(8, nine, store, False) == 7
         assert of_use(8, two, store, False) == 1
-        assert of_use(8, two, store, True) == 3, "the test set is opened again"
+        assert of_use(8, two, store, True) == 4, "the test set is opened again"
         assert of_use(1, nine, store, False) == 1
 
 

@@ -163,9 +163,11 @@ def _comparison(seen: Mapping[str, Any], why_closed: str | None) -> list[str]:
         return []
     lines = []
     if (base := final["base"]) is not None:
+        seeds = len(base["per_seed"])
         lines.append(
-            f"The base configuration, trial {base['trial']}, trained from seed {base['seed']} as the best one was, "
-            f"reaches {percent(base['accuracy'])} ({base['correct']:,} of {base['total']:,})."
+            f"The base configuration, trial {base['trial']}, trained as the best one was, reaches "
+            f"{percent(base['accuracy'])} ({base['correct']:,} correct of {base['total']:,}: {seeds} "
+            f"seed{'s' if seeds > 1 else ''})."
         )
     lines.append(selection_sentence(final) or "What choosing the best adds to its validation score is not recorded.")
     return lines if why_closed is None else [*lines, why_closed]
