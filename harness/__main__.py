@@ -2,7 +2,10 @@
 
 import sys
 
-from harness.cli import process
+from harness import interrupt
 
 if __name__ == "__main__":
+    interrupt.install()  # before anything that takes time to import
+    from harness.cli import process
+
     process(sys.argv[1:])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harness.errors import is_utf8, shown
+from harness.files import as_meant
 from harness.space import LARGEST, MOST_TRIALS, shortened
 
 MOST_WORKERS = 10_000  # a larger number is a slip of the keyboard
@@ -59,10 +60,7 @@ def build_parser(program: str) -> argparse.ArgumentParser:
     _add_demo(commands.add_parser("demo", help="open a page where the saved model names the flower in a photograph"))
     ui = commands.add_parser("ui", help="open the MLflow UI on the logged runs")
     ui.add_argument(
-        "--tracking-uri",
-        metavar="URI",
-        type=_recorded,
-        help="the MLflow database or server (default: mlruns/mlflow.db)",
+        "--tracking-uri", metavar="URI", type=_url, help="the MLflow database or server (default: mlruns/mlflow.db)"
     )
     ui.add_argument("--host", type=_recorded, default="127.0.0.1", help="address to listen on (default: %(default)s)")
     ui.add_argument("--port", type=_whole(1, 65_535), default=5000, help="port to listen on (default: %(default)s)")
@@ -169,14 +167,14 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
 
 def _add_storage(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--storage", metavar="URL", type=_recorded, help="the study's database (default: sqlite, beside the study file)"
+        "--storage", metavar="URL", type=_url, help="the study's database (default: sqlite, beside the study file)"
     )
 
 
 def _add_places(parser: argparse.ArgumentParser) -> None:
     _add_storage(parser)
     parser.add_argument(
-        "--tracking-uri", metavar="URI", type=_recorded, help="an MLflow server or database (default: mlruns/mlflow.db)"
+        "--tracking-uri", metavar="URI", type=_url, help="an MLflow server or database (default: mlruns/mlflow.db)"
     )
 
 
@@ -192,6 +190,10 @@ def _recorded(text: str) -> str:
     if not is_utf8(_given(text)):
         raise argparse.ArgumentTypeError(f"{shown(text)} is no UTF-8 and cannot be recorded; rename it")
     return text
+
+
+def _url(text: str) -> str:
+    return as_meant(_recorded(text))
 
 
 def _path(text: str) -> Path:

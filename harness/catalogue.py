@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from harness.errors import InputError, is_utf8
+from harness.files import sqlite_url
 
 if TYPE_CHECKING:
     from harness.config import Study
@@ -29,7 +30,7 @@ class Found:
 
     @property
     def storage_url(self) -> str:
-        return f"sqlite:///{self.file.parent / self.study.name}.db"
+        return sqlite_url(self.file.parent / f"{self.study.name}.db")
 
     def url(self, storage: str | None) -> str:
         """The database of the study's results: `storage` if that is given, else the one beside the study file.
@@ -87,12 +88,16 @@ def find(name: str) -> Found:
         if file.is_file() and file.suffix != ".py":
             raise InputError(f"{file} is no study file; give the .py file that defines the study, or its name.")
         if not file.is_file():
-            raise InputError(
-                f"There is no study file {file}; give the name of a study ({', '.join(names())}) or a file."
-            )
+            named = f"the name of a study ({', '.join(names())}) or " if names() else ""
+            raise InputError(f"There is no study file {file}; give {named}another file.")
     else:
         file = find_home() / "studies" / f"{name}.py"
         if not file.is_file():
+            if not names():
+                raise InputError(
+                    f"There is no study {name!r}, nor any other in {file.parent}; go to the folder that holds "
+                    "studies/, or give the path to a study's file."
+                )
             raise InputError(f"There is no study {name!r}; there are {', '.join(names())}. A path to a file works too.")
     if not is_utf8(str(file)):
         raise InputError(f"The path {file} is no UTF-8 and cannot be recorded; rename it.")

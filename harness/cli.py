@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from harness import interrupt
 from harness.arguments import build_parser
 from harness.errors import DONE, FAILED, INTERRUPTED, WRONG_INPUT, Halt, InputError, no_room
 
@@ -40,6 +41,7 @@ def process(arguments: Sequence[str], program: str = "python -m harness") -> NoR
     end, 1.6 s, once what is registered for the exit is done.
     """
     gc.disable()
+    interrupt.install()  # also where SIGINT is ignored, as by a shell that starts a command in the background
     code = main(arguments, program)
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -55,8 +57,8 @@ def main(arguments: Sequence[str], program: str = "python -m harness") -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    args = build_parser(program).parse_args(_with_command(arguments, program))
     try:
+        args = build_parser(program).parse_args(_with_command(arguments, program))
         code = COMMANDS[args.command](args)
         sys.stdout.flush()
     except BrokenPipeError:  # `show | head`: the reader has seen enough
@@ -227,7 +229,6 @@ def _demo(args: argparse.Namespace) -> int:
     _check_port(args.host, args.port)
     predictor = load_predictor(args.study, args.storage, args.device, args.data_root)
     keep_imports()
-    signal.signal(signal.SIGTERM, _as_interrupt)
     demo_page.serve(predictor, args.host, args.port)
     return DONE
 
@@ -244,6 +245,8 @@ def _export(args: argparse.Namespace) -> int:
 
 def _ui(args: argparse.Namespace) -> int:
     from harness import catalogue
+    from harness.files import sqlite_path, sqlite_url
+    from harness.mlflow_files import ARTIFACTS, move_in
     from harness.mlflow_places import local_uri, tracker_for
 
     folder = catalogue.find_home() / "mlruns"
@@ -252,21 +255,26 @@ def _ui(args: argparse.Namespace) -> int:
         raise InputError(f"There are no runs yet ({folder / 'mlflow.db'} does not exist); run a study first.")
     if uri.startswith(("http://", "https://")):
         raise InputError(f"--tracking-uri {uri} is a server with pages of its own; open it in a browser.")
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+    file = sqlite_path(uri)
+    if file is not None and not file.is_file():
         raise InputError(f"--tracking-uri {uri}: there is no such file; give the MLflow database of a study.")
     tracker = tracker_for(uri, folder)
     tracker.check()
+    if file is not None:
+        move_in(file, file.parent / ARTIFACTS)
     _check_port(args.host, args.port)
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
+    # Named from its own folder: MLflow would make one of an escaped path's letters.
+    store = uri if file is None else sqlite_url(Path(file.name))
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store]
     address = f"http://{args.host}:{args.port}"
     print(f"The MLflow UI opens at {address} (Ctrl-C ends it).", flush=True)
     for name, path in tracker.pages():  # the UI itself opens a study on its traces, of which there are none
         print(f"{name:<9} {address}/{path}", flush=True)
-    signal.signal(signal.SIGTERM, _as_interrupt)
     # A session of its own: MLflow's servers have workers, and all of them should go when this process does.
     server = subprocess.Popen(
         [*command, "--host", args.host, "--port", str(args.port)],
         start_new_session=True,
+        cwd=None if file is None else file.parent,
         env={**os.environ, "PYTHONWARNINGS": "ignore"},  # its libraries' deprecations are no news to a user
     )
     try:
@@ -290,10 +298,6 @@ def _tracking_uri(args: argparse.Namespace, found: Found) -> str:
     from harness.mlflow_places import uri_of
 
     return uri_of(args.tracking_uri, found.mlruns)
-
-
-def _as_interrupt(number: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 COMMANDS = {

@@ -153,6 +153,22 @@ def _end(
     return ended(store)
 
 
+def write_again(found: Found, study: Study, store: Store, tracker: MLflowTracker, console: Any) -> None:
+    """Tell an MLflow that has lost it everything of a finished study; nothing is trained, no image is needed for it."""
+    from harness import tracking
+    from harness.doctor import is_registered, published
+    from harness.saved_model import load_saved
+
+    model = found.beside(store.url, ".model")
+    with store.alone(START):
+        tracker.start(study, store, tracking.facts(study, store.attribute("runtime") or {}))
+    told = tracker.finish(tracking.study_metrics(store), published(store, model), "complete")
+    if told and is_registered(study, store, model):
+        told = _register(study, store, tracker, load_saved(study, store, model), console)
+    if not told:
+        print(f"MLflow at {masked(tracker.uri)} does not take all of it; the same command tries again.")
+
+
 def _failed(failure: Exception) -> int:
     print(f"error: {failure}", file=sys.stderr)
     return FAILED
@@ -206,9 +222,9 @@ def _workers(
 
 def _describe_model(study: Study, store: Store, folder: Path, console: Any) -> SavedModel | None:
     """Put the exported program and the card beside the final model; returns it if it is to be registered."""
-    from harness.export import PROGRAM, write_program
+    from harness.export import write_program
     from harness.model_card import CARD, write_card
-    from harness.opening import has_model, record_files
+    from harness.opening import PROGRAM, has_model, record_files
     from harness.saved_model import load_saved
 
     if not (store.has_final() and has_model(folder)):

@@ -303,7 +303,8 @@ def connect(url: str, *, writing: bool = True) -> optuna.storages.RDBStorage:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     file = sqlite_file(url)
     readable_only = file is not None and file.exists() and not may_write(file)
-    place = f"sqlite:///{_to_read(file)}&uri=true" if file is not None and readable_only else url
+    # SQLAlchemy decodes once, SQLite once more.
+    place = f"sqlite:///{_to_read(file).replace('%', '%25')}&uri=true" if file is not None and readable_only else url
     try:
         engine_options = _engine_options(url)
         storage = _waiting(url, lambda: _Storage(place, engine_kwargs=engine_options), lambda why: why == LOCKED)

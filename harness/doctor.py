@@ -22,6 +22,7 @@ from harness.opening import (
     AGAIN,
     CHECK_FILE,
     DESCRIPTION,
+    PROGRAM,
     WEIGHTS,
     as_begun,
     check_folder,
@@ -120,14 +121,13 @@ def _mend(study: Study, store: Store, found: Found, tracking_uri: str | None, ch
     from harness.mlflow_places import tracker_for
 
     tracker = tracker_for(tracking_uri, found.mlruns)
+    tracker.restore(study.name)
     tracker.start(study, store, facts(study, store.attribute("runtime") or {}, store.environment() or {}))
     for finding in list(examine(study, store, tracker, checkpoints, model, living=False)):
         if finding.mend is not None:
             finding.mend()
     if _was_published(store):
-        report = found.beside(store.url, ".report")
-        folders = [report] if is_untested(model) else [report, model]
-        told = tracker.finish(study_metrics(store), folders, "complete")
+        told = tracker.finish(study_metrics(store), published(store, model), "complete")
     else:
         told = tracker.settle()
     if not told:
@@ -166,10 +166,41 @@ def examine(
     if tracker is not None:
         from harness.mlflow_check import disagreements
 
-        metrics = study_metrics(store) if _was_published(store) else {}
-        yield from disagreements(tracker, expected, metrics, running, living)
+        metrics, folders = (study_metrics(store), published(store, model)) if _was_published(store) else ({}, [])
+        names = [folder.name for folder in folders]
+        yield from disagreements(tracker, expected, metrics, running, living, names)
+        yield from _registered(study, store, tracker, model)
     elif expected:
         yield Finding(f"MLflow has no database and lacks {len(expected)} runs")
+
+
+def published(store: Store, model: Path) -> list[Path]:
+    """The folders that lie with the study's own run in MLflow: of its report, and of its model if that was tested."""
+    report = model.with_suffix(".report")
+    wanted = [report, model] if _is_whole(store, model) else [report]
+    return [folder for folder in wanted if folder.is_dir()]
+
+
+def _is_whole(store: Store, model: Path) -> bool:
+    """Whether there is the model that was tested; one that is damaged is named elsewhere."""
+    try:
+        return store.has_final() and has_model(model) and not is_untested(model)
+    except Damaged:
+        return False
+
+
+def is_registered(study: Study, store: Store, model: Path) -> bool:
+    """Whether the model was given to MLflow's registry; what cannot be exported is not."""
+    wanted = study.final.publish and _is_whole(store, model) and (model / PROGRAM).is_file()
+    return wanted and bool(store.attribute("registered") == store.attribute("final")["trial"])
+
+
+def _registered(study: Study, store: Store, tracker: MLflowTracker, model: Path) -> Iterator[Finding]:
+    from harness.mlflow_check import model_missing
+
+    if is_registered(study, store, model) and model_missing(tracker, study.name):
+        text = "MLflow's registry lacks the model; run the study again: it registers it again"
+        yield Finding(text, partial(store.set_attribute, "registered", None))
 
 
 def _checkpoints(study: Study, store: Store, folder: Path) -> Iterator[Finding]:

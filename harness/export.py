@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from harness.catalogue import Found
     from harness.saved_model import SavedModel
 
-PROGRAM = "model.pt2"
 WEIGHTS = "weights.sha256"  # an entry of the archive: the fingerprint of the weights that it was made of
 TOLERANCE = 1e-4  # of a logit
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import unquote
 
 from harness import processes
 from harness.errors import Halt, InputError, no_room
@@ -28,6 +29,24 @@ TORCH_TYPES = {
 
 class Damaged(Exception):
     """A file is not what was written: its checksum is wrong, or it is of another kind."""
+
+
+def sqlite_url(file: Path) -> str:
+    """The URL of a SQLite file. In one, an escape is decoded and a question mark ends the name: folders have both."""
+    return "sqlite:///" + str(file).replace("%", "%25").replace("?", "%3F")
+
+
+def sqlite_path(url: str) -> Path | None:
+    """The file that a SQLite URL names, None for other URLs."""
+    scheme, found, place = url.partition(":///")
+    return Path(unquote(place.partition("?")[0])) if found and scheme.partition("+")[0] == "sqlite" else None
+
+
+def as_meant(url: str) -> str:
+    """The URL, escaped if it was typed as a path is written: where only so there is its folder."""
+    file, place = sqlite_path(url), url.partition(":///")[2]
+    found = file is None or (file.parent.is_dir() and "/" not in place.partition("?")[2])
+    return url if found or not Path(place).parent.is_dir() else sqlite_url(Path(place))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Signals that ask a process to stop. Once: the batch is finished and a checkpoint written; Ctrl-C twice: at once.
 
-SIGTERM, which schedulers send before they kill, is a polite request however often it comes.
+SIGTERM, which schedulers send before they kill, is a polite request however often it comes. An import is not cut in two
+by it either: libraries catch whatever is raised while they import others, and are half there from then on.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 NOTICE = "Stopping: the batch is finished first, then saved. Ctrl-C again stops at once."
-UNHEARD_SECONDS = 0.01  # until a request that was swallowed is made again
+UNHEARD_SECONDS = 0.01  # until a request that was swallowed, or came inside an import, is made again
 
 
 class _State:
@@ -33,6 +34,7 @@ def install(*, quiet: bool = False) -> None:
     _State.requested, _State.noticed = False, quiet
     signal.signal(signal.SIGINT, _handle)
     signal.signal(signal.SIGTERM, _handle)
+    signal.signal(signal.SIGALRM, _handle)  # a request that is made again
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # `nohup` ignores it
         signal.signal(signal.SIGHUP, _handle)  # the terminal was closed
     sys.unraisablehook = _unraisable
@@ -77,12 +79,27 @@ def _handle(number: int, frame: Any) -> None:
     if _State.swallowing:  # a request is about to be made again
         return
     again, _State.requested = _State.requested, True
-    if again and number != signal.SIGINT:
+    if again and number in (signal.SIGTERM, signal.SIGHUP):
         return
-    if again or not _State.undivided:
+    at_once = again and number == signal.SIGINT
+    if _State.undivided and not at_once:
+        if not sys.stdout.isatty():  # a live display says it itself
+            notice()
+        return
+    later = UNHEARD_SECONDS if _is_importing(frame) and not at_once else 0  # 0 calls off what was put off before
+    signal.setitimer(signal.ITIMER_REAL, later)
+    if not later:
         raise KeyboardInterrupt
-    if not sys.stdout.isatty():  # a live display says it itself
-        notice()
+
+
+def _is_importing(frame: Any) -> bool:
+    """Whether what a signal found at work is part of an import."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "_find_and_load" and code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _unraisable(fault: Any) -> None:

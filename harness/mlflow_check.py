@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from harness.mlflow_tracker import KEY, PARENT, STATE, STATUS, STUDY, MLflowTracker, by_key
+from harness.mlflow_client import KEY, PARENT, STATE, STATUS, STUDY, TRACEBACK, by_key
+from harness.mlflow_files import elsewhere, local_folder
+from harness.mlflow_library import StoreFault
+from harness.mlflow_tracker import MLflowTracker
 from harness.tracking import Expected, Finding
 
 if TYPE_CHECKING:
@@ -19,15 +22,21 @@ def disagreements(
     metrics: Mapping[str, float],
     running: set[str],
     living: bool,
+    folders: Sequence[str] = (),
 ) -> Iterator[Finding]:
     """Where MLflow differs from what is expected of it.
 
-    `metrics` are those of the study's own run, `running` the keys of unfinished trials.
+    `metrics` and `folders` are those of the study's own run, `running` the keys of unfinished trials.
     """
+
+    if (text := tracker.deleted(tracker.study_name)) is not None:
+        yield Finding(text)  # a start with --fix restores it first
+        return
 
     def later(operation: Callable[..., object], *arguments: object) -> Callable[[], None]:
         return partial(tracker.tell, partial(operation, *arguments))
 
+    yield from _moved(tracker)
     runs = tracker.all_runs()
     known = by_key(runs) | {run.data.tags[KEY]: run for run in runs if run.info.run_id == tracker.parent}
     for run in reversed(runs):
@@ -41,6 +50,8 @@ def disagreements(
         shown = known[STUDY].data.metrics
         for name in (name for name, value in metrics.items() if shown.get(name) != value):
             yield Finding(f"MLflow lacks {name} of the study's own run")  # its end writes it
+        for name in folders:
+            yield from _lacking(tracker, known[STUDY], name)  # its end writes it, too
     for key, run in known.items():
         parent = known[STUDY].info.run_id if STUDY in known else None
         if parent and key != STUDY and run.data.tags.get(PARENT) != parent:
@@ -78,10 +89,40 @@ def _compare(tracker: MLflowTracker, wanted: Expected, run: Run | None) -> Itera
             even = all(each == steps[0] for each in steps)
             yield Finding(text, partial(tracker.write, wanted) if even else write_anew)
             return
+    if wanted.traceback is not None:
+        yield from _lacking(tracker, run, TRACEBACK, partial(tracker.write, wanted))
     said = run.info.status, run.data.tags.get(STATE)
     if said != (STATUS[wanted.state], wanted.state):
         text = f"MLflow shows {wanted.key} as {said[1] or said[0]}, but it is {wanted.state}"
         yield Finding(text, partial(tracker.write, wanted))
+
+
+def _moved(tracker: MLflowTracker) -> Iterator[Finding]:
+    file, artifacts = tracker.file, tracker.artifacts
+    if file is None or artifacts is None:
+        return
+    for old in elsewhere(file, artifacts):
+        yield Finding(f"MLflow looks for files in {local_folder(old)}, but its database lies in {file.parent} now")
+
+
+def _lacking(
+    tracker: MLflowTracker, run: Run, name: str, mend: Callable[[], object] | None = None
+) -> Iterator[Finding]:
+    """A file or folder that should lie with a run."""
+    key = run.data.tags[KEY]
+    try:
+        if not tracker.has_file(run, name):
+            yield Finding(f"MLflow lacks {name} of {'the study' if key == STUDY else key}", mend)
+    except StoreFault as fault:
+        yield Finding(f"MLflow's files of {key} cannot be looked at ({fault})")
+
+
+def model_missing(tracker: MLflowTracker, name: str) -> bool:
+    """Whether the registry has no version of the registered model `name` that is this study's, or not its files."""
+    query = f"name = '{name}'"
+    sources = [each.source for each in tracker.client.search_model_versions(query) if tracker.is_own(each.tags)]
+    folders = [folder for each in sources if (folder := local_folder(each)) is not None]
+    return not sources or (bool(folders) and not any(folder.is_dir() for folder in folders))
 
 
 def _write_anew(tracker: MLflowTracker, wanted: Expected, run: Run) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -20,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from harness.data.tensors import ImageSet, items_of, load_split
 from harness.errors import Halt, masked
 from harness.export import EXAMPLE_BATCH, disagreement, logits_of, weights_of
-from harness.mlflow_library import faults, first_line, is_refusal
-from harness.mlflow_tracker import UID, MLflowTracker
+from harness.mlflow_client import UID
+from harness.mlflow_library import artifact_store, faults, first_line, is_refusal, no_stray_folder
+from harness.mlflow_tracker import MLflowTracker
 from harness.overview import final_sentence
 from harness.saved_model import CHECK_IMAGES
 from harness.tracking import final_key
@@ -43,6 +45,8 @@ CHECK, PLACE = "harness.check", "harness.place"  # written last: the step before
 VERSIONS = "mlflow.modelVersions"  # MLflow's own: what the logged model's page shows as its registered versions
 MEASURED = ("val_accuracy", "test_accuracy", "test_loss")  # of the run that trained the model
 PASSED = "passed"
+SERVE = "mlflow models serve -m models:/{}@champion --env-manager local"
+FINGERPRINT = "validation_images"  # the study's attribute: once it is known, registering needs no images
 CHECK_SECONDS = 600
 
 # In a process that knows nothing of this project, and of torch what MLflow imports.
@@ -74,16 +78,20 @@ def candidate(name: str, store: Store, saved: SavedModel) -> Candidate:
     The check uses the test images that the opening left beside the weights; where they are lost, validation images, for
     it asks only whether two programs agree.
     """
-    data = saved.config.data
-    split = load_split(data, "val", data.image_size)
+    fingerprint, images = store.attribute(FINGERPRINT), saved.check_images
+    if fingerprint is None or images is None:
+        data = saved.config.data
+        split = load_split(data, "val", data.image_size)
+        fingerprint = validation_fingerprint(data, split)
+        store.set_attribute(FINGERPRINT, fingerprint)
+        images = _validation_images(split) if images is None else images
     tags = {
         UID: store.attribute("uid"),
         TRIAL: str(saved.description["trial"]),
         WEIGHTS: weights_of(saved),
         SCORE: repr(trial_accuracy(saved)),
-        IMAGES: validation_fingerprint(data, split),
+        IMAGES: fingerprint,
     }
-    images = _validation_images(split) if saved.check_images is None else saved.check_images
     text = final_sentence(store.attribute("final"))
     return Candidate(name=name, saved=saved, images=images, tags=tags, text=text)
 
@@ -126,13 +134,17 @@ def publish(tracker: MLflowTracker, wanted: Candidate) -> bool:
         logged = _logged(client, run, wanted)
         if not logged.metrics:
             _measure(client, tracker, logged, wanted)
-        version = _registered(client, run, logged, wanted)
+        with no_stray_folder(tracker.uri):
+            version = _registered(client, run, logged, wanted)
         _show_registered(client, logged.model_id, version)
         if CHECK not in version.tags:
             wrong = _wrong(tracker.uri, logged, wanted)
             client.set_model_version_tag(wanted.name, version.version, CHECK, wrong or PASSED)
             version = client.get_model_version(wanted.name, version.version)
-        print(f"model     {wanted.name} version {version.version} in MLflow: {_placed(client, version)}")
+        said = _placed(client, version)
+        print(f"model     {wanted.name} version {version.version} in MLflow: {said}")
+        if CHAMPION in said:
+            print(f"serve     MLFLOW_TRACKING_URI={shlex.quote(masked(tracker.uri))} {SERVE.format(wanted.name)}")
     except faults() as error:
         if not is_refusal(error):
             print(f"MLflow at {masked(tracker.uri)} did not take the model ({first_line(error)}).", file=sys.stderr)
@@ -154,7 +166,8 @@ def _logged(client: Any, run: Run, wanted: Candidate) -> LoggedModel:
             experiment, wanted.name, source_run_id=run.info.run_id, tags=dict(wanted.tags), model_type="classifier"
         )
         _write_model(Path(place) / "model", model, run, wanted.saved)
-        client.log_model_artifacts(model.model_id, str(Path(place) / "model"))
+        with artifact_store():
+            client.log_model_artifacts(model.model_id, str(Path(place) / "model"))
     _link(client, run, model)
     return client.finalize_logged_model(model.model_id, "READY")
 
@@ -258,7 +271,8 @@ def _wrong(uri: str, logged: LoggedModel, wanted: Candidate) -> str | None:
 
     with tempfile.TemporaryDirectory() as place:
         kept = logged.artifact_location
-        folder = mlflow.artifacts.download_artifacts(artifact_uri=kept, dst_path=place, tracking_uri=uri)
+        with artifact_store():
+            folder = mlflow.artifacts.download_artifacts(artifact_uri=kept, dst_path=place, tracking_uri=uri)
         images, logits = Path(place) / "images.npy", Path(place) / "logits.npy"
         numpy.save(images, wanted.images.numpy())
         command = [sys.executable, "-I", "-c", CHECKER, str(folder), str(images), str(logits)]

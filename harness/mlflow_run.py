@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from harness.mlflow_library import faults, is_refusal, milliseconds
+from harness.mlflow_library import artifact_store, faults, is_refusal, milliseconds
 from harness.results import EpochResult
 
 if TYPE_CHECKING:
@@ -46,7 +46,12 @@ class MLflowRun:
         self._tracker.tell(write)
 
     def text(self, content: str, name: str) -> None:
-        self._tracker.tell(lambda: self._tracker.client.log_text(self._open(), content, name))
+        def write() -> None:
+            run_id = self._open()
+            with artifact_store():
+                self._tracker.client.log_text(run_id, content, name)
+
+        self._tracker.tell_file(write)
 
     def end(self, state: str) -> None:
         self._tracker.tell(lambda: self._tracker.close_run(self._open(), state))

@@ -11,31 +11,37 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.errors import InputError, masked
-from harness.mlflow_library import faults, first_line, is_refusal, let_commits_return, milliseconds, quiet
+from harness.mlflow_client import STATE, STATUS, STUDY, TRACEBACK, UID, StudyClient
+from harness.mlflow_files import make_database, move_in
+from harness.mlflow_library import (
+    Deleted,
+    StoreFault,
+    artifact_store,
+    drop_connections,
+    faults,
+    first_line,
+    is_refusal,
+    milliseconds,
+)
 from harness.mlflow_run import MLflowRun
-from harness.outbox import Away, Courier, Outbox
+from harness.outbox import LONGEST_PAUSE_SECONDS, Away, Courier, Outbox
 from harness.space import label, leaves
 from harness.tracking import Expected, expected_runs
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
-
     from harness.config import Study, TrainConfig
     from harness.storage import Store
 
-STATUS = {"complete": "FINISHED", "pruned": "KILLED", "diverged": "FAILED", "failed": "FAILED"}
-UID, KEY, STATE = "harness.study_uid", "harness.key", "harness.state"
-STUDY, PARENT = "study", "mlflow.parentRunId"  # the key of a study's own run, and the tag that its children carry
-EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}  # the UI calls it one of model training
 TRAINING = "?workflowType=machine_learning"  # without it MLflow's pages are those for language models
 
 
-class MLflowTracker:
+class MLflowTracker(StudyClient):
     """Logs a study to an MLflow tracking server or database at `uri`.
 
     When MLflow goes away after the start, entries wait in order until it is back, or until the study's next start.
@@ -43,27 +49,21 @@ class MLflowTracker:
 
     def __init__(self, uri: str, artifacts: Path | None) -> None:
         """`artifacts` is the folder for a local database's files; None leaves them to the server."""
-        self.uri = uri
-        self._artifacts = artifacts
-        self._experiment: str | None = None
-        self.parent = ""  # the study's own run, once it is open
-        self._open: set[str] = set()
-        self._runs: dict[str, Run] | None = {}  # by key; None when that must be asked
+        super().__init__(uri, artifacts)
+        self._left: list[Callable[[], object]] = []  # files that the artifact store did not take
+        self._next_file = 0.0  # when it is tried again
         self._outbox = Courier(Outbox(lambda text: print(text, file=sys.stderr), f"MLflow at {masked(uri)}"))
 
-    def connect(self) -> None:
-        """Open the client; raises what MLflow raises when it does not answer."""
-        from mlflow import MlflowClient
-
-        quiet()
-        let_commits_return()
-        self.client = MlflowClient(tracking_uri=self.uri)
-        self.client.search_experiments(max_results=1)
-
-    def check(self) -> None:
-        """Raise InputError unless the server or database answers; no run is made."""
+    def check(self, name: str | None = None) -> None:
+        """Raise InputError unless the server or database answers, and takes the study `name`; no run is made."""
         with self._as_input_error():
             self.connect()
+            if name is not None and (text := self.deleted(name)) is not None:
+                raise Deleted(text)
+
+    @property
+    def study_name(self) -> str:
+        return self._study.name
 
     def pages(self) -> list[tuple[str, str]]:
         """Each experiment's name, and where in MLflow's UI its runs are; once it is connected."""
@@ -82,15 +82,19 @@ class MLflowTracker:
         try:
             self._begin()
         except faults() as error:
-            if is_refusal(error) or not store.trials():
+            if is_refusal(error) or isinstance(error, Deleted) or not store.trials():
                 raise self._unusable(error) from error
             self.tell(self._begin)
         self._catch_up()
 
     def _begin(self) -> None:
         self.connect()
+        if self.file is not None and self.artifacts is not None:
+            move_in(self.file, self.artifacts)
         self._experiment = self._get_experiment(self._study.name)
         self._runs = self.known_runs()
+        if STUDY not in self._runs:
+            self._restore_own_run()
         self._ended_as = self._runs[STUDY].data.tags.get(STATE) if STUDY in self._runs else None
         self.parent = self.open_run(STUDY, {}, self._tags, self._study.name)
 
@@ -105,6 +109,10 @@ class MLflowTracker:
             self._behind = False
             self.synchronise(self._study, self._store)
             done = self.flush()
+        if done and self._left:
+            self._next_file = 0.0
+            self._tell_left()
+            done = self.flush() and not self._left
         return done
 
     def _end(self, write: Callable[[], bool]) -> bool:
@@ -120,13 +128,14 @@ class MLflowTracker:
             self.connect()
             experiment = self.client.get_experiment_by_name(study.name)
             self._experiment = None if experiment is None else experiment.experiment_id
-            self._tags = {UID: store.attribute("uid")}
+            self._study, self._tags = study, {UID: store.attribute("uid")}
 
     def replace_folder(self, folder: Path) -> None:
         """Write a folder of the study's own run again, if there is that run. Raises InputError when MLflow does not."""
         with self._as_input_error():
             if (run := self.known_runs().get(STUDY)) is not None:
-                self.client.log_artifacts(run.info.run_id, str(folder), folder.name)
+                with artifact_store():
+                    self.client.log_artifacts(run.info.run_id, str(folder), folder.name)
 
     @contextlib.contextmanager
     def _as_input_error(self) -> Iterator[None]:
@@ -136,6 +145,8 @@ class MLflowTracker:
             raise self._unusable(error) from error
 
     def _unusable(self, error: Exception) -> InputError:
+        if isinstance(error, Deleted):
+            return InputError(f"{error}.")
         return InputError(f"MLflow at {self.uri} cannot be used ({first_line(error)}); check --tracking-uri.")
 
     def run(self, key: str, config: TrainConfig, tags: Mapping[str, str]) -> MLflowRun:
@@ -154,6 +165,8 @@ class MLflowTracker:
             said = None if run is None else (run.info.status, run.data.tags.get(STATE))
             if said != (STATUS[wanted.state], wanted.state):
                 self.write(wanted)
+            elif run is not None and wanted.traceback is not None:
+                self.tell_file(functools.partial(self._add_traceback, run, wanted.traceback))
 
     def write(self, wanted: Expected) -> None:
         """Write a finished run whole; what it has already stays."""
@@ -163,7 +176,7 @@ class MLflowTracker:
         if wanted.metrics:
             log.metrics(wanted.metrics, wanted.config.epochs)
         if wanted.traceback is not None:
-            log.text(wanted.traceback, "traceback.txt")
+            log.text(wanted.traceback, TRACEBACK)
         log.end(wanted.state)
 
     def settle(self) -> bool:
@@ -180,11 +193,14 @@ class MLflowTracker:
     def finish(self, metrics: Mapping[str, float], artifacts: Iterable[Path], state: str) -> bool:
         """Write the study's own metrics and folders to the parent run and end it; whether MLflow has taken all."""
         now = milliseconds()
+        if self._is_lost():
+            self._begin_anew()
+        self.tell(self._keep_own_run)
         if metrics:
             self.tell(lambda: self._log_study(metrics, now))
         for path in artifacts:
             if path.exists():
-                self.tell(functools.partial(self._log_folder, path))
+                self.tell_file(functools.partial(self._log_folder, path))
         self.tell(self._close_leftovers)
         self.tell(lambda: self.close_run(self.parent, state))
         self.tell(self._look)
@@ -216,8 +232,6 @@ class MLflowTracker:
         for run_id in list(self._open):
             self.kill_run(run_id)
 
-    # -- the operations: each may be repeated ----------------------------------------------------------------------
-
     def tell(self, operation: Callable[[], object]) -> None:
         """Have it done soon, or when MLflow is back, after everything told before.
 
@@ -226,10 +240,20 @@ class MLflowTracker:
 
         def attempt() -> None:
             try:
-                operation()
+                self._check_file()
+                try:
+                    operation()
+                except faults() as error:
+                    if is_refusal(error) and (text := self.deleted(self._study.name)) is not None:
+                        raise Deleted(text) from error
+                    raise
+            except StoreFault as fault:
+                self.say(
+                    f"MLflow's files cannot be written ({fault}). The study goes on; they are tried again at its end."
+                )
             except faults() as error:
                 if is_refusal(error):
-                    print(f"MLflow refuses an entry and it is left out: {first_line(error)}", file=sys.stderr)
+                    self.say(f"MLflow refuses an entry and it is left out: {first_line(error)}")
                     return
                 self._runs = None
                 raise Away(first_line(error)) from error
@@ -239,118 +263,49 @@ class MLflowTracker:
 
         self._outbox.add(attempt)
 
-    def has(self, key: str) -> bool:
-        if self._runs is None:
-            self._runs = self.known_runs()
-        return key in self._runs
+    def tell_file(self, operation: Callable[[], object]) -> None:
+        """The same for a file. One that its store does not take holds nothing else up: it is tried again later."""
 
-    def open_run(self, key: str, params: Mapping[str, str], tags: Mapping[str, str], name: str | None = None) -> str:
-        from mlflow.entities import Param, RunTag
+        def attempt() -> None:
+            if time.monotonic() < self._next_file:
+                self._left.append(operation)
+                return
+            try:
+                operation()
+            except StoreFault:
+                self._left.append(operation)
+                self._next_file = time.monotonic() + LONGEST_PAUSE_SECONDS
+                raise
+            self._tell_left()
 
-        if self.has(key):
-            assert self._runs is not None
-            known = self._runs[key]
-            run_id: str = known.info.run_id
-            self.client.update_run(run_id, status="RUNNING")
-            self.client.set_tag(run_id, STATE, "running")
-            if key == STUDY:  # the command, the versions and the rest are those of the last start
-                self.client.log_batch(run_id, tags=[RunTag(tag, text) for tag, text in tags.items()])
-            # Parameters cannot be changed; where something lies may be another place today.
-            params = {path: value for path, value in params.items() if path not in known.data.params}
-        else:
-            every = {**tags, KEY: key, STATE: "running"} | ({} if key == STUDY else {PARENT: self.parent})
-            run = self.client.create_run(self._experiment, tags=every, run_name=name or key.replace("-", " "))
-            run_id = run.info.run_id
-            assert self._runs is not None
-            self._runs[key] = run
-        if params:
-            self.client.log_batch(run_id, params=[Param(path, value) for path, value in params.items()])
-        self._open.add(run_id)
-        return run_id
+        self.tell(attempt)
 
-    def close_run(self, run_id: str, state: str) -> None:
-        self.client.set_tag(run_id, STATE, state)
-        self.client.set_terminated(run_id, STATUS[state])
-        self._open.discard(run_id)
-
-    def kill_run(self, run_id: str) -> None:
-        self.client.set_tag(run_id, STATE, "interrupted")
-        self.client.set_terminated(run_id, "KILLED")
-        self._open.discard(run_id)
-
-    def delete(self, run: Run) -> None:
-        self.client.delete_run(run.info.run_id)
-        self._runs = None
-
-    def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
-        """Step and value of every entry, in the order of their times."""
-        entries = sorted(self.client.get_metric_history(run_id, metric), key=lambda each: each.timestamp)
-        return [(each.step, each.value) for each in entries]
-
-    def steps(self, run_id: str, metric: str) -> set[int]:
-        return {step for step, _ in self.history(run_id, metric)}
-
-    def log(self, run_id: str, steps: Mapping[int, tuple[Mapping[str, float], int]]) -> None:
-        """Write values by step, in one request; beside them the time in milliseconds when they were told.
-
-        MLflow knows an entry that comes twice, however late, by its time.
-        """
-        from mlflow.entities import Metric
-
-        metrics = [
-            Metric(name, value, now, step) for step, (values, now) in steps.items() for name, value in values.items()
-        ]
-        self.client.log_batch(run_id, metrics=metrics)
+    def _tell_left(self) -> None:
+        left, self._left = self._left, []
+        for operation in left:
+            self.tell_file(operation)
 
     def _log_folder(self, folder: Path) -> None:
-        self.client.log_artifacts(self.parent, str(folder), folder.name)
+        with artifact_store():
+            self.client.log_artifacts(self.parent, str(folder), folder.name)
 
-    def _close_leftovers(self) -> None:
-        """A seed of an earlier final run, killed before the study was extended and found a better trial.
+    def restore(self, name: str) -> None:
+        """Have the experiment of this name back. Raises InputError when MLflow cannot be reached."""
+        with self._as_input_error():
+            self.connect()
+            if self.deleted(name) is not None:
+                self.client.restore_experiment(self.client.get_experiment_by_name(name).experiment_id)
 
-        And a second run with the same key, made by a request that the server took after it was given up.
-        """
-        runs = self.all_runs()
-        kept = by_key(runs)
-        for run in runs:
-            if run.info.run_id == self.parent:
-                continue
-            if run.info.run_id != kept[run.data.tags[KEY]].info.run_id:
-                self.client.delete_run(run.info.run_id)
-            elif run.info.status == "RUNNING":
-                self.client.set_terminated(run.info.run_id, "KILLED")
+    def _check_file(self) -> None:
+        if self._is_lost():
+            raise FileNotFoundError(f"{self.file} was deleted")
 
-    def _get_experiment(self, name: str) -> str:
-        existing = self.client.get_experiment_by_name(name)
-        if existing is not None:
-            return str(existing.experiment_id)
-        location = (self._artifacts / name).resolve().as_uri() if self._artifacts else None
-        return str(self.client.create_experiment(name, artifact_location=location, tags=EXPERIMENT))
-
-    def known_runs(self) -> dict[str, Run]:
-        """This study's runs by key."""
-        return by_key(self.all_runs())
-
-    def all_runs(self) -> list[Run]:
-        """Newest first."""
-        if self._experiment is None:
-            return []
-        runs: list[Run] = []
-        token = None
-        query = f"tags.`{UID}` = '{self._tags[UID]}'"
-        while True:
-            page = self.client.search_runs([self._experiment], query, max_results=1000, page_token=token)
-            runs += page
-            token = page.token
-            if not token:
-                return runs
-
-
-def by_key(newest_first: Iterable[Run]) -> dict[str, Run]:
-    """One run for each key: of several, one that has ended, and of those the oldest."""
-    kept: dict[str, Run] = {}
-    for run in newest_first:
-        key = run.data.tags[KEY]
-        if key not in kept or kept[key].info.status == "RUNNING" or run.info.status != "RUNNING":
-            kept[key] = run
-    return kept
+    def _begin_anew(self) -> None:
+        """Make the database again that was deleted while the study ran; the storage knows what was in it."""
+        assert self.file is not None
+        self.say(f"{self.file} was deleted; it is made again, with all runs of this study.")
+        self._outbox.forget()
+        drop_connections(self.uri)
+        self._runs, self._inode = None, 0
+        self.tell(functools.partial(make_database, self.file))
+        self.tell(self._begin)

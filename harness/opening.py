@@ -186,6 +186,8 @@ def check_definition(study: Study, store: Store, content: Mapping[str, str] | No
                 "give another --storage, or rename the study."
             )
         store.set_attribute("uid", uuid.uuid4().hex)
+        if "data" in (content or {}):
+            store.set_attribute("images", _count(study))
         store.set_attribute("definition", now)
         return
     unknown = {path for path in stored if path.startswith("content of ")} if content is None else set()
@@ -196,12 +198,30 @@ def check_definition(study: Study, store: Store, content: Mapping[str, str] | No
         unknown |= {"final.rerank"} - stored.keys()
     differing = [path for path in {**stored, **now} if stored.get(path) != now.get(path) and path not in unknown]
     if differing:
-        changes = "; ".join(f"{path} was {stored.get(path)!r}, is {now.get(path)!r}" for path in differing)
+        changes = "; ".join(_change(path, stored, now, study, store) for path in differing)
         command = store.attribute("command")  # the settings of the last start, which had the same definition
         raise InputError(
             f"Study {study.name!r} was begun with another definition ({changes}); its results could not be compared. "
             f"Change it back, or {_anew(store.url)}." + (f" It was run with: {command}" if command else "")
         )
+
+
+def _change(path: str, stored: Mapping[str, Any], now: Mapping[str, Any], study: Study, store: Store) -> str:
+    """What is other than at the study's start, in a clause."""
+    if path == "content of data":
+        root, then = getattr(study.train.data, "root", None), store.attribute("images")
+        counted = "" if then is None else f" ({then} then, {_count(study)} now)"
+        return f"the images{f' in {root}' if root else ''} are others than when the study began{counted}"
+    if path == "content of weights":
+        return "the pretrained weights are others than when the study began"
+    return f"{path} was {stored.get(path)!r}, is {now.get(path)!r}"
+
+
+def _count(study: Study) -> int:
+    """Of all images of a study."""
+    from harness.data.tensors import count
+
+    return count(study.train.data)
 
 
 def check_movable(url: str) -> None:
@@ -253,7 +273,7 @@ def _gather(file: Path) -> None:
         raise InputError(f"--fresh: another program reads or writes {file}; end it, and try again.")
 
 
-WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+WEIGHTS, DESCRIPTION, PROGRAM = "model.safetensors", "model.json", "model.pt2"
 CHECK_FILE = "check.safetensors"  # test images as the cache holds them: `images` uint8 [N, S, S, 3]
 AGAIN = "run the study again: it makes what is lost again, and the test set stays closed"
 

@@ -55,8 +55,12 @@ class Outbox:
             self.waiting.popleft()
             if self._pause:
                 self._say(f"{self._name} answers again; what it missed is being written.")
-                self._pause = self._next = 0.0
+                self.reset()
         return True
+
+    def reset(self) -> None:
+        """Take the service for one that answers."""
+        self._pause = self._next = 0.0
 
     def _wait(self, error: Away) -> None:
         if not self._pause:
@@ -100,6 +104,12 @@ class Courier:
             done = self._outbox.flush()
         self.check()
         return done
+
+    def forget(self) -> None:
+        """Drop what waits: it will be told anew, from the beginning."""
+        with self._running:
+            self._outbox.waiting.clear()
+            self._outbox.reset()
 
     def stop(self) -> None:
         """Leave what waits where it is; the next `add` or `flush` goes on."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from harness import interrupt
 from harness.errors import FAILED, INTERRUPTED, Halt, InputError, is_utf8, masked, no_room
+from harness.files import sqlite_path, sqlite_url
 
 if TYPE_CHECKING:
     from harness.catalogue import Found
@@ -129,6 +130,7 @@ def _run(args: argparse.Namespace) -> int:
                 _check_reopening(study, store)
             saved = _is_saved(study, store, model)
             if store.is_complete(study) and saved and not args.reopen_test:
+                _look_at_mlflow(args, found, study, store)
                 print(f"Nothing is missing: {store.finished()} trials are finished (asked for: {study.trials}).")
                 print(overview.summary(study.name, store, uri_of(args.tracking_uri, found.mlruns)))
                 return ended(store)
@@ -137,6 +139,33 @@ def _run(args: argparse.Namespace) -> int:
             raise InputError("--reopen-test: no test result of this study is known yet; leave it out.")
         opening.check_folder(model, url, opening.uid_of(study.name, url))
     return _run_what_is_missing(args, found, study, url, begun)
+
+
+def _look_at_mlflow(args: argparse.Namespace, found: Found, study: Study, store: Store) -> None:
+    """Write a finished study to a local MLflow whose files were deleted; one that was moved is told where it is."""
+    from harness.doctor import is_registered, published
+    from harness.mlflow_files import ARTIFACTS, lacking, move_in
+    from harness.mlflow_places import tracker_for, uri_of
+    from harness.tracking import expected_runs
+
+    file, model = sqlite_path(uri_of(args.tracking_uri, found.mlruns)), found.beside(store.url, ".model")
+    if file is None:  # a server's files are the server's; `doctor` asks it
+        return
+    if file.is_file():
+        move_in(file, file.parent / ARTIFACTS)
+    lack = lacking(
+        file,
+        store.attribute("uid"),
+        ["study", *(each.key for each in expected_runs(study, store))],
+        [folder.name for folder in published(store, model)],
+        study.name if is_registered(study, store, model) else None,
+    )
+    if lack is not None:
+        from harness.coordinator import write_again
+        from harness.display import StudyConsole
+
+        print(f"{lack} What is missing is written again.", file=sys.stderr)
+        write_again(found, study, store, tracker_for(args.tracking_uri, found.mlruns), StudyConsole())
 
 
 def _check_nobody_at_work(study: Study, url: str) -> None:
@@ -160,9 +189,8 @@ def _is_saved(study: Study, store: Store, folder: Path) -> bool:
     """Whether all that belongs to the final model is there, if there is one; a damaged file is named and removed."""
     if not store.has_final():
         return True
-    from harness.export import PROGRAM
     from harness.model_card import CARD
-    from harness.opening import CHECK_FILE, is_untested, wrong_files
+    from harness.opening import CHECK_FILE, PROGRAM, is_untested, wrong_files
 
     whole = (folder / CARD).is_file()
     for name, fault in wrong_files(store, folder):
@@ -216,14 +244,14 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
         content = _prepare(study)
     tracker = tracker_for(args.tracking_uri, found.mlruns)
     if not begun:  # one that has begun goes on without MLflow, too
-        tracker.check()
+        tracker.check(study.name)
     for line in remarks(study.train.data):
         print(line, file=sys.stderr)
     if args.fresh:
         folders = (found.beside(url, suffix) for suffix in (".model", ".checkpoints", ".report"))
         moved = opening.move_aside(study.name, url, *folders)
         if moved is not None:
-            text = f"The old study is now {moved}; look at it with --storage sqlite:///{moved}."
+            text = f"The old study is now {moved}; look at it with --storage {sqlite_url(moved)}."
             console.print(text, highlight=False, soft_wrap=True)
     with opening.open_store(study, url, content) as store:
         try:

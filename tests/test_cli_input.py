@@ -325,3 +325,12 @@ def test_in_a_folder_without_studies_the_projects_own_are_meant(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert_refused(tmp_path, capsys, ["show", "nothing"], ["no study 'nothing'", "demo"])
+
+
+def test_where_there_are_no_studies_none_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "studies").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert_refused(tmp_path, capsys, ["show", "tiny"], [f"nor any other in {tmp_path / 'studies'}; go to the folder"])
+    assert_refused(tmp_path, capsys, ["show", "x/tiny.py"], ["x/tiny.py; give another file"])

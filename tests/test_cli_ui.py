@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from harness.cli import main
+from harness.mlflow_client import EXPERIMENT
 from harness.mlflow_places import local_tracker
-from harness.mlflow_tracker import EXPERIMENT
 from tests.browser import page
 from tests.refusal import assert_refused
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from harness import interrupt
 from harness.config import Study
 from harness.trainer import fit
 from tests.conftest import PROJECT
-from tests.small import SmallNet, small_study
+from tests.small import SmallNet, small_study, study_in
 from tests.test_checkpoint import fresh, parameters, run_until
 from tests.test_trainer import equal, state, timeless
 
@@ -134,6 +135,103 @@ threading.Thread.start = slowly
     words, said = child("import time" + slow + SWALLOWED.format(name="SIGINT"))
     assert words == ["stopped"]
     assert "Traceback" not in said
+
+
+IMPORTED = """
+import importlib.abc, importlib.util, time
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path, target=None):
+        return importlib.util.spec_from_loader(name, self) if name in ("fragile", "inner") else None
+
+    def exec_module(self, module):
+        if module.__name__ == "inner":
+            send({signals})
+            print("whole")
+            return
+        try:
+            import inner
+        except BaseException:
+            print("swallowed")
+
+sys.meta_path.insert(0, Finder())
+try:
+    import fragile
+    time.sleep({seconds})
+    print("after")
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+@pytest.mark.parametrize("names", [("SIGINT",), ("SIGTERM",), ("SIGTERM", "SIGTERM")])
+def test_a_request_inside_an_import_whose_library_swallows_exceptions_is_heard_after_it(names: tuple[str, ...]) -> None:
+    assert child(IMPORTED.format(signals=", ".join(map(repr, names)), seconds=10)) == (["whole", "stopped"], "")
+
+
+def test_ctrl_c_twice_does_not_wait_for_an_import() -> None:
+    assert child(IMPORTED.format(signals="'SIGINT', 'SIGINT'", seconds=0))[0][0] == "swallowed"
+
+
+HEAVY = """
+import importlib.abc, os, signal, sys
+
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == {name!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Watch())
+sys.argv = ["run_study.py", "--study", "tiny"]
+import runpy
+runpy.run_path({path!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["harness.cli", "optuna", "torch.nn", "mlflow.entities"])
+def test_ctrl_c_while_something_heavy_is_imported_ends_a_start_with_130(
+    name: str, tmp_path: Path, image_cache: Path, empty_mlflow: Path
+) -> None:
+    study_in(tmp_path, image_cache)
+    (tmp_path / "mlruns").mkdir()
+    shutil.copy(empty_mlflow, tmp_path / "mlruns" / "mlflow.db")
+    done = subprocess.run(
+        [sys.executable, "-c", HEAVY.format(name=name, path=str(PROJECT / "run_study.py"))],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 130, (done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    assert "partially initialized" not in done.stderr
+
+
+SERVING = """
+import os, signal, sys
+import uvicorn
+from harness import cli
+
+async def app(scope, receive, send):
+    os.kill(os.getpid(), signal.SIGINT)
+
+cli.COMMANDS["show"] = lambda args: uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical")).run() or 0
+cli.process(["show", "tiny"])
+"""
+
+
+def test_ctrl_c_ends_a_server_with_130_also_where_a_shell_had_it_ignored() -> None:
+    """As one does that is not interactive, for what it starts in the background."""
+    done = subprocess.run(
+        [sys.executable, "-c", SERVING],
+        cwd=PROJECT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (130, "Interrupted.\n")
 
 
 def test_what_else_python_swallows_is_still_shown() -> None:

@@ -32,6 +32,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "mlflow_tracker",
         "mlflow_run",
         "mlflow_places",
+        "mlflow_files",
+        "mlflow_client",
         "mlflow_check",
     ),
     (

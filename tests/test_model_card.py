@@ -21,10 +21,10 @@ from harness.data.flowers102 import Flowers102
 from harness.data.garden import Garden
 from harness.data.image_folder import ImageFolder
 from harness.evidence import percent
-from harness.export import PROGRAM, logits_of, write_program
+from harness.export import logits_of, write_program
 from harness.ledger import appended
 from harness.model_card import CARD, UNKNOWN_LICENCE, _plain, _table, card, write_card
-from harness.opening import open_store
+from harness.opening import PROGRAM, open_store
 from harness.overview import conclusion, final_sentence, overview, selection_sentence
 from harness.predictions import calibration_sentence
 from harness.saved_model import SavedModel, load_saved, preprocess

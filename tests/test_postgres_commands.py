@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from harness.mlflow_tracker import KEY, STUDY
+from harness.mlflow_client import KEY, STUDY
 from harness.opening import read_store
 from tests.conftest import PROJECT
 from tests.forked import Process

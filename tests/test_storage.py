@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -15,9 +16,11 @@ from typing import Any
 
 import pytest
 import sqlalchemy
+from PIL import Image
 
 from harness import database, opening
 from harness.config import FinalConfig, Study
+from harness.data.image_folder import ImageFolder
 from harness.errors import InputError
 from harness.final import summary
 from harness.opening import open_store, read_store
@@ -384,9 +387,36 @@ def test_other_images_or_weights_are_refused_and_unknown_ones_are_not(tmp_path: 
     with open_store(searching(), url, None):  # the no-op does not read the images
         pass
     with (
-        pytest.raises(InputError, match="content of data was 'aaaa', is 'bbbb'"),
+        pytest.raises(
+            InputError, match=r"the images are others than when the study began \(\d+ then, \d+ now\)"
+        ) as said,
         open_store(searching(), url, {"data": "bbbb", "weights": "none"}),
     ):
+        pass
+    assert "aaaa" not in str(said.value)
+    assert "bbbb" not in str(said.value)
+    with (
+        pytest.raises(InputError, match="the pretrained weights are others than when the study began"),
+        open_store(searching(), url, {"data": "aaaa", "weights": "others"}),
+    ):
+        pass
+
+
+def test_images_that_were_added_are_counted_in_the_refusal(tmp_path: Path) -> None:
+    """As many as then, and as many as now, with the folder that they lie in."""
+    folder = tmp_path / "pictures"
+    for number in range(10):
+        for name in ("a", "b"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / name / f"{number}.png")
+    data = ImageFolder(root=str(folder), image_size=8, stored_size=8, cache=str(tmp_path / "cache"))
+    study = searching()
+    study = dataclasses.replace(study, train=dataclasses.replace(study.train, data=data))
+    with open_store(study, url_of(tmp_path / "tiny.db"), {"data": "aaaa"}):
+        pass
+    Image.new("RGB", (8, 8), (99, 0, 0)).save(folder / "a" / "99.png")
+    text = re.escape(f"the images in {folder} are others than when the study began (20 then, 21 now)")
+    with pytest.raises(InputError, match=text), open_store(study, url_of(tmp_path / "tiny.db"), {"data": "bbbb"}):
         pass
 
 

@@ -121,6 +121,11 @@ def remarks(dataset: Dataset) -> list[str]:
     return [shown(each) for each in said]
 
 
+def count(dataset: Dataset) -> int:
+    """How many images a study uses, of all splits."""
+    return sum(len(_select(dataset, split)[0]) for split in SPLITS)
+
+
 def load_splits(dataset: Dataset) -> Splits:
     return Splits(
         classes=dataset.classes(),
