@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.patience import PATIENCE_SECONDS
+
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
@@ -33,6 +35,7 @@ def page(*, offline: bool = False, width: int = 1280, height: int = 900, dark: b
             viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
         )
         context.set_offline(offline)
+        context.set_default_timeout(1000 * PATIENCE_SECONDS)
         try:
             yield context.new_page()
         finally:

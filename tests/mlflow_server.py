@@ -11,6 +11,8 @@ import threading
 import time
 from pathlib import Path
 
+from tests.patience import PATIENCE_SECONDS
+
 
 class Server:
     """`mlflow server` in a process group of its own, so that all of it can be killed or halted."""
@@ -35,7 +37,7 @@ class Server:
         command = [sys.executable, "-m", "mlflow", "server", *(f"--{key}={value}" for key, value in options.items())]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
                 with socket.create_connection(("127.0.0.1", self.port), timeout=1):
@@ -52,7 +54,7 @@ class Server:
     def kill(self) -> None:
         self.signal(signal.SIGKILL)
         assert self._process is not None
-        self._process.wait(timeout=30)
+        self._process.wait(timeout=PATIENCE_SECONDS)
 
 
 class Proxy:

@@ -21,8 +21,9 @@ from typing import Any
 
 import pytest
 
+from tests.patience import PATIENCE_SECONDS
+
 PASSWORD = "petal-4711"
-START_SECONDS = 30
 CONFIGURATION = "fsync = off\n"  # the machine does not lose its power in a test
 
 
@@ -66,7 +67,7 @@ class PostgreSQL:
                 start_new_session=True,
                 **_unprivileged(),
             )
-        end = time.monotonic() + START_SECONDS
+        end = time.monotonic() + PATIENCE_SECONDS
         while not self._answers():
             assert self._process.poll() is None, (self.folder / "log").read_text()
             assert time.monotonic() < end, "PostgreSQL does not start"
@@ -88,7 +89,7 @@ class PostgreSQL:
         """End every connection and stop; with SIGKILL as when the machine fails."""
         assert self._process is not None
         self._process.send_signal(how)
-        self._process.wait(timeout=START_SECONDS)
+        self._process.wait(timeout=PATIENCE_SECONDS)
 
     def do(self, statement: str) -> None:
         """Execute a statement as the server's administrator."""

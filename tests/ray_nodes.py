@@ -20,9 +20,9 @@ import pytest
 from harness.catalogue import PROJECT
 from harness.opening import read_store
 from tests.forked import Process
+from tests.patience import PATIENCE_SECONDS
 
 OBJECT_STORE = 80 * 2**20  # bytes; Ray takes no less than 75 MiB
-PATIENCE_SECONDS = 150
 TASK = "ray::tiny worker"  # what its process is called
 # Its backbone is defined in the study's file, which workers must have loaded before they can be told of it.
 STUDY_FILE = """

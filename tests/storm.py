@@ -28,6 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.patience import PATIENCE_SECONDS
+
 PROJECT = Path(__file__).resolve().parent.parent
 NAME = "small"
 SEEDS = 2
@@ -35,7 +37,6 @@ CHECKPOINT_SECONDS = 0.2
 # Four batches an epoch in a trial, eight in the final run. On the CPU: a CUDA context does not outlive a fork.
 SETTINGS = ("--set", "batch_size=8", "--set", f"checkpoint_seconds={CHECKPOINT_SECONDS}")
 SLACK_SECONDS = 0.1  # between two lines of the log that should come at once
-PATIENCE_SECONDS = 240
 INTERRUPTED = 130
 
 # Where a process can be killed, by phase: the longest time after that moment, in seconds.
@@ -352,7 +353,7 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.communicate(timeout=60)
+        self._process.communicate(timeout=PATIENCE_SECONDS)
 
 
 # -- the storm ---------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from harness.cli import main
 from harness.mlflow_client import EXPERIMENT
 from harness.mlflow_places import local_tracker
 from tests.browser import page
+from tests.patience import PATIENCE_SECONDS
 from tests.refusal import assert_refused
 
 
@@ -56,13 +57,13 @@ def test_the_page_answers_on_this_machine_and_goes_with_the_command(workspace: P
     process = subprocess.Popen(command, cwd=workspace, stdout=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{port}/"
     try:
-        assert answers(url, seconds=120)
+        assert answers(url, PATIENCE_SECONDS)
         with page() as browser:
             browser.goto(f"{url}#/experiments/{number}/runs?workflowType=machine_learning")
-            browser.get_by_text("a trial of it").first.wait_for(timeout=60_000)
+            browser.get_by_text("a trial of it").first.wait_for(timeout=PATIENCE_SECONDS00 * PATIENCE_SECONDS)
     finally:
         os.kill(process.pid, signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130
     assert f"demo      {url}#/experiments/{number}/runs?workflowType=machine_learning\n" in said
     assert not answers(url, seconds=0)
@@ -73,7 +74,7 @@ def answers(url: str, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while True:
         try:
-            with direct.open(url, timeout=10) as reply:
+            with direct.open(url, timeout=PATIENCE_SECONDS) as reply:
                 return bool(reply.status == 200)
         except (urllib.error.URLError, ConnectionError):
             if time.monotonic() > deadline:

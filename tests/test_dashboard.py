@@ -20,6 +20,7 @@ from harness.overview import digest
 from tests import browser
 from tests.analytic import run_analytic
 from tests.forked import Process
+from tests.patience import PATIENCE_SECONDS
 from tests.small import study_in
 from tests.test_audit import place_of, run_to_the_end
 from tests.test_cli_ui import answers, free_port
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 pytestmark = pytest.mark.slow
-MILLISECONDS = 60_000
 # The traces of the plot under "Intermediate values": {"trial #0": {"1": 0.4, "2": 0.5}, ...}
 CURVES = """
 () => Object.fromEntries(
@@ -50,16 +50,18 @@ def dashboard(url: str, folder: Path) -> Iterator[str]:
         process = subprocess.Popen([program, url, "--port", str(port)], stdout=said, stderr=said)
     address = f"http://127.0.0.1:{port}"
     try:
-        assert answers(f"{address}/dashboard/", seconds=60), (folder / "dashboard.txt").read_text()
+        assert answers(f"{address}/dashboard/", PATIENCE_SECONDS), (folder / "dashboard.txt").read_text()
         yield address
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=30)
+        process.wait(timeout=PATIENCE_SECONDS)
 
 
 def curves(page: Page) -> dict[str, Any]:
     """The learning curves on the study's page, by trial, once they are drawn."""
-    page.wait_for_function(f"() => Object.keys(({CURVES})()).length > 0", timeout=MILLISECONDS)
+    page.wait_for_function(
+        f"() => Object.keys(({CURVES})()).length > 0",
+    )
     found: dict[str, Any] = page.evaluate(CURVES)
     return found
 
@@ -79,7 +81,7 @@ def test_the_dashboard_shows_every_learning_curve(tmp_path: Path, image_cache: P
         faults: list[str] = []
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.goto(f"{address}/dashboard/")
-        page.get_by_text("tiny").first.click(timeout=MILLISECONDS)
+        page.get_by_text("tiny").first.click()
         assert curves(page) == expected
         assert faults == []
     with read_store("tiny", url) as store:
@@ -98,7 +100,7 @@ def test_a_study_that_runs_is_not_disturbed(tmp_path: Path, image_cache: Path) -
         pass  # the dashboard wants a database that is there
     with dashboard(url, tmp_path) as address, browser.page() as page:
         page.goto(f"{address}/dashboard/studies/1")
-        page.get_by_text("tiny (id=1)").wait_for(timeout=MILLISECONDS)
+        page.get_by_text("tiny (id=1)").wait_for()
         run = Process(["-m", "harness", "run", "--study", "tiny"], cwd=watched)
         seen = set()
         while run.poll() is None:  # what the page asks for every few seconds, and much more often

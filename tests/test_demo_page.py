@@ -30,6 +30,7 @@ from harness.predict import Predictor, load_predictor
 from tests.browser import page
 from tests.conftest import PROJECT
 from tests.faulty import complete
+from tests.patience import PATIENCE_SECONDS
 from tests.refusal import assert_refused
 from tests.small import study_in
 from tests.test_cli_ui import answers, free_port
@@ -94,11 +95,11 @@ def url(home: Path) -> Iterator[str]:
     process = start(home, port)
     address = f"http://127.0.0.1:{port}/"
     try:
-        assert answers(address, seconds=120), process.stderr
+        assert answers(address, PATIENCE_SECONDS), process.stderr
         yield address
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE_SECONDS)
 
 
 def submit(page: Page, file: Path | None) -> None:
@@ -333,7 +334,7 @@ def test_files_of_the_machine_are_not_served(url: str) -> None:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     for path in ("/etc/passwd", "studies/tiny.db", "flower.png"):
         with pytest.raises(urllib.error.HTTPError) as refused:
-            direct.open(f"{url}gradio_api/file={path}", timeout=10)
+            direct.open(f"{url}gradio_api/file={path}", timeout=PATIENCE_SECONDS)
         assert refused.value.code in (403, 404)
 
 
@@ -341,13 +342,13 @@ def test_files_of_the_machine_are_not_served(url: str) -> None:
 def test_ctrl_c_ends_it_quietly_and_it_called_nobody(home: Path) -> None:
     port = free_port()
     process = start(home, port)
-    assert answers(f"http://127.0.0.1:{port}/", seconds=120)
+    assert answers(f"http://127.0.0.1:{port}/", PATIENCE_SECONDS)
     with page() as browser:
         browser.goto(f"http://127.0.0.1:{port}/")  # keeps a connection open
         browser.get_by_role("button", name="Submit").wait_for()
         before = set((home / "temporary").iterdir())
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130
     assert out == f"The page opens at http://127.0.0.1:{port} (Ctrl-C ends it).\n"
     assert err == "Interrupted.\n"

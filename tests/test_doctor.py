@@ -31,6 +31,7 @@ from harness.storage import Store
 from harness.tracking import facts, study_metrics, trial_key, trial_tags
 from tests.analytic import epoch_result
 from tests.conftest import PROJECT
+from tests.patience import PATIENCE_SECONDS
 from tests.small import small_study, study_in
 
 RUNTIME = {"device": "cpu", "precision": "fp32", "channels_last": False}
@@ -537,7 +538,7 @@ def test_while_a_process_runs_the_study_what_is_under_way_is_left_out_and_mendin
         assert lines[1].startswith(f"The study is under way in process {process.pid}:")
     finally:
         process.kill()
-        process.wait(timeout=60)
+        process.wait(timeout=PATIENCE_SECONDS)
     # The process was killed, and what it left is found: two runs left running, the partial file, the PID.
     code, lines = doctor()
     assert (code, len(lines), lines[-1]) == (1, 6, UNFINISHED), lines

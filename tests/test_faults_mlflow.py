@@ -22,6 +22,7 @@ from harness.storage import Store
 from harness.tracking import expected_runs
 from tests.faulty import CommandLine, complete, everything, one_sentence, small_disk, small_study
 from tests.mlflow_server import Proxy, Server
+from tests.patience import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.slow
 
@@ -96,7 +97,7 @@ def when(kind: type[Event], number: int, act: Callable[[], None]) -> Callable[[E
     return at
 
 
-def until(condition: Callable[[], object], seconds: float = 40.0) -> None:
+def until(condition: Callable[[], object], seconds: float = PATIENCE_SECONDS) -> None:
     """Wait for what the tracker's thread does by itself."""
     end = time.monotonic() + seconds
     while not condition():

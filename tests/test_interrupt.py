@@ -18,6 +18,7 @@ from harness import interrupt
 from harness.config import Study
 from harness.trainer import fit
 from tests.conftest import PROJECT
+from tests.patience import PATIENCE_SECONDS
 from tests.small import SmallNet, small_study, study_in
 from tests.test_checkpoint import fresh, parameters, run_until
 from tests.test_trainer import equal, state, timeless
@@ -37,7 +38,12 @@ interrupt.install()
 def child(code: str) -> tuple[list[str], str]:
     """The words that a process of its own says, and its stderr."""
     done = subprocess.run(
-        [sys.executable, "-c", HEAD + code], cwd=PROJECT, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", HEAD + code],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        check=True,
     )
     return done.stdout.split(), done.stderr
 

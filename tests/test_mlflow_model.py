@@ -49,6 +49,7 @@ from harness.storage import Store
 from tests.conftest import make_study
 from tests.faulty import Died, complete, small_study
 from tests.mlflow_server import Server
+from tests.patience import PATIENCE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -395,7 +396,7 @@ def test_mlflow_serves_the_champion(finished: Finished, tracker: MLflowTracker, 
 
 def ask(port: int, question: dict[str, Any], serving: subprocess.Popen[bytes]) -> Any:
     """The answer of a server that may still be starting."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
             with socket.create_connection(("127.0.0.1", port), timeout=1):

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from harness import outbox
 from harness.outbox import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, Away, Courier, Outbox
+from tests.patience import PATIENCE_SECONDS
 
 
 class Service:
@@ -236,7 +237,7 @@ def courier(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> Courier:
 
 
 def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.005)

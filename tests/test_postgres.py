@@ -28,6 +28,7 @@ from harness.storage import NoTrialFree, Store
 from tests.analytic import Died, accuracy, evaluate, run_analytic
 from tests.analytic_worker import patient, searching
 from tests.conftest import PROJECT
+from tests.patience import PATIENCE_SECONDS
 from tests.postgres import PostgreSQL
 from tests.small import small_study
 from tests.test_final import overtaken
@@ -35,7 +36,6 @@ from tests.test_storage import death_at_write, told
 
 TRIALS = 12
 LEASE = 2.0  # seconds; 45 in use
-WAIT_SECONDS = 60
 
 
 def run(url: str, trials: int, **options: Any) -> list[dict[str, Any]] | None:
@@ -172,7 +172,7 @@ class Worker:
 
     def end(self) -> None:
         """Let it come to its own end. Asserts that nothing went wrong."""
-        out, _ = self.process.communicate(timeout=WAIT_SECONDS)
+        out, _ = self.process.communicate(timeout=PATIENCE_SECONDS)
         assert self.process.returncode == 0, out
 
 
@@ -233,7 +233,7 @@ def short_leases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def taken_up(store: Store, trials: int) -> storage.Asked:
     """The trial that is left, as soon as it may be taken."""
-    end = time.monotonic() + WAIT_SECONDS
+    end = time.monotonic() + PATIENCE_SECONDS
     while True:
         with contextlib.suppress(NoTrialFree):
             return store.ask(searching(), at_most=trials)
@@ -294,7 +294,7 @@ def test_whoever_led_and_stood_still_does_not_open_the_test_set(database: str) -
         first.check_lead()
         assert first._leases is not None
         first._leases._closed.set()  # its thread renews nothing, as when the process stands still
-        end = time.monotonic() + WAIT_SECONDS
+        end = time.monotonic() + PATIENCE_SECONDS
         while not second.lead():
             assert time.monotonic() < end
             time.sleep(0.05)

@@ -18,6 +18,7 @@ import sqlalchemy
 from harness.database import connect, dispose
 from harness.leases import LeaseLost, Leases, make_table
 from tests.conftest import PROJECT
+from tests.patience import PATIENCE_SECONDS
 from tests.ray_nodes import OBJECT_STORE, Command, check_whole, nodes, tasks, url_in, working
 from tests.test_workers import wait_until_gone
 
@@ -136,7 +137,7 @@ def test_weights_come_back_from_a_node_that_does_not_share_the_checkpoints(tmp_p
         for process in (node, head):
             if process is not None:
                 process.send_signal(signal.SIGTERM)
-                process.communicate(timeout=30)
+                process.communicate(timeout=PATIENCE_SECONDS)
         shutil.rmtree(place, ignore_errors=True)
 
 

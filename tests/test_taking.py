@@ -20,6 +20,7 @@ from harness.search import Sampler
 from harness.storage import NoTrialFree, Store
 from tests.analytic import evaluate
 from tests.conftest import make_study
+from tests.patience import PATIENCE_SECONDS
 
 STUDY = make_study("cache", sampler=Sampler("RandomSampler"), trials=2)
 
@@ -75,7 +76,7 @@ def test_the_trial_of_a_dead_process_of_this_machine_is_taken_up_at_once(tmp_pat
         process = context.Process(target=ask_and_wait, args=(STUDY, url, theirs))
         process.start()
         try:
-            assert line.poll(60)
+            assert line.poll(PATIENCE_SECONDS)
             number = line.recv()
         finally:
             os.kill(process.pid or 0, signal.SIGKILL)

@@ -29,6 +29,7 @@ from harness.workers import of_use, surroundings
 from tests.analytic import epoch_result
 from tests.conftest import PROJECT
 from tests.forked import Process
+from tests.patience import PATIENCE_SECONDS
 from tests.small import study_in
 
 STUDY_FILE = """
@@ -140,7 +141,7 @@ class Command:
 
     def wait_for_work(self, process: Process, started: int = 2) -> list[int]:
         """The PIDs of the workers, as soon as some trials are under way."""
-        end = time.monotonic() + 120
+        end = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < end and process.poll() is None:
             if self.begun() >= started:
                 workers = children(process.pid)
@@ -163,7 +164,7 @@ def alive(pid: int) -> bool:
     return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def wait_until_gone(pids: list[int], seconds: float = 60.0) -> None:
+def wait_until_gone(pids: list[int], seconds: float = PATIENCE_SECONDS) -> None:
     end = time.monotonic() + seconds
     while any(map(alive, pids)):
         assert time.monotonic() < end, f"still there: {[pid for pid in pids if alive(pid)]}"
@@ -180,7 +181,6 @@ def single(image_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_four_workers_give_what_one_gives(single: dict[str, Any], image_cache: Path, tmp_path: Path) -> None:
     command = Command(tmp_path / "four", image_cache)
     output = command.run("--workers", "4")
@@ -190,7 +190,6 @@ def test_four_workers_give_what_one_gives(single: dict[str, Any], image_cache: P
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_killed_workers_are_replaced_and_their_trials_taken_up(
     single: dict[str, Any], image_cache: Path, tmp_path: Path
 ) -> None:
@@ -205,7 +204,6 @@ def test_killed_workers_are_replaced_and_their_trials_taken_up(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_workers_end_with_their_coordinator_and_the_same_command_goes_on(
     single: dict[str, Any], image_cache: Path, tmp_path: Path
 ) -> None:
@@ -220,7 +218,6 @@ def test_workers_end_with_their_coordinator_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop_all_write_their_checkpoints_and_the_study_goes_on_from_them(
     number: signal.Signals, single: dict[str, Any], image_cache: Path, tmp_path: Path
@@ -236,7 +233,7 @@ def test_asked_to_stop_all_write_their_checkpoints_and_the_study_goes_on_from_th
     assert "Go on with:" in output
     assert "Traceback" not in output
     assert output.count(interrupt.NOTICE) == 1, "of one process, for all"
-    wait_until_gone(workers, 5)
+    wait_until_gone(workers)
     running = [trial.number for trial in command.trials() if trial.state == "running"]
     kept = {path.stem for path in (tmp_path / "stopped" / "studies" / "tiny.checkpoints").glob("trial-*")}
     assert kept <= {f"trial-{each}" for each in running}
@@ -245,7 +242,6 @@ def test_asked_to_stop_all_write_their_checkpoints_and_the_study_goes_on_from_th
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("seconds", [0.2, 0.8])
 def test_stopped_while_its_workers_start_a_study_says_only_how_to_go_on(
     seconds: float, image_cache: Path, tmp_path: Path
@@ -259,7 +255,7 @@ def test_stopped_while_its_workers_start_a_study_says_only_how_to_go_on(
     assert process.returncode == 130, output
     lines = [line for line in output.splitlines() if line != interrupt.NOTICE]
     assert lines[:2] == ["Interrupted with 0 of 9 trials finished.", "Go on with:"]
-    wait_until_gone(workers, 5)
+    wait_until_gone(workers)
 
 
 def test_a_study_that_a_process_works_on_is_not_moved_aside(image_cache: Path, tmp_path: Path) -> None:
@@ -277,7 +273,6 @@ def test_a_study_that_a_process_works_on_is_not_moved_aside(image_cache: Path, t
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_trials_that_fail_in_a_row_stop_all_workers(image_cache: Path, tmp_path: Path) -> None:
     command = Command(tmp_path / "failing", image_cache)
     file = tmp_path / "failing" / "studies" / "tiny.py"
