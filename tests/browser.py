@@ -30,7 +30,7 @@ def page(*, offline: bool = False, width: int = 1280, height: int = 900, dark: b
     if program is None:
         pytest.skip(f"no Chromium on this machine: none of {', '.join(NAMES)} is in the PATH")
     with playwright.sync_playwright() as session:
-        browser = session.chromium.launch(executable_path=program, args=ARGUMENTS)
+        browser = session.chromium.launch(executable_path=program, args=ARGUMENTS, timeout=1000 * PATIENCE_SECONDS)
         context = browser.new_context(
             viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
         )

@@ -60,7 +60,7 @@ def test_the_page_answers_on_this_machine_and_goes_with_the_command(workspace: P
         assert answers(url, PATIENCE_SECONDS)
         with page() as browser:
             browser.goto(f"{url}#/experiments/{number}/runs?workflowType=machine_learning")
-            browser.get_by_text("a trial of it").first.wait_for(timeout=PATIENCE_SECONDS00 * PATIENCE_SECONDS)
+            browser.get_by_text("a trial of it").first.wait_for(timeout=1000 * PATIENCE_SECONDS)
     finally:
         os.kill(process.pid, signal.SIGTERM)
     said, _ = process.communicate(timeout=PATIENCE_SECONDS)

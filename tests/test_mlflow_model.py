@@ -409,7 +409,7 @@ def ask(port: int, question: dict[str, Any], serving: subprocess.Popen[bytes]) -
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", json.dumps(question).encode(), headers)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # not through the environment's proxy
-    with direct.open(request, timeout=60) as answer:
+    with direct.open(request, timeout=PATIENCE_SECONDS) as answer:
         return json.load(answer)
 
 
