@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -255,8 +256,11 @@ def _check_options(name: str, options: Mapping[str, Any], or_else: str) -> None:
 
 
 def _call(kind: Any, name: str, options: Mapping[str, Any]) -> Any:
+    built = {key: value.build() if isinstance(value, Pruner) else value for key, value in options.items()}
     try:
-        return kind(**{key: value.build() if isinstance(value, Pruner) else value for key, value in options.items()})
+        with warnings.catch_warnings():  # who names it need not be told with a line of its source
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return kind(**built)
     except (TypeError, ValueError, ImportError) as error:
         given = {option: value for option, value in options.items() if option != "seed"}  # the seed is the study's
         raise InputError(f"{name} cannot be made with {given}: {error}; correct its arguments.") from error
