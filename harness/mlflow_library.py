@@ -57,10 +57,14 @@ class Deleted(Exception):
     """Somebody deleted the study's experiment; the text says how to get it back."""
 
 
+found_set: set[str] = set()  # those that this process found in its environment
+
+
 def set_aside(uri: str) -> None:
     """Take from the environment what would lead the runs at `uri` elsewhere; what a user may have meant is named."""
     for name in SET_ASIDE:
-        value = os.environ.pop(name, None)
+        if value := os.environ.pop(name, None):
+            found_set.add(name)
         if value and name in LEADING_ELSEWHERE and value != uri:
             print(f"{name} is set and not used: {LEADING_ELSEWHERE[name].format(uri=masked(uri))}.", file=sys.stderr)
 

@@ -22,7 +22,7 @@ from harness.data.tensors import ImageSet, items_of, load_split
 from harness.errors import Halt, masked
 from harness.export import EXAMPLE_BATCH, disagreement, logits_of, weights_of
 from harness.mlflow_client import UID
-from harness.mlflow_library import artifact_store, faults, first_line, is_refusal, no_stray_folder
+from harness.mlflow_library import artifact_store, faults, first_line, found_set, is_refusal, no_stray_folder
 from harness.mlflow_tracker import MLflowTracker
 from harness.overview import final_sentence
 from harness.saved_model import CHECK_IMAGES
@@ -144,7 +144,9 @@ def publish(tracker: MLflowTracker, wanted: Candidate) -> bool:
         said = _placed(client, version)
         print(f"model     {wanted.name} version {version.version} in MLflow: {said}")
         if CHAMPION in said:
-            print(f"serve     MLFLOW_TRACKING_URI={shlex.quote(masked(tracker.uri))} {SERVE.format(wanted.name)}")
+            where = shlex.quote(masked(tracker.uri))
+            other = f"MLFLOW_REGISTRY_URI={where} " if "MLFLOW_REGISTRY_URI" in found_set else ""
+            print(f"serve     MLFLOW_TRACKING_URI={where} {other}{SERVE.format(wanted.name)}")
     except faults() as error:
         if not is_refusal(error):
             print(f"MLflow at {masked(tracker.uri)} did not take the model ({first_line(error)}).", file=sys.stderr)
@@ -159,17 +161,25 @@ def _logged(client: Any, run: Run, wanted: Candidate) -> LoggedModel:
     query = " AND ".join(f"tags.`{tag}` = '{wanted.tags[tag]}'" for tag in (UID, WEIGHTS))
     for known in client.search_logged_models([experiment], query):
         if known.status == "READY":
+            with artifact_store():
+                whole = bool(client.list_logged_model_artifacts(known.model_id))
+            if not whole:  # somebody deleted its files
+                _upload(client, known, run, wanted)
             return known
         client.delete_logged_model(known.model_id)
+    model = client.create_logged_model(
+        experiment, wanted.name, source_run_id=run.info.run_id, tags=dict(wanted.tags), model_type="classifier"
+    )
+    _upload(client, model, run, wanted)
+    _link(client, run, model)
+    return client.finalize_logged_model(model.model_id, "READY")
+
+
+def _upload(client: Any, model: LoggedModel, run: Run, wanted: Candidate) -> None:
     with tempfile.TemporaryDirectory() as place:
-        model = client.create_logged_model(
-            experiment, wanted.name, source_run_id=run.info.run_id, tags=dict(wanted.tags), model_type="classifier"
-        )
         _write_model(Path(place) / "model", model, run, wanted.saved)
         with artifact_store():
             client.log_model_artifacts(model.model_id, str(Path(place) / "model"))
-    _link(client, run, model)
-    return client.finalize_logged_model(model.model_id, "READY")
 
 
 def _write_model(folder: Path, model: LoggedModel, run: Run, saved: SavedModel) -> None:

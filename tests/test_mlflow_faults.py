@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -400,12 +401,29 @@ def test_every_command_works_in_a_folder_of_any_name(
     monkeypatch.chdir(place)
     with command_line(place, capsys) as line:
         arguments = ("--trials", "1", "--set", "final.publish=true")
-        assert line.run(*arguments).code == 0
+        said = line.run(*arguments).out
+        assert "became the champion" in said
+        assert f"MLFLOW_TRACKING_URI={shlex.quote(local_uri(place / 'mlruns'))} mlflow models serve" in said
         assert "Nothing is missing" in line.run(*arguments).out
         assert main(["show", "tiny"]) == main(["doctor", "tiny"]) == main(["report", "tiny"]) == 0
-        assert "became the champion" in line.run("--fresh", *arguments).out + "became the champion"
     assert [each.name for each in tmp_path.iterdir()] == [name]
     assert {each.name for each in place.iterdir()} == {"data", "mlruns", "studies"}
+    moved = tmp_path / "moved" / name
+    moved.parent.mkdir()
+    place.rename(moved)
+    monkeypatch.chdir(moved)
+    with command_line(moved, capsys) as line:
+        more = line.run("--trials", "2", "--set", "final.publish=true")
+        assert more.code == 0, more
+        assert "MLflow's database was moved" in more.err
+        assert main(["doctor", "tiny"]) == 0
+    assert [each.name for each in tmp_path.iterdir()] == ["moved"]
+    client = client_of(moved / "mlruns")
+    version = client.get_model_version_by_alias("tiny", "champion")
+    kept = local_folder(client.get_model_version_download_uri("tiny", version.version))
+    assert kept is not None
+    assert (kept / "MLmodel").is_file()
+    assert moved in kept.parents
 
 
 # -- MLflow's own variables ----------------------------------------------------------------------------------------

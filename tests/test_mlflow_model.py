@@ -27,6 +27,7 @@ from harness.config import Study
 from harness.data.augment import normalise
 from harness.data.tensors import load_split, load_test
 from harness.export import logits_of
+from harness.mlflow_files import local_folder
 from harness.mlflow_model import (
     CHAMPION,
     CHECK,
@@ -441,3 +442,20 @@ def test_the_command_registers_the_model_once(
     assert (len(versions(client)), len(models(client)), champion(client)) == (1, 1, "1")
     assert (tmp_path / "studies" / "tiny.model" / "model.pt2").is_file()
     assert "torch.export.load" in (tmp_path / "studies" / "tiny.model" / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_files_of_a_logged_model_that_were_deleted_are_written_again(
+    finished: Finished, tracker: MLflowTracker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "http://127.0.0.1:9")
+    tracker.connect()
+    assert publish(tracker, finished.wanted)
+    assert f"MLFLOW_REGISTRY_URI={tracker.uri} mlflow models serve -m models:/tiny@champion" in capsys.readouterr().out
+    (model,) = models(tracker.client)
+    place = local_folder(model.artifact_location)
+    assert place is not None
+    shutil.rmtree(place)
+    assert publish(tracker, finished.wanted)
+    assert (place / "MLmodel").is_file()
+    assert len(models(tracker.client)) == len(versions(tracker.client)) == 1
