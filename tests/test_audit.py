@@ -337,6 +337,7 @@ def trained(out: str) -> list[int]:
     return list(dict.fromkeys(int(line.split()[1]) for line in out.splitlines() if line.startswith("trial ")))
 
 
+@pytest.mark.slow
 def test_pruned_trials_are_trained_to_the_end_that_they_would_have_had(
     place: Path, run: Run, image_cache: Path
 ) -> None:
@@ -364,6 +365,7 @@ def test_pruned_trials_are_trained_to_the_end_that_they_would_have_had(
     assert not (place / "studies" / "tiny.checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_show_has_the_audit(place: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run("--fraction", "0.1")
     assert main(["show", "tiny", "--json"]) == 0
@@ -372,6 +374,7 @@ def test_show_has_the_audit(place: Path, run: Run, capsys: pytest.CaptureFixture
     assert shown["audit"]["audited"] == 1
 
 
+@pytest.mark.slow
 def test_the_report_and_its_copy_in_mlflow_have_the_audit(place: Path, run: Run, mlruns: Path) -> None:
     folder = place / "studies" / "tiny.report"
     with open_store(pruning_study("cache"), f"sqlite:///{place}/studies/tiny.db") as store:
@@ -389,6 +392,7 @@ def test_the_report_and_its_copy_in_mlflow_have_the_audit(place: Path, run: Run,
     assert copy.read_text(encoding="utf-8") == after
 
 
+@pytest.mark.slow
 def test_an_mlflow_that_is_away_or_none_costs_no_audit(place: Path, run: Run) -> None:
     code, out, err = run("--fraction", "0.1", "--tracking-uri", "ftp://nowhere")
     assert (code, out) == (2, "")
@@ -400,6 +404,7 @@ def test_an_mlflow_that_is_away_or_none_costs_no_audit(place: Path, run: Run) ->
     assert (place / "studies" / "tiny.report" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_nothing_is_trained_twice(place: Path, run: Run) -> None:
     first = trained(run("--fraction", "0.1")[1])
     assert len(first) == 1
@@ -415,6 +420,7 @@ def test_nothing_is_trained_twice(place: Path, run: Run) -> None:
     assert (code, trained(out)) == (0, []), "another order of the same trials"
 
 
+@pytest.mark.slow
 def test_epochs_that_come_out_otherwise_are_named(place: Path, run: Run) -> None:
     numbers = trained(run("--fraction", "1")[1])
     with open_store(pruning_study("cache"), f"sqlite:///{place}/studies/tiny.db") as store:

@@ -61,6 +61,7 @@ def test_show_prints_a_summary_for_people(demo: catalogue.Found, capsys: pytest.
     assert f"storage   {demo.storage_url}" in lines
 
 
+@pytest.mark.slow
 def test_show_takes_a_file_and_a_storage(
     demo: catalogue.Found, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,6 +77,7 @@ def test_show_answers_while_the_study_is_held(demo: catalogue.Found, capsys: pyt
         assert json.loads(shown(capsys, "show", "demo", "--json"))["study"] == "demo"
 
 
+@pytest.mark.slow
 def test_an_unfinished_trial_is_running_while_a_process_holds_the_study_and_interrupted_after_it(
     demo: catalogue.Found, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,6 +132,7 @@ def test_report_writes_where_it_is_told(
     assert not (workspace / "studies" / "demo.report").exists()
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_error(demo: catalogue.Found, workspace: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)

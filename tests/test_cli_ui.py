@@ -33,6 +33,7 @@ def test_a_port_that_does_not_exist_is_refused(workspace: Path, capsys: pytest.C
     assert_refused(workspace, capsys, ["ui", "--port", port], ["argument --port", "of at least 1 and at most 65,535"])
 
 
+@pytest.mark.slow
 def test_a_taken_port_is_refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     local_tracker(workspace / "mlruns")
     with socket.create_server(("127.0.0.1", 0)) as server:

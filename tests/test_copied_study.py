@@ -39,6 +39,7 @@ COMMANDS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remembered", [True, False], ids=["remembered", "from before it was"])
 def test_a_copy_is_told_to_change_its_name(
     remembered: bool, workspace: Path, capsys: pytest.CaptureFixture[str]

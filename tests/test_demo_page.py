@@ -216,6 +216,7 @@ def test_the_page_fits_its_window(url: str, home: Path, width: int, dark: bool) 
         assert browser.evaluate("document.body.classList.contains('dark')") == dark
 
 
+@pytest.mark.slow
 def test_it_says_whose_number_it_gives_and_whether_the_model_was_trained_on_the_examples(predictor: Predictor) -> None:
     description = predictor.saved.description
     test = description["test"]
@@ -355,6 +356,7 @@ def test_ctrl_c_ends_it_quietly_and_it_called_nobody(home: Path) -> None:
     assert len(before - set((home / "temporary").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_taken_port_is_refused(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -391,6 +391,7 @@ def add_run(place: Path, like: str, key: str, status: str = "FINISHED") -> None:
         database.execute("INSERT INTO tags SELECT * FROM t")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", first_quick("trial-1", "study"))
 def test_a_second_run_of_the_same_thing_is_taken_out(place: Path, doctor: Doctor, key: str) -> None:
     before = shown(place)
@@ -559,6 +560,7 @@ def test_a_missing_model_is_named_and_waits_for_a_run(place: Path, doctor: Docto
         assert "run the study again" in lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", first_quick("{}", "", "[1]", json.dumps(DESCRIPTION | {"classes": "rose"})))
 def test_a_model_that_is_not_described_is_named_and_waits_for_a_run(place: Path, doctor: Doctor, text: str) -> None:
     path = place / "studies" / "tiny.model" / "model.json"
@@ -635,6 +637,7 @@ def test_an_edited_test_ledger_is_named_and_never_mended(place: Path, doctor: Do
         assert "line 1 of the test ledger is not as it was written" in said[0]
 
 
+@pytest.mark.slow
 def test_an_image_cache_that_rotted_is_found_and_made_again(place: Path, doctor: Doctor) -> None:
     """Its file's size and times are as they were, so that a start would take it for whole."""
     before, data = shown(place), catalogue.find("tiny").study.train.data

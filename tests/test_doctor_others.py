@@ -79,6 +79,7 @@ def begun_with_one_thread(line: CommandLine, url: str) -> None:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 def test_a_lost_model_is_made_again_with_the_threads_and_so_the_bits_of_the_tested_one(
     url: str, line: CommandLine, model: Path, capsys: pytest.CaptureFixture[str]
@@ -99,6 +100,7 @@ def test_a_lost_model_is_made_again_with_the_threads_and_so_the_bits_of_the_test
     assert doctor(url, capsys)[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 def test_a_model_that_cannot_be_made_to_the_same_bits_says_so_and_is_used(
     url: str, line: CommandLine, model: Path, capsys: pytest.CaptureFixture[str]
@@ -136,6 +138,7 @@ def test_a_model_that_cannot_be_made_to_the_same_bits_says_so_and_is_used(
     assert (code, "trained again" in text) == (0, False), text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 def test_mlflow_keeps_what_was_tested_when_the_model_is_made_again(
     url: str, line: CommandLine, model: Path, capsys: pytest.CaptureFixture[str]
@@ -158,6 +161,7 @@ def test_threads_that_are_not_known_or_changed_are_left_alone() -> None:
             assert torch.get_num_threads() == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 def test_changed_threads_are_named_when_trials_are_trained(line: CommandLine) -> None:
     begun_with_one_thread(line, f"sqlite:///{line.place}/studies/tiny.db")
@@ -168,6 +172,7 @@ def test_changed_threads_are_named_when_trials_are_trained(line: CommandLine) ->
 # -- what is left of a trial ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_trial_that_another_machine_ended_leaves_no_checkpoint_here(study: Study, tmp_path: Path) -> None:
     """It was begun here, and taken up by one that does not see this folder."""
     runtime = Runtime(device=torch.device("cpu"), bf16=False, channels_last=False)
@@ -183,6 +188,7 @@ def test_a_trial_that_another_machine_ended_leaves_no_checkpoint_here(study: Stu
 # -- whose a model is ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_second_study_does_not_overwrite_the_model_of_the_first(
     url: str, database: str, line: CommandLine, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,6 +214,7 @@ def test_a_second_study_does_not_overwrite_the_model_of_the_first(
     assert main(["doctor", "tiny", "--storage", other]) == 0
 
 
+@pytest.mark.slow
 def test_two_sqlite_files_with_one_stem_have_one_folder(line: CommandLine) -> None:
     assert line.run("--trials", "1").code == 0
     other = f"sqlite:///{line.place}/studies/tiny.sqlite3"
@@ -219,6 +226,7 @@ def test_two_sqlite_files_with_one_stem_have_one_folder(line: CommandLine) -> No
     assert again.code == 0, again.err
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_say_whose_it_is_is_accepted(database: str, line: CommandLine, model: Path) -> None:
     assert line.run("--storage", database, "--trials", "1").code == 0
     described = json.loads((model / "model.json").read_text())
@@ -287,6 +295,7 @@ def test_mlflow_ends_with_the_epochs_of_whoever_ended_the_trial(
 # -- who is at what ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_each_trial_is_named_with_its_own_process(
     database: str, line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:

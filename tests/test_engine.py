@@ -96,6 +96,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, where: Runtime, **s
     return done.loss, done.correct
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [runtime(), runtime(bf16=True), runtime(channels_last=True)], ids=str)
 def test_twenty_steps_on_one_batch_lower_the_loss(where: Runtime) -> None:
     model = where.place(build())
@@ -197,6 +198,7 @@ def test_a_strided_depthwise_convolution_computes_in_fp32_under_bf16_and_keeps_t
     assert list(placed.state_dict()) == ["0.weight", "0.bias"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of the GNU C library")
 def test_freed_memory_is_kept_unless_the_environment_says_otherwise() -> None:
     code = (

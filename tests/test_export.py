@@ -188,6 +188,7 @@ def assert_same_through_onnxruntime(saved: SavedModel, path: Path) -> dict[str, 
     return {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
 
 
+@pytest.mark.slow
 def test_the_onnx_file_gives_the_same_logits_and_says_how_to_use_it(saved: SavedModel, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     write_onnx(saved, tmp_path / "model.onnx")
@@ -226,6 +227,7 @@ def workspace_with_model(place: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     return Workspace(tmp_path, f"sqlite:///{place}/tiny.db")
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_file(workspace_with_model: Workspace, saved: SavedModel) -> None:
     pytest.importorskip("onnxscript")
     assert main(["export", "tiny", "--storage", workspace_with_model.url, "--onnx", "model.onnx"]) == 0

@@ -100,6 +100,7 @@ def stopped_in_trial_1(study: Study, place: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_its_training_starts_again(
     damage: str, image_cache: Path, tmp_path: Path, undisturbed: Any, capsys: pytest.CaptureFixture[str]
@@ -196,6 +197,7 @@ def test_a_whole_checkpoint_of_another_training_is_refused(
     assert capsys.readouterr().err == f"{path} belongs to another training; it is not used.\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attribute", "change", "words"),
     [

@@ -250,6 +250,7 @@ def test_a_second_training_computes_nothing(cache: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_what_decides_the_features_gives_others(cache: Path) -> None:
     """Images, weights, augmentation and arithmetic."""
     config = head_only(cache)
@@ -268,6 +269,7 @@ def test_what_decides_the_features_gives_others(cache: Path) -> None:
         count += new
 
 
+@pytest.mark.slow
 def test_a_process_that_was_killed_leaves_whole_files_and_the_next_goes_on_to_the_same_bits(
     cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -314,6 +316,7 @@ def test_a_whole_file_in_another_ones_place_is_not_taken(cache: Path, capsys: py
 # --- the laws of every training ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", [TINY, SmallNet()])
 def test_stopped_anywhere_it_ends_as_if_it_was_not(cache: Path, tmp_path: Path, backbone: Any) -> None:
     check_every_stop(tmp_path, head_only(cache, backbone=backbone, epochs=3), CPU)
@@ -339,6 +342,7 @@ STUDY = dataclasses.replace(
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mlruns")
 def test_a_whole_study_ends_with_a_whole_model_and_every_trial_is_reproduced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

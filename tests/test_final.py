@@ -168,6 +168,7 @@ def _at_the_result(stop: Callable[..., None]) -> Callable[..., None]:
     return stopped
 
 
+@pytest.mark.slow
 def test_the_ledger_knows_a_result_that_is_missing_and_asks_for_a_reason(
     study: Study, store: Store, tmp_path: Path
 ) -> None:
@@ -202,6 +203,7 @@ def _lose(database: Path, attribute: str) -> None:
         connection.commit()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["thumbnails", "record_files"])
 def test_a_leader_that_stood_still_does_not_overwrite(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
@@ -255,6 +257,7 @@ def test_an_edited_ledger_keeps_the_test_set_closed(study: Study, store: Store, 
     assert overview("tiny", store, "nowhere")["ledger"]["fault"] is not None
 
 
+@pytest.mark.slow
 def test_what_is_no_ledger_is_named_by_every_command_and_keeps_the_test_set_closed(
     line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,6 +292,7 @@ def _edit(line: CommandLine, attribute: str, content: str) -> None:
         database.commit()
 
 
+@pytest.mark.slow
 def test_another_attribute_that_is_no_json_is_named(line: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
     assert line.run("--trials", "1").code == 0
     _edit(line, "final", "nothing")
@@ -300,6 +304,7 @@ def test_another_attribute_that_is_no_json_is_named(line: CommandLine, capsys: p
         assert one_sentence(err)
 
 
+@pytest.mark.slow
 def test_a_better_trial_leaves_the_test_set_closed_until_a_reason_is_given(
     study: Study, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -331,6 +336,7 @@ def test_a_better_trial_leaves_the_test_set_closed_until_a_reason_is_given(
     assert "opened 2 times, so this number is no longer untouched by selection" in final_sentence(after)
 
 
+@pytest.mark.slow
 def test_an_opening_that_was_cut_off_does_not_close_the_test_set_for_a_better_trial(
     study: Study, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,6 +362,7 @@ def test_a_final_result_that_is_not_the_ledgers_is_named(
     assert "not the one that line 2 of the test ledger says" in summary("tiny", store, "nowhere")
 
 
+@pytest.mark.slow
 def test_a_result_from_before_there_was_a_ledger_counts_as_an_opening(
     study: Study, store: Store, tmp_path: Path
 ) -> None:
@@ -372,6 +379,7 @@ def test_a_result_from_before_there_was_a_ledger_counts_as_an_opening(
     assert store.ledger()[0]["reason"] == "opened before there was a ledger"
 
 
+@pytest.mark.slow
 def test_damaged_weights_are_made_again_and_the_test_set_stays_closed(line: CommandLine) -> None:
     assert line.run("--trials", "1").code == 0
     weights = line.place / "studies" / "tiny.model" / "model.safetensors"
@@ -385,6 +393,7 @@ def test_damaged_weights_are_made_again_and_the_test_set_stays_closed(line: Comm
     assert "Nothing is missing" in line.run("--trials", "1").out
 
 
+@pytest.mark.slow
 def test_a_damaged_description_of_the_model_is_made_again(line: CommandLine) -> None:
     assert line.run("--trials", "1").code == 0
     description = line.place / "studies" / "tiny.model" / "model.json"
@@ -472,6 +481,7 @@ def finished_with_a_base(study: Study, store: Store, folder: Path) -> int:
     return number
 
 
+@pytest.mark.slow
 def test_with_one_seed_nothing_is_claimed_and_why_is_said(study: Study, image_cache: Path, tmp_path: Path) -> None:
     study = dataclasses.replace(study, final=FinalConfig(seeds=1))
     with open_store(study, f"sqlite:///{tmp_path}/one.db") as store:
@@ -483,6 +493,7 @@ def test_with_one_seed_nothing_is_claimed_and_why_is_said(study: Study, image_ca
         assert said in html.unescape(write_report("tiny", store, "nowhere", tmp_path).read_text())
 
 
+@pytest.mark.slow
 def test_a_finished_study_with_one_seed_of_the_base_is_shown(study: Study, store: Store, tmp_path: Path) -> None:
     """As studies were stored when the base was trained once, and the two compared by McNemar's test."""
     finished_with_a_base(study, store, tmp_path)
@@ -557,6 +568,7 @@ def test_the_base_is_not_trained_where_it_is_not_wanted(study: Study, store: Sto
 # -- a second look at the best -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rerank_chooses_by_the_mean_of_fresh_seeds(study: Study, store: Store, tmp_path: Path) -> None:
     study = dataclasses.replace(study, final=FinalConfig(seeds=2, rerank=2))
     with open_store(study, f"sqlite:///{tmp_path}/reranked.db") as store:
@@ -573,6 +585,7 @@ def test_rerank_chooses_by_the_mean_of_fresh_seeds(study: Study, store: Store, t
         assert overview("tiny", store, "nowhere")["chosen"] == kept["chosen"]
 
 
+@pytest.mark.slow
 def test_a_rerank_that_is_cut_off_goes_on_and_trains_nothing_twice(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

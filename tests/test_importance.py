@@ -33,6 +33,7 @@ def test_the_parameter_that_matters_comes_first_and_its_interval_lies_around_it(
     assert found[0].low > found[1].high
 
 
+@pytest.mark.slow
 def test_fewer_trials_say_less() -> None:
     many, few = (importances(study_of(grid(side)), ["idle", "matters"])[0] for side in (10, 3))
     assert few.high - few.low > many.high - many.low

@@ -233,6 +233,7 @@ def test_a_finished_study_says_so_without_torch_and_mlflow(tmp_path: Path, image
     assert not imported_by(code, tmp_path) & {"torch", "torchvision", "mlflow", "pandas", "plotly"}
 
 
+@pytest.mark.slow
 def test_garbage_is_collected_while_a_study_trains(tmp_path: Path, image_cache: Path) -> None:
     """Commands start without collecting what imports leave behind."""
     study_in(tmp_path, image_cache)

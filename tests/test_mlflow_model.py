@@ -263,6 +263,7 @@ def test_a_model_that_cannot_be_loaded_is_kept_tagged_and_not_promoted(
 # -- who is the champion -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("score", "holder"), [("0.9", "2"), ("0.5", "1"), ("0.1", "1")])
 def test_the_better_validation_score_wins_and_the_holder_keeps_a_tie(
     finished: Finished,

@@ -60,6 +60,7 @@ def finished(image_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 # -- what it says --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_its_numbers_are_those_of_the_storage(finished: Finished) -> None:
     text, final = finished.card(), finished.store.attribute("final")
     assert final_sentence(final) in text
@@ -180,6 +181,7 @@ def test_its_lines_of_code_run_without_this_project_and_say_what_the_model_says(
 # -- when it is written --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_lost_card_is_written_by_the_same_command(line: CommandLine, tmp_path: Path) -> None:
     assert line.run("--trials", "2").code == 0
     path = tmp_path / "studies" / "tiny.model" / CARD
@@ -192,6 +194,7 @@ def test_a_lost_card_is_written_by_the_same_command(line: CommandLine, tmp_path:
     assert "Nothing is missing" in line.run("--trials", "2").out
 
 
+@pytest.mark.slow
 def test_the_card_lies_with_the_study_in_mlflow(line: CommandLine, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 

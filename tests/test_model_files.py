@@ -27,6 +27,7 @@ def _flipped(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "change"),
     [("model.json", _edited), ("model.pt2", _flipped), ("README.md", _flipped), ("README.md", Path.unlink)],
@@ -52,6 +53,7 @@ def test_a_changed_or_lost_file_of_the_model_is_named_and_made_again(
     assert main(["doctor", "tiny"]) == 0
 
 
+@pytest.mark.slow
 def test_lost_check_images_are_named_and_given_up(line: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
     assert line.run("--trials", "1").code == 0
     (line.place / "studies" / "tiny.model" / "check.safetensors").unlink()
@@ -62,6 +64,7 @@ def test_lost_check_images_are_named_and_given_up(line: CommandLine, capsys: pyt
     assert main(["doctor", "tiny"]) == 0
 
 
+@pytest.mark.slow
 def test_an_edited_description_of_the_model_is_not_used(line: CommandLine) -> None:
     assert line.run("--trials", "1").code == 0
     folder = line.place / "studies" / "tiny.model"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from harness.cli import main
 from harness.data.drawing import DEMO_SPECIES, draw
 from harness.opening import read_store
@@ -30,6 +32,7 @@ STUDY = dataclasses.replace(
 """
 
 
+@pytest.mark.slow
 def test_the_grid_runs_on_train_valid_and_test_folders(workspace: Path) -> None:
     species = dict(zip(("1", "2", "10"), DEMO_SPECIES, strict=False))
     for split, count in (("train", 3), ("valid", 2), ("test", 2)):

@@ -77,6 +77,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert run(database, TRIALS) == uninterrupted
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_between_any_two_writes(uninterrupted: list[dict[str, Any]], database: str) -> None:
     """From the first table to the last trial's state."""
     deaths, end = 0, None
@@ -91,6 +92,7 @@ def test_killed_again_and_again_between_any_two_writes(uninterrupted: list[dict[
     assert end == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_server_that_is_restarted_in_the_middle_of_a_study_is_waited_for(
     uninterrupted: list[dict[str, Any]], postgres: PostgreSQL, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,6 +206,7 @@ def numbers(url: str) -> list[int]:
         return [trial.number for trial in trials]
 
 
+@pytest.mark.slow
 def test_eight_processes_make_one_study_and_race_for_its_last_trials(database: str, start: Start) -> None:
     workers = [start(database) for _ in range(8)]
     for worker in workers:
@@ -241,6 +244,7 @@ def taken_up(store: Store, trials: int) -> storage.Asked:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_leases")
 def test_the_trial_of_a_killed_worker_is_taken_up_when_its_lease_has_run_out(
     uninterrupted: list[dict[str, Any]], database: str, start: Start
@@ -260,6 +264,7 @@ def test_the_trial_of_a_killed_worker_is_taken_up_when_its_lease_has_run_out(
         assert told(store) == uninterrupted
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_leases")
 def test_a_worker_that_comes_back_late_finds_its_trial_taken(
     uninterrupted: list[dict[str, Any]], database: str, start: Start

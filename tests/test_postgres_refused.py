@@ -120,6 +120,7 @@ def test_a_database_of_another_program_is_refused(database: str, line: CommandLi
     assert content(database) == {"recipes": []}
 
 
+@pytest.mark.slow
 def test_a_user_who_may_make_no_tables_is_told_so(postgres: PostgreSQL, database: str, line: CommandLine) -> None:
     postgres.do("CREATE ROLE guest LOGIN PASSWORD 'secret'")
     url = database.replace(f"postgres:{PASSWORD}", "guest:secret")
@@ -138,6 +139,7 @@ def begun(database: str, line: CommandLine) -> str:
     return database
 
 
+@pytest.mark.slow
 def test_another_definition_is_refused(begun: str, line: CommandLine) -> None:
     before = content(begun)
     words = ["was begun with another definition", "epochs was 2, is 5"]
@@ -145,6 +147,7 @@ def test_another_definition_is_refused(begun: str, line: CommandLine) -> None:
     assert content(begun) == before
 
 
+@pytest.mark.slow
 def test_other_versions_are_refused_while_somebody_works(begun: str, line: CommandLine) -> None:
     study = small_study("data/cache").located(line.place, None, None)
     with open_store(study, begun) as other:
@@ -161,12 +164,14 @@ def test_other_versions_are_refused_while_somebody_works(begun: str, line: Comma
         assert store.attribute("versions") == versions()
 
 
+@pytest.mark.slow
 def test_fresh_is_refused(begun: str, line: CommandLine) -> None:
     before = content(begun)
     assert_refused(line, ["--storage", begun, "--fresh"], ["--fresh moves a SQLite file", "database of its own"])
     assert content(begun) == before
 
 
+@pytest.mark.slow
 def test_no_password_is_kept(begun: str, line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--storage", begun, "--trials", "3"]
     monkeypatch.setattr(sys, "argv", ["run_study.py", "--study", "tiny", *arguments])

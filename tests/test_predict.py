@@ -66,6 +66,7 @@ def table(path: Path) -> list[dict[str, str]]:
 # -- what it says --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_test_images_get_the_predictions_that_are_recorded(at_home: Path, tmp_path: Path) -> None:
     assert main(["predict", "tiny", "pictures", "--csv", str(tmp_path / "table.csv"), "--top", "1"]) == 0
     with read_store("tiny", "sqlite:///studies/tiny.db") as store:

@@ -11,6 +11,7 @@ from harness import pretrain
 from harness.models.maxvit import TINY_WEIGHTS
 
 
+@pytest.mark.slow
 def test_it_writes_the_same_tensors_as_the_shipped_file(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = workspace / "weights.safetensors"
     pretrain.main(["--output", str(output), "--epochs", "1", "--images-per-species", "1"])

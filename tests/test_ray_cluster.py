@@ -82,6 +82,7 @@ def test_a_cluster_of_this_machine_that_died_without_ray_stop(
     assert_refused(workspace, capsys, arguments, words)
 
 
+@pytest.mark.slow
 def test_a_finished_study_needs_no_cluster_but_an_address(line: CommandLine) -> None:
     assert line.run("--trials", "1").code == 0
     ray_at = ("--trials", "1", "--engine", "ray", "--ray-address")
@@ -121,6 +122,7 @@ def test_wrong_engines(workspace: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert_refused(workspace, capsys, ["run", "--study", "demo", "--ray-address", "auto"], words)
 
 
+@pytest.mark.slow
 def test_ray_that_is_not_installed_is_named(tmp_path: Path, image_cache: Path) -> None:
     """A Python that does not find it; the rest of the packages are there."""
     study_in(tmp_path, image_cache)

@@ -54,6 +54,7 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_study_in_a_read_only_folder_is_shown_and_reported(
     begun: catalogue.Found, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -158,6 +158,7 @@ def search(study: Study, url: str, started: list[Any], dies_at: int | None = Non
     return [process.exitcode for process in started]
 
 
+@pytest.mark.slow
 def test_every_suggestion_of_a_parallel_study_comes_out_again(
     searched: Study, tmp_path: Path, started: list[Any]
 ) -> None:

@@ -479,6 +479,7 @@ def test_failures_are_shown_with_their_tracebacks(study: Study, store: Store, tm
     assert "Traceback" in page.words
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_second_look_the_ledger_and_the_duplicates(
     study: Study, store: Store, tmp_path: Path
 ) -> None:

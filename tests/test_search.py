@@ -429,6 +429,7 @@ def test_parameters_of_a_trial_are_drawn_independently_of_each_other() -> None:
     assert all(each["backbone.dropout"] != each["backbone.stochastic_depth"] for each in drawn)
 
 
+@pytest.mark.slow
 def test_tpe_finds_better_configurations_than_chance() -> None:
     seeds = range(5)
     guided = [found(tpe(n_startup_trials=8), seed) for seed in seeds]

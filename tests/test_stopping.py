@@ -43,6 +43,7 @@ def test_stopped_while_its_result_is_recorded_a_trial_keeps_its_training(
     assert len(read_tensors(tmp_path / "checkpoints" / "trial-0.safetensors")[1]["epochs"]) == study.train.epochs
 
 
+@pytest.mark.slow
 def test_stopped_while_its_weights_are_written_a_final_seed_keeps_its_training(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,6 +68,7 @@ class Always(optuna.pruners.BasePruner):
         return True
 
 
+@pytest.mark.slow
 def test_an_epoch_that_a_trial_went_beyond_is_not_judged_again(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

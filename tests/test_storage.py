@@ -170,6 +170,7 @@ def test_killed_several_times_and_resumed_equals_uninterrupted(
     assert run_on(searching(), file, SOME, epochs=EPOCHS) == uninterrupted[:SOME]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("writes", "trials"), [(23, SOME), pytest.param(9, TRIALS, marks=pytest.mark.slow)])
 def test_killed_again_and_again_between_any_two_writes(
     writes: int, trials: int, uninterrupted: list[dict[str, Any]], tmp_path: Path
@@ -179,6 +180,7 @@ def test_killed_again_and_again_between_any_two_writes(
     assert end == uninterrupted[:trials]
 
 
+@pytest.mark.slow
 def test_killed_while_the_database_is_made(tmp_path: Path) -> None:
     """From the first CREATE TABLE to the parameters of the base configuration."""
     expected = run_straight(searching(), tmp_path / "straight.db", 1, epochs=EPOCHS)
@@ -465,6 +467,7 @@ def start_child(file: Path, work: str = "pass") -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_with_the_pid_and_sigkill_frees_the_lock(tmp_path: Path) -> None:
     file = tmp_path / "tiny.db"
     process = start_child(file)
@@ -785,6 +788,7 @@ def test_studies_moved_aside_in_the_same_second_are_all_kept(tmp_path: Path) -> 
             assert store.finished() == trials
 
 
+@pytest.mark.slow
 def test_a_study_whose_process_was_killed_is_moved_aside_whole(tmp_path: Path) -> None:
     """Its last trials are in the write-ahead log beside the file."""
     file = tmp_path / "tiny.db"

@@ -135,6 +135,7 @@ def test_parameters_are_the_whole_flat_configuration_of_the_trial(study: Study, 
         assert params["optim.weight_decay"] == "0.02"
 
 
+@pytest.mark.slow
 def test_metrics_carry_their_epoch_as_step_and_are_few(study: Study, store: Store, mlruns: Path) -> None:
     whole_study(study, store, mlruns)
     runs, keys = runs_of(mlruns), set()
@@ -416,6 +417,7 @@ with open_store(study, f"sqlite:///{place}/tiny.db") as store:
 """
 
 
+@pytest.mark.slow
 def test_what_waits_when_the_process_is_killed_is_written_at_the_next_start(
     study: Study, mlruns: Path, tmp_path: Path
 ) -> None:

@@ -97,6 +97,7 @@ def test_a_file_whose_path_does_not_say_its_split_is_named_with_it(tmp_path: Pat
     assert _name(other, "test", "a seedling") == "a seedling (test)"
 
 
+@pytest.mark.slow
 def test_drawn_flowers_of_one_species_are_not_taken_for_the_same(tmp_path: Path) -> None:
     data = Garden(train_per_class=8, val_per_class=8, test_per_class=8, cache=str(tmp_path))
     assert found(data, tmp_path) == {"images": 384, "exact": [], "near": []}

@@ -79,6 +79,7 @@ def colours(garden: Garden, split: str, middle: bool) -> tuple[np.ndarray, np.nd
     return np.array(features), np.array(labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("middle", [False, True])
 def test_colour_alone_does_not_tell_the_species(middle: bool) -> None:
     """Four species share each colour, so even a perfect judge of colour is right one time in four."""

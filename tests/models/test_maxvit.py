@@ -188,6 +188,7 @@ def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return checkpoints / WEIGHTS_FILE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [224, 448])
 def test_all_but_the_class_layer_come_from_the_checkpoint(
     hub: Path, monkeypatch: pytest.MonkeyPatch, size: int
