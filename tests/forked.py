@@ -187,7 +187,8 @@ def _become(order: Mapping[str, Any], settings: Mapping[str, str], out: int, com
         os.dup2(descriptor, number)
     for descriptor in {nothing, out, complained} - {0, 1, 2}:
         os.close(descriptor)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    # New ones, for the old ones remember what their files were able to do.
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.environ.clear()
     os.environ.update({**settings, **order["env"]})
     os.chdir(order["cwd"])

@@ -613,7 +613,7 @@ def _weights(record: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("value", [1, -1])
 def test_a_rerank_of_one_is_wrong_input(value: int) -> None:
-    with pytest.raises(InputError, match=r"final\.rerank must be at least 2, or 0"):
+    with pytest.raises(InputError, match=r"final\.rerank must be at least 2 and at most 1,000, or 0"):
         FinalConfig(rerank=value)
 
 

@@ -188,7 +188,7 @@ def test_who_falls_silent_loses_what_another_process_holds_for_it(tmp_path: Path
     assert not leases.claim("trial-1")
     living.check("trial-1")
     with pytest.raises(LeaseLost):
-        silent.check("trial-0")
+        silent.confirm("trial-0")
     leases.dismiss(living.owner)
     assert leases.claim("trial-1")
     leases.close()
