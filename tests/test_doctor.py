@@ -221,6 +221,21 @@ def test_a_finished_study_agrees_and_a_look_writes_nothing(place: Path, doctor: 
     assert files(place) == before
 
 
+def test_files_named_in_the_folder_that_the_database_was_in_are_found_and_mended(
+    finished: Path, tmp_path: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "moved"
+    shutil.copytree(finished, place)
+    monkeypatch.chdir(place)
+    code, said = doctor()
+    assert code == 1
+    assert f"MLflow looks for files in {finished}/mlruns/artifacts/tiny, but its database lies in" in said[0]
+    code, said = doctor("--fix")
+    assert (code, said[-1]) == (0, "Mended.")
+    assert (place / "mlruns" / ARTIFACTS / "tiny").is_dir()
+    assert doctor()[0] == 0
+
+
 def test_an_interrupted_trial_alone_is_no_disagreement(waiting: Path, doctor: Doctor) -> None:
     before = files(waiting)
     code, lines = doctor()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.tracking._tracking_service import utils
 
 from harness.cli import main
 from harness.config import Study
@@ -411,6 +412,7 @@ def test_every_command_works_in_a_folder_of_any_name(
     moved = tmp_path / "moved" / name
     moved.parent.mkdir()
     place.rename(moved)
+    utils._artifact_repos_cache.clear()  # another process would not know where the files of a run were
     monkeypatch.chdir(moved)
     with command_line(moved, capsys) as line:
         more = line.run("--trials", "2", "--set", "final.publish=true")

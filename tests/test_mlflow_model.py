@@ -27,6 +27,7 @@ from harness.config import Study
 from harness.data.augment import normalise
 from harness.data.tensors import load_split, load_test
 from harness.export import logits_of
+from harness.mlflow_check import model_missing
 from harness.mlflow_files import local_folder
 from harness.mlflow_model import (
     CHAMPION,
@@ -456,7 +457,13 @@ def test_files_of_a_logged_model_that_were_deleted_are_written_again(
     (model,) = models(tracker.client)
     place = local_folder(model.artifact_location)
     assert place is not None
+    assert not model_missing(tracker, "tiny")
     shutil.rmtree(place)
+    assert model_missing(tracker, "tiny")
     assert publish(tracker, finished.wanted)
     assert (place / "MLmodel").is_file()
     assert len(models(tracker.client)) == len(versions(tracker.client)) == 1
+    tracker.client.delete_registered_model("tiny")
+    assert model_missing(tracker, "tiny")
+    assert publish(tracker, finished.wanted)
+    assert not model_missing(tracker, "tiny")
