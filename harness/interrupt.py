@@ -6,6 +6,7 @@ by it either: libraries catch whatever is raised while they import others, and a
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ class _State:
     requested = False  # somebody asked this process to stop
     undivided = False  # a batch is being computed; stopping waits for its end
     swallowing = False  # Python swallows what is raised now
+    put_off = False  # a request came inside an import, and is about to be made again
     noticed = False  # that it waits was said, or is said by another process
 
 
@@ -34,7 +36,6 @@ def install(*, quiet: bool = False) -> None:
     _State.requested, _State.noticed = False, quiet
     signal.signal(signal.SIGINT, _handle)
     signal.signal(signal.SIGTERM, _handle)
-    signal.signal(signal.SIGALRM, _handle)  # a request that is made again
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # `nohup` ignores it
         signal.signal(signal.SIGHUP, _handle)  # the terminal was closed
     sys.unraisablehook = _unraisable
@@ -79,17 +80,20 @@ def _handle(number: int, frame: Any) -> None:
     if _State.swallowing:  # a request is about to be made again
         return
     again, _State.requested = _State.requested, True
-    if again and number in (signal.SIGTERM, signal.SIGHUP):
-        return
+    repeated, _State.put_off = _State.put_off, False
     at_once = again and number == signal.SIGINT
+    if again and not (at_once or repeated):
+        return
     if _State.undivided and not at_once:
         if not sys.stdout.isatty():  # a live display says it itself
             notice()
         return
-    later = UNHEARD_SECONDS if _is_importing(frame) and not at_once else 0  # 0 calls off what was put off before
-    signal.setitimer(signal.ITIMER_REAL, later)
-    if not later:
-        raise KeyboardInterrupt
+    if _is_importing(frame) and not at_once:
+        _State.put_off = True
+        # Not threading's: whatever was interrupted may hold its lock.
+        _thread.start_new_thread(_ask_again, (threading.main_thread().ident,))
+        return
+    raise KeyboardInterrupt
 
 
 def _is_importing(frame: Any) -> bool:

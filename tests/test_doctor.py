@@ -231,7 +231,8 @@ def test_files_named_in_the_folder_that_the_database_was_in_are_found_and_mended
     assert code == 1
     assert f"MLflow looks for files in {finished}/mlruns/artifacts/tiny, but its database lies in" in said[0]
     code, said = doctor("--fix")
-    assert (code, said[-1]) == (0, "Mended.")
+    assert code == 0
+    assert "Mended." in said
     assert (place / "mlruns" / ARTIFACTS / "tiny").is_dir()
     assert doctor()[0] == 0
 
