@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.forked import IMPORTS
 from tests.patience import PATIENCE_SECONDS
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -277,22 +278,6 @@ def _run_child(order: dict[str, Any]) -> int:
 
 
 # -- the server --------------------------------------------------------------------------------------------------------
-
-# What a study imports on its way; the tracker first, for it sets MLflow's environment.
-IMPORTS = (
-    "harness.mlflow_tracker",
-    "mlflow.store.tracking.sqlalchemy_store",
-    "harness.running",
-    "harness.coordinator",
-    "harness.display",
-    "harness.study",
-    "harness.models.maxvit",
-    "harness.data.drawing",
-    "scipy.stats",
-    "optuna.importance",
-    "optuna.visualization",
-    "plotly.graph_objects",
-)
 
 
 def _serve() -> int:
