@@ -91,7 +91,7 @@ def _handle(number: int, frame: Any) -> None:
     if _is_importing(frame) and not at_once:
         _State.put_off = True
         # Not threading's: whatever was interrupted may hold its lock.
-        _thread.start_new_thread(_ask_again, (threading.main_thread().ident,))
+        _thread.start_new_thread(_ask_again, (threading.get_ident(),))  # this is the main thread
         return
     raise KeyboardInterrupt
 
