@@ -29,7 +29,7 @@ no mount at all
 @pytest.mark.parametrize(
     ("path", "kind"),
     [
-        ("/work/studies/demo.db", "ext4"),
+        ("/srv/studies/demo.db", "ext4"),
         ("/home/ann/studies/demo.db", "nfs4"),  # which hides the automounter
         ("/home/ann/local/demo.db", "tmpfs"),  # the longest place
         ("/homework/demo.db", "xfs"),  # begins with the name of another place
