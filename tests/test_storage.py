@@ -410,13 +410,13 @@ def test_images_that_were_added_are_counted_in_the_refusal(tmp_path: Path) -> No
     for number in range(10):
         for name in ("a", "b"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / name / f"{number}.png")
+            Image.new("RGB", (8, 8), (number, name == "b", 0)).save(folder / name / f"{number}.bmp")
     data = ImageFolder(root=str(folder), image_size=8, stored_size=8, cache=str(tmp_path / "cache"))
     study = searching()
     study = dataclasses.replace(study, train=dataclasses.replace(study.train, data=data))
     with open_store(study, url_of(tmp_path / "tiny.db"), {"data": "aaaa"}):
         pass
-    Image.new("RGB", (8, 8), (99, 0, 0)).save(folder / "a" / "99.png")
+    Image.new("RGB", (8, 8), (99, 0, 0)).save(folder / "a" / "99.bmp")
     text = re.escape(f"the images in {folder} are others than when the study began (20 then, 21 now)")
     with pytest.raises(InputError, match=text), open_store(study, url_of(tmp_path / "tiny.db"), {"data": "bbbb"}):
         pass
