@@ -306,7 +306,10 @@ def test_who_has_lost_the_trial_leaves_its_checkpoint_to_the_one_who_has_it(conf
 def test_a_training_goes_on_from_any_batch_to_the_same_bits(
     config: TrainConfig, tmp_path: Path, runtime: str, multiplier: float, optimizer: Any, schedule: Any
 ) -> None:
-    optim = dataclasses.replace(config.optim, name=optimizer, depth_lr_mult=multiplier, schedule=schedule)
+    decay = 0.02 if optimizer == "adamw" else 0.0
+    optim = dataclasses.replace(
+        config.optim, name=optimizer, weight_decay=decay, depth_lr_mult=multiplier, schedule=schedule
+    )
     check_every_stop(tmp_path, dataclasses.replace(config, optim=optim), RUNTIMES[runtime])
 
 
