@@ -56,7 +56,7 @@ POINTS: dict[str, dict[str, float]] = {
     },
 }
 # The highest number of an entry; else the first.
-ENTRIES = {"batch": 12, "its batch": 20, "validation": 2, "test": 2, "ledger": 2}
+ENTRIES = {"batch": 12, "its batch": 20, "validation": 2, "test": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +146,8 @@ def _watch(child: _Child) -> None:
     from harness.mlflow_run import MLflowRun
     from harness.storage import Store
 
-    def made(original: Any, self: Any, path: Path, identity: Any, training: Any, environment: Any) -> None:
-        original(self, path, identity, training, environment)
+    def made(original: Any, self: Any, path: Path, identity: Any, training: Any, *rest: Any, **options: Any) -> None:
+        original(self, path, identity, training, *rest, **options)
         child.own(training, identity["key"])
         child.write("check", "made", key=identity["key"])
 
@@ -171,12 +171,12 @@ def _watch(child: _Child) -> None:
         original(self)
         child.write("check", "done")
 
-    def replace_file(original: Any, path: Path, *arguments: Any) -> None:
+    def replace_file(original: Any, path: Path, *arguments: Any, **options: Any) -> None:
         checkpointing = path.parent.suffix == ".checkpoints"
         with child.span("writing a checkpoint" if checkpointing else f"writing {path.name}"):
             if checkpointing:
                 child.by("before writing")
-            original(path, *arguments)
+            original(path, *arguments, **options)
 
     def rename(original: Any, self: Path, target: Path) -> Any:
         checkpointing = self.suffix == ".partial" and self.parent.suffix == ".checkpoints"
@@ -222,15 +222,15 @@ def _watch(child: _Child) -> None:
             child.by("model")
             original(*arguments)
 
-    def set_attribute(original: Any, self: Any, name: str, value: Any) -> None:
-        if name != "final":
-            original(self, name, value)
-            if name == "ledger":
+    def set_as_leader(original: Any, self: Any, values: Any) -> None:
+        if "final" not in values:
+            original(self, values)
+            if "ledger" in values:
                 child.by("ledger")
             return
         with child.span("recording the final result"):
             child.by("recording the result")
-            original(self, name, value)
+            original(self, values)
         child.write("begin", "after the final result")
         child.by("result recorded")
 
@@ -259,7 +259,7 @@ def _watch(child: _Child) -> None:
     put(MLflowRun, "end", end)
     put(final, "evaluated", test)
     put(final, "save_model", save_model)
-    put(Store, "set_attribute", set_attribute)
+    put(Store, "set_as_leader", set_as_leader)
 
 
 def _run_child(order: dict[str, Any]) -> int:
