@@ -156,7 +156,7 @@ def _end(
 def write_again(found: Found, study: Study, store: Store, tracker: MLflowTracker, console: Any) -> None:
     """Tell an MLflow that has lost it everything of a finished study; nothing is trained, no image is needed for it."""
     from harness import tracking
-    from harness.doctor import is_registered, published
+    from harness.opening import is_registered, published
     from harness.saved_model import load_saved
 
     model = found.beside(store.url, ".model")

@@ -22,15 +22,16 @@ from harness.opening import (
     AGAIN,
     CHECK_FILE,
     DESCRIPTION,
-    PROGRAM,
     WEIGHTS,
     as_begun,
     check_folder,
     has_model,
     is_recorded,
+    is_registered,
     is_tested,
     is_untested,
     open_store,
+    published,
     read_description,
     read_store,
     record_files,
@@ -172,27 +173,6 @@ def examine(
         yield from _registered(study, store, tracker, model)
     elif expected:
         yield Finding(f"MLflow has no database and lacks {len(expected)} runs")
-
-
-def published(store: Store, model: Path) -> list[Path]:
-    """The folders that lie with the study's own run in MLflow: of its report, and of its model if that was tested."""
-    report = model.with_suffix(".report")
-    wanted = [report, model] if _is_whole(store, model) else [report]
-    return [folder for folder in wanted if folder.is_dir()]
-
-
-def _is_whole(store: Store, model: Path) -> bool:
-    """Whether there is the model that was tested; one that is damaged is named elsewhere."""
-    try:
-        return store.has_final() and has_model(model) and not is_untested(model)
-    except Damaged:
-        return False
-
-
-def is_registered(study: Study, store: Store, model: Path) -> bool:
-    """Whether the model was given to MLflow's registry; what cannot be exported is not."""
-    wanted = study.final.publish and _is_whole(store, model) and (model / PROGRAM).is_file()
-    return wanted and bool(store.attribute("registered") == store.attribute("final")["trial"])
 
 
 def _registered(study: Study, store: Store, tracker: MLflowTracker, model: Path) -> Iterator[Finding]:

@@ -390,3 +390,24 @@ def uid_of(name: str, url: str) -> str | None:
         return None
     with read_store(name, url) as store:
         return store.attribute("uid")
+
+
+def published(store: Store, model: Path) -> list[Path]:
+    """The folders that lie with the study's own run in MLflow: of its report, and of its model if that was tested."""
+    report = model.with_suffix(".report")
+    wanted = [report, model] if _is_whole(store, model) else [report]
+    return [folder for folder in wanted if folder.is_dir()]
+
+
+def is_registered(study: Study, store: Store, model: Path) -> bool:
+    """Whether the model was given to MLflow's registry; what cannot be exported is not."""
+    wanted = study.final.publish and _is_whole(store, model) and (model / PROGRAM).is_file()
+    return wanted and bool(store.attribute("registered") == store.attribute("final")["trial"])
+
+
+def _is_whole(store: Store, model: Path) -> bool:
+    """Whether there is the model that was tested; one that is damaged is named elsewhere."""
+    try:
+        return store.has_final() and has_model(model) and not is_untested(model)
+    except Damaged:
+        return False

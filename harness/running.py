@@ -143,9 +143,9 @@ def _run(args: argparse.Namespace) -> int:
 
 def _look_at_mlflow(args: argparse.Namespace, found: Found, study: Study, store: Store) -> None:
     """Write a finished study to a local MLflow whose files were deleted; one that was moved is told where it is."""
-    from harness.doctor import is_registered, published
     from harness.mlflow_files import ARTIFACTS, lacking, move_in
     from harness.mlflow_places import tracker_for, uri_of
+    from harness.opening import is_registered, published
     from harness.tracking import expected_runs
 
     file, model = sqlite_path(uri_of(args.tracking_uri, found.mlruns)), found.beside(store.url, ".model")
