@@ -19,8 +19,6 @@ import pytest
 from tests.conftest import PROJECT
 from tests.storm import POINTS, Server, Storm, aim, plan, rage
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
@@ -42,6 +40,7 @@ def left_alone(place: Path, server: Server, trials: int) -> Storm:
     return study
 
 
+@pytest.mark.slow
 def test_killed_once_in_each_phase_a_study_ends_as_one_that_was_not(server: Server, seed: int, tmp_path: Path) -> None:
     expected = left_alone(tmp_path / "alone", server, trials=3).result()
     chance = random.Random(seed)
