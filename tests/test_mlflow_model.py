@@ -140,7 +140,10 @@ def test_the_model_is_logged_registered_checked_and_promoted(
     monkeypatch.chdir(tmp_path)
     assert publish(tracker, finished.wanted)
     assert not (tmp_path / "mlflow.db").exists(), "nothing goes to MLflow's default database"
-    assert capsys.readouterr().out == "model     tiny version 1 in MLflow: checked, became the champion\n"
+    assert capsys.readouterr().out.splitlines() == [
+        "model     tiny version 1 in MLflow: checked, became the champion",
+        f"serve     MLFLOW_TRACKING_URI={tracker.uri} mlflow models serve -m models:/tiny@champion --env-manager local",
+    ]
     (version,), (model,) = versions(tracker.client), models(tracker.client)
     assert (version.source, version.run_id, version.tags[CHECK]) == (model.artifact_location, tracker.parent, PASSED)
     assert champion(tracker.client) == "1"
