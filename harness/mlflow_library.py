@@ -87,6 +87,8 @@ def artifact_store() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, faults()[0]) and isinstance(error.__context__, OSError):
+            raise  # the server, which is asked where its store is, is away; what `requests` raises is an OSError
         package = PACKAGES.get((error.name or "").partition(".")[0]) if isinstance(error, ImportError) else None
         text = f"a Python package is missing here; pip install {package}" if package else first_line(error)
         raise StoreFault(text) from error
