@@ -339,6 +339,7 @@ def test_an_epoch_is_seen_while_the_next_one_trains_which_waits_for_nothing(
             other.execute("ROLLBACK")
         while epoch not in (steps_of(mlruns, runs["trial-0"]) if "trial-0" in (runs := runs_of(mlruns)) else []):
             time.sleep(0.05)
+    assert steps_of(mlruns, runs_of(mlruns)["trial-0"]) == [1, 2]
     tracker.interrupt()
 
 
