@@ -45,8 +45,9 @@ def has_quick(name: str) -> bool:
 def quick(name: str) -> dict[str, float]:
     """The ratios of a script's quick mode, run in a process of its own."""
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick"]
-    # As run_study.py does: otherwise two processes on the same cores keep each other from working.
-    environment = {"GOMP_SPINCOUNT": "10000", **os.environ}
+    # As run_study.py does: otherwise two processes on the same cores keep each other from working. A record is of all
+    # cores, whatever the environment says.
+    environment = {"GOMP_SPINCOUNT": "10000", **os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
     done = subprocess.run(command, cwd=HERE.parent, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"error: {name} --quick ended with {done.returncode}.")

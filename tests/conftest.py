@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from harness.config import EngineConfig, FinalConfig, OptimConfig, Study, TrainConfig
 from harness.data.garden import Garden
+from harness.mlflow_library import found_set
 from harness.mlflow_places import local_tracker
 from harness.models.maxvit import TinyMaxViT
 from harness.search import no_pruning, tpe
@@ -76,6 +77,13 @@ def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("empty")
     local_tracker(folder)
     return folder / "mlflow.db"
+
+
+@pytest.fixture(autouse=True)
+def nothing_found_set() -> Iterator[None]:
+    """What a test set of MLflow's variables is not known to the next one in the same process."""
+    yield
+    found_set.clear()
 
 
 @pytest.fixture

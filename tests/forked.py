@@ -79,16 +79,21 @@ class Process:
         self.stdout = os.fdopen(out)
         self.stderr = None if faults is None else os.fdopen(faults)
 
+    def _has_ended(self, seconds: float) -> bool:
+        poll = select.poll()  # `select.select` takes no descriptor above 1023, and a long run of tests holds more
+        poll.register(self._ended, select.POLLIN)
+        return bool(poll.poll(1000 * seconds))
+
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while the process runs."""
-        if self.returncode is None and select.select([self._ended], [], [], 0)[0]:
+        if self.returncode is None and self._has_ended(0):
             self.returncode = int(self._line.readline())
             self._line.close()
             self._ended.close()
         return self.returncode
 
     def wait(self, timeout: float = PATIENCE_SECONDS) -> int:
-        if self.returncode is None and not select.select([self._ended], [], [], timeout)[0]:
+        if self.returncode is None and not self._has_ended(timeout):
             raise subprocess.TimeoutExpired(str(self.pid), timeout)
         code = self.poll()
         assert code is not None
