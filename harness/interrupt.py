@@ -14,7 +14,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
+
+from harness.errors import INTERRUPTED
 
 NOTICE = "Stopping: the batch is finished first, then saved. Ctrl-C again stops at once."
 UNHEARD_SECONDS = 0.01  # until a request that was swallowed, or came inside an import, is made again
@@ -38,7 +41,7 @@ def install(*, quiet: bool = False) -> None:
     signal.signal(signal.SIGTERM, _handle)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # `nohup` ignores it
         signal.signal(signal.SIGHUP, _handle)  # the terminal was closed
-    sys.unraisablehook = _unraisable
+    sys.unraisablehook, sys.excepthook = _unraisable, _uncaught
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
@@ -104,6 +107,15 @@ def _is_importing(frame: Any) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _uncaught(kind: type[BaseException], fault: BaseException, traceback: TracebackType | None) -> None:
+    """End as a command does that was interrupted, where the request came before or after its work."""
+    if kind is not KeyboardInterrupt:
+        sys.__excepthook__(kind, fault, traceback)
+        return
+    print("Interrupted.", file=sys.stderr)
+    sys.exit(INTERRUPTED)
 
 
 def _unraisable(fault: Any) -> None:

@@ -93,7 +93,8 @@ def nodes(cluster: Any, count: int, num_cpus: int = 1, num_gpus: int = 0) -> Ite
     finally:
         for node in added:
             if node in cluster.worker_nodes:
-                cluster.remove_node(node, allow_graceful=False)
+                # Else it takes Ray 13 s to notice.
+                cluster.remove_node(node, allow_graceful=True)
         cluster.wait_for_nodes()  # until Ray knows that they are gone
 
 

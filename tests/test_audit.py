@@ -433,6 +433,7 @@ def test_epochs_that_come_out_otherwise_are_named(place: Path, run: Run) -> None
     assert f"trial {numbers[0]} (Versions, device, threads and commit are those of then" in out.splitlines()[-2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", ["0", "-0.1", "1.01", "nan", "ten", ""])
 def test_a_fraction_that_is_none_is_refused(place: Path, run: Run, fraction: str) -> None:
     code, out, err = run(f"--fraction={fraction}")
@@ -440,6 +441,7 @@ def test_a_fraction_that_is_none_is_refused(place: Path, run: Run, fraction: str
     assert "above 0 and at most 1" in err
 
 
+@pytest.mark.slow
 def test_a_study_without_pruned_trials_is_a_result(tmp_path: Path, image_cache: Path, run: Run) -> None:
     (tmp_path / "studies").mkdir()
     study = small_study(image_cache)
@@ -469,6 +471,7 @@ def test_a_study_that_has_not_begun_is_refused(tmp_path: Path, image_cache: Path
         refused(run, "has no results yet")
 
 
+@pytest.mark.slow
 def test_a_study_under_way_is_refused(place: Path, run: Run, image_cache: Path) -> None:
     with open_store(pruning_study(image_cache), f"sqlite:///{place}/studies/tiny.db") as store:
         refused(run, "is being run by process")
@@ -476,6 +479,7 @@ def test_a_study_under_way_is_refused(place: Path, run: Run, image_cache: Path) 
     refused(run, "Trial 10 of study 'tiny' is not finished", "run the study to its end first")
 
 
+@pytest.mark.slow
 def test_a_study_whose_final_run_is_missing_is_refused(place: Path, run: Run, image_cache: Path) -> None:
     with open_store(pruning_study(image_cache), f"sqlite:///{place}/studies/tiny.db") as store:
         store.set_attribute("final", None)
@@ -517,6 +521,7 @@ def test_an_audit_that_was_stopped_comes_to_the_same_record(
     assert stored(place)[1] == found
 
 
+@pytest.mark.slow
 def test_checkpoints_of_audits_are_left_alone_until_the_trial_is_recorded(place: Path, image_cache: Path) -> None:
     study = pruning_study(image_cache)
     with read_store("tiny", f"sqlite:///{place}/studies/tiny.db") as store:

@@ -143,6 +143,7 @@ def bits(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
     return tensor.dtype, tuple(tensor.shape), bytes(flat.view(torch.uint8).tolist()) if len(flat) else b""
 
 
+@pytest.mark.slow
 @given(named=st.dictionaries(NAMES, tensors(), max_size=4), record=RECORDS)
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_written_is_what_is_read(tmp_path: Path, named: dict[str, Tensor], record: dict[str, Any]) -> None:

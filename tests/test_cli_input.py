@@ -170,6 +170,7 @@ def test_a_database_that_is_no_study_is_refused(workspace: Path, capsys: pytest.
     assert_refused(workspace, capsys, ["show", "demo", "--storage", "sqlite:///other.db"], ["not a study"])
 
 
+@pytest.mark.slow
 def test_another_definition_is_refused_without_a_trace(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = catalogue.find("demo")
     with open_store(found.study, found.storage_url) as store:

@@ -51,6 +51,7 @@ def test_show_prints_one_json_object(demo: catalogue.Found, capsys: pytest.Captu
     assert seen["tracking"].endswith("mlruns/mlflow.db")
 
 
+@pytest.mark.slow
 def test_show_prints_a_summary_for_people(demo: catalogue.Found, capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(capsys, "show", "demo").splitlines()
     assert lines[0].startswith("study     demo: ")
@@ -115,6 +116,7 @@ def test_show_groups_lists_the_learning_rate_of_every_depth(
     assert not list(workspace.glob("studies/*.db"))
 
 
+@pytest.mark.slow
 def test_report_writes_a_page_and_a_table(
     demo: catalogue.Found, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,6 +54,7 @@ def test_a_copy_is_told_to_change_its_name(
     assert main(["show", "demo"]) == 0
 
 
+@pytest.mark.slow
 def test_of_two_files_neither_of_which_is_named_so_the_first_to_run_has_the_study(workspace: Path) -> None:
     for name in ("one", "other"):
         copy(workspace, name, old='"demo"', new='"shared"')

@@ -228,6 +228,7 @@ def test_it_says_whose_number_it_gives_and_whether_the_model_was_trained_on_the_
     assert "may have been trained on them" in note_of(older)
 
 
+@pytest.mark.slow
 def test_a_study_whose_images_are_not_here_has_a_page_without_examples(
     predictor: Predictor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -376,6 +377,7 @@ def test_without_gradio_a_sentence_says_how_to_get_it(
     assert 'pip install -e ".[demo]"' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_study_without_a_model_is_refused(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -221,6 +221,7 @@ def test_a_finished_study_agrees_and_a_look_writes_nothing(place: Path, doctor: 
     assert files(place) == before
 
 
+@pytest.mark.slow
 def test_files_named_in_the_folder_that_the_database_was_in_are_found_and_mended(
     finished: Path, tmp_path: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +277,7 @@ def test_a_missing_database_is_made_again(place: Path, doctor: Doctor) -> None:
     assert files(place) == content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", first_quick("trial-3", SEED))
 def test_a_missing_run_is_written_again(place: Path, doctor: Doctor, key: str) -> None:
     before = shown(place)
@@ -300,6 +302,7 @@ def test_a_missing_parent_is_made_again_and_has_its_children(place: Path, doctor
     assert doctor()[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "expected"),
     first_quick(
@@ -339,6 +342,7 @@ def test_a_parent_says_complete_again_after_mending_although_the_file_asks_for_m
     check(place, doctor, "trial-1 at 2 of 3 steps", before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", first_quick("trial-2", SEED))
 def test_missing_epochs_are_written(place: Path, doctor: Doctor, key: str) -> None:
     before = shown(place)
@@ -385,6 +389,7 @@ def test_of_two_entries_at_a_step_the_later_counts(place: Path, doctor: Doctor, 
         assert "agree on 4 finished trials." in lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "metric"), first_quick(("trial-0", "train_loss"), (SEED, "test_accuracy")))
 def test_a_wrong_value_is_replaced(place: Path, doctor: Doctor, key: str, metric: str) -> None:
     before = shown(place)
@@ -467,6 +472,7 @@ def test_several_disagreements_are_a_line_each_and_mended_together(place: Path, 
 # --- checkpoints ---
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_a_finished_trial_is_dropped(place: Path, doctor: Doctor) -> None:
     before = shown(place)
     write_tensors(place / "studies" / "tiny.checkpoints" / "trial-0.safetensors", WEIGHTS, {})
@@ -488,6 +494,7 @@ def test_a_folder_among_the_checkpoints_is_left_to_its_owner(waiting: Path, doct
     assert doctor()[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", first_quick("cut", "flipped", "pickle"))
 def test_a_damaged_checkpoint_is_dropped(waiting: Path, doctor: Doctor, damage: str) -> None:
     before, path = shown(waiting), waiting / "studies" / "tiny.checkpoints" / "trial-4.safetensors"
@@ -509,6 +516,7 @@ def test_the_checkpoint_of_another_study_is_dropped(waiting: Path, doctor: Docto
 # --- processes ---
 
 
+@pytest.mark.slow
 def test_a_pid_file_of_a_process_that_is_gone_is_removed(place: Path, doctor: Doctor) -> None:
     before, pid = shown(place), place / "studies" / "tiny.db.pid"
     pid.write_text("999999\n")
@@ -566,6 +574,7 @@ def test_while_a_process_runs_the_study_what_is_under_way_is_left_out_and_mendin
 # --- the model ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", first_quick("model.safetensors", "model.json"))
 def test_a_missing_model_is_named_and_waits_for_a_run(place: Path, doctor: Doctor, file: str) -> None:
     (place / "studies" / "tiny.model" / file).unlink()
@@ -642,6 +651,7 @@ def test_an_empty_database_is_one_sentence(place: Path, doctor: Doctor) -> None:
     assert "tiny.db is empty); take the file from a copy if it held any, else run it with --study tiny." in lines[0]
 
 
+@pytest.mark.slow
 def test_an_edited_test_ledger_is_named_and_never_mended(place: Path, doctor: Doctor) -> None:
     with open_store(small_study(place / "cache"), f"sqlite:///{place}/studies/tiny.db") as store:
         store.add_to_ledger({"event": "opened", "trial": 0})
@@ -696,6 +706,7 @@ def test_the_results_are_never_touched(place: Path, doctor: Doctor) -> None:
     assert content() == before
 
 
+@pytest.mark.slow
 def test_lost_metrics_of_the_studys_own_run_are_written_again(place: Path, doctor: Doctor) -> None:
     before = shown(place)
     with mlflow(place) as database:

@@ -154,6 +154,7 @@ def test_mlflow_keeps_what_was_tested_when_the_model_is_made_again(
     assert code == 0, text
 
 
+@pytest.mark.slow
 def test_threads_that_are_not_known_or_changed_are_left_alone() -> None:
     before = torch.get_num_threads()
     for environments in ([], [{"torch": "2"}], [{"threads": "7"}, {"threads": "9"}]):
@@ -235,6 +236,7 @@ def test_a_model_that_does_not_say_whose_it_is_is_accepted(database: str, line: 
     assert "Nothing is missing" in line.run("--storage", database, "--trials", "1").out
 
 
+@pytest.mark.slow
 def test_a_model_that_another_study_has_left_in_the_meantime_stays(tmp_path: Path, image_cache: Path) -> None:
     study = small_study(image_cache)
     folder = tmp_path / "model"

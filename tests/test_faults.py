@@ -128,6 +128,7 @@ def test_the_sampler_leaves_the_region_that_diverges(image_cache: Path) -> None:
 # -- exceptions ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_exception_fails_the_trial_and_its_traceback_is_kept_twice(
     study: Study, tmp_path: Path, mlruns: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

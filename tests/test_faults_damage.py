@@ -146,6 +146,7 @@ def test_any_flipped_or_missing_byte_of_a_file_of_tensors_is_noticed(tmp_path: P
     assert all(torch.equal(tensors[name], value) for name, value in written.items())
 
 
+@pytest.mark.slow
 def test_trained_weights_damaged_before_the_test_set_is_opened_are_trained_again(
     image_cache: Path, tmp_path: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +171,7 @@ def alter(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -200,6 +200,7 @@ def test_a_database_locked_in_the_middle_of_a_command_delays_it_only(
     locker.wait()
 
 
+@pytest.mark.slow
 def test_a_start_cut_off_before_the_definition_was_stored_counts_as_none(study: Study, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/tiny.db"
     storage = connect(url)

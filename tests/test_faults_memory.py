@@ -145,6 +145,7 @@ def test_no_memory_for_one_image_fails_the_trial_and_three_in_a_row_the_study(
     assert "Tried to allocate" in str(trials[0].reason)
 
 
+@pytest.mark.slow
 def test_a_trial_without_memory_does_not_keep_the_next_one_from_training(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,7 @@ def test_other_families_can_keep_their_features(tmp_path: Path, family: str) -> 
 # --- the same numbers as through the whole model ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", [TINY, SmallNet()])
 @pytest.mark.parametrize("runtime", ["fp32", "channels_last"])
 def test_kept_and_live_logits_agree(cache: Path, backbone: Any, runtime: str) -> None:
@@ -169,6 +170,7 @@ def by_hand(training: Training, seed: int) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", [TINY, SmallNet()])
 def test_the_loss_curve_is_that_of_a_plain_loop_through_the_whole_model(cache: Path, backbone: Any) -> None:
     config = head_only(cache, backbone=backbone, epochs=4)
@@ -180,6 +182,7 @@ def test_the_loss_curve_is_that_of_a_plain_loop_through_the_whole_model(cache: P
     assert (results[-1].val.correct, results[-1].val.loss) == (live.correct, pytest.approx(live.loss, rel=1e-4))
 
 
+@pytest.mark.slow
 def test_the_frozen_part_neither_learns_nor_draws(cache: Path) -> None:
     """Its weights and BatchNorm's statistics stay, and stochastic depth does nothing."""
     still = TinyMaxViT(pretrained=False, hidden=(16,), stochastic_depth=0.0)
@@ -228,6 +231,7 @@ def test_more_views_leave_the_first_ones_as_they_were(cache: Path) -> None:
     assert not torch.equal(more.features[:, 1], more.features[:, 2])
 
 
+@pytest.mark.slow
 def test_the_final_training_has_the_validation_images_and_their_views(cache: Path) -> None:
     training = with_validation_images(assemble(head_only(cache), CPU, 0))
     assert isinstance(training.train, FeatureSet)

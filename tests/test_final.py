@@ -77,6 +77,7 @@ def better_trial(study: Study, store: Store) -> int:
 # -- the test set ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_waits_for_the_trials_that_another_command_asked_for(study: Study, store: Store, tmp_path: Path) -> None:
     store.set_attribute(WANTED, study.trials + 2)
     everything(study, store, tmp_path)
@@ -104,6 +105,7 @@ def test_the_search_cannot_reach_the_test_split(
     assert [line["event"] for line in store.ledger()] == ["opened"]
 
 
+@pytest.mark.slow
 def test_an_opening_and_its_result_are_lines_of_the_ledger(study: Study, store: Store, tmp_path: Path) -> None:
     everything(study, store, tmp_path)
     opened, result = store.ledger()
@@ -245,6 +247,7 @@ def _killed(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_an_edited_ledger_keeps_the_test_set_closed(study: Study, store: Store, tmp_path: Path) -> None:
     everything(study, store, tmp_path)
     lines = store.attribute("ledger")
@@ -353,6 +356,7 @@ def test_an_opening_that_was_cut_off_does_not_close_the_test_set_for_a_better_tr
     assert store.ledger()[1]["reason"] == f"the opening for trial {first} was cut off before its result was recorded"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"accuracy": 0.99}, {"correct": 63}, {"trial": 9}])
 def test_a_final_result_that_is_not_the_ledgers_is_named(
     study: Study, store: Store, tmp_path: Path, change: dict[str, Any]
@@ -410,6 +414,7 @@ def test_a_damaged_description_of_the_model_is_made_again(line: CommandLine) -> 
 # -- the numbers -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_predictions_that_are_kept_give_the_numbers(study: Study, store: Store, tmp_path: Path) -> None:
     everything(study, store, tmp_path)
     found, kept = store.attribute("final"), store.attribute("predictions")
@@ -457,6 +462,7 @@ def test_the_base_configuration_is_trained_the_same_way_and_compared_image_by_im
     assert [each.metrics["test_accuracy"] for each in runs] == [each["accuracy"] for each in found["base"]["per_seed"]]
 
 
+@pytest.mark.slow
 def test_better_is_said_only_where_it_is_shown(study: Study, store: Store, tmp_path: Path) -> None:
     finished_with_a_base(study, store, tmp_path)
     found = store.attribute("final")
@@ -516,6 +522,7 @@ def description(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "model" / "model.json").read_text()))
 
 
+@pytest.mark.slow
 def test_killed_between_the_seeds_of_the_base_none_is_trained_twice(study: Study, store: Store, tmp_path: Path) -> None:
     list(search(study, store, NoTracker(), CPU, tmp_path / "checkpoints"))
     better_trial(study, store)
@@ -545,6 +552,7 @@ def test_where_all_configurations_are_the_same_none_is_better(image_cache: Path,
             assert (found["comparison"]["difference"], found["comparison"]["p"]) == (0.0, 1.0)
 
 
+@pytest.mark.slow
 def test_what_the_choice_adds_is_computed_from_the_trials_validation_hits(
     study: Study, store: Store, tmp_path: Path
 ) -> None:
@@ -617,6 +625,7 @@ def test_a_rerank_of_one_is_wrong_input(value: int) -> None:
         FinalConfig(rerank=value)
 
 
+@pytest.mark.slow
 def test_show_json_is_json(study: Study, store: Store, tmp_path: Path) -> None:
     everything(study, store, tmp_path)
     assert json.loads(json.dumps(overview("tiny", store, "nowhere")))["final"]["trial"] is not None

@@ -25,6 +25,7 @@ def grid(side: int) -> list[tuple[float, float, float]]:
     return [(matters, idle, matters) for matters in places for idle in places]
 
 
+@pytest.mark.slow
 def test_the_parameter_that_matters_comes_first_and_its_interval_lies_around_it() -> None:
     found = importances(study_of(grid(8)), ["idle", "matters"])
     assert [each.name for each in found] == ["matters", "idle"]
@@ -39,6 +40,7 @@ def test_fewer_trials_say_less() -> None:
     assert few.high - few.low > many.high - many.low
 
 
+@pytest.mark.slow
 def test_the_same_trials_give_the_same_numbers() -> None:
     assert importances(study_of(grid(4)), ["idle", "matters"]) == importances(study_of(grid(4)), ["idle", "matters"])
 

@@ -114,6 +114,7 @@ def test_files_that_a_store_did_not_take_are_written_once_it_does(
     assert [each.path for each in client_of(mlruns).list_artifacts(run.info.run_id)] == ["traceback.txt"]
 
 
+@pytest.mark.slow
 def test_a_traceback_that_is_missing_is_written_at_the_next_start(study: Study, store: Store, mlruns: Path) -> None:
     whole_study(study, store, mlruns)
     shutil.rmtree(mlruns / "artifacts")
@@ -257,6 +258,7 @@ def remove_mlflow(folder: Path) -> None:
         shutil.rmtree(each) if each.is_dir() else each.unlink()
 
 
+@pytest.mark.slow
 def test_a_database_deleted_while_the_study_runs_is_made_again_with_everything(
     study: Study, store: Store, mlruns: Path, empty_mlflow: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -278,6 +280,7 @@ def test_a_database_deleted_while_the_study_runs_is_made_again_with_everything(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lost", ["everything", *(pytest.param(each, marks=slow) for each in ("files", "a run", "nothing"))]
 )
@@ -310,6 +313,7 @@ def test_what_a_finished_study_has_lost_in_mlflow_is_written_again_by_the_same_c
 # -- a folder that was moved or copied -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["moved", "copied", "moved without files"])
 def test_a_clone_elsewhere_has_its_files_there(
     how: str, study: Study, tmp_path: Path, empty_mlflow: Path, capsys: pytest.CaptureFixture[str]

@@ -286,6 +286,7 @@ def test_the_better_validation_score_wins_and_the_holder_keeps_a_tie(
     assert len(versions(tracker.client)) == 2
 
 
+@pytest.mark.slow
 def test_a_champion_on_other_validation_images_stays_and_the_user_is_told(
     finished: Finished, tracker: MLflowTracker, unchecked: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -295,6 +296,7 @@ def test_a_champion_on_other_validation_images_stays_and_the_user_is_told(
     assert "version 1 stays the champion, for it was measured on other validation images" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_a_version_is_said_to_be_stays_true_when_the_next_one_takes_over(
     finished: Finished, tracker: MLflowTracker, unchecked: None
 ) -> None:
@@ -303,6 +305,7 @@ def test_what_a_version_is_said_to_be_stays_true_when_the_next_one_takes_over(
     assert [each.tags[PLACE] for each in versions(tracker.client)] == ["checked, became the champion"] * 2
 
 
+@pytest.mark.slow
 def test_a_model_from_before_the_score_had_its_name(finished: Finished) -> None:
     described = dict(finished.wanted.saved.description)
     described["validation_accuracy"] = described.pop("trial_validation_accuracy")
@@ -310,6 +313,7 @@ def test_a_model_from_before_the_score_had_its_name(finished: Finished) -> None:
     assert candidate("tiny", finished.store, older).tags == finished.wanted.tags
 
 
+@pytest.mark.slow
 def test_an_alias_that_a_person_has_moved_is_left_alone(
     finished: Finished, tracker: MLflowTracker, unchecked: None
 ) -> None:
@@ -449,6 +453,7 @@ def test_the_command_registers_the_model_once(
     assert "torch.export.load" in (tmp_path / "studies" / "tiny.model" / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_files_of_a_logged_model_that_were_deleted_are_written_again(
     finished: Finished, tracker: MLflowTracker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -80,6 +80,7 @@ def alone_with(file: Path) -> sqlite3.Connection:
     return connection
 
 
+@pytest.mark.slow
 def test_a_worker_waits_for_the_desk_as_long_as_it_takes(tmp_path: Path, said: Until) -> None:
     file = tmp_path / "tiny.db"
     url = f"sqlite:///{file}"

@@ -308,6 +308,7 @@ def test_whoever_led_and_stood_still_does_not_open_the_test_set(database: str) -
         second.check_lead()
 
 
+@pytest.mark.slow
 def test_whoever_led_and_stood_still_does_not_overwrite_the_result(
     database: str, image_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,7 @@ def test_the_test_images_get_the_predictions_that_are_recorded(at_home: Path, tm
     assert [float(row["probability"]) for row in rows] == pytest.approx(confidence.tolist(), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_probabilities_are_those_of_all_classes_in_falling_order(predictor: Predictor, flower: Image.Image) -> None:
     image = preprocess([flower], predictor.saved.image_size)
     guesses = predictor.guesses(image, 16)[0]
@@ -150,6 +151,7 @@ def test_more_files_than_a_batch_come_in_their_order(predictor: Predictor, home:
 # -- how it says it ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_image_has_a_block_of_lines(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = ["pictures/000.png", "pictures/001.png"]
     assert main(["predict", "tiny", *files, "--top", "2"]) == 0

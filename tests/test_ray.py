@@ -23,10 +23,11 @@ from tests.ray_nodes import OBJECT_STORE, Command, check_whole, nodes, tasks, ur
 from tests.test_workers import wait_until_gone
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
+ONE = ("--trials", "1", "--set", "final.seeds=1")
 
 
 def test_a_study_runs_on_one_node(cluster: Any, tmp_path: Path, mlruns: Path) -> None:
-    with nodes(cluster, 1), Command(tmp_path, cluster.address, "--trials", "1") as command:
+    with nodes(cluster, 1), Command(tmp_path, cluster.address, *ONE) as command:
         assert command.end() == 0, command.said
     assert "Asking Ray for 1 worker, 1 CPU each" in command.said
     check_whole(tmp_path, trials=1)

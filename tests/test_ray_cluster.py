@@ -142,6 +142,7 @@ def test_ray_that_is_not_installed_is_named(tmp_path: Path, image_cache: Path) -
     assert not (tmp_path / "studies" / "tiny.db").exists()
 
 
+@pytest.mark.slow
 def test_a_worker_with_other_versions_is_refused(tmp_path: Path, image_cache: Path) -> None:
     study, url = study_in(tmp_path, image_cache)
     order = order_in(tmp_path, url)

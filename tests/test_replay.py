@@ -171,6 +171,7 @@ def test_every_suggestion_of_a_parallel_study_comes_out_again(
         assert differing(searched, store) == []
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_the_middle_of_its_question_leaves_nothing_that_differs(
     tmp_path: Path, started: list[Any]
 ) -> None:
@@ -270,6 +271,7 @@ def test_a_study_without_trials_has_nothing_to_replay() -> None:
         replay_study(study, memory_store(study))
 
 
+@pytest.mark.slow
 def test_the_command_says_so_and_writes_nothing(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = catalogue.find("demo")
     with open_store(found.study.located(found.home, None, None), found.storage_url) as store:

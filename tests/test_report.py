@@ -449,6 +449,7 @@ def test_the_page_shows_classes_mistakes_and_calibration(study: Study, store: St
         assert title in page.words
 
 
+@pytest.mark.slow
 def test_a_hundred_classes_stay_light(study: Study, store: Store, tmp_path: Path) -> None:
     run_analytic(study, store, 3)
     store.set_attribute("final", final_result())

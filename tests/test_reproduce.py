@@ -192,6 +192,7 @@ def test_a_study_that_is_being_run_may_be_looked_at(place: Path, run: Run, image
 SETTINGS = ["epochs=1", "optim.weight_decay=0.5", "data.stored_size=80", "seed=5", "final.seeds=2", "batch_size=8"]
 
 
+@pytest.mark.slow
 def test_a_study_begun_with_settings_is_reproduced_without_them(
     tmp_path: Path, image_cache: Path, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:

@@ -31,6 +31,7 @@ def stop(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_stopped_while_its_result_is_recorded_a_trial_keeps_its_training(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

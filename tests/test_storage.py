@@ -129,6 +129,7 @@ def test_two_straight_runs_are_equal(uninterrupted: list[dict[str, Any]], tmp_pa
     assert run_straight(searching(), tmp_path / "tiny.db", 8, epochs=EPOCHS) == uninterrupted[:8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stop_after",
     [
@@ -149,6 +150,7 @@ def test_killed_once_and_resumed_equals_uninterrupted(
     assert run_on(searching(), file, SOME, epochs=EPOCHS) == uninterrupted[:SOME]
 
 
+@pytest.mark.slow
 def test_killed_between_a_report_and_the_pruning_it_leads_to(
     uninterrupted: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -275,6 +277,7 @@ def test_running_twice_equals_running_once(uninterrupted: list[dict[str, Any]], 
             assert told(store) == uninterrupted[:8]
 
 
+@pytest.mark.slow
 def test_more_trials_continue_the_study(uninterrupted: list[dict[str, Any]], tmp_path: Path) -> None:
     file = tmp_path / "tiny.db"
     for trials in (1, 7, 12):
@@ -594,6 +597,7 @@ def test_looking_into_an_empty_file_leaves_it_empty(tmp_path: Path) -> None:
     assert file.read_bytes() == b""
 
 
+@pytest.mark.slow
 def test_looking_for_another_name_in_a_database_says_so(tmp_path: Path) -> None:
     url = url_of(tmp_path / "tiny.db")
     with open_store(searching(), url):
@@ -775,6 +779,7 @@ def test_a_study_moved_aside_keeps_its_data_and_its_model(tmp_path: Path) -> Non
         assert store.finished() == 0
 
 
+@pytest.mark.slow
 def test_studies_moved_aside_in_the_same_second_are_all_kept(tmp_path: Path) -> None:
     moved = []
     for trials in (1, 2, 3):

@@ -68,6 +68,7 @@ def ask_and_wait(study: Study, url: str, line: Any) -> None:
         time.sleep(600)
 
 
+@pytest.mark.slow
 def test_the_trial_of_a_dead_process_of_this_machine_is_taken_up_at_once(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
     context = multiprocessing.get_context("spawn")
@@ -87,6 +88,7 @@ def test_the_trial_of_a_dead_process_of_this_machine_is_taken_up_at_once(tmp_pat
         assert time.monotonic() - began < LEASE_SECONDS / 2
 
 
+@pytest.mark.slow
 def test_a_worker_that_stood_still_in_its_question_leaves_the_trial_to_who_took_it_up(
     stores: tuple[Store, Store],
 ) -> None:

@@ -149,6 +149,7 @@ def test_metrics_carry_their_epoch_as_step_and_are_few(study: Study, store: Stor
     assert len(keys) <= 15
 
 
+@pytest.mark.slow
 def test_tags_say_with_what_the_study_ran(study: Study, store: Store, mlruns: Path) -> None:
     whole_study(study, store, mlruns)
     for run in runs_of(mlruns).values():
@@ -274,6 +275,7 @@ def test_an_interruption_marks_what_is_open_and_the_same_runs_go_on(study: Study
     assert {run.info.status for run in after.values()} == {"FINISHED"}
 
 
+@pytest.mark.slow
 def test_mlflow_is_rebuilt_from_the_storage_when_it_was_deleted(
     study: Study, store: Store, mlruns: Path, empty_mlflow: Path
 ) -> None:
@@ -308,6 +310,7 @@ def test_synchronising_twice_changes_nothing(study: Study, store: Store, mlruns:
     assert shown() == before
 
 
+@pytest.mark.slow
 def test_a_fresh_study_of_the_same_name_has_runs_of_its_own(
     study: Study, store: Store, mlruns: Path, tmp_path: Path
 ) -> None:
@@ -343,6 +346,7 @@ def test_an_epoch_is_seen_while_the_next_one_trains_which_waits_for_nothing(
     tracker.interrupt()
 
 
+@pytest.mark.slow
 def test_more_epochs_than_one_request_takes_are_there_whole(study: Study, store: Store, mlruns: Path) -> None:
     tracker = local_tracker(mlruns)
     tracker.start(study, store, {})

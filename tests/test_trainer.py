@@ -48,6 +48,7 @@ def timeless(results: list[EpochResult]) -> list[EpochResult]:
 # --- the same seed, the same curve ---
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_results_and_weights_bit_for_bit(study: Study) -> None:
     first, again = training_of(study), training_of(study)
     results = timeless(list(fit(first)))
@@ -58,12 +59,14 @@ def test_the_same_seed_gives_the_same_results_and_weights_bit_for_bit(study: Stu
     assert equal(state(first), state(again))
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_curve(study: Study) -> None:
     first, other = (next(fit(training_of(study, seed))) for seed in (0, 1))
     assert first.train != other.train
     assert first.val != other.val
 
 
+@pytest.mark.slow
 def test_torchs_global_generator_is_left_alone_in_every_epoch(study: Study) -> None:
     before = torch.get_rng_state()
     for _ in fit(training_of(study)):
@@ -71,6 +74,7 @@ def test_torchs_global_generator_is_left_alone_in_every_epoch(study: Study) -> N
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_an_epoch_taken_up_from_its_state_equals_the_uninterrupted_one(study: Study) -> None:
     """Model and optimizer are all that epoch 2 needs of epoch 1; its draws follow from its number."""
     whole = training_of(study)
@@ -84,6 +88,7 @@ def test_an_epoch_taken_up_from_its_state_equals_the_uninterrupted_one(study: St
     assert equal(state(taken_up), state(whole))
 
 
+@pytest.mark.slow
 def test_epochs_draw_different_numbers(study: Study) -> None:
     first, second = training_of(study), training_of(study)
     second.progress.epochs = [next(fit(training_of(study)))]  # as if one had gone before, with the same weights
@@ -93,6 +98,7 @@ def test_epochs_draw_different_numbers(study: Study) -> None:
 # --- what an epoch reports ---
 
 
+@pytest.mark.slow
 def test_every_epoch_is_reported_with_counts_over_whole_splits(study: Study) -> None:
     results = list(fit(training_of(study)))
     assert [result.epoch for result in results] == [1, 2]
@@ -144,6 +150,7 @@ def test_training_leaves_the_images_as_they_are(study: Study) -> None:
     assert torch.equal(training.train.images, before)
 
 
+@pytest.mark.slow
 def test_the_last_rate_of_a_cosine_is_small(study: Study) -> None:
     results = list(fit(training_of(study, epochs=3)))
     peak, steps = study.train.optim.base_lr, 2
@@ -175,6 +182,7 @@ def test_closing_after_an_epoch_stops_the_training(study: Study) -> None:
     assert len(training.progress.epochs) == 1
 
 
+@pytest.mark.slow
 def test_progress_tells_epoch_and_steps(study: Study) -> None:
     training = training_of(study)
     told = []
