@@ -53,7 +53,7 @@ STUDY = dataclasses.replace(
     small_study("data/cache", backbone=Slow(), epochs=4),
     name="tiny",
     trials=5,
-    final=FinalConfig(seeds=2, publish=False, compare_base=False),
+    final=FinalConfig(seeds=1, publish=False, compare_base=False),
 )
 """
 

@@ -35,11 +35,17 @@ interrupt.install()
 """
 
 
+def unmeasured() -> dict[str, str]:
+    """The environment without coverage's: what is raised while that holds its own lock leaves it locked."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+
+
 def child(code: str) -> tuple[list[str], str]:
     """The words that a process of its own says, and its stderr."""
     done = subprocess.run(
         [sys.executable, "-c", HEAD + code],
         cwd=PROJECT,
+        env=unmeasured(),
         capture_output=True,
         text=True,
         timeout=PATIENCE_SECONDS,
@@ -205,8 +211,7 @@ def test_ctrl_c_while_something_heavy_is_imported_ends_a_start_with_130(
     done = subprocess.run(
         [sys.executable, "-c", HEAVY.format(name=name, path=str(PROJECT / "run_study.py"))],
         cwd=tmp_path,
-        # Coverage is not measured: what is raised while it holds its own lock leaves that locked.
-        env={"PYTHONPATH": str(PROJECT), **{k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_")}},
+        env=unmeasured() | {"PYTHONPATH": str(PROJECT)},
         capture_output=True,
         text=True,
         timeout=PATIENCE_SECONDS,
@@ -241,6 +246,7 @@ def test_ctrl_c_ends_a_server_with_130_also_where_a_shell_had_it_ignored() -> No
     done = subprocess.run(
         [sys.executable, "-c", SERVING],
         cwd=PROJECT,
+        env=unmeasured(),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
         capture_output=True,
         text=True,

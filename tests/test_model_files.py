@@ -27,30 +27,38 @@ def _flipped(path: Path) -> None:
     path.write_bytes(content)
 
 
+Change = Callable[[Path], None]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [("model.json", _edited), ("model.pt2", _flipped), ("README.md", _flipped), ("README.md", Path.unlink)],
-)
 def test_a_changed_or_lost_file_of_the_model_is_named_and_made_again(
-    line: CommandLine, capsys: pytest.CaptureFixture[str], name: str, change: Callable[[Path], None]
+    line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--trials", "1", "--set", "final.publish=true"]
     assert line.run(*arguments).code == 0
     folder = line.place / "studies" / "tiny.model"
-    before = (folder / name).read_bytes()
-    change(folder / name)
-    capsys.readouterr()
-    assert main(["doctor", "tiny"]) == 1
-    said = capsys.readouterr().out
-    assert f"{folder / name} is" in said
-    assert "run the study again: it makes what is lost again" in said
-    ended = line.run(*arguments)
-    assert ended.code == 0
-    assert "Nothing is missing" not in ended.out
-    assert name == "model.pt2" or (folder / name).read_bytes() == before
+    rounds: list[dict[str, Change]] = [
+        {"model.json": _edited},
+        {"model.pt2": _flipped, "README.md": _flipped},
+        {"README.md": Path.unlink},
+    ]
+    for changes in rounds:
+        before = {name: (folder / name).read_bytes() for name in changes}
+        for name, change in changes.items():
+            change(folder / name)
+        capsys.readouterr()
+        assert main(["doctor", "tiny"]) == 1
+        said = capsys.readouterr().out
+        for name in changes:
+            assert f"{folder / name} is" in said
+        assert "run the study again: it makes what is lost again" in said
+        ended = line.run(*arguments)
+        assert ended.code == 0
+        assert "Nothing is missing" not in ended.out
+        for name, content in before.items():
+            assert name == "model.pt2" or (folder / name).read_bytes() == content
+        assert main(["doctor", "tiny"]) == 0
     assert "Nothing is missing" in line.run(*arguments).out
-    assert main(["doctor", "tiny"]) == 0
 
 
 @pytest.mark.slow

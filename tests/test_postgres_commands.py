@@ -126,18 +126,18 @@ def test_a_command_that_asks_for_fewer_trials_does_not_open_the_test_set_while_a
     assert_one_study(database, mlflow.uri, 10)
 
 
-def test_two_machines_with_four_workers_each_are_one_study(
+def test_two_machines_with_two_workers_each_are_one_study(
     database: str, mlflow: Server, tmp_path: Path, start: Start
 ) -> None:
     """They share no folder: the final model is where the final run was."""
     folders = [tmp_path / name for name in ("one", "two")]
-    commands = [start(folder, *run_tiny(database, mlflow, 24, "--workers", "4")) for folder in folders]
+    commands = [start(folder, *run_tiny(database, mlflow, 12, "--workers", "2")) for folder in folders]
     said = [output(each) for each in commands]
-    assert_one_study(database, mlflow.uri, 24)
+    assert_one_study(database, mlflow.uri, 12)
     led = [folder for folder, each in zip(folders, said, strict=True) if "final seed 0  epoch 2/2" in each]
     assert len(led) == 1
     assert [folder for folder in folders if (folder / "studies" / "tiny.model").exists()] == led
-    assert "agree on 24 finished trials" in doctor(start, led[0], database, mlflow)
+    assert "agree on 12 finished trials" in doctor(start, led[0], database, mlflow)
 
 
 def test_machines_with_an_mlflow_of_their_own_have_all_runs_at_the_end(

@@ -23,22 +23,13 @@ from tests.ray_nodes import OBJECT_STORE, Command, check_whole, nodes, tasks, ur
 from tests.test_workers import wait_until_gone
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
-ONE = ("--trials", "1", "--set", "final.seeds=1")
 
 
 def test_a_study_runs_on_one_node(cluster: Any, tmp_path: Path, mlruns: Path) -> None:
-    with nodes(cluster, 1), Command(tmp_path, cluster.address, *ONE) as command:
+    with nodes(cluster, 1), Command(tmp_path, cluster.address, "--trials", "1") as command:
         assert command.end() == 0, command.said
     assert "Asking Ray for 1 worker, 1 CPU each" in command.said
     check_whole(tmp_path, trials=1)
-
-
-@pytest.mark.slow
-def test_a_study_runs_on_three_nodes(cluster: Any, tmp_path: Path, mlruns: Path) -> None:
-    with nodes(cluster, 3), Command(tmp_path, cluster.address) as command:
-        assert command.end() == 0, command.said
-    assert "Asking Ray for 3 workers, 1 CPU each" in command.said  # one for each node, as nothing else was asked for
-    check_whole(tmp_path, trials=5)
 
 
 @pytest.mark.slow
@@ -49,6 +40,7 @@ def test_a_study_loses_one_of_three_nodes_in_mid_trial_and_nothing_else(
         command.until("3 workers")
         cluster.remove_node(working(url_in(tmp_path), three), allow_graceful=False)
         assert command.end() == 0, command.said
+    assert "Asking Ray for 3 workers, 1 CPU each" in command.said  # one for each node, as nothing else was asked for
     assert "was interrupted" in command.said
     assert "raylet" not in command.said  # what Ray says of it is for its logs
     check_whole(tmp_path, trials=5)
@@ -128,7 +120,7 @@ def test_weights_come_back_from_a_node_that_does_not_share_the_checkpoints(tmp_p
         said = next((line for line in node.stdout if "started" in line), None)
         if said is None:
             pytest.skip("a file system of its own for a node takes root on Linux")
-        with Command(tmp_path, address, "--trials", "1") as study:
+        with Command(tmp_path, address, "--trials", "1", "--set", "final.seeds=2") as study:
             assert study.end() == 0, study.said
         # The final seeds were trained there, once, and their weights were found here.
         assert study.said.count("final seed 0  epoch 4/4") == study.said.count("final seed 1  epoch 4/4") == 1
