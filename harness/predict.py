@@ -193,7 +193,8 @@ def predict(
     if damaged:
         console.out(f"{damaged} of {len(files)} files could not be read.", highlight=False)
     for other in left_out:
-        console.out(f"{shown(str(other))} is no image by its name. It is left out.", highlight=False)
+        why = "no regular file" if other.suffix.lower() in SUFFIXES else "no image by its name"
+        console.out(f"{shown(str(other))} is {why}. It is left out.", highlight=False)
     if left_out:
         console.out(f"Left out: {len(left_out)} of {len(files) + len(left_out)} files.", highlight=False)
     return not damaged and not left_out

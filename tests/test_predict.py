@@ -215,15 +215,17 @@ def test_what_a_folder_holds_besides_images_is_named_and_counted(
     for name in ("notes.txt", "clip.mov", "Thumbs.db", "desktop.ini", ".DS_Store", "__MACOSX/._a.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("something else")
+    os.mkfifo(tmp_path / "pipe.jpg")
     assert main(["predict", "tiny", str(tmp_path), "--top", "1"]) == 1
     out, err = capsys.readouterr()
     assert len([line for line in out.splitlines() if line.startswith(str(tmp_path))]) == 7
     assert err.splitlines() == [
         f"{tmp_path}/clip.mov is no image by its name. It is left out.",
         f"{tmp_path}/notes.txt is no image by its name. It is left out.",
-        "Left out: 2 of 9 files.",
+        f"{tmp_path}/pipe.jpg is no regular file. It is left out.",
+        "Left out: 3 of 10 files.",
     ]
-    for name in ("notes.txt", "clip.mov"):
+    for name in ("notes.txt", "clip.mov", "pipe.jpg"):
         (tmp_path / name).unlink()
     assert main(["predict", "tiny", str(tmp_path), "--top", "1"]) == 0
     assert capsys.readouterr().err == ""

@@ -127,10 +127,12 @@ def _images(folder: Path) -> list[Path]:
         check_link(file)
         if file.is_dir():
             raise InputError(_inner_folder(file, any(_is_picture(each) for each in files)))
-        if file.suffix.lower() not in SUFFIXES or not file.is_file():
+        if file.suffix.lower() not in SUFFIXES:
             raise InputError(
                 f"{file} is not an image by its name, and a class folder holds images only; is --data-root right?"
             )
+        if not file.is_file():
+            raise InputError(f"{file} is no regular file, and a class folder holds images only; take it out.")
     return files
 
 
