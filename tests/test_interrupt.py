@@ -31,6 +31,7 @@ def send(*names):
     for name in names:
         os.kill(os.getpid(), getattr(signal, name))
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
 interrupt.install()
 """
 
