@@ -472,6 +472,7 @@ def test_a_study_that_has_not_begun_is_refused(tmp_path: Path, image_cache: Path
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_study_under_way_is_refused(place: Path, run: Run, image_cache: Path) -> None:
     with open_store(pruning_study(image_cache), f"sqlite:///{place}/studies/tiny.db") as store:
         refused(run, "is being run by process")

@@ -295,6 +295,7 @@ def test_who_has_lost_the_trial_leaves_its_checkpoint_to_the_one_who_has_it(conf
 # --- the same bits from any batch ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("runtime", "multiplier", "optimizer", "schedule"),
     [

@@ -37,6 +37,7 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return out
 
 
+@pytest.mark.slow
 def test_show_prints_one_json_object(demo: catalogue.Found, capsys: pytest.CaptureFixture[str]) -> None:
     seen: dict[str, Any] = json.loads(shown(capsys, "show", "demo", "--json"))
     assert set(seen) >= {"study", "trials", "best", "final", "storage", "tracking"}
@@ -73,6 +74,7 @@ def test_show_takes_a_file_and_a_storage(
     assert json.loads(other)["tracking"] == "http://mlflow:5000"
 
 
+@pytest.mark.slow
 def test_show_answers_while_the_study_is_held(demo: catalogue.Found, capsys: pytest.CaptureFixture[str]) -> None:
     with open_store(demo.study, demo.storage_url):
         assert json.loads(shown(capsys, "show", "demo", "--json"))["study"] == "demo"

@@ -229,6 +229,7 @@ def test_it_says_whose_number_it_gives_and_whether_the_model_was_trained_on_the_
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_study_whose_images_are_not_here_has_a_page_without_examples(
     predictor: Predictor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -237,6 +237,7 @@ def test_a_model_that_does_not_say_whose_it_is_is_accepted(database: str, line: 
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_model_that_another_study_has_left_in_the_meantime_stays(tmp_path: Path, image_cache: Path) -> None:
     study = small_study(image_cache)
     folder = tmp_path / "model"
@@ -270,6 +271,7 @@ def tell(store: Store, tracker: MLflowTracker, losses: list[float], dies: bool) 
         log.end("complete")
 
 
+@pytest.mark.slow
 def test_mlflow_ends_with_the_epochs_of_whoever_ended_the_trial(
     line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -172,6 +172,7 @@ def test_predictions_are_fp32_under_bf16_too() -> None:
     assert predict(build().eval(), batch()[0], runtime(bf16=True)).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_training_goes_on_after_a_prediction() -> None:
     """Tensors of inference mode, cached by autocast, would break the next backward pass."""
     for where in (runtime(), runtime(bf16=True)):

@@ -98,6 +98,7 @@ def test_the_program_gives_the_same_logits_without_this_project(saved: SavedMode
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_nothing_in_the_program_is_pickled(saved: SavedModel, tmp_path: Path) -> None:
     """What is not JSON or a short text is the bytes of a tensor, as its description says."""
     write_program(saved, tmp_path / "model.pt2")

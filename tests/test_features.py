@@ -290,6 +290,7 @@ def test_a_process_that_was_killed_leaves_whole_files_and_the_next_goes_on_to_th
     assert all(stamp == whole[path][1] for path, (_, stamp) in files(cache).items() if path not in lost)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_a_damaged_file_is_named_and_made_again(cache: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
     config = head_only(cache)
@@ -305,6 +306,7 @@ def test_a_damaged_file_is_named_and_made_again(cache: Path, capsys: pytest.Capt
     assert path.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_a_whole_file_in_another_ones_place_is_not_taken(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = head_only(cache)
     results = timeless(list(fit(assemble(config, CPU, 0))))

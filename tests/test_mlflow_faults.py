@@ -161,6 +161,7 @@ def test_a_long_parameter_is_cut_with_a_mark(
     assert shown["study"].data.tags["harness.command"].endswith("(20000 characters, cut)")
 
 
+@pytest.mark.slow
 def test_a_refused_parameter_is_named_and_the_others_are_written(
     study: Study, store: Store, mlruns: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

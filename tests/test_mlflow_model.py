@@ -306,6 +306,7 @@ def test_what_a_version_is_said_to_be_stays_true_when_the_next_one_takes_over(
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_model_from_before_the_score_had_its_name(finished: Finished) -> None:
     described = dict(finished.wanted.saved.description)
     described["validation_accuracy"] = described.pop("trial_validation_accuracy")
@@ -344,6 +345,7 @@ def test_the_check_takes_the_test_images_that_the_opening_left_and_opens_nothing
         assert (shown == image).flatten(1).all(1).any()
 
 
+@pytest.mark.slow
 def test_the_fingerprint_is_of_the_images_not_of_their_side(image_cache: Path) -> None:
     def fingerprint(**changes: Any) -> str:
         data = dataclasses.replace(make_study(image_cache).train.data, **changes)

@@ -90,6 +90,7 @@ def test_it_says_where_the_images_come_from_and_what_was_not_tested(finished: Fi
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_data_set_that_says_nothing_of_its_licence(finished: Finished, tmp_path: Path) -> None:
     for name in ("model.json", "model.safetensors"):
         (tmp_path / name).write_bytes((finished.folder / name).read_bytes())
@@ -160,6 +161,7 @@ def test_it_is_written_again_only_when_it_changes(finished: Finished) -> None:
 # -- what it tells to run ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_its_lines_of_code_run_without_this_project_and_say_what_the_model_says(finished: Finished) -> None:
     code = re.findall(r"```python\n(.*?)```", finished.card(), re.S)

@@ -60,6 +60,7 @@ LOSSES: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lose", LOSSES.values(), ids=LOSSES)
 def test_a_lost_file_is_named_and_what_was_stored_is_saved_beside_it(
     lose: Callable[[Path], Any], tmp_path: Path

@@ -89,6 +89,7 @@ def test_probabilities_are_those_of_all_classes_in_falling_order(predictor: Pred
     assert predictor.guesses(image, 3)[0] == guesses[:3]
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(width=st.integers(1, 200), height=st.integers(1, 200), colour=st.tuples(*[st.integers(0, 255)] * 3))
 def test_an_image_of_any_size_is_answered(

@@ -97,6 +97,7 @@ def records(draw: st.DrawFn) -> dict[str, Any]:
     return record_of(draw(row), [each for each, _ in rows], [each for _, each in rows])
 
 
+@pytest.mark.slow
 @given(record=records())
 def test_every_prediction_is_counted_once(record: dict[str, Any]) -> None:
     found, said = from_record(record), described(record)

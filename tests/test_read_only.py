@@ -69,6 +69,7 @@ def test_a_study_in_a_read_only_folder_is_shown_and_reported(
     assert (workspace / "elsewhere" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_study_that_runs_in_a_read_only_folder_is_shown_as_it_is_now(
     begun: catalogue.Found, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -148,7 +148,8 @@ def search(study: Study, url: str, started: list[Any], dies_at: int | None = Non
     """Run a study in several processes, of which one may die; returns their exit codes."""
     with open_store(study, url):
         pass
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_replay", "torch"])  # the imports are paid once
     for number in range(WORKERS):
         dying = dies_at if number == 0 else None
         started.append(context.Process(target=work, args=(study, url, number, dying)))

@@ -329,6 +329,7 @@ def test_curve_epochs_and_value_agree_when_redone_epochs_have_other_bits(
 # -- the definition ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -765,6 +766,7 @@ def finished_study(folder: Path, trials: int) -> list[dict[str, Any]]:
     return run_straight(searching(), folder / "tiny.db", trials)
 
 
+@pytest.mark.slow
 def test_a_study_moved_aside_keeps_its_data_and_its_model(tmp_path: Path) -> None:
     url = url_of(tmp_path / "tiny.db")
     before = finished_study(tmp_path, 3)

@@ -234,6 +234,7 @@ def test_a_resumed_trial_logs_no_step_twice_and_nothing_stays_running(study: Stu
     assert [run.info.status for run in runs.values()] == ["FINISHED", "FINISHED"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_trials_told_to_the_storage_only_are_closed_at_the_next_start(
     study: Study, store: Store, mlruns: Path, interrupted: bool
@@ -299,6 +300,7 @@ def test_mlflow_is_rebuilt_from_the_storage_when_it_was_deleted(
     assert all(steps_of(rebuilt, runs_of(rebuilt)[key]) == [1, 2, 3] for key in shown(mlruns))
 
 
+@pytest.mark.slow
 def test_synchronising_twice_changes_nothing(study: Study, store: Store, mlruns: Path) -> None:
     whole_study(study, store, mlruns)
 

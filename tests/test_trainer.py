@@ -191,6 +191,7 @@ def test_progress_tells_epoch_and_steps(study: Study) -> None:
     assert training.progress.steps == 2
 
 
+@pytest.mark.slow
 def test_pixels_that_are_no_numbers_give_a_loss_that_is_none_not_an_exception(study: Study) -> None:
     training = training_of(study)
     images = torch.full((32, 72, 72, 3), math.nan)
