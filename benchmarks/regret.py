@@ -63,7 +63,7 @@ class Search:
 
     def __init__(self, study: Study, workers: int) -> None:
         self.study, self.workers = study, workers
-        self.memory = optuna.create_study(direction="maximize", pruner=study.pruner.build())
+        self.memory = optuna.create_study(direction="maximize", pruner=study.pruner.of(study))
         self.pace = np.random.default_rng([study.seed, workers])
         self.at_work: list[tuple[float, int, int]] = []  # when the next epoch ends, the trial, that epoch
         self.near: list[tuple[bool, bool]] = []

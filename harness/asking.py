@@ -7,8 +7,7 @@ the same question can be put again (`harness.replay`). A study with one worker h
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import optuna
 from optuna.samplers._tpe.sampler import default_gamma
 from optuna.trial import FrozenTrial, TrialState
 
+from harness.history import ShownStudy
 from harness.search import suggest
 from harness.seeds import derive_seed
 
@@ -109,28 +109,13 @@ class _Storage:
             self._storage.set_trial_system_attr(trial_id, key, value)
 
 
-class _History(optuna.Study):
-    """A study that shows its sampler these trials, whatever the storage holds."""
-
-    shown: list[FrozenTrial]
-
-    def _get_trials(
-        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
-    ) -> list[FrozenTrial]:
-        trials = [trial for trial in self.shown if states is None or trial.state in states]
-        return copy.deepcopy(trials) if deepcopy else trials
-
-
 def ask(study: Study, of: optuna.Study, trial_id: int, number: int, history: list[FrozenTrial]) -> dict[str, Any]:
     """The parameters of a trial, written to the storage of `of`; what it has already stays.
 
     The sampler is made anew for every question, seeded from the study's seed, the trial's number and the question. It
     therefore answers the same after a kill as without one.
     """
-    shown = _History.__new__(_History)
-    kept = {key: value for key, value in of.__dict__.items() if key != "_thread_local"}
-    shown.__setstate__(kept | {"_storage": _Storage(of._storage)})
-    shown.shown = history
+    shown = ShownStudy.of(of, history, _storage=_Storage(of._storage))
     of.sampler = shown.sampler = _sampler(study, derive_seed(study.seed, "ask", number), history)
     trial = optuna.Trial(shown, trial_id)
     # Optuna draws jointly sampled parameters at the first question; have it drawn now, whatever was asked before.

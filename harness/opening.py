@@ -79,7 +79,7 @@ def _begun(
         storage=storage,
         study_name=study.name,
         direction="maximize",
-        pruner=study.pruner.build(),
+        pruner=study.pruner.of(study),
         load_if_exists=True,
     )
     try:

@@ -54,7 +54,7 @@ def replay(study: Study, trials: Sequence[FrozenTrial]) -> Iterator[Replayed]:
     `trials` are all of the study's. A process may have died while it asked, and the trial has a part of its parameters
     until it is taken up, or was told as failed with that part.
     """
-    memory = optuna.create_study(direction="maximize", pruner=study.pruner.build())
+    memory = optuna.create_study(direction="maximize", pruner=study.pruner.of(study))
     for trial in sorted(trials, key=lambda each: each.number):
         trial_id = memory._storage.create_new_trial(memory._study_id, _as_new(trial))
         whole = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)

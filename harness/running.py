@@ -228,7 +228,7 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
     from harness.display import StudyConsole
     from harness.engine import find_device
     from harness.mlflow_places import check_writable, tracker_for
-    from harness.search import rehearse
+    from harness.rehearsal import rehearse
     from harness.study import wanted
 
     console = StudyConsole()

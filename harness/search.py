@@ -6,12 +6,12 @@ would restart its stream when a study is resumed.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
 from harness.errors import InputError
+from harness.extrapolation import ExtrapolatingGPSampler
 from harness.space import Choice, Dimension, Int, get, is_plain, label
 
 if TYPE_CHECKING:
@@ -35,47 +36,12 @@ def suggest(trial: optuna.Trial, path: str, dimension: Dimension) -> Any:
     return trial.suggest_float(path, dimension.low, dimension.high, log=dimension.log)
 
 
-def rehearse(study: Study) -> None:
-    """Ask for trials in memory and judge them, as the study will.
-
-    Optuna looks at some arguments only when it needs them: n_startup_trials="x" is found at the first question, others
-    after the trials that are drawn at random. Raises InputError when the sampler or the pruner cannot work.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with _blaming(study.pruner):
-        memory = optuna.create_study(direction="maximize", pruner=study.pruner.build())
-    options = dict(getattr(study.sampler, "options", ()))
-    random = [value for value in options.values() if isinstance(value, int) and value <= REHEARSED]
-    for number in range(min(study.trials, max([10, *random]) + 2)):  # Optuna's samplers draw 10 at random
-        with _blaming(study.sampler):
-            memory.sampler = study.sampler.build(study, number)
-            trial = memory.ask()
-            for path, dimension in study.space.items():
-                suggest(trial, path, dimension)
-        with _blaming(study.pruner):
-            for epoch in range(1, 4):
-                trial.report(1 / (number + epoch), epoch)
-                trial.should_prune()
-        memory.tell(trial, 1 / (number + 1))
-
-
-@contextmanager
-def _blaming(part: Sampler | Grid | Pruner) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        options = ", ".join(f"{name}={value!r}" for name, value in getattr(part, "options", ()))
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(
-            f"{getattr(part, 'name', 'grid')}({options}) cannot work on this study ({reason}); correct its arguments."
-        ) from error
-
-
 @dataclass(frozen=True)
 class Sampler:
-    """An Optuna sampler: the name of its class and its arguments, e.g. Sampler("TPESampler", n_startup_trials=5)."""
+    """An Optuna sampler: the name of its class and its arguments, e.g. Sampler("TPESampler", n_startup_trials=5).
+
+    Any other class with Optuna's interface that takes a seed is given as Sampler("package.module:Class", ...).
+    """
 
     name: str
     options: tuple[tuple[str, Any], ...]
@@ -94,12 +60,16 @@ class Sampler:
         self.build(study, seed=0)
 
     def build(self, study: Study, seed: int) -> optuna.samplers.BaseSampler:
+        options = {**dict(self.options), "seed": seed}
         built: optuna.samplers.BaseSampler
-        built = _make(optuna.samplers, self.name, "Sampler", {**dict(self.options), "seed": seed})
+        if self.name == "ExtrapolatingGPSampler":
+            built = _call(ExtrapolatingGPSampler, self.name, options)
+        elif ":" in self.name:
+            built = _call(_imported(self.name), self.name, options)
+        else:
+            built = _make(optuna.samplers, self.name, "Sampler", options)
         return built
 
-
-REHEARSED = 64  # a sampler with more random trials than this is not rehearsed beyond them
 
 # What keeps state of its own in the storage or the process, and could not repeat an uninterrupted study.
 NOT_RESUMABLE = {
@@ -171,15 +141,33 @@ class Pruner:
         _check_options(name, {k: v for k, v in options.items() if k not in inner}, ' or a Pruner("NAME")')
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "options", tuple(sorted(options.items())))
-        self.build()
+        self.build(epochs=1, warmup_epochs=0)
 
-    def build(self) -> optuna.pruners.BasePruner:
+    def build(self, epochs: int, warmup_epochs: float) -> optuna.pruners.BasePruner:
+        """The pruner for trainings of so many epochs; shares of a training are told in epochs from here on."""
+        options: dict[str, Any] = {
+            name: value.build(epochs, warmup_epochs) if isinstance(value, Pruner) else value
+            for name, value in self.options
+        }
         built: optuna.pruners.BasePruner
         if self.name == "Asha":
-            built = _call(Asha, self.name, dict(self.options))
+            if "first" in options:
+                options["min_epochs"] = first_rung(options.pop("first"), epochs, warmup_epochs)
+            built = _call(Asha, self.name, options)
         else:
-            built = _make(optuna.pruners, self.name, "Pruner", dict(self.options))
+            built = _make(optuna.pruners, self.name, "Pruner", options)
         return built
+
+    def of(self, study: Study) -> optuna.pruners.BasePruner:
+        """The pruner for a study's trainings."""
+        return self.build(study.train.epochs, study.train.optim.warmup_epochs)
+
+
+def first_rung(share: float, epochs: int, warmup_epochs: float) -> int:
+    """The epoch of the first rung at a share of the training: not before epoch 2, nor within the warm-up."""
+    if not isinstance(share, float) or not 0 < share < 1:
+        raise InputError(f"asha needs first between 0 and 1, a share of the epochs, not {share!r}.")
+    return max(round(share * epochs), 2, math.floor(warmup_epochs) + 1)
 
 
 class Asha(optuna.pruners.BasePruner):
@@ -232,6 +220,18 @@ def may_prune(pruner: optuna.pruners.BasePruner, epoch: int) -> bool:
     return pruner.rung(epoch) if isinstance(pruner, Asha) else not isinstance(pruner, optuna.pruners.NopPruner)
 
 
+def _imported(name: str) -> Any:
+    """The sampler's class of "package.module:Class"; raises InputError when there is none."""
+    module, _, kind = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), kind)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"There is no sampler {name!r} ({error}); write package.module:Class.") from error
+    if not (isinstance(found, type) and issubclass(found, optuna.samplers.BaseSampler)):
+        raise InputError(f"{name} is no sampler; give a class that is derived from optuna.samplers.BaseSampler.")
+    return found
+
+
 def _make(module: Any, name: str, suffix: str, options: Mapping[str, Any]) -> Any:
     if name in NOT_RESUMABLE:
         raise InputError(f"{name} cannot be resumed as if it had not stopped; use {NOT_RESUMABLE[name]} instead.")
@@ -256,11 +256,10 @@ def _check_options(name: str, options: Mapping[str, Any], or_else: str) -> None:
 
 
 def _call(kind: Any, name: str, options: Mapping[str, Any]) -> Any:
-    built = {key: value.build() if isinstance(value, Pruner) else value for key, value in options.items()}
     try:
         with warnings.catch_warnings():  # who names it need not be told with a line of its source
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return kind(**built)
+            return kind(**options)
     except (TypeError, ValueError, ImportError) as error:
         given = {option: value for option, value in options.items() if option != "seed"}  # the seed is the study's
         raise InputError(f"{name} cannot be made with {given}: {error}; correct its arguments.") from error
@@ -271,12 +270,25 @@ def tpe(**options: Any) -> Sampler:
     return Sampler("TPESampler", **options)
 
 
+def gp(**options: Any) -> Sampler:
+    """Optuna's Gaussian process, shown how stopped trials would have ended (`harness.extrapolation`)."""
+    return Sampler("ExtrapolatingGPSampler", **{"n_startup_trials": 10, **options})
+
+
 def grid() -> Grid:
     return Grid()
 
 
-def asha(*, min_epochs: int = 5, reduction: int = 2) -> Pruner:
-    return Pruner("Asha", min_epochs=min_epochs, reduction=reduction)
+def asha(*, first: float | None = None, min_epochs: int | None = None, reduction: int = 2) -> Pruner:
+    """Asynchronous successive halving, with its first rung at a share of the epochs or at an epoch (by default 5).
+
+    A share gives no rung before epoch 2, nor within the warm-up.
+    """
+    if first is None:
+        return Pruner("Asha", min_epochs=5 if min_epochs is None else min_epochs, reduction=reduction)
+    if min_epochs is not None:
+        raise InputError("asha takes first, a share of the epochs, or min_epochs, not both.")
+    return Pruner("Asha", first=first, reduction=reduction)
 
 
 def no_pruning() -> Pruner:

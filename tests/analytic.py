@@ -130,7 +130,7 @@ def memory_study(pruner: optuna.pruners.BasePruner) -> optuna.Study:
 
 def memory_store(study: Study) -> Store:
     """A store without a file, ten times as fast, for tests that do not ask what is on disk."""
-    return Store("sqlite:///nowhere.db", memory_study(study.pruner.build()))
+    return Store("sqlite:///nowhere.db", memory_study(study.pruner.of(study)))
 
 
 def fail_trial(study: Study, store: Store, reason: str = "RuntimeError: out of memory") -> int:

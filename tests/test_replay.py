@@ -24,7 +24,7 @@ from harness.errors import InputError
 from harness.opening import open_store, read_store
 from harness.replay import replay, replay_study
 from harness.results import Completed, Diverged, Failed, Pruned
-from harness.search import Sampler, asha, grid, tpe
+from harness.search import Sampler, asha, gp, grid, tpe
 from harness.space import Choice
 from harness.storage import Asked, NoTrialFree, Store
 from tests.analytic import epoch_result, evaluate, memory_store, run_analytic
@@ -39,6 +39,7 @@ SEARCHES = {
     "NSGA-II": {"sampler": Sampler("NSGAIISampler", population_size=4)},
     "NSGA-III": {"sampler": Sampler("NSGAIIISampler", population_size=4)},
     "Gaussian process": {"sampler": Sampler("GPSampler", n_startup_trials=4)},
+    "Gaussian process, extrapolated": {"sampler": gp(n_startup_trials=4), "pruner": asha(min_epochs=1)},
     "CMA-ES": {"sampler": Sampler("CmaEsSampler", n_startup_trials=4, popsize=4, warn_independent_sampling=False)},
     "grid": {
         "sampler": grid(),
@@ -52,7 +53,10 @@ SEARCHES = {
 }
 
 
-@pytest.fixture(params=SEARCHES)
+# One of the two that take seconds is for every day.
+@pytest.fixture(
+    params=[pytest.param(each, marks=pytest.mark.slow if each == "Gaussian process" else ()) for each in SEARCHES]
+)
 def searched(request: pytest.FixtureRequest) -> Study:
     if request.param == "CMA-ES" and importlib.util.find_spec("cmaes") is None:
         pytest.skip("cmaes is not installed")

@@ -21,7 +21,8 @@ from harness import catalogue
 from harness.config import Study
 from harness.errors import InputError
 from harness.opening import open_store
-from harness.search import Asha, Grid, Pruner, Sampler, asha, grid, no_pruning, rehearse, tpe
+from harness.rehearsal import rehearse
+from harness.search import Asha, Grid, Pruner, Sampler, asha, grid, no_pruning, tpe
 from harness.space import Choice, Float
 from tests.analytic import ceiling, memory_store, memory_study, run_analytic
 from tests.conftest import make_study
@@ -191,8 +192,8 @@ def test_a_pruner_may_hold_another_one(pruner: Pruner) -> None:
     study = make_study("cache", pruner=pruner)
     rehearse(study)
     inner = dict(pruner.options)["wrapped_pruner"]
-    built = pruner.build()._wrapped_pruner  # type: ignore[attr-defined]
-    assert type(built) is (type(None) if inner is None else type(inner.build()))
+    built = pruner.of(study)._wrapped_pruner  # type: ignore[attr-defined]
+    assert type(built) is (type(None) if inner is None else type(inner.of(study)))
     assert " at 0x" not in study.definition()["pruner"]
 
 
@@ -304,7 +305,7 @@ def test_a_seed_in_the_samplers_arguments_is_refused() -> None:
     "pruner", [no_pruning(), asha(), Pruner("MedianPruner", n_warmup_steps=2), Pruner("ThresholdPruner", lower=0.1)]
 )
 def test_pruners_are_built_anew_and_shown_with_their_arguments(pruner: Pruner) -> None:
-    assert pruner.build() is not pruner.build()
+    assert pruner.build(8, 1.0) is not pruner.build(8, 1.0)
     for name, value in pruner.options:
         assert f"{name!r}, {value!r}" in repr(pruner)
 

@@ -25,7 +25,7 @@ from harness.errors import InputError
 from harness.final import summary
 from harness.opening import open_store, read_store
 from harness.results import Completed, Diverged, Failed, Pruned
-from harness.search import Pruner, Sampler, asha, grid, no_pruning, tpe
+from harness.search import Pruner, Sampler, asha, gp, grid, no_pruning, tpe
 from harness.space import Choice, Float
 from harness.storage import Store
 from tests.analytic import Died, accuracy, epoch_result, evaluate, fail_trial, run_analytic
@@ -180,6 +180,16 @@ def test_killed_again_and_again_between_any_two_writes(
     end, deaths = run_with_deaths(searching(), tmp_path / "tiny.db", trials, iter([writes + n % 3 for n in range(200)]))
     assert deaths >= 5
     assert end == uninterrupted[:trials]
+
+
+@pytest.mark.slow
+def test_a_study_with_a_gaussian_process_killed_between_writes_equals_uninterrupted(tmp_path: Path) -> None:
+    study = searching(sampler=gp(n_startup_trials=4), pruner=asha(first=0.2))
+    expected = run_straight(study, tmp_path / "straight.db", SOME, epochs=EPOCHS)
+    assert "pruned" in {trial["outcome"]["state"] for trial in expected}
+    end, deaths = run_with_deaths(study, tmp_path / "tiny.db", SOME, iter([19 + n % 3 for n in range(200)]))
+    assert deaths >= 5
+    assert end == expected
 
 
 @pytest.mark.slow

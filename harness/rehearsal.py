@@ -1,0 +1,90 @@
+"""A study's sampler and pruner at work in memory, before anything is trained.
+
+Optuna looks at some arguments only when it needs them: n_startup_trials="x" is found at the first question, others
+after the trials that are drawn at random. And a study that is resumed asks a new sampler: it has to answer as the one
+before it would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from harness import asking
+from harness.errors import InputError
+from harness.history import ShownStudy
+
+if TYPE_CHECKING:
+    from harness.config import Study
+    from harness.search import Grid, Pruner, Sampler
+
+DRAWN = 10  # trials that Optuna's samplers draw at random
+MOST = 64  # a sampler that draws more than this is not rehearsed beyond them
+EPOCHS = 3
+
+
+def rehearse(study: Study) -> None:
+    """Ask for trials, each of them twice, and judge them, as the study will.
+
+    Raises InputError when the sampler or the pruner cannot work, or the sampler answers one question in two ways.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with _blaming(study.pruner):
+        pruner = study.pruner.of(study)
+    options = dict(getattr(study.sampler, "options", ()))
+    drawn = [value for value in options.values() if isinstance(value, int) and value <= MOST]
+    trials: list[FrozenTrial] = []
+    for number in range(min(study.trials, max([DRAWN, *drawn]) + 2)):
+        with _blaming(study.sampler):
+            trial, again = (_asked(study, pruner, number, trials) for _ in range(2))
+        if trial.params != again.params:
+            name = getattr(study.sampler, "name", "grid")
+            raise InputError(
+                f"{name} does not answer the same question twice in the same way (trial {number}: {trial.params}, then "
+                f"{again.params}), so a study could not be resumed; make it depend on nothing but its seed and the "
+                "trials that it is shown."
+            )
+        with _blaming(study.pruner):
+            _judge(pruner, trial, trials)
+        trials.append(trial)
+
+
+def _asked(study: Study, pruner: optuna.pruners.BasePruner, number: int, trials: list[FrozenTrial]) -> FrozenTrial:
+    """A running trial with its parameters, in a storage of its own."""
+    memory = optuna.create_study(direction="maximize", pruner=pruner)
+    trial_id = memory._storage.create_new_trial(memory._study_id)
+    asking.ask(study, memory, trial_id, number, trials)
+    asked = memory._storage.get_trial(trial_id)
+    asked.number = asked._trial_id = number
+    return asked
+
+
+def _judge(pruner: optuna.pruners.BasePruner, trial: FrozenTrial, others: list[FrozenTrial]) -> None:
+    """Have the trial report, and end it as complete, whatever the pruner says."""
+    shown = ShownStudy.of(optuna.create_study(direction="maximize", pruner=pruner), [*others, trial])
+    for epoch in range(1, EPOCHS + 1):
+        trial.intermediate_values[epoch] = 1 / (trial.number + epoch)
+        pruner.prune(shown, trial)
+    trial.state, trial.value, trial.datetime_complete = (
+        TrialState.COMPLETE,
+        1 / (trial.number + 1),
+        trial.datetime_start,
+    )
+
+
+@contextmanager
+def _blaming(part: Sampler | Grid | Pruner) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        options = ", ".join(f"{name}={value!r}" for name, value in getattr(part, "options", ()))
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(
+            f"{getattr(part, 'name', 'grid')}({options}) cannot work on this study ({reason}); correct its arguments."
+        ) from error
