@@ -436,10 +436,10 @@ class Storm:
     lives: list[Life] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        from tests.test_main_job import STUDY_FILE
+        from tests.test_main_job import write_study
 
-        (self.place / "studies").mkdir(parents=True)
-        (self.place / "studies" / f"{NAME}.py").write_text(STUDY_FILE)
+        self.place.mkdir(parents=True, exist_ok=True)
+        write_study(self.place, "MaxViT")
 
     def start(self, aim: Aim | None = None) -> Life:
         """Run the study until the aim is met, or to its end."""
