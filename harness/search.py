@@ -237,7 +237,7 @@ def _make(module: Any, name: str, suffix: str, options: Mapping[str, Any]) -> An
         raise InputError(f"{name} cannot be resumed as if it had not stopped; use {NOT_RESUMABLE[name]} instead.")
     known = {each for each in vars(module) if each.endswith(suffix) and not each.startswith("Base")}
     if name not in known:
-        ours = ["Asha"] if suffix == "Pruner" else []
+        ours = ["Asha"] if suffix == "Pruner" else ["ExtrapolatingGPSampler"]
         names = ", ".join(sorted(known - NOT_RESUMABLE.keys()) + ours)
         raise InputError(f"There is no {suffix.lower()} {name!r}; there are {names}.")
     return _call(getattr(module, name), name, options)
@@ -272,7 +272,7 @@ def tpe(**options: Any) -> Sampler:
 
 def gp(**options: Any) -> Sampler:
     """Optuna's Gaussian process, shown how stopped trials would have ended (`harness.extrapolation`)."""
-    return Sampler("ExtrapolatingGPSampler", **{"n_startup_trials": 10, **options})
+    return Sampler("ExtrapolatingGPSampler", **options)
 
 
 def grid() -> Grid:

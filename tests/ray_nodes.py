@@ -66,8 +66,8 @@ def cluster() -> Iterator[Any]:
 
     handler = signal.getsignal(signal.SIGTERM)  # Ray takes it for itself
     place = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets lie in it, whose paths must be short
-    # `Cluster` writes its address into RAY_TMPDIR/ray, and makes no folder for it. By default that is /tmp/ray, which
-    # only `ray start` makes; and a Ray of this machine's user would be forgotten by its own commands.
+    # `Cluster` writes its address into RAY_TMPDIR/ray, and makes no folder for it. By default that is one which only
+    # `ray start` makes; and a Ray of this machine's user would be forgotten by its own commands.
     (place / "ray").mkdir()
     head = {"num_cpus": 0, "object_store_memory": OBJECT_STORE, "include_dashboard": False}
     with pytest.MonkeyPatch.context() as patch:
