@@ -46,7 +46,7 @@ PARTS = {  # of innermost names the time is counted; what is named nowhere is "t
     "storage: ask": {"harness.storage.Store": ["ask"]},
     "storage: report, prune": {"harness.storage.Store": ["report", "should_prune"]},
     "storage: tell": {"harness.storage.Store": ["tell"]},
-    "rehearsal of the sampler": {"harness.search": ["rehearse"]},
+    "rehearsal of the sampler": {"harness.rehearsal": ["rehearse"]},
     "MLflow: opening": {"harness.mlflow_tracker.MLflowTracker": ["check", "start"]},
     "MLflow: runs": {
         "harness.mlflow_tracker.MLflowTracker": ["run"],

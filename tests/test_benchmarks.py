@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as benchmarks
+from benchmarks.accounts import PARTS
+from benchmarks.clock import _owner
 from benchmarks.machine import Others, kind
 from benchmarks.measure import Figures, alternate, ratios
 
@@ -105,3 +107,10 @@ def test_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr("sys.argv", ["benchmarks", "--quick", "nonsense"])
     assert benchmarks.main() == 2
     assert "nonsense" in capsys.readouterr().err
+
+
+def test_what_goodput_counts_is_there_under_the_name_by_which_it_is_counted() -> None:
+    for name, places in PARTS.items():
+        for place, attributes in places.items():
+            for attribute in attributes:
+                assert callable(getattr(_owner(place), attribute, None)), f"{name}: {place}.{attribute}"
