@@ -7,7 +7,7 @@ which trials were stopped the median gain of those that went through it. A media
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -40,10 +40,14 @@ class ExtrapolatingGPSampler(optuna.samplers.GPSampler):
 def _as_complete(study: optuna.Study) -> optuna.Study:
     trials = study.get_trials(deepcopy=False)
     ended = [trial for trial in trials if trial.state in ENDED]
-    values = dict(zip((trial.number for trial in ended), clipped(extrapolated(ended)), strict=True))
+    values = dict(zip((trial.number for trial in ended), clipped(_predicted(ended)), strict=True))
     kept = set(sorted(values, key=lambda number: (-values[number], number))[:MOST])
     shown = [_complete(trial, values[trial.number]) for trial in ended if trial.number in kept]
     return ShownStudy.of(study, shown + [trial for trial in trials if trial.state is TrialState.RUNNING])
+
+
+def _predicted(trials: Sequence[FrozenTrial]) -> list[float]:
+    return extrapolated([trial.intermediate_values for trial in trials], [trial.value for trial in trials])
 
 
 def _complete(trial: FrozenTrial, value: float) -> FrozenTrial:
@@ -52,14 +56,12 @@ def _complete(trial: FrozenTrial, value: float) -> FrozenTrial:
     )
 
 
-def extrapolated(trials: Sequence[FrozenTrial]) -> list[float]:
-    """The final value of each trial, predicted where it was stopped; NaN where no number was reported.
+def extrapolated(curves: Sequence[Mapping[int, float]], values: Sequence[float | None]) -> list[float]:
+    """The final value of each trial, predicted where there is none yet; NaN where no number was reported.
 
-    `trials` are complete or pruned. The last epoch is the last that any of them has reached.
+    `curves` are values by epoch, `values` the final ones. The last epoch is the last that any of them has reached.
     """
-    curves = [
-        {epoch: value for epoch, value in trial.intermediate_values.items() if not np.isnan(value)} for trial in trials
-    ]
+    curves = [{epoch: value for epoch, value in curve.items() if not np.isnan(value)} for curve in curves]
     last = [max(curve, default=None) for curve in curves]
     ends = sorted({end for end in last if end is not None})
     gains = {}
@@ -67,9 +69,9 @@ def extrapolated(trials: Sequence[FrozenTrial]) -> list[float]:
         through = [curve[end] - curve[start] for curve in curves if start in curve and end in curve]
         gains[start] = median(through) * len(through) / (len(through) + PRIOR_TRIALS) if through else 0.0
     found = []
-    for trial, curve, stopped in zip(trials, curves, last, strict=True):
-        if trial.state is TrialState.COMPLETE:
-            found.append(float(trial.value or 0.0))
+    for value, curve, stopped in zip(values, curves, last, strict=True):
+        if value is not None:
+            found.append(value)
         elif stopped is None:
             found.append(float("nan"))
         else:

@@ -32,6 +32,7 @@ def overview(name: str, store: Store, tracking: str) -> dict[str, Any]:
         "conclusion": conclusion(store),
         "final": final,
         "chosen": None if chosen is None else chosen.number,
+        "choice": store.attribute("choice"),
         "rerank": _rerank(store),
         "ledger": {"lines": store.ledger_lines(), "fault": store.ledger_fault()},
         "duplicates": store.attribute("duplicates"),
@@ -155,11 +156,13 @@ def summary(name: str, store: Store, tracking: str) -> str:
 
 
 def _chosen_line(store: Store) -> list[str]:
-    """The configuration that a second look at the best has chosen, if it is another."""
+    """The configuration that was chosen, if it is another than the one with the highest value."""
     chosen, best = store.chosen(), store.best()
     if chosen is None or best is None or chosen.number == best.number:
         return []
-    return [f"chosen    Trial {chosen.number}, on fresh seeds", f"          {in_short(chosen.params)}"]
+    how = "by its lower bound" if store.attribute("rerank") is None else "on fresh seeds"
+    params = [f"          {in_short(chosen.params)}"] if chosen.params else []
+    return [f"chosen    Trial {chosen.number}, {how}", *params]
 
 
 def in_short(params: Mapping[str, Any], whole_paths: bool = True) -> str:
@@ -174,7 +177,7 @@ def in_short(params: Mapping[str, Any], whole_paths: bool = True) -> str:
 def _remarks(store: Store) -> list[str]:
     """What belongs to the final result."""
     final = store.attribute("final")
-    lines = [rerank_sentence(store.attribute("rerank"))]
+    lines = [choice_sentence(store), rerank_sentence(store.attribute("rerank"))]
     lines += [] if final is None else [conclusion(store), selection_sentence(final), store.why_closed()]
     return [*filter(None, lines)]
 
@@ -221,6 +224,11 @@ def verdict(store: Store) -> str:
         return "No trial is complete yet."
     base = next((trial for trial in store.trials() if trial.number == 0), None)
     sentence = f"Best is trial {best.number} with a validation accuracy of {percent(best.value)}"
+    if best.number != 0 and (chosen := store.chosen()) is not None and chosen.number == 0:
+        return (
+            f"The base configuration, trial 0, with {percent(chosen.value)}, is the answer: no trial is shown to beat "
+            f"it, nor is trial {best.number}, whose {percent(best.value)} is the highest value."
+        )
     if best.number == 0:
         return sentence + ": no trial beats the base configuration, trial 0."
     if base is None or base.value is None:
@@ -276,6 +284,29 @@ def _compared(store: Store) -> str:
         return f"No configuration is shown to be better than another: {sentence}."
     word = "better" if found["difference"] > 0 else "worse"
     return f"The best configuration is {word} than the base configuration: {sentence}."
+
+
+def choice_sentence(store: Store) -> str | None:
+    """Why this trial was chosen, with the highest value beside it; None where that needs no word."""
+    record = store.attribute("choice")
+    if record is None or record["estimates"] is None or record["trials"] != store.finished():
+        return None
+    values = {trial.number: trial.value for trial in store.trials()}
+    chosen, highest = record["trial"], record["highest"]
+
+    def estimated(number: int) -> str:
+        mean, deviation = record["estimates"][str(number)]
+        return f"{percent(mean)} ± {100 * deviation:.2f} points"
+
+    name = f"Trial {chosen}" if chosen else "The base configuration, trial 0,"
+    said = f"{name} was chosen: weighed against its neighbours it comes to {estimated(chosen)}"
+    if chosen == highest:
+        return f"{said}, and no trial has a higher lower bound."
+    bound = "without a lower bound that is higher" if chosen else "with no lower bound that is an image higher"
+    return (
+        f"{said}; trial {highest} has the highest measured value, {percent(values[highest])}, and comes to "
+        f"{estimated(highest)}, {bound}."
+    )
 
 
 def rerank_sentence(record: dict[str, Any] | None) -> str | None:

@@ -158,13 +158,16 @@ class Store:
         return sorted(complete, key=lambda trial: (-(trial.value or 0.0), trial.number))[:count]
 
     def chosen(self) -> TrialRecord | None:
-        """The trial that the final run retrains: the best, or of the best few the one that `harness.rerank` chose.
+        """The trial that the final run retrains, as `harness.rerank` or `harness.choice` chose it; before, the best.
 
-        None before there is one, and while a choice is under way.
+        None before there is one, and where trials have come since.
         """
-        record = self.attribute("rerank")
-        if record is None:
+        record, choice = self.attribute("rerank"), self.attribute("choice")
+        if record is None and choice is None:
             return self.best()
+        if record is None:
+            of_now = choice["trials"] == self.finished()
+            return next((trial for trial in self.trials() if of_now and trial.number == choice["trial"]), None)
         candidates = self.candidates(len(record["candidates"]))
         if [trial.number for trial in candidates] != record["candidates"]:
             return None
@@ -215,9 +218,9 @@ class Store:
         if chosen is None or not self.needs_reason():
             return None
         return (
-            f"Trial {chosen.number} is better on the validation images than trial {self.opened_for()}, whose test "
-            "result is known; the test set stays closed, for a number chosen after looking is no test. To open it "
-            'again all the same, add --reopen-test "why" to the command.'
+            f"Trial {chosen.number} is chosen by the validation images now, and the test result of trial "
+            f"{self.opened_for()} is known; the test set stays closed, for a number chosen after looking is no test. "
+            'To open it again all the same, add --reopen-test "why" to the command.'
         )
 
     def is_complete(self, study: Study) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from harness.audit import audit_key
 from harness.checkpoint import SUFFIX, remove, stale
+from harness.choice import record_choice
 from harness.config import Study
 from harness.engine import Runtime
 from harness.final import final_run
@@ -88,6 +89,7 @@ def _after_search(place: Place, model_folder: Path, reason: str | None) -> Gener
             return True
         try:
             yield from rerank(place)
+            record_choice(place.study, store)
             yield from final_run(place, model_folder, reason)
         except LeaseLost:
             continue

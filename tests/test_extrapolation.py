@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, TrialState
 
 from harness.errors import InputError
-from harness.extrapolation import clipped, extrapolated
+from harness.extrapolation import clipped
+from harness.extrapolation import extrapolated as extrapolated_curves
 from harness.rehearsal import rehearse
 from harness.search import Sampler, asha, gp, no_pruning
 from tests.analytic import memory_store, run_analytic
@@ -29,6 +30,10 @@ def trial(*values: float, epochs: int = EPOCHS) -> FrozenTrial:
         value=values[-1] if complete else None,
         intermediate_values=dict(enumerate(values, 1)),
     )
+
+
+def extrapolated(trials: list[FrozenTrial]) -> list[float]:
+    return extrapolated_curves([each.intermediate_values for each in trials], [each.value for each in trials])
 
 
 WHOLE = [trial(*(0.1 * epoch for epoch in range(1, 9))), trial(*(0.05 * epoch for epoch in range(1, 9)))]

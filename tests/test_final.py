@@ -316,7 +316,10 @@ def test_a_better_trial_leaves_the_test_set_closed_until_a_reason_is_given(
     number = better_trial(study, store)
     everything(study, store, tmp_path)
     assert store.attribute("final") == before
-    assert f"Trial {number} is better on the validation images than trial {before['trial']}" in capsys.readouterr().err
+    assert (
+        f"Trial {number} is chosen by the validation images now, and the test result of trial {before['trial']}"
+        in capsys.readouterr().err
+    )
     shown = summary("tiny", store, "nowhere")
     page = html.unescape(write_report("tiny", store, "nowhere", tmp_path).read_text())
     for text in (shown, page):

@@ -18,6 +18,7 @@ from harness.evidence import percent
 from harness.files import replace_file
 from harness.overview import (
     all_equal,
+    choice_sentence,
     frame,
     in_words,
     overview,
@@ -51,10 +52,11 @@ def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
     return {
         "name": name,
         "seen": seen,
-        "leads": all_equal(store),
+        "leads": all_equal(store) or (seen["final"] or {}).get("trial") == 0,
         "headline": _headline(seen),
         "sentence": test_sentence(store),
         "verdict": verdict(store),
+        "choice": choice_sentence(store),
         "strip": None if final is None else _strip(final),
         "facts": _facts(seen),
         "subject": about,
