@@ -28,7 +28,10 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from harness import asking
+from harness.choice import choose
 from harness.history import ShownStudy
+from harness.records import TrialRecord, record_of
+from harness.results import EpochResult, Metrics
 from harness.search import Sampler, asha, gp, no_pruning, tpe
 from harness.space import Dimension, Float, Int
 
@@ -169,6 +172,8 @@ class Search:
     seed: int
     budget: int
     base: dict[str, Any]
+    images: int | None = None  # that the recorded accuracies are seen through, as a validation set would show them
+    truth: list[float] = dataclasses.field(default_factory=list)  # final values as recorded
     trials: list[FrozenTrial] = dataclasses.field(default_factory=list)
     spent: int = 0
     seconds: float = 0.0  # of all questions
@@ -182,6 +187,10 @@ class Search:
             memory = optuna.create_study(direction="maximize", pruner=pruner)
             trial = self._asked(memory)
             trial.params, curve = self.task.curve(trial.params if self.trials else self.base, used)
+            self.truth.append(float(curve[-1]))
+            if self.images is not None:
+                noise = np.random.default_rng([self.seed, 2, len(self.trials)])
+                curve = noise.binomial(self.images, np.clip(curve, 0, 1)) / self.images
             shown = ShownStudy.of(memory, [*self.trials, trial])
             for epoch, value in enumerate(curve[: self.budget - self.spent].tolist(), 1):
                 self.spent += 1
@@ -223,6 +232,29 @@ def regrets(task: Task, policy: Policy, seed: int) -> tuple[list[float], float]:
     return found.tolist(), search.seconds / len(search.trials)
 
 
+def handed_out(task: Task, policy: Policy, seed: int, images: int) -> dict[str, float]:
+    """By how much the trial that is handed out is truly better than the base, for each rule of choosing.
+
+    The base is a configuration between the 95th and the 99th percentile of the random ones.
+    """
+    ranked = sorted(task.random, key=lambda each: each[1])
+    base = ranked[int(len(ranked) * np.random.default_rng([seed, 3]).uniform(0.95, 0.99))][0]
+    search = Search(task, policy, seed, FULL * task.epochs, base, images)
+    for _ in search.run():
+        pass
+    records = [_record(trial, images) for trial in search.trials]
+    found = choose(records, task.space)
+    assert found is not None
+    numbers = {"highest value": found["highest"], "lower bound": found["trial"]}
+    return {rule: search.truth[number] - search.truth[0] for rule, number in numbers.items()}
+
+
+def _record(trial: FrozenTrial, images: int) -> TrialRecord:
+    val = Metrics(loss=0.0, correct=0, total=images)
+    epochs = (EpochResult(epoch=1, lr=0.0, train=val, val=val, seconds=1.0),)  # of which the images alone are asked
+    return dataclasses.replace(record_of(trial), epochs=epochs)
+
+
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
@@ -238,16 +270,44 @@ def _one_run(which: str, number: int, policy: str, seed: int) -> dict[str, Any]:
     }
 
 
+def _one_choice(which: str, number: int, policy: str, seed: int, images: int) -> dict[str, Any]:
+    task = tasks(which)[number]
+    return {"task": task.name, "policy": policy, "seed": seed} | handed_out(task, POLICIES[policy], seed, images)
+
+
+def choices(args: argparse.Namespace) -> None:
+    """Print in how many studies each rule hands out something truly worse than the base."""
+    of_accuracies = [number for number, task in enumerate(tasks(args.tasks)) if not task.name.startswith("TaskSet")]
+    wanted = [
+        (args.tasks, number, policy, seed, args.images)
+        for seed in range(args.seeds)
+        for number in of_accuracies
+        for policy in args.policies
+    ]
+    with ProcessPoolExecutor(args.processes) as pool:
+        runs = list(pool.map(_one_choice, *zip(*wanted, strict=True)))
+    print(f"{'':34}{'':16}   worse  the base  better    mean gain    s.e.     n   ({args.images:,} images, points)")
+    for policy in args.policies:
+        for rule in ("highest value", "lower bound"):
+            gains = 100 * np.array([run[rule] for run in runs if run["policy"] == policy])
+            shares = "".join(f"{share:9.0%}" for share in ((gains < 0).mean(), (gains == 0).mean(), (gains > 0).mean()))
+            se = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
+            print(f"{policy:34}{rule:16}{shares}{gains.mean():12.3f}{se:9.3f}{len(gains):6}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", choices=["design", "check", "all"], default="design")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--keep", type=Path, help="a file of JSON lines that keeps what was run, and is gone on with")
+    parser.add_argument("--images", type=int, help="how often the choice by so many images is worse than the base")
     parser.add_argument("policies", nargs="*", default=list(POLICIES))
     args = parser.parse_args()
     if not REPLAY.is_dir():
         sys.exit(f"error: the curves are not in {REPLAY}.")
+    if args.images:
+        return choices(args)
     kept = [json.loads(line) for line in args.keep.read_text().splitlines()] if args.keep and args.keep.exists() else []
     done = {(each["task"], each["policy"], each["seed"]) for each in kept}
     wanted = [

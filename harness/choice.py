@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harness.extrapolation import clipped, extrapolated
+from harness.extrapolation import clipped, extrapolated, thinned
 from harness.space import Choice, Space
 
 if TYPE_CHECKING:
@@ -23,20 +23,10 @@ if TYPE_CHECKING:
     from harness.records import TrialRecord
     from harness.storage import Store
 
-MOST = 300  # trials that the process is fitted to: the best by their predicted ends
+MOST = 300  # trials that the process is fitted to (`harness.extrapolation.thinned`)
 FEWEST = 4  # with fewer a fit says nothing
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """The posterior of one trial's final validation accuracy."""
-
-    mean: float
-    deviation: float  # standard deviation
-
-    @property
-    def bound(self) -> float:
-        return self.mean - self.deviation
+MORE = 10  # trials whose gain is estimated
+DRAWS, PLACES = 200, 500  # of the posterior, at so many configurations
 
 
 def record_choice(study: Study, store: Store) -> None:
@@ -51,75 +41,121 @@ def record_choice(study: Study, store: Store) -> None:
 def choose(trials: Sequence[TrialRecord], space: Space) -> dict[str, Any] | None:
     """The choice as the storage keeps it; None where no trial is complete.
 
-    `trial` is the chosen one, `highest` the one with the highest value, `trials` how many had ended; `estimates` are
-    [mean, standard deviation] of these two and the base, or None where no process was fitted.
+    `trial` is the chosen one, `highest` the one with the highest value, `trials` how many had ended. `estimates` are
+    [mean, standard deviation] of each trial's final validation accuracy by its number, and `more` what further trials
+    would bring (`_prospects`); None where no process was fitted.
     """
     candidates = [trial for trial in trials if trial.state == "complete"]
     if not candidates:
         return None
     highest = min(candidates, key=lambda trial: (-(trial.value or 0.0), trial.number)).number
+    ended = sum(trial.state != "running" for trial in trials)
+    made = {"trials": ended, "trial": highest, "highest": highest, "estimates": None, "more": None}
+    posterior = Posterior.of([trial for trial in trials if trial.curve and trial.state != "running"], space)
+    if posterior is None:
+        return made
+    mean, deviation = posterior.at(posterior.points)
+    of_numbers = dict(zip(posterior.numbers, zip(mean.tolist(), deviation.tolist(), strict=True), strict=True))
+    bounds = {trial.number: -math.inf for trial in candidates}
+    bounds |= {number: m - s for number, (m, s) in of_numbers.items() if number in bounds}
+    chosen = min(bounds, key=lambda number: (-bounds[number], number))
     base = next((trial for trial in candidates if trial.number == 0), None)
-    found = estimates([trial for trial in trials if trial.curve and trial.state != "running"], space)
-    chosen = highest
-    if found is not None:
-        among = [trial.number for trial in candidates if trial.number in found]
-        chosen = min(among, key=lambda number: (-found[number].bound, number))
-        if base is not None and found[chosen].bound - found[0].bound < 1 / _images(base):
-            chosen = 0
-    shown = {chosen, highest} | (set() if base is None else {base.number})
-    return {
-        "trials": sum(trial.state != "running" for trial in trials),
+    if base is not None and bounds[chosen] - bounds[0] < 1 / _images(base):
+        chosen = 0
+    return made | {
         "trial": chosen,
-        "highest": highest,
-        "estimates": None
-        if found is None
-        else {str(number): [found[number].mean, found[number].deviation] for number in sorted(shown)},
+        "estimates": {str(number): [m, s] for number, (m, s) in sorted(of_numbers.items())},
+        "more": _prospects(posterior, posterior.numbers.index(chosen), space),
     }
 
 
-def estimates(trials: Sequence[TrialRecord], space: Space) -> dict[int, Estimate] | None:
-    """The posterior of each trial's final value by its number, from finished trials with a value.
+@dataclass(frozen=True, kw_only=True)
+class Posterior:
+    """A Gaussian process over the trials' final validation accuracies.
 
-    None where the trials are too few, or all alike. A Matérn kernel of order 5/2 with a length for each dimension, by
-    maximum likelihood (Rasmussen & Williams, 2006, chapters 4 and 5); the noise is that of the validation images, a
-    binomial variance, and what else the trials show of it.
+    A Matérn kernel of order 5/2 with a length for each dimension, by maximum likelihood (Rasmussen & Williams, 2006,
+    chapters 4 and 5); the noise is that of the validation images, a binomial variance, and what else the trials show.
     """
-    ends = clipped(extrapolated([trial.curve for trial in trials], [trial.value for trial in trials]))
-    kept = sorted(range(len(trials)), key=lambda each: (trials[each].number != 0, -ends[each], trials[each].number))
-    kept = sorted(kept[:MOST])
-    if len(kept) < FEWEST or not space:
-        return None
 
+    numbers: list[int]  # of the trials
+    points: NDArray[Any]  # [trials, coordinates]
+    model: Any
+    centre: float
+    scale: float
+
+    @staticmethod
+    def of(trials: Sequence[TrialRecord], space: Space) -> Posterior | None:
+        """Fitted to finished trials with a value; None where they are too few, or all alike."""
+        import numpy as np
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.gaussian_process import GaussianProcessRegressor
+        from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+        ends = clipped(extrapolated([trial.curve for trial in trials], [trial.value for trial in trials]))
+        ranked = sorted(range(len(trials)), key=lambda each: (trials[each].number != 0, -ends[each]))
+        kept = sorted(thinned(ranked, MOST))
+        if len(kept) < FEWEST or not space:
+            return None
+        values = np.array([ends[each] for each in kept])
+        points = np.array([_point(space, trials[each].params) for each in kept])
+        centre, scale = float(values.mean()), float(values.std())
+        if not scale > 0 or not points.std(axis=0).any():
+            return None
+        accuracy = np.clip(values, 0.01, 0.99)
+        known = accuracy * (1 - accuracy) / np.array([_images(trials[each]) for each in kept])
+        kernel = ConstantKernel(1.0, (0.1, 10.0)) * Matern(np.full(points.shape[1], 0.5), (0.1, 10.0), nu=2.5)
+        model = GaussianProcessRegressor(kernel + WhiteKernel(0.01, (1e-6, 1.0)), alpha=known / scale**2 + 1e-9)
+        with warnings.catch_warnings():  # a length at its limit: the dimension does not matter
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(points, (values - centre) / scale)
+        numbers = [trials[each].number for each in kept]
+        return Posterior(numbers=numbers, points=points, model=model, centre=centre, scale=scale)
+
+    def at(self, points: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Mean and standard deviation of the accuracy itself, without the noise that the kernel holds."""
+        mean, deviation = self.model.predict(points, return_std=True)
+        variance = (deviation**2 - self.model.kernel_.k2.noise_level).clip(min=0)
+        return self.centre + self.scale * mean, self.scale * variance**0.5
+
+    def drawn(self, points: NDArray[Any]) -> NDArray[Any]:
+        """[points, DRAWS] possible accuracies, each draw a function."""
+        import numpy as np
+
+        mean, covariance = self.model.predict(points, return_cov=True)
+        covariance -= self.model.kernel_.k2.noise_level * np.eye(len(points))
+        values, vectors = np.linalg.eigh(covariance)
+        root = vectors * np.sqrt(values.clip(min=0))
+        draws = root @ np.random.default_rng(0).standard_normal((len(points), DRAWS))
+        return np.asarray(self.centre + self.scale * (mean[:, None] + draws))
+
+
+def _prospects(posterior: Posterior, chosen: int, space: Space) -> dict[str, float]:
+    """What MORE further trials would gain over the chosen one, and what all trials could, in accuracy.
+
+    The trials are placed by Thompson sampling (Thompson, 1933), half of the draws place them and half judge them; the
+    bound takes the best configuration of each draw.
+    """
     import numpy as np
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.gaussian_process import GaussianProcessRegressor
-    from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
-    values = np.array([ends[each] for each in kept])
-    points = np.array([_point(space, trials[each].params) for each in kept])
-    scale = values.std()
-    if not scale > 0 or not points.std(axis=0).any():
-        return None
-    accuracy = np.clip(values, 0.01, 0.99)
-    known = accuracy * (1 - accuracy) / np.array([_images(trials[each]) for each in kept])
-    kernel = ConstantKernel(1.0, (0.1, 10.0)) * Matern(np.full(points.shape[1], 0.5), (0.1, 10.0), nu=2.5)
-    model = GaussianProcessRegressor(kernel + WhiteKernel(0.01, (1e-6, 1.0)), alpha=known / scale**2 + 1e-9)
-    with warnings.catch_warnings():  # a length at its limit: the dimension does not matter
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(points, (values - values.mean()) / scale)
-    mean, variance = _posterior(model, points)
-    return {
-        trials[each].number: Estimate(
-            mean=float(values.mean() + scale * mean[row]), deviation=float(scale * math.sqrt(max(variance[row], 0.0)))
-        )
-        for row, each in enumerate(kept)
-    }
+    rng = np.random.default_rng(0)
+    places = np.array([_drawn(space, rng) for _ in range(PLACES)])
+    draws = posterior.drawn(np.concatenate([posterior.points[chosen : chosen + 1], places]))
+    gains = draws[1:] - draws[0]
+    tried = gains[:, :MORE].argmax(axis=0)
+    judged = gains[:, DRAWS // 2 :]
+    gain = judged[tried].max(axis=0).clip(min=0)
+    return {"trials": MORE, "gain": float(gain.mean()), "bound": float(judged.max(axis=0).clip(min=0).mean())}
 
 
-def _posterior(model: Any, points: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Mean and variance of the function itself, without the noise that the kernel holds."""
-    mean, deviation = model.predict(points, return_std=True)
-    return mean, deviation**2 - model.kernel_.k2.noise_level
+def _drawn(space: Space, rng: Any) -> list[float]:
+    found: list[float] = []
+    for dimension in space.values():
+        if isinstance(dimension, Choice):
+            option = rng.integers(len(dimension.options))
+            found += [float(option == each) for each in range(len(dimension.options))]
+        else:
+            found.append(float(rng.random()))
+    return found
 
 
 def _images(trial: TrialRecord) -> float:

@@ -23,10 +23,16 @@ ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 PRIOR_TRIALS = 2  # a median gain of k trials counts k / (k + PRIOR_TRIALS)
 CLIP = 4.0  # times the distance from the best to the median of the better half
 MOST = 200  # trials that the process is fitted to
+PRELIMINARY, LOCAL = 512, 4  # points where the acquisition is looked at, and searches from the best of them
 
 
 class ExtrapolatingGPSampler(optuna.samplers.GPSampler):
     """Optuna's GPSampler on extrapolated values (see `extrapolated`), for a study that maximizes one value."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        # Optuna's 2,048 and 10 take most of a question's time; replays find no difference (benchmarks/RESULTS.md).
+        self._n_preliminary_samples, self._n_local_search = PRELIMINARY, LOCAL
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return super().infer_relative_search_space(_as_complete(study), trial)
@@ -41,9 +47,18 @@ def _as_complete(study: optuna.Study) -> optuna.Study:
     trials = study.get_trials(deepcopy=False)
     ended = [trial for trial in trials if trial.state in ENDED]
     values = dict(zip((trial.number for trial in ended), clipped(_predicted(ended)), strict=True))
-    kept = set(sorted(values, key=lambda number: (-values[number], number))[:MOST])
+    kept = set(thinned(sorted(values, key=lambda number: (-values[number], number))))
     shown = [_complete(trial, values[trial.number]) for trial in ended if trial.number in kept]
     return ShownStudy.of(study, shown + [trial for trial in trials if trial.state is TrialState.RUNNING])
+
+
+def thinned(ranked: Sequence[int], most: int = MOST) -> list[int]:
+    """At most so many of what is ranked: the better half of them the best, the others spread over the rest."""
+    if len(ranked) <= most:
+        return list(ranked)
+    best, rest = ranked[: most // 2], ranked[most // 2 :]
+    others = most - len(best)
+    return [*best, *(rest[len(rest) * each // others] for each in range(others))]
 
 
 def _predicted(trials: Sequence[FrozenTrial]) -> list[float]:

@@ -177,7 +177,7 @@ def in_short(params: Mapping[str, Any], whole_paths: bool = True) -> str:
 def _remarks(store: Store) -> list[str]:
     """What belongs to the final result."""
     final = store.attribute("final")
-    lines = [choice_sentence(store), rerank_sentence(store.attribute("rerank"))]
+    lines = [choice_sentence(store), prospect_sentence(store), rerank_sentence(store.attribute("rerank"))]
     lines += [] if final is None else [conclusion(store), selection_sentence(final), store.why_closed()]
     return [*filter(None, lines)]
 
@@ -286,10 +286,31 @@ def _compared(store: Store) -> str:
     return f"The best configuration is {word} than the base configuration: {sentence}."
 
 
+def _choice_of_now(store: Store) -> dict[str, Any] | None:
+    """The choice and what it rests on, where a process was fitted and no trial has come since."""
+    record: dict[str, Any] | None = store.attribute("choice")
+    if record is None or record["estimates"] is None or record["trials"] != store.finished():
+        return None
+    return record
+
+
+def prospect_sentence(store: Store) -> str | None:
+    """What further trials would bring, in a sentence; None where that is not known."""
+    record = _choice_of_now(store)
+    if record is None:
+        return None
+    more = record["more"]
+    gain, bound = (f"{100 * more[name]:.2f}" for name in ("gain", "bound"))
+    return (
+        f"{more['trials']} more trials would bring about {gain} points of validation accuracy, and any number of them "
+        f"about {bound} at most, by what the trials so far show."
+    )
+
+
 def choice_sentence(store: Store) -> str | None:
     """Why this trial was chosen, with the highest value beside it; None where that needs no word."""
-    record = store.attribute("choice")
-    if record is None or record["estimates"] is None or record["trials"] != store.finished():
+    record = _choice_of_now(store)
+    if record is None:
         return None
     values = {trial.number: trial.value for trial in store.trials()}
     chosen, highest = record["trial"], record["highest"]

@@ -160,18 +160,21 @@ class Store:
     def chosen(self) -> TrialRecord | None:
         """The trial that the final run retrains, as `harness.rerank` or `harness.choice` chose it; before, the best.
 
-        None before there is one, and where trials have come since.
+        None before there is one, and while a second look is under way.
         """
         record, choice = self.attribute("rerank"), self.attribute("choice")
-        if record is None and choice is None:
+        if record is None and (choice is None or self._has_outgrown(choice)):
             return self.best()
         if record is None:
-            of_now = choice["trials"] == self.finished()
-            return next((trial for trial in self.trials() if of_now and trial.number == choice["trial"]), None)
+            return next(trial for trial in self.trials() if trial.number == choice["trial"])
         candidates = self.candidates(len(record["candidates"]))
         if [trial.number for trial in candidates] != record["candidates"]:
             return None
         return next((trial for trial in candidates if trial.number == record["chosen"]), None)
+
+    def _has_outgrown(self, choice: Mapping[str, Any] | None) -> bool:
+        """Whether trials have ended since the choice."""
+        return choice is not None and choice["trials"] != self.finished()
 
     def has_final(self) -> bool:
         """Whether the final result is there and belongs to the chosen trial."""
@@ -230,7 +233,8 @@ class Store:
 
     def is_settled(self) -> bool:
         """Whether nothing comes after the search, unless somebody gives a reason to open the test set again."""
-        return self.best() is None or self.has_final() or self.needs_reason()
+        choosing = self.attribute("rerank") is None and self._has_outgrown(self.attribute("choice"))
+        return self.best() is None or (not choosing and (self.has_final() or self.needs_reason()))
 
     # -- several processes ----------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from harness.choice import choose, estimates, record_choice
+from harness.choice import choose, record_choice
 from harness.config import FinalConfig, Study
 from harness.overview import choice_sentence, verdict
 from harness.records import TrialRecord
@@ -59,10 +59,10 @@ def test_the_lucky_one_beside_the_good_ones_is_not_chosen() -> None:
 def test_noise_of_the_images_makes_no_winner_where_all_are_equal(seed: int) -> None:
     rng = random.Random(seed)
     trials = [trial(n, lr, sum(rng.random() < 0.8 for _ in range(1000)) / 1000) for n, lr in enumerate(rates(30))]
-    found = estimates(trials, SPACE)
+    found = choose(trials, SPACE)
     assert found is not None
     raw = max(each.value or 0 for each in trials)
-    assert raw - 0.8 > 2 * abs(max(each.mean for each in found.values()) - 0.8)
+    assert raw - 0.8 > 2 * abs(max(mean for mean, _ in found["estimates"].values()) - 0.8)
 
 
 def test_a_difference_of_less_than_an_image_goes_to_the_base() -> None:
@@ -121,7 +121,8 @@ def test_the_choice_is_made_once_and_again_when_trials_have_come() -> None:
     record_choice(study, store)
     assert store.attribute("choice") == kept
     run_analytic(study, store, 10)
-    assert store.chosen() is None  # until it is made again
+    assert store.chosen() == store.best()  # until it is made again
+    assert not store.is_settled()
     record_choice(study, store)
     assert store.attribute("choice")["trials"] == 10
     assert store.chosen() is not None

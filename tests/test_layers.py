@@ -54,6 +54,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "study",
         "final",
         "retraining",
+        "choice",
         "rerank",
         "saved_model",
         "worker",

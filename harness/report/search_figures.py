@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from harness.overview import subject
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 ACCURACY = "validation accuracy"
+PREDICTED = "predicted end"
 PAIR = ("optim.base_lr", "optim.depth_lr_mult")
 FEW = 20  # complete trials: with fewer, importances are a hint at most
 ROOM = 0.6  # of a trial, beside the first and the last: half of a bar and a little
@@ -55,14 +57,16 @@ def _history(trials: Sequence[TrialRecord]) -> Plot:
     complete = [trial for trial in trials if trial.value is not None]
     if not complete:
         return Plot(title=title, caption="No trial is complete yet.", width="half")
-    figure = empty(legend=True, xaxis_title="trial", yaxis_title=ACCURACY)
+    figure = empty(legend=True, xaxis_title="epochs trained so far", yaxis_title=ACCURACY)
     figure.update_yaxes(ACCURACIES)
     best: list[float] = []
     for trial in complete:
         best.append(max([*best[-1:], trial.value or 0.0]))
-    last = trials[-1].number
+    epochs = accumulate(len(trial.curve) for trial in trials)
+    spent = dict(zip((trial.number for trial in trials), epochs, strict=True))
+    last = spent[trials[-1].number]
     figure.add_scatter(
-        x=[*(trial.number for trial in complete), last],
+        x=[*(spent[trial.number] for trial in complete), last],
         y=[*best, best[-1]],
         mode="lines",
         line={"color": INK, "width": 1.5, "shape": "hv"},
@@ -74,7 +78,8 @@ def _history(trials: Sequence[TrialRecord]) -> Plot:
     for name, group, symbol in (("complete", complete, "circle"), ("pruned", pruned, "x-thin-open")):
         if group:
             figure.add_scatter(
-                x=[trial.number for trial in group],
+                x=[spent[trial.number] for trial in group],
+                customdata=[trial.number for trial in group],
                 y=[trial.value if trial.value is not None else list(trial.curve.values())[-1] for trial in group],
                 mode="markers",
                 marker={
@@ -84,11 +89,11 @@ def _history(trials: Sequence[TrialRecord]) -> Plot:
                     "line": {"width": 2, "color": STATES[name]},
                 },
                 name=name,
-                hovertemplate=f"trial %{{x}}: %{{y:.2%}}<extra>{name}</extra>",
+                hovertemplate=f"trial %{{customdata}}: %{{y:.2%}}<extra>{name}</extra>",
                 cliponaxis=False,
             )
-    figure.update_xaxes(whole_numbers(0, last, room=ROOM))
-    caption = "Each complete trial's accuracy after its last epoch, and the best so far"
+    figure.update_xaxes(whole_numbers(0, last, room=0.02 * last))
+    caption = "Each complete trial's accuracy after its last epoch, over the epochs of all trials, and the best so far"
     crosses = "; a cross is a pruned trial, at its last epoch." if pruned else "."
     return Plot(title=title, caption=caption + crosses, figure=figure, width="half")
 
@@ -113,6 +118,7 @@ def _learning_curves(trials: Sequence[TrialRecord], store: Store) -> Plot:
         word = "the best so far" if store.attribute("final") is None else "chosen"
         _add_curves(figure, [shown], f"trial {shown.number}, {word}", {"color": ACCENT, "width": 3.5})
     if pruned := [trial for trial in begun if trial.state == "pruned"]:
+        _add_ends(figure, pruned, last, (store.attribute("choice") or {}).get("estimates") or {})
         figure.add_scatter(
             x=[max(trial.curve) for trial in pruned],
             y=[trial.curve[max(trial.curve)] for trial in pruned],
@@ -122,8 +128,37 @@ def _learning_curves(trials: Sequence[TrialRecord], store: Store) -> Plot:
             hoverinfo="skip",
             cliponaxis=False,
         )
-    caption = f"{ACCURACY.capitalize()} of each trial after each epoch; a cross marks where a trial was pruned."
+    caption = f"{ACCURACY.capitalize()} of each trial after each epoch; a cross marks where a trial was pruned"
+    dotted = any(trace.name == PREDICTED for trace in figure.data)
+    caption += ", the dotted line how it would have ended, with one standard deviation." if dotted else "."
     return Plot(title=title, caption=caption, figure=figure, width="half")
+
+
+def _add_ends(
+    figure: Figure, pruned: Sequence[TrialRecord], last: int, estimates: Mapping[str, tuple[float, float]]
+) -> None:
+    """How stopped trials would have ended, as the process expects by which the choice was made."""
+    known = [trial for trial in pruned if str(trial.number) in estimates and max(trial.curve) < last]
+    if not known:
+        return
+    points: list[tuple[int, int | None, float | None, float | None]] = []
+    for trial in known:
+        mean, deviation = estimates[str(trial.number)]
+        stopped = max(trial.curve)
+        points += [(trial.number, stopped, trial.curve[stopped], None), (trial.number, last, mean, deviation)]
+        points.append((trial.number, None, None, None))
+    figure.add_scatter(
+        x=[epoch for _, epoch, _, _ in points],
+        y=[value for _, _, value, _ in points],
+        error_y={"array": [deviation for *_, deviation in points], "width": 3, "thickness": 1},
+        customdata=[number for number, *_ in points],
+        mode="lines",
+        line={"color": AMBER, "width": 1.2, "dash": "dot"},
+        opacity=0.55,
+        name=PREDICTED,
+        hovertemplate="trial %{customdata}, predicted end: %{y:.2%}<extra></extra>",
+        cliponaxis=False,
+    )
 
 
 def _add_curves(
