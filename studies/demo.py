@@ -15,7 +15,7 @@ from harness.space import Choice, Float
 STUDY = Study(
     name="demo",
     train=TrainConfig(
-        data=Garden(val_per_class=30),  # drawn, so that a choice among them means something
+        data=Garden(val_per_class=30),
         backbone=TinyMaxViT(),
         augment=AugmentConfig(crop_scale=(0.6, 1.0)),
         # What recipes for a hundred epochs of fine-tuning write: a good guess, and too slow for six.
@@ -32,7 +32,7 @@ STUDY = Study(
         "optim.depth_lr_mult": Float(0.0, 1.0),
     },
     sampler=gp(n_startup_trials=4),
-    pruner=asha(first=0.3, reduction=2),  # epochs 2 and 4
+    pruner=asha(min_epochs=2, reduction=2),
     trials=10,
     final=FinalConfig(seeds=3, fit_on="train"),
 )

@@ -175,11 +175,11 @@ def test_another_definition_is_refused_without_a_trace(workspace: Path, capsys: 
     found = catalogue.find("demo")
     with open_store(found.study, found.storage_url) as store:
         run_analytic(found.study, store, 1)
-    arguments, words = ["run", "--study", "demo", "--set", "epochs=5"], ["epochs was 8, is 5", "--fresh"]
+    arguments, words = ["run", "--study", "demo", "--set", "epochs=5"], ["epochs was 6, is 5", "--fresh"]
     assert_refused(workspace, capsys, arguments, [*words, "kept under another name).\n"])
     with open_store(found.study, found.storage_url) as store:
-        store.set_attribute("command", "python run_study.py --study demo --set epochs=8")
-    said = "It was run with: python run_study.py --study demo --set epochs=8\n"
+        store.set_attribute("command", "python run_study.py --study demo --set epochs=6")
+    said = "It was run with: python run_study.py --study demo --set epochs=6\n"
     assert_refused(workspace, capsys, arguments, [*words, said])
 
 

@@ -112,7 +112,7 @@ ROWS: dict[str, tuple[Preparation | None, list[str], list[str]]] = {
     "run with another definition": (
         as_begun,
         ["run", "--study", "demo", "--set", "epochs=5"],
-        ["epochs was 8, is 5", "--fresh"],
+        ["epochs was 6, is 5", "--fresh"],
     ),
     "doctor with another definition": (changed_definition, ["doctor", "demo"], ["space.backbone.dropout was"]),
     "reproduce with another definition": (changed_definition, ["reproduce", "demo", "0"], ["space.backbone.dropout"]),

@@ -45,7 +45,7 @@ def test_a_copy_is_told_to_change_its_name(
     remembered: bool, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begun("demo", remembered)
-    copy(workspace, "mine", old="epochs=8", new="epochs=9")
+    copy(workspace, "mine", old="epochs=6", new="epochs=9")
     words = ["mine.py defines the study 'demo'", "studies/demo.py", "demo.db", "change `name` in mine.py"]
     for command in COMMANDS:
         assert_refused(workspace, capsys, command, words)

@@ -406,7 +406,7 @@ def test_features_of_a_backbone_that_learns_are_refused(image_cache: Path) -> No
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["feature_views=4"], ["optim.depth_lr_mult is or may become 0.6", "set it to 0 and take"]),
+        (["feature_views=4"], ["optim.depth_lr_mult is or may become 0.8", "set it to 0 and take"]),
         (["optim.depth_lr_mult=0", "feature_views=4"], ["may become 1", "take it out of the study's space"]),
         (["optim.depth_lr_mult=0", "feature_views=-1"], ["feature_views must lie in 0..1000, or be null, not -1"]),
         (["optim.depth_lr_mult=0", "feature_views=1000000000"], ["feature_views must lie in 0..1000"]),

@@ -109,7 +109,7 @@ def test_a_command_says_so_in_one_line_at_its_start(
     assert main(["run", "--study", "demo", "--storage", url, "--set", "epochs=5"]) == 2
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith(f"Warning: {folder / 'demo.db'} lies on a network file system (nfs4)")
-    assert "epochs was 8, is 5" in second
+    assert "epochs was 6, is 5" in second
 
 
 def test_where_there_is_no_list_of_mounts_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,21 +93,21 @@ STUDIES: dict[str, Row] = {
         ["bad.py", "backbone.dropout", "outside of its search range"],
     ),
     "an unknown sampler": (
-        lambda home: demo_with(home, "bad", "sampler=tpe(n_startup_trials=4)", "sampler=tpe(startup=4)"),
+        lambda home: demo_with(home, "bad", "sampler=gp(n_startup_trials=4)", "sampler=gp(startup=4)"),
         ["--study", "bad"],
-        ["bad.py", "TPESampler", "startup"],
+        ["bad.py", "ExtrapolatingGPSampler", "startup"],
     ),
     "a package that is missing": (
         lambda home: write(home, "bad", "from no_such_package.part import thing\n"),
         ["--study", "bad"],
         ["bad.py, line 1", "no_such_package", "mend the study file"],
     ),
-    "an argument of the sampler that is unknown to it": changed("tpe(n_startup_trials=4)", "tpe(startup=4)", "startup"),
-    "a sampler that is none": changed("tpe(n_startup_trials=4)", "tpe", "sampler must be tpe()"),
-    "a pruner that is none": changed("asha(min_epochs=3, reduction=2)", "None", "pruner must be asha()"),
-    "a pruner of broken epochs": changed("min_epochs=3", "min_epochs=1.5", "whole numbers", "not 1.5 and 2"),
+    "an argument of the sampler that is unknown to it": changed("gp(n_startup_trials=4)", "gp(startup=4)", "startup"),
+    "a sampler that is none": changed("gp(n_startup_trials=4)", "gp", "sampler must be tpe()"),
+    "a pruner that is none": changed("asha(min_epochs=2, reduction=2)", "None", "pruner must be asha()"),
+    "a pruner of broken epochs": changed("min_epochs=2", "min_epochs=1.5", "whole numbers", "not 1.5 and 2"),
     "a sampler that needs a package": changed(
-        "tpe(n_startup_trials=4)", "__import__('harness.search').search.Sampler('CmaEsSampler')", "pip install cmaes"
+        "gp(n_startup_trials=4)", "__import__('harness.search').search.Sampler('CmaEsSampler')", "pip install cmaes"
     ),
     "no space": changed_space("{}", "space is empty"),
     "a space that is a list": changed_space('["optim.base_lr"]', "maps fields to ranges"),
@@ -118,14 +118,14 @@ STUDIES: dict[str, Row] = {
     "options that are lists": changed("((64,), (128,)", "([64], (128,)", "Choice cannot offer [64]"),
     "a range in words": changed("Float(0.0, 0.6)", 'Float("0", 0.6)', "must lie between two numbers"),
     "widths for a rate": changed('"optim.base_lr": Float', '"batch_size": Float', "base configuration has batch_size"),
-    "epochs in quotes": changed("epochs=8", 'epochs="8"', "epochs must be a whole number, not '8'"),
-    "broken epochs": changed("epochs=8", "epochs=8.0", "epochs must be a whole number, not 8.0"),
-    "a rate in words": changed("base_lr=1e-3", 'base_lr="x"', "optim.base_lr must be a number, not 'x'"),
+    "epochs in quotes": changed("epochs=6", 'epochs="8"', "epochs must be a whole number, not '8'"),
+    "broken epochs": changed("epochs=6", "epochs=8.0", "epochs must be a whole number, not 8.0"),
+    "a rate in words": changed("base_lr=5e-4", 'base_lr="x"', "optim.base_lr must be a number, not 'x'"),
     "no dropout": changed("TinyMaxViT()", "TinyMaxViT(dropout=None)", "backbone.dropout must be a number, not None"),
     "a width without a tuple": changed(
         "TinyMaxViT()", "TinyMaxViT(hidden=512)", "backbone.hidden must be a tuple of whole numbers", "not 512"
     ),
-    "another optimizer": changed("base_lr=1e-3", 'name="sgd", base_lr=1e-3', "optim.name must be adamw or adam"),
+    "another optimizer": changed("base_lr=5e-4", 'name="sgd", base_lr=5e-4', "optim.name must be adamw or adam"),
     "half a crop": changed("crop_scale=(0.6, 1.0)", "crop_scale=0.6", "augment.crop_scale must be a tuple of 2 num"),
     "a precision of its own": changed(
         'precision="fp32"', "precision=32", "engine.precision must be auto or tune or fp32 or"
@@ -137,16 +137,24 @@ STUDIES: dict[str, Row] = {
     "epochs beyond number in the space": changed_space(
         f"{{'epochs': {INT}(1, 2**40)}}", "epochs must be at least 1 and"
     ),
-    "trials beyond number": changed("trials=8", "trials=10**30", "trials must lie between"),
-    "more trials than anybody runs": changed("trials=8", "trials=10**9", "trials must be at least 1 and at most"),
-    "epochs of thousands of digits": changed("epochs=8", "epochs=10**5000", "epochs must lie between", "thousands"),
-    "seeds in quotes": changed("FinalConfig(seeds=3)", 'FinalConfig(seeds="3")', "final.seeds must be a whole number"),
-    "a final that is a number": changed("FinalConfig(seeds=3)", "3", "final must be FinalConfig(...), not 3"),
-    "data that are a path": changed("data=Garden()", 'data="pictures"', "data must be a data set such as Garden()"),
-    "a garden of words": changed("data=Garden()", 'data=Garden(image_size="64")', "data.image_size must be a whole"),
+    "trials beyond number": changed("trials=10", "trials=10**30", "trials must lie between"),
+    "more trials than anybody runs": changed("trials=10", "trials=10**9", "trials must be at least 1 and at most"),
+    "epochs of thousands of digits": changed("epochs=6", "epochs=10**5000", "epochs must lie between", "thousands"),
+    "seeds in quotes": changed(
+        'FinalConfig(seeds=3, fit_on="train")', 'FinalConfig(seeds="3")', "final.seeds must be a whole number"
+    ),
+    "a final that is a number": changed(
+        'FinalConfig(seeds=3, fit_on="train")', "3", "final must be FinalConfig(...), not 3"
+    ),
+    "data that are a path": changed(
+        "data=Garden(val_per_class=30)", 'data="pictures"', "data must be a data set such as Garden()"
+    ),
+    "a garden of words": changed(
+        "data=Garden(val_per_class=30)", 'data=Garden(image_size="64")', "data.image_size must be a whole"
+    ),
     "a model that is a name": changed("TinyMaxViT()", '"maxvit"', "backbone must be a model such as MaxViTT()"),
-    "no optimizer": changed("optim=OptimConfig(base_lr=1e-3, depth_lr_mult=0.6)", "optim=None", "optim must be OptimC"),
-    "trials in quotes": changed("trials=8", 'trials="8"', "trials must be a whole number, not '8'"),
+    "no optimizer": changed("optim=OptimConfig(base_lr=5e-4, depth_lr_mult=0.8)", "optim=None", "optim must be OptimC"),
+    "trials in quotes": changed("trials=10", 'trials="8"', "trials must be a whole number, not '8'"),
     "a name that is a number": changed('name="demo"', "name=5", "name must be text, not 5"),
     "a name that is a path": changed('name="demo"', 'name="../demo"', "letters, digits"),
     "a field that does not exist": (
@@ -175,7 +183,7 @@ def test_an_argument_that_optuna_looks_at_late_is_refused_before_the_start(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for given in ('n_startup_trials="x"', 'n_ei_candidates="x"'):
-        demo_with(workspace, "bad", "n_startup_trials=4", given)
+        demo_with(workspace, "bad", "gp(n_startup_trials=4)", f"__import__('harness.search').search.tpe({given})")
         words = [f"TPESampler({given.replace(chr(34), chr(39))})", "correct its arguments"]
         assert_refused(workspace, capsys, ["run", "--study", "bad", "--trials", "20"], words)
 
@@ -195,11 +203,11 @@ STUDY ="""
     future = "from __future__ import annotations\n"
     text = (workspace / "studies" / "own.py").read_text(encoding="utf-8").replace(future, "")
     text = text.replace('"""\n\nfrom', f'"""\n\n{future}\nfrom', 1)
-    write(workspace, "own", text.replace("data=Garden()", "data=Plot(rows=3)"))
+    write(workspace, "own", text.replace("data=Garden(val_per_class=30)", "data=Plot(rows=3)"))
     assert_refused(workspace, capsys, ["show", "own"], ["'demo' has no results yet"])
-    write(workspace, "own", text.replace("data=Garden()", "data=Plot(rows='3')"))
+    write(workspace, "own", text.replace("data=Garden(val_per_class=30)", "data=Plot(rows='3')"))
     assert_refused(workspace, capsys, ["show", "own"], ["data.rows must be a whole number, not '3'"])
-    write(workspace, "own", text.replace("data=Garden()", "data=Plot(image_size='3')"))
+    write(workspace, "own", text.replace("data=Garden(val_per_class=30)", "data=Plot(image_size='3')"))
     assert_refused(workspace, capsys, ["show", "own"], ["data.image_size must be a whole number, not '3'"])
 
 
