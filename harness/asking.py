@@ -113,10 +113,11 @@ def ask(study: Study, of: optuna.Study, trial_id: int, number: int, history: lis
     """The parameters of a trial, written to the storage of `of`; what it has already stays.
 
     The sampler is made anew for every question, seeded from the study's seed, the trial's number and the question. It
-    therefore answers the same after a kill as without one.
+    therefore answers the same after a kill as without one. It is not told how trials end, for it sees that in the
+    history the next time; some of Optuna's would stop the study then.
     """
     shown = ShownStudy.of(of, history, _storage=_Storage(of._storage))
-    of.sampler = shown.sampler = _sampler(study, derive_seed(study.seed, "ask", number), history)
+    shown.sampler = _sampler(study, derive_seed(study.seed, "ask", number), history)
     trial = optuna.Trial(shown, trial_id)
     # Optuna draws jointly sampled parameters at the first question; have it drawn now, whatever was asked before.
     _ = trial.relative_params
@@ -124,7 +125,6 @@ def ask(study: Study, of: optuna.Study, trial_id: int, number: int, history: lis
         # A fresh stream for each parameter: a process may die between two of them.
         shown.sampler = _sampler(study, derive_seed(study.seed, "ask", number, path), history)
         suggest(trial, path, dimension)
-    of.sampler = shown.sampler
     return dict(trial.params)
 
 

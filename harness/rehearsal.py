@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from harness import asking
 from harness.errors import InputError
 from harness.history import ShownStudy
+from harness.space import Float
 
 if TYPE_CHECKING:
     from harness.config import Study
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 DRAWN = 10  # trials that Optuna's samplers draw at random
 MOST = 64  # a sampler that draws more than this is not rehearsed beyond them
 EPOCHS = 3
+FEW = 4  # trials of which nothing is concluded
 
 
 def rehearse(study: Study) -> None:
@@ -51,6 +53,22 @@ def rehearse(study: Study) -> None:
         with _blaming(study.pruner):
             _judge(pruner, trial, trials)
         trials.append(trial)
+    _check_repetition(study, trials[1:])
+
+
+def _check_repetition(study: Study, trials: list[FrozenTrial]) -> None:
+    """Raise InputError when a sampler repeats itself: it notes elsewhere what it has tried, and starts from there.
+
+    `trials` are those after the base. Of a space of choices alone, some may well come twice.
+    """
+    different = {tuple(trial.params.items()) for trial in trials}
+    endless = any(isinstance(dimension, Float) for dimension in study.space.values())
+    if len(trials) >= FEW and len(different) <= (len(trials) / 2 if endless else 1):
+        raise InputError(
+            f"{getattr(study.sampler, 'name', 'grid')} suggests {len(different)} different "
+            f"configuration{'s' if len(different) > 1 else ''} for {len(trials)} trials: what it has tried it keeps "
+            "where a resumed study does not look; use tpe(), gp(), or grid() for a list of points."
+        )
 
 
 def _asked(study: Study, pruner: optuna.pruners.BasePruner, number: int, trials: list[FrozenTrial]) -> FrozenTrial:

@@ -71,12 +71,9 @@ class Sampler:
         return built
 
 
-# What keeps state of its own in the storage or the process, and could not repeat an uninterrupted study.
+# Pruners that keep marks of their own in the storage, and could not repeat an uninterrupted study. A sampler that
+# could not is found by `harness.rehearsal`.
 NOT_RESUMABLE = {
-    "GridSampler": "grid()",
-    "BruteForceSampler": "grid()",
-    "QMCSampler": 'Sampler("RandomSampler")',
-    "PartialFixedSampler": "a space without the fixed fields",
     "SuccessiveHalvingPruner": "asha()",
     "HyperbandPruner": "asha()",
 }

@@ -367,12 +367,9 @@ def test_a_grid_over_a_range_is_refused() -> None:
     ],
     ids=lambda sampler: sampler.name,
 )
-def test_optunas_exhaustive_samplers_run_to_the_last_point_or_are_refused_at_once(sampler: Sampler) -> None:
+def test_optunas_exhaustive_samplers_run_beyond_the_last_point(sampler: Sampler) -> None:
     """They stop the study by themselves, which Optuna allows inside `optimize` only."""
-    try:
-        study = grid_study(sampler=sampler)
-    except InputError:
-        return
+    study = grid_study(sampler=sampler)
     store = memory_store(study)
     for _ in range(8):  # the enqueued base may not count as a point of theirs
         store.optuna_study.tell(store.ask(study).number, 0.5)

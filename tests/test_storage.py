@@ -24,6 +24,7 @@ from harness.data.image_folder import ImageFolder
 from harness.errors import InputError
 from harness.final import summary
 from harness.opening import open_store, read_store
+from harness.rehearsal import rehearse
 from harness.results import Completed, Diverged, Failed, Pruned
 from harness.search import Pruner, Sampler, asha, gp, grid, no_pruning, tpe
 from harness.space import Choice, Float
@@ -230,6 +231,20 @@ OTHERS = {
     },
     "NopPruner": lambda: {"pruner": no_pruning()},
 }
+SIMPLE = {"backbone.dropout": Float(0.0, 0.6), "optim.base_lr": Float(1e-4, 1e-2, log=True)}
+STATEFUL = {
+    "QMCSampler": Sampler("QMCSampler"),
+    "GridSampler": Sampler("GridSampler", search_space={path: [1e-3, 1e-2] for path in SIMPLE}),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_sampler_that_notes_elsewhere_what_it_has_tried_is_refused(name: str) -> None:
+    study = searching(sampler=STATEFUL[name], space=SIMPLE, trials=12)
+    with pytest.raises(InputError, match=f"{name} suggests .* resumed study does not look"):
+        rehearse(study)
+
+
 QUICK = ("QMCSampler", "SuccessiveHalvingPruner")
 
 
@@ -240,6 +255,7 @@ def test_every_sampler_and_pruner_goes_on_as_if_uninterrupted_or_is_refused(name
     """Some of Optuna's write into the storage while they decide, and decide otherwise after a kill."""
     try:
         study = searching(**OTHERS[name]())
+        rehearse(dataclasses.replace(study, trials=7))
     except InputError:
         return
     expected = run_straight(study, tmp_path / "straight.db", 7, epochs=EPOCHS)
