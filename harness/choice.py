@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MOST = 300  # trials that the process is fitted to (`harness.extrapolation.thinned`)
 FEWEST = 4  # with fewer a fit says nothing
+FORESEEING = 20  # with fewer a process hopes for much from where it has not been
 MORE = 10  # trials whose gain is estimated
 DRAWS, PLACES = 200, 500  # of the posterior, at so many configurations
 
@@ -91,7 +92,8 @@ class Posterior:
         from sklearn.gaussian_process import GaussianProcessRegressor
         from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
-        ends = clipped(extrapolated([trial.curve for trial in trials], [trial.value for trial in trials]))
+        ends = extrapolated([trial.curve for trial in trials], [trial.value for trial in trials])
+        ends = clipped(ends, share=1.0)  # the best may lie close together, and the base well below
         ranked = sorted(range(len(trials)), key=lambda each: (trials[each].number != 0, -ends[each]))
         kept = sorted(thinned(ranked, MOST))
         if len(kept) < FEWEST or not space:
@@ -104,7 +106,7 @@ class Posterior:
         accuracy = np.clip(values, 0.01, 0.99)
         known = accuracy * (1 - accuracy) / np.array([_images(trials[each]) for each in kept])
         kernel = ConstantKernel(1.0, (0.1, 10.0)) * Matern(np.full(points.shape[1], 0.5), (0.1, 10.0), nu=2.5)
-        model = GaussianProcessRegressor(kernel + WhiteKernel(0.01, (1e-6, 1.0)), alpha=known / scale**2 + 1e-9)
+        model = GaussianProcessRegressor(kernel + WhiteKernel(0.01, (1e-6, 0.25)), alpha=known / scale**2 + 1e-9)
         with warnings.catch_warnings():  # a length at its limit: the dimension does not matter
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(points, (values - centre) / scale)
@@ -129,12 +131,17 @@ class Posterior:
         return np.asarray(self.centre + self.scale * (mean[:, None] + draws))
 
 
-def _prospects(posterior: Posterior, chosen: int, space: Space) -> dict[str, float]:
+def _prospects(posterior: Posterior, chosen: int, space: Space) -> dict[str, float] | None:
     """What MORE further trials would gain over the chosen one, and what all trials could, in accuracy.
+
+    None where there are too few trials to tell.
 
     The trials are placed by Thompson sampling (Thompson, 1933), half of the draws place them and half judge them; the
     bound takes the best configuration of each draw.
     """
+    if len(posterior.numbers) < FORESEEING:
+        return None
+
     import numpy as np
 
     rng = np.random.default_rng(0)

@@ -7,6 +7,7 @@ which trials were stopped the median gain of those that went through it. A media
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import median
@@ -94,11 +95,14 @@ def extrapolated(curves: Sequence[Mapping[int, float]], values: Sequence[float |
     return found
 
 
-def clipped(values: Sequence[float]) -> list[float]:
-    """Values far below the best moved up, so that the worst do not decide the scale; NaN becomes the worst."""
+def clipped(values: Sequence[float], share: float = 0.5) -> list[float]:
+    """Values far below the best moved up, so that the worst do not decide the scale; NaN becomes the worst.
+
+    Far is CLIP times the distance from the best to the median of the best `share` of them.
+    """
     known = sorted((value for value in values if not np.isnan(value)), reverse=True)
     if not known:
         return [0.0] * len(values)
-    spread = known[0] - median(known[: (len(known) + 1) // 2])
+    spread = known[0] - median(known[: math.ceil(share * len(known))])
     floor = max(known[-1], known[0] - CLIP * spread) if spread > 0 else known[-1]
     return [floor if np.isnan(value) else max(value, floor) for value in values]

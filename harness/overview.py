@@ -296,10 +296,9 @@ def _choice_of_now(store: Store) -> dict[str, Any] | None:
 
 def prospect_sentence(store: Store) -> str | None:
     """What further trials would bring, in a sentence; None where that is not known."""
-    record = _choice_of_now(store)
-    if record is None:
+    more = (_choice_of_now(store) or {}).get("more")
+    if more is None:
         return None
-    more = record["more"]
     gain, bound = (f"{100 * more[name]:.2f}" for name in ("gain", "bound"))
     return (
         f"{more['trials']} more trials would bring about {gain} points of validation accuracy, and any number of them "

@@ -11,7 +11,7 @@ import pytest
 
 from harness.choice import choose, record_choice
 from harness.config import FinalConfig, Study
-from harness.overview import choice_sentence, verdict
+from harness.overview import choice_sentence, prospect_sentence, verdict
 from harness.records import TrialRecord
 from harness.search import Sampler, no_pruning
 from harness.space import Choice, Float, Int
@@ -103,6 +103,56 @@ def test_whole_numbers_choices_and_missing_parameters_are_coordinates() -> None:
     found = choose([*trials, trial(12, 1e-3, 0.5)], space)
     assert found is not None
     assert found["trial"] % 2 == 0
+
+
+def test_good_trials_that_lie_close_together_do_not_hide_that_the_base_is_worse() -> None:
+    """As a study of the demo found them."""
+    space = {"lr": Float(1e-4, 3e-2, log=True), "multiplier": Float(0.0, 1.0)}
+    found = [
+        (5e-4, 0.8, 0.588, "complete"),
+        (5.5e-4, 0.54, 0.429, "pruned"),
+        (7.8e-3, 0.24, 0.535, "pruned"),
+        (1.8e-3, 0.56, 0.721, "complete"),
+        (2.4e-2, 0.37, 0.444, "pruned"),
+        (7.1e-4, 0.69, 0.65, "pruned"),
+        (1.65e-3, 0.08, 0.694, "complete"),
+        (2.4e-3, 1.0, 0.65, "pruned"),
+        (2.1e-3, 0.5, 0.721, "complete"),
+        (2e-3, 0.44, 0.719, "complete"),
+    ]
+    trials = [trial(n, lr, value, state, multiplier=m) for n, (lr, m, value, state) in enumerate(found)]
+    made = choose(trials, space)
+    assert made is not None
+    assert made["trial"] in (3, 8, 9)
+    assert made["estimates"]["0"][0] < 0.66
+
+
+def test_what_more_trials_would_bring_falls_as_the_search_goes_on() -> None:
+    space = {"lr": Float(1e-4, 1e-1, log=True), "multiplier": Float(0.0, 1.0)}
+    rng = random.Random(0)
+    trials = []
+    for number in range(60):
+        lr, multiplier = 10 ** rng.uniform(-4, -1), rng.random()
+        trials.append(trial(number, lr, hill(lr) - 0.3 * (multiplier - 0.5) ** 2, multiplier=multiplier))
+    few, some, many = (choose(trials[:count], space) for count in (19, 20, 60))
+    assert few is not None
+    assert some is not None
+    assert many is not None
+    assert few["more"] is None
+    assert 0 <= many["more"]["gain"] <= many["more"]["bound"] < some["more"]["bound"]
+    assert many["more"]["gain"] < 0.01
+
+
+def test_a_sentence_says_it() -> None:
+    study = study_of(trials=30)
+    store = memory_store(study)
+    run_analytic(study, store, 19)
+    record_choice(study, store)
+    assert prospect_sentence(store) is None
+    run_analytic(study, store, 20)
+    assert prospect_sentence(store) is None  # until it is chosen again
+    record_choice(study, store)
+    assert (prospect_sentence(store) or "").startswith("10 more trials would bring about ")
 
 
 def study_of(**changes: Any) -> Study:
