@@ -104,5 +104,6 @@ def clipped(values: Sequence[float], share: float = 0.5) -> list[float]:
     if not known:
         return [0.0] * len(values)
     spread = known[0] - median(known[: math.ceil(share * len(known))])
-    floor = max(known[-1], known[0] - CLIP * spread) if spread > 0 else known[-1]
+    # The best may lie close together by chance: what is better than the median keeps its value.
+    floor = max(known[-1], min(known[0] - CLIP * spread, median(known))) if spread > 0 else known[-1]
     return [floor if np.isnan(value) else max(value, floor) for value in values]

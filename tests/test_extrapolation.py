@@ -65,6 +65,7 @@ def test_what_reported_no_number_is_the_worst() -> None:
 
 def test_values_far_below_the_good_ones_do_not_decide_the_scale() -> None:
     assert clipped([0.9, 0.88, 0.87, 0.1]) == [0.9, 0.88, 0.87, pytest.approx(0.9 - 4 * 0.01)]
+    assert clipped([0.9, 0.899, 0.898, 0.6, 0.5, 0.1]) == [0.9, 0.899, 0.898, *[pytest.approx(0.749)] * 3]
     assert clipped([0.5, 0.5, 0.1]) == [0.5, 0.5, 0.1]  # the better half is level, and says nothing of a scale
 
 
