@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from harness.errors import is_utf8, shown
 from harness.files import as_meant
@@ -14,13 +15,20 @@ from harness.space import LARGEST, MOST_TRIALS, shortened
 MOST_WORKERS = 10_000  # a larger number is a slip of the keyboard
 
 
+class Parser(argparse.ArgumentParser):
+    """One that takes no shortened options: a command is kept, and typed again by somebody else."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+
 def build_parser(program: str) -> argparse.ArgumentParser:
     """The command line; `run_study.py` is `run` alone."""
     if program == "run_study.py":
-        parser = argparse.ArgumentParser(prog=program, description="Run or resume a hyperparameter study.")
+        parser = Parser(prog=program, description="Run or resume a hyperparameter study.")
         _add_run(parser)
         return parser
-    parser = argparse.ArgumentParser(prog=program, description="Hyperparameter studies of image classifiers.")
+    parser = Parser(prog=program, description="Hyperparameter studies of image classifiers.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="run or resume a study (the same as run_study.py)")
     _add_run(run)

@@ -7,14 +7,18 @@ the same question can be put again (`harness.replay`). A study with one worker h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import optuna
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import OptunaError
 from optuna.samplers._tpe.sampler import default_gamma
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
+from harness.errors import InputError, first_line
 from harness.history import ShownStudy
 from harness.search import suggest
 from harness.seeds import derive_seed
@@ -128,9 +132,49 @@ def ask(study: Study, of: optuna.Study, trial_id: int, number: int, history: lis
     return dict(trial.params)
 
 
+def _checked(sampler: optuna.samplers.BaseSampler, name: str) -> optuna.samplers.BaseSampler:
+    """The sampler with its answers checked, which Optuna does of those that it draws jointly alone.
+
+    What it raises or suggests comes out as InputError; Optuna's and the database's own errors stay what they are.
+    """
+    independent, relative = sampler.sample_independent, sampler.sample_relative
+
+    def sample_independent(of: optuna.Study, trial: FrozenTrial, path: str, distribution: BaseDistribution) -> Any:
+        value = _answer(name, trial.number, independent, of, trial, path, distribution)
+        try:
+            fits = distribution._contains(distribution.to_internal_repr(value))
+        except (ValueError, TypeError):
+            fits = False
+        if not fits:
+            raise InputError(f"{name} suggests {value!r} for {path}, which is outside of {distribution}; mend it.")
+        return value
+
+    def sample_relative(of: optuna.Study, trial: FrozenTrial, space: dict[str, BaseDistribution]) -> dict[str, Any]:
+        found: dict[str, Any] = _answer(name, trial.number, relative, of, trial, space)
+        return found
+
+    sampler.sample_independent = sample_independent  # type: ignore[method-assign, assignment]
+    sampler.sample_relative = sample_relative  # type: ignore[method-assign, assignment]
+    return sampler
+
+
+def _answer(name: str, number: int, question: Callable[..., Any], *about: Any) -> Any:
+    try:
+        return question(*about)
+    except (InputError, OptunaError, SQLAlchemyError):
+        raise
+    except Exception as error:
+        if ":" not in name:  # Optuna's own: the rehearsal says which argument is wrong
+            raise
+        raise InputError(
+            f"{name} failed when it was asked for trial {number} ({type(error).__name__}: {first_line(error)}); mend "
+            "the sampler, and the same command goes on."
+        ) from error
+
+
 def _sampler(study: Study, seed: int, history: list[FrozenTrial]) -> optuna.samplers.BaseSampler:
     """The study's sampler, made anew. TPE takes the best tenth of the trials for good, but none that diverged."""
-    sampler = study.sampler.build(study, seed)
+    sampler = _checked(study.sampler.build(study, seed), getattr(study.sampler, "name", "grid"))
     if isinstance(sampler, optuna.samplers.TPESampler):
         ended = [trial for trial in history if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
         sound = len(ended) - sum(map(has_diverged, ended))

@@ -198,7 +198,8 @@ class TrainConfig:
         )
         fits = 0 <= self.checkpoint_seconds < math.inf
         require(fits, f"checkpoint_seconds must be 0 or more, and finite, not {self.checkpoint_seconds}.")
-        require(0 <= self.label_smoothing < 1, f"label_smoothing must lie in 0..1, not {self.label_smoothing}.")
+        smoothing = self.label_smoothing
+        require(0 <= smoothing < 1, f"label_smoothing must lie in 0..1, 1 excluded, not {smoothing}.")
         if self.feature_views is not None:
             fits = 0 <= self.feature_views <= 1000
             require(fits, f"feature_views must lie in 0..1000, or be null, not {self.feature_views}.")

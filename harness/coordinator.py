@@ -102,13 +102,17 @@ def _say_what_begins(
     args: argparse.Namespace, of_use: int, study: Study, store: Store, runtime: Runtime, console: Any
 ) -> None:
     from harness import overview
+    from harness.data.tensors import SPLITS, items_of
     from harness.study import wanted
 
     workers = f", {args.workers} workers" if args.workers > 1 else ""
     if of_use < args.workers:
         workers = f", {of_use} of {args.workers} workers, for the others there is nothing to do"
+    data = study.train.data
+    images = "/".join(f"{len(items_of(data, split)):,}" for split in SPLITS)
     console.print(
         f"Study {study.name}: {overview.finished_of(store.finished(), wanted(study, store))}, "
+        f"{len(data.classes()):,} classes, {images} images to train, choose and test, "
         f"{overview.in_words(runtime.to_dict())}{workers}",
         highlight=False,
         soft_wrap=True,

@@ -43,6 +43,9 @@ class StudyConsole(Console):
 
     left = False
 
+    def __init__(self) -> None:
+        super().__init__(markup=False)  # a trial's error may hold any brackets
+
     def on_broken_pipe(self) -> None:
         StudyConsole.left = self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

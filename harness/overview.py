@@ -136,7 +136,8 @@ def summary(name: str, store: Store, tracking: str) -> str:
     """The study in a few lines (`show`)."""
     counted = counts(store)
     del counted["running" if counted["interrupted"] else "interrupted"]
-    best = store.best()
+    chosen = store.chosen()
+    best = chosen if chosen is not None and chosen.number == 0 else store.best()
     params = f"\n          {in_short(best.params)}" if best is not None and best.params else ""
     fault = store.ledger_fault()
     return "\n".join(
@@ -158,7 +159,7 @@ def summary(name: str, store: Store, tracking: str) -> str:
 def _chosen_line(store: Store) -> list[str]:
     """The configuration that was chosen, if it is another than the one with the highest value."""
     chosen, best = store.chosen(), store.best()
-    if chosen is None or best is None or chosen.number == best.number:
+    if chosen is None or best is None or chosen.number in (0, best.number):  # of the base the line above tells
         return []
     how = "by its lower bound" if store.attribute("rerank") is None else "on fresh seeds"
     params = [f"          {in_short(chosen.params)}"] if chosen.params else []
@@ -177,8 +178,8 @@ def in_short(params: Mapping[str, Any], whole_paths: bool = True) -> str:
 def _remarks(store: Store) -> list[str]:
     """What belongs to the final result."""
     final = store.attribute("final")
-    lines = [choice_sentence(store), prospect_sentence(store), rerank_sentence(store.attribute("rerank"))]
-    lines += [] if final is None else [conclusion(store), selection_sentence(final), store.why_closed()]
+    chosen = [choice_sentence(store), prospect_sentence(store), rerank_sentence(store.attribute("rerank"))]
+    lines = chosen if final is None else [store.why_closed(), conclusion(store), *chosen, selection_sentence(final)]
     return [*filter(None, lines)]
 
 
@@ -226,8 +227,8 @@ def verdict(store: Store) -> str:
     sentence = f"Best is trial {best.number} with a validation accuracy of {percent(best.value)}"
     if best.number != 0 and (chosen := store.chosen()) is not None and chosen.number == 0:
         return (
-            f"The base configuration, trial 0, with {percent(chosen.value)}, is the answer: no trial is shown to beat "
-            f"it, nor is trial {best.number}, whose {percent(best.value)} is the highest value."
+            f"The base configuration, trial 0, is the answer, with a validation accuracy of {percent(chosen.value)}: "
+            f"no trial is shown to beat it (trial {best.number} has the highest, {percent(best.value)})."
         )
     if best.number == 0:
         return sentence + ": no trial beats the base configuration, trial 0."
@@ -370,7 +371,7 @@ def final_sentence(final: dict[str, Any] | None) -> str:
     if final is None:
         return "The test set has not been opened."
     low, high = final["interval"]
-    seeds = len(final["per_seed"])
+    seeds, images = len(final["per_seed"]), final["per_seed"][0]["total"]
     spread = (
         "" if final["spread"] is None else f", standard deviation {100 * final['spread']:.2f} points over the seeds"
     )
@@ -380,7 +381,7 @@ def final_sentence(final: dict[str, Any] | None) -> str:
     times = "once" if opened == 1 else f"{opened} times, so this number is no longer untouched by selection"
     return (
         f"Test accuracy {percent(final['accuracy'])} ({final['correct']:,} correct of {final['total']:,}: {seeds} seed"
-        f"{'s' if seeds > 1 else ''} on {final['per_seed'][0]['total']:,} test images; 95 % interval {percent(low)} to "
+        f"{'s' * (seeds > 1)} on {images:,} test image{'s' * (images > 1)}; 95 % interval {percent(low)} to "
         f"{percent(high)}{spread}{averaged}), trial {final['trial']} retrained on {final['fit_on']}. "
         f"The test set was opened {times}."
     )

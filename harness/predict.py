@@ -166,7 +166,7 @@ def predict(
     # Answers that scroll by in a terminal show the progress themselves, and a bar would get between them.
     quiet = not sys.stderr.isatty() or (table in (None, STDOUT) and sys.stdout.isatty())
     columns = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     bar = Progress(
         *columns, console=console, disable=quiet, transient=True, redirect_stdout=False, redirect_stderr=False
     )

@@ -7,6 +7,7 @@ before it would have.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from harness import asking
 from harness.errors import InputError
 from harness.history import ShownStudy
-from harness.space import Float
+from harness.space import Choice, Dimension, Float
 
 if TYPE_CHECKING:
     from harness.config import Study
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 DRAWN = 10  # trials that Optuna's samplers draw at random
 MOST = 64  # a sampler that draws more than this is not rehearsed beyond them
 EPOCHS = 3
-FEW = 4  # trials of which nothing is concluded
+FEW = 4  # trials, or configurations, of which nothing is concluded
+MANY = 1000  # configurations among which none should come twice
 
 
 def rehearse(study: Study) -> None:
@@ -59,11 +61,11 @@ def rehearse(study: Study) -> None:
 def _check_repetition(study: Study, trials: list[FrozenTrial]) -> None:
     """Raise InputError when a sampler repeats itself: it notes elsewhere what it has tried, and starts from there.
 
-    `trials` are those after the base. Of a space of choices alone, some may well come twice.
+    `trials` are those after the base. Of a space with few configurations, some may well come twice.
     """
     different = {tuple(trial.params.items()) for trial in trials}
-    endless = any(isinstance(dimension, Float) for dimension in study.space.values())
-    if len(trials) >= FEW and len(different) <= (len(trials) / 2 if endless else 1):
+    size = math.prod(map(_values, study.space.values()))
+    if len(trials) >= FEW and size > FEW and len(different) <= (len(trials) / 2 if size > MANY else 1):
         raise InputError(
             f"{getattr(study.sampler, 'name', 'grid')} suggests {len(different)} different "
             f"configuration{'s' if len(different) > 1 else ''} for {len(trials)} trials: what it has tried it keeps "
@@ -71,10 +73,18 @@ def _check_repetition(study: Study, trials: list[FrozenTrial]) -> None:
         )
 
 
+def _values(dimension: Dimension) -> float:
+    """How many values it has."""
+    if isinstance(dimension, Float):
+        return math.inf
+    return len(dimension.options) if isinstance(dimension, Choice) else dimension.high - dimension.low + 1
+
+
 def _asked(study: Study, pruner: optuna.pruners.BasePruner, number: int, trials: list[FrozenTrial]) -> FrozenTrial:
     """A running trial with its parameters, in a storage of its own."""
     memory = optuna.create_study(direction="maximize", pruner=pruner)
-    trial_id = memory._storage.create_new_trial(memory._study_id)
+    for _ in range(number + 1):  # so that the last one has this number
+        trial_id = memory._storage.create_new_trial(memory._study_id)
     asking.ask(study, memory, trial_id, number, trials)
     asked = memory._storage.get_trial(trial_id)
     asked.number = asked._trial_id = number

@@ -61,10 +61,10 @@ def _stopped(code: int) -> int:
 
 
 def _command() -> str:
-    """What was typed, without what must not be done twice, and with the passwords hidden."""
+    """What was typed, without what has been done and must not be done twice, and with the passwords hidden."""
     program, *arguments = sys.argv
     started = ["-m", "harness"] if Path(program).name == "__main__.py" else [program]  # `python -m` gives that file
-    command = [Path(sys.executable).name, *started, *(arg for arg in arguments if arg != "--fresh")]
+    command = [Path(sys.executable).name, *started, *arguments]
     return shlex.join(map(masked, command))
 
 
@@ -253,6 +253,7 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
         if moved is not None:
             text = f"The old study is now {moved}; look at it with --storage {sqlite_url(moved)}."
             console.print(text, highlight=False, soft_wrap=True)
+        sys.argv = [word for word in sys.argv if word != "--fresh"]  # from here on the same command goes on
     with opening.open_store(study, url, content) as store:
         try:
             store.set_attribute("command", _lasting_command())

@@ -90,7 +90,7 @@ class Grid:
         if study.trials > len(self.points(study)):
             raise InputError(
                 f"The grid of study {study.name!r} has {len(self.points(study))} points; "
-                f"ask for at most that many trials, not {study.trials}."
+                f"ask for at most that many trials, not {study.trials}, in the study file and with --trials."
             )
 
     def points(self, study: Study) -> list[dict[str, Any]]:
@@ -259,7 +259,8 @@ def _call(kind: Any, name: str, options: Mapping[str, Any]) -> Any:
             return kind(**options)
     except (TypeError, ValueError, ImportError) as error:
         given = {option: value for option, value in options.items() if option != "seed"}  # the seed is the study's
-        raise InputError(f"{name} cannot be made with {given}: {error}; correct its arguments.") from error
+        hint = "give its class an argument seed" if "seed" in str(error) else "correct its arguments"
+        raise InputError(f"{name} cannot be made with {given}: {str(error).rstrip('.')}; {hint}.") from error
 
 
 def tpe(**options: Any) -> Sampler:

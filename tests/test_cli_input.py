@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import catalogue
+from harness import catalogue, running
+from harness.cli import main
 from harness.opening import open_store
 from tests.analytic import run_analytic
 from tests.conftest import PROJECT
@@ -335,3 +336,28 @@ def test_where_there_are_no_studies_none_are_listed(
     monkeypatch.chdir(tmp_path)
     assert_refused(tmp_path, capsys, ["show", "tiny"], [f"nor any other in {tmp_path / 'studies'}; go to the folder"])
     assert_refused(tmp_path, capsys, ["show", "x/tiny.py"], ["x/tiny.py; give another file"])
+
+
+def test_a_shortened_option_is_refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--study", "demo", "--trial", "3"])
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --trial" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cache", ["README.md", "/proc/nothing"])
+def test_a_cache_that_can_be_no_folder_is_wrong_input(
+    cache: str, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workspace / "README.md").write_text("a file", encoding="utf-8")
+    cache = str(workspace / cache)
+    assert_refused(
+        workspace, capsys, ["run", "--study", "demo", "--set", f"data.cache={cache}"], ["data.cache", "name a folder"]
+    )
+
+
+def test_the_command_that_goes_on_sets_the_old_study_aside_as_long_as_it_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["run_study.py", "--study", "demo", "--fresh"])
+    assert running._command().endswith("run_study.py --study demo --fresh")

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from harness.config import FinalConfig, Study
-from harness.display import Display, forecast, side_by_side
+from harness.display import Display, StudyConsole, forecast, side_by_side
 from harness.final import summary
 from harness.overview import finished_of
 from harness.results import (
@@ -341,3 +341,8 @@ def test_in_a_terminal_lines_are_not_cut_inside_words(store: Store) -> None:
         "trial 0 complete dropout =",
         "0.1234 hidden = 128-64",
     ]
+
+
+def test_brackets_in_a_trials_error_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    StudyConsole().print("failed: RuntimeError: no file [/tmp/x] in [red]box[/red]")
+    assert "no file [/tmp/x] in [red]box[/red]" in capsys.readouterr().out

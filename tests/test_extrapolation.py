@@ -164,6 +164,48 @@ def test_one_that_answers_differently_the_second_time_is_refused() -> None:
         rehearse(study)
 
 
+class Outside(Steady):
+    """Leaves the space."""
+
+    def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
+        found = super().sample_independent(study, trial, param_name, param_distribution)
+        return 0.9 if param_name == "backbone.dropout" else found
+
+
+class Late(Steady):
+    """Fails when the rehearsal is over."""
+
+    def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
+        if trial.number == 14:
+            raise KeyError("no [/plan] for 14")
+        return {}
+
+
+class Seedless(Steady):
+    def __init__(self) -> None:
+        super().__init__()
+
+
+def test_one_that_leaves_the_space_is_refused_before_anything_is_trained() -> None:
+    study = make_study("cache", sampler=Sampler("tests.test_extrapolation:Outside"))
+    with pytest.raises(InputError, match=r"Outside suggests 0\.9 for backbone\.dropout, which is outside of"):
+        rehearse(study)
+
+
+def test_one_that_fails_in_mid_study_is_named_and_the_study_stays_whole() -> None:
+    study = make_study("cache", sampler=Sampler("tests.test_extrapolation:Late"), trials=20)
+    rehearse(study)
+    store = memory_store(study)
+    with pytest.raises(InputError, match=r"Late failed when it was asked for trial 14 .*the same command goes on"):
+        run_analytic(study, store, 20)
+    assert store.finished() == 14
+
+
+def test_one_that_takes_no_seed_is_told_so() -> None:
+    with pytest.raises(InputError, match="give its class an argument seed"):
+        make_study("cache", sampler=Sampler("tests.test_extrapolation:Seedless"))
+
+
 @pytest.mark.parametrize("name", ["tests.nothing:Steady", "tests.test_extrapolation:Nothing", ":Steady", "tests:"])
 def test_one_that_is_not_there_is_wrong_input(name: str) -> None:
     with pytest.raises(InputError, match="There is no sampler"):

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from harness.config import Dataset, SplitName, TrainConfig
 from harness.data.cache import content_keys, keyed
 from harness.data.names import check_names
-from harness.errors import InputError, shown
+from harness.errors import InputError, no_room, shown
 from harness.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -93,6 +94,12 @@ def prepare(dataset: Dataset) -> str:
     missing from a split, or a file is no image.
     """
     check_names(dataset.classes(), dataset.classes(), "by the data set")
+    try:
+        Path(dataset.cache).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if no_room(error):
+            raise
+        raise InputError(f"data.cache {dataset.cache} cannot be made ({error.strerror}); name a folder.") from error
     digest = hashlib.sha256()
     sizes: dict[SplitName, list[int]] = {
         "train": [dataset.stored_size],
