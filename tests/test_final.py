@@ -327,7 +327,7 @@ def test_a_better_trial_leaves_the_test_set_closed_until_a_reason_is_given(
         assert "When the test set was opened" in text
     assert "When the test set was opened" not in at_the_opening
     assert store.is_settled()
-    with pytest.raises(InputError, match=rf"gone holds no model\. Trial {number} is better .*--reopen-test"):
+    with pytest.raises(InputError, match=rf"gone holds no model\. Trial {number} is chosen .*--reopen-test"):
         load_saved(study, store, tmp_path / "gone")
     everything(study, store, tmp_path, reason="the first search was too short")
     after = store.attribute("final")
