@@ -7,6 +7,7 @@ not block the writer. After a power cut the last few committed lines may be miss
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -28,6 +29,9 @@ from harness.errors import Halt, InputError, first_line, masked
 from harness.files import replace_file
 
 T = TypeVar("T")
+
+# A read that Ctrl-C ends closes its connection, and then its cursor: the second is no news, and has a traceback.
+logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
 
 BUSY_TIMEOUT_SECONDS = 60
 CONNECT_SECONDS = 10  # for a database server to answer

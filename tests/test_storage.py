@@ -846,3 +846,14 @@ def test_moving_nothing_aside_does_nothing(tmp_path: Path) -> None:
 def test_a_study_on_a_server_cannot_be_moved_aside(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--fresh"):
         opening.move_aside("tiny", "postgresql://localhost/x", tmp_path / "tiny.model")
+
+
+def test_a_read_that_is_interrupted_leaves_no_traceback(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """SQLAlchemy closes the connection first, and says then that it could not close the cursor."""
+
+    engine = sqlalchemy.create_engine(url_of(tmp_path / "some.db"))
+    with engine.connect() as connection:
+        cursor = connection.exec_driver_sql("select 1 union select 2").cursor
+        connection.connection.invalidate()
+        connection._safe_close_cursor(cursor)
+    assert "closing cursor" not in caplog.text
