@@ -307,7 +307,10 @@ def main() -> None:
     if not REPLAY.is_dir():
         sys.exit(f"error: the curves are not in {REPLAY}.")
     if args.images:
-        return choices(args)
+        if args.keep:
+            parser.error("--images keeps nothing; leave --keep out.")
+        choices(args)
+        return
     kept = [json.loads(line) for line in args.keep.read_text().splitlines()] if args.keep and args.keep.exists() else []
     done = {(each["task"], each["policy"], each["seed"]) for each in kept}
     wanted = [

@@ -174,7 +174,7 @@ def _answer(name: str, number: int, question: Callable[..., Any], *about: Any) -
 
 def _sampler(study: Study, seed: int, history: list[FrozenTrial]) -> optuna.samplers.BaseSampler:
     """The study's sampler, made anew. TPE takes the best tenth of the trials for good, but none that diverged."""
-    sampler = _checked(study.sampler.build(study, seed), getattr(study.sampler, "name", "grid"))
+    sampler = _checked(study.sampler.build(study, seed), study.sampler.name)
     if isinstance(sampler, optuna.samplers.TPESampler):
         ended = [trial for trial in history if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
         sound = len(ended) - sum(map(has_diverged, ended))

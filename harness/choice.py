@@ -32,10 +32,8 @@ DRAWS, PLACES = 200, 500  # of the posterior, at so many configurations
 
 def record_choice(study: Study, store: Store) -> None:
     """Choose among the trials that there are, once; a final result from before there were choices stays."""
-    kept = store.attribute("choice")
-    if study.final.rerank or (kept is None and store.has_final()):
-        return
-    if kept is None or kept["trials"] != store.finished():
+    before = store.attribute("choice") is None and store.has_final()
+    if not (study.final.rerank or before or store.choice()):
         store.set_as_leader({"choice": choose(store.trials(), study.space)})
 
 
@@ -94,7 +92,8 @@ class Posterior:
 
         ends = extrapolated([trial.curve for trial in trials], [trial.value for trial in trials])
         ends = clipped(ends, share=1.0)  # the best may lie close together, and the base well below
-        ranked = sorted(range(len(trials)), key=lambda each: (trials[each].number != 0, -ends[each]))
+        # What may be chosen comes first, and the highest of it always stays.
+        ranked = sorted(range(len(trials)), key=lambda n: (trials[n].number != 0, trials[n].value is None, -ends[n]))
         kept = sorted(thinned(ranked, MOST))
         if len(kept) < FEWEST or not space:
             return None

@@ -32,7 +32,7 @@ class ExtrapolatingGPSampler(optuna.samplers.GPSampler):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        # Optuna's 2,048 and 10 take most of a question's time; replays find no difference (benchmarks/RESULTS.md).
+        # With Optuna's 2,048 and 10 a question takes a third longer (benchmarks/RESULTS.md).
         self._n_preliminary_samples, self._n_local_search = PRELIMINARY, LOCAL
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:

@@ -152,7 +152,9 @@ def _duplicates(found: Mapping[str, Any]) -> str:
 
 def _protocol(store: Store, trial: TrialRecord, final: Mapping[str, Any]) -> str:
     second = store.attribute("rerank")
-    among = "" if second is None else f" among the best {len(second['candidates'])}, trained again from fresh seeds"
+    by_bound = second is None and (store.choice() or {}).get("estimates")
+    among = " by the lower bound of its estimate from all of them" if by_bound else ""
+    among = among if second is None else f" among the best {len(second['candidates'])}, trained again from fresh seeds"
     lines = [
         f"{_count(store.finished(), 'trial')} were compared by their accuracy on the validation images "
         f"({store.counts()['pruned']} pruned on the way, the others after the last epoch); trial {trial.number} was "

@@ -32,7 +32,7 @@ def overview(name: str, store: Store, tracking: str) -> dict[str, Any]:
         "conclusion": conclusion(store),
         "final": final,
         "chosen": None if chosen is None else chosen.number,
-        "choice": store.attribute("choice"),
+        "choice": store.choice(),
         "rerank": _rerank(store),
         "ledger": {"lines": store.ledger_lines(), "fault": store.ledger_fault()},
         "duplicates": store.attribute("duplicates"),
@@ -287,17 +287,9 @@ def _compared(store: Store) -> str:
     return f"The best configuration is {word} than the base configuration: {sentence}."
 
 
-def _choice_of_now(store: Store) -> dict[str, Any] | None:
-    """The choice and what it rests on, where a process was fitted and no trial has come since."""
-    record: dict[str, Any] | None = store.attribute("choice")
-    if record is None or record["estimates"] is None or record["trials"] != store.finished():
-        return None
-    return record
-
-
 def prospect_sentence(store: Store) -> str | None:
     """What further trials would bring, in a sentence; None where that is not known."""
-    more = (_choice_of_now(store) or {}).get("more")
+    more = (store.choice() or {}).get("more")
     if more is None:
         return None
     gain, bound = (f"{100 * more[name]:.2f}" for name in ("gain", "bound"))
@@ -309,8 +301,8 @@ def prospect_sentence(store: Store) -> str | None:
 
 def choice_sentence(store: Store) -> str | None:
     """Why this trial was chosen, with the highest value beside it; None where that needs no word."""
-    record = _choice_of_now(store)
-    if record is None:
+    record = store.choice()
+    if record is None or record["estimates"] is None:
         return None
     values = {trial.number: trial.value for trial in store.trials()}
     chosen, highest = record["trial"], record["highest"]
@@ -322,7 +314,7 @@ def choice_sentence(store: Store) -> str | None:
     name = f"Trial {chosen}" if chosen else "The base configuration, trial 0,"
     said = f"{name} was chosen: weighed against its neighbours it comes to {estimated(chosen)}"
     if chosen == highest:
-        return f"{said}, and no trial has a higher lower bound."
+        return f"{said}, and no trial has a lower bound that is {'higher' if chosen else 'an image higher'}."
     bound = "without a lower bound that is higher" if chosen else "with no lower bound that is an image higher"
     return (
         f"{said}; trial {highest} has the highest measured value, {percent(values[highest])}, and comes to "

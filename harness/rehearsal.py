@@ -34,7 +34,8 @@ MANY = 1000  # configurations among which none should come twice
 def rehearse(study: Study) -> None:
     """Ask for trials, each of them twice, and judge them, as the study will.
 
-    Raises InputError when the sampler or the pruner cannot work, or the sampler answers one question in two ways.
+    Raises InputError when the sampler or the pruner cannot work, or the sampler answers one question in two ways or
+    repeats itself.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with _blaming(study.pruner):
@@ -46,11 +47,10 @@ def rehearse(study: Study) -> None:
         with _blaming(study.sampler):
             trial, again = (_asked(study, pruner, number, trials) for _ in range(2))
         if trial.params != again.params:
-            name = getattr(study.sampler, "name", "grid")
             raise InputError(
-                f"{name} does not answer the same question twice in the same way (trial {number}: {trial.params}, then "
-                f"{again.params}), so a study could not be resumed; make it depend on nothing but its seed and the "
-                "trials that it is shown."
+                f"{study.sampler.name} does not answer the same question twice in the same way (trial {number}: "
+                f"{trial.params}, then {again.params}), so a study could not be resumed; make it depend on nothing "
+                "but its seed and the trials that it is shown."
             )
         with _blaming(study.pruner):
             _judge(pruner, trial, trials)
@@ -67,7 +67,7 @@ def _check_repetition(study: Study, trials: list[FrozenTrial]) -> None:
     size = math.prod(map(_values, study.space.values()))
     if len(trials) >= FEW and size > FEW and len(different) <= (len(trials) / 2 if size > MANY else 1):
         raise InputError(
-            f"{getattr(study.sampler, 'name', 'grid')} suggests {len(different)} different "
+            f"{study.sampler.name} suggests {len(different)} different "
             f"configuration{'s' if len(different) > 1 else ''} for {len(trials)} trials: what it has tried it keeps "
             "where a resumed study does not look; use tpe(), gp(), or grid() for a list of points."
         )
@@ -114,5 +114,5 @@ def _blaming(part: Sampler | Grid | Pruner) -> Iterator[None]:
         options = ", ".join(f"{name}={value!r}" for name, value in getattr(part, "options", ()))
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(
-            f"{getattr(part, 'name', 'grid')}({options}) cannot work on this study ({reason}); correct its arguments."
+            f"{part.name}({options}) cannot work on this study ({reason}); correct its arguments."
         ) from error

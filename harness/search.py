@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -82,6 +82,8 @@ NOT_RESUMABLE = {
 @dataclass(frozen=True)
 class Grid:
     """Every combination of a space of choices, once: trial 0 is the base, then the others in order."""
+
+    name: ClassVar[str] = "grid"
 
     def check(self, study: Study) -> None:
         for path, dimension in study.space.items():

@@ -162,19 +162,19 @@ class Store:
 
         None before there is one, and while a second look is under way.
         """
-        record, choice = self.attribute("rerank"), self.attribute("choice")
-        if record is None and (choice is None or self._has_outgrown(choice)):
-            return self.best()
+        record = self.attribute("rerank")
         if record is None:
-            return next(trial for trial in self.trials() if trial.number == choice["trial"])
+            choice = self.choice()
+            return self.best() if choice is None else next(t for t in self.trials() if t.number == choice["trial"])
         candidates = self.candidates(len(record["candidates"]))
         if [trial.number for trial in candidates] != record["candidates"]:
             return None
         return next((trial for trial in candidates if trial.number == record["chosen"]), None)
 
-    def _has_outgrown(self, choice: Mapping[str, Any] | None) -> bool:
-        """Whether trials have ended since the choice."""
-        return choice is not None and choice["trials"] != self.finished()
+    def choice(self) -> dict[str, Any] | None:
+        """What `harness.choice` has chosen, and why; None before, and when trials have ended since."""
+        record: dict[str, Any] | None = self.attribute("choice")
+        return record if record is not None and record["trials"] == self.finished() else None
 
     def has_final(self) -> bool:
         """Whether the final result is there and belongs to the chosen trial."""
@@ -233,8 +233,8 @@ class Store:
 
     def is_settled(self) -> bool:
         """Whether nothing comes after the search, unless somebody gives a reason to open the test set again."""
-        choosing = self.attribute("rerank") is None and self._has_outgrown(self.attribute("choice"))
-        return self.best() is None or (not choosing and (self.has_final() or self.needs_reason()))
+        outgrown = self.attribute("choice") is not None and self.choice() is None
+        return self.best() is None or (not outgrown and (self.has_final() or self.needs_reason()))
 
     # -- several processes ----------------------------------------------------------------------------------------
 

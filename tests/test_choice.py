@@ -65,6 +65,14 @@ def test_noise_of_the_images_makes_no_winner_where_all_are_equal(seed: int) -> N
     assert raw - 0.8 > 2 * abs(max(mean for mean, _ in found["estimates"].values()) - 0.8)
 
 
+def test_stopped_trials_that_promise_more_crowd_no_candidate_out() -> None:
+    complete = [trial(number, lr, hill(lr) - 0.1) for number, lr in enumerate(rates(12))]
+    stopped = [trial(12 + number, 1e-2, 0.9, "pruned") for number in range(400)]
+    found = choose([*complete, *stopped], SPACE)
+    assert found is not None
+    assert {str(each.number) for each in complete} <= set(found["estimates"])
+
+
 def test_a_difference_of_less_than_an_image_goes_to_the_base() -> None:
     twins = [trial(0, 1e-2, 0.9), trial(1, 1e-2, 0.9), *(trial(2 + n, lr, hill(lr)) for n, lr in enumerate(rates(8)))]
     swapped = [twins[1], dataclasses.replace(twins[0], number=1), *twins[2:]]
@@ -218,7 +226,7 @@ def test_the_sentence_says_why_and_names_the_highest_value() -> None:
         assert words in said
         assert "trial 5 has the highest measured value" in said
     store.set_attribute("choice", kept | {"trial": 5})
-    assert "no trial has a higher lower bound" in (choice_sentence(store) or "")
+    assert "no trial has a lower bound that is higher" in (choice_sentence(store) or "")
     best = store.best()
     assert best is not None
     store.set_attribute("choice", kept | {"trial": 0})
