@@ -151,10 +151,10 @@ def _duplicates(found: Mapping[str, Any]) -> str:
 
 
 def _protocol(store: Store, trial: TrialRecord, final: Mapping[str, Any]) -> str:
-    second = store.attribute("rerank")
-    by_bound = second is None and (store.choice() or {}).get("estimates")
-    among = " by the lower bound of its estimate from all of them" if by_bound else ""
-    among = among if second is None else f" among the best {len(second['candidates'])}, trained again from fresh seeds"
+    second, estimates = store.attribute("rerank"), (store.choice() or {}).get("estimates")
+    among = " by the lower bound of its estimate from all of them" if estimates else ""
+    if second is not None:
+        among = f" among the best {len(second['candidates'])}, trained again from fresh seeds"
     lines = [
         f"{_count(store.finished(), 'trial')} were compared by their accuracy on the validation images "
         f"({store.counts()['pruned']} pruned on the way, the others after the last epoch); trial {trial.number} was "
