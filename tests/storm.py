@@ -433,13 +433,14 @@ class Storm:
     place: Path
     server: Server
     trials: int
+    sampler: str = "tpe(n_startup_trials=3)"
     lives: list[Life] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         from tests.test_main_job import write_study
 
         self.place.mkdir(parents=True, exist_ok=True)
-        write_study(self.place, "MaxViT")
+        write_study(self.place, "MaxViT", self.sampler)
 
     def start(self, aim: Aim | None = None) -> Life:
         """Run the study until the aim is met, or to its end."""

@@ -33,16 +33,22 @@ def seed() -> int:
     return number
 
 
-def left_alone(place: Path, server: Server, trials: int) -> Storm:
-    study = Storm(place, server, trials)
+SAMPLERS = ("tpe(n_startup_trials=2)", "gp(n_startup_trials=2)")
+
+
+def left_alone(place: Path, server: Server, trials: int, sampler: str) -> Storm:
+    study = Storm(place, server, trials, sampler)
     study.start()
     study.check(study.result())
     return study
 
 
 @pytest.mark.slow
-def test_killed_once_in_each_phase_a_study_ends_as_one_that_was_not(server: Server, seed: int, tmp_path: Path) -> None:
-    expected = left_alone(tmp_path / "alone", server, trials=3).result()
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_killed_once_in_each_phase_a_study_ends_as_one_that_was_not(
+    server: Server, seed: int, sampler: str, tmp_path: Path
+) -> None:
+    expected = left_alone(tmp_path / "alone", server, 3, sampler).result()
     chance = random.Random(seed)
     aims = [
         aim("search", "batch", "SIGTERM", chance, latest=4),
@@ -51,7 +57,7 @@ def test_killed_once_in_each_phase_a_study_ends_as_one_that_was_not(server: Serv
         aim("search", "batch", "SIGKILL", chance, latest=4),
         aim("final", "half a model", "SIGKILL", chance),
     ]
-    storm = Storm(tmp_path / "killed", server, trials=3)
+    storm = Storm(tmp_path / "killed", server, 3, sampler)
     rage(storm, aims, print)
     storm.check(expected)
     assert {kill.aim.phase for kill in storm.kills()} == set(POINTS)
@@ -59,13 +65,14 @@ def test_killed_once_in_each_phase_a_study_ends_as_one_that_was_not(server: Serv
 
 @pytest.mark.chaos
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_after_a_storm_of_kills_a_study_is_the_one_that_was_left_alone(
-    server: Server, seed: int, tmp_path: Path
+    server: Server, seed: int, sampler: str, tmp_path: Path
 ) -> None:
-    expected = left_alone(tmp_path / "alone", server, trials=8).result()
+    expected = left_alone(tmp_path / "alone", server, 8, sampler).result()
     kills = []
     for number in range(3):
-        storm = Storm(tmp_path / f"killed-{number}", server, trials=8)
+        storm = Storm(tmp_path / f"killed-{number}", server, 8, sampler)
         rage(storm, plan(random.Random(f"{seed} {number}"), number, anywhere=2), print)
         storm.check(expected)
         kills += storm.kills()
@@ -79,7 +86,7 @@ def test_after_a_storm_of_kills_a_study_is_the_one_that_was_left_alone(
 
 PHOTOGRAPHS = PROJECT.parent / "shared"
 IN_PIECES = {
-    "the demo": ("demo", "--trials", "4", "--set", "checkpoint_seconds=5"),
+    "the demo": ("demo", "--trials", "6", "--set", "checkpoint_seconds=5"),
     "MaxViT-T on photographs": (
         *("flowers102", "--data-root", str(PHOTOGRAPHS), "--trials", "1", "--set", "backbone.pretrained=false"),
         *("--set", "data.limit=34", "--set", "epochs=2", "--set", "batch_size=8", "--set", "final.seeds=1"),

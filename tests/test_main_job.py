@@ -26,7 +26,7 @@ STUDY_FILE = """
 from harness.config import EngineConfig, FinalConfig, OptimConfig, Study, TrainConfig
 from harness.data.garden import Garden
 from harness.models.maxvit import TinyMaxViT
-from harness.search import asha, tpe
+from harness.search import asha, gp, tpe
 from harness.space import Choice, Float
 from tests.faulty import Unhurried
 
@@ -45,7 +45,7 @@ STUDY = Study(
         "optim.base_lr": Float(1e-4, 1e-2, log=True),
         "optim.depth_lr_mult": Float(0.0, 1.0),
     }},
-    sampler=tpe(n_startup_trials=3),
+    sampler={sampler},
     pruner=asha(min_epochs=1, reduction=2),
     trials=6,
     final=FinalConfig(seeds=2, publish=False),
@@ -56,9 +56,9 @@ STUDY = Study(
 BACKBONES = {"small": "Unhurried(hidden=(16,))", "MaxViT": "TinyMaxViT(hidden=(16,))"}
 
 
-def write_study(place: Path, backbone: str) -> None:
+def write_study(place: Path, backbone: str, sampler: str = "tpe(n_startup_trials=3)") -> None:
     (place / "studies").mkdir()
-    (place / "studies" / "small.py").write_text(STUDY_FILE.format(backbone=BACKBONES[backbone]))
+    (place / "studies" / "small.py").write_text(STUDY_FILE.format(backbone=BACKBONES[backbone], sampler=sampler))
 
 
 @pytest.fixture
