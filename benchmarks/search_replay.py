@@ -28,13 +28,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 from benchmarks.replay_tasks import REPLAY, Task, draw, tasks
 from harness import asking
-from harness.choice import choose
+from harness.choice import MORE, choose
 from harness.history import ShownStudy
 from harness.records import TrialRecord, record_of
 from harness.results import EpochResult, Metrics
 from harness.search import Sampler, asha, gp, no_pruning, tpe
 
 SHARES = (0.1, 0.2, 0.4, 1.0)  # of the budget, at which the regret is shown
+TOLD_AT = (20, 40, 80)  # trials after which it is said what more would bring
 
 
 # -- searching ---------------------------------------------------------------------------------------------------------
@@ -130,10 +131,11 @@ def regrets(task: Task, policy: Policy, seed: int) -> tuple[list[float], float]:
     return found.tolist(), search.seconds / len(search.trials)
 
 
-def handed_out(task: Task, policy: Policy, seed: int, images: int) -> dict[str, float]:
+def handed_out(task: Task, policy: Policy, seed: int, images: int) -> dict[str, Any]:
     """By how much the trial that is handed out is truly better than the base, for each rule of choosing.
 
-    The base is a configuration between the 95th and the 99th percentile of the random ones.
+    And what ten more trials would bring, as told after some, beside what they brought. The base is a configuration
+    between the 95th and the 99th percentile of the random ones.
     """
     ranked = sorted(task.random, key=lambda each: each[1])
     base = ranked[int(len(ranked) * np.random.default_rng([seed, 3]).uniform(0.95, 0.99))][0]
@@ -144,7 +146,14 @@ def handed_out(task: Task, policy: Policy, seed: int, images: int) -> dict[str, 
     found = choose(records, task.space)
     assert found is not None
     numbers = {"highest value": found["highest"], "lower bound": found["trial"]}
-    return {rule: search.truth[number] - search.truth[0] for rule, number in numbers.items()}
+    gains: dict[str, Any] = {rule: search.truth[number] - search.truth[0] for rule, number in numbers.items()}
+    told = []
+    for count in TOLD_AT:
+        now, later = (choose(records[:end], task.space) for end in (count, count + MORE))
+        if len(records) >= count + MORE and now and later and now["more"]:
+            gain = search.truth[later["trial"]] - search.truth[now["trial"]]
+            told.append([count, now["more"]["gain"], now["more"]["bound"], gain])
+    return gains | {"told": told}
 
 
 def _record(trial: FrozenTrial, images: int) -> TrialRecord:
@@ -191,6 +200,16 @@ def choices(args: argparse.Namespace) -> None:
             shares = "".join(f"{share:9.0%}" for share in ((gains < 0).mean(), (gains == 0).mean(), (gains > 0).mean()))
             se = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
             print(f"{policy:34}{rule:16}{shares}{gains.mean():12.3f}{se:9.3f}{len(gains):6}")
+    for policy in args.policies:
+        for count in TOLD_AT:
+            told = [each[1:] for run in runs if run["policy"] == policy for each in run["told"] if each[0] == count]
+            if told:
+                gain, bound, came = 100 * np.array(told).T
+                se = (came - gain).std(ddof=1) / math.sqrt(len(came))
+                print(
+                    f"{policy:34}after {count} trials, {MORE} more: {gain.mean():.3f} foretold, {came.mean():.3f} came "
+                    f"(s.e. of the difference {se:.3f}), {(came <= bound).mean():.0%} within the bound, n = {len(came)}"
+                )
 
 
 def main() -> None:
