@@ -72,6 +72,7 @@ def cluster() -> Iterator[Any]:
     head = {"num_cpus": 0, "object_store_memory": OBJECT_STORE, "include_dashboard": False}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", str(place))
+        patch.setenv("RAY_worker_niceness", "0")  # by default 15: beside a busy process they get 3 % of a core
         cluster = Cluster(initialize_head=True, head_node_args={**head, "temp_dir": str(place / "ray")})
         try:
             yield cluster

@@ -106,7 +106,7 @@ def test_weights_come_back_from_a_node_that_does_not_share_the_checkpoints(tmp_p
     script = Path(sys.executable).with_name("ray")
     small = f"--object-store-memory={OBJECT_STORE}"
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(PROJECT)}
-    environment["RAY_TMPDIR"] = place
+    environment |= {"RAY_TMPDIR": place, "RAY_worker_niceness": "0"}
     begin = [script, "start", "--head", "--port=0", "--num-cpus=0", small, "--include-dashboard=false", "--block"]
     head = subprocess.Popen([*begin, f"--temp-dir={place}/ray"], env=environment, stdout=subprocess.PIPE, text=True)
     node = None
