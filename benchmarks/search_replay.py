@@ -25,6 +25,7 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from benchmarks import curves
 from benchmarks.measure import script
 from benchmarks.replay_tasks import REPLAY, Task, draw, tasks
 from harness import asking
@@ -247,6 +248,8 @@ def full(tasks: str, seeds: int, processes: int, keep: Path | None, images: int 
 
 def quick() -> dict[str, float]:
     """On our own curves: how much more TPE leaves over the budget than the Gaussian process does."""
+    if not curves.TABLE.exists():
+        return {}  # not recorded yet
     left = {
         policy: np.mean([each["regret"] for each in replays("own", 4, 1, None, [policy])])
         for policy in (REFERENCE, "gp(), asha(0.08)")
