@@ -122,14 +122,17 @@ class Search:
 
 
 def regrets(task: Task, policy: Policy, seed: int) -> tuple[list[float], float]:
-    """The regret after each epoch of the budget, 1 before a trial is complete, and the mean seconds of a question."""
+    """The regret after each epoch of the budget, and the mean seconds of a question.
+
+    It is 1 before a trial is complete, and no more after: what is worse than the median is as good as nothing.
+    """
     search = Search(task, policy, seed, task.full * task.epochs, draw(task.space, np.random.default_rng([seed, 1])))
     found = np.full(search.budget, 1.0)
     best = -math.inf
     for value in search.run():
         if value > best:
             best = value
-            found[search.spent - 1 :] = (task.best - best) / (task.best - task.median)
+            found[search.spent - 1 :] = min(1.0, (task.best - best) / (task.best - task.median))
     return found.tolist(), search.seconds / len(search.trials)
 
 
@@ -289,7 +292,7 @@ def _of_tasks(runs: list[dict[str, Any]], policy: str) -> dict[str, np.ndarray]:
     for run in runs:
         if run["policy"] == policy:
             found.setdefault(run["task"], []).append(run["regret"])
-    return {name: np.array(rows) for name, rows in sorted(found.items())}
+    return {name: np.minimum(rows, 1.0) for name, rows in sorted(found.items())}
 
 
 def _at(share: float, found: np.ndarray) -> int:
