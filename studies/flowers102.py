@@ -10,7 +10,7 @@ day; the harness says after the first epoch how long this machine will take.
 from harness.config import FinalConfig, OptimConfig, Study, TrainConfig
 from harness.data.flowers102 import Flowers102
 from harness.models.maxvit import MaxViTT
-from harness.search import asha, tpe
+from harness.search import asha, gp
 from harness.space import Choice, Float
 
 STUDY = Study(
@@ -28,8 +28,8 @@ STUDY = Study(
         "optim.base_lr": Float(1e-5, 3e-3, log=True),
         "optim.depth_lr_mult": Float(0.1, 1.0),
     },
-    sampler=tpe(),
-    pruner=asha(min_epochs=5, reduction=2),
+    sampler=gp(),
+    pruner=asha(first=0.08),
     trials=50,
     final=FinalConfig(seeds=3, fit_on="train+val"),
 )

@@ -11,7 +11,7 @@ here was not measured yet, for the pretrained weights could not be had.
 from harness.config import FinalConfig, OptimConfig, Study, TrainConfig
 from harness.data.flowers102 import Flowers102
 from harness.models.maxvit import MaxViTT
-from harness.search import no_pruning, tpe
+from harness.search import gp, no_pruning
 from harness.space import Choice, Float
 
 STUDY = Study(
@@ -29,7 +29,7 @@ STUDY = Study(
         "backbone.hidden": Choice(((256,), (512,), (1024,), (1024, 512))),
         "optim.base_lr": Float(1e-4, 1e-2, log=True),
     },
-    sampler=tpe(),
+    sampler=gp(),
     pruner=no_pruning(),  # a trial takes seconds
     trials=50,
     final=FinalConfig(seeds=3, fit_on="train+val"),
