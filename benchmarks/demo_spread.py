@@ -26,7 +26,6 @@ from harness.opening import open_store
 from harness.search import Sampler, no_pruning
 from harness.storage import TrialRecord
 from harness.study import search
-from harness.tracking import NoTracker
 
 
 def main() -> None:
@@ -45,7 +44,7 @@ def main() -> None:
     prepare(study.train.data)
     runtime = decide_runtime(study.train, None)
     with tempfile.TemporaryDirectory() as place, open_store(study, f"sqlite:///{Path(place) / 'spread.db'}") as store:
-        for _ in search(study, store, NoTracker(), runtime):
+        for _ in search(study, store, runtime):
             pass
         base, *trials = store.trials()
     print(describe())

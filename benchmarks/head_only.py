@@ -30,7 +30,6 @@ from harness.experiment import assemble, decide_runtime
 from harness.features import keep_features
 from harness.opening import open_store, read_store
 from harness.study import search
-from harness.tracking import NoTracker
 from harness.trainer import EVALUATION_BATCH, Training, fit, logits_of
 
 PROJECT = Path(__file__).parent.parent
@@ -167,7 +166,7 @@ def quick() -> dict[str, float]:
             place = Path(folder) / str(next(number))
             place.mkdir()
             with open_store(study, f"sqlite:///{place}/study.db") as store:
-                list(search(study, store, NoTracker(), runtime, place))
+                list(search(study, store, runtime, place))
 
         taken = alternate({"live": lambda: run(study), "kept": lambda: run(kept)}, 2)
     return {"trial_live_over_kept": ratios(taken["live"], taken["kept"]).median}

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import optuna
 
@@ -26,10 +27,10 @@ from harness import catalogue
 from harness.config import Study
 from harness.mlflow_places import local_tracker, local_uri
 from harness.opening import open_store
-from harness.results import Completed, EpochResult, Metrics
+from harness.results import Completed, EpochEnded, EpochResult, Event, Metrics, Reached, TrialEnded, TrialStarted
 from harness.search import asha, tpe
 from harness.storage import Store
-from harness.tracking import NoTracker, RunLog, Tracker, facts, trial_key, trial_tags
+from harness.tracking import facts, trial_key, trial_tags
 
 EPOCHS, IMAGES = 30, 1000
 
@@ -73,19 +74,33 @@ def place() -> Iterator[Path]:
 # -- the harness -------------------------------------------------------------------------------------------------------
 
 
-def book(study: Study, store: Store, tracker: Tracker) -> None:
+def book(study: Study, store: Store, show: Callable[[Event], None] = lambda event: None) -> None:
     """What `harness.objective` does for a trial, without a training."""
     asked = store.ask(study)
-    log = tracker.run(trial_key(asked.number), study.config(asked.params), trial_tags(study, asked.number))
-    log.text("stem 1e-3\n" * 6, "parameter_groups.txt")
+    key, name = trial_key(asked.number), f"trial {asked.number}"
+    about: dict[str, Any] = {"key": key, "number": asked.number}
+    show(
+        TrialStarted(
+            **about,
+            kind="trial",
+            name=name,
+            trial=asked.number,
+            params=asked.params,
+            epochs=EPOCHS,
+            resumed=False,
+            groups="stem 1e-3\n" * 6,
+            progress=Reached(epoch=1, step=0, steps=1, epochs=[]),
+        )
+    )
     results = [epoch_result(asked.number, epoch) for epoch in range(1, EPOCHS + 1)]
     for result in results:
         assert result.val is not None
         store.report(asked, result.epoch, result.val.accuracy)
-        log.epoch(result)
+        show(EpochEnded(**about, name=name, result=result))
         assert not (result.epoch < EPOCHS and store.should_prune(asked, result.epoch))
-    store.tell(asked, Completed(value=accuracy(asked.number, EPOCHS)), results, 1.0, [{"torch": "none"}])
-    log.end("complete")
+    outcome = Completed(value=accuracy(asked.number, EPOCHS))
+    store.tell(asked, outcome, results, 1.0, [{"torch": "none"}])
+    show(TrialEnded(**about, params=asked.params, outcome=outcome))
 
 
 class Harness:
@@ -103,7 +118,7 @@ class Harness:
             start = time.perf_counter()
             for _ in range(self.trials):
                 assert store.finished() < study.trials
-                book(study, store, tracker)
+                book(study, store, tracker.show)
             self.held.append(1000 * (time.perf_counter() - start) / self.trials)
             assert tracker.flush()
             total = time.perf_counter() - start
@@ -117,7 +132,7 @@ class Harness:
             start = time.perf_counter()
             for _ in range(self.trials):
                 assert store.finished() < study.trials
-                book(study, store, NoTracker())
+                book(study, store)
             return 1000 * (time.perf_counter() - start) / self.trials
 
     def mlflow(self) -> float:
@@ -159,7 +174,7 @@ def delays(epochs: int = 20, every: float = 0.31) -> Figures:
                         seen.setdefault(step, now)
                     time.sleep(0.01)
 
-            log: RunLog = tracker.run(trial_key(0), study.train, trial_tags(study, 0))
+            log = tracker.run(trial_key(0), study.train, trial_tags(study, 0))
             for epoch in range(1, epochs + 1):
                 log.epoch(epoch_result(0, epoch))
                 told[epoch] = time.perf_counter()

@@ -50,11 +50,12 @@ def run_study(
     with (
         _workers(args, workers_of_use, found, study, store, tracker, runtime, console) as workers,
         Display(study, store, console, workers.at_once if workers else 1, bool(args.reopen_test)) as display,
-        closing(events_of(study, store, tracker, runtime, model, checkpoints, args.reopen_test, workers)) as events,
+        closing(events_of(study, store, runtime, model, checkpoints, args.reopen_test, workers)) as events,
     ):
         try:
             for event in events:
                 store.check_file()
+                tracker.show(event)
                 display.show(event)
         except TooManyFailures as error:
             failure = error
@@ -209,7 +210,7 @@ def _workers(
         from harness.workers import Pool, surroundings
 
         environments = surroundings(args.workers, args.workers_per_gpu, runtime.device.type)
-        with Pool(order, environments[:of_use], tracker) as pool:
+        with Pool(order, environments[:of_use], tracker.show) as pool:
             yield pool
         return
     from harness.ray_cluster import in_words, needs
@@ -220,7 +221,7 @@ def _workers(
     console.print(f"{text}, {in_words(asked)} each; that takes some seconds.", highlight=False, soft_wrap=True)
     with ExitStack() as kept:
         with console.status(f"{text} …"):
-            workers = kept.enter_context(RayWorkers(order, store, asked, tracker))
+            workers = kept.enter_context(RayWorkers(order, store, asked, tracker.show))
         yield workers
 
 

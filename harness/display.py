@@ -140,11 +140,12 @@ class Display:
     def _trial_ended(self, event: TrialEnded) -> None:
         self._look()
         seconds = next(trial.seconds or 0.0 for trial in self._store.trials() if trial.number == event.number)
-        started = self._under_way.pop(f"trial {event.number}", None)
-        params = started.params if started else {}
+        self._under_way.pop(f"trial {event.number}", None)
         name = f"trial {event.number}".ljust(9)
         best = "  best so far" if self._best is not None and self._best.number == event.number else ""
-        self._say(f"{name} {_outcome(event.outcome)}  {in_short(params, whole_paths=False)}  {duration(seconds)}{best}")
+        self._say(
+            f"{name} {_outcome(event.outcome)}  {in_short(event.params, whole_paths=False)}  {duration(seconds)}{best}"
+        )
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=not self._console.is_terminal)  # else cut inside words

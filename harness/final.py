@@ -6,7 +6,6 @@ beforehand (seed 0), so nothing is chosen by the test set. Every opening is writ
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 import sys
@@ -48,7 +47,6 @@ from harness.saved_model import CHECK_IMAGES
 from harness.space import label, leaves
 from harness.storage import Store, TrialRecord
 from harness.thumbnails import thumbnails
-from harness.tracking import NoTracker
 from harness.trainer import Training, logits_of, measure
 
 if TYPE_CHECKING:
@@ -89,9 +87,9 @@ def final_run(place: Place, folder: Path, reason: str | None = None) -> Iterator
     yield from place.ahead([*seeds, *base])
     for retraining in [*seeds, *base]:
         yield from retraining.train()
-    _open_test_set(place, seeds, base, folder, reason)
-    for retraining in [*seeds, *base]:
-        retraining.end()
+    tested = _open_test_set(place, seeds, base, folder, reason)
+    for retraining, metrics in zip([*seeds, *base], tested, strict=True):
+        yield from retraining.end(metrics)
 
 
 def _make_again(place: Place, chosen: TrialRecord, folder: Path) -> Iterator[Event]:
@@ -103,8 +101,8 @@ def _make_again(place: Place, chosen: TrialRecord, folder: Path) -> Iterator[Eve
     print(f"The model in {folder} is missing: its seed is trained again, the test set stays closed.", file=sys.stderr)
     tested = store.attribute("final")["per_seed"][0]
     environments = tested.get("environments") or []  # older studies kept none
-    # MLflow is not told: what it shows of this seed is the training that was tested.
-    seed = Retraining(dataclasses.replace(place, tracker=NoTracker()), "final", chosen, 0)
+    # Not logged: what MLflow shows of this seed is the training that was tested.
+    seed = Retraining(place, "final", chosen, 0, logged=False)
     with threads_of(environments):
         yield from seed.train()
         training = seed.trained()
@@ -120,7 +118,7 @@ def _make_again(place: Place, chosen: TrialRecord, folder: Path) -> Iterator[Eve
             f"{folder.name} from the machine that trained it first.",
             file=sys.stderr,
         )
-    seed.end()
+    yield from seed.end()
 
 
 def _base_seeds(place: Place, chosen: TrialRecord) -> list[Retraining]:
@@ -158,7 +156,7 @@ class Tested:
 
 def _open_test_set(
     place: Place, seeds: Sequence[Retraining], base: Sequence[Retraining], folder: Path, reason: str | None
-) -> None:
+) -> list[dict[str, float]]:
     # The only place where the test split is read. Everything is trained; nothing is decided after this line.
     store, chosen = place.store, seeds[0].trial
     store.check_lead()
@@ -199,10 +197,9 @@ def _open_test_set(
     save_model(store, folder, saved, chosen, final)
     record_files(store, folder, WEIGHTS, DESCRIPTION, CHECK_FILE)
     store.set_as_leader({"ledger": lines, "final": final, **kept})
-    for retraining, result in zip([*seeds, *base], [*results, *against], strict=True):
-        # Nobody sees a test result before it is recorded.
-        tested = {"test_accuracy": result.record["accuracy"], "test_loss": result.record["loss"]}
-        retraining.log.metrics(tested, retraining.config.epochs)
+    # Nobody sees a test result before it is recorded.
+    records = [result.record for result in (*results, *against)]
+    return [{"test_accuracy": each["accuracy"], "test_loss": each["loss"]} for each in records]
 
 
 def _write_opening(store: Store, chosen: TrialRecord, configuration: str, reason: str | None) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
-from harness.results import Event
-
-Kind = Literal["final", "base", "rerank"]  # of a configuration that is trained again (`harness.retraining`)
+from harness.results import Event, Kind
 
 
 @dataclass(frozen=True)
@@ -18,7 +16,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a trial's configuration again; the trained weights stay in the checkpoint."""
+    """Train a trial's configuration again (`harness.retraining`); the trained weights stay in the checkpoint."""
 
     kind: Kind
     trial: int

@@ -31,13 +31,15 @@ from harness.mlflow_library import (
 )
 from harness.mlflow_run import MLflowRun
 from harness.outbox import LONGEST_PAUSE_SECONDS, Away, Courier, Outbox
+from harness.results import EpochEnded, Event, Failed, RetrainingEnded, TrialEnded, TrialStarted
 from harness.space import label, leaves
-from harness.tracking import Expected, expected_runs
+from harness.tracking import Expected, expected_runs, retraining_tags, trial_tags
 
 if TYPE_CHECKING:
     from harness.config import Study, TrainConfig
     from harness.storage import Store
 
+GROUPS = "parameter_groups.txt"
 TRAINING = "?workflowType=machine_learning"  # without it MLflow's pages are those for language models
 
 
@@ -52,6 +54,7 @@ class MLflowTracker(StudyClient):
         super().__init__(uri, artifacts)
         self._left: list[Callable[[], object]] = []  # files that the artifact store did not take
         self._next_file = 0.0  # when it is tried again
+        self._shown: dict[str, MLflowRun] = {}  # the runs of trainings under way, by key
         self._outbox = Courier(Outbox(lambda text: print(text, file=sys.stderr), f"MLflow at {masked(uri)}"))
 
     def check(self, name: str | None = None) -> None:
@@ -157,6 +160,38 @@ class MLflowTracker(StudyClient):
         self._outbox.check()
         params = {path: str(label(value)) for path, value in leaves(config)}
         return MLflowRun(self, key, params, {**self._tags, **tags})
+
+    def show(self, event: Event) -> None:
+        """Log an event of a study."""
+        match event:
+            case TrialStarted(key=str(key)):
+                self._shown[key] = run = self._run_of(event, key)
+                if event.groups is not None:
+                    run.text(event.groups, GROUPS)
+                for result in event.progress.epochs:
+                    if event.kind != "trial" or result.is_finite():
+                        run.epoch(result)
+            case EpochEnded(key=str(key)):
+                self._shown[key].epoch(event.result)
+            case TrialEnded():
+                run = self._shown[event.key] if event.key in self._shown else self._run_of(event, event.key)
+                if isinstance(event.outcome, Failed):
+                    run.text(event.outcome.traceback, TRACEBACK)
+                run.end(event.outcome.state)
+            case RetrainingEnded():
+                run = self._shown[event.key] if event.key in self._shown else self._run_of(event, event.key)
+                for result in event.epochs:
+                    run.epoch(result)
+                if event.metrics:
+                    run.metrics(event.metrics, self._study.config(event.params).epochs)
+                run.end("complete")
+
+    def _run_of(self, event: TrialStarted | TrialEnded | RetrainingEnded, key: str) -> MLflowRun:
+        if isinstance(event, TrialEnded) or event.kind == "trial":
+            tags = trial_tags(self._study, event.number)
+        else:
+            tags = retraining_tags(event.kind, event.trial, event.number)
+        return self.run(key, self._study.config(event.params), tags)
 
     def synchronise(self, study: Study, store: Store) -> None:
         """Make the runs of finished trials say what the storage says: add what is missing, close what is open."""

@@ -24,17 +24,18 @@ from harness.results import (
     Event,
     Failed,
     Pruned,
+    TrialEnded,
     TrialOutcome,
     TrialStarted,
 )
 from harness.seeds import derive_seed
 from harness.storage import Asked, Store
-from harness.tracking import RunLog, Tracker, trial_key, trial_tags
+from harness.tracking import trial_key
 from harness.trainer import Training, fit
 
 
 def evaluate_trial(
-    study: Study, asked: Asked, store: Store, tracker: Tracker, runtime: Runtime, checkpoints: Path
+    study: Study, asked: Asked, store: Store, runtime: Runtime, checkpoints: Path
 ) -> Generator[Event, None, TrialOutcome]:
     """Train one configuration, yielding what happens; the generator's return value is the outcome, already told.
 
@@ -45,16 +46,14 @@ def evaluate_trial(
     start = time.monotonic()
     config, key = study.config(asked.params), trial_key(asked.number)
     seed = derive_seed(study.seed, "trial", asked.number)
-    log = tracker.run(key, config, trial_tags(study, asked.number))
     checkpoint = None
     try:
         training = assemble(config, runtime, seed)
-        log.text(group_table(training.groups), "parameter_groups.txt")
         identity = identity_of(store.attribute("uid"), key, seed, config)
         here = environment(runtime.device)
         path = checkpoints / f"{key}{SUFFIX}"
         checkpoint = Checkpoint(path, identity, training, here, check=lambda: store.check(asked))
-        outcome = yield from _train(training, asked, store, log, checkpoint)
+        outcome = yield from _train(training, asked, store, checkpoint)
     except (Halt, LeaseLost):
         raise
     except Exception as error:
@@ -62,7 +61,6 @@ def evaluate_trial(
             raise Halt(f"{error}; make room.") from error
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         outcome = Failed(reason=reason, traceback=traceback.format_exc())
-        log.text(outcome.traceback, "traceback.txt")
     if checkpoint is None:
         store.tell(asked, outcome, [], time.monotonic() - start)
     else:
@@ -70,24 +68,28 @@ def evaluate_trial(
         with checkpoint.saved_when_stopped():
             store.tell(asked, outcome, epochs, checkpoint.seconds(), checkpoint.environments)
         remove(checkpoint.path)
-    log.end(outcome.state)
+    yield TrialEnded(key=key, number=asked.number, params=asked.params, outcome=outcome)
     return outcome
 
 
 def _train(
-    training: Training, asked: Asked, store: Store, log: RunLog, checkpoint: Checkpoint
+    training: Training, asked: Asked, store: Store, checkpoint: Checkpoint
 ) -> Generator[Event, None, TrialOutcome]:
-    name, last = f"trial {asked.number}", training.config.epochs
+    key, name, last = trial_key(asked.number), f"trial {asked.number}", training.config.epochs
     checkpoint.restore()
     restored = tuple(training.progress.epochs)
     # Of those it went beyond: with other workers' results of since then the pruner might say otherwise.
     judged = restored if training.progress.step else restored[:-1]
     yield TrialStarted(
+        key=key,
+        kind="trial",
         name=name,
         number=asked.number,
+        trial=asked.number,
         params=asked.params,
         epochs=last,
         resumed=asked.resumed,
+        groups=group_table(training.groups),
         progress=training.progress,
     )
 
@@ -103,9 +105,8 @@ def _train(
                 raise ValueError("A trial needs a validation split.")
             value = result.val.accuracy
             store.report(asked, result.epoch, value)
-            log.epoch(result)
             if result not in restored:
-                yield EpochEnded(name=name, number=asked.number, result=result)
+                yield EpochEnded(key=key, name=name, number=asked.number, result=result)
             if result.epoch < last and result not in judged and store.should_prune(asked, result.epoch):
                 return Pruned(epoch=result.epoch)
     return Completed(value=value)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -36,8 +36,7 @@ from harness.ray_head import Arrived, Head, Replaced, answer, served
 from harness.results import EpochEnded, Event
 from harness.retraining import KEYS, Place
 from harness.storage import Store
-from harness.tracking import Tracker
-from harness.worker import Done, Listener, Message, Order, Stopped, Teller, Told, do, opened, place_of
+from harness.worker import Done, Message, Order, Stopped, do, opened, place_of
 from harness.workers import DEATHS_IN_A_ROW, FAREWELL_SECONDS
 
 POLL_SECONDS = 0.2  # between two looks at what the workers say
@@ -46,11 +45,14 @@ POLL_SECONDS = 0.2  # between two looks at what the workers say
 class RayWorkers:
     """The workers of one coordinator. Use it as a context manager; its end lets every training write its checkpoint."""
 
-    def __init__(self, order: Order, store: Store, needs: Needs, tracker: Tracker) -> None:
+    def __init__(
+        self, order: Order, store: Store, needs: Needs, tell: Callable[[Event], None] = lambda _: None
+    ) -> None:
+        """`tell` hears what the workers still say when they are stopped, and nobody asks for events any more."""
         device = "cuda" if needs.gpus else order.device  # a task sees the GPU that it was given, under no number
         data_root = None if order.data_root is None else str(Path(order.data_root).resolve())
         self._order = dataclasses.replace(order, device=device, data_root=data_root)
-        self._store, self._needs, self._listener = store, needs, Listener(tracker)
+        self._store, self._needs, self._tell = store, needs, tell
         self._begun = self._fetched = 0
         self._deaths: Counter[int] = Counter()  # by the worker's number, since anyone's last epoch: nodes have several
         self._tasks: dict[Any, tuple[int, Job]] = {}  # Ray's reference -> the worker's number, what it is at
@@ -77,7 +79,7 @@ class RayWorkers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop what is under way as Ctrl-C does; MLflow still hears what the workers have said."""
+        """Stop what is under way as Ctrl-C does."""
         left = list(self._tasks)
         if kind is KeyboardInterrupt and left:
             interrupt.notice()
@@ -87,8 +89,8 @@ class RayWorkers:
         while left and time.monotonic() < until:
             _, left = ray.wait(left, num_returns=len(left), timeout=POLL_SECONDS)
             for message in self._messages():
-                if isinstance(message, Told):
-                    self._listener.hear(message)
+                if not isinstance(message, Arrived | Done | Stopped):
+                    self._tell(message)
         for task in left:
             ray.cancel(task, force=True)
         ray.kill(self._head)
@@ -158,8 +160,6 @@ class RayWorkers:
                 self._arrived.add(message.number)
                 if message.before is not None:
                     self._replaced(message, message.before)
-            case Told():
-                self._listener.hear(message)
             case Done():
                 pass
             case Stopped():
@@ -201,7 +201,7 @@ def _work(order: Order, job: Job, number: int, head: Any) -> bytes | None:
     tell = functools.partial(_tell, head, owner)
     answer(head.arrive.remote(number, owner, where))
     try:
-        with _opened(order, head, owner, Teller(tell)) as place:
+        with _opened(order, head, owner) as place:
             _prepare(place)
             do(job, place, tell)
         return _to_carry(order, job, head)
@@ -221,19 +221,19 @@ def _tell(head: Any, owner: str, message: Message) -> None:
 
 
 @contextmanager
-def _opened(order: Order, head: Any, owner: str, tracker: Tracker) -> Iterator[Place]:
+def _opened(order: Order, head: Any, owner: str) -> Iterator[Place]:
     """The study as this worker sees it: in SQLite through the head, else in its database."""
     from harness.opening import check_definition
 
     if sqlite_file(order.url) is None:
-        with opened(order, tracker) as place:
+        with opened(order) as place:
             place.store.leases.owner = owner  # the one that the coordinator knows
             yield place
         return
     study = order.study()
     with served(head, owner, order.url) as store:
         check_definition(study, store, None)
-        yield place_of(order, study, store, tracker)
+        yield place_of(order, study, store)
 
 
 def _prepare(place: Place) -> None:

@@ -42,7 +42,7 @@ def rerank(place: Place) -> Iterator[Event]:
             counted = {"correct": val.correct, "total": val.total, "accuracy": val.accuracy}
             done.append(retraining.record(training) | counted)
             store.set_as_leader({"rerank": {"candidates": numbers, "results": results, "chosen": None}})
-            retraining.end()
+            yield from retraining.end()
     # Equal means: the one that the search liked better, which comes first.
     chosen = max(numbers, key=lambda number: mean_accuracy(results[str(number)]))
     store.set_as_leader({"rerank": {"candidates": numbers, "results": results, "chosen": chosen}})

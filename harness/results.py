@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,16 +125,29 @@ class Failed:
 TrialOutcome = Completed | Pruned | Diverged | Failed
 
 
+# What a study yields. Each event can be pickled, once `TrialStarted.sendable` has been asked for.
+
+Kind = Literal["trial", "final", "base", "rerank"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrialStarted:
-    """A trial, or one seed of the final run, begins or goes on. `progress` counts its steps while it runs."""
+    """A trial, or a training after the search, begins or goes on with the epochs that it had already."""
 
+    key: str | None  # of its run in MLflow (`harness.tracking`); None: it is not logged
+    kind: Kind
     name: str  # "trial 3", "final seed 0"
-    number: int
+    number: int  # of the trial; after the search of the seed
+    trial: int  # whose configuration it is
     params: dict[str, Any]
     epochs: int
     resumed: bool
-    progress: Any
+    groups: str | None  # the learning rate of each group of a trial's parameters, as a table
+    progress: Any  # `harness.trainer.Progress`, which counts its steps while it runs, or `Reached`
+
+    def sendable(self) -> TrialStarted:
+        """The same for another process: of its progress, how far it is now."""
+        return replace(self, progress=Reached.of(self.progress))
 
 
 @dataclass
@@ -159,6 +172,7 @@ class Reached:
 class EpochEnded:
     """An epoch of the running trial, or of the final run's seed, is over."""
 
+    key: str | None
     name: str
     number: int
     result: EpochResult
@@ -168,8 +182,23 @@ class EpochEnded:
 class TrialEnded:
     """A trial has its outcome, and the storage knows it."""
 
+    key: str
     number: int
+    params: dict[str, Any]
     outcome: TrialOutcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainingEnded:
+    """The result of a training after the search is in the storage."""
+
+    key: str
+    kind: Kind
+    number: int
+    trial: int
+    params: dict[str, Any]
+    epochs: tuple[EpochResult, ...]
+    metrics: dict[str, float]  # of the test set, where it was opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,4 +215,4 @@ class Elsewhere:
     by: str  # machine and process
 
 
-Event = TrialStarted | EpochEnded | TrialEnded | TrialLost | Elsewhere
+Event = TrialStarted | EpochEnded | TrialEnded | TrialLost | RetrainingEnded | Elsewhere

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from harness.engine import Runtime
 from harness.environment import environment
 from harness.errors import Halt
 from harness.experiment import assemble, with_validation_images
-from harness.jobs import Kind, Train, Workers
-from harness.results import EpochEnded, Event, TrialStarted
+from harness.jobs import Train, Workers
+from harness.results import EpochEnded, EpochResult, Event, Kind, RetrainingEnded, TrialStarted
 from harness.seeds import derive_seed
 from harness.storage import Store, TrialRecord
-from harness.tracking import RunLog, Tracker, base_key, final_key, rerank_key, retraining_tags
+from harness.tracking import base_key, final_key, rerank_key
 from harness.trainer import Training, fit
 
 KEYS = {"final": final_key, "base": base_key, "rerank": rerank_key}
@@ -33,7 +32,6 @@ class Place:
 
     study: Study
     store: Store
-    tracker: Tracker
     runtime: Runtime
     checkpoints: Path
     workers: Workers | None = None  # who trains for this process; None: it trains itself
@@ -50,45 +48,45 @@ class Retraining:
     The base configuration is trained from the final run's seeds, so that equal configurations give equal weights.
     """
 
-    def __init__(self, place: Place, kind: Kind, trial: TrialRecord, number: int) -> None:
-        self.kind, self.trial, self.number = kind, trial, number
+    def __init__(self, place: Place, kind: Kind, trial: TrialRecord, number: int, logged: bool = True) -> None:
+        """`logged`: whether what happens is for MLflow, too."""
+        self.kind, self.trial, self.number, self.logged = kind, trial, number, logged
         self.config = place.study.config(trial.params)
         self.key = KEYS[kind](trial.number, number)
-        self.environments: Sequence[Mapping[str, str]] = ()  # that it was trained in, once `trained` has read it
+        # Of the training, once `trained` has read it: its epochs, and what it was computed with.
+        self.epochs: tuple[EpochResult, ...] = ()
+        self.environments: Sequence[Mapping[str, str]] = ()
         self._place = place
         self._path = place.checkpoints / f"{self.key}{SUFFIX}"
         self._seed = derive_seed(place.study.seed, "rerank" if kind == "rerank" else "final", number)
         # A choice is made by the validation images, so nothing is trained on them before it.
         self._fit_on = "train" if kind == "rerank" else place.study.final.fit_on
 
-    @cached_property
-    def log(self) -> RunLog:
-        tags = retraining_tags(self.kind, self.trial.number, self.number)
-        return self._place.tracker.run(self.key, self.config, tags)
-
     def train(self) -> Iterator[Event]:
         """Train to the end, from the checkpoint if there is one; leaves the trained weights in it."""
         checkpoint = self._checkpoint()
         training = checkpoint.training
         resumed = checkpoint.restore()
-        for result in training.progress.epochs:
-            self.log.epoch(result)
         if training.progress.epoch > self.config.epochs:
             return
         of = f" of trial {self.trial.number}" if self.kind == "rerank" else ""
         name = f"{self.kind} seed {self.number}{of}"
+        key = self.key if self.logged else None
         yield TrialStarted(
+            key=key,
+            kind=self.kind,
             name=name,
             number=self.number,
+            trial=self.trial.number,
             params=self.trial.params,
             epochs=self.config.epochs,
             resumed=resumed,
+            groups=None,
             progress=training.progress,
         )
         with checkpoint.saved_when_stopped(), closing(fit(training, checkpoint.after_batch)) as results:
             for result in results:
-                self.log.epoch(result)
-                yield EpochEnded(name=name, number=self.number, result=result)
+                yield EpochEnded(key=key, name=name, number=self.number, result=result)
             checkpoint.save()
 
     def trained(self) -> Training:
@@ -97,6 +95,7 @@ class Retraining:
         if not checkpoint.restore():
             raise Halt(f"The trained weights {self._path} are gone or damaged; the same command trains them again.")
         self.environments = checkpoint.environments
+        self.epochs = tuple(result.without_hits() for result in checkpoint.training.progress.epochs)
         return checkpoint.training
 
     def record(self, training: Training) -> dict[str, Any]:
@@ -105,12 +104,21 @@ class Retraining:
             "seed": self.number,
             "weights": fingerprint(training.model.state_dict()),
             "environments": [dict(each) for each in self.environments],
-            "epochs": [result.without_hits().to_dict() for result in training.progress.epochs],
+            "epochs": [result.to_dict() for result in self.epochs],
         }
 
-    def end(self) -> None:
-        """Close the run and drop the checkpoint; to be called when the result is recorded."""
-        self.log.end("complete")
+    def end(self, metrics: Mapping[str, float] = {}) -> Iterator[Event]:
+        """Say what came of it and drop the checkpoint; to be called when the result is recorded."""
+        if self.logged:
+            yield RetrainingEnded(
+                key=self.key,
+                kind=self.kind,
+                number=self.number,
+                trial=self.trial.number,
+                params=self.trial.params,
+                epochs=self.epochs,
+                metrics=dict(metrics),
+            )
         remove(self._path)
 
     def _checkpoint(self) -> Checkpoint:

@@ -16,10 +16,10 @@ from harness.jobs import Workers
 from harness.leases import LeaseLost
 from harness.objective import evaluate_trial
 from harness.rerank import rerank
-from harness.results import Elsewhere, Event, Failed, TrialEnded, TrialLost
+from harness.results import Elsewhere, Event, Failed, TrialLost
 from harness.retraining import Place
 from harness.storage import POLL_SECONDS, NoTrialFree, Store
-from harness.tracking import Tracker, base_key, final_key, rerank_key, trial_key
+from harness.tracking import base_key, final_key, rerank_key, trial_key
 
 FAILURES_IN_A_ROW = 3
 WANTED = "wanted"  # a study's attribute; see `wanted`
@@ -32,7 +32,6 @@ class TooManyFailures(Exception):
 def run(
     study: Study,
     store: Store,
-    tracker: Tracker,
     runtime: Runtime,
     model_folder: Path,
     checkpoints: Path,
@@ -46,11 +45,11 @@ def run(
     if not store.at_work():
         for path in stale(checkpoints, wanted_keys(study, store)):
             remove(path)  # its process died between recording the result and this
-    place = Place(study=study, store=store, tracker=tracker, runtime=runtime, checkpoints=checkpoints, workers=workers)
+    place = Place(study=study, store=store, runtime=runtime, checkpoints=checkpoints, workers=workers)
     done = False
     while not done:
         if workers is None:
-            yield from search(study, store, tracker, runtime, checkpoints)
+            yield from search(study, store, runtime, checkpoints)
         elif store.finished() < wanted(study, store):
             yield from workers.search()
         done = yield from _after_search(place, model_folder, reason)
@@ -111,7 +110,7 @@ def wanted_keys(study: Study, store: Store) -> set[str]:
     return keys
 
 
-def search(study: Study, store: Store, tracker: Tracker, runtime: Runtime, checkpoints: Path) -> Iterator[Event]:
+def search(study: Study, store: Store, runtime: Runtime, checkpoints: Path) -> Iterator[Event]:
     """Run the trials that are missing from those `wanted`, yielding what happens.
 
     Raises TooManyFailures after three failed trials in a row.
@@ -121,14 +120,13 @@ def search(study: Study, store: Store, tracker: Tracker, runtime: Runtime, check
     while store.finished() < (count := wanted(study, store)):
         try:
             asked = store.ask(study, at_most=count)
-            outcome = yield from evaluate_trial(study, asked, store, tracker, runtime, checkpoints)
+            outcome = yield from evaluate_trial(study, asked, store, runtime, checkpoints)
         except NoTrialFree:
             time.sleep(POLL_SECONDS)  # somebody who is at one of them may die
             continue
         except LeaseLost:
             yield TrialLost(number=asked.number)
             continue
-        yield TrialEnded(number=asked.number, outcome=outcome)
         failures = failures + 1 if isinstance(outcome, Failed) else 0
         if failures >= FAILURES_IN_A_ROW and isinstance(outcome, Failed):
             raise TooManyFailures(

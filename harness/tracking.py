@@ -1,18 +1,18 @@
-"""What a study tells its watchers, and what a finished run should hold. MLflow is one: harness.mlflow_tracker."""
+"""What each run of a study is called, and what a finished one should hold, wherever it is logged."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from harness.environment import HARDWARE, git_commit, versions
 from harness.errors import masked
 from harness.ledger import base_of
-from harness.results import EpochResult
+from harness.results import EpochResult, Kind
 from harness.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ def trial_tags(study: Study, number: int) -> dict[str, str]:
     return {"harness.kind": "trial", "harness.trial_seed": str(derive_seed(study.seed, "trial", number))}
 
 
-def retraining_tags(kind: str, trial: int, seed_number: int) -> dict[str, str]:
-    """`kind` is final, base or rerank (`harness.retraining`)."""
+def retraining_tags(kind: Kind, trial: int, seed_number: int) -> dict[str, str]:
     of = "harness.best_trial" if kind == "final" else "harness.of_trial"
     return {"harness.kind": kind, f"harness.{kind}_seed": str(seed_number), of: str(trial)}
 
@@ -100,7 +99,7 @@ def expected_runs(study: Study, store: Store) -> list[Expected]:
     ]
 
 
-def _retrainings(store: Store) -> Iterator[tuple[str, Callable[[int, int], str], int, dict[str, Any]]]:
+def _retrainings(store: Store) -> Iterator[tuple[Kind, Callable[[int, int], str], int, dict[str, Any]]]:
     """Kind, key, trial and record of everything that was trained after the search and recorded."""
     for number, results in ((store.attribute("rerank") or {}).get("results") or {}).items():
         yield from (("rerank", rerank_key, int(number), each) for each in results)
@@ -116,58 +115,6 @@ class Finding:
 
     text: str
     mend: Callable[[], object] | None = None
-
-
-class RunLog(Protocol):
-    """What a tracker gives for one run."""
-
-    def epoch(self, result: EpochResult) -> None: ...
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None: ...
-    def text(self, content: str, name: str) -> None: ...
-    def end(self, state: str) -> None: ...
-
-
-class Tracker(Protocol):
-    """What watches a study: MLflow, or nothing. Once it has started, it never stops the study."""
-
-    def start(self, study: Study, store: Store, facts: Mapping[str, str]) -> None: ...
-    def run(self, key: str, config: TrainConfig, tags: Mapping[str, str]) -> RunLog: ...
-    def finish(self, metrics: Mapping[str, float], artifacts: Iterable[Path], state: str) -> bool: ...
-    def leave(self) -> bool: ...
-    def interrupt(self) -> None: ...
-
-
-class NoRun:
-    def epoch(self, result: EpochResult) -> None:
-        """Nothing is kept."""
-
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Nothing is kept."""
-
-    def text(self, content: str, name: str) -> None:
-        """Nothing is kept."""
-
-    def end(self, state: str) -> None:
-        """Nothing is kept."""
-
-
-class NoTracker:
-    """Tracks nothing; for tests and for searches that are measured without it."""
-
-    def start(self, study: Study, store: Store, facts: Mapping[str, str]) -> None:
-        """Nothing is kept."""
-
-    def run(self, key: str, config: TrainConfig, tags: Mapping[str, str]) -> RunLog:
-        return NoRun()
-
-    def finish(self, metrics: Mapping[str, float], artifacts: Iterable[Path], state: str) -> bool:
-        return True
-
-    def leave(self) -> bool:
-        return True
-
-    def interrupt(self) -> None:
-        """Nothing is kept."""
 
 
 def study_metrics(store: Store) -> dict[str, float]:

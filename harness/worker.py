@@ -1,7 +1,7 @@
 """A worker: a process that trains what its coordinator asks for, and tells it what happens.
 
-It opens the study from its file, as the coordinator did, and writes results into the storage itself. Events and what
-MLflow is to know go to the coordinator, which shows them and is the only one on its machine that writes MLflow.
+It opens the study from its file, as the coordinator did, and writes results into the storage itself. Events go to the
+coordinator, which shows them and is the only one on its machine that writes MLflow.
 """
 
 from __future__ import annotations
@@ -11,24 +11,23 @@ import functools
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, parent_process
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from harness import interrupt
 from harness.environment import versions
 from harness.errors import INTERRUPTED, Halt, InputError
 from harness.jobs import Job, Search
-from harness.results import EpochResult, Event, Reached, TrialStarted
+from harness.results import Event, TrialStarted
 
 if TYPE_CHECKING:
-    from harness.config import Study, TrainConfig
+    from harness.config import Study
     from harness.retraining import Place
     from harness.storage import Store
-    from harness.tracking import RunLog, Tracker
 
 ORPHAN_SECONDS = 120.0  # for the batch under way and its checkpoint
 
@@ -54,15 +53,6 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a run in MLflow is told: a method of `tracking.RunLog`, or "open", and its arguments."""
-
-    key: str
-    method: str
-    arguments: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
 class Done:
     """The job has come to its end."""
 
@@ -74,62 +64,7 @@ class Stopped:
     error: Exception
 
 
-Message = Event | Told | Done | Stopped
-
-
-class Teller:
-    """A tracker that passes on what it is told."""
-
-    def __init__(self, tell: Callable[[Message], None]) -> None:
-        self._tell = tell
-
-    def run(self, key: str, config: TrainConfig, tags: Mapping[str, str]) -> RunLog:
-        self._tell(Told(key, "open", (config, dict(tags))))
-        return _Run(self._tell, key)
-
-    def start(self, study: Study, store: Store, facts: Mapping[str, str]) -> None:
-        """The coordinator's business, as is what follows."""
-
-    def finish(self, metrics: Mapping[str, float], artifacts: Iterable[Path], state: str) -> bool:
-        return True
-
-    def leave(self) -> bool:
-        return True
-
-    def interrupt(self) -> None:
-        """The coordinator knows what is open."""
-
-
-@dataclass(frozen=True)
-class _Run:
-    tell: Callable[[Message], None]
-    key: str
-
-    def epoch(self, result: EpochResult) -> None:
-        self.tell(Told(self.key, "epoch", (result,)))
-
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        self.tell(Told(self.key, "metrics", (dict(values), step)))
-
-    def text(self, content: str, name: str) -> None:
-        self.tell(Told(self.key, "text", (content, name)))
-
-    def end(self, state: str) -> None:
-        self.tell(Told(self.key, "end", (state,)))
-
-
-class Listener:
-    """The coordinator's side of `Teller`."""
-
-    def __init__(self, tracker: Tracker) -> None:
-        self._tracker = tracker
-        self._runs: dict[str, RunLog] = {}
-
-    def hear(self, told: Told) -> None:
-        if told.method == "open":
-            self._runs[told.key] = self._tracker.run(told.key, *told.arguments)
-        else:
-            getattr(self._runs[told.key], told.method)(*told.arguments)
+Message = Event | Done | Stopped
 
 
 def do(job: Job, place: Place, tell: Callable[[Message], None]) -> None:
@@ -139,7 +74,7 @@ def do(job: Job, place: Place, tell: Callable[[Message], None]) -> None:
     try:
         with closing(_events(job, place)) as events:
             for event in events:
-                tell(portable(event))
+                tell(event.sendable() if isinstance(event, TrialStarted) else event)
     except (TooManyFailures, Halt, InputError) as error:
         tell(Stopped(error))
     else:
@@ -151,30 +86,23 @@ def _events(job: Job, place: Place) -> Generator[Event, None, None]:
     from harness.study import search
 
     if isinstance(job, Search):
-        yield from search(place.study, place.store, place.tracker, place.runtime, place.checkpoints)
+        yield from search(place.study, place.store, place.runtime, place.checkpoints)
     else:
         trial = next(each for each in place.store.trials() if each.number == job.trial)
         yield from Retraining(place, job.kind, trial, job.seed_number).train()
 
 
-def portable(event: Event) -> Event:
-    """An event that can be sent: of a training's progress, how far it is."""
-    if isinstance(event, TrialStarted):
-        return dataclasses.replace(event, progress=Reached.of(event.progress))
-    return event
-
-
 @contextmanager
-def opened(order: Order, tracker: Tracker) -> Iterator[Place]:
+def opened(order: Order) -> Iterator[Place]:
     """The study as this worker sees it. Raises InputError when it is not the study that was begun."""
     from harness.opening import open_store
 
     study = order.study()
     with open_store(study, order.url, joining=True) as store:
-        yield place_of(order, study, store, tracker)
+        yield place_of(order, study, store)
 
 
-def place_of(order: Order, study: Study, store: Store, tracker: Tracker) -> Place:
+def place_of(order: Order, study: Study, store: Store) -> Place:
     """What a worker needs. Raises InputError when it would compute with other versions than its coordinator."""
     from harness.checkpoint import differences
     from harness.experiment import decide_runtime
@@ -183,7 +111,7 @@ def place_of(order: Order, study: Study, store: Store, tracker: Tracker) -> Plac
     if differing := differences(store.attribute("versions") or {}, versions()):
         raise InputError(f"This study is computed elsewhere with other versions: {differing} here; install the same.")
     runtime = decide_runtime(study.train, store.attribute("runtime"))
-    return Place(study=study, store=store, tracker=tracker, runtime=runtime, checkpoints=order.checkpoints)
+    return Place(study=study, store=store, runtime=runtime, checkpoints=order.checkpoints)
 
 
 def work(order: Order, line: connection.Connection) -> None:
@@ -192,7 +120,7 @@ def work(order: Order, line: connection.Connection) -> None:
     try:
         interrupt.install(quiet=True)
         _end_with_coordinator()
-        with opened(order, Teller(tell)) as place:
+        with opened(order) as place:
             while (job := line.recv()) is not None:
                 do(job, place, tell)
     except (Halt, InputError) as error:

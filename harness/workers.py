@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import sys
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
@@ -24,8 +24,7 @@ from harness.environment import cores
 from harness.errors import INTERRUPTED, Halt, InputError
 from harness.jobs import Job, Search, Train
 from harness.results import EpochEnded, Event
-from harness.tracking import Tracker
-from harness.worker import Done, Listener, Message, Order, Stopped, Told, work
+from harness.worker import Done, Message, Order, Stopped, work
 
 if TYPE_CHECKING:
     from harness.config import Study
@@ -89,8 +88,11 @@ class _Worker:
 class Pool:
     """The workers of one machine. Use it as a context manager; its end lets every training write its checkpoint."""
 
-    def __init__(self, order: Order, environments: Sequence[Mapping[str, str]], tracker: Tracker) -> None:
-        self._order, self._listener = order, Listener(tracker)
+    def __init__(
+        self, order: Order, environments: Sequence[Mapping[str, str]], tell: Callable[[Event], None] = lambda _: None
+    ) -> None:
+        """`tell` hears what the workers still say when they are stopped, and nobody asks for events any more."""
+        self._order, self._tell = order, tell
         self._workers = [_Worker(order, number, each) for number, each in enumerate(environments)]
         self._deaths: Counter[int] = Counter()  # by the worker's number, since anybody's last epoch
 
@@ -100,7 +102,7 @@ class Pool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop what is under way as Ctrl-C does; MLflow still hears what the workers have said."""
+        """Stop what is under way as Ctrl-C does."""
         if kind is KeyboardInterrupt and any(worker.job is not None for worker in self._workers):
             interrupt.notice()
         for worker in self._workers:
@@ -111,8 +113,8 @@ class Pool:
                     worker.line.send(None)
         for worker in self._workers:
             for message in _rest(worker):
-                if isinstance(message, Told):
-                    self._listener.hear(message)
+                if not isinstance(message, Done | Stopped):
+                    self._tell(message)
             worker.process.join(FAREWELL_SECONDS)
             if worker.process.is_alive():
                 worker.process.kill()
@@ -150,8 +152,6 @@ class Pool:
 
     def _heard(self, worker: _Worker, message: Message) -> Iterator[Event]:
         match message:
-            case Told():
-                self._listener.hear(message)
             case Done():
                 worker.job = None
             case Stopped():

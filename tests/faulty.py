@@ -21,13 +21,13 @@ from harness.config import Study
 from harness.data import tensors
 from harness.data.garden import Garden
 from harness.experiment import decide_runtime
+from harness.mlflow_tracker import MLflowTracker
 from harness.models.maxvit import with_head
 from harness.opening import open_store, read_store
 from harness.overview import digest
 from harness.results import Event
 from harness.storage import Store
 from harness.study import run
-from harness.tracking import NoTracker, Tracker
 from tests.conftest import make_study
 
 STUDY_FILE = "from tests.faulty import small_study\n\nSTUDY = small_study('data/cache')\n"
@@ -97,18 +97,20 @@ def everything(store: Store) -> tuple[Any, ...]:
 def complete(
     study: Study,
     place: Path,
-    tracker: Tracker | None = None,
+    tracker: MLflowTracker | None = None,
     *,
     at: Callable[[Event], None] = lambda event: None,
     look: Callable[[Store], Any] = everything,
 ) -> Any:
     """Run here whatever the study in `place` lacks, calling `at` at every event; returns what `look` sees."""
-    tracker = tracker or NoTracker()
     tensors._load.cache_clear()  # as a new process would
     with open_store(study, f"sqlite:///{place}/tiny.db") as store:
-        tracker.start(study, store, {})
+        if tracker is not None:
+            tracker.start(study, store, {})
         runtime = decide_runtime(study.train, None)
-        for event in run(study, store, tracker, runtime, place / "tiny.model", place / "tiny.checkpoints"):
+        for event in run(study, store, runtime, place / "tiny.model", place / "tiny.checkpoints"):
+            if tracker is not None:
+                tracker.show(event)
             at(event)
         return look(store)
 

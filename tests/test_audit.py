@@ -45,7 +45,6 @@ from harness.space import Float
 from harness.storage import Store
 from harness.study import run as run_study
 from harness.study import wanted_keys
-from harness.tracking import NoTracker
 from harness.trainer import fit
 from tests.analytic import memory_store, run_analytic
 from tests.conftest import make_study
@@ -304,7 +303,7 @@ def run_to_the_end(study: Study, folder: Path) -> None:
     with open_store(study, f"sqlite:///{beside}/tiny.db", content) as store:
         runtime = decide_runtime(study.train, None)
         store.set_attribute("runtime", runtime.to_dict())
-        for _ in run_study(study, store, NoTracker(), runtime, beside / "tiny.model", beside / "tiny.checkpoints"):
+        for _ in run_study(study, store, runtime, beside / "tiny.model", beside / "tiny.checkpoints"):
             pass
 
 

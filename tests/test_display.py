@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -90,13 +91,13 @@ def test_the_last_training_takes_its_time_however_many_workers_there_are(store: 
     for number in (0, 1):
         display.show(started(f"final seed {number}", number))
     for epoch in (1, 2):
-        display.show(EpochEnded(name="final seed 1", number=1, result=epoch_result(epoch, 0.5)))
+        display.show(EpochEnded(key=None, name="final seed 1", number=1, result=epoch_result(epoch, 0.5)))
     display.show(started("final seed 2", 2))
     assert display._left() == 1.0, "the two that are left go side by side"
     for epoch in (1, 2):
-        display.show(EpochEnded(name="final seed 0", number=0, result=epoch_result(epoch, 0.5)))
+        display.show(EpochEnded(key=None, name="final seed 0", number=0, result=epoch_result(epoch, 0.5)))
     assert display._left() == 1.0
-    display.show(EpochEnded(name="final seed 2", number=2, result=epoch_result(1, 0.5)))
+    display.show(EpochEnded(key=None, name="final seed 2", number=2, result=epoch_result(1, 0.5)))
     assert display._left() == 0.5
 
 
@@ -119,7 +120,7 @@ def test_second_looks_at_the_best_are_counted_as_they_end(store: Store) -> None:
         name = f"rerank seed {number} of trial {trial}"
         display.show(started(name, number))
         for epoch in (1, 2):
-            display.show(EpochEnded(name=name, number=number, result=epoch_result(epoch, 0.5)))
+            display.show(EpochEnded(key=None, name=name, number=number, result=epoch_result(epoch, 0.5)))
         left.append(display._left())
     assert left == [6.0, 5.0, 4.0, 3.0, 2.0]
 
@@ -136,9 +137,20 @@ def test_a_forecast_of_less_than_a_day_does_not() -> None:
     assert forecast(3.0, 78.0, pruning_known=True) == "An epoch takes 3.0 s here: about 1 min 18 s are left."
 
 
-def started(name: str, number: int) -> TrialStarted:
-    reached = Reached(epoch=1, step=0, steps=1, epochs=[])
-    return TrialStarted(name=name, number=number, params={}, epochs=2, resumed=False, progress=reached)
+def started(name: str, number: int, **changes: Any) -> TrialStarted:
+    plain = TrialStarted(
+        key=None,
+        kind="trial",
+        name=name,
+        number=number,
+        trial=number,
+        params={},
+        epochs=2,
+        resumed=False,
+        groups=None,
+        progress=Reached(epoch=1, step=0, steps=1, epochs=[]),
+    )
+    return replace(plain, **changes)
 
 
 def rendered(display: Display) -> str:
@@ -159,17 +171,13 @@ def shown(study: Study, store: Store, outcomes: list[TrialOutcome], terminal: bo
         for outcome in outcomes:
             asked = store.ask(study)
             name = f"trial {asked.number}"
-            display.show(
-                TrialStarted(
-                    name=name, number=asked.number, params=asked.params, epochs=2, resumed=False, progress=Progress()
-                )
-            )
+            display.show(started(name, asked.number, params=asked.params, progress=Progress()))
             results = [epoch_result(epoch, 0.3 * epoch) for epoch in (1, 2)]
             for result in results:
                 store.report(asked, result.epoch, 0.3 * result.epoch)
-                display.show(EpochEnded(name=name, number=asked.number, result=result))
+                display.show(EpochEnded(key=None, name=name, number=asked.number, result=result))
             store.tell(asked, outcome, results, seconds=1.0)
-            display.show(TrialEnded(number=asked.number, outcome=outcome))
+            display.show(TrialEnded(key=name, number=asked.number, params=asked.params, outcome=outcome))
     return out.getvalue()
 
 
@@ -213,7 +221,7 @@ def test_a_resumed_study_knows_what_is_left_from_the_trials_before(store: Store)
     assert display._left() == 6 * 15.0 + 3 * 2 * 10.0  # before it has trained anything
     progress = Progress()
     progress.epochs = (replace(epoch_result(1, 0.3), seconds=9.0),)
-    display.show(TrialStarted(name="trial 4", number=4, params={}, epochs=2, resumed=True, progress=progress))
+    display.show(started("trial 4", 4, resumed=True, progress=progress))
     assert display._left() == 6 * 15.0 + 3 * 2 * 10.0 - 9.0
     text = shown(STUDY, store, [Completed(value=0.6)])
     assert "An epoch takes 0.5 s here: about 2 min" in text
@@ -227,11 +235,10 @@ def test_what_is_left_shrinks_in_the_final_run(store: Store) -> None:
     display = Display(study, store, Console(file=io.StringIO()))
     left = []
     for name, number in (("final seed 0", 0), ("final seed 2", 2), ("base seed 0", 0), ("base seed 2", 2)):
-        reached = Reached(epoch=1, step=0, steps=1, epochs=[])
-        display.show(TrialStarted(name=name, number=number, params={}, epochs=2, resumed=False, progress=reached))
+        display.show(started(name, number))
         left.append(display._left())
         for epoch in (1, 2):
-            display.show(EpochEnded(name=name, number=number, result=epoch_result(epoch, 0.5)))
+            display.show(EpochEnded(key=None, name=name, number=number, result=epoch_result(epoch, 0.5)))
             if epoch == 1:
                 left.append(display._left())
     assert left == [6.0, 5.5, 4.0, 3.5, 3.0, 2.5, 1.0, 0.5]
@@ -253,10 +260,9 @@ def test_several_trials_under_way_share_the_time_that_is_left(store: Store) -> N
     alone, both = (Display(study, store, Console(file=out), workers=count) for count in (1, 2))
     for display in (alone, both):
         for number in (0, 1):
-            reached = Reached(epoch=1, step=0, steps=1, epochs=[])
             name = f"trial {number}"
-            display.show(TrialStarted(name=name, number=number, params={}, epochs=2, resumed=False, progress=reached))
-            display.show(EpochEnded(name=name, number=number, result=epoch_result(1, 0.5)))
+            display.show(started(name, number))
+            display.show(EpochEnded(key=None, name=name, number=number, result=epoch_result(1, 0.5)))
     assert alone._left() == 0.5 + 0.5 + 1.0 + 1.0 + 1.0  # two half trials, two trials, the seed
     assert both._left() == 1.5 + 1.0  # nobody helps with the only seed
     assert "trial 0  epoch 1/2" in out.getvalue()
@@ -283,14 +289,14 @@ def test_an_epoch_without_validation_shows_the_training_accuracy(store: Store) -
     out = io.StringIO()
     result = replace(epoch_result(1, 0.5), val=None, train=Metrics(loss=1.0, correct=1, total=4))
     with Display(STUDY, store, Console(file=out)) as display:
-        display.show(EpochEnded(name="final seed 0", number=0, result=result))
+        display.show(EpochEnded(key=None, name="final seed 0", number=0, result=result))
     assert "final seed 0  epoch 1/2  loss 1.000  train 25.00%" in out.getvalue()
 
 
 def test_a_resumed_trial_says_that_it_starts_again(store: Store) -> None:
     out = io.StringIO()
     with Display(STUDY, store, Console(file=out)) as display:
-        display.show(TrialStarted(name="trial 4", number=4, params={}, epochs=2, resumed=True, progress=Progress()))
+        display.show(started("trial 4", 4, resumed=True, progress=Progress()))
     assert "trial 4 was interrupted" in out.getvalue()
 
 
@@ -326,10 +332,10 @@ def test_what_is_going_on_is_said_before_the_first_epoch_and_after_the_last(stor
     display.show(started("trial 0", 0))
     assert rendered(display).splitlines()[-1] == "best none yet   time left …"
     store.tell(store.ask(study), Completed(value=0.6), [epoch_result(1, 0.3), epoch_result(2, 0.6)], 1.0)
-    display.show(TrialEnded(number=0, outcome=Completed(value=0.6)))
+    display.show(TrialEnded(key="trial-0", number=0, params={}, outcome=Completed(value=0.6)))
     assert "time left 1.0 s" in rendered(display)
     display.show(started("final seed 0", 0))
-    display.show(EpochEnded(name="final seed 0", number=0, result=epoch_result(2, 0.6)))
+    display.show(EpochEnded(key=None, name="final seed 0", number=0, result=epoch_result(2, 0.6)))
     assert rendered(display).splitlines()[-1] == "best 60.00% (trial 0)   nearly done"
 
 

@@ -26,7 +26,7 @@ from harness.results import Completed, TrialEnded
 from harness.retraining import threads_of
 from harness.storage import Store
 from harness.study import run
-from harness.tracking import NoTracker, trial_key, trial_tags
+from harness.tracking import trial_key, trial_tags
 from tests.analytic import epoch_result
 from tests.faulty import CommandLine, one_sentence, small_study
 from tests.refusal import tree
@@ -179,7 +179,7 @@ def test_a_trial_that_another_machine_ended_leaves_no_checkpoint_here(study: Stu
     runtime = Runtime(device=torch.device("cpu"), bf16=False, channels_last=False)
     left = tmp_path / "checkpoints" / "trial-0.safetensors"
     with open_store(study, f"sqlite:///{tmp_path}/tiny.db") as store:
-        for event in run(study, store, NoTracker(), runtime, tmp_path / "model", left.parent):
+        for event in run(study, store, runtime, tmp_path / "model", left.parent):
             if isinstance(event, TrialEnded) and event.number == 0:
                 left.parent.mkdir(exist_ok=True)
                 left.write_bytes(b"half of a training")

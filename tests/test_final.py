@@ -32,12 +32,12 @@ from harness.packing import unpack
 from harness.report import write_report
 from harness.rerank import rerank
 from harness.results import Completed, TrialStarted
-from harness.retraining import Place
+from harness.retraining import Place, Retraining
 from harness.saved_model import load_saved
 from harness.space import Choice
 from harness.storage import Store
 from harness.study import WANTED, run, search
-from harness.tracking import NoRun, NoTracker, expected_runs
+from harness.tracking import expected_runs
 from tests.analytic import epoch_result
 from tests.faulty import CommandLine, one_sentence
 from tests.small import small_study
@@ -59,11 +59,11 @@ def store(study: Study, tmp_path: Path) -> Iterator[Store]:
 
 def everything(study: Study, store: Store, folder: Path, reason: str | None = None) -> None:
     """The search and all that comes after it."""
-    list(run(study, store, NoTracker(), CPU, folder / "model", folder / "checkpoints", reason))
+    list(run(study, store, CPU, folder / "model", folder / "checkpoints", reason))
 
 
 def place_of(study: Study, store: Store, folder: Path) -> Place:
-    return Place(study=study, store=store, tracker=NoTracker(), runtime=CPU, checkpoints=folder / "checkpoints")
+    return Place(study=study, store=store, runtime=CPU, checkpoints=folder / "checkpoints")
 
 
 def better_trial(study: Study, store: Store) -> int:
@@ -96,7 +96,7 @@ def test_the_search_cannot_reach_the_test_split(
         return load(dataset, split, size)
 
     monkeypatch.setattr(tensors, "_load", closed)
-    list(search(study, store, NoTracker(), CPU, tmp_path / "checkpoints"))
+    list(search(study, store, CPU, tmp_path / "checkpoints"))
     assert [trial.state for trial in store.trials()] == ["complete"] * 3
     assert store.attribute("ledger") is None
     # The same loader, once the search is over: it is the one that the final step goes through.
@@ -135,7 +135,7 @@ def test_stopped_anywhere_after_the_opening_the_same_opening_goes_on_to_the_same
         assert store.attribute("final") is None, name
         assert [line["event"] for line in store.ledger()] in ([], ["opened"]), name
     with monkeypatch.context() as patched:
-        patched.setattr(NoRun, "metrics", _killed)
+        patched.setattr(Retraining, "end", _killed)
         with pytest.raises(KeyboardInterrupt):
             everything(study, store, tmp_path)
     assert store.attribute("final")["ledger"] == store.ledger()[-1]["hash"]
@@ -219,7 +219,7 @@ def overtaken(
     study: Study, late: Store, next_one: Store, folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """The leader stands still at `moment`, the last before it writes, until another one has ended its work."""
-    list(search(study, late, NoTracker(), CPU, folder / "checkpoints"))
+    list(search(study, late, CPU, folder / "checkpoints"))
     written, go_on = [], getattr(final, moment)
 
     def stand_still(*args: Any) -> Any:
@@ -433,7 +433,7 @@ def test_the_predictions_that_are_kept_give_the_numbers(study: Study, store: Sto
 def test_the_base_configuration_is_trained_the_same_way_and_compared_image_by_image(
     study: Study, store: Store, tmp_path: Path
 ) -> None:
-    list(search(study, store, NoTracker(), CPU, tmp_path / "checkpoints"))
+    list(search(study, store, CPU, tmp_path / "checkpoints"))
     number = better_trial(study, store)
     study = dataclasses.replace(study, trials=4)
     everything(study, store, tmp_path)
@@ -484,7 +484,7 @@ def test_better_is_said_only_where_it_is_shown(study: Study, store: Store, tmp_p
 
 def finished_with_a_base(study: Study, store: Store, folder: Path) -> int:
     """A study that ended, whose best trial is not the base; returns the best."""
-    list(search(study, store, NoTracker(), CPU, folder / "checkpoints"))
+    list(search(study, store, CPU, folder / "checkpoints"))
     number = better_trial(study, store)
     everything(dataclasses.replace(study, trials=study.trials + 1), store, folder)
     return number
@@ -527,7 +527,7 @@ def description(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_killed_between_the_seeds_of_the_base_none_is_trained_twice(study: Study, store: Store, tmp_path: Path) -> None:
-    list(search(study, store, NoTracker(), CPU, tmp_path / "checkpoints"))
+    list(search(study, store, CPU, tmp_path / "checkpoints"))
     better_trial(study, store)
     begun: list[str] = []
     for cut in (True, False):
@@ -568,7 +568,7 @@ def test_what_the_choice_adds_is_computed_from_the_trials_validation_hits(
 
 
 def test_the_base_is_not_trained_where_it_is_not_wanted(study: Study, store: Store, tmp_path: Path) -> None:
-    list(search(study, store, NoTracker(), CPU, tmp_path / "checkpoints"))
+    list(search(study, store, CPU, tmp_path / "checkpoints"))
     better_trial(study, store)
     without = dataclasses.replace(study, final=FinalConfig(seeds=1, compare_base=False))
     list(final_run(place_of(without, store, tmp_path), tmp_path / "model"))
@@ -605,7 +605,7 @@ def test_a_rerank_that_is_cut_off_goes_on_and_trains_nothing_twice(
     for name, cuts in (("whole", 0), ("cut", 3)):
         with open_store(study, f"sqlite:///{tmp_path}/{name}.db") as store:
             place = place_of(study, store, tmp_path / name)
-            list(search(study, store, NoTracker(), CPU, place.checkpoints))
+            list(search(study, store, CPU, place.checkpoints))
             for _ in range(cuts):
                 with monkeypatch.context() as patched:
                     patched.setattr(Store, "set_as_leader", _killed)

@@ -12,7 +12,6 @@ import pytest
 from harness.errors import Halt, InputError
 from harness.opening import open_store
 from harness.ray_cluster import Needs
-from harness.tracking import NoTracker
 from harness.worker import Order, opened
 from tests.conftest import PROJECT
 from tests.faulty import CommandLine
@@ -97,7 +96,7 @@ def test_workers_without_a_place_do_not_shorten_the_time_that_is_left(tmp_path: 
 
     def at_once(workers: int, places: int) -> int:
         needs = Needs(workers=workers, cpus=1, gpus=0, places=places)
-        return RayWorkers(order, None, needs, NoTracker()).at_once  # type: ignore[arg-type]
+        return RayWorkers(order, None, needs).at_once  # type: ignore[arg-type]
 
     assert [at_once(20, 8), at_once(2, 8), at_once(4, 0)] == [8, 2, 1]
 
@@ -107,7 +106,7 @@ def test_a_node_that_takes_many_workers_along_is_outlived_and_a_worker_that_dies
 ) -> None:
     study, url = study_in(tmp_path, image_cache)
     with open_store(study, url) as store:
-        workers = RayWorkers(order_in(tmp_path, url), store, Needs(workers=8, cpus=1, gpus=0, places=16), NoTracker())
+        workers = RayWorkers(order_in(tmp_path, url), store, Needs(workers=8, cpus=1, gpus=0, places=16))
         for number in range(8):
             assert list(workers._heard(Arrived(number, "another node", f"elsewhere/pid:[1]/{number} a"))) == []
         again = Arrived(3, "another node", "elsewhere/pid:[1]/9 b")

@@ -23,7 +23,6 @@ from harness.opening import as_begun, open_store, read_store
 from harness.reproduce import reproduce
 from harness.results import Failed
 from harness.storage import Store
-from harness.tracking import NoTracker
 from tests.small import Run, command, copied, small_study, study_in
 
 CPU = Runtime(device=torch.device("cpu"), bf16=False, channels_last=False)
@@ -36,9 +35,7 @@ def train(study: Study, url: str, folder: Path, trials: int) -> None:
         patch.setattr(Store, "should_prune", lambda self, asked, epoch: asked.number == 1)
         store.set_attribute("runtime", CPU.to_dict())
         for _ in range(trials):
-            events = evaluate_trial(
-                study, store.ask(study), store, NoTracker(), CPU, folder / "studies/tiny.checkpoints"
-            )
+            events = evaluate_trial(study, store.ask(study), store, CPU, folder / "studies/tiny.checkpoints")
             for _event in events:
                 pass
         asked = store.ask(study)

@@ -22,7 +22,6 @@ from harness.retraining import Place
 from harness.search import no_pruning
 from harness.storage import Store
 from harness.study import search
-from harness.tracking import NoTracker
 
 CPU = Runtime(device=torch.device("cpu"), bf16=False, channels_last=False)
 
@@ -37,7 +36,7 @@ def test_stopped_while_its_result_is_recorded_a_trial_keeps_its_training(
 ) -> None:
     with open_store(study, f"sqlite:///{tmp_path}/tiny.db") as store:
         monkeypatch.setattr(Store, "tell", stop)
-        trial = evaluate_trial(study, store.ask(study), store, NoTracker(), CPU, tmp_path / "checkpoints")
+        trial = evaluate_trial(study, store.ask(study), store, CPU, tmp_path / "checkpoints")
         with pytest.raises(KeyboardInterrupt):
             list(trial)
     # Its interval, a minute, has not passed: nothing but the request has it written.
@@ -50,7 +49,7 @@ def test_stopped_while_its_weights_are_written_a_final_seed_keeps_its_training(
 ) -> None:
     study, folder = dataclasses.replace(study, trials=1), tmp_path / "checkpoints"
     with open_store(study, f"sqlite:///{tmp_path}/tiny.db") as store:
-        list(search(study, store, NoTracker(), CPU, folder))
+        list(search(study, store, CPU, folder))
         original = checkpoint.write_tensors
 
         def stopped_once(*arguments: Any) -> None:
@@ -58,7 +57,7 @@ def test_stopped_while_its_weights_are_written_a_final_seed_keeps_its_training(
             stop()
 
         monkeypatch.setattr(checkpoint, "write_tensors", stopped_once)
-        place = Place(study=study, store=store, tracker=NoTracker(), runtime=CPU, checkpoints=folder)
+        place = Place(study=study, store=store, runtime=CPU, checkpoints=folder)
         with pytest.raises(KeyboardInterrupt):
             list(final_run(place, tmp_path / "model"))
     assert len(read_tensors(folder / "final-seed-0-of-trial-0.safetensors")[1]["epochs"]) == study.train.epochs
@@ -76,7 +75,7 @@ def test_an_epoch_that_a_trial_went_beyond_is_not_judged_again(
     """By then other workers' results are there, and the pruner might say otherwise."""
     study = dataclasses.replace(study, train=dataclasses.replace(study.train, epochs=3), pruner=no_pruning())
     with open_store(study, f"sqlite:///{tmp_path}/tiny.db") as store:
-        begun = evaluate_trial(study, store.ask(study), store, NoTracker(), CPU, tmp_path / "checkpoints")
+        begun = evaluate_trial(study, store.ask(study), store, CPU, tmp_path / "checkpoints")
         for event in begun:
             if isinstance(event, EpochEnded):
                 break
@@ -85,7 +84,7 @@ def test_an_epoch_that_a_trial_went_beyond_is_not_judged_again(
             with pytest.raises(KeyboardInterrupt):
                 list(begun)
         store._study.pruner = Always()
-        resumed = evaluate_trial(study, store.ask(study), store, NoTracker(), CPU, tmp_path / "checkpoints")
+        resumed = evaluate_trial(study, store.ask(study), store, CPU, tmp_path / "checkpoints")
         assert [event.result.epoch for event in resumed if isinstance(event, EpochEnded)] == [2]
         (trial,) = store.trials()
     assert (trial.state, list(trial.curve)) == ("pruned", [1, 2])

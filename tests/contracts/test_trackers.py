@@ -1,37 +1,51 @@
-"""What every tracker promises to the loop that drives it, whatever it keeps."""
+"""What whoever consumes a study's events promises, whatever it keeps."""
 
 from __future__ import annotations
 
-import inspect
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
-from harness import mlflow_tracker, tracking
 from harness.config import Study
 from harness.mlflow_places import local_tracker
+from harness.mlflow_tracker import MLflowTracker
+from harness.results import (
+    Completed,
+    Diverged,
+    EpochEnded,
+    Failed,
+    Pruned,
+    Reached,
+    RetrainingEnded,
+    TrialEnded,
+    TrialStarted,
+)
 from harness.storage import Store
-from harness.tracking import NoTracker, Tracker, trial_key
+from harness.tracking import final_key, trial_key
 from tests.analytic import epoch_result, memory_store
 from tests.conftest import make_study
 
 NOTHING: dict[str, list[int]] = {"val_accuracy": [], "test_accuracy": []}
+ONCE = {"val_accuracy": [1], "test_accuracy": []}
 Seen = dict[str, tuple[str, dict[str, list[int]]]]  # by key: the state, and the steps of two metrics
+OUTCOMES = (
+    Completed(value=0.5),
+    Pruned(epoch=1),
+    Diverged(epoch=2),
+    Failed(reason="ValueError", traceback="ValueError"),
+)
 
 
 class TrackerContract:
     """Subclass it with a `tracker` fixture, and say in `seen` what a reader of the tracker finds."""
 
-    def seen(self, tracker: Any, study: Study, store: Store) -> Seen | None:
-        """All of the study's runs; None when the tracker keeps nothing."""
+    def seen(self, tracker: Any, study: Study, store: Store) -> Seen:
+        """All of the study's runs."""
         raise NotImplementedError
-
-    def assert_seen(self, expected: Seen, tracker: Any, study: Study, store: Store) -> None:
-        found = self.seen(tracker, study, store)
-        assert found is None or found == expected
 
     @pytest.fixture
     def study(self) -> Study:
@@ -41,66 +55,90 @@ class TrackerContract:
     def store(self, study: Study) -> Store:
         store = memory_store(study)
         store.set_attribute("uid", uuid.uuid4().hex)
+        store.ask(study)
         return store
 
-    def test_it_has_the_methods_of_the_protocol(self, tracker: Tracker) -> None:
-        for name, wanted in inspect.getmembers(Tracker, inspect.isfunction):
-            if name.startswith("_"):
-                continue
-            assert list(inspect.signature(getattr(tracker, name)).parameters) == [
-                each for each in inspect.signature(wanted).parameters if each != "self"
-            ], name
+    @pytest.fixture
+    def started(self, store: Store) -> TrialStarted:
+        (trial,) = store.trials()
+        return TrialStarted(
+            key=trial_key(0),
+            kind="trial",
+            name="trial 0",
+            number=0,
+            trial=0,
+            params=trial.params,
+            epochs=2,
+            resumed=False,
+            groups="stem 1e-3",
+            progress=Reached(epoch=1, step=0, steps=1, epochs=[]),
+        )
 
     def test_a_study_can_be_told_from_start_to_end(
-        self, tracker: Tracker, study: Study, store: Store, tmp_path: Path
+        self, tracker: Any, study: Study, store: Store, started: TrialStarted, tmp_path: Path
     ) -> None:
         tracker.start(study, store, {"harness.seed": "0"})
-        for number, state in enumerate(("complete", "pruned", "diverged", "failed")):
-            log = tracker.run(trial_key(number), study.train, {"harness.kind": "trial"})
-            log.text("stem 1e-3", "parameter_groups.txt")
-            log.epoch(epoch_result(1, 0.5))
-            log.epoch(epoch_result(1, 0.5))
-            log.metrics({"test_accuracy": 0.5}, step=1)
-            log.end(state)
+        ended = EpochEnded(key="", name="", number=0, result=epoch_result(1, 0.5))
+        for number, outcome in enumerate(OUTCOMES):
+            key = trial_key(number)
+            tracker.show(replace(started, key=key, number=number, trial=number))
+            tracker.show(replace(ended, key=key))
+            tracker.show(replace(ended, key=key))
+            tracker.show(TrialEnded(key=key, number=number, params=started.params, outcome=outcome))
+        never_began = TrialEnded(key=trial_key(4), number=4, params=started.params, outcome=OUTCOMES[3])
+        tracker.show(never_began)
+        again = replace(started, key=final_key(0, 1), kind="final", name="final seed 1", number=1, groups=None)
+        tracker.show(again)
+        tracker.show(replace(ended, key=final_key(0, 1)))
+        tracker.show(
+            RetrainingEnded(
+                key=final_key(0, 1),
+                kind="final",
+                number=1,
+                trial=0,
+                params=started.params,
+                epochs=(epoch_result(1, 0.5), epoch_result(2, 0.5)),
+                metrics={"test_accuracy": 0.5},
+            )
+        )
+        tracker.show(replace(again, key=None))  # not to be logged
+        tracker.show(replace(ended, key=None))
         (tmp_path / "report").mkdir()
         (tmp_path / "report" / "report.html").write_text("<html></html>")
         assert tracker.finish({"best_val_accuracy": 0.5}, [tmp_path / "report"], "complete")
-        once = {"val_accuracy": [1], "test_accuracy": [1]}
-        states = ("complete", "pruned", "diverged", "failed")
-        expected = {trial_key(number): (state, once) for number, state in enumerate(states)}
-        self.assert_seen({"study": ("complete", NOTHING), **expected}, tracker, study, store)
+        assert self.seen(tracker, study, store) == {
+            "study": ("complete", NOTHING),
+            **{trial_key(number): (outcome.state, ONCE) for number, outcome in enumerate(OUTCOMES)},
+            trial_key(4): ("failed", NOTHING),
+            final_key(0, 1): ("complete", {"val_accuracy": [1, 2], "test_accuracy": [2]}),
+        }
 
-    def test_it_can_be_interrupted_at_any_time(self, tracker: Tracker, study: Study, store: Store) -> None:
+    def test_it_can_be_interrupted_at_any_time(
+        self, tracker: Any, study: Study, store: Store, started: TrialStarted
+    ) -> None:
         tracker.interrupt()
         tracker.start(study, store, {})
         tracker.interrupt()
         tracker.start(study, store, {})
-        log = tracker.run(trial_key(0), study.train, {})
-        log.epoch(epoch_result(1, 0.5))
+        tracker.show(started)
+        tracker.show(EpochEnded(key=started.key, name="trial 0", number=0, result=epoch_result(1, 0.5)))
         tracker.interrupt()
         tracker.interrupt()
-        interrupted = {"val_accuracy": [1], "test_accuracy": []}
-        expected: Seen = {"study": ("interrupted", NOTHING), trial_key(0): ("interrupted", interrupted)}
-        self.assert_seen(expected, tracker, study, store)
+        expected = {"study": ("interrupted", NOTHING), trial_key(0): ("interrupted", ONCE)}
+        assert self.seen(tracker, study, store) == expected
 
-    def test_a_run_can_be_taken_up_again(self, tracker: Tracker, study: Study, store: Store) -> None:
-        for _ in range(2):
-            tracker.start(study, store, {})
-            log = tracker.run(trial_key(0), study.train, {"harness.kind": "trial"})
-            log.epoch(epoch_result(1, 0.5))
-        log.end("complete")
+    def test_a_training_that_goes_on_shows_each_epoch_once(
+        self, tracker: Any, study: Study, store: Store, started: TrialStarted
+    ) -> None:
+        reached = Reached(epoch=2, step=0, steps=1, epochs=[epoch_result(1, 0.5)])
+        tracker.start(study, store, {})
+        tracker.show(started)
+        tracker.show(EpochEnded(key=started.key, name="trial 0", number=0, result=epoch_result(1, 0.5)))
+        tracker.start(study, store, {})
+        tracker.show(replace(started, resumed=True, progress=reached))
+        tracker.show(TrialEnded(key=trial_key(0), number=0, params=started.params, outcome=Completed(value=0.5)))
         assert tracker.finish({}, [], "complete")
-        once = {"val_accuracy": [1], "test_accuracy": []}
-        self.assert_seen({"study": ("complete", NOTHING), trial_key(0): ("complete", once)}, tracker, study, store)
-
-
-class TestNoTracker(TrackerContract):
-    @pytest.fixture
-    def tracker(self) -> Tracker:
-        return NoTracker()
-
-    def seen(self, tracker: Any, study: Study, store: Store) -> Seen | None:
-        return None
+        assert self.seen(tracker, study, store) == {"study": ("complete", NOTHING), trial_key(0): ("complete", ONCE)}
 
 
 class TestMLflowTracker(TrackerContract):
@@ -110,10 +148,10 @@ class TestMLflowTracker(TrackerContract):
         return tmp_path_factory.mktemp("mlruns")
 
     @pytest.fixture
-    def tracker(self, mlruns: Path) -> Tracker:
+    def tracker(self, mlruns: Path) -> MLflowTracker:
         return local_tracker(mlruns)
 
-    def seen(self, tracker: Any, study: Study, store: Store) -> Seen | None:
+    def seen(self, tracker: Any, study: Study, store: Store) -> Seen:
         client = MlflowClient(tracker.uri)
         query = f"tags.`harness.study_uid` = '{store.attribute('uid')}'"
         runs = client.search_runs([client.get_experiment_by_name(study.name).experiment_id], query)
@@ -125,10 +163,3 @@ class TestMLflowTracker(TrackerContract):
             )
             for run in runs
         }
-
-
-def test_every_tracker_of_the_module_is_held_to_the_contract() -> None:
-    trackers = {
-        name for name in {**vars(tracking), **vars(mlflow_tracker)} if name.endswith("Tracker") and name != "Tracker"
-    }
-    assert trackers == {"NoTracker", "MLflowTracker"}
