@@ -31,9 +31,8 @@ DRAWS, PLACES = 200, 500  # of the posterior, at so many configurations
 
 
 def record_choice(study: Study, store: Store) -> None:
-    """Choose among the trials that there are, once; a final result from before there were choices stays."""
-    before = store.attribute("choice") is None and store.has_final()
-    if not (study.final.rerank or before or store.choice()):
+    """Choose among the trials that there are, once."""
+    if not (study.final.rerank or store.choice()):
         store.set_as_leader({"choice": choose(store.trials(), study.space)})
 
 

@@ -188,13 +188,12 @@ def heading(description: Mapping[str, Any]) -> str:
 
 
 def note_of(description: Mapping[str, Any]) -> str:
-    """What the examples are to the model; of older models it is not known what they were trained on."""
+    """What the examples are to the model."""
     seen = {
         "train": "the model was not trained on them.",
         "train+val": "the model was trained on them too, so it does better on them than on other images.",
     }
-    unknown = "the model may have been trained on them too."
-    return f"The examples are validation images of the study; {seen.get(description.get('fit_on', ''), unknown)}"
+    return f"The examples are validation images of the study; {seen[description['fit_on']]}"
 
 
 def _answering(predictor: Predictor) -> Callable[[str | None], tuple[dict[str, float] | None, str]]:

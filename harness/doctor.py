@@ -223,8 +223,8 @@ def _model(store: Store, folder: Path) -> Iterator[Finding]:
             yield Finding(text, partial(_give_up, store, folder / name))
         else:
             yield Finding(f"{fault}; {AGAIN}", partial((folder / name).unlink, missing_ok=True))
-    weights, known = folder / WEIGHTS, final["per_seed"][0].get("weights")
-    if WEIGHTS in dict(wrong) or known is None or is_recorded(store, folder, WEIGHTS):  # older studies know no weights
+    weights, known = folder / WEIGHTS, final["per_seed"][0]["weights"]
+    if WEIGHTS in dict(wrong) or is_recorded(store, folder, WEIGHTS):
         return
     there = fingerprint(read_tensors(weights)[0])
     # Weights that were trained again where other bits come out, and say so, are as good as this machine makes them.

@@ -49,7 +49,7 @@ class Runtime:
             device=device,
             bf16=kept["precision"] == "bf16",
             channels_last=kept["channels_last"],
-            compiled=kept.get("compile", False),  # studies that began before there was a choice
+            compiled=kept["compile"],
         )
 
     def place(self, model: nn.Module) -> nn.Module:

@@ -100,18 +100,18 @@ def _make_again(place: Place, chosen: TrialRecord, folder: Path) -> Iterator[Eve
     store = place.store
     print(f"The model in {folder} is missing: its seed is trained again, the test set stays closed.", file=sys.stderr)
     tested = store.attribute("final")["per_seed"][0]
-    environments = tested.get("environments") or []  # older studies kept none
+    environments = tested["environments"]
     # Not logged: what MLflow shows of this seed is the training that was tested.
     seed = Retraining(place, "final", chosen, 0, logged=False)
     with threads_of(environments):
         yield from seed.train()
         training = seed.trained()
     save_model(store, folder, training, chosen, store.attribute("final"))
-    if tested.get("weights") in (None, sha256_of(training.model.state_dict())):
+    if tested["weights"] == sha256_of(training.model.state_dict()):
         record_files(store, folder, WEIGHTS, DESCRIPTION)
     else:
         forget_files(store, WEIGHTS, DESCRIPTION)  # the tested ones are welcome, too, if somebody has a copy
-        differing = differences(environments[-1], seed.environments[-1]) if environments else ""
+        differing = differences(environments[-1], seed.environments[-1])
         print(
             f"The model in {folder} was trained again, and its weights are not those that were tested"
             f"{f' ({differing})' if differing else ''}; its test result is theirs. To have the same bits, copy "
@@ -141,6 +141,7 @@ def _repair(place: Place, chosen: TrialRecord) -> None:
         return
     seeds = [seed | {"accuracy": seed["correct"] / seed["total"]} for seed in lines[-1]["seeds"]]
     about = {"trial": lines[-1]["trial"], "fit_on": place.study.final.fit_on, "ledger": lines[-1]["hash"]}
+    about |= {"base": None, "comparison": None, "selection": None}  # the line does not say them
     opened = len(ledger.openings(store.ledger()))
     store.set_as_leader({"final": summary(seeds) | about | {"test_openings": opened}})
 
@@ -204,10 +205,7 @@ def _open_test_set(
 
 def _write_opening(store: Store, chosen: TrialRecord, configuration: str, reason: str | None) -> None:
     """A line of the ledger, unless a process that died has written it and the opening only goes on."""
-    lines, before = store.ledger(), store.attribute("final")
-    if not lines and before is not None:
-        known = {"event": ledger.OPENED, "trial": before["trial"], "configuration": None}
-        store.add_to_ledger(_now() | known | {"reason": "opened before there was a ledger"})
+    lines = store.ledger()
     if not lines or lines[-1]["trial"] != chosen.number:
         if lines and lines[-1]["event"] == ledger.OPENED and reason is None:
             reason = f"the opening for trial {lines[-1]['trial']} was cut off before its result was recorded"
@@ -311,10 +309,10 @@ def write_description(
 
     `weights` is the sha256 of those beside it.
     """
-    size, tested = config.data.image_size, final["per_seed"][0].get("weights")  # older studies know none
+    size, tested = config.data.image_size, final["per_seed"][0]["weights"]
     description = {
         "study_uid": store.attribute("uid"),
-        "weights": {"sha256": weights, "tested": None if tested is None else weights == tested},
+        "weights": {"sha256": weights, "tested": weights == tested},
         "classes": config.data.classes(),
         "preprocessing": {
             "resize_short_side": size,

@@ -200,7 +200,7 @@ class Leases:
 
 def holders(engine: sqlalchemy.Engine, study: str) -> dict[str, str]:
     """Who holds what of a study now, by key; processes of this machine that are gone hold nothing."""
-    if not sqlalchemy.inspect(engine).has_table(TABLE.name):  # a study from before there were leases
+    if not sqlalchemy.inspect(engine).has_table(TABLE.name):  # a start was cut off before it was made
         return {}
     return {key: owner for key, owner in _noted(engine, study).items() if not is_gone(owner)}
 

@@ -24,6 +24,10 @@ FINAL: dict[str, Any] = {
     "fit_on": str,
     "test_openings": int,
     "per_seed": list,
+    "base": dict | None,
+    "balanced_accuracy": float | int | None,
+    "comparison": dict | None,
+    "selection": dict | None,
 }
 
 
@@ -84,14 +88,8 @@ def lacking(final: Any) -> list[str]:
 
 
 def _is_seed(record: Any) -> bool:
-    kinds = {"seed": int, "correct": int, "total": int, "accuracy": float | int}
+    kinds = {"seed": int, "correct": int, "total": int, "accuracy": float | int, "weights": str}
     return isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in kinds.items())
-
-
-def base_of(final: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a final result says of the base configuration, None when it was not trained; older ones know one seed."""
-    base: dict[str, Any] | None = final.get("base")
-    return base if base is None or "per_seed" in base else base | {"per_seed": [base], "spread": None}
 
 
 def readable(lines: Any) -> list[Line]:

@@ -98,8 +98,7 @@ def candidate(name: str, store: Store, saved: SavedModel) -> Candidate:
 
 def trial_accuracy(saved: SavedModel) -> float:
     """The validation accuracy of the trial that chose the model's configuration; older models name it less clearly."""
-    named = "trial_validation_accuracy"
-    accuracy: float = saved.description[named if named in saved.description else "validation_accuracy"]
+    accuracy: float = saved.description["trial_validation_accuracy"]
     return accuracy
 
 

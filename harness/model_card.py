@@ -103,7 +103,7 @@ def _use(description: Mapping[str, Any], program: str | None) -> str:
 
 def _results(store: Store, final: Mapping[str, Any]) -> str:
     rows = [_row(str(each["seed"]), each) for each in final["per_seed"]]
-    if (base := ledger.base_of(final)) is not None:
+    if (base := final["base"]) is not None:
         rows += [_row(f"base configuration, {each['seed']}", each) for each in base["per_seed"]]
     head = ["seed", "correct", "test images", "accuracy", "balanced over the classes"]
     remarks = [final_sentence(dict(final)), _table(head, rows), conclusion(store), selection_sentence(dict(final))]
@@ -112,14 +112,12 @@ def _results(store: Store, final: Mapping[str, Any]) -> str:
 
 def _row(name: str, result: Mapping[str, Any]) -> list[str]:
     counts = f"{result['correct']:,}", f"{result['total']:,}"
-    return [name, *counts, percent(result["accuracy"]), percent(result.get("balanced_accuracy"))]
+    return [name, *counts, percent(result["accuracy"]), percent(result["balanced_accuracy"])]
 
 
-def _calibration(store: Store) -> str | None:
-    """How far confidence is to be believed, in the words of the report; None in older studies."""
+def _calibration(store: Store) -> str:
+    """How far confidence is to be believed, in the words of the report."""
     kept = store.attribute("predictions")
-    if kept is None:
-        return None
     return (
         f"{calibration_sentence(described(kept))} That is how far the highest probability is from how often such "
         "answers are right."
@@ -169,9 +167,7 @@ def _protocol(store: Store, trial: TrialRecord, final: Mapping[str, Any]) -> str
 
 def _trained(final: Mapping[str, Any]) -> str:
     text = f"It was trained again on {final['fit_on']} from {_count(len(final['per_seed']), 'seed')}"
-    epochs = final["per_seed"][0].get("epochs")  # not kept in older studies
-    if not epochs:
-        return f"{text}."
+    epochs = final["per_seed"][0]["epochs"]
     return f"{text}, on {epochs[-1]['train']['total']:,} images for {_count(len(epochs), 'epoch')} each."
 
 
@@ -195,12 +191,10 @@ def _limits(store: Store, description: Mapping[str, Any], final: Mapping[str, An
 
 
 def _worst_classes(store: Store, description: Mapping[str, Any]) -> list[str]:
-    """The classes that the saved model finds least often; none in older studies, or when it finds all."""
+    """The classes that the saved model finds least often; none when it finds all."""
     import numpy
 
     kept = store.attribute("predictions")
-    if kept is None:
-        return []
     labels = unpack(kept["labels"], "uint16")
     hits = unpack(kept["seeds"][0]["predicted"], "uint16") == labels
     found = {int(label): hits[labels == label] for label in numpy.unique(labels)}

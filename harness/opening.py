@@ -33,6 +33,8 @@ from harness.leases import Leases, make_table
 from harness.opened_file import OpenedFile
 from harness.storage import Store
 
+FORMAT = 1  # of what a study keeps beside Optuna's own; a change that old studies cannot follow makes it 2
+
 
 @contextmanager
 def open_store(
@@ -115,7 +117,9 @@ def read_store(name: str, url: str) -> Iterator[Store]:
             optuna_study = outlast(url, lambda: optuna.load_study(storage=storage, study_name=name))
         except KeyError as error:
             raise unknown from error
-        yield Store(url, optuna_study, as_of_now=True, engine=storage.engine)
+        store = Store(url, optuna_study, as_of_now=True, engine=storage.engine)
+        check_format(name, store)
+        yield store
     finally:
         dispose(storage)
 
@@ -145,7 +149,7 @@ def exists(name: str, url: str) -> bool:
 def begun_by(name: str, url: str) -> str | None:
     """The name of the study file that a study was last run from, None when there is no such study.
 
-    Of one from before that was kept it is the file that is called as the study is.
+    Of one that no command has run it is the file that is called as the study is.
     """
     try:
         with read_store(name, url) as store:
@@ -168,6 +172,16 @@ def as_begun(study: Study, store: Store, content: Mapping[str, str] | None = Non
     return study
 
 
+def check_format(name: str, store: Store) -> None:
+    """Raise InputError for a study that has begun and is kept in another format."""
+    if store.attribute("definition") is not None and store.attribute("format") != FORMAT:
+        raise InputError(
+            f"Study {name!r} in {store.url} was written by another version of the harness (format "
+            f"{store.attribute('format') or 0}, this one reads {FORMAT}); open it with that version, or "
+            f"{_anew(store.url)}."
+        )
+
+
 def compare(study: Study, url: str, content: Mapping[str, str] | None) -> None:
     """Raise InputError unless `study` continues the one in the storage, which exists. Writes nothing, nor locks."""
     with read_store(study.name, url) as store:
@@ -185,17 +199,14 @@ def check_definition(study: Study, store: Store, content: Mapping[str, str] | No
                 f"Study {study.name!r} in {store.url} was begun by another program; "
                 "give another --storage, or rename the study."
             )
+        store.set_attribute("format", FORMAT)
         store.set_attribute("uid", uuid.uuid4().hex)
         if "data" in (content or {}):
             store.set_attribute("images", _count(study))
         store.set_attribute("definition", now)
         return
+    check_format(study.name, store)
     unknown = {path for path in stored if path.startswith("content of ")} if content is None else set()
-    if now["engine.compile"] != "on":  # studies from before there was a choice go on uncompiled
-        unknown |= {"engine.compile"} - stored.keys()
-    unknown |= {"final.compare_base"} - stored.keys()  # nothing of the search depends on it
-    if now["final.rerank"] == 0:
-        unknown |= {"final.rerank"} - stored.keys()
     differing = [path for path in {**stored, **now} if stored.get(path) != now.get(path) and path not in unknown]
     if differing:
         changes = "; ".join(_change(path, stored, now, study, store) for path in differing)
@@ -320,7 +331,7 @@ def file_fault(store: Store, folder: Path, name: str) -> str | None:
         return f"{path} is missing"
     if recorded is not None:
         return None if _sha256(path) == recorded else f"{path} is damaged (its checksum is wrong)"
-    try:  # studies finished before sha256 were kept, and those on a server
+    try:  # of studies on a server none is kept
         if name == WEIGHTS:
             check_tensors(path)
         elif name == DESCRIPTION:
@@ -339,7 +350,16 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-DESCRIBED = {"classes": list, "preprocessing": dict, "configuration": dict, "trial": int, "test": dict}
+DESCRIBED = {
+    "study_uid": str,
+    "weights": dict,
+    "classes": list,
+    "preprocessing": dict,
+    "configuration": dict,
+    "fit_on": str,
+    "trial": int,
+    "test": dict,
+}
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -357,9 +377,8 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def is_tested(description: Mapping[str, Any]) -> bool:
-    """Whether a model.json calls the weights beside it the tested ones; those of older studies are taken to be."""
-    weights = description.get("weights")
-    return not (isinstance(weights, dict) and weights.get("tested") is False)
+    """Whether a model.json calls the weights beside it the tested ones."""
+    return bool(description["weights"].get("tested"))
 
 
 def is_untested(folder: Path) -> bool:
@@ -373,13 +392,13 @@ def is_untested(folder: Path) -> bool:
 def check_folder(folder: Path, url: str, uid: str | None) -> None:
     """Raise InputError when the model in `folder` is not that of the study at `url`; its `uid` is None until it begins.
 
-    Studies of one name in several databases have their folders in one place. Older models do not say whose they are.
+    Studies of one name in several databases have their folders in one place.
     """
     try:
-        owner = read_description(folder / DESCRIPTION).get("study_uid")
+        owner = read_description(folder / DESCRIPTION)["study_uid"]
     except Damaged:
         return
-    if owner not in (None, uid):
+    if owner != uid:
         other = "give this study another name" if sqlite_file(url) is None else "give another --storage"
         raise InputError(f"{folder} holds the model of another study than {url}; move that folder away, or {other}.")
 

@@ -14,7 +14,7 @@ from harness.cost import cost
 from harness.database import holder, sqlite_file
 from harness.errors import masked
 from harness.evidence import ALPHA, comparison_sentence, percent
-from harness.ledger import base_of, openings
+from harness.ledger import openings
 from harness.predictions import described
 from harness.storage import Store, TrialRecord
 
@@ -65,12 +65,12 @@ FINAL = (
 
 
 def _final(store: Store) -> dict[str, Any] | None:
-    """The final result without the epochs; what an older study has not recorded is None."""
+    """The final result without the epochs."""
     final = store.attribute("final")
     if final is None:
         return None
-    shown = {key: final.get(key) for key in FINAL} | _seeds_without_epochs(final)
-    base = base_of(final)
+    shown = {key: final[key] for key in FINAL} | _seeds_without_epochs(final)
+    base = final["base"]
     return shown | {"base": None if base is None else _without_epochs(base) | _seeds_without_epochs(base)}
 
 
@@ -79,7 +79,7 @@ def _seeds_without_epochs(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tested(store: Store) -> dict[str, Any] | None:
-    """What the final run's predictions say; None where an older study has not recorded them."""
+    """What the final run's predictions say; None where its end was cut off and mended from the ledger."""
     predictions = store.attribute("predictions")
     return None if predictions is None else described(predictions)
 
@@ -213,7 +213,7 @@ def digest(store: Store) -> str:
             for trial in store.trials()
         ],
         "final": None if final is None else final["trial"],
-        "seeds": [[seed.get(key) for key in ("seed", "correct", "total", "weights")] for seed in seeds],
+        "seeds": [[seed[key] for key in ("seed", "correct", "total", "weights")] for seed in seeds],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -256,7 +256,7 @@ def conclusion(store: Store) -> str:
 def _when(store: Store) -> str | None:
     """When what the final result says was known; None when that is now."""
     final = store.attribute("final")
-    selection = None if final is None else final.get("selection")
+    selection = None if final is None else final["selection"]
     if selection is not None and selection["candidates"] != store.counts()["complete"]:
         return f"When the test set was opened, with {selection['candidates']:,} complete trials"
     return "When the test set was opened" if store.needs_reason() else None
@@ -272,7 +272,7 @@ def _compared(store: Store) -> str:
         return "Whether the best configuration is better than the base is not known before the test set is opened."
     if final["trial"] == 0:
         return "No configuration is shown to be better than another: the base configuration itself was chosen."
-    base, found = base_of(final), final.get("comparison")
+    base, found = final["base"], final["comparison"]
     if base is not None and len(base["per_seed"]) == 1:
         return (
             "No configuration is shown to be better than another: with one seed of the base, how far seeds lie apart "
@@ -367,7 +367,7 @@ def final_sentence(final: dict[str, Any] | None) -> str:
     spread = (
         "" if final["spread"] is None else f", standard deviation {100 * final['spread']:.2f} points over the seeds"
     )
-    balanced = final.get("balanced_accuracy")
+    balanced = final["balanced_accuracy"]
     averaged = "" if balanced is None else f"; balanced over the classes {percent(balanced)}"
     opened = final["test_openings"]
     times = "once" if opened == 1 else f"{opened} times, so this number is no longer untouched by selection"

@@ -42,7 +42,7 @@ class Predictions:
 
 
 def from_record(record: Mapping[str, Any]) -> Predictions:
-    """The storage's attribute "predictions", unpacked. A study without the classes' names gets numbers for them.
+    """The storage's attribute "predictions", unpacked.
 
     Raises InputError when they are not what a final run keeps.
     """
@@ -53,7 +53,7 @@ def from_record(record: Mapping[str, Any]) -> Predictions:
         predicted = numpy.stack([unpack(each["predicted"], "uint16").astype(int) for each in record["seeds"]])
         confidence = numpy.stack([unpack(each["confidence"], "float32") for each in record["seeds"]])
         count = 1 + max(int(labels.max()), int(predicted.max()))
-        names = record.get("classes") or [f"class {number}" for number in range(count)]
+        names = record["classes"]
         if len(names) < count or not predicted.shape == confidence.shape == (len(predicted), len(labels)):
             raise ValueError(f"{len(labels)} labels of {len(names)} classes do not fit")
     except (KeyError, TypeError, ValueError, AttributeError) as error:

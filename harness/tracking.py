@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from harness.environment import HARDWARE, git_commit, versions
 from harness.errors import masked
-from harness.ledger import base_of
 from harness.results import EpochResult, Kind
 from harness.seeds import derive_seed
 
@@ -105,7 +104,7 @@ def _retrainings(store: Store) -> Iterator[tuple[Kind, Callable[[int, int], str]
         yield from (("rerank", rerank_key, int(number), each) for each in results)
     if (final := store.attribute("final")) is not None:
         yield from (("final", final_key, final["trial"], each) for each in final["per_seed"])
-        if (base := base_of(final)) is not None:
+        if (base := final["base"]) is not None:
             yield from (("base", base_key, base["trial"], each) for each in base["per_seed"])
 
 

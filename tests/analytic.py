@@ -22,6 +22,9 @@ BEST_MULTIPLIER = 0.6
 BEST_DROPOUT = 0.2
 
 
+NOT_COMPARED: dict[str, Any] = {"base": None, "comparison": None, "selection": None}  # of a final result
+
+
 class Died(BaseException):
     """The process is gone at this point; like KeyboardInterrupt, nothing in a trial catches it."""
 

@@ -215,8 +215,6 @@ def test_what_was_decided_is_kept(deep: Study, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(auto, "resolve", lambda *args: pytest.fail("decided anew"))
     kept = PLAIN.to_dict()
     assert decide_runtime(deep.train, kept, trials=1) == PLAIN
-    del kept["compile"]  # a study from before there was a choice
-    assert decide_runtime(deep.train, kept, trials=1) == PLAIN
 
 
 @pytest.mark.slow

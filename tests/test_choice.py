@@ -186,23 +186,7 @@ def test_the_choice_is_made_once_and_again_when_trials_have_come() -> None:
     assert store.chosen() is not None
 
 
-def test_a_result_from_before_there_were_choices_and_a_second_look_stay_as_they_are() -> None:
-    study = study_of()
-    store = memory_store(study)
-    run_analytic(study, store, 6)
-    best = store.best()
-    assert best is not None
-    counted = {"correct": 9, "total": 10, "accuracy": 0.9}
-    rest = {
-        "interval": [0.6, 1.0],
-        "spread": None,
-        "fit_on": "train",
-        "test_openings": 1,
-        "per_seed": [{"seed": 0} | counted],
-    }
-    store.set_attribute("final", {"trial": best.number} | counted | rest)
-    record_choice(study, store)
-    assert store.attribute("choice") is None
+def test_a_second_look_stays_as_it_is() -> None:
     second = study_of(final=FinalConfig(rerank=2, publish=False))
     other = memory_store(second)
     run_analytic(second, other, 6)

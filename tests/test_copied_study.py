@@ -40,7 +40,7 @@ COMMANDS = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remembered", [True, False], ids=["remembered", "from before it was"])
+@pytest.mark.parametrize("remembered", [True, False], ids=["remembered", "not run by a command"])
 def test_a_copy_is_told_to_change_its_name(
     remembered: bool, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,7 @@ from harness.overview import digest
 from harness.results import Completed, Diverged, Pruned
 from harness.search import asha
 from harness.storage import Store
-from tests.analytic import Died, epoch_result, fail_trial, memory_store, run_analytic
+from tests.analytic import NOT_COMPARED, Died, epoch_result, fail_trial, memory_store, run_analytic
 from tests.conftest import make_study
 from tests.small import study_in
 
@@ -32,7 +32,7 @@ def study() -> Study:
 def final_result() -> dict[str, Any]:
     each = {"total": 100, "accuracy": 0.9, "loss": 0.3, "epochs": [epoch_result(1, 0.9).to_dict()]}
     per_seed = [each | {"seed": number, "correct": 90 + number, "weights": f"{number}" * 64} for number in range(2)]
-    return summary(per_seed) | {"trial": 0, "fit_on": "train+val", "test_openings": 1}
+    return summary(per_seed) | {"trial": 0, "fit_on": "train+val", "test_openings": 1} | NOT_COMPARED
 
 
 def fill(study: Study, store: Store, seconds: float = 1.0) -> Store:
@@ -181,14 +181,6 @@ def test_one_trial_more_or_under_way_gives_another_digest(study: Study) -> None:
     store.report(store.ask(study), 1, 0.3)
     seen.add(digest(store))
     assert len(seen) == 3
-
-
-def test_a_study_finished_before_weights_had_fingerprints_has_one(study: Study) -> None:
-    store, final = memory_store(study), final_result()
-    for each in final["per_seed"]:
-        del each["weights"]
-    store.set_attribute("final", final)
-    assert len(digest(store)) == 64
 
 
 def test_show_prints_it_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

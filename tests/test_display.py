@@ -27,7 +27,7 @@ from harness.results import (
     TrialStarted,
 )
 from harness.storage import Store
-from tests.analytic import epoch_result, memory_store
+from tests.analytic import NOT_COMPARED, epoch_result, memory_store
 from tests.conftest import make_study
 
 ALONE = FinalConfig(seeds=3, fit_on="train", compare_base=False)
@@ -106,7 +106,7 @@ def test_a_study_that_was_tested_has_only_its_trials_left(store: Store) -> None:
     store.tell(store.ask(study), Completed(value=0.6), [epoch_result(1, 0.3), epoch_result(2, 0.6)], 1.0)
     assert Display(study, store, Console(file=io.StringIO()))._left() == 2 * 1.0 + 3 * 1.0
     seeds = [{"seed": 0, "correct": 5, "total": 8, "accuracy": 0.625, "loss": 1.0, "weights": "", "epochs": []}]
-    store.set_attribute("final", summary(seeds) | {"trial": 0, "fit_on": "train", "test_openings": 1})
+    store.set_attribute("final", summary(seeds) | {"trial": 0, "fit_on": "train", "test_openings": 1} | NOT_COMPARED)
     assert Display(study, store, Console(file=io.StringIO()))._left() == 2 * 1.0
 
 

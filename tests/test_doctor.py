@@ -29,7 +29,7 @@ from harness.opening import open_store, read_store
 from harness.results import Completed, Diverged, Failed, Pruned, TrialOutcome
 from harness.storage import Store
 from harness.tracking import facts, study_metrics, trial_key, trial_tags
-from tests.analytic import epoch_result
+from tests.analytic import NOT_COMPARED, epoch_result
 from tests.conftest import PROJECT
 from tests.patience import PATIENCE_SECONDS
 from tests.small import small_study, study_in
@@ -43,7 +43,15 @@ OUTCOMES: tuple[TrialOutcome, ...] = (
 )
 slow = pytest.mark.slow
 WEIGHTS = {"0.weight": torch.arange(6.0)}
-DESCRIPTION = {"classes": ["rose"], "preprocessing": {}, "configuration": {}, "trial": 0, "test": {}}
+DESCRIPTION: dict[str, Any] = {
+    "weights": {"tested": True},
+    "classes": ["rose"],
+    "preprocessing": {},
+    "configuration": {},
+    "fit_on": "train+val",
+    "trial": 0,
+    "test": {},
+}
 SEED = "final-seed-0-of-trial-0"
 
 
@@ -60,7 +68,9 @@ def fill(store: Store) -> None:
     result = {"seed": 0, "correct": 90, "total": 100, "accuracy": 0.9, "loss": 0.4, "weights": fingerprint(WEIGHTS)}
     epochs = [epoch_result(epoch, 0.3 * epoch) for epoch in (1, 2)]
     per_seed = [result | {"epochs": [each.to_dict() for each in epochs]}]
-    store.set_attribute("final", summary(per_seed) | {"trial": 0, "fit_on": "train+val", "test_openings": 1})
+    store.set_attribute(
+        "final", summary(per_seed) | {"trial": 0, "fit_on": "train+val", "test_openings": 1} | NOT_COMPARED
+    )
     store.set_attribute("runtime", RUNTIME)
 
 
@@ -74,8 +84,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, empty_mlflow: Path) -> Pa
     model = folder / "studies" / "tiny.model"
     model.mkdir()
     write_tensors(model / "model.safetensors", WEIGHTS, {"trial": 0, "seed": 0})
-    (model / "model.json").write_text(json.dumps(DESCRIPTION))
     with open_store(study, url) as store:
+        (model / "model.json").write_text(json.dumps(DESCRIPTION | {"study_uid": store.attribute("uid")}))
         fill(store)
         tracker = local_tracker(folder / "mlruns")
         tracker.start(study, store, facts(study, RUNTIME))

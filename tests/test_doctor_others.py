@@ -8,7 +8,6 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -30,6 +29,7 @@ from harness.tracking import trial_key, trial_tags
 from tests.analytic import epoch_result
 from tests.faulty import CommandLine, one_sentence, small_study
 from tests.refusal import tree
+from tests.test_doctor import DESCRIPTION
 from tests.test_final import better_trial, place_of
 
 pytestmark = pytest.mark.usefixtures("mlruns")
@@ -139,22 +139,6 @@ def test_a_model_that_cannot_be_made_to_the_same_bits_says_so_and_is_used(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("two_threads")
-def test_mlflow_keeps_what_was_tested_when_the_model_is_made_again(
-    url: str, line: CommandLine, model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    begun_with_one_thread(line, url)
-    with open_store(small_study("data/cache").located(line.place, None, None), url) as store:
-        final = store.attribute("final")
-        del final["per_seed"][0]["environments"]  # an older study
-        store.set_attribute("final", final)
-    lose(model)
-    assert line.run("--storage", url, "--trials", "1").code == 0
-    code, text = doctor(url, capsys)
-    assert code == 0, text
-
-
-@pytest.mark.slow
 def test_threads_that_are_not_known_or_changed_are_left_alone() -> None:
     before = torch.get_num_threads()
     for environments in ([], [{"torch": "2"}], [{"threads": "7"}, {"threads": "9"}]):
@@ -228,22 +212,11 @@ def test_two_sqlite_files_with_one_stem_have_one_folder(line: CommandLine) -> No
 
 
 @pytest.mark.slow
-def test_a_model_that_does_not_say_whose_it_is_is_accepted(database: str, line: CommandLine, model: Path) -> None:
-    assert line.run("--storage", database, "--trials", "1").code == 0
-    described = json.loads((model / "model.json").read_text())
-    del described["study_uid"], described["weights"]
-    (model / "model.json").write_text(json.dumps(described))
-    assert "Nothing is missing" in line.run("--storage", database, "--trials", "1").out
-
-
-@pytest.mark.slow
-@pytest.mark.slow
 def test_a_model_that_another_study_has_left_in_the_meantime_stays(tmp_path: Path, image_cache: Path) -> None:
     study = small_study(image_cache)
     folder = tmp_path / "model"
     folder.mkdir()
-    described: dict[str, Any] = {"classes": [], "preprocessing": {}, "configuration": {}, "trial": 0, "test": {}}
-    (folder / "model.json").write_text(json.dumps(described | {"study_uid": "another"}))
+    (folder / "model.json").write_text(json.dumps(DESCRIPTION | {"study_uid": "another"}))
     before = tree(folder)
     with open_store(study, f"sqlite:///{tmp_path}/tiny.db") as store:
         better_trial(study, store)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.cli import main
-from harness.config import Study, TrainConfig
+from harness.config import TrainConfig
 from harness.data.augment import normalise
 from harness.data.garden import Garden
 from harness.data.tensors import load_split, load_test
@@ -23,7 +23,7 @@ from harness.errors import InputError
 from harness.experiment import assemble, evaluation_of, with_validation_images
 from harness.features import FeatureSet, FrozenBody, View, keep_features, split
 from harness.models.maxvit import MaxViTT, TinyMaxViT
-from harness.opening import open_store, read_store
+from harness.opening import read_store
 from harness.optim import build_optimizer, lr_factor, set_lr
 from harness.seeds import derive_seed
 from harness.space import Choice, Float
@@ -374,16 +374,6 @@ def test_a_whole_study_ends_with_a_whole_model_and_every_trial_is_reproduced(
     data = Garden(train_per_class=2, val_per_class=2, test_per_class=2, cache=str(tmp_path / "data/cache"))
     assert evaluate(net, load_test(data), CPU).correct == said["correct"]
     assert json.loads((model / "model.json").read_text())["configuration"]["feature_views"] == 2
-
-
-def test_a_study_begun_before_there_were_features_goes_on(tmp_path: Path, study: Study) -> None:
-    url = f"sqlite:///{tmp_path}/tiny.db"
-    with open_store(study, url) as store:
-        stored = store.attribute("definition")
-        store.set_attribute("definition", {path: each for path, each in stored.items() if path != "feature_views"})
-    with open_store(study, url) as store:
-        assert store.attribute("uid"), "the study that was there"
-        assert "feature_views" not in store.attribute("definition")
 
 
 # --- what is refused ---

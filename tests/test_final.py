@@ -370,23 +370,6 @@ def test_a_final_result_that_is_not_the_ledgers_is_named(
 
 
 @pytest.mark.slow
-def test_a_result_from_before_there_was_a_ledger_counts_as_an_opening(
-    study: Study, store: Store, tmp_path: Path
-) -> None:
-    everything(study, store, tmp_path)
-    newer = ("base", "comparison", "selection", "ledger", "balanced_accuracy")
-    old = {key: value for key, value in store.attribute("final").items() if key not in newer}
-    with sqlite3.connect(tmp_path / "tiny.db") as database:
-        database.execute("DELETE FROM study_user_attributes WHERE key IN ('ledger', 'final')")
-    store.set_attribute("final", old)
-    better_trial(study, store)
-    assert store.needs_reason()
-    everything(study, store, tmp_path, reason="more trials")
-    assert store.attribute("final")["test_openings"] == 2
-    assert store.ledger()[0]["reason"] == "opened before there was a ledger"
-
-
-@pytest.mark.slow
 def test_damaged_weights_are_made_again_and_the_test_set_stays_closed(line: CommandLine) -> None:
     assert line.run("--trials", "1").code == 0
     weights = line.place / "studies" / "tiny.model" / "model.safetensors"

@@ -306,15 +306,6 @@ def test_what_a_version_is_said_to_be_stays_true_when_the_next_one_takes_over(
 
 
 @pytest.mark.slow
-@pytest.mark.slow
-def test_a_model_from_before_the_score_had_its_name(finished: Finished) -> None:
-    described = dict(finished.wanted.saved.description)
-    described["validation_accuracy"] = described.pop("trial_validation_accuracy")
-    older = dataclasses.replace(finished.wanted.saved, description=described)
-    assert candidate("tiny", finished.store, older).tags == finished.wanted.tags
-
-
-@pytest.mark.slow
 def test_an_alias_that_a_person_has_moved_is_left_alone(
     finished: Finished, tracker: MLflowTracker, unchecked: None
 ) -> None:

@@ -68,10 +68,6 @@ def test_the_mistakes_are_those_of_the_saved_model_the_surest_first() -> None:
     assert pictured(RECORD) == [1, 2, 3, 4]
 
 
-def test_classes_without_recorded_names_are_numbered() -> None:
-    assert from_record(record_of(LABELS, SEEDS, SURE)).classes == ("class 0", "class 1", "class 2")
-
-
 def test_nothing_is_confused_when_all_is_right() -> None:
     found = described(record_of([0, 1], [[0, 1]], [[1.0, 1.0]], NAMES[:2]))
     assert (found["confusions"], found["mistakes"], found["ece"]) == ([], [], 0.0)

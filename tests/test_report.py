@@ -32,7 +32,7 @@ from harness.search import asha, grid, no_pruning
 from harness.space import Choice, Float
 from harness.storage import Store, TrialRecord
 from harness.thumbnails import thumbnails
-from tests.analytic import epoch_result, fail_trial, memory_store, run_analytic
+from tests.analytic import NOT_COMPARED, epoch_result, fail_trial, memory_store, run_analytic
 from tests.conftest import make_study
 from tests.test_predictions import record_of
 
@@ -68,8 +68,10 @@ def every_state(study: Study, store: Store) -> None:
 
 
 def final_result(seeds: int = 3) -> dict[str, Any]:
-    per_seed = [{"seed": n, "correct": 90 + n, "total": 100, "accuracy": (90 + n) / 100} for n in range(seeds)]
-    return summary(per_seed) | {"trial": 0, "fit_on": "train+val", "test_openings": 1}
+    per_seed = [
+        {"seed": n, "correct": 90 + n, "total": 100, "accuracy": (90 + n) / 100, "weights": "0"} for n in range(seeds)
+    ]
+    return summary(per_seed) | {"trial": 0, "fit_on": "train+val", "test_openings": 1} | NOT_COMPARED
 
 
 # -- one object ----------------------------------------------------------------------------------------------------
@@ -392,7 +394,7 @@ def test_the_ladder_gives_every_depth_its_rate_and_names_the_frozen_ones() -> No
         assert frozen in plot.caption
 
 
-def test_an_old_study_says_what_it_has_not_recorded(study: Study, store: Store, tmp_path: Path) -> None:
+def test_what_is_not_recorded_is_said(study: Study, store: Store, tmp_path: Path) -> None:
     run_analytic(study, store, 3)
     store.set_attribute("final", final_result())
     _, page = page_of(store, tmp_path)
@@ -543,7 +545,7 @@ def test_the_page_is_about_the_trial_that_was_tested(study: Study, store: Store,
 
 def test_the_same_numbers_are_in_the_overview(study: Study, store: Store) -> None:
     run_analytic(study, store, 3)
-    store.set_attribute("predictions", record_of([0, 1], [[0, 0]], [[0.9, 0.8]]))
+    store.set_attribute("predictions", record_of([0, 1], [[0, 0]], [[0.9, 0.8]], ["rose", "tulip"]))
     assert overview("tiny", store, MLFLOW)["test"] is None  # no test result is shown before the final one is recorded
     store.set_attribute("final", final_result())
     assert overview("tiny", store, MLFLOW)["test"]["per_class"][0]["accuracy"] == 0

@@ -29,7 +29,7 @@ from harness.results import Completed, Diverged, Failed, Pruned
 from harness.search import Pruner, Sampler, asha, gp, grid, no_pruning, tpe
 from harness.space import Choice, Float
 from harness.storage import Store
-from tests.analytic import Died, accuracy, epoch_result, evaluate, fail_trial, run_analytic
+from tests.analytic import NOT_COMPARED, Died, accuracy, epoch_result, evaluate, fail_trial, run_analytic
 from tests.conftest import PROJECT, make_study
 
 TRIALS = 25
@@ -391,15 +391,15 @@ def test_another_base_is_refused_and_its_fields_are_named(tmp_path: Path) -> Non
     assert "base_lr" not in str(caught.value)
 
 
-def test_a_study_from_before_there_was_compiling_goes_on_unless_it_is_asked_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [None, 2])
+def test_a_study_in_another_format_is_refused(kept: int | None, tmp_path: Path) -> None:
     url = url_of(tmp_path / "tiny.db")
     with open_store(searching(), url) as store:
-        old = {path: value for path, value in store.attribute("definition").items() if path != "engine.compile"}
-        store.set_attribute("definition", old)
-    with open_store(searching().with_settings(["engine.compile=auto"]), url):
+        store.set_attribute("format", kept)
+    words = rf"written by another version of the harness \(format {kept or 0}, this one reads 1\); open it with that"
+    with pytest.raises(InputError, match=words), open_store(searching(), url):
         pass
-    asked = searching().with_settings(["engine.compile=on"])
-    with pytest.raises(InputError, match=r"engine\.compile"), open_store(asked, url):
+    with pytest.raises(InputError, match=words), read_store("tiny", url):
         pass
 
 
@@ -763,7 +763,11 @@ def test_tell_writes_the_epochs_before_the_state(tmp_path: Path) -> None:
         assert not any(f"'{name}'" in each for each in statements[state:]), name
 
 
-FINAL = summary([{"seed": 0, "correct": 1, "total": 2, "accuracy": 0.5}]) | {"fit_on": "train", "test_openings": 1}
+FINAL = (
+    summary([{"seed": 0, "correct": 1, "total": 2, "accuracy": 0.5, "weights": "0"}])
+    | {"fit_on": "train", "test_openings": 1}
+    | NOT_COMPARED
+)
 
 
 def test_the_final_result_belongs_to_one_trial(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from harness.final import summary
 from harness.opening import open_store, read_store
 from harness.results import Completed
 from harness.workers import of_use, surroundings
-from tests.analytic import epoch_result
+from tests.analytic import NOT_COMPARED, epoch_result
 from tests.conftest import PROJECT
 from tests.forked import Process
 from tests.patience import PATIENCE_SECONDS
@@ -374,7 +374,9 @@ def test_workers_that_would_have_nothing_to_do_are_not_started(image_cache: Path
         for _ in range(2):
             store.tell(store.ask(two), Completed(value=0.5), [epoch_result(1, 0.3), epoch_result(2, 0.5)], 1.0)
         seeds = [{"seed": 0, "correct": 5, "total": 8, "accuracy": 0.625, "loss": 1.0, "weights": "", "epochs": []}]
-        store.set_attribute("final", summary(seeds) | {"trial": 0, "fit_on": "train", "test_openings": 1})
+        store.set_attribute(
+            "final", summary(seeds) | {"trial": 0, "fit_on": "train", "test_openings": 1} | NOT_COMPARED
+        )
         assert of_use(8, nine, store, False) == 7
         assert of_use(8, two, store, False) == 1
         assert of_use(8, two, store, True) == 4, "the test set is opened again"
