@@ -98,6 +98,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--workers",
         metavar="N",
         type=_whole(1, MOST_WORKERS),
+        default=0,
         help="processes that train side by side, each with a GPU of its own or its share of the cores (default: 1; "
         "with --engine ray one for each GPU of the cluster, without GPUs one for each node)",
     )

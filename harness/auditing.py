@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Generator
@@ -21,6 +20,7 @@ from harness.environment import environment
 from harness.errors import DONE, InputError
 from harness.experiment import assemble, decide_runtime
 from harness.mlflow_places import attached, tracker_at, uri_of
+from harness.options import RunOptions
 from harness.reproduce import Compared, explanation
 from harness.results import EpochResult
 from harness.running import keep_imports
@@ -29,13 +29,13 @@ from harness.storage import Store, TrialRecord
 from harness.trainer import fit
 
 
-def audit_study(args: argparse.Namespace) -> int:
+def audit_study(options: RunOptions, fraction: float, seed: int) -> int:
     """Audit a study, or go on with it; returns the exit code. Raises InputError for what a user can mend."""
-    found = catalogue.find(args.study)
-    study = found.study.located(found.home, args.data_root, args.device)
-    url = found.url(args.storage)
-    if args.tracking_uri:
-        tracker_at(args.tracking_uri)  # a URI that is none is named before anything is trained
+    found = catalogue.find(options.study)
+    study = found.study.located(found.home, options.data_root, options.device)
+    url = found.url(options.storage)
+    if options.tracking_uri:
+        tracker_at(options.tracking_uri)  # a URI that is none is named before anything is trained
     with opening.read_store(study.name, url) as store:
         study = opening.as_begun(study, store)
         check_ended(study, store)
@@ -44,7 +44,7 @@ def audit_study(args: argparse.Namespace) -> int:
             return DONE
         runtime = decide_runtime(study.train, store.attribute("runtime"))
         content = None
-        if missing(store, args.fraction, args.seed):
+        if missing(store, fraction, seed):
             content = {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
         opening.as_begun(study, store, content)
     if (risk := mounts.warning(sqlite_file(url))) is not None:
@@ -52,13 +52,13 @@ def audit_study(args: argparse.Namespace) -> int:
     keep_imports()
     with opening.open_store(study, url, content) as store:
         checkpoints = found.beside(url, ".checkpoints")
-        with closing(train(study, store, runtime, checkpoints, args.fraction, args.seed)) as lines:
+        with closing(train(study, store, runtime, checkpoints, fraction, seed)) as lines:
             for line in lines:
                 store.check_file()
                 print(line, flush=True)
         store.check_file()
         print("\n".join(audit.audit_sentences(store.attribute("audit"))))
-        _write_report(study, store, found, args.tracking_uri)
+        _write_report(study, store, found, options.tracking_uri)
     return DONE
 
 

@@ -87,9 +87,10 @@ def _with_command(arguments: Sequence[str], program: str) -> list[str]:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from harness.options import RunOptions
     from harness.running import run
 
-    return run(args)
+    return run(RunOptions.of(args))
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -191,8 +192,9 @@ def _audit(args: argparse.Namespace) -> int:
 
     def work() -> int:
         from harness.auditing import audit_study
+        from harness.options import RunOptions
 
-        return audit_study(args)
+        return audit_study(RunOptions.of(args), args.fraction, args.seed)
 
     return resumable(work)
 

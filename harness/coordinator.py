@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.environment import environment, versions
 from harness.errors import DONE, FAILED, InputError, masked
+from harness.options import RunOptions
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ START = "start"  # the key of what one coordinator at a time does at its start
 
 
 def run_study(
-    args: argparse.Namespace, found: Found, study: Study, store: Store, tracker: MLflowTracker, console: Any
+    options: RunOptions, found: Found, study: Study, store: Store, tracker: MLflowTracker, console: Any
 ) -> int:
     """Run what the study lacks, to its published end; returns the exit code."""
     from harness.display import Display
@@ -41,16 +41,16 @@ def run_study(
     from harness.study import run as events_of
     from harness.workers import of_use
 
-    runtime = _begin(args, study, store, tracker)
-    here = args.engine == "processes"
-    workers_of_use = of_use(args.workers, study, store, bool(args.reopen_test)) if here else args.workers
-    _say_what_begins(args, workers_of_use, study, store, runtime, console)
+    runtime = _begin(options, study, store, tracker)
+    here = options.engine == "processes"
+    workers_of_use = of_use(options.workers, study, store, bool(options.reopen_test)) if here else options.workers
+    _say_what_begins(options, workers_of_use, study, store, runtime, console)
     model, checkpoints = (found.beside(store.url, suffix) for suffix in (".model", ".checkpoints"))
     failure = None
     with (
-        _workers(args, workers_of_use, found, study, store, tracker, runtime, console) as workers,
-        Display(study, store, console, workers.at_once if workers else 1, bool(args.reopen_test)) as display,
-        closing(events_of(study, store, runtime, model, checkpoints, args.reopen_test, workers)) as events,
+        _workers(options, workers_of_use, found, study, store, tracker, runtime, console) as workers,
+        Display(study, store, console, workers.at_once if workers else 1, bool(options.reopen_test)) as display,
+        closing(events_of(study, store, runtime, model, checkpoints, options.reopen_test, workers)) as events,
     ):
         try:
             for event in events:
@@ -62,7 +62,7 @@ def run_study(
     return _end(found, study, store, tracker, console, failure)
 
 
-def _begin(args: argparse.Namespace, study: Study, store: Store, tracker: MLflowTracker) -> Runtime:
+def _begin(options: RunOptions, study: Study, store: Store, tracker: MLflowTracker) -> Runtime:
     """What must be settled before the first trial: how it is computed, and that MLflow has the study's run."""
     from harness import tracking
     from harness.experiment import decide_runtime
@@ -77,7 +77,7 @@ def _begin(args: argparse.Namespace, study: Study, store: Store, tracker: MLflow
         store.set_attribute("runtime", runtime.to_dict())
         store.set_attribute("published", None)  # until this start has told MLflow everything
         store.set_attribute("depths", {by: study.train.backbone.depths(by) for by in ("block", "layer")})
-        if args.engine == "processes" and args.workers == 1 and store.finished() < study.trials:
+        if options.engine == "processes" and options.workers == 1 and store.finished() < study.trials:
             _name_changes(store, runtime.device)  # workers' shares of the cores are the same from run to run
         keep_features(study.train, runtime, with_validation=study.final.fit_on == "train+val")
         tracker.start(study, store, tracking.facts(study, runtime.to_dict(), environment(runtime.device)))
@@ -100,15 +100,15 @@ def _check_versions(store: Store) -> None:
 
 
 def _say_what_begins(
-    args: argparse.Namespace, of_use: int, study: Study, store: Store, runtime: Runtime, console: Any
+    options: RunOptions, of_use: int, study: Study, store: Store, runtime: Runtime, console: Any
 ) -> None:
     from harness import overview
     from harness.data.tensors import SPLITS, items_of
     from harness.study import wanted
 
-    workers = f", {args.workers} workers" if args.workers > 1 else ""
-    if of_use < args.workers:
-        workers = f", {of_use} of {args.workers} workers, for the others there is nothing to do"
+    workers = f", {options.workers} workers" if options.workers > 1 else ""
+    if of_use < options.workers:
+        workers = f", {of_use} of {options.workers} workers, for the others there is nothing to do"
     data = study.train.data
     images = "/".join(f"{len(items_of(data, split)):,}" for split in SPLITS)
     console.print(
@@ -181,7 +181,7 @@ def _failed(failure: Exception) -> int:
 
 @contextmanager
 def _workers(
-    args: argparse.Namespace,
+    options: RunOptions,
     of_use: int,
     found: Found,
     study: Study,
@@ -191,17 +191,17 @@ def _workers(
     console: Any,
 ) -> Iterator[Workers | None]:
     """Who trains for this process; None when it does so itself, or nothing is left to train."""
-    here = args.engine == "processes"
-    if (here and args.workers == 1) or (store.finished() >= study.trials and store.is_settled()):
+    here = options.engine == "processes"
+    if (here and options.workers == 1) or (store.finished() >= study.trials and store.is_settled()):
         yield None
         return
     from harness.worker import Order
 
     order = Order(
         file=found.file,
-        settings=tuple(args.set),
-        data_root=args.data_root,
-        device=args.device,
+        settings=options.set,
+        data_root=options.data_root,
+        device=options.device,
         trials=study.trials,
         url=store.url,
         checkpoints=found.beside(store.url, ".checkpoints"),
@@ -209,14 +209,14 @@ def _workers(
     if here:
         from harness.workers import Pool, surroundings
 
-        environments = surroundings(args.workers, args.workers_per_gpu, runtime.device.type)
+        environments = surroundings(options.workers, options.workers_per_gpu, runtime.device.type)
         with Pool(order, environments[:of_use], tracker.show) as pool:
             yield pool
         return
     from harness.ray_cluster import in_words, needs
     from harness.ray_workers import RayWorkers
 
-    asked = needs(args.workers, args.workers_per_gpu, runtime.device.type)
+    asked = needs(options.workers, options.workers_per_gpu, runtime.device.type)
     text = f"Asking Ray for {asked.workers} worker{'s' if asked.workers > 1 else ''}"
     console.print(f"{text}, {in_words(asked)} each; that takes some seconds.", highlight=False, soft_wrap=True)
     with ExitStack() as kept:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gc
 import json
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from harness import interrupt
 from harness.errors import FAILED, INTERRUPTED, Halt, InputError, is_utf8, masked, no_room
 from harness.files import sqlite_path, sqlite_url
+from harness.options import RunOptions
 
 if TYPE_CHECKING:
     from harness.catalogue import Found
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from harness.storage import Store
 
 
-def run(args: argparse.Namespace) -> int:
+def run(options: RunOptions) -> int:
     """Run or resume a study; returns the exit code. Raises InputError for what a user can mend."""
-    return resumable(lambda: _run(args))
+    return resumable(lambda: _run(options))
 
 
 def resumable(command: Callable[[], int]) -> int:
@@ -94,61 +94,61 @@ def _share_cores() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(options: RunOptions) -> int:
     from harness import catalogue, database, mounts, opening, overview, ray_cluster
     from harness import space as spaces
     from harness.coordinator import ended
     from harness.mlflow_places import uri_of
 
-    if args.ray_address is not None and args.engine != "ray":
+    if options.ray_address is not None and options.engine != "ray":
         raise InputError("--ray-address names a cluster for --engine ray; give that, too, or leave it out.")
-    if args.engine == "ray":  # a finished study needs no cluster, but what is typed makes sense
-        ray_cluster.check_address(args.ray_address)
-    found = catalogue.find(args.study)
-    study = found.study.with_settings(args.set).located(found.home, args.data_root, args.device)
-    if args.trials is not None:
-        study = dataclasses.replace(study, trials=args.trials)
+    if options.engine == "ray":  # a finished study needs no cluster, but what is typed makes sense
+        ray_cluster.check_address(options.ray_address)
+    found = catalogue.find(options.study)
+    study = found.study.with_settings(options.set).located(found.home, options.data_root, options.device)
+    if options.trials is not None:
+        study = dataclasses.replace(study, trials=options.trials)
     for path, value in spaces.leaves(study.train):
         if not is_utf8(json.dumps(value, ensure_ascii=False, default=str)):
             raise InputError(f"{path} is {value}, which is no UTF-8 and cannot be recorded; rename it.")
-    url = found.url(args.storage)
+    url = found.url(options.storage)
     database.check_database(url)
     database.check_writable(database.sqlite_file(url))
     if (risk := mounts.warning(database.sqlite_file(url))) is not None:
         print(f"Warning: {risk}", file=sys.stderr)
-    if args.fresh:
+    if options.fresh:
         opening.check_movable(url)
         _check_nobody_at_work(study, url)
-    begun, model = not args.fresh and opening.exists(study.name, url), found.beside(url, ".model")
+    begun, model = not options.fresh and opening.exists(study.name, url), found.beside(url, ".model")
     if begun:
         # Without --data-root nothing says that the images are others; to look would take longer than the answer.
-        content = _prepare(study) if args.data_root else None
+        content = _prepare(study) if options.data_root else None
         opening.compare(study, url, content)
         with opening.open_store(study, url, content) as store:
             opening.check_folder(model, url, store.attribute("uid"))
-            if args.reopen_test:
+            if options.reopen_test:
                 _check_reopening(study, store)
             saved = _is_saved(study, store, model)
-            if store.is_complete(study) and saved and not args.reopen_test:
-                _look_at_mlflow(args, found, study, store)
+            if store.is_complete(study) and saved and not options.reopen_test:
+                _look_at_mlflow(options, found, study, store)
                 print(f"Nothing is missing: {store.finished()} trials are finished (asked for: {study.trials}).")
-                print(overview.summary(study.name, store, uri_of(args.tracking_uri, found.mlruns)))
+                print(overview.summary(study.name, store, uri_of(options.tracking_uri, found.mlruns)))
                 return ended(store)
     else:
-        if args.reopen_test:
+        if options.reopen_test:
             raise InputError("--reopen-test: no test result of this study is known yet; leave it out.")
         opening.check_folder(model, url, opening.uid_of(study.name, url))
-    return _run_what_is_missing(args, found, study, url, begun)
+    return _run_what_is_missing(options, found, study, url, begun)
 
 
-def _look_at_mlflow(args: argparse.Namespace, found: Found, study: Study, store: Store) -> None:
+def _look_at_mlflow(options: RunOptions, found: Found, study: Study, store: Store) -> None:
     """Write a finished study to a local MLflow whose files were deleted; one that was moved is told where it is."""
     from harness.mlflow_files import ARTIFACTS, lacking, move_in
     from harness.mlflow_places import tracker_for, uri_of
     from harness.opening import is_registered, published
     from harness.tracking import expected_runs
 
-    file, model = sqlite_path(uri_of(args.tracking_uri, found.mlruns)), found.beside(store.url, ".model")
+    file, model = sqlite_path(uri_of(options.tracking_uri, found.mlruns)), found.beside(store.url, ".model")
     if file is None:  # a server's files are the server's; `doctor` asks it
         return
     if file.is_file():
@@ -165,7 +165,7 @@ def _look_at_mlflow(args: argparse.Namespace, found: Found, study: Study, store:
         from harness.display import StudyConsole
 
         print(f"{lack} What is missing is written again.", file=sys.stderr)
-        write_again(found, study, store, tracker_for(args.tracking_uri, found.mlruns), StudyConsole())
+        write_again(found, study, store, tracker_for(options.tracking_uri, found.mlruns), StudyConsole())
 
 
 def _check_nobody_at_work(study: Study, url: str) -> None:
@@ -221,7 +221,7 @@ def _check_reopening(study: Study, store: Store) -> None:
         )
 
 
-def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, url: str, begun: bool) -> int:
+def _run_what_is_missing(options: RunOptions, found: Found, study: Study, url: str, begun: bool) -> int:
     from harness import opening, overview
     from harness.coordinator import run_study
     from harness.data.tensors import remarks
@@ -234,20 +234,20 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
     console = StudyConsole()
     rehearse(study)
     device = find_device(study.train.engine.device)
-    _check_workers(args, study.train.engine.device, device.type)
-    if not args.tracking_uri:
+    options = _with_workers(options, study.train.engine.device, device.type)
+    if not options.tracking_uri:
         check_writable(found.mlruns)
     study.train.data.samples("train")
     for image_size in study.image_sizes():
         study.train.backbone.check(image_size)
     with console.status("Looking at the images (the first time they are decoded and cached) …"):
         content = _prepare(study)
-    tracker = tracker_for(args.tracking_uri, found.mlruns)
+    tracker = tracker_for(options.tracking_uri, found.mlruns)
     if not begun:  # one that has begun goes on without MLflow, too
         tracker.check(study.name)
     for line in remarks(study.train.data):
         print(line, file=sys.stderr)
-    if args.fresh:
+    if options.fresh:
         folders = (found.beside(url, suffix) for suffix in (".model", ".checkpoints", ".report"))
         moved = opening.move_aside(study.name, url, *folders)
         if moved is not None:
@@ -259,7 +259,7 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
             store.set_attribute("command", _lasting_command())
             store.set_attribute("file", found.file.name)
             keep_imports()
-            return run_study(args, found, study, store, tracker, console)
+            return run_study(options, found, study, store, tracker, console)
         except KeyboardInterrupt:
             tracker.interrupt()
             finished, asked = store.finished(), wanted(study, store)
@@ -273,28 +273,32 @@ def _run_what_is_missing(args: argparse.Namespace, found: Found, study: Study, u
             raise
 
 
-def _check_workers(args: argparse.Namespace, named: str, device: str) -> None:
-    """Settle how many there are to be. Raises InputError when there is no room for them on the `device` named so."""
-    if named.startswith("cuda:") and (args.engine == "ray" or (args.workers or 1) > 1):
+def _with_workers(options: RunOptions, named: str, device: str) -> RunOptions:
+    """The options with as many workers as there are to be.
+
+    Raises InputError when there is no room for them on the `device` named so.
+    """
+    if named.startswith("cuda:") and (options.engine == "ray" or (options.workers or 1) > 1):
         raise InputError(
             f"--device {named} names one GPU, and workers get one each; give --device cuda, and choose among several "
             "with CUDA_VISIBLE_DEVICES."
         )
-    if device != "cuda" and args.workers_per_gpu > 1:
+    if device != "cuda" and options.workers_per_gpu > 1:
         raise InputError(
-            f"--workers-per-gpu {args.workers_per_gpu} lets workers share a GPU, and this study is computed on "
+            f"--workers-per-gpu {options.workers_per_gpu} lets workers share a GPU, and this study is computed on "
             f"{device}; leave it out, --workers alone says how many there are."
         )
-    if args.engine == "ray":
+    if options.engine == "ray":
         from harness import ray_cluster
 
-        ray_cluster.connect(args.ray_address)
-        args.workers = ray_cluster.needs(args.workers, args.workers_per_gpu, device).workers
+        ray_cluster.connect(options.ray_address)
+        count = ray_cluster.needs(options.workers or None, options.workers_per_gpu, device).workers
     else:
         from harness.workers import surroundings
 
-        args.workers = args.workers or 1
-        surroundings(args.workers, args.workers_per_gpu, device)
+        count = options.workers or 1
+        surroundings(count, options.workers_per_gpu, device)
+    return dataclasses.replace(options, workers=count)
 
 
 def _prepare(study: Study) -> dict[str, str]:

@@ -17,7 +17,19 @@ HARNESS = PROJECT / "harness"
 # Lowest first; `config` stands on `errors` and `space`.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("processes",),
-    ("errors", "results", "seeds", "space", "config", "interrupt", "environment", "outbox", "files", "mlflow_library"),
+    (
+        "errors",
+        "results",
+        "seeds",
+        "space",
+        "config",
+        "interrupt",
+        "environment",
+        "outbox",
+        "files",
+        "mlflow_library",
+        "options",
+    ),
     ("ledger", "packing", "evidence", "cost", "audit", "predictions", "thumbnails"),
     ("history", "extrapolation"),
     (
