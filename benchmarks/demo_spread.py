@@ -44,7 +44,7 @@ def main() -> None:
     prepare(study.train.data)
     runtime = decide_runtime(study.train, None)
     with tempfile.TemporaryDirectory() as place, open_store(study, f"sqlite:///{Path(place) / 'spread.db'}") as store:
-        for _ in search(study, store, runtime):
+        for _ in search(study, store, runtime, Path(place)):
             pass
         base, *trials = store.trials()
     print(describe())

@@ -54,8 +54,8 @@ def run_study(
     ):
         try:
             for event in events:
-                store.check_file()
                 tracker.show(event)
+                store.check_file()
                 display.show(event)
         except TooManyFailures as error:
             failure = error

@@ -44,7 +44,10 @@ class Runtime:
 
     @staticmethod
     def from_dict(kept: Mapping[str, Any], device: torch.device) -> Runtime:
-        """What `to_dict` gave, on a device of the same type."""
+        """What `to_dict` gave, on a device of the same type. Raises InputError for something else."""
+        if lacking := [name for name in ("precision", "channels_last", "compile") if name not in kept]:
+            named = f"The study's 'runtime' does not say its {', '.join(lacking)}"
+            raise InputError(f"{named}; take the storage from a copy.")
         return Runtime(
             device=device,
             bf16=kept["precision"] == "bf16",

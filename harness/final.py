@@ -100,7 +100,7 @@ def _make_again(place: Place, chosen: TrialRecord, folder: Path) -> Iterator[Eve
     store = place.store
     print(f"The model in {folder} is missing: its seed is trained again, the test set stays closed.", file=sys.stderr)
     tested = store.attribute("final")["per_seed"][0]
-    environments = tested["environments"]
+    environments = tested.get("environments") or []  # not known of a result that was mended from the ledger
     # Not logged: what MLflow shows of this seed is the training that was tested.
     seed = Retraining(place, "final", chosen, 0, logged=False)
     with threads_of(environments):
@@ -111,7 +111,7 @@ def _make_again(place: Place, chosen: TrialRecord, folder: Path) -> Iterator[Eve
         record_files(store, folder, WEIGHTS, DESCRIPTION)
     else:
         forget_files(store, WEIGHTS, DESCRIPTION)  # the tested ones are welcome, too, if somebody has a copy
-        differing = differences(environments[-1], seed.environments[-1])
+        differing = differences(environments[-1], seed.environments[-1]) if environments else ""
         print(
             f"The model in {folder} was trained again, and its weights are not those that were tested"
             f"{f' ({differing})' if differing else ''}; its test result is theirs. To have the same bits, copy "
@@ -262,7 +262,7 @@ def selection(store: Store) -> dict[str, Any] | None:
     lasts = [trial.epochs[-1].val for trial in store.trials() if trial.state == "complete" and trial.epochs]
     known = [(val.hits, val.total) for val in lasts if val is not None and val.hits is not None]
     if len(known) < len(lasts) or len({total for _, total in known}) != 1:
-        return None  # trials from before hits were kept, or on different images
+        return None  # on different images
     found = selection_excess(numpy.stack([unpack_bits(hits, total) for hits, total in known]))
     return None if found is None else found.to_dict()
 

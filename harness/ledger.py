@@ -82,9 +82,18 @@ def lacking(final: Any) -> list[str]:
     wrong = [name for name, kind in FINAL.items() if not isinstance(final.get(name, ()), kind)]
     if "per_seed" not in wrong and not (seeds and all(_is_seed(each) for each in seeds)):
         wrong.append("per_seed")
+    base = final.get("base")
+    if base is not None and "base" not in wrong and not _is_result(base):
+        wrong.append("base")
     if "interval" not in wrong and [isinstance(end, float | int) for end in final["interval"]] != [True, True]:
         wrong.append("interval")
     return wrong
+
+
+def _is_result(record: Mapping[str, Any]) -> bool:
+    kinds = {"trial": int, "correct": int, "total": int, "accuracy": float | int, "per_seed": list}
+    seeds = record.get("per_seed")
+    return all(isinstance(record.get(name), kind) for name, kind in kinds.items()) and all(map(_is_seed, seeds or [0]))
 
 
 def _is_seed(record: Any) -> bool:

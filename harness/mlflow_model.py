@@ -97,7 +97,7 @@ def candidate(name: str, store: Store, saved: SavedModel) -> Candidate:
 
 
 def trial_accuracy(saved: SavedModel) -> float:
-    """The validation accuracy of the trial that chose the model's configuration; older models name it less clearly."""
+    """The validation accuracy of the trial whose configuration the model has."""
     accuracy: float = saved.description["trial_validation_accuracy"]
     return accuracy
 

@@ -172,7 +172,8 @@ class MLflowTracker(StudyClient):
                     if event.kind != "trial" or result.is_finite():
                         run.epoch(result)
             case EpochEnded(key=str(key)):
-                self._shown[key].epoch(event.result)
+                if key in self._shown:  # else its start was lost, as the study was stopped; `synchronise` adds it all
+                    self._shown[key].epoch(event.result)
             case TrialEnded():
                 run = self._shown[event.key] if event.key in self._shown else self._run_of(event, event.key)
                 if isinstance(event.outcome, Failed):

@@ -112,12 +112,14 @@ def _results(store: Store, final: Mapping[str, Any]) -> str:
 
 def _row(name: str, result: Mapping[str, Any]) -> list[str]:
     counts = f"{result['correct']:,}", f"{result['total']:,}"
-    return [name, *counts, percent(result["accuracy"]), percent(result["balanced_accuracy"])]
+    return [name, *counts, percent(result["accuracy"]), percent(result.get("balanced_accuracy"))]
 
 
-def _calibration(store: Store) -> str:
-    """How far confidence is to be believed, in the words of the report."""
+def _calibration(store: Store) -> str | None:
+    """How far confidence is to be believed, in the words of the report; None where none is kept."""
     kept = store.attribute("predictions")
+    if kept is None:
+        return None
     return (
         f"{calibration_sentence(described(kept))} That is how far the highest probability is from how often such "
         "answers are right."
@@ -167,7 +169,9 @@ def _protocol(store: Store, trial: TrialRecord, final: Mapping[str, Any]) -> str
 
 def _trained(final: Mapping[str, Any]) -> str:
     text = f"It was trained again on {final['fit_on']} from {_count(len(final['per_seed']), 'seed')}"
-    epochs = final["per_seed"][0]["epochs"]
+    epochs = final["per_seed"][0].get("epochs")  # not known of a result that was mended from the ledger
+    if not epochs:
+        return f"{text}."
     return f"{text}, on {epochs[-1]['train']['total']:,} images for {_count(len(epochs), 'epoch')} each."
 
 
@@ -191,10 +195,12 @@ def _limits(store: Store, description: Mapping[str, Any], final: Mapping[str, An
 
 
 def _worst_classes(store: Store, description: Mapping[str, Any]) -> list[str]:
-    """The classes that the saved model finds least often; none when it finds all."""
+    """The classes that the saved model finds least often; none when it finds all, or no predictions are kept."""
     import numpy
 
     kept = store.attribute("predictions")
+    if kept is None:
+        return []
     labels = unpack(kept["labels"], "uint16")
     hits = unpack(kept["seeds"][0]["predicted"], "uint16") == labels
     found = {int(label): hits[labels == label] for label in numpy.unique(labels)}

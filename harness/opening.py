@@ -95,8 +95,11 @@ def _begun(
 
 
 @contextmanager
-def read_store(name: str, url: str) -> Iterator[Store]:
-    """Open a study to look at it; it may be running. Raises InputError when there is none."""
+def read_store(name: str, url: str, any_format: bool = False) -> Iterator[Store]:
+    """Open a study to look at it; it may be running. Raises InputError when there is none, or another format's.
+
+    Of `any_format` the name, the uid and who is at work can be known.
+    """
     file = sqlite_file(url)
     if file is not None and not file.is_file():
         raise InputError(f"Study {name!r} has no results yet ({file} does not exist); run it with --study {name}.")
@@ -118,7 +121,8 @@ def read_store(name: str, url: str) -> Iterator[Store]:
         except KeyError as error:
             raise unknown from error
         store = Store(url, optuna_study, as_of_now=True, engine=storage.engine)
-        check_format(name, store)
+        if not any_format:
+            check_format(name, store)
         yield store
     finally:
         dispose(storage)
@@ -152,7 +156,7 @@ def begun_by(name: str, url: str) -> str | None:
     Of one that no command has run it is the file that is called as the study is.
     """
     try:
-        with read_store(name, url) as store:
+        with read_store(name, url, any_format=True) as store:
             return store.attribute("file") or f"{name}.py"
     except InputError:  # there is no such study, and whoever wants it says so
         return None
@@ -358,6 +362,7 @@ DESCRIBED = {
     "configuration": dict,
     "fit_on": str,
     "trial": int,
+    "trial_validation_accuracy": float | int,
     "test": dict,
 }
 
@@ -371,6 +376,8 @@ def read_description(path: Path) -> dict[str, Any]:
     if not isinstance(description, dict):
         raise Damaged(f"{path} is damaged (it is no JSON object)")
     lacking = [name for name, kind in DESCRIBED.items() if not isinstance(description.get(name), kind)]
+    if not lacking and description["fit_on"] not in ("train", "train+val"):
+        lacking = ["fit_on"]
     if lacking:
         raise Damaged(f"{path} is damaged (it does not say the model's {', '.join(lacking)})")
     return description
@@ -386,7 +393,10 @@ def is_untested(folder: Path) -> bool:
 
     MLflow is not given it: it has the tested one, or may still get it from the machine where that lies.
     """
-    return has_model(folder) and not is_tested(read_description(folder / DESCRIPTION))
+    try:
+        return has_model(folder) and not is_tested(read_description(folder / DESCRIPTION))
+    except Damaged:  # it is named elsewhere, and made again
+        return False
 
 
 def check_folder(folder: Path, url: str, uid: str | None) -> None:
@@ -395,10 +405,11 @@ def check_folder(folder: Path, url: str, uid: str | None) -> None:
     Studies of one name in several databases have their folders in one place.
     """
     try:
-        owner = read_description(folder / DESCRIPTION)["study_uid"]
-    except Damaged:
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return
-    if owner != uid:
+    owner = description.get("study_uid") if isinstance(description, dict) else None
+    if owner not in (None, uid):
         other = "give this study another name" if sqlite_file(url) is None else "give another --storage"
         raise InputError(f"{folder} holds the model of another study than {url}; move that folder away, or {other}.")
 
@@ -407,7 +418,7 @@ def uid_of(name: str, url: str) -> str | None:
     """The uid of a study, None when it has not begun. Raises InputError when the storage cannot be opened."""
     if not exists(name, url):
         return None
-    with read_store(name, url) as store:
+    with read_store(name, url, any_format=True) as store:
         return store.attribute("uid")
 
 
@@ -427,6 +438,6 @@ def is_registered(study: Study, store: Store, model: Path) -> bool:
 def _is_whole(store: Store, model: Path) -> bool:
     """Whether there is the model that was tested; one that is damaged is named elsewhere."""
     try:
-        return store.has_final() and has_model(model) and not is_untested(model)
+        return store.has_final() and has_model(model) and is_tested(read_description(model / DESCRIPTION))
     except Damaged:
         return False

@@ -177,7 +177,7 @@ def _check_nobody_at_work(study: Study, url: str) -> None:
     if file is not None and database.holder(file) is not None:
         return  # the command itself is, and named when its study would be moved
     if opening.exists(study.name, url):
-        with opening.read_store(study.name, url) as store:
+        with opening.read_store(study.name, url, any_format=True) as store:
             others = sorted(map(in_words, set(store.at_work().values())))
         if others:
             raise InputError(

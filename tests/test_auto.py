@@ -20,6 +20,7 @@ from harness import auto
 from harness.auto import Work, pays, resolve
 from harness.config import EngineConfig, Study
 from harness.engine import Runtime
+from harness.errors import InputError
 from harness.experiment import assemble, decide_runtime
 from harness.models.maxvit import MaxViTT, TinyMaxViT
 from harness.models.stochastic_depth import StochasticDepth
@@ -215,6 +216,9 @@ def test_what_was_decided_is_kept(deep: Study, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(auto, "resolve", lambda *args: pytest.fail("decided anew"))
     kept = PLAIN.to_dict()
     assert decide_runtime(deep.train, kept, trials=1) == PLAIN
+    del kept["compile"]
+    with pytest.raises(InputError, match="'runtime' does not say its compile; take the storage from a copy"):
+        decide_runtime(deep.train, kept, trials=1)
 
 
 @pytest.mark.slow

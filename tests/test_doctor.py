@@ -50,6 +50,7 @@ DESCRIPTION: dict[str, Any] = {
     "configuration": {},
     "fit_on": "train+val",
     "trial": 0,
+    "trial_validation_accuracy": 0.6,
     "test": {},
 }
 SEED = "final-seed-0-of-trial-0"

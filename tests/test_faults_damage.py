@@ -204,6 +204,7 @@ def test_a_whole_checkpoint_of_another_training_is_refused(
     ("attribute", "change", "words"),
     [
         ("final", {"per_seed": None}, "the study's 'final' does not say its per_seed; take the storage from a copy."),
+        ("final", {"base": {"trial": 0}}, "the study's 'final' does not say its base;"),
         ("final", {"interval": [0.1]}, "the study's 'final' does not say its interval;"),
         ("predictions", {"classes": ["rose"]}, "The study's 'predictions' are damaged (32 labels of 1 classes"),
         ("predictions", {"labels": "AAA"}, "The study's 'predictions' are damaged ("),
@@ -227,3 +228,15 @@ def test_an_attribute_of_another_shape_is_named(
         assert (code, words in said.err) == (2, True)
     else:
         assert (code, words in said.out) == (1, True)
+
+
+@pytest.mark.slow
+def test_a_study_in_another_format_is_left_alone_and_can_be_moved_aside(line: CommandLine) -> None:
+    assert line.run("--trials", "1").code == 0
+    with read_store("tiny", f"sqlite:///{line.place}/studies/tiny.db") as store:
+        store.set_attribute("format", None)
+    refused = line.run("--trials", "2")
+    assert (refused.code, one_sentence(refused.err)) == (2, True)
+    assert "start anew with --fresh" in refused.err
+    assert line.run("--trials", "1", "--fresh").code == 0
+    assert len(list((line.place / "studies").glob("tiny.2*.db"))) == 1

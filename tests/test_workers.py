@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import os
@@ -14,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from mlflow import MlflowClient
@@ -24,6 +23,7 @@ from harness.config import FinalConfig
 from harness.errors import InputError
 from harness.final import summary
 from harness.opening import open_store, read_store
+from harness.options import RunOptions
 from harness.results import Completed
 from harness.workers import of_use, surroundings
 from tests.analytic import NOT_COMPARED, epoch_result
@@ -393,16 +393,16 @@ def test_the_cores_are_divided_among_the_workers(monkeypatch: pytest.MonkeyPatch
 
 
 def test_workers_do_not_share_a_gpu_that_is_named() -> None:
-    two = argparse.Namespace(engine="processes", workers=2, workers_per_gpu=1)
+    two = RunOptions(workers=2)
     with pytest.raises(InputError, match=r"--device cuda:1 names one GPU.*CUDA_VISIBLE_DEVICES"):
-        running._check_workers(two, "cuda:1", "cuda")
+        running._with_workers(two, "cuda:1", "cuda")
 
 
 @pytest.mark.parametrize("engine", ["processes", "ray"])
-def test_workers_cannot_share_a_gpu_where_there_is_none(engine: str) -> None:
-    four = argparse.Namespace(engine=engine, workers=4, workers_per_gpu=2, ray_address="nowhere:1")
+def test_workers_cannot_share_a_gpu_where_there_is_none(engine: Literal["processes", "ray"]) -> None:
+    four = RunOptions(engine=engine, workers=4, workers_per_gpu=2, ray_address="nowhere:1")
     with pytest.raises(InputError, match=r"--workers-per-gpu 2 .* computed on cpu; leave it out"):
-        running._check_workers(four, "auto", "cpu")
+        running._with_workers(four, "auto", "cpu")
 
 
 def test_each_worker_has_a_gpu_of_its_own_unless_they_are_to_share(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,7 @@ class TrackerContract:
                 metrics={"test_accuracy": 0.5},
             )
         )
+        tracker.show(replace(ended, key=trial_key(9)))  # its start was never shown, and is not known
         tracker.show(replace(again, key=None))  # not to be logged
         tracker.show(replace(ended, key=None))
         (tmp_path / "report").mkdir()
