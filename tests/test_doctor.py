@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from harness import catalogue
-from harness.checkpoint import fingerprint, identity_of, read_tensors, write_tensors
+from harness.checkpoint import fingerprint, identity_of, write_tensors
 from harness.cli import main
 from harness.data.tensors import prepare
 from harness.doctor import UNFINISHED
@@ -630,17 +630,6 @@ def test_another_or_a_damaged_model_is_named_and_waits_for_a_run(place: Path, do
     code, lines = doctor()
     assert code == 1
     assert "holds no model" in lines[0]
-
-
-@slow
-def test_the_model_of_a_study_that_kept_no_fingerprint_is_believed(place: Path, doctor: Doctor) -> None:
-    """Studies that were finished before fingerprints were kept."""
-    with read_store("tiny", f"sqlite:///{place}/studies/tiny.db") as store:
-        final = store.attribute("final")
-        del final["per_seed"][0]["weights"]
-        store.set_attribute("final", final)
-    assert doctor()[0] == 0
-    assert read_tensors(place / "studies" / "tiny.model" / "model.safetensors")[0].keys() == WEIGHTS.keys()
 
 
 @slow

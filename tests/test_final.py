@@ -25,7 +25,6 @@ from harness.errors import Halt, InputError
 from harness.evidence import compare
 from harness.final import final_run
 from harness.leases import LeaseLost
-from harness.model_card import card
 from harness.opening import open_store
 from harness.overview import conclusion, final_sentence, overview, summary
 from harness.packing import unpack
@@ -483,25 +482,6 @@ def test_with_one_seed_nothing_is_claimed_and_why_is_said(study: Study, image_ca
         assert said.startswith("No configuration is shown to be better than another: with one seed of the base,")
         assert "final.seeds of 2 or more" in said
         assert said in html.unescape(write_report("tiny", store, "nowhere", tmp_path).read_text())
-
-
-@pytest.mark.slow
-def test_a_finished_study_with_one_seed_of_the_base_is_shown(study: Study, store: Store, tmp_path: Path) -> None:
-    """As studies were stored when the base was trained once, and the two compared by McNemar's test."""
-    finished_with_a_base(study, store, tmp_path)
-    found = store.attribute("final")
-    del found["comparison"]
-    found["base"] = found["base"]["per_seed"][0] | {"trial": 0}
-    found["mcnemar"] = {"only_first": 3, "only_second": 1, "p": 0.6}
-    store.set_attribute("final", found)
-    assert "with one seed of the base" in conclusion(store)
-    page = html.unescape(write_report("tiny", store, "nowhere", tmp_path).read_text())
-    assert "base, trial 0, seed 0" in page
-    assert overview("tiny", store, "nowhere")["final"]["base"]["per_seed"][0]["seed"] == 0
-    assert [each.key for each in expected_runs(study, store) if each.tags["harness.kind"] == "base"] == [
-        "base-seed-0-of-trial-0"
-    ]
-    assert "base configuration, 0 |" in card("tiny", "", store, description(tmp_path), None)
 
 
 def description(folder: Path) -> dict[str, Any]:
