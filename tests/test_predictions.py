@@ -15,7 +15,7 @@ from harness.predictions import calibration_sentence, confusions, described, fro
 NAMES = ["rose", "tulip", "daisy"]
 
 
-def record_of(labels: Any, predicted: Any, confidence: Any, classes: list[str] | None = None) -> dict[str, Any]:
+def record_of(labels: Any, predicted: Any, confidence: Any, classes: list[str]) -> dict[str, Any]:
     """The storage's attribute, of labels [N] and of predictions and confidences [S, N]."""
     seeds = [
         {
@@ -25,8 +25,7 @@ def record_of(labels: Any, predicted: Any, confidence: Any, classes: list[str] |
         }
         for number, (row, sure) in enumerate(zip(predicted, confidence, strict=True))
     ]
-    record = {"labels": pack(np.array(labels, dtype="uint16")), "seeds": seeds, "base": None}
-    return record if classes is None else record | {"classes": classes}
+    return {"classes": classes, "labels": pack(np.array(labels, dtype="uint16")), "seeds": seeds, "base": None}
 
 
 #                   rose rose tulip tulip daisy
@@ -90,7 +89,8 @@ def records(draw: st.DrawFn) -> dict[str, Any]:
     row = st.lists(label, min_size=images, max_size=images)
     sure = st.lists(st.floats(0.0, 1.0, width=32), min_size=images, max_size=images)
     rows = draw(st.lists(st.tuples(row, sure), min_size=seeds, max_size=seeds))
-    return record_of(draw(row), [each for each, _ in rows], [each for _, each in rows])
+    names = [f"class {number}" for number in range(classes)]
+    return record_of(draw(row), [each for each, _ in rows], [each for _, each in rows], names)
 
 
 @pytest.mark.slow
