@@ -147,5 +147,5 @@ def test_a_worker_with_other_versions_is_refused(tmp_path: Path, image_cache: Pa
     order = order_in(tmp_path, url)
     with open_store(study, url) as store:
         store.set_attribute("versions", {"python": "3.11.0", "optuna": "4.0"})
-        with pytest.raises(InputError, match=r"optuna was 4\.0, is .* here"), opened(order, None):  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=r"optuna was 4\.0, is .* here"), opened(order):
             pass
