@@ -1,8 +1,9 @@
 """Samplers and pruners on recorded learning curves, asked as a study asks them: `python -m benchmarks.search_replay`
 
-The curves are data beside the checkout (../shared/replay; its README says what they are). One worker; the cost is in
-epochs, and the budget that of 50 full trainings. Regret = (best - value) / (best - median) over the final values of
-1,500 random configurations (TaskSet: of all 1,000); only complete trials count. Trial 0 is a random configuration.
+The curves are data beside the checkout (../shared/replay; its README says what they are), and our own, once they are
+recorded. One worker; the cost is in epochs, and the budget that of 50 full trainings, on our own curves of 20. Regret =
+(best - value) / (best - median) over the final values of 1,500 random configurations (of a table: of all), at most 1;
+only complete trials count. Trial 0 is a random configuration.
 """
 
 from __future__ import annotations

@@ -175,12 +175,12 @@ class MLflowTracker(StudyClient):
                 if key in self._shown:  # else its start was lost, as the study was stopped; `synchronise` adds it all
                     self._shown[key].epoch(event.result)
             case TrialEnded():
-                run = self._shown[event.key] if event.key in self._shown else self._run_of(event, event.key)
+                run = self._shown.pop(event.key) if event.key in self._shown else self._run_of(event, event.key)
                 if isinstance(event.outcome, Failed):
                     run.text(event.outcome.traceback, TRACEBACK)
                 run.end(event.outcome.state)
             case RetrainingEnded():
-                run = self._shown[event.key] if event.key in self._shown else self._run_of(event, event.key)
+                run = self._shown.pop(event.key) if event.key in self._shown else self._run_of(event, event.key)
                 for result in event.epochs:
                     run.epoch(result)
                 if event.metrics:
