@@ -121,7 +121,9 @@ class Contest:
             seconds = timed([*command, "--data-root", str(self._photographs)], out)
             with read_store(model, f"sqlite:///{out}/studies/{model}.db") as store:
                 values = [trial.value or 0.0 for trial in store.trials()]
-                self.accuracies["harness"] = values, store.attribute("final")["accuracy"]
+                final = store.final()
+                assert final is not None
+                self.accuracies["harness"] = values, final.accuracy
         return seconds
 
     def _peer(self, name: str) -> float:

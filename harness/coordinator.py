@@ -243,7 +243,7 @@ def _describe_model(study: Study, store: Store, folder: Path, console: Any) -> S
             model, program = saved, PROGRAM
         except InputError as error:  # a backbone that torch cannot export; the result is none the worse
             print(f"{error} It is kept as weights, and not registered in MLflow.", file=sys.stderr)
-            store.set_attribute("registered", store.attribute("final")["trial"])
+            store.set_attribute("registered", saved.description["trial"])
     write_card(study.name, study.train.data, store, folder, program)
     record_files(store, folder, CARD, PROGRAM)
     return model

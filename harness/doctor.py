@@ -205,7 +205,7 @@ def _images(cache: Path) -> Iterator[Finding]:
 
 
 def _model(store: Store, folder: Path) -> Iterator[Finding]:
-    final = store.attribute("final")
+    final = store.final()
     if final is None or not store.has_final():
         return
     try:
@@ -223,7 +223,7 @@ def _model(store: Store, folder: Path) -> Iterator[Finding]:
             yield Finding(text, partial(_give_up, store, folder / name))
         else:
             yield Finding(f"{fault}; {AGAIN}", partial((folder / name).unlink, missing_ok=True))
-    weights, known = folder / WEIGHTS, final["per_seed"][0]["weights"]
+    weights, known = folder / WEIGHTS, final.per_seed[0].weights
     if WEIGHTS in dict(wrong) or is_recorded(store, folder, WEIGHTS):
         return
     there = fingerprint(read_tensors(weights)[0])

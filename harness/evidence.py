@@ -7,10 +7,12 @@ something is computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
+
+from harness.final_result import Comparison, Selection
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,24 +42,6 @@ def balanced_accuracy(labels: NDArray[Any], predicted: NDArray[Any]) -> float:
     import numpy
 
     return float(numpy.mean([(predicted[labels == label] == label).mean() for label in numpy.unique(labels)]))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """How far one configuration's accuracy is above another's, as shares; with one seed each, only the difference.
-
-    `low` and `high` are the ends of the 95 % interval, `p` is two-sided.
-    """
-
-    difference: float
-    low: float | None
-    high: float | None
-    p: float | None
-    seeds: int
-    images: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def compare(first: NDArray[Any], second: NDArray[Any]) -> Comparison:
@@ -90,32 +74,13 @@ def compare(first: NDArray[Any], second: NDArray[Any]) -> Comparison:
     return Comparison(difference=difference, low=low, high=high, p=p, seeds=seeds, images=images)
 
 
-def comparison_sentence(found: Mapping[str, Any]) -> str:
+def comparison_sentence(found: Comparison) -> str:
     """The difference of two configurations' accuracies, with its interval, and what it was measured on; a clause."""
-    difference, low, high = (f"{100 * found[name]:+.2f}" for name in ("difference", "low", "high"))
+    difference, low, high = (f"{100 * each:+.2f}" for each in (found.difference, found.low or 0.0, found.high or 0.0))
     return (
         f"the test accuracy of the best less that of the base is {difference} points (95 % interval {low} to {high}, "
-        f"p = {found['p']:.2g}), over {found['seeds']} seeds of each and {found['images']:,} test images"
+        f"p = {found.p:.2g}), over {found.seeds} seeds of each and {found.images:,} test images"
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Selection:
-    """What choosing the best of several scores on the same images adds to the chosen one's score, as shares.
-
-    `excess` is the expected difference between the winner's score and its score on new images, given how far the
-    candidates lie apart; `excess_if_equal` is what it would be if all were equally good; `p_equal` is how often equally
-    good candidates would have put their best as far above their mean as it is.
-    """
-
-    candidates: int
-    images: int
-    excess: float
-    excess_if_equal: float
-    p_equal: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def selection_excess(hits: NDArray[Any], seed: int = 0, resamples: int = RESAMPLES) -> Selection | None:

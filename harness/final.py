@@ -10,7 +10,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from harness.environment import git_commit
 from harness.evidence import balanced_accuracy, compare, selection_excess, wilson
 from harness.experiment import evaluation_of
 from harness.files import replace_file
+from harness.final_result import FinalResult
 from harness.opening import (
     CHECK_FILE,
     DESCRIPTION,
@@ -72,7 +73,7 @@ def final_run(place: Place, folder: Path, reason: str | None = None) -> Iterator
     if store.has_final():
         if is_recorded(store, folder, WEIGHTS):  # only what says what they are is lost, and the storage knows it
             weights = sha256_of(read_tensors(folder / WEIGHTS)[0])
-            write_description(store, folder, study.config(chosen.params), chosen, store.attribute("final"), weights)
+            write_description(store, folder, study.config(chosen.params), chosen, _result(store), weights)
             record_files(store, folder, DESCRIPTION)
         else:
             yield from _make_again(place, chosen, folder)
@@ -99,15 +100,16 @@ def _make_again(place: Place, chosen: TrialRecord, folder: Path) -> Iterator[Eve
     """
     store = place.store
     print(f"The model in {folder} is missing: its seed is trained again, the test set stays closed.", file=sys.stderr)
-    tested = store.attribute("final")["per_seed"][0]
-    environments = tested.get("environments") or []  # not known of a result that was mended from the ledger
+    final = _result(store)
+    tested = final.per_seed[0]
+    environments = tested.environments
     # Not logged: what MLflow shows of this seed is the training that was tested.
     seed = Retraining(place, "final", chosen, 0, logged=False)
     with threads_of(environments):
         yield from seed.train()
         training = seed.trained()
-    save_model(store, folder, training, chosen, store.attribute("final"))
-    if tested["weights"] == sha256_of(training.model.state_dict()):
+    save_model(store, folder, training, chosen, final)
+    if tested.weights == sha256_of(training.model.state_dict()):
         record_files(store, folder, WEIGHTS, DESCRIPTION)
     else:
         forget_files(store, WEIGHTS, DESCRIPTION)  # the tested ones are welcome, too, if somebody has a copy
@@ -119,6 +121,12 @@ def _make_again(place: Place, chosen: TrialRecord, folder: Path) -> Iterator[Eve
             file=sys.stderr,
         )
     yield from seed.end()
+
+
+def _result(store: Store) -> FinalResult:
+    final = store.final()
+    assert final is not None
+    return final
 
 
 def _base_seeds(place: Place, chosen: TrialRecord) -> list[Retraining]:
@@ -136,8 +144,8 @@ def _repair(place: Place, chosen: TrialRecord) -> None:
     For the trial that is chosen the opening goes on, and gives the whole of it.
     """
     store, lines = place.store, ledger.results(place.store.ledger())
-    known = store.attribute("final")
-    if not lines or lines[-1]["trial"] == chosen.number or (known or {}).get("ledger") == lines[-1]["hash"]:
+    known = store.final()
+    if not lines or lines[-1]["trial"] == chosen.number or (known is not None and known.ledger == lines[-1]["hash"]):
         return
     seeds = [seed | {"accuracy": seed["correct"] / seed["total"]} for seed in lines[-1]["seeds"]]
     about = {"trial": lines[-1]["trial"], "fit_on": place.study.final.fit_on, "ledger": lines[-1]["hash"]}
@@ -178,7 +186,7 @@ def _open_test_set(
     }
     if base and len(test_of_base) == len(test):  # a space may change the data set itself
         best, other = (numpy.stack([each.hits for each in found]) for found in (results, against))
-        final["comparison"] = compare(best, other).to_dict()
+        final["comparison"] = asdict(compare(best, other))
     predictions = {
         "classes": list(saved.classes),
         "labels": pack(test.labels.numpy().astype("uint16")),
@@ -190,12 +198,12 @@ def _open_test_set(
         "thumbnails": thumbnails(test.images, pictured(predictions)),
         "duplicates": _duplicates(seeds[0].config.data, test),
     }
-    lines = _with_result(store, final)
+    lines = _with_result(store, FinalResult.of(final))
     final["ledger"] = lines[-1]["hash"]
     # What can fail comes first, and then, all at once, the ledger's line and what it is about.
     store.check_lead()
     keep_check_images(folder, test)
-    save_model(store, folder, saved, chosen, final)
+    save_model(store, folder, saved, chosen, FinalResult.of(final))
     record_files(store, folder, WEIGHTS, DESCRIPTION, CHECK_FILE)
     store.set_as_leader({"ledger": lines, "final": final, **kept})
     # Nobody sees a test result before it is recorded.
@@ -213,10 +221,9 @@ def _write_opening(store: Store, chosen: TrialRecord, configuration: str, reason
         store.add_to_ledger(_now() | entry)
 
 
-def _with_result(store: Store, final: Mapping[str, Any]) -> list[ledger.Line]:
+def _with_result(store: Store, final: FinalResult) -> list[ledger.Line]:
     """The ledger with the result's line, once; it is not written yet."""
-    each = [{key: seed[key] for key in ("seed", "correct", "total", "weights")} for seed in final["per_seed"]]
-    entry = {"event": ledger.RESULT, "trial": final["trial"], "seeds": each}
+    entry = {"event": ledger.RESULT, "trial": final.trial, "seeds": ledger.seeds_of(final)}
     lines = store.ledger()
     if {key: lines[-1].get(key) for key in entry} == entry:
         return lines
@@ -264,7 +271,7 @@ def selection(store: Store) -> dict[str, Any] | None:
     if len(known) < len(lasts) or len({total for _, total in known}) != 1:
         return None  # on different images
     found = selection_excess(numpy.stack([unpack_bits(hits, total) for hits, total in known]))
-    return None if found is None else found.to_dict()
+    return None if found is None else asdict(found)
 
 
 def summary(per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -295,7 +302,7 @@ def keep_check_images(folder: Path, test: ImageSet) -> None:
     write_tensors(folder / CHECK_FILE, {"images": images}, {"split": "test"})
 
 
-def save_model(store: Store, folder: Path, training: Training, chosen: TrialRecord, final: Mapping[str, Any]) -> None:
+def save_model(store: Store, folder: Path, training: Training, chosen: TrialRecord, final: FinalResult) -> None:
     """Write model.safetensors and model.json."""
     weights = training.model.state_dict()
     write_tensors(folder / WEIGHTS, weights, {"trial": chosen.number, "seed": 0})
@@ -303,16 +310,16 @@ def save_model(store: Store, folder: Path, training: Training, chosen: TrialReco
 
 
 def write_description(
-    store: Store, folder: Path, config: TrainConfig, chosen: TrialRecord, final: Mapping[str, Any], weights: str
+    store: Store, folder: Path, config: TrainConfig, chosen: TrialRecord, final: FinalResult, weights: str
 ) -> None:
     """Write model.json: classes, preprocessing, configuration and test result, and whether that is these weights' own.
 
     `weights` is the sha256 of those beside it.
     """
-    size, tested = config.data.image_size, final["per_seed"][0]["weights"]
+    size, tested = config.data.image_size, final.per_seed[0]
     description = {
         "study_uid": store.attribute("uid"),
-        "weights": {"sha256": weights, "tested": weights == tested},
+        "weights": {"sha256": weights, "tested": weights == tested.weights},
         "classes": config.data.classes(),
         "preprocessing": {
             "resize_short_side": size,
@@ -322,9 +329,9 @@ def write_description(
             "std": STD,
         },
         "configuration": {path: label(value) for path, value in leaves(config, identity_only=True)},
-        "fit_on": final["fit_on"],
+        "fit_on": final.fit_on,
         "trial": chosen.number,
         "trial_validation_accuracy": chosen.value,  # not this model's, which may have trained on these images
-        "test": {key: final["per_seed"][0][key] for key in ("seed", "correct", "total", "accuracy")},
+        "test": {key: getattr(tested, key) for key in ("seed", "correct", "total", "accuracy")},
     }
     replace_file(folder / DESCRIPTION, json.dumps(description, indent=2, ensure_ascii=False).encode())

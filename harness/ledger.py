@@ -8,27 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harness.final_result import FinalResult
 
 OPENED, RESULT = "opened", "result"
 Line = dict[str, Any]
-# What every final result says.
-FINAL: dict[str, Any] = {
-    "trial": int,
-    "correct": int,
-    "total": int,
-    "accuracy": float | int,
-    "interval": list,
-    "spread": float | int | None,
-    "fit_on": str,
-    "test_openings": int,
-    "per_seed": list,
-    "base": dict | None,
-    "balanced_accuracy": float | int | None,
-    "comparison": dict | None,
-    "selection": dict | None,
-}
 
 
 def appended(lines: Sequence[Line], uid: str, entry: Line) -> list[Line]:
@@ -56,49 +43,26 @@ def fault(lines: Any, uid: str, known: str | None = None) -> str | None:
     return None
 
 
-def difference(lines: Sequence[Line], final: Mapping[str, Any]) -> str | None:
+def difference(lines: Sequence[Line], final: FinalResult) -> str | None:
     """How a final result differs from its line, in words; None when it does not, or has none.
 
     Counts and weights of the seeds are in the line, and what is shown must follow from them.
     """
-    line = next((line for line in lines if line["hash"] == final.get("ledger")), None)
+    line = next((line for line in lines if line["hash"] == final.ledger), None)
     if line is None:
         return None
     if line["event"] != RESULT:
         return f"the final result names line {line['line']} of the test ledger, which is none of a result"
-    seeds = [{key: seed.get(key) for key in ("seed", "correct", "total", "weights")} for seed in final["per_seed"]]
     correct, total = (sum(seed[key] for seed in line["seeds"]) for key in ("correct", "total"))
-    shown = final["correct"], final["total"], final["accuracy"], final["trial"]
-    if seeds == line["seeds"] and shown == (correct, total, correct / total, line["trial"]):
+    shown = final.correct, final.total, final.accuracy, final.trial
+    if seeds_of(final) == line["seeds"] and shown == (correct, total, correct / total, line["trial"]):
         return None
     return f"the final result is not the one that line {line['line']} of the test ledger says"
 
 
-def lacking(final: Any) -> list[str]:
-    """What of a final result is missing or of another kind, by name, of that which every one says."""
-    if not isinstance(final, dict):
-        return [*FINAL]
-    seeds = final.get("per_seed")
-    wrong = [name for name, kind in FINAL.items() if not isinstance(final.get(name, ()), kind)]
-    if "per_seed" not in wrong and not (seeds and all(_is_seed(each) for each in seeds)):
-        wrong.append("per_seed")
-    base = final.get("base")
-    if base is not None and "base" not in wrong and not _is_result(base):
-        wrong.append("base")
-    if "interval" not in wrong and [isinstance(end, float | int) for end in final["interval"]] != [True, True]:
-        wrong.append("interval")
-    return wrong
-
-
-def _is_result(record: Mapping[str, Any]) -> bool:
-    kinds = {"trial": int, "correct": int, "total": int, "accuracy": float | int, "per_seed": list}
-    seeds = record.get("per_seed")
-    return all(isinstance(record.get(name), kind) for name, kind in kinds.items()) and all(map(_is_seed, seeds or [0]))
-
-
-def _is_seed(record: Any) -> bool:
-    kinds = {"seed": int, "correct": int, "total": int, "accuracy": float | int, "weights": str}
-    return isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in kinds.items())
+def seeds_of(final: FinalResult) -> list[dict[str, Any]]:
+    """What the line of a result says of its seeds."""
+    return [{key: getattr(seed, key) for key in ("seed", "correct", "total", "weights")} for seed in final.per_seed]
 
 
 def readable(lines: Any) -> list[Line]:

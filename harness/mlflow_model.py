@@ -92,7 +92,7 @@ def candidate(name: str, store: Store, saved: SavedModel) -> Candidate:
         SCORE: repr(trial_accuracy(saved)),
         IMAGES: fingerprint,
     }
-    text = final_sentence(store.attribute("final"))
+    text = final_sentence(store.final())
     return Candidate(name=name, saved=saved, images=images, tags=tags, text=text)
 
 

@@ -22,6 +22,7 @@ from harness.predictions import calibration_sentence, described
 
 if TYPE_CHECKING:
     from harness.config import Dataset
+    from harness.final_result import FinalResult, SeedResult
     from harness.storage import Store, TrialRecord
 
 CARD = "README.md"
@@ -47,8 +48,9 @@ def write_card(name: str, data: Dataset, store: Store, folder: Path, program: st
 
 def card(name: str, licence: str, store: Store, description: Mapping[str, Any], program: str | None) -> str:
     """The card in Markdown; `description` is what model.json says."""
-    final = store.attribute("final")
-    trial = next(each for each in store.trials() if each.number == final["trial"])
+    final = store.final()
+    assert final is not None
+    trial = next(each for each in store.trials() if each.number == final.trial)
     sections = {
         f"Model of study {name}": _what(description, final),
         "Use": _use(description, program),
@@ -61,11 +63,11 @@ def card(name: str, licence: str, store: Store, description: Mapping[str, Any], 
     return "\n".join([f"# {first}", *(f"## {each}" for each in rest)])
 
 
-def _what(description: Mapping[str, Any], final: Mapping[str, Any]) -> str:
+def _what(description: Mapping[str, Any], final: FinalResult) -> str:
     backbone, size = description["configuration"]["backbone.type"], description["preprocessing"]["centre_crop"]
     return (
         f"It tells {len(description['classes'])} classes apart in images of {size} x {size} pixels. Backbone: "
-        f"{backbone}; weights: those of seed {description['test']['seed']} of {len(final['per_seed'])}, fixed before "
+        f"{backbone}; weights: those of seed {description['test']['seed']} of {len(final.per_seed)}, fixed before "
         "the test set was opened. The weights are in `model.safetensors`; classes, preprocessing and the whole "
         f"configuration are in `model.json`.{'' if is_tested(description) else RETRAINED}"
     )
@@ -101,18 +103,18 @@ def _use(description: Mapping[str, Any], program: str | None) -> str:
     return f"{block}\n\n{preprocessing}\n\n{kept}"
 
 
-def _results(store: Store, final: Mapping[str, Any]) -> str:
-    rows = [_row(str(each["seed"]), each) for each in final["per_seed"]]
-    if (base := final["base"]) is not None:
-        rows += [_row(f"base configuration, {each['seed']}", each) for each in base["per_seed"]]
+def _results(store: Store, final: FinalResult) -> str:
+    rows = [_row(str(each.seed), each) for each in final.per_seed]
+    if (base := final.base) is not None:
+        rows += [_row(f"base configuration, {each.seed}", each) for each in base.per_seed]
     head = ["seed", "correct", "test images", "accuracy", "balanced over the classes"]
-    remarks = [final_sentence(dict(final)), _table(head, rows), conclusion(store), selection_sentence(dict(final))]
+    remarks = [final_sentence(final), _table(head, rows), conclusion(store), selection_sentence(final)]
     return "\n\n".join(filter(None, [*remarks, _calibration(store)]))
 
 
-def _row(name: str, result: Mapping[str, Any]) -> list[str]:
-    counts = f"{result['correct']:,}", f"{result['total']:,}"
-    return [name, *counts, percent(result["accuracy"]), percent(result.get("balanced_accuracy"))]
+def _row(name: str, result: SeedResult) -> list[str]:
+    counts = f"{result.correct:,}", f"{result.total:,}"
+    return [name, *counts, percent(result.accuracy), percent(result.balanced_accuracy)]
 
 
 def _calibration(store: Store) -> str | None:
@@ -126,13 +128,11 @@ def _calibration(store: Store) -> str | None:
     )
 
 
-def _data(
-    store: Store, trial: TrialRecord, final: Mapping[str, Any], description: Mapping[str, Any], licence: str
-) -> str:
+def _data(store: Store, trial: TrialRecord, final: FinalResult, description: Mapping[str, Any], licence: str) -> str:
     last = trial.epochs[-1]
     counts = [f"{last.train.total:,} to train on"]
     counts += [] if last.val is None else [f"{last.val.total:,} to validate on"]
-    counts += [f"{final['per_seed'][0]['total']:,} to test on"]
+    counts += [f"{final.images:,} to test on"]
     text = f"{description['configuration']['data.type']}: {', '.join(counts)}. {licence}"
     found = store.attribute("duplicates")
     if found is not None:
@@ -150,7 +150,7 @@ def _duplicates(found: Mapping[str, Any]) -> str:
     )
 
 
-def _protocol(store: Store, trial: TrialRecord, final: Mapping[str, Any]) -> str:
+def _protocol(store: Store, trial: TrialRecord, final: FinalResult) -> str:
     second, estimates = store.attribute("rerank"), (store.choice() or {}).get("estimates")
     among = " by the lower bound of its estimate from all of them" if estimates else ""
     if second is not None:
@@ -167,9 +167,9 @@ def _protocol(store: Store, trial: TrialRecord, final: Mapping[str, Any]) -> str
     return "\n".join(f"- {line}" for line in lines) + "\n\n" + _table(["searched field", "chosen value"], rows)
 
 
-def _trained(final: Mapping[str, Any]) -> str:
-    text = f"It was trained again on {final['fit_on']} from {_count(len(final['per_seed']), 'seed')}"
-    epochs = final["per_seed"][0].get("epochs")  # not known of a result that was mended from the ledger
+def _trained(final: FinalResult) -> str:
+    text = f"It was trained again on {final.fit_on} from {_count(len(final.per_seed), 'seed')}"
+    epochs = final.per_seed[0].epochs  # not known of a result that was mended from the ledger
     if not epochs:
         return f"{text}."
     return f"{text}, on {epochs[-1]['train']['total']:,} images for {_count(len(epochs), 'epoch')} each."
@@ -180,7 +180,7 @@ def _opening(line: Mapping[str, Any]) -> str:
     return f"The test set was opened for trial {line['trial']} on {line['time'][:10]}.{reason}"
 
 
-def _limits(store: Store, description: Mapping[str, Any], final: Mapping[str, Any]) -> str:
+def _limits(store: Store, description: Mapping[str, Any], final: FinalResult) -> str:
     lines = [
         "It knows its own classes only, and names one of them for any image, whatever that shows.",
         "It was tested on images of the same data set; with other cameras, places, seasons or ways of taking pictures "
@@ -189,8 +189,8 @@ def _limits(store: Store, description: Mapping[str, Any], final: Mapping[str, An
         "does elsewhere.",
         *_worst_classes(store, description),
     ]
-    if final["test_openings"] > 1:
-        lines.append(f"The test set was opened {final['test_openings']} times: the number may flatter a little.")
+    if final.test_openings > 1:
+        lines.append(f"The test set was opened {final.test_openings} times: the number may flatter a little.")
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -432,7 +432,7 @@ def published(store: Store, model: Path) -> list[Path]:
 def is_registered(study: Study, store: Store, model: Path) -> bool:
     """Whether the model was given to MLflow's registry; what cannot be exported is not."""
     wanted = study.final.publish and _is_whole(store, model) and (model / PROGRAM).is_file()
-    return wanted and bool(store.attribute("registered") == store.attribute("final")["trial"])
+    return wanted and bool((final := store.final()) and store.attribute("registered") == final.trial)
 
 
 def _is_whole(store: Store, model: Path) -> bool:

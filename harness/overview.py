@@ -14,7 +14,8 @@ from harness.cost import cost
 from harness.database import holder, sqlite_file
 from harness.errors import masked
 from harness.evidence import ALPHA, comparison_sentence, percent
-from harness.ledger import openings
+from harness.final_result import FinalResult
+from harness.ledger import openings, seeds_of
 from harness.predictions import described
 from harness.storage import Store, TrialRecord
 
@@ -47,35 +48,16 @@ def overview(name: str, store: Store, tracking: str) -> dict[str, Any]:
     }
 
 
-FINAL = (
-    "accuracy",
-    "balanced_accuracy",
-    "correct",
-    "total",
-    "per_seed",
-    "interval",
-    "spread",
-    "trial",
-    "fit_on",
-    "test_openings",
-    "base",
-    "comparison",
-    "selection",
-)
-
-
 def _final(store: Store) -> dict[str, Any] | None:
-    """The final result without the epochs."""
-    final = store.attribute("final")
-    if final is None:
+    """The final result without the epochs and the line of the ledger, which stand elsewhere."""
+    if (final := store.final()) is None:
         return None
-    shown = {key: final[key] for key in FINAL} | _seeds_without_epochs(final)
-    base = final["base"]
-    return shown | {"base": None if base is None else _without_epochs(base) | _seeds_without_epochs(base)}
-
-
-def _seeds_without_epochs(result: Mapping[str, Any]) -> dict[str, Any]:
-    return {"per_seed": [_without_epochs(seed) for seed in result["per_seed"]]}
+    shown = dataclasses.asdict(final)
+    del shown["ledger"]
+    for result in filter(None, (shown, shown["base"])):
+        result["interval"] = list(result["interval"])
+        result["per_seed"] = [_without_epochs(seed) for seed in result["per_seed"]]
+    return shown
 
 
 def _tested(store: Store) -> dict[str, Any] | None:
@@ -98,10 +80,10 @@ def _without_epochs(record: dict[str, Any]) -> dict[str, Any]:
 
 def subject(store: Store) -> TrialRecord | None:
     """The trial that a report is about: the one that was tested; before that the chosen one, or the best so far."""
-    final = store.attribute("final")
+    final = store.final()
     if final is None:
         return store.chosen() or store.best()
-    return next(trial for trial in store.trials() if trial.number == final["trial"])
+    return next(trial for trial in store.trials() if trial.number == final.trial)
 
 
 def counts(store: Store) -> dict[str, int]:
@@ -177,7 +159,7 @@ def in_short(params: Mapping[str, Any], whole_paths: bool = True) -> str:
 
 def _remarks(store: Store) -> list[str]:
     """What belongs to the final result."""
-    final = store.attribute("final")
+    final = store.final()
     chosen = [choice_sentence(store), prospect_sentence(store), rerank_sentence(store.attribute("rerank"))]
     lines = chosen if final is None else [store.why_closed(), conclusion(store), *chosen, selection_sentence(final)]
     return [*filter(None, lines)]
@@ -205,15 +187,14 @@ def digest(store: Store) -> str:
     Trial numbers, parameters, states, values and intermediate values, and each final seed's result and weights. Times
     and places are left out.
     """
-    final = store.attribute("final")
-    seeds = [] if final is None else final["per_seed"]
+    final = store.final()
     content = {
         "trials": [
             [trial.number, trial.params, trial.state, trial.value, list(trial.curve.items())]
             for trial in store.trials()
         ],
-        "final": None if final is None else final["trial"],
-        "seeds": [[seed[key] for key in ("seed", "correct", "total", "weights")] for seed in seeds],
+        "final": None if final is None else final.trial,
+        "seeds": [] if final is None else [list(seed.values()) for seed in seeds_of(final)],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -255,10 +236,10 @@ def conclusion(store: Store) -> str:
 
 def _when(store: Store) -> str | None:
     """When what the final result says was known; None when that is now."""
-    final = store.attribute("final")
-    selection = None if final is None else final["selection"]
-    if selection is not None and selection["candidates"] != store.counts()["complete"]:
-        return f"When the test set was opened, with {selection['candidates']:,} complete trials"
+    final = store.final()
+    selection = None if final is None else final.selection
+    if selection is not None and selection.candidates != store.counts()["complete"]:
+        return f"When the test set was opened, with {selection.candidates:,} complete trials"
     return "When the test set was opened" if store.needs_reason() else None
 
 
@@ -267,23 +248,23 @@ def _compared(store: Store) -> str:
         return "No trial is complete yet."
     if all_equal(store):
         return f"No configuration is better than another: all {store.finished()} trials have the same one."
-    final = store.attribute("final")
+    final = store.final()
     if final is None:
         return "Whether the best configuration is better than the base is not known before the test set is opened."
-    if final["trial"] == 0:
+    if final.trial == 0:
         return "No configuration is shown to be better than another: the base configuration itself was chosen."
-    base, found = final["base"], final["comparison"]
-    if base is not None and len(base["per_seed"]) == 1:
+    base, found = final.base, final.comparison
+    if base is not None and len(base.per_seed) == 1:
         return (
             "No configuration is shown to be better than another: with one seed of the base, how far seeds lie apart "
             "is not known; final.seeds of 2 or more would tell."
         )
-    if found is None or found["p"] is None:
+    if found is None or found.p is None:
         return "The best configuration was not compared with the base configuration on the test set."
-    sentence, p = comparison_sentence(found), found["p"]
-    if p >= ALPHA:
+    sentence = comparison_sentence(found)
+    if found.p >= ALPHA:
         return f"No configuration is shown to be better than another: {sentence}."
-    word = "better" if found["difference"] > 0 else "worse"
+    word = "better" if found.difference > 0 else "worse"
     return f"The best configuration is {word} than the base configuration: {sentence}."
 
 
@@ -332,15 +313,14 @@ def rerank_sentence(record: dict[str, Any] | None) -> str | None:
     return f"On {seeds} fresh seed{'s' if seeds > 1 else ''} each: {listed}; trial {record['chosen']} was chosen."
 
 
-def selection_sentence(final: dict[str, Any] | None) -> str | None:
+def selection_sentence(final: FinalResult) -> str | None:
     """By how much the best validation score flatters, in a sentence; None when that is not known."""
-    found = None if final is None else final.get("selection")
-    if found is None:
+    if (found := final.selection) is None:
         return None
     return (
-        f"The best of the {found['candidates']:,} trials that were complete when the test set was opened looks better "
-        f"on the {found['images']:,} validation images than it is: by {100 * max(found['excess'], 0):.2f} points, as "
-        f"they lie apart, by {100 * found['excess_if_equal']:.2f} points if all were equally good (bootstrap over the "
+        f"The best of the {found.candidates:,} trials that were complete when the test set was opened looks better "
+        f"on the {found.images:,} validation images than it is: by {100 * max(found.excess, 0):.2f} points, as "
+        f"they lie apart, by {100 * found.excess_if_equal:.2f} points if all were equally good (bootstrap over the "
         "images)."
     )
 
@@ -348,33 +328,31 @@ def selection_sentence(final: dict[str, Any] | None) -> str | None:
 def test_sentence(store: Store) -> str:
     """The final result, or what has become of the test set without one, in a sentence or two."""
     opened = openings(store.ledger_lines())
-    if store.attribute("final") is None and opened:
+    final = store.final()
+    if final is None and opened:
         return (
             f"The test set was opened for trial {opened[-1]['trial']}, and no result is recorded yet: the study's "
             "command goes on."
         )
-    if store.attribute("final") is None and (leader := store.leader()) is not None:
+    if final is None and (leader := store.leader()) is not None:
         return f"The final run is under way in {leader}. {final_sentence(None)}"
-    return final_sentence(store.attribute("final"))
+    return final_sentence(final)
 
 
-def final_sentence(final: dict[str, Any] | None) -> str:
+def final_sentence(final: FinalResult | None) -> str:
     """The final result in one sentence, with what it was measured on."""
     if final is None:
         return "The test set has not been opened."
-    low, high = final["interval"]
-    seeds, images = len(final["per_seed"]), final["per_seed"][0]["total"]
-    spread = (
-        "" if final["spread"] is None else f", standard deviation {100 * final['spread']:.2f} points over the seeds"
-    )
-    balanced = final["balanced_accuracy"]
+    low, high = final.interval
+    seeds, images, opened = len(final.per_seed), final.images, final.test_openings
+    spread = "" if final.spread is None else f", standard deviation {100 * final.spread:.2f} points over the seeds"
+    balanced = final.balanced_accuracy
     averaged = "" if balanced is None else f"; balanced over the classes {percent(balanced)}"
-    opened = final["test_openings"]
     times = "once" if opened == 1 else f"{opened} times, so this number is no longer untouched by selection"
     return (
-        f"Test accuracy {percent(final['accuracy'])} ({final['correct']:,} correct of {final['total']:,}: {seeds} seed"
+        f"Test accuracy {percent(final.accuracy)} ({final.correct:,} correct of {final.total:,}: {seeds} seed"
         f"{'s' * (seeds > 1)} on {images:,} test image{'s' * (images > 1)}; 95 % interval {percent(low)} to "
-        f"{percent(high)}{spread}{averaged}), trial {final['trial']} retrained on {final['fit_on']}. "
+        f"{percent(high)}{spread}{averaged}), trial {final.trial} retrained on {final.fit_on}. "
         f"The test set was opened {times}."
     )
 

@@ -206,7 +206,7 @@ def _is_saved(study: Study, store: Store, folder: Path) -> bool:
         return False
     if not study.final.publish or is_untested(folder):
         return True
-    return bool(store.attribute("registered") == store.attribute("final")["trial"])
+    return bool((final := store.final()) and store.attribute("registered") == final.trial)
 
 
 def _check_reopening(study: Study, store: Store) -> None:

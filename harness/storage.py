@@ -22,6 +22,7 @@ from harness.asking import FINISHED, Seen
 from harness.config import Study
 from harness.database import Unreadable, outlast
 from harness.errors import Halt, InputError
+from harness.final_result import FinalResult
 from harness.leases import LeaseLost, Leases
 from harness.ledger import Line
 from harness.opened_file import OpenedFile
@@ -105,7 +106,7 @@ class Store:
 
     @outlasting
     def attribute(self, name: str) -> Any:
-        """A fact about the whole study, or None. Raises InputError when it is no JSON, or no whole final result.
+        """A fact about the whole study, or None. Raises InputError when it is no JSON.
 
         But for the ledger, whose text is then given as it is: its fault is named beside what is else known.
         """
@@ -114,10 +115,15 @@ class Store:
         value = self._attributes.get(name)
         if isinstance(value, Unreadable) and name != "ledger":
             raise InputError(f"In {self.url}, the study's {name!r} is no JSON; take the storage from a copy.")
-        if name == "final" and value is not None and (lacking := ledger.lacking(value)):
-            named = f"the study's 'final' does not say its {', '.join(lacking)}"
-            raise InputError(f"In {self.url}, {named}; take the storage from a copy.")
         return value
+
+    def final(self) -> FinalResult | None:
+        """The final result, None before there is one. Raises InputError when it is not whole."""
+        stored = self.attribute("final")
+        try:
+            return None if stored is None else FinalResult.of(stored)
+        except InputError as error:
+            raise InputError(f"In {self.url}, {error}; take the storage from a copy.") from error
 
     def _all_trials(self) -> list[FrozenTrial]:
         if self._trials is None or not self._as_of_now:
@@ -178,8 +184,8 @@ class Store:
 
     def has_final(self) -> bool:
         """Whether the final result is there and belongs to the chosen trial."""
-        final, chosen = self.attribute("final"), self.chosen()
-        return final is not None and chosen is not None and final["trial"] == chosen.number
+        final, chosen = self.final(), self.chosen()
+        return final is not None and chosen is not None and final.trial == chosen.number
 
     def ledger(self) -> list[Line]:
         """The openings of the test set and their results. Raises InputError when a line is not as it was written."""
@@ -193,16 +199,18 @@ class Store:
 
     def ledger_fault(self) -> str | None:
         """What is wrong with the test ledger, in a sentence; None when nothing is."""
-        final, lines = self.attribute("final") or {}, self.attribute("ledger")
+        final, lines = self.final(), self.attribute("ledger")
         lines = [] if lines is None else lines
-        return ledger.fault(lines, self.attribute("uid") or "", final.get("ledger")) or ledger.difference(lines, final)
+        known = None if final is None else final.ledger
+        fault = ledger.fault(lines, self.attribute("uid") or "", known)
+        return fault if fault is not None or final is None else ledger.difference(lines, final)
 
     def opened_for(self) -> int | None:
         """The trial whose test result was recorded last, by the ledger if there is one; None while none was."""
-        final, found = self.attribute("final"), ledger.results(self.ledger_lines())
+        final, found = self.final(), ledger.results(self.ledger_lines())
         if found:
             return int(found[-1]["trial"])
-        return None if final is None else int(final["trial"])
+        return None if final is None else final.trial
 
     def needs_reason(self) -> bool:
         """Whether a test result is known of another trial than the one that is chosen now.

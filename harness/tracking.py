@@ -16,6 +16,7 @@ from harness.seeds import derive_seed
 
 if TYPE_CHECKING:
     from harness.config import Study, TrainConfig
+    from harness.final_result import SeedResult
     from harness.storage import Store
 
 
@@ -84,28 +85,34 @@ def expected_runs(study: Study, store: Store) -> list[Expected]:
     ]
     return runs + [
         Expected(
-            key=key(trial, each["seed"]),
+            key=key(trial, seed),
             config=study.config(params[trial]),
-            tags=retraining_tags(kind, trial, each["seed"]),
-            epochs=tuple(EpochResult.from_dict(epoch) for epoch in each.get("epochs", [])),
-            metrics={"test_accuracy": each["accuracy"]} | ({"test_loss": each["loss"]} if "loss" in each else {})
-            if kind != "rerank"
-            else {},
+            tags=retraining_tags(kind, trial, seed),
+            epochs=tuple(map(EpochResult.from_dict, epochs)),
+            metrics=metrics,
             state="complete",
             traceback=None,
         )
-        for kind, key, trial, each in _retrainings(store)
+        for kind, key, trial, seed, epochs, metrics in _retrainings(store)
     ]
 
 
-def _retrainings(store: Store) -> Iterator[tuple[Kind, Callable[[int, int], str], int, dict[str, Any]]]:
-    """Kind, key, trial and record of everything that was trained after the search and recorded."""
+_Recorded = tuple[Kind, Callable[[int, int], str], int, int, list[dict[str, Any]], dict[str, float]]
+
+
+def _retrainings(store: Store) -> Iterator[_Recorded]:
+    """Kind, key, trial, seed, epochs and test metrics of everything that was trained after the search and recorded."""
     for number, results in ((store.attribute("rerank") or {}).get("results") or {}).items():
-        yield from (("rerank", rerank_key, int(number), each) for each in results)
-    if (final := store.attribute("final")) is not None:
-        yield from (("final", final_key, final["trial"], each) for each in final["per_seed"])
-        if (base := final["base"]) is not None:
-            yield from (("base", base_key, base["trial"], each) for each in base["per_seed"])
+        yield from (("rerank", rerank_key, int(number), each["seed"], each["epochs"], {}) for each in results)
+    if (final := store.final()) is not None:
+        yield from (("final", final_key, final.trial, *_of_seed(each)) for each in final.per_seed)
+        if (base := final.base) is not None:
+            yield from (("base", base_key, base.trial, *_of_seed(each)) for each in base.per_seed)
+
+
+def _of_seed(each: SeedResult) -> tuple[int, list[dict[str, Any]], dict[str, float]]:
+    metrics = {"test_accuracy": each.accuracy} | ({} if each.loss is None else {"test_loss": each.loss})
+    return each.seed, each.epochs, metrics
 
 
 @dataclass(frozen=True)
@@ -118,9 +125,9 @@ class Finding:
 
 def study_metrics(store: Store) -> dict[str, float]:
     """What the study's own run shows."""
-    final, best = store.attribute("final"), store.best()
+    final, best = store.final(), store.best()
     metrics = {} if best is None or best.value is None else {"best_val_accuracy": best.value}
-    return metrics if final is None else metrics | {"test_accuracy": final["accuracy"]}
+    return metrics if final is None else metrics | {"test_accuracy": final.accuracy}
 
 
 def facts(study: Study, runtime: Mapping[str, Any], environment: Mapping[str, str] = {}) -> dict[str, str]:

@@ -24,6 +24,7 @@ from harness.engine import Runtime
 from harness.errors import Halt, InputError
 from harness.evidence import compare
 from harness.final import final_run
+from harness.final_result import FinalResult
 from harness.leases import LeaseLost
 from harness.opening import open_store
 from harness.overview import conclusion, final_sentence, overview, summary
@@ -338,7 +339,7 @@ def test_a_better_trial_leaves_the_test_set_closed_until_a_reason_is_given(
         ("opened", number, "the first search was too short"),
         ("result", number, None),
     ]
-    assert "opened 2 times, so this number is no longer untouched by selection" in final_sentence(after)
+    assert "opened 2 times, so this number is no longer untouched by selection" in final_sentence(FinalResult.of(after))
 
 
 @pytest.mark.slow
@@ -430,7 +431,7 @@ def test_the_base_configuration_is_trained_the_same_way_and_compared_image_by_im
     )
     assert [each["correct"] for each in found["base"]["per_seed"]] == hits[1].sum(axis=1).tolist()
     assert found["base"]["accuracy"] == pytest.approx(hits[1].mean())
-    assert found["comparison"] == compare(*hits).to_dict()
+    assert found["comparison"] == dataclasses.asdict(compare(*hits))
     said = conclusion(store)
     for text in (
         f"is {100 * found['comparison']['difference']:+.2f} points",

@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.final import summary
+from harness.final_result import FinalResult
 from harness.ledger import Line, appended, difference, fault, openings, readable
+from tests.analytic import NOT_COMPARED
 
 UID = "a study"
 
@@ -79,7 +82,10 @@ def test_another_studys_ledger_is_not_taken() -> None:
 
 def test_a_result_that_names_an_opening_is_found() -> None:
     lines = written(2)
-    assert "which is none of a result" in str(difference(lines, {"ledger": lines[0]["hash"], "per_seed": []}))
+    seeds = [{"seed": 0, "correct": 1, "total": 2, "accuracy": 0.5, "weights": "0"}]
+    about = {"trial": 0, "fit_on": "train", "test_openings": 1, "ledger": lines[0]["hash"]}
+    final = FinalResult.of(summary(seeds) | about | NOT_COMPARED)
+    assert "which is none of a result" in str(difference(lines, final))
 
 
 def test_a_line_that_is_added_by_hand_does_not_fit() -> None:

@@ -22,6 +22,7 @@ from harness.data.garden import Garden
 from harness.data.image_folder import ImageFolder
 from harness.evidence import percent
 from harness.export import logits_of, write_program
+from harness.final_result import FinalResult
 from harness.ledger import appended
 from harness.model_card import CARD, UNKNOWN_LICENCE, _plain, _table, card, write_card
 from harness.opening import PROGRAM, open_store
@@ -63,14 +64,14 @@ def finished(image_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 @pytest.mark.slow
 def test_its_numbers_are_those_of_the_storage(finished: Finished) -> None:
     text, final = finished.card(), finished.store.attribute("final")
-    assert final_sentence(final) in text
+    assert final_sentence(FinalResult.of(final)) in text
     assert conclusion(finished.store) in text
     for each in final["per_seed"]:
         assert f"| {each['seed']} | {each['correct']} | {each['total']} | {percent(each['accuracy'])} |" in text
     shown = overview("tiny", finished.store, "")["test"]
     assert shown["seeds"] == 2
     assert calibration_sentence(shown) in text, "the report's words"
-    if (sentence := selection_sentence(final)) is not None:
+    if (sentence := selection_sentence(FinalResult.of(final))) is not None:
         assert sentence in text
     trial = next(each for each in finished.store.trials() if each.number == final["trial"])
     assert f"trial {trial.number} was chosen, with {percent(trial.value)}" in text

@@ -22,6 +22,7 @@ from harness.audit import Course, audit_sentences, drawing_order, record
 from harness.config import Study
 from harness.evidence import percent
 from harness.final import summary
+from harness.final_result import FinalResult
 from harness.overview import final_sentence, frame, overview, verdict
 from harness.predictions import pictured
 from harness.report import _strip, write_report
@@ -137,7 +138,7 @@ def test_the_verdict_compares_the_best_trial_with_the_base(
 
 def test_the_final_sentence_names_counts_interval_seeds_and_openings() -> None:
     assert final_sentence(None) == "The test set has not been opened."
-    text = final_sentence(final_result())
+    text = final_sentence(FinalResult.of(final_result()))
     for words in (
         "91.00 %",
         "273 correct of 300",
@@ -148,10 +149,10 @@ def test_the_final_sentence_names_counts_interval_seeds_and_openings() -> None:
     ):
         assert words in text
     assert text.endswith("The test set was opened once.")
-    one = final_sentence(final_result(seeds=1))
+    one = final_sentence(FinalResult.of(final_result(seeds=1)))
     assert "1 seed on 100 test images" in one
     assert "deviation" not in one
-    again = final_sentence(final_result() | {"test_openings": 2})
+    again = final_sentence(FinalResult.of(final_result() | {"test_openings": 2}))
     assert "opened 2 times, so this number is no longer untouched" in again
 
 
@@ -407,17 +408,22 @@ def test_what_is_not_recorded_is_said(study: Study, store: Store, tmp_path: Path
         assert words in page.words
 
 
+def with_accuracy(share: float) -> dict[str, Any]:
+    seed = {"seed": 0, "correct": round(100 * share), "total": 100, "accuracy": share, "weights": "0"}
+    return summary([seed]) | {"trial": 0}
+
+
 @pytest.mark.parametrize(
     ("changes", "ends"),
     [
         ({"interval": [0.7, 0.95]}, ("70 %", "100 %")),
-        ({"interval": [0.91, 0.912], "base": {"accuracy": 0.38}}, ("30 %", "100 %")),
-        ({"interval": [1.0, 1.0], "per_seed": [{"accuracy": 1.0}], "accuracy": 1.0}, ("90 %", "100 %")),
-        ({"interval": [0.0, 0.0], "per_seed": [{"accuracy": 0.0}], "accuracy": 0.0}, ("0 %", "10 %")),
+        ({"interval": [0.91, 0.912], "base": with_accuracy(0.38)}, ("30 %", "100 %")),
+        (with_accuracy(1.0) | {"interval": [1.0, 1.0]}, ("90 %", "100 %")),
+        (with_accuracy(0.0) | {"interval": [0.0, 0.0]}, ("0 %", "10 %")),
     ],
 )
 def test_the_line_of_the_number_ends_at_whole_tens(changes: dict[str, Any], ends: tuple[str, str]) -> None:
-    found = _strip(final_result() | {"base": None} | changes)
+    found = _strip(FinalResult.of(final_result() | {"base": None} | changes))
     assert found["ends"] == ends
     assert all(0 <= place <= 100 for place in (found["low"], found["mean"], found["low"] + found["width"]))
 

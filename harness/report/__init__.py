@@ -16,6 +16,7 @@ from harness.audit import audit_sentences
 from harness.cost import cost_sentences, duration
 from harness.evidence import percent
 from harness.files import replace_file
+from harness.final_result import FinalResult
 from harness.overview import (
     all_equal,
     choice_sentence,
@@ -49,21 +50,21 @@ def write_report(name: str, store: Store, tracking: str, folder: Path) -> Path:
 def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
     """Everything that the page's template shows."""
     seen, trials = overview(name, store, tracking), trial_records(store)
-    final, tested, about = seen["final"], seen["test"], subject(store)
+    final, tested, about = store.final(), seen["test"], subject(store)
     return {
         "name": name,
         "seen": seen,
-        "leads": all_equal(store) or (seen["final"] or {}).get("trial") == 0,
-        "headline": _headline(seen),
+        "leads": all_equal(store) or (final is not None and final.trial == 0),
+        "headline": _headline(seen, final),
         "sentence": test_sentence(store),
         "verdict": verdict(store),
         "remarks": [*filter(None, (choice_sentence(store), prospect_sentence(store)))],
         "strip": None if final is None else _strip(final),
-        "facts": _facts(seen),
+        "facts": _facts(seen, final),
         "subject": about,
         "parameters": [] if about is None else _parameters(store, about, trials),
         "commands": _commands(seen, about),
-        "comparison": _comparison(seen, store.why_closed()),
+        "comparison": [] if final is None else _comparison(final, store.why_closed()),
         "search": search_plots(store, trials),
         "tested": tested,
         "test": [] if tested is None else final_plots(store.attribute("predictions"), tested),
@@ -77,20 +78,20 @@ def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
     }
 
 
-def _headline(seen: Mapping[str, Any]) -> tuple[str, str]:
+def _headline(seen: Mapping[str, Any], final: FinalResult | None) -> tuple[str, str]:
     """The number that people come for, and what it is."""
-    if seen["final"] is not None:
-        return percent(seen["final"]["accuracy"]), "test accuracy"
+    if final is not None:
+        return percent(final.accuracy), "test accuracy"
     if seen["best"] is not None:
         return percent(seen["best"]["value"]), "best validation accuracy so far"
     return "–", "no trial is complete yet"
 
 
-def _strip(final: Mapping[str, Any]) -> dict[str, Any]:
+def _strip(final: FinalResult) -> dict[str, Any]:
     """Interval, seeds and base on one line, as shares of its width."""
-    (low, high), base = final["interval"], final["base"]
-    seeds = [seed["accuracy"] for seed in final["per_seed"]]
-    points = [low, high, *seeds, *([] if base is None else [base["accuracy"]])]
+    (low, high), base = final.interval, final.base
+    seeds = [seed.accuracy for seed in final.per_seed]
+    points = [low, high, *seeds, *([] if base is None else [base.accuracy])]
     # From one ten percent to another, so that nobody takes the ends for an interval.
     first = min(math.floor(10 * min(points)), 9)
     last = max(math.ceil(10 * max(points)), first + 1)
@@ -102,17 +103,17 @@ def _strip(final: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "low": place(low),
         "width": round(place(high) - place(low), 2),
-        "mean": place(final["accuracy"]),
+        "mean": place(final.accuracy),
         "seeds": [(place(value), percent(value)) for value in seeds],
-        "base": None if base is None else (place(base["accuracy"]), percent(base["accuracy"])),
+        "base": None if base is None else (place(base.accuracy), percent(base.accuracy)),
         "ends": (f"{10 * first} %", f"{10 * last} %"),
         "interval": (percent(low), percent(high)),
     }
 
 
-def _facts(seen: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _facts(seen: Mapping[str, Any], final: FinalResult | None) -> list[tuple[str, str, str]]:
     """The tiles under the headline: what, how much, and a word on it."""
-    counted, final, tested = seen["trials"], seen["final"], seen["test"]
+    counted, tested = seen["trials"], seen["test"]
     states = ", ".join(f"{number:,} {state}" for state, number in counted.items() if number and state != "complete")
     tiles = [
         ("trials", f"{sum(counted.values()):,}", f"{counted['complete']:,} complete" + (f", {states}" * bool(states)))
@@ -120,13 +121,13 @@ def _facts(seen: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if seen["best"] is not None and final is not None:
         tiles.append(("best validation", percent(seen["best"]["value"]), f"trial {seen['best']['number']}"))
     if final is not None:
-        if final["balanced_accuracy"] is not None:
-            tiles.append(("balanced accuracy", percent(final["balanced_accuracy"]), "every class counts the same"))
-        if final["spread"] is not None:
-            tiles.append(("spread of the seeds", f"{100 * final['spread']:.2f} points", "standard deviation"))
+        if final.balanced_accuracy is not None:
+            tiles.append(("balanced accuracy", percent(final.balanced_accuracy), "every class counts the same"))
+        if final.spread is not None:
+            tiles.append(("spread of the seeds", f"{100 * final.spread:.2f} points", "standard deviation"))
         if tested is not None:
             tiles.append(("calibration error", f"{100 * tested['ece_saved']:.2f} points", "of the saved model, seed 0"))
-        opened = final["test_openings"]
+        opened = final.test_openings
         tiles.append(("test set opened", "once" if opened == 1 else f"{opened} times", "see the ledger"))
     tiles.append(("time of the search", duration(seen["cost"]["seconds"]), f"{seen['cost']['epochs']:,} epochs"))
     return tiles
@@ -159,17 +160,14 @@ def _commands(seen: Mapping[str, Any], about: TrialRecord | None) -> list[tuple[
     return lines
 
 
-def _comparison(seen: Mapping[str, Any], why_closed: str | None) -> list[str]:
+def _comparison(final: FinalResult, why_closed: str | None) -> list[str]:
     """What is known of the best configuration beside the base, and of the best score beside the truth."""
-    final = seen["final"]
-    if final is None:
-        return []
     lines = []
-    if (base := final["base"]) is not None:
-        seeds = len(base["per_seed"])
+    if (base := final.base) is not None:
+        seeds = len(base.per_seed)
         lines.append(
-            f"The base configuration, trial {base['trial']}, trained as the best one was, reaches "
-            f"{percent(base['accuracy'])} ({base['correct']:,} correct of {base['total']:,}: {seeds} "
+            f"The base configuration, trial {base.trial}, trained as the best one was, reaches "
+            f"{percent(base.accuracy)} ({base.correct:,} correct of {base.total:,}: {seeds} "
             f"seed{'s' if seeds > 1 else ''})."
         )
     lines.append(selection_sentence(final) or "What choosing the best adds to its validation score is not recorded.")
