@@ -33,7 +33,7 @@ PARTS = {  # of innermost names the time is counted; what is named nowhere is "t
     "storage": {
         "harness.opening": ["open_store", "exists"],
         "harness.storage.Store": [
-            "attribute",
+            "attributes",
             "finished",
             "trials",
             "best",

@@ -217,7 +217,7 @@ def fill(study: Study, store: Store, finished: int, running: int) -> None:
     no_op(study, store)
     optuna_study: Any = store.optuna_study
     first, study_id = optuna_study.trials[0]._trial_id, optuna_study._study_id
-    uid, engine = store.attribute("uid"), store._engine
+    uid, engine = store.uid, store._engine
     assert engine is not None
     leases = [
         {"study": uid, "key": trial_key(number), "owner": "elsewhere/-/1 x", "until": time.time() + 10**6}

@@ -121,7 +121,7 @@ class Contest:
             seconds = timed([*command, "--data-root", str(self._photographs)], out)
             with read_store(model, f"sqlite:///{out}/studies/{model}.db") as store:
                 values = [trial.value or 0.0 for trial in store.trials()]
-                final = store.final()
+                final = store.facts().final
                 assert final is not None
                 self.accuracies["harness"] = values, final.accuracy
         return seconds

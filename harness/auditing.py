@@ -42,7 +42,7 @@ def audit_study(options: RunOptions, fraction: float, seed: int) -> int:
         if not pruned(store):
             print(f"Study {study.name!r} has no pruned trials: pruning saved nothing, and there is nothing to audit.")
             return DONE
-        runtime = decide_runtime(study.train, store.attribute("runtime"))
+        runtime = decide_runtime(study.train, store.facts().runtime)
         content = None
         if missing(store, fraction, seed):
             content = {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
@@ -57,7 +57,7 @@ def audit_study(options: RunOptions, fraction: float, seed: int) -> int:
                 store.check_file()
                 print(line, flush=True)
         store.check_file()
-        print("\n".join(audit.audit_sentences(store.attribute("audit"))))
+        print("\n".join(audit.audit_sentences(store.facts().audit or {})))
         _write_report(study, store, found, options.tracking_uri)
     return DONE
 
@@ -95,7 +95,7 @@ def pruned(store: Store) -> dict[int, TrialRecord]:
 
 def results_of(store: Store) -> dict[str, Any]:
     """The trials that were audited so far, by number."""
-    return dict((store.attribute("audit") or {}).get("results", {}))
+    return dict((store.facts().audit or {}).get("results", {}))
 
 
 def sample(store: Store, fraction: float, seed: int) -> list[int]:
@@ -146,7 +146,7 @@ def _to_the_end(
     config, seed = study.config(trial.params), derive_seed(study.seed, "trial", trial.number)
     training = assemble(config, runtime, seed)
     training.progress.micro_batch = trial.epochs[0].micro_batch
-    identity = identity_of(store.attribute("uid"), audit.audit_key(trial.number), seed, config)
+    identity = identity_of(store.uid, audit.audit_key(trial.number), seed, config)
     checkpoint = Checkpoint(path, identity, training, environment(runtime.device))
     checkpoint.restore()
     now: list[EpochResult] = []

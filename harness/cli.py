@@ -162,7 +162,7 @@ def _reproduce(args: argparse.Namespace) -> int:
         if args.trial not in trials:
             has = f"it has 0 to {max(trials)}" if trials else "it has none yet"
             raise InputError(f"Study {study.name!r} has no trial {args.trial}; {has}.")
-        runtime = decide_runtime(study.train, store.attribute("runtime"))
+        runtime = decide_runtime(study.train, store.facts().runtime)
         content = {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
         opening.as_begun(study, store, content)
     keep_imports()

@@ -67,13 +67,12 @@ def _begin(options: RunOptions, study: Study, store: Store, tracker: MLflowTrack
     from harness import tracking
     from harness.experiment import decide_runtime
     from harness.features import keep_features
-    from harness.study import WANTED
 
     with store.alone(START):
         _check_versions(store)
-        among_others = store.attribute(WANTED) or 0 if store.at_work() else 0
-        store.set_attribute(WANTED, max(among_others, study.trials))
-        runtime = decide_runtime(study.train, store.attribute("runtime"), study.trials)
+        among_others = store.facts().wanted if store.at_work() else 0
+        store.set_attribute("wanted", max(among_others, study.trials))
+        runtime = decide_runtime(study.train, store.facts().runtime, study.trials)
         store.set_attribute("runtime", runtime.to_dict())
         store.set_attribute("published", None)  # until this start has told MLflow everything
         store.set_attribute("depths", {by: study.train.backbone.depths(by) for by in ("block", "layer")})
@@ -88,7 +87,7 @@ def _check_versions(store: Store) -> None:
     """Raise InputError when others work on the study with other versions: their trials could not be compared."""
     from harness.processes import in_words
 
-    known, here, others = store.attribute("versions"), versions(), store.at_work()
+    known, here, others = store.facts().versions, versions(), store.at_work()
     if others and known and known != here:
         names = [name for name in {**known, **here} if known.get(name) != here.get(name)]
         differing = ", ".join(f"{name} {known.get(name)} (here {here.get(name)})" for name in names)
@@ -166,7 +165,7 @@ def write_again(found: Found, study: Study, store: Store, tracker: MLflowTracker
 
     model = found.beside(store.url, ".model")
     with store.alone(START):
-        tracker.start(study, store, tracking.facts(study, store.attribute("runtime") or {}))
+        tracker.start(study, store, tracking.facts(study, store.facts().runtime or {}))
     told = tracker.finish(tracking.study_metrics(store), published(store, model), "complete")
     if told and is_registered(study, store, model):
         told = _register(study, store, tracker, load_saved(study, store, model), console)

@@ -123,7 +123,7 @@ def _mend(study: Study, store: Store, found: Found, tracking_uri: str | None, ch
 
     tracker = tracker_for(tracking_uri, found.mlruns)
     tracker.restore(study.name)
-    tracker.start(study, store, facts(study, store.attribute("runtime") or {}, store.environment() or {}))
+    tracker.start(study, store, facts(study, store.facts().runtime or {}, store.environment() or {}))
     for finding in list(examine(study, store, tracker, checkpoints, model, living=False)):
         if finding.mend is not None:
             finding.mend()
@@ -141,7 +141,7 @@ def _mend(study: Study, store: Store, found: Found, tracking_uri: str | None, ch
 def _was_published(store: Store) -> bool:
     """Whether the study's last run came to its end, whatever number of trials it was asked for."""
     running = any(trial.state == "running" for trial in store.trials())
-    return not running and store.attribute("published") == store.finished()
+    return not running and store.facts().published == store.finished()
 
 
 def examine(
@@ -155,7 +155,7 @@ def examine(
         yield from _checkpoints(study, store, checkpoints)
     if (wrong := store.ledger_fault()) is not None:
         yield Finding(f"In the storage, {wrong}: its test result is not to be trusted; take the storage from a copy")
-    if (predictions := store.attribute("predictions")) is not None:
+    if (predictions := store.facts().predictions) is not None:
         try:
             from_record(predictions)
         except InputError as error:
@@ -193,7 +193,7 @@ def _checkpoints(study: Study, store: Store, folder: Path) -> Iterator[Finding]:
         except Damaged as error:
             yield Finding(f"{error}; its training would start again", partial(remove, path))
             continue
-        if identity.get("study") != store.attribute("uid"):
+        if identity.get("study") != store.uid:
             yield Finding(f"{path} belongs to another study", partial(remove, path))
 
 
@@ -205,11 +205,11 @@ def _images(cache: Path) -> Iterator[Finding]:
 
 
 def _model(store: Store, folder: Path) -> Iterator[Finding]:
-    final = store.final()
+    final = store.facts().final
     if final is None or not store.has_final():
         return
     try:
-        check_folder(folder, store.url, store.attribute("uid"))
+        check_folder(folder, store.url, store.uid)
     except InputError as error:
         yield Finding(str(error).rstrip("."))
         return

@@ -67,7 +67,7 @@ def final_run(place: Place, folder: Path, reason: str | None = None) -> Iterator
     chosen = store.chosen()
     if chosen is None:
         return
-    check_folder(folder, store.url, store.attribute("uid"))
+    check_folder(folder, store.url, store.uid)
     if store.has_final() and has_model(folder):
         return
     if store.has_final():
@@ -124,7 +124,7 @@ def _make_again(place: Place, chosen: TrialRecord, folder: Path) -> Iterator[Eve
 
 
 def _result(store: Store) -> FinalResult:
-    final = store.final()
+    final = store.facts().final
     assert final is not None
     return final
 
@@ -144,7 +144,7 @@ def _repair(place: Place, chosen: TrialRecord) -> None:
     For the trial that is chosen the opening goes on, and gives the whole of it.
     """
     store, lines = place.store, ledger.results(place.store.ledger())
-    known = store.final()
+    known = store.facts().final
     if not lines or lines[-1]["trial"] == chosen.number or (known is not None and known.ledger == lines[-1]["hash"]):
         return
     seeds = [seed | {"accuracy": seed["correct"] / seed["total"]} for seed in lines[-1]["seeds"]]
@@ -318,7 +318,7 @@ def write_description(
     """
     size, tested = config.data.image_size, final.per_seed[0]
     description = {
-        "study_uid": store.attribute("uid"),
+        "study_uid": store.uid,
         "weights": {"sha256": weights, "tested": weights == tested.weights},
         "classes": config.data.classes(),
         "preprocessing": {

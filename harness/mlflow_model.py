@@ -46,7 +46,6 @@ VERSIONS = "mlflow.modelVersions"  # MLflow's own: what the logged model's page 
 MEASURED = ("val_accuracy", "test_accuracy", "test_loss")  # of the run that trained the model
 PASSED = "passed"
 SERVE = "mlflow models serve -m models:/{}@champion --env-manager local"
-FINGERPRINT = "validation_images"  # the study's attribute: once it is known, registering needs no images
 CHECK_SECONDS = 600
 
 # In a process that knows nothing of this project, and of torch what MLflow imports.
@@ -78,21 +77,21 @@ def candidate(name: str, store: Store, saved: SavedModel) -> Candidate:
     The check uses the test images that the opening left beside the weights; where they are lost, validation images, for
     it asks only whether two programs agree.
     """
-    fingerprint, images = store.attribute(FINGERPRINT), saved.check_images
+    fingerprint, images = store.facts().validation_images, saved.check_images
     if fingerprint is None or images is None:
         data = saved.config.data
         split = load_split(data, "val", data.image_size)
         fingerprint = validation_fingerprint(data, split)
-        store.set_attribute(FINGERPRINT, fingerprint)
+        store.set_attribute("validation_images", fingerprint)
         images = _validation_images(split) if images is None else images
     tags = {
-        UID: store.attribute("uid"),
+        UID: store.uid,
         TRIAL: str(saved.description["trial"]),
         WEIGHTS: weights_of(saved),
         SCORE: repr(trial_accuracy(saved)),
         IMAGES: fingerprint,
     }
-    text = final_sentence(store.final())
+    text = final_sentence(store.facts().final)
     return Candidate(name=name, saved=saved, images=images, tags=tags, text=text)
 
 

@@ -79,7 +79,7 @@ class MLflowTracker(StudyClient):
         Raises InputError when MLflow cannot be reached or written, unless the study has begun: that goes on, and MLflow
         is told when it is back.
         """
-        self._study, self._store, self._tags = study, store, {UID: store.attribute("uid"), **facts}
+        self._study, self._store, self._tags = study, store, {UID: store.uid, **facts}
         self._behind = True
         self.flush()
         try:
@@ -131,7 +131,7 @@ class MLflowTracker(StudyClient):
             self.connect()
             experiment = self.client.get_experiment_by_name(study.name)
             self._experiment = None if experiment is None else experiment.experiment_id
-            self._study, self._tags = study, {UID: store.attribute("uid")}
+            self._study, self._tags = study, {UID: store.uid}
 
     def replace_folder(self, folder: Path) -> None:
         """Write a folder of the study's own run again, if there is that run. Raises InputError when MLflow does not."""

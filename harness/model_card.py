@@ -48,7 +48,7 @@ def write_card(name: str, data: Dataset, store: Store, folder: Path, program: st
 
 def card(name: str, licence: str, store: Store, description: Mapping[str, Any], program: str | None) -> str:
     """The card in Markdown; `description` is what model.json says."""
-    final = store.final()
+    final = store.facts().final
     assert final is not None
     trial = next(each for each in store.trials() if each.number == final.trial)
     sections = {
@@ -119,7 +119,7 @@ def _row(name: str, result: SeedResult) -> list[str]:
 
 def _calibration(store: Store) -> str | None:
     """How far confidence is to be believed, in the words of the report; None where none is kept."""
-    kept = store.attribute("predictions")
+    kept = store.facts().predictions
     if kept is None:
         return None
     return (
@@ -134,7 +134,7 @@ def _data(store: Store, trial: TrialRecord, final: FinalResult, description: Map
     counts += [] if last.val is None else [f"{last.val.total:,} to validate on"]
     counts += [f"{final.images:,} to test on"]
     text = f"{description['configuration']['data.type']}: {', '.join(counts)}. {licence}"
-    found = store.attribute("duplicates")
+    found = store.facts().duplicates
     if found is not None:
         text += f"\n\n{_duplicates(found)}"
     return text
@@ -151,7 +151,7 @@ def _duplicates(found: Mapping[str, Any]) -> str:
 
 
 def _protocol(store: Store, trial: TrialRecord, final: FinalResult) -> str:
-    second, estimates = store.attribute("rerank"), (store.choice() or {}).get("estimates")
+    second, estimates = store.facts().rerank, (store.choice() or {}).get("estimates")
     among = " by the lower bound of its estimate from all of them" if estimates else ""
     if second is not None:
         among = f" among the best {len(second['candidates'])}, trained again from fresh seeds"
@@ -198,7 +198,7 @@ def _worst_classes(store: Store, description: Mapping[str, Any]) -> list[str]:
     """The classes that the saved model finds least often; none when it finds all, or no predictions are kept."""
     import numpy
 
-    kept = store.attribute("predictions")
+    kept = store.facts().predictions
     if kept is None:
         return []
     labels = unpack(kept["labels"], "uint16")

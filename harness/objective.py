@@ -49,7 +49,7 @@ def evaluate_trial(
     checkpoint = None
     try:
         training = assemble(config, runtime, seed)
-        identity = identity_of(store.attribute("uid"), key, seed, config)
+        identity = identity_of(store.uid, key, seed, config)
         here = environment(runtime.device)
         path = checkpoints / f"{key}{SUFFIX}"
         checkpoint = Checkpoint(path, identity, training, here, check=lambda: store.check(asked))

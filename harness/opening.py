@@ -58,7 +58,7 @@ def open_store(
 
         storage, optuna_study = outlast(url, begin) if joining else begin()  # a server was there a moment ago
         store = Store(url, optuna_study)
-        leases = Leases(storage.engine, store.attribute("uid"), file)
+        leases = Leases(storage.engine, store.uid, file)
         opened = None
         try:
             if file is not None and not joining:  # whoever held it before is gone, or works for one that is
@@ -157,7 +157,7 @@ def begun_by(name: str, url: str) -> str | None:
     """
     try:
         with read_store(name, url, any_format=True) as store:
-            return store.attribute("file") or f"{name}.py"
+            return store.attributes().get("file") or f"{name}.py"
     except InputError:  # there is no such study, and whoever wants it says so
         return None
 
@@ -168,7 +168,7 @@ def as_begun(study: Study, store: Store, content: Mapping[str, str] | None = Non
     `content` are fingerprints as in `open_store`. Raises InputError when the study's file says something else today
     that no setting can.
     """
-    stored = store.attribute("definition")
+    stored = store.facts().definition
     if stored is None:
         raise InputError(f"Study {study.name!r} has not begun; run it with --study {study.name}.")
     study = study.with_definition(stored)
@@ -178,10 +178,11 @@ def as_begun(study: Study, store: Store, content: Mapping[str, str] | None = Non
 
 def check_format(name: str, store: Store) -> None:
     """Raise InputError for a study that has begun and is kept in another format."""
-    if store.attribute("definition") is not None and store.attribute("format") != FORMAT:
+    known = store.attributes()
+    if "definition" in known and known.get("format") != FORMAT:
         raise InputError(
             f"Study {name!r} in {store.url} was written by another version of the harness (format "
-            f"{store.attribute('format') or 0}, this one reads {FORMAT}); open it with that version, or "
+            f"{known.get('format') or 0}, this one reads {FORMAT}); open it with that version, or "
             f"{_anew(store.url)}."
         )
 
@@ -189,14 +190,14 @@ def check_format(name: str, store: Store) -> None:
 def compare(study: Study, url: str, content: Mapping[str, str] | None) -> None:
     """Raise InputError unless `study` continues the one in the storage, which exists. Writes nothing, nor locks."""
     with read_store(study.name, url) as store:
-        if store.attribute("definition") is not None or store.trials():
+        if store.facts().definition is not None or store.trials():
             check_definition(study, store, content)
 
 
 def check_definition(study: Study, store: Store, content: Mapping[str, str] | None) -> None:
     """Keep the definition at the first start; at every later one, refuse a study that would not continue it."""
     now = study.definition() | {f"content of {name}": value for name, value in (content or {}).items()}
-    stored = store.attribute("definition")
+    stored = store.facts().definition
     if stored is None:
         if store.trials():
             raise InputError(
@@ -214,7 +215,7 @@ def check_definition(study: Study, store: Store, content: Mapping[str, str] | No
     differing = [path for path in {**stored, **now} if stored.get(path) != now.get(path) and path not in unknown]
     if differing:
         changes = "; ".join(_change(path, stored, now, study, store) for path in differing)
-        command = store.attribute("command")  # the settings of the last start, which had the same definition
+        command = store.facts().command  # the settings of the last start, which had the same definition
         raise InputError(
             f"Study {study.name!r} was begun with another definition ({changes}); its results could not be compared. "
             f"Change it back, or {_anew(store.url)}." + (f" It was run with: {command}" if command else "")
@@ -224,7 +225,7 @@ def check_definition(study: Study, store: Store, content: Mapping[str, str] | No
 def _change(path: str, stored: Mapping[str, Any], now: Mapping[str, Any], study: Study, store: Store) -> str:
     """What is other than at the study's start, in a clause."""
     if path == "content of data":
-        root, then = getattr(study.train.data, "root", None), store.attribute("images")
+        root, then = getattr(study.train.data, "root", None), store.facts().images
         counted = "" if then is None else f" ({then} then, {_count(study)} now)"
         return f"the images{f' in {root}' if root else ''} are others than when the study began{counted}"
     if path == "content of weights":
@@ -346,7 +347,7 @@ def file_fault(store: Store, folder: Path, name: str) -> str | None:
 
 
 def _recorded(store: Store) -> dict[str, str]:
-    return store.attribute("files") or {}
+    return store.facts().files
 
 
 def _sha256(path: Path) -> str:
@@ -419,7 +420,7 @@ def uid_of(name: str, url: str) -> str | None:
     if not exists(name, url):
         return None
     with read_store(name, url, any_format=True) as store:
-        return store.attribute("uid")
+        return store.uid
 
 
 def published(store: Store, model: Path) -> list[Path]:
@@ -432,7 +433,7 @@ def published(store: Store, model: Path) -> list[Path]:
 def is_registered(study: Study, store: Store, model: Path) -> bool:
     """Whether the model was given to MLflow's registry; what cannot be exported is not."""
     wanted = study.final.publish and _is_whole(store, model) and (model / PROGRAM).is_file()
-    return wanted and bool((final := store.final()) and store.attribute("registered") == final.trial)
+    return wanted and store.facts().is_registered()
 
 
 def _is_whole(store: Store, model: Path) -> bool:

@@ -36,13 +36,13 @@ def overview(name: str, store: Store, tracking: str) -> dict[str, Any]:
         "choice": store.choice(),
         "rerank": _rerank(store),
         "ledger": {"lines": store.ledger_lines(), "fault": store.ledger_fault()},
-        "duplicates": store.attribute("duplicates"),
-        "audit": store.attribute("audit"),
+        "duplicates": store.facts().duplicates,
+        "audit": store.facts().audit,
         "test": None if final is None else _tested(store),
-        "cost": cost(trial_records(store), store.attribute("definition") or {}),
-        "runtime": store.attribute("runtime"),
+        "cost": cost(trial_records(store), store.facts().definition or {}),
+        "runtime": store.facts().runtime,
         "environment": store.environment(),
-        "command": store.attribute("command"),
+        "command": store.facts().command,
         "storage": masked(store.url),
         "tracking": masked(tracking),
     }
@@ -50,7 +50,7 @@ def overview(name: str, store: Store, tracking: str) -> dict[str, Any]:
 
 def _final(store: Store) -> dict[str, Any] | None:
     """The final result without the epochs and the line of the ledger, which stand elsewhere."""
-    if (final := store.final()) is None:
+    if (final := store.facts().final) is None:
         return None
     shown = dataclasses.asdict(final)
     del shown["ledger"]
@@ -62,12 +62,12 @@ def _final(store: Store) -> dict[str, Any] | None:
 
 def _tested(store: Store) -> dict[str, Any] | None:
     """What the final run's predictions say; None where its end was cut off and mended from the ledger."""
-    predictions = store.attribute("predictions")
+    predictions = store.facts().predictions
     return None if predictions is None else described(predictions)
 
 
 def _rerank(store: Store) -> dict[str, Any] | None:
-    record = store.attribute("rerank")
+    record = store.facts().rerank
     if record is None:
         return None
     results = {number: [_without_epochs(each) for each in found] for number, found in record["results"].items()}
@@ -80,7 +80,7 @@ def _without_epochs(record: dict[str, Any]) -> dict[str, Any]:
 
 def subject(store: Store) -> TrialRecord | None:
     """The trial that a report is about: the one that was tested; before that the chosen one, or the best so far."""
-    final = store.final()
+    final = store.facts().final
     if final is None:
         return store.chosen() or store.best()
     return next(trial for trial in store.trials() if trial.number == final.trial)
@@ -131,7 +131,7 @@ def summary(name: str, store: Store, tracking: str) -> str:
             f"final     {test_sentence(store)}",
             *(f"          {line}" for line in _remarks(store)),
             *_audit_lines(store),
-            f"runtime   {in_words(store.attribute('runtime'))}",
+            f"runtime   {in_words(store.facts().runtime)}",
             f"storage   {masked(store.url)}",
             f"tracking  {masked(tracking)}",
         ]
@@ -143,7 +143,7 @@ def _chosen_line(store: Store) -> list[str]:
     chosen, best = store.chosen(), store.best()
     if chosen is None or best is None or chosen.number in (0, best.number):  # of the base the line above tells
         return []
-    how = "by its lower bound" if store.attribute("rerank") is None else "on fresh seeds"
+    how = "by its lower bound" if store.facts().rerank is None else "on fresh seeds"
     params = [f"          {in_short(chosen.params)}"] if chosen.params else []
     return [f"chosen    Trial {chosen.number}, {how}", *params]
 
@@ -159,15 +159,15 @@ def in_short(params: Mapping[str, Any], whole_paths: bool = True) -> str:
 
 def _remarks(store: Store) -> list[str]:
     """What belongs to the final result."""
-    final = store.final()
-    chosen = [choice_sentence(store), prospect_sentence(store), rerank_sentence(store.attribute("rerank"))]
+    final = store.facts().final
+    chosen = [choice_sentence(store), prospect_sentence(store), rerank_sentence(store.facts().rerank)]
     lines = chosen if final is None else [store.why_closed(), conclusion(store), *chosen, selection_sentence(final)]
     return [*filter(None, lines)]
 
 
 def _audit_lines(store: Store) -> list[str]:
     """What an audit found, if there was one."""
-    record = store.attribute("audit")
+    record = store.facts().audit
     lines = [] if record is None else audit_sentences(record)
     return [f"{'' if number else 'audit':<10}{line}" for number, line in enumerate(lines)]
 
@@ -187,7 +187,7 @@ def digest(store: Store) -> str:
     Trial numbers, parameters, states, values and intermediate values, and each final seed's result and weights. Times
     and places are left out.
     """
-    final = store.final()
+    final = store.facts().final
     content = {
         "trials": [
             [trial.number, trial.params, trial.state, trial.value, list(trial.curve.items())]
@@ -236,7 +236,7 @@ def conclusion(store: Store) -> str:
 
 def _when(store: Store) -> str | None:
     """When what the final result says was known; None when that is now."""
-    final = store.final()
+    final = store.facts().final
     selection = None if final is None else final.selection
     if selection is not None and selection.candidates != store.counts()["complete"]:
         return f"When the test set was opened, with {selection.candidates:,} complete trials"
@@ -248,7 +248,7 @@ def _compared(store: Store) -> str:
         return "No trial is complete yet."
     if all_equal(store):
         return f"No configuration is better than another: all {store.finished()} trials have the same one."
-    final = store.final()
+    final = store.facts().final
     if final is None:
         return "Whether the best configuration is better than the base is not known before the test set is opened."
     if final.trial == 0:
@@ -328,7 +328,7 @@ def selection_sentence(final: FinalResult) -> str | None:
 def test_sentence(store: Store) -> str:
     """The final result, or what has become of the test set without one, in a sentence or two."""
     opened = openings(store.ledger_lines())
-    final = store.final()
+    final = store.facts().final
     if final is None and opened:
         return (
             f"The test set was opened for trial {opened[-1]['trial']}, and no result is recorded yet: the study's "

@@ -245,7 +245,7 @@ def _prepare(place: Place) -> None:
     name = hashlib.sha256(str(study.train.data.cache).encode()).hexdigest()[:16]
     with filelock.FileLock(Path(tempfile.gettempdir()) / f"harness-{os.getuid()}-{name}.lock"):
         content = prepare(study.train.data)
-        begun = place.store.attribute("definition").get("content of data")
+        begun = (place.store.facts().definition or {}).get("content of data")
         if begun not in (None, content):
             raise InputError("the data set is not the one that the study was begun with; copy that one here.")
         keep_features(study.train, place.runtime, with_validation=study.final.fit_on == "train+val")

@@ -85,7 +85,7 @@ def replay_study(study: Study, store: Store) -> bool:
             print(each.line(), flush=True)
     if not asked:
         raise InputError(f"Study {study.name!r} has no trials yet; run it with --study {study.name}.")
-    print(_conclusion(asked, differing, store.attribute("versions")))
+    print(_conclusion(asked, differing, store.facts().versions))
     return not differing
 
 

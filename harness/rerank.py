@@ -20,7 +20,7 @@ def rerank(place: Place) -> Iterator[Event]:
     if len(candidates) < 2:
         return
     numbers = [trial.number for trial in candidates]
-    kept: dict[str, Any] = store.attribute("rerank") or {}
+    kept: dict[str, Any] = store.facts().rerank or {}
     results: dict[str, list[dict[str, Any]]] = kept.get("results", {})
     if kept.get("candidates") == numbers and kept.get("chosen") is not None:
         return

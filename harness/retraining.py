@@ -126,7 +126,7 @@ class Retraining:
         training = assemble(self.config, place.runtime, self._seed)
         if self._fit_on == "train+val":
             training = with_validation_images(training)
-        identity = identity_of(place.store.attribute("uid"), self.key, self._seed, self.config)
+        identity = identity_of(place.store.uid, self.key, self._seed, self.config)
         here = environment(place.runtime.device)
         identity |= {"fit_on": self._fit_on}
         return Checkpoint(self._path, identity, training, here, check=place.store.check_lead)

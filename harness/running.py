@@ -125,7 +125,7 @@ def _run(options: RunOptions) -> int:
         content = _prepare(study) if options.data_root else None
         opening.compare(study, url, content)
         with opening.open_store(study, url, content) as store:
-            opening.check_folder(model, url, store.attribute("uid"))
+            opening.check_folder(model, url, store.uid)
             if options.reopen_test:
                 _check_reopening(study, store)
             saved = _is_saved(study, store, model)
@@ -155,7 +155,7 @@ def _look_at_mlflow(options: RunOptions, found: Found, study: Study, store: Stor
         move_in(file, file.parent / ARTIFACTS)
     lack = lacking(
         file,
-        store.attribute("uid"),
+        store.uid,
         ["study", *(each.key for each in expected_runs(study, store))],
         [folder.name for folder in published(store, model)],
         study.name if is_registered(study, store, model) else None,
@@ -206,7 +206,7 @@ def _is_saved(study: Study, store: Store, folder: Path) -> bool:
         return False
     if not study.final.publish or is_untested(folder):
         return True
-    return bool((final := store.final()) and store.attribute("registered") == final.trial)
+    return store.facts().is_registered()
 
 
 def _check_reopening(study: Study, store: Store) -> None:

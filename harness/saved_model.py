@@ -60,7 +60,7 @@ def load_saved(study: Study, store: Store, folder: Path) -> SavedModel:
     """
     if not has_model(folder):
         raise InputError(f"{folder} holds no model{_why_missing(study, store)}")
-    check_folder(folder, store.url, store.attribute("uid"))
+    check_folder(folder, store.url, store.uid)
     for name in (WEIGHTS, DESCRIPTION):
         if (fault := file_fault(store, folder, name)) is not None:
             raise InputError(f"The model cannot be used: {fault}; {AGAIN}.")

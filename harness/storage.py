@@ -22,7 +22,7 @@ from harness.asking import FINISHED, Seen
 from harness.config import Study
 from harness.database import Unreadable, outlast
 from harness.errors import Halt, InputError
-from harness.final_result import FinalResult
+from harness.facts import StudyFacts
 from harness.leases import LeaseLost, Leases
 from harness.ledger import Line
 from harness.opened_file import OpenedFile
@@ -105,23 +105,28 @@ class Store:
         return self._study
 
     @outlasting
-    def attribute(self, name: str) -> Any:
-        """A fact about the whole study, or None. Raises InputError when it is no JSON.
+    def attributes(self) -> dict[str, Any]:
+        """The study's user attributes. Raises InputError when one is no JSON.
 
         But for the ledger, whose text is then given as it is: its fault is named beside what is else known.
         """
         if self._attributes is None or not self._as_of_now:
             self._attributes = self._study.user_attrs
-        value = self._attributes.get(name)
-        if isinstance(value, Unreadable) and name != "ledger":
-            raise InputError(f"In {self.url}, the study's {name!r} is no JSON; take the storage from a copy.")
-        return value
+        for name, value in self._attributes.items():
+            if isinstance(value, Unreadable) and name != "ledger":
+                raise InputError(f"In {self.url}, the study's {name!r} is no JSON; take the storage from a copy.")
+        return self._attributes
 
-    def final(self) -> FinalResult | None:
-        """The final result, None before there is one. Raises InputError when it is not whole."""
-        stored = self.attribute("final")
+    @property
+    def uid(self) -> str:
+        """Which study this is, whatever else it keeps; empty before it has begun."""
+        return self.attributes().get("uid", "")
+
+    def facts(self) -> StudyFacts:
+        """What is known of the whole study. Raises InputError when something of it is no JSON, or not whole."""
+        attributes = self.attributes()
         try:
-            return None if stored is None else FinalResult.of(stored)
+            return StudyFacts.of(attributes)
         except InputError as error:
             raise InputError(f"In {self.url}, {error}; take the storage from a copy.") from error
 
@@ -168,7 +173,7 @@ class Store:
 
         None before there is one, and while a second look is under way.
         """
-        record = self.attribute("rerank")
+        record = self.facts().rerank
         if record is None:
             choice = self.choice()
             return self.best() if choice is None else next(t for t in self.trials() if t.number == choice["trial"])
@@ -179,35 +184,35 @@ class Store:
 
     def choice(self) -> dict[str, Any] | None:
         """What `harness.choice` has chosen, and why; None before, and when trials have ended since."""
-        record: dict[str, Any] | None = self.attribute("choice")
+        record: dict[str, Any] | None = self.facts().choice
         return record if record is not None and record["trials"] == self.finished() else None
 
     def has_final(self) -> bool:
         """Whether the final result is there and belongs to the chosen trial."""
-        final, chosen = self.final(), self.chosen()
+        final, chosen = self.facts().final, self.chosen()
         return final is not None and chosen is not None and final.trial == chosen.number
 
     def ledger(self) -> list[Line]:
         """The openings of the test set and their results. Raises InputError when a line is not as it was written."""
         if (wrong := self.ledger_fault()) is not None:
             raise InputError(f"In {self.url}, {wrong}; the test set stays closed. Take the storage from a copy.")
-        return self.attribute("ledger") or []
+        return self.attributes().get("ledger") or []
 
     def ledger_lines(self) -> list[Line]:
         """What can be shown of the ledger, whether or not it has a fault."""
-        return ledger.readable(self.attribute("ledger"))
+        return ledger.readable(self.attributes().get("ledger"))
 
     def ledger_fault(self) -> str | None:
         """What is wrong with the test ledger, in a sentence; None when nothing is."""
-        final, lines = self.final(), self.attribute("ledger")
+        final, lines = self.facts().final, self.attributes().get("ledger")
         lines = [] if lines is None else lines
         known = None if final is None else final.ledger
-        fault = ledger.fault(lines, self.attribute("uid") or "", known)
+        fault = ledger.fault(lines, self.uid, known)
         return fault if fault is not None or final is None else ledger.difference(lines, final)
 
     def opened_for(self) -> int | None:
         """The trial whose test result was recorded last, by the ledger if there is one; None while none was."""
-        final, found = self.final(), ledger.results(self.ledger_lines())
+        final, found = self.facts().final, ledger.results(self.ledger_lines())
         if found:
             return int(found[-1]["trial"])
         return None if final is None else final.trial
@@ -236,12 +241,12 @@ class Store:
 
     def is_complete(self, study: Study) -> bool:
         """Whether nothing is missing: the trials, the final result, and their publication in MLflow."""
-        enough = self.finished() >= study.trials and self.attribute("published") == self.finished()
+        enough = self.finished() >= study.trials and self.facts().published == self.finished()
         return enough and self.is_settled()
 
     def is_settled(self) -> bool:
         """Whether nothing comes after the search, unless somebody gives a reason to open the test set again."""
-        outgrown = self.attribute("choice") is not None and self.choice() is None
+        outgrown = self.facts().choice is not None and self.choice() is None
         return self.best() is None or (not outgrown and (self.has_final() or self.needs_reason()))
 
     # -- several processes ----------------------------------------------------------------------------------------
@@ -261,7 +266,7 @@ class Store:
         """What other processes are at now: the owner (machine, process) by trial, or "final"."""
         if self._leases is not None:
             return self._leases.others()
-        return {} if self._engine is None else leases.holders(self._engine, self.attribute("uid") or "")
+        return {} if self._engine is None else leases.holders(self._engine, self.uid)
 
     @contextlib.contextmanager
     def alone(self, key: str) -> Iterator[None]:
@@ -338,7 +343,7 @@ class Store:
 
     def extended_ledger(self, entry: Line) -> list[Line]:
         """The ledger with one more line, not written yet. Raises InputError when a line is not as it was written."""
-        return ledger.appended(self.ledger(), self.attribute("uid") or "", entry)
+        return ledger.appended(self.ledger(), self.uid, entry)
 
     def add_to_ledger(self, entry: Line) -> None:
         """Write a line, as the leader."""

@@ -22,7 +22,6 @@ from harness.storage import POLL_SECONDS, NoTrialFree, Store
 from harness.tracking import base_key, final_key, rerank_key, trial_key
 
 FAILURES_IN_A_ROW = 3
-WANTED = "wanted"  # a study's attribute; see `wanted`
 
 
 class TooManyFailures(Exception):
@@ -66,7 +65,7 @@ def left_over(study: Study, store: Store, folder: Path) -> list[Path]:
 
 def wanted(study: Study, store: Store) -> int:
     """How many finished trials there should be: the most that a command asks for that works on the study."""
-    return max(study.trials, store.attribute(WANTED) or 0)
+    return max(study.trials, store.facts().wanted)
 
 
 def _after_search(place: Place, model_folder: Path, reason: str | None) -> Generator[Event, None, bool]:
@@ -98,7 +97,7 @@ def _after_search(place: Place, model_folder: Path, reason: str | None) -> Gener
 def wanted_keys(study: Study, store: Store) -> set[str]:
     """The trainings whose checkpoints will be read: of interrupted trials, audits, and what comes after the search."""
     keys = {trial_key(trial.number) for trial in store.trials() if trial.state == "running"}
-    audited = (store.attribute("audit") or {}).get("results", {})
+    audited = (store.facts().audit or {}).get("results", {})
     pruned = [trial.number for trial in store.trials() if trial.state == "pruned"]
     keys |= {audit_key(number) for number in pruned if str(number) not in audited}
     if store.has_final():

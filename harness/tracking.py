@@ -102,9 +102,9 @@ _Recorded = tuple[Kind, Callable[[int, int], str], int, int, list[dict[str, Any]
 
 def _retrainings(store: Store) -> Iterator[_Recorded]:
     """Kind, key, trial, seed, epochs and test metrics of everything that was trained after the search and recorded."""
-    for number, results in ((store.attribute("rerank") or {}).get("results") or {}).items():
+    for number, results in ((store.facts().rerank or {}).get("results") or {}).items():
         yield from (("rerank", rerank_key, int(number), each["seed"], each["epochs"], {}) for each in results)
-    if (final := store.final()) is not None:
+    if (final := store.facts().final) is not None:
         yield from (("final", final_key, final.trial, *_of_seed(each)) for each in final.per_seed)
         if (base := final.base) is not None:
             yield from (("base", base_key, base.trial, *_of_seed(each)) for each in base.per_seed)
@@ -125,7 +125,7 @@ class Finding:
 
 def study_metrics(store: Store) -> dict[str, float]:
     """What the study's own run shows."""
-    final, best = store.final(), store.best()
+    final, best = store.facts().final, store.best()
     metrics = {} if best is None or best.value is None else {"best_val_accuracy": best.value}
     return metrics if final is None else metrics | {"test_accuracy": final.accuracy}
 

@@ -108,9 +108,9 @@ def place_of(order: Order, study: Study, store: Store) -> Place:
     from harness.experiment import decide_runtime
     from harness.retraining import Place
 
-    if differing := differences(store.attribute("versions") or {}, versions()):
+    if differing := differences(store.facts().versions, versions()):
         raise InputError(f"This study is computed elsewhere with other versions: {differing} here; install the same.")
-    runtime = decide_runtime(study.train, store.attribute("runtime"))
+    runtime = decide_runtime(study.train, store.facts().runtime)
     return Place(study=study, store=store, runtime=runtime, checkpoints=order.checkpoints)
 
 

@@ -61,7 +61,7 @@ def main(url: str, machine: str, lease: str, pause: str) -> None:
     print("ready", flush=True)
     assert sys.stdin.readline() == "open\n"
     with opening.open_store(study, url) as store:
-        print(f"opened {store.attribute('uid')}", flush=True)
+        print(f"opened {store.uid}", flush=True)
         for line in sys.stdin:
             work(study, store, int(line), float(pause))
 

@@ -518,7 +518,7 @@ class Storm:
 
         with read_store(NAME, self.url) as store:
             epochs = [[dataclasses.replace(each, seconds=0.0) for each in trial.epochs] for trial in store.trials()]
-            return Result(overview.digest(store), epochs, store.attribute("final")["test_openings"])
+            return Result(overview.digest(store), epochs, store.attributes()["final"]["test_openings"])
 
     def check(self, expected: Result) -> None:
         """Raise AssertionError unless the finished study is the one that was never killed, and nothing is left over."""

@@ -328,7 +328,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 def stored(place: Path) -> tuple[str, dict[str, Any] | None]:
     """The study's digest, and its audit."""
     with read_store("tiny", f"sqlite:///{place}/studies/tiny.db") as store:
-        return digest(store), store.attribute("audit")
+        return digest(store), store.attributes().get("audit")
 
 
 def trained(out: str) -> list[int]:

@@ -173,16 +173,16 @@ def test_the_choice_is_made_once_and_again_when_trials_have_come() -> None:
     run_analytic(study, store, 8)
     assert store.chosen() == store.best()
     record_choice(study, store)
-    kept = store.attribute("choice")
+    kept = store.attributes().get("choice")
     assert store.chosen() is not None
     assert store.chosen().number == kept["trial"]
     record_choice(study, store)
-    assert store.attribute("choice") == kept
+    assert store.attributes().get("choice") == kept
     run_analytic(study, store, 10)
     assert store.chosen() == store.best()  # until it is made again
     assert not store.is_settled()
     record_choice(study, store)
-    assert store.attribute("choice")["trials"] == 10
+    assert store.attributes()["choice"]["trials"] == 10
     assert store.chosen() is not None
 
 
@@ -191,7 +191,7 @@ def test_a_second_look_stays_as_it_is() -> None:
     other = memory_store(second)
     run_analytic(second, other, 6)
     record_choice(second, other)
-    assert other.attribute("choice") is None
+    assert other.attributes().get("choice") is None
 
 
 def test_the_sentence_says_why_and_names_the_highest_value() -> None:
@@ -200,7 +200,7 @@ def test_the_sentence_says_why_and_names_the_highest_value() -> None:
     run_analytic(study, store, 8)
     assert choice_sentence(store) is None
     record_choice(study, store)
-    kept = store.attribute("choice") | {
+    kept = store.attributes().get("choice") | {
         "highest": 5,
         "estimates": {"0": [0.5, 0.01], "3": [0.5, 0.01], "5": [0.5, 0.01]},
     }

@@ -86,7 +86,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, empty_mlflow: Path) -> Pa
     model.mkdir()
     write_tensors(model / "model.safetensors", WEIGHTS, {"trial": 0, "seed": 0})
     with open_store(study, url) as store:
-        (model / "model.json").write_text(json.dumps(DESCRIPTION | {"study_uid": store.attribute("uid")}))
+        (model / "model.json").write_text(json.dumps(DESCRIPTION | {"study_uid": store.attributes().get("uid")}))
         fill(store)
         tracker = local_tracker(folder / "mlruns")
         tracker.start(study, store, facts(study, RUNTIME))
@@ -115,7 +115,7 @@ def interrupted(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         log = tracker.run(trial_key(4), study.config(asked.params), trial_tags(study, 4))
         store.report(asked, 1, 0.2)
         log.epoch(epoch_result(1, 0.2))
-        identity = identity_of(store.attribute("uid"), "trial-4", 1, study.config(asked.params))
+        identity = identity_of(store.attributes().get("uid"), "trial-4", 1, study.config(asked.params))
         write_tensors(folder / "studies" / "tiny.checkpoints" / "trial-4.safetensors", WEIGHTS, {"identity": identity})
         tracker.interrupt()
     return folder
@@ -655,7 +655,7 @@ def test_an_empty_database_is_one_sentence(place: Path, doctor: Doctor) -> None:
 def test_an_edited_test_ledger_is_named_and_never_mended(place: Path, doctor: Doctor) -> None:
     with open_store(small_study(place / "cache"), f"sqlite:///{place}/studies/tiny.db") as store:
         store.add_to_ledger({"event": "opened", "trial": 0})
-        lines = store.attribute("ledger")
+        lines = store.attributes().get("ledger")
         store.set_attribute("ledger", [lines[0] | {"trial": 1}])
     for arguments in ([], ["--fix"]):
         code, said = doctor(*arguments)
@@ -696,7 +696,7 @@ def test_the_results_are_never_touched(place: Path, doctor: Doctor) -> None:
     def content() -> str:
         with read_store("tiny", f"sqlite:///{place}/studies/tiny.db") as store:
             trials = [repr(each) for each in store.trials()]
-            return json.dumps([trials, store.attribute("final"), store.attribute("definition")])
+            return json.dumps([trials, store.attributes().get("final"), store.attributes().get("definition")])
 
     before = content()
     shutil.rmtree(place / "studies" / "tiny.model")

@@ -86,7 +86,7 @@ def test_a_lost_model_is_made_again_with_the_threads_and_so_the_bits_of_the_test
 ) -> None:
     begun_with_one_thread(line, url)
     with read_store("tiny", url) as store:
-        (environment,) = store.attribute("final")["per_seed"][0]["environments"]
+        (environment,) = store.attributes()["final"]["per_seed"][0]["environments"]
     assert environment["threads"] == "1"
     assert {"torch", "device", "commit"} <= environment.keys()
     before = (model / "model.safetensors").read_bytes()
@@ -107,7 +107,7 @@ def test_a_model_that_cannot_be_made_to_the_same_bits_says_so_and_is_used(
 ) -> None:
     begun_with_one_thread(line, url)
     with open_store(small_study("data/cache").located(line.place, None, None), url) as store:
-        final = store.attribute("final")
+        final = store.attributes().get("final")
         final["per_seed"][0]["environments"][0]["threads"] = "2"  # as if another processor were this one
         store.set_attribute("final", final)
     kept = line.place / "kept"
@@ -223,7 +223,7 @@ def test_a_model_that_another_study_has_left_in_the_meantime_stays(tmp_path: Pat
         with pytest.raises(InputError, match="holds the model of another study"):
             list(final_run(place_of(study, store, tmp_path), folder))
         assert store.ledger() == []
-        check_folder(tmp_path / "none", store.url, store.attribute("uid"))
+        check_folder(tmp_path / "none", store.url, store.attributes().get("uid"))
     assert tree(folder) == before
 
 

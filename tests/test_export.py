@@ -135,7 +135,7 @@ def test_the_program_is_written_again_only_for_other_weights(saved: SavedModel, 
 
 def test_the_weights_are_those_of_the_record(saved: SavedModel, place: Path) -> None:
     with read_store("tiny", f"sqlite:///{place}/tiny.db") as store:
-        assert weights_of(saved) == store.attribute("final")["per_seed"][0]["weights"]
+        assert weights_of(saved) == store.attributes()["final"]["per_seed"][0]["weights"]
 
 
 class Undecided(nn.Module):

@@ -160,7 +160,7 @@ def test_trained_weights_damaged_before_the_test_set_is_opened_are_trained_again
         patch.setattr("harness.final.load_test", damage_then_open)
         with pytest.raises(Halt, match="are gone or damaged; the same command trains them again"):
             complete(study, tmp_path)
-    assert complete(study, tmp_path, look=lambda store: store.attribute("final")["test_openings"]) == 1
+    assert complete(study, tmp_path, look=lambda store: store.attributes()["final"]["test_openings"]) == 1
     assert complete(study, tmp_path) == undisturbed
 
 
@@ -216,7 +216,7 @@ def test_an_attribute_of_another_shape_is_named(
 ) -> None:
     assert line.run("--trials", "1").code == 0
     with read_store("tiny", f"sqlite:///{line.place}/studies/tiny.db") as store:
-        store.set_attribute(attribute, store.attribute(attribute) | change)
+        store.set_attribute(attribute, store.attributes().get(attribute) | change)
     capsys.readouterr()
     assert main(["report", "tiny"]) == 2
     err = capsys.readouterr().err

@@ -212,4 +212,4 @@ def test_a_start_cut_off_before_the_definition_was_stored_counts_as_none(study: 
     with open_store(study, url):  # a look without the images takes nothing away
         pass
     with open_store(study, url, {"data": "these images"}) as store:
-        assert store.attribute("definition")["content of data"] == "these images"
+        assert store.attributes()["definition"]["content of data"] == "these images"

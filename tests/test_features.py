@@ -366,7 +366,7 @@ def test_a_whole_study_ends_with_a_whole_model_and_every_trial_is_reproduced(
     assert main(["run", "--study", "tiny"]) == 0  # the lost model is trained again
     assert main(["doctor", "tiny"]) == 0
     with read_store("tiny", f"sqlite:///{tmp_path}/studies/tiny.db") as store:
-        said = store.attribute("final")
+        said = store.attributes().get("final")
     from safetensors.torch import load_file
 
     net = SmallNet(hidden=(16,)).build(16, 64)

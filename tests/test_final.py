@@ -36,7 +36,7 @@ from harness.retraining import Place, Retraining
 from harness.saved_model import load_saved
 from harness.space import Choice
 from harness.storage import Store
-from harness.study import WANTED, run, search
+from harness.study import run, search
 from harness.tracking import expected_runs
 from tests.analytic import epoch_result
 from tests.faulty import CommandLine, one_sentence
@@ -79,7 +79,7 @@ def better_trial(study: Study, store: Store) -> int:
 
 @pytest.mark.slow
 def test_it_waits_for_the_trials_that_another_command_asked_for(study: Study, store: Store, tmp_path: Path) -> None:
-    store.set_attribute(WANTED, study.trials + 2)
+    store.set_attribute("wanted", study.trials + 2)
     everything(study, store, tmp_path)
     assert store.finished() == study.trials + 2
     assert store.has_final()
@@ -98,7 +98,7 @@ def test_the_search_cannot_reach_the_test_split(
     monkeypatch.setattr(tensors, "_load", closed)
     list(search(study, store, CPU, tmp_path / "checkpoints"))
     assert [trial.state for trial in store.trials()] == ["complete"] * 3
-    assert store.attribute("ledger") is None
+    assert store.attributes().get("ledger") is None
     # The same loader, once the search is over: it is the one that the final step goes through.
     with pytest.raises(AssertionError, match="the test split was read"):
         list(final_run(place_of(study, store, tmp_path), tmp_path / "model"))
@@ -109,7 +109,7 @@ def test_the_search_cannot_reach_the_test_split(
 def test_an_opening_and_its_result_are_lines_of_the_ledger(study: Study, store: Store, tmp_path: Path) -> None:
     everything(study, store, tmp_path)
     opened, result = store.ledger()
-    found = store.attribute("final")
+    found = store.attributes().get("final")
     assert (opened["event"], opened["trial"], opened["reason"]) == ("opened", found["trial"], None)
     assert {"time", "commit", "configuration"} <= opened.keys()
     assert [seed["correct"] for seed in result["seeds"]] == [seed["correct"] for seed in found["per_seed"]]
@@ -132,24 +132,24 @@ def test_stopped_anywhere_after_the_opening_the_same_opening_goes_on_to_the_same
             patched.setattr(of, name, stop if name != "_commit_impl" else _at_the_result(stop))
             with pytest.raises((KeyboardInterrupt, Halt)):
                 everything(study, store, tmp_path)
-        assert store.attribute("final") is None, name
+        assert store.attributes().get("final") is None, name
         assert [line["event"] for line in store.ledger()] in ([], ["opened"]), name
     with monkeypatch.context() as patched:
         patched.setattr(Retraining, "end", _killed)
         with pytest.raises(KeyboardInterrupt):
             everything(study, store, tmp_path)
-    assert store.attribute("final")["ledger"] == store.ledger()[-1]["hash"]
+    assert store.attributes()["final"]["ledger"] == store.ledger()[-1]["hash"]
     everything(study, store, tmp_path)
     assert [(line["event"], line.get("reason")) for line in store.ledger()] == [("opened", None), ("result", None)]
     assert told(store) == straight
-    assert store.attribute("final")["test_openings"] == 1
+    assert store.attributes()["final"]["test_openings"] == 1
     better_trial(study, store)
     assert store.needs_reason()
 
 
 def told(store: Store) -> list[tuple[int, int, str]]:
     """The test result, and of which weights it is."""
-    return [(each["seed"], each["correct"], each["weights"]) for each in store.attribute("final")["per_seed"]]
+    return [(each["seed"], each["correct"], each["weights"]) for each in store.attributes()["final"]["per_seed"]]
 
 
 def _no_room(*_: Any) -> None:
@@ -176,11 +176,11 @@ def test_the_ledger_knows_a_result_that_is_missing_and_asks_for_a_reason(
 ) -> None:
     """As where the two were written apart, and something came between."""
     everything(study, store, tmp_path)
-    whole, straight = store.attribute("final"), told(store)
+    whole, straight = store.attributes().get("final"), told(store)
     _lose(tmp_path / "tiny.db", "final")
     assert not store.needs_reason()
     everything(study, store, tmp_path)
-    assert (told(store), store.attribute("final")["ledger"]) == (straight, whole["ledger"])
+    assert (told(store), store.attributes()["final"]["ledger"]) == (straight, whole["ledger"])
     assert [line["event"] for line in store.ledger()] == ["opened", "result"]
     _lose(tmp_path / "tiny.db", "final")
     number = better_trial(study, store)
@@ -188,14 +188,14 @@ def test_the_ledger_knows_a_result_that_is_missing_and_asks_for_a_reason(
     everything(study, store, tmp_path)
     assert [line["event"] for line in store.ledger()] == ["opened", "result"]
     known = ("trial", "correct", "total", "accuracy", "interval", "spread", "test_openings", "ledger")
-    assert {key: store.attribute("final")[key] for key in known} == {key: whole[key] for key in known}
+    assert {key: store.attributes()["final"][key] for key in known} == {key: whole[key] for key in known}
     assert store.ledger_fault() is None
     shown = summary("tiny", store, "nowhere")
     assert f"{whole['correct']} correct of {whole['total']}" in shown
     assert store.why_closed() in shown
     assert write_report("tiny", store, "nowhere", tmp_path).is_file()
     everything(study, store, tmp_path, reason="a longer search")
-    assert store.attribute("final")["trial"] == number
+    assert store.attributes()["final"]["trial"] == number
     assert [line.get("reason") for line in store.ledger()] == [None, None, "a longer search", None]
 
 
@@ -228,7 +228,7 @@ def overtaken(
             connection.execute(sqlalchemy.text("UPDATE harness_leases SET until = 0"))
         assert next_one.lead()
         list(final_run(place_of(study, next_one, folder), folder / "model"))
-        written.append((next_one.attribute("final"), next_one.ledger()))
+        written.append((next_one.attributes().get("final"), next_one.ledger()))
         return go_on(*args)
 
     assert late.lead()
@@ -236,11 +236,11 @@ def overtaken(
     monkeypatch.setattr(final, "_now", lambda: {"time": f"2026-11-22T10:00:0{len(written)}+00:00", "commit": "abc"})
     with pytest.raises(LeaseLost):
         list(final_run(place_of(study, late, folder), folder / "model"))
-    assert [(late.attribute("final"), late.ledger())] == written
+    assert [(late.attributes().get("final"), late.ledger())] == written
     assert [line["event"] for line in late.ledger()] == ["opened", "result"]
     with pytest.raises(LeaseLost):
         late.set_as_leader({"rerank": {}})
-    assert late.attribute("rerank") is None
+    assert late.attributes().get("rerank") is None
 
 
 def _killed(*_: Any) -> None:
@@ -250,7 +250,7 @@ def _killed(*_: Any) -> None:
 @pytest.mark.slow
 def test_an_edited_ledger_keeps_the_test_set_closed(study: Study, store: Store, tmp_path: Path) -> None:
     everything(study, store, tmp_path)
-    lines = store.attribute("ledger")
+    lines = store.attributes().get("ledger")
     lines[1]["seeds"][0]["correct"] += 1
     store.set_attribute("ledger", lines)
     better_trial(study, store)
@@ -312,10 +312,10 @@ def test_a_better_trial_leaves_the_test_set_closed_until_a_reason_is_given(
     study: Study, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     everything(study, store, tmp_path)
-    before, at_the_opening = store.attribute("final"), conclusion(store)
+    before, at_the_opening = store.attributes().get("final"), conclusion(store)
     number = better_trial(study, store)
     everything(study, store, tmp_path)
-    assert store.attribute("final") == before
+    assert store.attributes().get("final") == before
     assert (
         f"Trial {number} is chosen by the validation images now, and the test result of trial {before['trial']}"
         in capsys.readouterr().err
@@ -330,7 +330,7 @@ def test_a_better_trial_leaves_the_test_set_closed_until_a_reason_is_given(
     with pytest.raises(InputError, match=rf"gone holds no model\. Trial {number} is chosen .*--reopen-test"):
         load_saved(study, store, tmp_path / "gone")
     everything(study, store, tmp_path, reason="the first search was too short")
-    after = store.attribute("final")
+    after = store.attributes().get("final")
     assert (after["trial"], after["test_openings"]) == (number, 2)
     events = [(line["event"], line["trial"], line.get("reason")) for line in store.ledger()]
     assert events == [
@@ -355,7 +355,7 @@ def test_an_opening_that_was_cut_off_does_not_close_the_test_set_for_a_better_tr
     number = better_trial(study, store)
     assert not store.needs_reason()
     everything(study, store, tmp_path)
-    assert store.attribute("final")["trial"] == number
+    assert store.attributes()["final"]["trial"] == number
     assert store.ledger()[1]["reason"] == f"the opening for trial {first} was cut off before its result was recorded"
 
 
@@ -365,7 +365,7 @@ def test_a_final_result_that_is_not_the_ledgers_is_named(
     study: Study, store: Store, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     everything(study, store, tmp_path)
-    store.set_attribute("final", store.attribute("final") | change)
+    store.set_attribute("final", store.attributes().get("final") | change)
     assert "not the one that line 2 of the test ledger says" in summary("tiny", store, "nowhere")
 
 
@@ -403,7 +403,7 @@ def test_a_damaged_description_of_the_model_is_made_again(line: CommandLine) -> 
 @pytest.mark.slow
 def test_the_predictions_that_are_kept_give_the_numbers(study: Study, store: Store, tmp_path: Path) -> None:
     everything(study, store, tmp_path)
-    found, kept = store.attribute("final"), store.attribute("predictions")
+    found, kept = store.attributes().get("final"), store.attributes().get("predictions")
     labels = unpack(kept["labels"], "uint16")
     for result, seed in zip(found["per_seed"], kept["seeds"], strict=True):
         predicted, confidence = unpack(seed["predicted"], "uint16"), unpack(seed["confidence"], "float32")
@@ -420,7 +420,7 @@ def test_the_base_configuration_is_trained_the_same_way_and_compared_image_by_im
     number = better_trial(study, store)
     study = dataclasses.replace(study, trials=4)
     everything(study, store, tmp_path)
-    found, kept = store.attribute("final"), store.attribute("predictions")
+    found, kept = store.attributes().get("final"), store.attributes().get("predictions")
     assert (found["trial"], found["base"]["trial"]) == (number, 0)
     labels = unpack(kept["labels"], "uint16")
     hits = [
@@ -451,7 +451,7 @@ def test_the_base_configuration_is_trained_the_same_way_and_compared_image_by_im
 @pytest.mark.slow
 def test_better_is_said_only_where_it_is_shown(study: Study, store: Store, tmp_path: Path) -> None:
     finished_with_a_base(study, store, tmp_path)
-    found = store.attribute("final")
+    found = store.attributes().get("final")
     for claim, difference, low, high, p in (
         ("The best configuration is better than the base configuration: ", 0.0104, 0.0041, 0.0167, 0.012),
         ("The best configuration is worse than the base configuration: ", -0.0104, -0.0167, -0.0041, 0.012),
@@ -478,7 +478,7 @@ def test_with_one_seed_nothing_is_claimed_and_why_is_said(study: Study, image_ca
     study = dataclasses.replace(study, final=FinalConfig(seeds=1))
     with open_store(study, f"sqlite:///{tmp_path}/one.db") as store:
         finished_with_a_base(study, store, tmp_path)
-        assert store.attribute("final")["comparison"]["p"] is None
+        assert store.attributes()["final"]["comparison"]["p"] is None
         said = conclusion(store)
         assert said.startswith("No configuration is shown to be better than another: with one seed of the base,")
         assert "final.seeds of 2 or more" in said
@@ -502,7 +502,7 @@ def test_killed_between_the_seeds_of_the_base_none_is_trained_twice(study: Study
                         break
                     begun.append(event.name)
     assert begun == ["final seed 0", "final seed 1", "base seed 0", "base seed 1"]
-    assert len(store.attribute("final")["base"]["per_seed"]) == 2
+    assert len(store.attributes()["final"]["base"]["per_seed"]) == 2
 
 
 def test_where_all_configurations_are_the_same_none_is_better(image_cache: Path, tmp_path: Path) -> None:
@@ -511,7 +511,7 @@ def test_where_all_configurations_are_the_same_none_is_better(image_cache: Path,
     study = dataclasses.replace(small, space={"backbone.hidden": hidden}, trials=3, final=FinalConfig(seeds=2))
     with open_store(study, f"sqlite:///{tmp_path}/tiny.db") as store:
         everything(study, store, tmp_path)
-        found = store.attribute("final")
+        found = store.attributes().get("final")
         assert conclusion(store) == "No configuration is better than another: all 3 trials have the same one."
         if found["trial"] != 0:  # equal configurations and seeds: the same weights, so nothing can differ
             weights = [[each["weights"] for each in result["per_seed"]] for result in (found, found["base"])]
@@ -524,7 +524,7 @@ def test_what_the_choice_adds_is_computed_from_the_trials_validation_hits(
     study: Study, store: Store, tmp_path: Path
 ) -> None:
     everything(study, store, tmp_path)
-    found = store.attribute("final")["selection"]
+    found = store.attributes()["final"]["selection"]
     assert (found["candidates"], found["images"]) == (3, 32)
     assert -0.01 <= found["excess"] <= 1
     kept = [epoch.val.hits is not None for trial in store.trials() for epoch in trial.epochs if epoch.val is not None]
@@ -536,7 +536,7 @@ def test_the_base_is_not_trained_where_it_is_not_wanted(study: Study, store: Sto
     better_trial(study, store)
     without = dataclasses.replace(study, final=FinalConfig(seeds=1, compare_base=False))
     list(final_run(place_of(without, store, tmp_path), tmp_path / "model"))
-    assert store.attribute("final")["base"] is None
+    assert store.attributes()["final"]["base"] is None
     assert "was not compared" in conclusion(store)
 
 
@@ -548,13 +548,13 @@ def test_rerank_chooses_by_the_mean_of_fresh_seeds(study: Study, store: Store, t
     study = dataclasses.replace(study, final=FinalConfig(seeds=2, rerank=2))
     with open_store(study, f"sqlite:///{tmp_path}/reranked.db") as store:
         everything(study, store, tmp_path)
-        kept = store.attribute("rerank")
+        kept = store.attributes().get("rerank")
         assert kept["candidates"] == [trial.number for trial in store.candidates(2)]
         means = {
             int(number): np.mean([each["accuracy"] for each in found]) for number, found in kept["results"].items()
         }
         assert means[kept["chosen"]] == max(means.values())
-        assert store.attribute("final")["trial"] == kept["chosen"]
+        assert store.attributes()["final"]["trial"] == kept["chosen"]
         seeds = {each["weights"] for found in kept["results"].values() for each in found}
         assert len(seeds) == 4  # two configurations, two seeds each
         assert overview("tiny", store, "nowhere")["chosen"] == kept["chosen"]
@@ -576,7 +576,7 @@ def test_a_rerank_that_is_cut_off_goes_on_and_trains_nothing_twice(
                     with pytest.raises(KeyboardInterrupt):
                         list(rerank(place))
             list(rerank(place))
-            record = store.attribute("rerank")
+            record = store.attributes().get("rerank")
             results.append([record["candidates"], record["chosen"], *_weights(record)])
             assert list(rerank(place)) == []
     assert results[0] == results[1]

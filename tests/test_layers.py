@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "mlflow_library",
         "options",
     ),
-    ("ledger", "packing", "evidence", "cost", "audit", "predictions", "thumbnails"),
+    ("final_result", "facts", "ledger", "packing", "evidence", "cost", "audit", "predictions", "thumbnails"),
     ("history", "extrapolation"),
     (
         "data",

@@ -84,7 +84,7 @@ def outcome(place: Path) -> dict[str, Any]:
         assert [t for t in store.optuna_study.get_trials() if t.state in (TrialState.RUNNING, TrialState.WAITING)] == []
         trials = [(t.number, t.state, t.value, t.params, t.curve) for t in store.trials()]
         losses = [[(each.train, each.val) for each in t.epochs] for t in store.trials()]
-        final = store.attribute("final")
+        final = store.attributes().get("final")
         # The seeds' epochs carry seconds, and their weights' sha256 says all that the epochs do.
         for result in filter(None, (final, final["base"])):
             result["per_seed"] = [{k: v for k, v in seed.items() if k != "epochs"} for seed in result["per_seed"]]
@@ -166,7 +166,7 @@ def test_the_same_command_again_is_a_no_op_and_a_larger_total_extends(
 ) -> None:
     run(place, "--trials", "3")
     with read_store("small", f"sqlite:///{place}/studies/small.db") as store:
-        first = store.attribute("final")
+        first = store.attributes().get("final")
     assert "Nothing is missing: 3 trials are finished" in run(place, "--trials", "3")
     run(place, "--trials", "6")
     extended = outcome(place)
@@ -240,7 +240,7 @@ def test_fresh_moves_the_old_study_aside(place: Path) -> None:
     kept = list((place / "studies").glob("small.2*.db"))
     assert len(kept) == 1
     with read_store("small", f"sqlite:///{kept[0]}") as store:
-        assert store.attribute("final")["per_seed"][0]["weights"] == old["final"]["per_seed"][0]["weights"]
+        assert store.attributes()["final"]["per_seed"][0]["weights"] == old["final"]["per_seed"][0]["weights"]
     assert kept[0].with_suffix(".model").is_dir()
 
 

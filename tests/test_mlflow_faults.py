@@ -150,7 +150,7 @@ def test_a_long_parameter_is_cut_with_a_mark(
     monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", truncates)
     tracker = local_tracker(mlruns)
     tracker.start(study, store, {"harness.command": "c" * 20_000})
-    key, tags = trial_key(0), {"harness.study_uid": store.attribute("uid")}
+    key, tags = trial_key(0), {"harness.study_uid": store.attributes().get("uid")}
     tracker.tell(lambda: tracker.open_run(key, {"a": "1", "long": "x" * length, "z": "2"}, tags))
     tracker.tell(lambda: tracker.close_run(tracker.known_runs()[key].info.run_id, "complete"))
     assert tracker.flush()
@@ -168,7 +168,7 @@ def test_a_refused_parameter_is_named_and_the_others_are_written(
     tracker = local_tracker(mlruns)
     tracker.start(study, store, {})
     params = {f"p{number}": str(number) for number in range(250)} | {"bad!name?": "1", "n" * 300: "2"}
-    tracker.tell(lambda: tracker.open_run(trial_key(0), params, {"harness.study_uid": store.attribute("uid")}))
+    tracker.tell(lambda: tracker.open_run(trial_key(0), params, {"harness.study_uid": store.attributes().get("uid")}))
     assert tracker.flush()
     assert len(runs_of(mlruns)[trial_key(0)].data.params) == 250
     said = lines(capsys)

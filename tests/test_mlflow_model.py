@@ -150,7 +150,7 @@ def test_the_model_is_logged_registered_checked_and_promoted(
     assert version.tags[SCORE] == repr(finished.wanted.saved.description["trial_validation_accuracy"])
     assert [each.model_id for each in tracker.client.get_run(tracker.parent).outputs.model_outputs] == [model.model_id]
     assert (model.name, registered(tracker.client)) == ("tiny", [("tiny", "1")])
-    first = finished.store.attribute("final")["per_seed"][0]
+    first = finished.store.attributes()["final"]["per_seed"][0]
     shown = {each.key: each.value for each in model.metrics}
     assert shown == {"test_accuracy": first["accuracy"], "test_loss": first["loss"]}, "the model's, not the mean"
     seed = next(run for key, run in tracker.known_runs().items() if key.startswith("final-seed-0"))

@@ -63,7 +63,7 @@ def finished(image_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.mark.slow
 def test_its_numbers_are_those_of_the_storage(finished: Finished) -> None:
-    text, final = finished.card(), finished.store.attribute("final")
+    text, final = finished.card(), finished.store.attributes().get("final")
     assert final_sentence(FinalResult.of(final)) in text
     assert conclusion(finished.store) in text
     for each in final["per_seed"]:
@@ -102,7 +102,7 @@ def test_a_data_set_that_says_nothing_of_its_licence(finished: Finished, tmp_pat
 
 
 def test_every_opening_of_the_test_set_is_listed_with_its_reason(finished: Finished) -> None:
-    lines = finished.store.attribute("ledger")
+    lines = finished.store.attributes().get("ledger")
     assert finished.card().count("- The test set was opened for trial") == 1
     again = lines[0] | {"trial": 7, "time": "2026-01-02T03:04:05+00:00", "reason": "a wrong label was found"}
     finished.store.set_attribute("ledger", [*lines, again])
@@ -124,9 +124,9 @@ WRITTEN = "a | b\n\n# c\n- d `e` <img src=x onerror=f()> *g* __h__ [i](j) ![k](l
 
 
 def test_what_somebody_wrote_is_shown_and_changes_nothing_around_it(finished: Finished) -> None:
-    lines, saved = finished.store.attribute("ledger"), json.loads((finished.folder / "model.json").read_text())
+    lines, saved = finished.store.attributes().get("ledger"), json.loads((finished.folder / "model.json").read_text())
     opened = {"event": "opened", "trial": 7, "time": "2026-01-02T03:04:05+00:00", "commit": "abc", "configuration": "d"}
-    uid = finished.store.attribute("uid")
+    uid = finished.store.attributes().get("uid")
     pages = []
     for reason, name in (("plain", "rose"), (WRITTEN, "wild | <b>rose</b>_a_")):
         finished.store.set_attribute("ledger", appended(lines, uid, opened | {"reason": reason}))

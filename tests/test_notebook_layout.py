@@ -51,4 +51,4 @@ def test_the_grid_runs_on_train_valid_and_test_folders(workspace: Path) -> None:
         points = [(t.params["optim.base_lr"], t.params["optim.depth_lr_mult"]) for t in store.trials()]
         assert points == [(lr, mult) for lr in (1e-3, 6e-4, 3e-4) for mult in (0.3, 0.6, 0.9)]
         assert store.counts() == {"complete": 9, "pruned": 0, "failed": 0, "running": 0}
-        assert store.attribute("final")["total"] == 6
+        assert store.attributes()["final"]["total"] == 6

@@ -71,8 +71,8 @@ def assert_one_study(database: str, tracking_uri: str, trials: int, seeds: int =
         assert all(trial.state.is_finished() for trial in found)
         assert [line["event"] for line in store.ledger()] == ["opened", "result"]
         assert store.has_final()
-        assert store.attribute("published") == trials
-        uid = store.attribute("uid")
+        assert store.attributes().get("published") == trials
+        uid = store.attributes().get("uid")
         expected = {STUDY, *(f"trial-{trial.number}" for trial in found)}
         expected |= {f"final-seed-{seed}-of-trial-{store.attribute('final')['trial']}" for seed in range(seeds)}
     runs = [run for run in runs_on(tracking_uri) if run.data.tags["harness.study_uid"] == uid]

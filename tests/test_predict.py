@@ -70,7 +70,7 @@ def table(path: Path) -> list[dict[str, str]]:
 def test_the_test_images_get_the_predictions_that_are_recorded(at_home: Path, tmp_path: Path) -> None:
     assert main(["predict", "tiny", "pictures", "--csv", str(tmp_path / "table.csv"), "--top", "1"]) == 0
     with read_store("tiny", "sqlite:///studies/tiny.db") as store:
-        recorded: dict[str, Any] = store.attribute("predictions")["seeds"][0]
+        recorded: dict[str, Any] = store.attributes()["predictions"]["seeds"][0]
     rows = table(tmp_path / "table.csv")
     classes = load_predictor("tiny", None, "cpu").saved.classes
     assert [row["class"] for row in rows] == [classes[label] for label in unpack(recorded["predicted"], "uint16")]

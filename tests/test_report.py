@@ -509,7 +509,7 @@ def test_the_page_shows_the_second_look_the_ledger_and_the_duplicates(
     assert "among 1,200 images: 1 with the same bytes, 0 with nearly the same picture" in page.words
     assert "Do not trust this" not in page.words
     assert 'class="untrusted"' not in text
-    lines = store.attribute("ledger")
+    lines = store.attributes().get("ledger")
     store.set_attribute("ledger", [lines[0] | {"reason": "another"}])
     text, page = page_of(store, tmp_path)
     assert "Do not trust this: line 1 of the test ledger is not as it was written." in page.words

@@ -406,10 +406,10 @@ def test_a_study_in_another_format_is_refused(kept: int | None, tmp_path: Path) 
 def test_the_number_of_trials_and_the_places_may_change(tmp_path: Path) -> None:
     url = url_of(tmp_path / "tiny.db")
     with open_store(searching(), url) as store:
-        uid = store.attribute("uid")
+        uid = store.attributes().get("uid")
     moved = dataclasses.replace(searching(trials=99).located(tmp_path, None, None))
     with open_store(moved, url) as store:
-        assert store.attribute("uid") == uid
+        assert store.attributes().get("uid") == uid
 
 
 def test_other_images_or_weights_are_refused_and_unknown_ones_are_not(tmp_path: Path) -> None:

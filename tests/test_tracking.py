@@ -112,7 +112,7 @@ def test_a_study_is_one_parent_with_one_child_a_trial(study: Study, store: Store
     assert parent.data.metrics == {"best_val_accuracy": 0.6}
     for run in runs.values():
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
-        assert run.data.tags["harness.study_uid"] == store.attribute("uid")
+        assert run.data.tags["harness.study_uid"] == store.attributes().get("uid")
 
 
 def test_the_status_of_a_run_is_the_state_of_its_trial(study: Study, store: Store, mlruns: Path) -> None:

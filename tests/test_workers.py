@@ -94,7 +94,7 @@ class Command:
     def results(self) -> dict[str, Any]:
         """All that may not depend on who did what when."""
         with read_store("tiny", self.url) as store:
-            final = store.attribute("final")
+            final = store.attributes().get("final")
             return {
                 "trials": [
                     (trial.number, trial.state, trial.params, trial.value, trial.curve) for trial in store.trials()
@@ -108,7 +108,7 @@ class Command:
         with read_store("tiny", self.url) as store:
             assert [trial.number for trial in store.trials()] == list(range(self.count))
             assert {trial.state for trial in store.trials()} == {"complete"}
-            assert leases.holders(store._engine, store.attribute("uid")) == {}  # type: ignore[arg-type]
+            assert leases.holders(store._engine, store.attributes().get("uid")) == {}  # type: ignore[arg-type]
             assert [line["event"] for line in store.ledger()] == ["opened", "result"]
         client = MlflowClient(tracking_uri=f"sqlite:///{self.place}/mlruns/mlflow.db")
         (experiment,) = [each for each in client.search_experiments() if each.name == "tiny"]

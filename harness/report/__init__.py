@@ -50,7 +50,7 @@ def write_report(name: str, store: Store, tracking: str, folder: Path) -> Path:
 def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
     """Everything that the page's template shows."""
     seen, trials = overview(name, store, tracking), trial_records(store)
-    final, tested, about = store.final(), seen["test"], subject(store)
+    final, tested, about = store.facts().final, seen["test"], subject(store)
     return {
         "name": name,
         "seen": seen,
@@ -67,8 +67,8 @@ def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
         "comparison": [] if final is None else _comparison(final, store.why_closed()),
         "search": search_plots(store, trials),
         "tested": tested,
-        "test": [] if tested is None else final_plots(store.attribute("predictions"), tested),
-        "thumbnails": store.attribute("thumbnails") or {},
+        "test": [] if tested is None else final_plots(store.facts().predictions or {}, tested),
+        "thumbnails": store.facts().thumbnails,
         "cost": _cost(seen),
         "time": time_plot(trials),
         "failures": [trial for trial in trials if trial.state in ("failed", "diverged")],

@@ -115,10 +115,10 @@ def _learning_curves(trials: Sequence[TrialRecord], store: Store) -> Plot:
         if group := [trial for trial in begun if trial.state == state]:
             _add_curves(figure, group, state, {"color": colour, "width": 1.2}, opacity=0.55)
     if (shown := subject(store)) is not None and shown.curve:
-        word = "the best so far" if store.final() is None else "chosen"
+        word = "the best so far" if store.facts().final is None else "chosen"
         _add_curves(figure, [shown], f"trial {shown.number}, {word}", {"color": ACCENT, "width": 3.5})
     if pruned := [trial for trial in begun if trial.state == "pruned"]:
-        _add_ends(figure, pruned, last, (store.attribute("choice") or {}).get("estimates") or {})
+        _add_ends(figure, pruned, last, (store.facts().choice or {}).get("estimates") or {})
         figure.add_scatter(
             x=[max(trial.curve) for trial in pruned],
             y=[trial.curve[max(trial.curve)] for trial in pruned],
@@ -224,7 +224,7 @@ def _importances(store: Store, complete: Sequence[TrialRecord]) -> Plot:
 def _ladder(store: Store) -> Plot:
     """The peak rate of every depth in the chosen configuration: base_lr * depth_lr_mult ** distance from the head."""
     title, chosen = "Learning rate over depth", subject(store)
-    definition, depths = store.attribute("definition") or {}, store.attribute("depths")
+    definition, depths = store.facts().definition or {}, store.facts().depths
     if depths is None or chosen is None:
         return Plot(title=title, caption="The depths of the backbone are not recorded.", width="half")
     values = definition | chosen.params
@@ -263,7 +263,7 @@ def _landscape(store: Store, trials: Sequence[TrialRecord]) -> Plot:
     complete = [trial for trial in trials if trial.value is not None and set(PAIR) <= set(trial.params)]
     if len(complete) < 2:
         return Plot(title=title, caption="It needs two complete trials that differ in both.")
-    definition = store.attribute("definition") or {}
+    definition = store.facts().definition or {}
     if all(str(definition.get(f"space.{name}", "")).startswith("Choice") for name in PAIR):
         return Plot(title=title, caption="The mean of the complete trials in each cell.", figure=_table_of(complete))
     figure = empty(height=420, xaxis_title="base learning rate", yaxis_title="depth-LR multiplier")
