@@ -23,7 +23,8 @@ from harness.catalogue import find
 from harness.data.tensors import prepare
 from harness.experiment import decide_runtime
 from harness.opening import open_store
-from harness.search import Sampler, no_pruning
+from harness.pruners import no_pruning
+from harness.samplers import Sampler
 from harness.storage import TrialRecord
 from harness.study import search
 

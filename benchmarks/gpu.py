@@ -28,7 +28,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.measure import Figures, alternate, ratios, script
-from harness.config import EngineConfig, OptimConfig, SplitName, TrainConfig
+from harness.config import EngineConfig, OptimConfig, TrainConfig
+from harness.contracts import SplitName
 from harness.engine import Runtime, compile_parts, train_step
 from harness.experiment import assemble, compilable
 from harness.models.maxvit import MaxViTT, TinyMaxViT

@@ -25,11 +25,12 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from harness import asking
-from harness.asking import Seen
 from harness.config import Study
 from harness.extrapolation import ExtrapolatingGPSampler
 from harness.history import ShownStudy
-from harness.search import Pruner, Sampler, asha, gp, no_pruning, tpe
+from harness.pruners import Pruner, asha, no_pruning
+from harness.records import Seen
+from harness.samplers import Sampler, gp, tpe
 from harness.space import Choice
 from tests.analytic import BEST_LOG10_LR, BEST_MULTIPLIER, accuracy, diverges
 from tests.conftest import make_study

@@ -32,9 +32,10 @@ from benchmarks.replay_tasks import REPLAY, Task, draw, tasks
 from harness import asking
 from harness.choice import MORE, choose
 from harness.history import ShownStudy
+from harness.pruners import asha, no_pruning
 from harness.records import TrialRecord, record_of
 from harness.results import EpochResult, Metrics
-from harness.search import Sampler, asha, gp, no_pruning, tpe
+from harness.samplers import Sampler, gp, tpe
 
 SHARES = (0.1, 0.2, 0.4, 1.0)  # of the budget, at which the regret is shown
 REFERENCE = "TPE, asha(5, 2)"

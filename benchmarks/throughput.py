@@ -32,12 +32,13 @@ import sqlalchemy
 
 from harness import asking, catalogue
 from harness.config import Study
+from harness.keys import trial_key
 from harness.leases import TABLE
 from harness.opening import open_store
+from harness.pruners import no_pruning
 from harness.results import Completed
-from harness.search import Sampler, no_pruning, tpe
+from harness.samplers import Sampler, tpe
 from harness.storage import NoTrialFree, Store
-from harness.tracking import trial_key
 
 SECONDS = 5.0
 WORKERS = (1, 2, 4, 8, 16, 32)

@@ -25,12 +25,14 @@ import optuna
 from benchmarks.measure import Figures, alternate, ratios, script
 from harness import catalogue
 from harness.config import Study
+from harness.keys import trial_key
 from harness.mlflow_places import local_tracker, local_uri
 from harness.opening import open_store
+from harness.pruners import asha
 from harness.results import Completed, EpochEnded, EpochResult, Event, Metrics, Reached, TrialEnded, TrialStarted
-from harness.search import asha, tpe
+from harness.samplers import tpe
 from harness.storage import Store
-from harness.tracking import facts, trial_key, trial_tags
+from harness.tracking import facts, trial_tags
 
 EPOCHS, IMAGES = 30, 1000
 

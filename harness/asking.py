@@ -7,8 +7,7 @@ the same question can be put again (`harness.replay`). A study with one worker h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -20,73 +19,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from harness.errors import InputError, first_line
 from harness.history import ShownStudy
-from harness.search import suggest
+from harness.records import has_diverged
 from harness.seeds import derive_seed
+from harness.space import Choice, Dimension, Int
 
 if TYPE_CHECKING:
     from harness.config import Study
-
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What was not known of the lower numbers: `open` had not ended, and of those `running` had their parameters."""
-
-    open: tuple[int, ...] = ()
-    running: tuple[int, ...] = ()
-
-    @staticmethod
-    def now(trials: Sequence[FrozenTrial], number: int, space: Iterable[str]) -> Seen:
-        """What can be known at this moment to trial `number`."""
-        lower = [trial for trial in trials if trial.number < number and trial.state not in FINISHED]
-        running = [trial.number for trial in lower if all(path in trial.params for path in space)]
-        return Seen(tuple(trial.number for trial in lower), tuple(running))
-
-    @staticmethod
-    def of(trial: FrozenTrial) -> Seen:
-        """What is kept with a trial; nothing is, if all lower numbers had ended."""
-        kept = trial.user_attrs.get("seen")
-        return Seen() if kept is None else Seen.from_dict(kept)
-
-    def history(self, trials: Sequence[FrozenTrial], number: int) -> list[FrozenTrial]:
-        """The trials as they were known to trial `number`; of running and diverged ones the parameters alone."""
-        known = [
-            _without_values(trial) if has_diverged(trial) else trial
-            for trial in trials
-            if trial.number < number and trial.number not in self.open
-        ]
-        running = [_without_values(trial, TrialState.RUNNING) for trial in trials if trial.number in self.running]
-        return sorted(known + running, key=lambda trial: trial.number)
-
-    def to_dict(self) -> dict[str, list[int]]:
-        return {"open": list(self.open), "running": list(self.running)}
-
-    @staticmethod
-    def from_dict(record: dict[str, list[int]]) -> Seen:
-        return Seen(tuple(record["open"]), tuple(record["running"]))
-
-
-def has_diverged(trial: FrozenTrial) -> bool:
-    """Whether a trial, which is told as pruned, ended with a loss or gradient that was no number."""
-    return trial.state is TrialState.PRUNED and trial.user_attrs.get("outcome", {}).get("state") == "diverged"
-
-
-def _without_values(trial: FrozenTrial, state: TrialState = TrialState.PRUNED) -> FrozenTrial:
-    """A trial of which the parameters alone are shown; TPE puts a pruned one without values behind all others."""
-    return FrozenTrial(
-        number=trial.number,
-        state=state,
-        value=None,
-        datetime_start=trial.datetime_start,
-        datetime_complete=None if state is TrialState.RUNNING else trial.datetime_complete,
-        params=trial.params,
-        distributions=trial.distributions,
-        user_attrs={} if state is TrialState.RUNNING else trial.user_attrs,
-        system_attrs={},
-        intermediate_values={},
-        trial_id=trial._trial_id,
-    )
 
 
 class _Storage:
@@ -128,8 +66,17 @@ def ask(study: Study, of: optuna.Study, trial_id: int, number: int, history: lis
     for path, dimension in study.space.items():
         # A fresh stream for each parameter: a process may die between two of them.
         shown.sampler = _sampler(study, derive_seed(study.seed, "ask", number, path), history)
-        suggest(trial, path, dimension)
+        _suggest(trial, path, dimension)
     return dict(trial.params)
+
+
+def _suggest(trial: optuna.Trial, path: str, dimension: Dimension) -> Any:
+    """Have the study's sampler choose a value of one dimension."""
+    if isinstance(dimension, Choice):
+        return trial.suggest_categorical(path, dimension.labels)
+    if isinstance(dimension, Int):
+        return trial.suggest_int(path, dimension.low, dimension.high, log=dimension.log)
+    return trial.suggest_float(path, dimension.low, dimension.high, log=dimension.log)
 
 
 def _checked(sampler: optuna.samplers.BaseSampler, name: str) -> optuna.samplers.BaseSampler:

@@ -12,20 +12,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harness.cost import duration
-from harness.evidence import CONFIDENCE, percent
+from harness.evidence import CONFIDENCE
 from harness.seeds import derive_seed
+from harness.words import duration, percent
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FEW = 10  # a rank correlation over fewer trials is called a hint
 LOST = -math.inf  # the end of a trial that diverged: below all others
-
-
-def audit_key(trial: int) -> str:
-    """The name of the training that ends a pruned trial, as `harness.tracking` names others."""
-    return f"audit-of-trial-{trial}"
 
 
 @dataclass(frozen=True, kw_only=True)

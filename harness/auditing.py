@@ -14,11 +14,12 @@ from harness import audit, catalogue, mounts, opening, report
 from harness.checkpoint import SUFFIX, Checkpoint, identity_of, remove
 from harness.config import Study
 from harness.data.tensors import prepare
-from harness.database import sqlite_file
 from harness.engine import Runtime
 from harness.environment import environment
 from harness.errors import DONE, InputError
 from harness.experiment import assemble, decide_runtime
+from harness.files import sqlite_file
+from harness.keys import audit_key
 from harness.mlflow_places import attached, tracker_at, uri_of
 from harness.options import RunOptions
 from harness.reproduce import Compared, explanation
@@ -119,7 +120,7 @@ def train(
     asked = sample(store, fraction, seed)
     courses = [course(study, trial) for trial in store.trials()]
     for number in asked:
-        path = checkpoints / f"{audit.audit_key(number)}{SUFFIX}"
+        path = checkpoints / f"{audit_key(number)}{SUFFIX}"
         if str(number) not in results:
             results[str(number)] = yield from _to_the_end(study, trials[number], store, runtime, path)
             store.set_attribute("audit", audit.record(courses, results, len(asked), seed))
@@ -146,7 +147,7 @@ def _to_the_end(
     config, seed = study.config(trial.params), derive_seed(study.seed, "trial", trial.number)
     training = assemble(config, runtime, seed)
     training.progress.micro_batch = trial.epochs[0].micro_batch
-    identity = identity_of(store.uid, audit.audit_key(trial.number), seed, config)
+    identity = identity_of(store.uid, audit_key(trial.number), seed, config)
     checkpoint = Checkpoint(path, identity, training, environment(runtime.device))
     checkpoint.restore()
     now: list[EpochResult] = []

@@ -51,7 +51,7 @@ class Found:
 
     def beside(self, url: str, suffix: str) -> Path:
         """A folder that belongs to the results at `url`: beside a SQLite file, else beside the study file."""
-        from harness.database import sqlite_file
+        from harness.files import sqlite_file
 
         file = sqlite_file(url)
         return (
@@ -60,7 +60,7 @@ class Found:
 
     def kept(self, url: str) -> list[Path]:
         """The files and folders of the study and its results at `url`, there or not, that nothing else may replace."""
-        from harness.database import sqlite_file
+        from harness.files import sqlite_file
 
         file = sqlite_file(url)
         beside = ("", "-wal", "-shm", "-journal", ".lock", ".pid")

@@ -13,18 +13,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from harness import space as spaces
+from harness.contracts import Backbone, Dataset, PrunerLike, SamplerLike
 from harness.errors import InputError
 
 if TYPE_CHECKING:
-    from PIL import Image
-    from torch import nn
-
-    from harness.search import Grid, Pruner, Sampler
-
-SplitName = Literal["train", "val", "test"]
+    pass
 
 
 def location(default: Any) -> Any:
@@ -41,57 +37,14 @@ def require_count(path: str, value: int, most: int) -> None:
     require(1 <= value <= most, f"{path} must be at least 1 and at most {most:,}, not {value}.")
 
 
-class Dataset(Protocol):
-    """What a data set must offer. See `harness.data.image_folder` for one; a new one is a file beside it.
-
-    It may offer `remarks() -> list[str]`, sentences that are said once, when a study starts on it.
-    """
-
-    @property
-    def image_size(self) -> int: ...  # side of the square the model sees, pixels
-    @property
-    def stored_size(self) -> int: ...  # side of the cached training images; the margin is for crops
-    @property
-    def limit(self) -> int | None: ...  # at most that many images per split
-    @property
-    def cache(self) -> str: ...  # folder of the decoded images
-    def __hash__(self) -> int: ...  # frozen dataclasses have it; loaded splits are kept by it
-    def classes(self) -> tuple[str, ...]: ...
-    def samples(self, split: SplitName) -> Sequence[tuple[Any, int]]:
-        """(item, label) of every image of a split; an item is whatever `open` takes."""
-        ...
-
-    def stamp(self, item: Any) -> str:
-        """A cheap mark that changes when the item does (path, bytes, time)."""
-        ...
-
-    def content(self, item: Any) -> bytes:
-        """The bytes that decide the item's pixels."""
-        ...
-
-    def open(self, item: Any) -> Image.Image:
-        """The decoded image; raises InputError naming the file if it is none."""
-        ...
-
-
-class Backbone(Protocol):
-    """What a model family must offer. See `harness.models.maxvit`."""
-
-    def check(self, image_size: int) -> None:
-        """Raise InputError when the model cannot take images of this side, or its weights cannot be had."""
-        ...
-
-    def build(self, classes: int, image_size: int) -> nn.Module:
-        """The model with a new head for `classes` classes."""
-        ...
-
-    def depths(self, by: Literal["block", "layer"]) -> list[str]:
-        """Prefixes of parameter names from the first block to the head, one a depth; the longest that fits counts."""
-        ...
-
-    def weights(self) -> str:
-        """A fingerprint of the pretrained weights, or "none": a study is not continued with others."""
-        ...
+def check_sizes(image_size: int, stored_size: int, limit: int | None) -> None:
+    require(image_size >= 1, f"data.image_size must be at least 1 pixel, not {image_size}.")
+    require(stored_size <= 10_000, f"data.stored_size must be at most 10,000 pixels, not {stored_size}.")
+    require(
+        stored_size >= image_size,
+        f"data.stored_size ({stored_size}) must not be smaller than data.image_size ({image_size}).",
+    )
+    require(limit is None or limit >= 1, f"data.limit must be at least 1, or null for all images, not {limit}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,8 +192,8 @@ class Study:
     name: str
     train: TrainConfig
     space: spaces.Space
-    sampler: Sampler | Grid
-    pruner: Pruner
+    sampler: SamplerLike
+    pruner: PrunerLike
     trials: int = 50
     seed: int = 0
     final: FinalConfig = FinalConfig()

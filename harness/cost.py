@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from harness.words import duration
+
 if TYPE_CHECKING:
     from harness.storage import TrialRecord
-
-A_DAY_SECONDS = 86_400
 
 
 def cost(trials: Sequence[TrialRecord], definition: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,15 +45,3 @@ def cost_sentences(found: Mapping[str, Any]) -> list[str]:
             "have taken."
         )
     return lines
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: 8.3 s, 4 min 10 s, 3 h 20 min, 2.5 days."""
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    whole, minutes = round(seconds), round(seconds / 60)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    if minutes < 24 * 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{seconds / A_DAY_SECONDS:.1f} days"

@@ -26,7 +26,7 @@ from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
 from harness.errors import Halt, InputError, first_line, masked
-from harness.files import replace_file
+from harness.files import replace_file, sqlite_file
 
 T = TypeVar("T")
 
@@ -82,23 +82,6 @@ def _read(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return Unreadable(text)
-
-
-def sqlite_file(url: str) -> Path | None:
-    """The file of a SQLite URL, None for other databases. Raises InputError when `url` is no database URL."""
-    try:
-        parsed = sqlalchemy.engine.make_url(url)
-        if parsed.get_backend_name() == "sqlite":
-            parsed.get_dialect()  # for sqlite+NAME:// a driver of that name
-    except (SQLAlchemyError, ValueError) as error:  # a ValueError for a port that is no number
-        raise InputError(f"--storage {url!r} is no database URL; write sqlite:///FILE or postgresql://...") from error
-    if parsed.get_backend_name() != "sqlite":
-        return None
-    if not parsed.database or parsed.database == ":memory:":
-        raise InputError(f"--storage {url!r} lives in memory and could not be resumed; write sqlite:///FILE.")
-    if parsed.database.startswith("file:"):
-        raise InputError(f"--storage {url!r} names its file in SQLite's own way; write sqlite:///FILE.")
-    return Path(parsed.database)
 
 
 def check_database(url: str) -> None:

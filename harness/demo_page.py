@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import InputError
-from harness.evidence import percent
 from harness.predict import TOP, Predictor
+from harness.words import percent
 
 if TYPE_CHECKING:
     import gradio

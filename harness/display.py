@@ -16,7 +16,6 @@ from rich.table import Table
 
 from harness import interrupt
 from harness.config import Study
-from harness.cost import A_DAY_SECONDS, duration
 from harness.overview import in_short
 from harness.results import (
     Completed,
@@ -34,6 +33,7 @@ from harness.results import (
     TrialStarted,
 )
 from harness.storage import Store
+from harness.words import A_DAY_SECONDS, duration
 
 BAR_COLUMNS = 30  # at most; fewer in a narrow terminal
 

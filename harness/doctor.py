@@ -15,9 +15,10 @@ from harness.catalogue import Found
 from harness.checkpoint import fingerprint, read_tensors, remove, stale
 from harness.config import Study
 from harness.data.cache import damaged
-from harness.database import holder, pid_file, sqlite_file
+from harness.database import holder, pid_file
 from harness.errors import InputError
-from harness.files import Damaged
+from harness.files import Damaged, sqlite_file
+from harness.keys import trial_key
 from harness.opening import (
     AGAIN,
     CHECK_FILE,
@@ -41,7 +42,7 @@ from harness.predictions import from_record
 from harness.processes import in_words
 from harness.storage import Store
 from harness.study import wanted_keys
-from harness.tracking import Finding, expected_runs, facts, study_metrics, trial_key
+from harness.tracking import Finding, expected_runs, facts, study_metrics
 
 if TYPE_CHECKING:
     from harness.mlflow_tracker import MLflowTracker

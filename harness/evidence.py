@@ -23,11 +23,6 @@ RESAMPLES = 2000
 BINS = 10
 
 
-def percent(share: float | None) -> str:
-    """A share as people read it; a dash where it is not known."""
-    return "–" if share is None else f"{100 * share:.2f} %"
-
-
 def wilson(correct: float, total: int) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson, 1927). `correct` may be a mean over seeds, which is no whole number."""
     z2 = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) ** 2

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.checkpoint import SUFFIX, fingerprint, read_tensors, write_tensors
-from harness.config import AugmentConfig, Backbone, TrainConfig
+from harness.config import AugmentConfig, TrainConfig
+from harness.contracts import Backbone
 from harness.data.augment import augment, normalise
 from harness.data.tensors import ImageSet, load_split
 from harness.engine import Runtime, seeded

@@ -148,3 +148,23 @@ def _synchronise(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of a SQLite URL, None for other databases. Raises InputError when `url` is no database URL."""
+    import sqlalchemy
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        parsed = sqlalchemy.engine.make_url(url)
+        if parsed.get_backend_name() == "sqlite":
+            parsed.get_dialect()  # for sqlite+NAME:// a driver of that name
+    except (SQLAlchemyError, ValueError) as error:  # a ValueError for a port that is no number
+        raise InputError(f"--storage {url!r} is no database URL; write sqlite:///FILE or postgresql://...") from error
+    if parsed.get_backend_name() != "sqlite":
+        return None
+    if not parsed.database or parsed.database == ":memory:":
+        raise InputError(f"--storage {url!r} lives in memory and could not be resumed; write sqlite:///FILE.")
+    if parsed.database.startswith("file:"):
+        raise InputError(f"--storage {url!r} names its file in SQLite's own way; write sqlite:///FILE.")
+    return Path(parsed.database)

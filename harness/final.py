@@ -21,7 +21,8 @@ import torch
 from harness import ledger
 from harness.checkpoint import differences, read_tensors, write_tensors
 from harness.checkpoint import fingerprint as sha256_of
-from harness.config import Dataset, SplitName, TrainConfig, fingerprint
+from harness.config import TrainConfig, fingerprint
+from harness.contracts import Dataset, SplitName
 from harness.data.augment import MEAN, STD
 from harness.data.duplicates import find
 from harness.data.tensors import ImageSet, items_of, load_split, load_test

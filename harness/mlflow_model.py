@@ -21,19 +21,19 @@ from typing import TYPE_CHECKING, Any
 from harness.data.tensors import ImageSet, items_of, load_split
 from harness.errors import Halt, masked
 from harness.export import EXAMPLE_BATCH, disagreement, logits_of, weights_of
+from harness.keys import final_key
 from harness.mlflow_client import UID
 from harness.mlflow_library import artifact_store, faults, first_line, found_set, is_refusal, no_stray_folder
 from harness.mlflow_tracker import MLflowTracker
 from harness.overview import final_sentence
 from harness.saved_model import CHECK_IMAGES
-from harness.tracking import final_key
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion
     from torch import Tensor
 
-    from harness.config import Dataset
+    from harness.contracts import Dataset
     from harness.saved_model import SavedModel
     from harness.storage import Store
 

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import ledger
-from harness.evidence import percent
 from harness.files import replace_file
 from harness.opening import is_tested
 from harness.overview import conclusion, final_sentence, selection_sentence
 from harness.packing import unpack
 from harness.predictions import calibration_sentence, described
+from harness.words import percent
 
 if TYPE_CHECKING:
-    from harness.config import Dataset
+    from harness.contracts import Dataset
     from harness.final_result import FinalResult, SeedResult
     from harness.storage import Store, TrialRecord
 

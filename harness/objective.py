@@ -15,6 +15,7 @@ from harness.engine import Runtime
 from harness.environment import environment
 from harness.errors import Halt, no_room
 from harness.experiment import assemble
+from harness.keys import trial_key
 from harness.leases import LeaseLost
 from harness.optim import group_table
 from harness.results import (
@@ -30,7 +31,6 @@ from harness.results import (
 )
 from harness.seeds import derive_seed
 from harness.storage import Asked, Store
-from harness.tracking import trial_key
 from harness.trainer import Training, fit
 
 

@@ -16,19 +16,9 @@ from typing import Any
 import optuna
 
 from harness.config import Study
-from harness.database import (
-    BUSY_TIMEOUT_SECONDS,
-    alone,
-    check_database,
-    connect,
-    dispose,
-    has_tables,
-    held,
-    outlast,
-    sqlite_file,
-)
+from harness.database import BUSY_TIMEOUT_SECONDS, alone, check_database, connect, dispose, has_tables, held, outlast
 from harness.errors import InputError
-from harness.files import Damaged, check_tensors
+from harness.files import Damaged, check_tensors, sqlite_file
 from harness.leases import Leases, make_table
 from harness.opened_file import OpenedFile
 from harness.storage import Store

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from harness.audit import audit_sentences
 from harness.cost import cost
-from harness.database import holder, sqlite_file
+from harness.database import holder
 from harness.errors import masked
-from harness.evidence import ALPHA, comparison_sentence, percent
+from harness.evidence import ALPHA, comparison_sentence
+from harness.files import sqlite_file
 from harness.final_result import FinalResult
 from harness.ledger import openings, seeds_of
 from harness.predictions import described
 from harness.storage import Store, TrialRecord
+from harness.words import percent
 
 if TYPE_CHECKING:
     import pandas

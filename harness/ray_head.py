@@ -28,7 +28,7 @@ from harness.storage import Asked, Store
 from harness.worker import Message, Order
 
 CHECK_SECONDS = 2.0  # between two questions whether a trial is still this worker's
-READ = ("attribute", "trials", "finished")  # what a worker calls of a store
+READ = ("attributes", "facts", "trials", "finished")  # what a worker calls of a store
 ON_A_TRIAL = ("check", "report", "should_prune", "tell")
 
 
@@ -140,6 +140,10 @@ class _Served:
         if name not in READ + ON_A_TRIAL:
             raise AttributeError(f"A worker calls no {name!r} of its store.")
         return functools.partial(self._call, name)
+
+    @property
+    def uid(self) -> str:
+        return cast(str, self.attributes()["uid"])
 
     def ask(self, study: Study, at_most: int | None = None) -> Asked:
         try:

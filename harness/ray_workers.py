@@ -26,9 +26,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from harness import interrupt
 from harness.checkpoint import SUFFIX, remove
-from harness.database import sqlite_file
 from harness.errors import Halt, InputError, first_line
-from harness.files import replace_file
+from harness.files import replace_file, sqlite_file
 from harness.jobs import Job, Search, Train
 from harness.processes import name_of_this
 from harness.ray_cluster import Needs, in_words

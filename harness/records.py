@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from harness.asking import FINISHED
 from harness.results import EpochResult
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,4 +45,64 @@ def record_of(trial: FrozenTrial) -> TrialRecord:
         seconds=trial.user_attrs.get("seconds"),
         environments=tuple(trial.user_attrs.get("environments", [])),
         traceback=outcome.get("traceback"),
+    )
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was not known of the lower numbers: `open` had not ended, and of those `running` had their parameters."""
+
+    open: tuple[int, ...] = ()
+    running: tuple[int, ...] = ()
+
+    @staticmethod
+    def now(trials: Sequence[FrozenTrial], number: int, space: Iterable[str]) -> Seen:
+        """What can be known at this moment to trial `number`."""
+        lower = [trial for trial in trials if trial.number < number and trial.state not in FINISHED]
+        running = [trial.number for trial in lower if all(path in trial.params for path in space)]
+        return Seen(tuple(trial.number for trial in lower), tuple(running))
+
+    @staticmethod
+    def of(trial: FrozenTrial) -> Seen:
+        """What is kept with a trial; nothing is, if all lower numbers had ended."""
+        kept = trial.user_attrs.get("seen")
+        return Seen() if kept is None else Seen.from_dict(kept)
+
+    def history(self, trials: Sequence[FrozenTrial], number: int) -> list[FrozenTrial]:
+        """The trials as they were known to trial `number`; of running and diverged ones the parameters alone."""
+        known = [
+            _without_values(trial) if has_diverged(trial) else trial
+            for trial in trials
+            if trial.number < number and trial.number not in self.open
+        ]
+        running = [_without_values(trial, TrialState.RUNNING) for trial in trials if trial.number in self.running]
+        return sorted(known + running, key=lambda trial: trial.number)
+
+    def to_dict(self) -> dict[str, list[int]]:
+        return {"open": list(self.open), "running": list(self.running)}
+
+    @staticmethod
+    def from_dict(record: dict[str, list[int]]) -> Seen:
+        return Seen(tuple(record["open"]), tuple(record["running"]))
+
+
+def has_diverged(trial: FrozenTrial) -> bool:
+    """Whether a trial, which is told as pruned, ended with a loss or gradient that was no number."""
+    return trial.state is TrialState.PRUNED and trial.user_attrs.get("outcome", {}).get("state") == "diverged"
+
+
+def _without_values(trial: FrozenTrial, state: TrialState = TrialState.PRUNED) -> FrozenTrial:
+    """A trial of which the parameters alone are shown; TPE puts a pruned one without values behind all others."""
+    return FrozenTrial(
+        number=trial.number,
+        state=state,
+        value=None,
+        datetime_start=trial.datetime_start,
+        datetime_complete=None if state is TrialState.RUNNING else trial.datetime_complete,
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs={} if state is TrialState.RUNNING else trial.user_attrs,
+        system_attrs={},
+        intermediate_values={},
+        trial_id=trial._trial_id,
     )

@@ -16,13 +16,13 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from harness import asking
+from harness.contracts import PrunerLike, SamplerLike
 from harness.errors import InputError
 from harness.history import ShownStudy
 from harness.space import Choice, Dimension, Float
 
 if TYPE_CHECKING:
     from harness.config import Study
-    from harness.search import Grid, Pruner, Sampler
 
 DRAWN = 10  # trials that Optuna's samplers draw at random
 MOST = 64  # a sampler that draws more than this is not rehearsed beyond them
@@ -105,7 +105,7 @@ def _judge(pruner: optuna.pruners.BasePruner, trial: FrozenTrial, others: list[F
 
 
 @contextmanager
-def _blaming(part: Sampler | Grid | Pruner) -> Iterator[None]:
+def _blaming(part: SamplerLike | PrunerLike) -> Iterator[None]:
     try:
         yield
     except InputError:

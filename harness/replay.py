@@ -14,10 +14,10 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from harness import asking
-from harness.asking import Seen
 from harness.database import outlast
 from harness.environment import versions
 from harness.errors import InputError
+from harness.records import Seen
 
 if TYPE_CHECKING:
     from harness.config import Study

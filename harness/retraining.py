@@ -17,10 +17,10 @@ from harness.environment import environment
 from harness.errors import Halt
 from harness.experiment import assemble, with_validation_images
 from harness.jobs import Train, Workers
+from harness.keys import base_key, final_key, rerank_key
 from harness.results import EpochEnded, EpochResult, Event, Kind, RetrainingEnded, TrialStarted
 from harness.seeds import derive_seed
 from harness.storage import Store, TrialRecord
-from harness.tracking import base_key, final_key, rerank_key
 from harness.trainer import Training, fit
 
 KEYS = {"final": final_key, "base": base_key, "rerank": rerank_key}

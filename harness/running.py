@@ -98,6 +98,7 @@ def _run(options: RunOptions) -> int:
     from harness import catalogue, database, mounts, opening, overview, ray_cluster
     from harness import space as spaces
     from harness.coordinator import ended
+    from harness.files import sqlite_file
     from harness.mlflow_places import uri_of
 
     if options.ray_address is not None and options.engine != "ray":
@@ -113,8 +114,8 @@ def _run(options: RunOptions) -> int:
             raise InputError(f"{path} is {value}, which is no UTF-8 and cannot be recorded; rename it.")
     url = found.url(options.storage)
     database.check_database(url)
-    database.check_writable(database.sqlite_file(url))
-    if (risk := mounts.warning(database.sqlite_file(url))) is not None:
+    database.check_writable(sqlite_file(url))
+    if (risk := mounts.warning(sqlite_file(url))) is not None:
         print(f"Warning: {risk}", file=sys.stderr)
     if options.fresh:
         opening.check_movable(url)
@@ -171,9 +172,10 @@ def _look_at_mlflow(options: RunOptions, found: Found, study: Study, store: Stor
 def _check_nobody_at_work(study: Study, url: str) -> None:
     """Raise InputError when a process works on this study; one that has lost its coordinator does so for a while."""
     from harness import database, opening
+    from harness.files import sqlite_file
     from harness.processes import in_words
 
-    file = database.sqlite_file(url)
+    file = sqlite_file(url)
     if file is not None and database.holder(file) is not None:
         return  # the command itself is, and named when its study would be moved
     if opening.exists(study.name, url):

@@ -17,22 +17,20 @@ import sqlalchemy
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from harness import asking, leases, ledger, taking
-from harness.asking import FINISHED, Seen
+from harness import leases, ledger, taking
 from harness.config import Study
 from harness.database import Unreadable, outlast
 from harness.errors import Halt, InputError
 from harness.facts import StudyFacts
+from harness.keys import trial_key
 from harness.leases import LeaseLost, Leases
 from harness.ledger import Line
 from harness.opened_file import OpenedFile
 from harness.processes import in_words
+from harness.records import FINISHED, Seen, record_of
 from harness.records import TrialRecord as TrialRecord
-from harness.records import record_of
 from harness.results import Completed, Diverged, EpochResult, Failed, TrialOutcome
-from harness.search import may_prune
 from harness.taking import NoTrialFree as NoTrialFree
-from harness.tracking import trial_key
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -366,7 +364,7 @@ class Store:
                 self._check(taken.number)
                 self._study._storage.set_trial_user_attr(taken._trial_id, "seen", seen.to_dict())
             history = seen.history(trials, taken.number)
-            params = asking.ask(study, self._study, taken._trial_id, taken.number, history)
+            params = study.sampler.ask(study, self._study, taken._trial_id, taken.number, history)
         except (LeaseLost, UpdateFinishedTrialError) as error:  # this process stood still, and another one went on
             raise NoTrialFree from error
         self._curves[taken.number] = dict(taken.intermediate_values)
@@ -419,10 +417,12 @@ class Store:
     @outlasting
     def should_prune(self, asked: Asked, epoch: int) -> bool:
         """The pruner's verdict after `epoch`; an epoch that an earlier process went beyond was judged then."""
-        latest = epoch == max(self._curves[asked.number], default=None)
-        if not (latest and may_prune(self._study.pruner, epoch)):
+        pruner = self._study.pruner
+        # At the rungs of one that names them alone: who asks it reads all trials.
+        here = getattr(pruner, "rung", lambda _: not isinstance(pruner, optuna.pruners.NopPruner))
+        if epoch != max(self._curves[asked.number], default=None) or not here(epoch):
             return False
-        return self._study.pruner.prune(self._study, self._study._storage.get_trial(self._id(asked)))
+        return pruner.prune(self._study, self._study._storage.get_trial(self._id(asked)))
 
     @outlasting
     def tell(

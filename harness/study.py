@@ -6,20 +6,19 @@ import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-from harness.audit import audit_key
 from harness.checkpoint import SUFFIX, remove, stale
 from harness.choice import record_choice
 from harness.config import Study
 from harness.engine import Runtime
 from harness.final import final_run
 from harness.jobs import Workers
+from harness.keys import audit_key, base_key, final_key, rerank_key, trial_key
 from harness.leases import LeaseLost
 from harness.objective import evaluate_trial
 from harness.rerank import rerank
 from harness.results import Elsewhere, Event, Failed, TrialLost
 from harness.retraining import Place
 from harness.storage import POLL_SECONDS, NoTrialFree, Store
-from harness.tracking import base_key, final_key, rerank_key, trial_key
 
 FAILURES_IN_A_ROW = 3
 

@@ -13,11 +13,11 @@ import optuna
 import sqlalchemy
 from optuna.trial import TrialState
 
-from harness.asking import FINISHED
 from harness.config import Study
+from harness.keys import trial_key
 from harness.leases import Leases
+from harness.records import FINISHED
 from harness.space import encode
-from harness.tracking import trial_key
 
 UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
 STATE = sqlalchemy.column("state", sqlalchemy.Enum(TrialState, name="trialstate"))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.environment import HARDWARE, git_commit, versions
 from harness.errors import masked
+from harness.keys import base_key, final_key, rerank_key, trial_key
 from harness.results import EpochResult, Kind
 from harness.seeds import derive_seed
 
@@ -18,25 +19,6 @@ if TYPE_CHECKING:
     from harness.config import Study, TrainConfig
     from harness.final_result import SeedResult
     from harness.storage import Store
-
-
-def trial_key(number: int) -> str:
-    return f"trial-{number}"
-
-
-def final_key(trial: int, seed_number: int) -> str:
-    """The best trial is part of it: an extended study may find a better one and retrain that."""
-    return f"final-seed-{seed_number}-of-trial-{trial}"
-
-
-def base_key(trial: int, seed_number: int) -> str:
-    """The base configuration, trained as the best one is, to compare with."""
-    return f"base-seed-{seed_number}-of-trial-{trial}"
-
-
-def rerank_key(trial: int, seed_number: int) -> str:
-    """One of the best few, trained from a fresh seed to choose among them."""
-    return f"rerank-seed-{seed_number}-of-trial-{trial}"
 
 
 def trial_tags(study: Study, number: int) -> dict[str, str]:

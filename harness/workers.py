@@ -19,9 +19,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from harness import interrupt
-from harness.database import sqlite_file
 from harness.environment import cores
 from harness.errors import INTERRUPTED, Halt, InputError
+from harness.files import sqlite_file
 from harness.jobs import Job, Search, Train
 from harness.results import EpochEnded, Event
 from harness.worker import Done, Message, Order, Stopped, work

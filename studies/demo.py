@@ -9,7 +9,8 @@ the real study: too high a rate forgets the pretraining, too low a one learns no
 from harness.config import AugmentConfig, EngineConfig, FinalConfig, OptimConfig, Study, TrainConfig
 from harness.data.garden import Garden
 from harness.models.maxvit import TinyMaxViT
-from harness.search import asha, gp
+from harness.pruners import asha
+from harness.samplers import gp
 from harness.space import Choice, Float
 
 STUDY = Study(

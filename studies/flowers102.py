@@ -10,7 +10,8 @@ day; the harness says after the first epoch how long this machine will take.
 from harness.config import FinalConfig, OptimConfig, Study, TrainConfig
 from harness.data.flowers102 import Flowers102
 from harness.models.maxvit import MaxViTT
-from harness.search import asha, gp
+from harness.pruners import asha
+from harness.samplers import gp
 from harness.space import Choice, Float
 
 STUDY = Study(

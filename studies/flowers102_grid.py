@@ -11,7 +11,8 @@ of the epochs and left dropout on while it evaluated; here the last epoch counts
 from harness.config import AugmentConfig, FinalConfig, OptimConfig, Study, TrainConfig
 from harness.data.image_folder import ImageFolder
 from harness.models.maxvit import MaxViTT
-from harness.search import grid, no_pruning
+from harness.pruners import no_pruning
+from harness.samplers import grid
 from harness.space import Choice
 
 STUDY = Study(

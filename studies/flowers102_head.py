@@ -11,7 +11,8 @@ here was not measured yet, for the pretrained weights could not be had.
 from harness.config import FinalConfig, OptimConfig, Study, TrainConfig
 from harness.data.flowers102 import Flowers102
 from harness.models.maxvit import MaxViTT
-from harness.search import gp, no_pruning
+from harness.pruners import no_pruning
+from harness.samplers import gp
 from harness.space import Choice, Float
 
 STUDY = Study(

@@ -17,7 +17,8 @@ from typing import Any
 from harness import catalogue, leases, opening
 from harness.config import Study
 from harness.leases import LeaseLost
-from harness.search import asha, tpe
+from harness.pruners import asha
+from harness.samplers import tpe
 from harness.storage import NoTrialFree, Store
 from tests import analytic
 

@@ -21,7 +21,8 @@ from harness.data.garden import Garden
 from harness.mlflow_library import found_set
 from harness.mlflow_places import local_tracker
 from harness.models.maxvit import TinyMaxViT
-from harness.search import no_pruning, tpe
+from harness.pruners import no_pruning
+from harness.samplers import tpe
 from harness.space import Choice, Float
 from tests.postgres import database, postgres  # noqa: F401  (fixtures)
 from tests.ray_nodes import cluster  # noqa: F401  (a fixture)

@@ -20,26 +20,18 @@ from hypothesis import strategies as st
 from scipy.stats import hypergeom, spearmanr
 
 from harness import auditing
-from harness.audit import (
-    Course,
-    audit_key,
-    audit_sentences,
-    draw,
-    drawing_order,
-    rank_correlation,
-    record,
-    share_interval,
-)
+from harness.audit import Course, audit_sentences, draw, drawing_order, rank_correlation, record, share_interval
 from harness.cli import main
 from harness.config import FinalConfig, OptimConfig, Study
 from harness.data.garden import Garden
 from harness.data.tensors import prepare
 from harness.experiment import assemble, decide_runtime
+from harness.keys import audit_key
 from harness.mlflow_places import local_tracker
 from harness.opening import open_store, read_store
 from harness.overview import digest
+from harness.pruners import asha
 from harness.report import write_report
-from harness.search import asha
 from harness.seeds import derive_seed
 from harness.space import Float
 from harness.storage import Store

@@ -12,8 +12,9 @@ import pytest
 from harness.choice import choose, record_choice
 from harness.config import FinalConfig, Study
 from harness.overview import choice_sentence, prospect_sentence, verdict
+from harness.pruners import no_pruning
 from harness.records import TrialRecord
-from harness.search import Sampler, no_pruning
+from harness.samplers import Sampler
 from harness.space import Choice, Float, Int
 from tests.analytic import epoch_result, memory_store, run_analytic
 from tests.conftest import make_study

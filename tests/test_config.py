@@ -14,7 +14,8 @@ from harness.config import FinalConfig, Study, TrainConfig
 from harness.data.image_folder import ImageFolder
 from harness.errors import InputError
 from harness.models.maxvit import MaxViTT
-from harness.search import asha, tpe
+from harness.pruners import asha
+from harness.samplers import tpe
 from harness.space import Choice, Float, Int, extremes, leaves, replace
 from tests.conftest import make_study
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from harness.cost import cost, cost_sentences, duration
+from harness.cost import cost, cost_sentences
 from harness.storage import TrialRecord
+from harness.words import duration
 from tests.analytic import epoch_result
 
 

@@ -25,8 +25,8 @@ from PIL import Image
 from harness.cli import main
 from harness.data.image_folder import ImageFolder
 from harness.demo_page import build_app, heading, note_of, uploaded, write_examples
-from harness.evidence import percent
 from harness.predict import Predictor, load_predictor
+from harness.words import percent
 from tests.browser import page
 from tests.conftest import PROJECT
 from tests.faulty import complete

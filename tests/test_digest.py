@@ -16,8 +16,8 @@ from harness.config import Study
 from harness.final import summary
 from harness.opening import open_store, read_store
 from harness.overview import digest
+from harness.pruners import asha
 from harness.results import Completed, Diverged, Pruned
-from harness.search import asha
 from harness.storage import Store
 from tests.analytic import NOT_COMPARED, Died, epoch_result, fail_trial, memory_store, run_analytic
 from tests.conftest import make_study

@@ -23,12 +23,13 @@ from harness.cli import main
 from harness.data.tensors import prepare
 from harness.doctor import UNFINISHED
 from harness.final import summary
+from harness.keys import trial_key
 from harness.mlflow_files import ARTIFACTS, move_in
 from harness.mlflow_places import local_tracker
 from harness.opening import open_store, read_store
 from harness.results import Completed, Diverged, Failed, Pruned, TrialOutcome
 from harness.storage import Store
-from harness.tracking import facts, study_metrics, trial_key, trial_tags
+from harness.tracking import facts, study_metrics, trial_tags
 from tests.analytic import NOT_COMPARED, epoch_result
 from tests.conftest import PROJECT
 from tests.patience import PATIENCE_SECONDS

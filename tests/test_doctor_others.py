@@ -17,6 +17,7 @@ from harness.config import Study
 from harness.engine import Runtime
 from harness.errors import InputError
 from harness.final import final_run
+from harness.keys import trial_key
 from harness.leases import Leases
 from harness.mlflow_places import local_tracker
 from harness.mlflow_tracker import MLflowTracker
@@ -25,7 +26,7 @@ from harness.results import Completed, TrialEnded
 from harness.retraining import threads_of
 from harness.storage import Store
 from harness.study import run
-from harness.tracking import trial_key, trial_tags
+from harness.tracking import trial_tags
 from tests.analytic import epoch_result
 from tests.faulty import CommandLine, one_sentence, small_study
 from tests.refusal import tree

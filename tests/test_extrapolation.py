@@ -14,8 +14,9 @@ from optuna.trial import FrozenTrial, TrialState
 from harness.errors import InputError
 from harness.extrapolation import clipped
 from harness.extrapolation import extrapolated as extrapolated_curves
+from harness.pruners import asha, no_pruning
 from harness.rehearsal import rehearse
-from harness.search import Sampler, asha, gp, no_pruning
+from harness.samplers import Sampler, gp
 from tests.analytic import memory_store, run_analytic
 from tests.conftest import make_study
 

@@ -17,7 +17,7 @@ from harness.data import augment
 from harness.engine import accumulate_gradient
 from harness.mlflow_places import local_tracker
 from harness.results import EpochEnded, Event, TrialEnded
-from harness.search import tpe
+from harness.samplers import tpe
 from harness.space import Float
 from harness.storage import Store, TrialRecord
 from tests.analytic import memory_store, run_analytic

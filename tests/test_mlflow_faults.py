@@ -20,6 +20,7 @@ from harness.cli import main
 from harness.config import Study
 from harness.errors import InputError
 from harness.files import as_meant, sqlite_path, sqlite_url
+from harness.keys import trial_key
 from harness.mlflow_files import elsewhere, local_folder
 from harness.mlflow_library import (
     LONGEST_PARAM,
@@ -33,10 +34,9 @@ from harness.mlflow_library import (
 )
 from harness.mlflow_places import local_tracker, local_uri, tracker_at
 from harness.opening import open_store
+from harness.pruners import no_pruning
 from harness.results import Completed, Failed
-from harness.search import no_pruning
 from harness.storage import Store
-from harness.tracking import trial_key
 from tests.conftest import make_study
 from tests.faulty import CommandLine
 from tests.test_tracking import OUTCOMES, client_of, run_trial, runs_of, steps_of, whole_study

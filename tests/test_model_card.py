@@ -20,7 +20,6 @@ from harness.config import FinalConfig, Study
 from harness.data.flowers102 import Flowers102
 from harness.data.garden import Garden
 from harness.data.image_folder import ImageFolder
-from harness.evidence import percent
 from harness.export import logits_of, write_program
 from harness.final_result import FinalResult
 from harness.ledger import appended
@@ -30,6 +29,7 @@ from harness.overview import conclusion, final_sentence, overview, selection_sen
 from harness.predictions import calibration_sentence
 from harness.saved_model import SavedModel, load_saved, preprocess
 from harness.storage import Store
+from harness.words import percent
 from tests.faulty import CommandLine, complete, small_study
 
 

@@ -16,7 +16,7 @@ from harness.display import Display
 from harness.errors import Halt
 from harness.opening import open_store, read_store
 from harness.results import EpochEnded, Event
-from harness.search import Sampler
+from harness.samplers import Sampler
 from tests.analytic import run_analytic
 from tests.conftest import make_study
 from tests.faulty import CommandLine, one_sentence

@@ -15,7 +15,7 @@ import pytest
 
 from harness.errors import InputError
 from harness.opening import move_aside, open_store, read_store
-from harness.search import Sampler
+from harness.samplers import Sampler
 from tests.analytic import evaluate
 from tests.conftest import make_study
 

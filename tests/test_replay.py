@@ -22,9 +22,10 @@ from harness.cli import main
 from harness.config import Study
 from harness.errors import InputError
 from harness.opening import open_store, read_store
+from harness.pruners import asha
 from harness.replay import replay, replay_study
 from harness.results import Completed, Diverged, Failed, Pruned
-from harness.search import Sampler, asha, gp, grid, tpe
+from harness.samplers import Sampler, gp, grid, tpe
 from harness.space import Choice
 from harness.storage import Asked, NoTrialFree, Store
 from tests.analytic import epoch_result, evaluate, memory_store, run_analytic

@@ -20,19 +20,20 @@ from PIL import Image
 
 from harness.audit import Course, audit_sentences, drawing_order, record
 from harness.config import Study
-from harness.evidence import percent
 from harness.final import summary
 from harness.final_result import FinalResult
 from harness.overview import final_sentence, frame, overview, verdict
 from harness.predictions import pictured
+from harness.pruners import asha, no_pruning
 from harness.report import _strip, write_report
 from harness.report.figures import whole_numbers
 from harness.report.search_figures import search_plots
 from harness.results import Completed, Diverged, Pruned
-from harness.search import asha, grid, no_pruning
+from harness.samplers import grid
 from harness.space import Choice, Float
 from harness.storage import Store, TrialRecord
 from harness.thumbnails import thumbnails
+from harness.words import percent
 from tests.analytic import NOT_COMPARED, epoch_result, fail_trial, memory_store, run_analytic
 from tests.conftest import make_study
 from tests.test_predictions import record_of

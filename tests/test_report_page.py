@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness.evidence import percent
 from harness.opening import read_store
 from harness.overview import overview
 from harness.predictions import calibration_sentence
 from harness.report import write_report
+from harness.words import percent
 from tests.browser import page
 from tests.faulty import complete, small_study
 

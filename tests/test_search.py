@@ -21,8 +21,9 @@ from harness import catalogue
 from harness.config import Study
 from harness.errors import InputError
 from harness.opening import open_store
+from harness.pruners import Asha, Pruner, asha, no_pruning
 from harness.rehearsal import rehearse
-from harness.search import Asha, Grid, Pruner, Sampler, asha, grid, no_pruning, tpe
+from harness.samplers import Grid, Sampler, grid, tpe
 from harness.space import Choice, Float
 from tests.analytic import ceiling, memory_store, memory_study, run_analytic
 from tests.conftest import make_study

@@ -12,8 +12,9 @@ import pytest
 from benchmarks import curves
 from benchmarks.replay_tasks import Task, draw, own, recorded
 from benchmarks.search_replay import Policy, Search, regrets
+from harness.pruners import asha, no_pruning
 from harness.results import EpochResult
-from harness.search import Sampler, asha, gp, no_pruning, tpe
+from harness.samplers import Sampler, gp, tpe
 from harness.space import Choice, Dimension, Float
 from tests.small import small_study
 

@@ -17,9 +17,9 @@ from harness.engine import Runtime
 from harness.final import final_run
 from harness.objective import evaluate_trial
 from harness.opening import open_store
+from harness.pruners import no_pruning
 from harness.results import EpochEnded
 from harness.retraining import Place
-from harness.search import no_pruning
 from harness.storage import Store
 from harness.study import search
 

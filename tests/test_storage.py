@@ -24,9 +24,10 @@ from harness.data.image_folder import ImageFolder
 from harness.errors import InputError
 from harness.final import summary
 from harness.opening import open_store, read_store
+from harness.pruners import Pruner, asha, no_pruning
 from harness.rehearsal import rehearse
 from harness.results import Completed, Diverged, Failed, Pruned
-from harness.search import Pruner, Sampler, asha, gp, grid, no_pruning, tpe
+from harness.samplers import Sampler, gp, grid, tpe
 from harness.space import Choice, Float
 from harness.storage import Store
 from tests.analytic import NOT_COMPARED, Died, accuracy, epoch_result, evaluate, fail_trial, run_analytic

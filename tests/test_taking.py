@@ -16,7 +16,7 @@ import pytest
 from harness.config import Study
 from harness.leases import LEASE_SECONDS
 from harness.opening import open_store
-from harness.search import Sampler
+from harness.samplers import Sampler
 from harness.storage import NoTrialFree, Store
 from tests.analytic import evaluate
 from tests.conftest import make_study

@@ -20,13 +20,14 @@ import pytest
 
 from harness.config import Study
 from harness.errors import InputError
+from harness.keys import final_key, trial_key
 from harness.mlflow_places import check_writable, local_tracker, local_uri, tracker_at
 from harness.mlflow_tracker import MLflowTracker
 from harness.opening import open_store
+from harness.pruners import no_pruning
 from harness.results import Completed, Diverged, Failed, Pruned, TrialOutcome
-from harness.search import no_pruning
 from harness.storage import Store
-from harness.tracking import facts, final_key, trial_key
+from harness.tracking import facts
 from tests.analytic import epoch_result
 from tests.conftest import PROJECT, make_study
 

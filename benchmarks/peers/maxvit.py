@@ -3,7 +3,8 @@
 from harness.config import FinalConfig, OptimConfig, Study, TrainConfig
 from harness.data.image_folder import ImageFolder
 from harness.models.maxvit import MaxViTT
-from harness.search import grid, no_pruning
+from harness.pruners import no_pruning
+from harness.samplers import grid
 from harness.space import Choice
 
 STUDY = Study(

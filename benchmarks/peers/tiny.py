@@ -7,7 +7,8 @@ seed, tests it and keeps the model. Nothing is pruned.
 from harness.config import FinalConfig, OptimConfig, Study, TrainConfig
 from harness.data.image_folder import ImageFolder
 from harness.models.maxvit import TinyMaxViT
-from harness.search import grid, no_pruning
+from harness.pruners import no_pruning
+from harness.samplers import grid
 from harness.space import Choice
 
 STUDY = Study(

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from harness.config import Dataset
+from harness.contracts import Dataset
 from harness.data.decoding import check_proportions, open_image, revision
 from harness.environment import cores
 from harness.errors import Halt

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from harness.config import Dataset, SplitName
+from harness.contracts import Dataset, SplitName
 from harness.data.cache import WORKERS
 from harness.data.layout import split_of
 from harness.errors import shown

@@ -11,9 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
-from harness.config import SplitName, location
+from harness.config import check_sizes, location
+from harness.contracts import SplitName
 from harness.data.cache import ImageFiles
-from harness.data.garden import check_sizes
 from harness.errors import InputError
 from harness.space import check_types
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
-from harness.config import SplitName, location, require, require_count
+from harness.config import check_sizes, location, require_count
+from harness.contracts import SplitName
 from harness.seeds import derive_seed
 from harness.space import check_types
 
@@ -72,13 +73,3 @@ class Garden:
         from harness.data.drawing import draw
 
         return draw(item.species, item.seed, item.size)
-
-
-def check_sizes(image_size: int, stored_size: int, limit: int | None) -> None:
-    require(image_size >= 1, f"data.image_size must be at least 1 pixel, not {image_size}.")
-    require(stored_size <= 10_000, f"data.stored_size must be at most 10,000 pixels, not {stored_size}.")
-    require(
-        stored_size >= image_size,
-        f"data.stored_size ({stored_size}) must not be smaller than data.image_size ({image_size}).",
-    )
-    require(limit is None or limit >= 1, f"data.limit must be at least 1, or null for all images, not {limit}.")

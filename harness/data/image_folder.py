@@ -8,10 +8,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.config import SplitName, location
+from harness.config import check_sizes, location
+from harness.contracts import SplitName
 from harness.data.cache import ImageFiles
 from harness.data.decoding import SUFFIXES
-from harness.data.garden import check_sizes
 from harness.data.hashes import content_hashes
 from harness.data.layout import Layout, check_link, made_by_system, read_layout
 from harness.data.names import check_names, read_names

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import normalize
 
-from harness.config import SplitName
+from harness.contracts import SplitName
 from harness.data.names import check_text, look, told_apart
 from harness.errors import InputError
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from harness.config import Dataset, SplitName, TrainConfig
+from harness.config import TrainConfig
+from harness.contracts import Dataset, SplitName
 from harness.data.cache import content_keys, keyed
 from harness.data.names import check_names
 from harness.errors import InputError, no_room, shown

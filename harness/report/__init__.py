@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.audit import audit_sentences
-from harness.cost import cost_sentences, duration
-from harness.evidence import percent
+from harness.cost import cost_sentences
 from harness.files import replace_file
 from harness.final_result import FinalResult
 from harness.overview import (
@@ -34,6 +33,7 @@ from harness.report.final_figures import final_plots
 from harness.report.page import render
 from harness.report.search_figures import search_plots, time_plot
 from harness.storage import Store, TrialRecord
+from harness.words import duration, percent
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -11,6 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from harness.config import Study
+from harness.keys import final_key, trial_key
 from harness.mlflow_places import local_tracker
 from harness.mlflow_tracker import MLflowTracker
 from harness.results import (
@@ -25,7 +26,6 @@ from harness.results import (
     TrialStarted,
 )
 from harness.storage import Store
-from harness.tracking import final_key, trial_key
 from tests.analytic import epoch_result, memory_store
 from tests.conftest import make_study
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
-from harness.config import SplitName
+from harness.contracts import SplitName
 from harness.data.drawing import DEMO_SPECIES, draw
 from harness.data.duplicates import _name, find
 from harness.data.garden import Garden

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,25 +18,26 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
+from harness import asking
 from harness.errors import InputError
 from harness.extrapolation import ExtrapolatingGPSampler
-from harness.space import Choice, Dimension, Int, get, is_plain, label
+from harness.space import Choice, get, is_plain, label
 
 if TYPE_CHECKING:
     from harness.config import Study
 
 
-def suggest(trial: optuna.Trial, path: str, dimension: Dimension) -> Any:
-    """Have the study's sampler choose a value of one dimension."""
-    if isinstance(dimension, Choice):
-        return trial.suggest_categorical(path, dimension.labels)
-    if isinstance(dimension, Int):
-        return trial.suggest_int(path, dimension.low, dimension.high, log=dimension.log)
-    return trial.suggest_float(path, dimension.low, dimension.high, log=dimension.log)
+class _Asked:
+    """What every description of a sampler can do."""
+
+    def ask(
+        self, study: Study, of: optuna.Study, trial_id: int, number: int, history: list[FrozenTrial]
+    ) -> dict[str, Any]:
+        return asking.ask(study, of, trial_id, number, history)
 
 
 @dataclass(frozen=True)
-class Sampler:
+class Sampler(_Asked):
     """An Optuna sampler: the name of its class and its arguments, e.g. Sampler("TPESampler", n_startup_trials=5).
 
     Any other class with Optuna's interface that takes a seed is given as Sampler("package.module:Class", ...).
@@ -47,7 +47,7 @@ class Sampler:
     options: tuple[tuple[str, Any], ...]
 
     def __init__(self, name: str, **options: Any) -> None:
-        _check_options(name, options, "")
+        check_options(name, options, "")
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "options", tuple(sorted(options.items())))
 
@@ -63,11 +63,11 @@ class Sampler:
         options = {**dict(self.options), "seed": seed}
         built: optuna.samplers.BaseSampler
         if self.name == "ExtrapolatingGPSampler":
-            built = _call(ExtrapolatingGPSampler, self.name, options)
+            built = call(ExtrapolatingGPSampler, self.name, options)
         elif ":" in self.name:
-            built = _call(_imported(self.name), self.name, options)
+            built = call(_imported(self.name), self.name, options)
         else:
-            built = _make(optuna.samplers, self.name, "Sampler", options)
+            built = make(optuna.samplers, self.name, "Sampler", options)
         return built
 
 
@@ -80,7 +80,7 @@ NOT_RESUMABLE = {
 
 
 @dataclass(frozen=True)
-class Grid:
+class Grid(_Asked):
     """Every combination of a space of choices, once: trial 0 is the base, then the others in order."""
 
     name: ClassVar[str] = "grid"
@@ -125,100 +125,6 @@ class _GridSampler(optuna.samplers.BaseSampler):
         return self._points[trial.number][param_name]
 
 
-@dataclass(frozen=True)
-class Pruner:
-    """An Optuna pruner: the name of its class and its arguments, e.g. Pruner("MedianPruner", n_warmup_steps=5).
-
-    One that asks another one takes it as an argument: Pruner("PatientPruner", wrapped_pruner=asha(), patience=2).
-    """
-
-    name: str
-    options: tuple[tuple[str, Any], ...]
-
-    def __init__(self, name: str, **options: Any) -> None:
-        inner = {option for option, value in options.items() if isinstance(value, Pruner)}
-        _check_options(name, {k: v for k, v in options.items() if k not in inner}, ' or a Pruner("NAME")')
-        object.__setattr__(self, "name", name)
-        object.__setattr__(self, "options", tuple(sorted(options.items())))
-        self.build(epochs=1, warmup_epochs=0)
-
-    def build(self, epochs: int, warmup_epochs: float) -> optuna.pruners.BasePruner:
-        """The pruner for trainings of so many epochs; shares of a training are told in epochs from here on."""
-        options: dict[str, Any] = {
-            name: value.build(epochs, warmup_epochs) if isinstance(value, Pruner) else value
-            for name, value in self.options
-        }
-        built: optuna.pruners.BasePruner
-        if self.name == "Asha":
-            if "first" in options:
-                options["min_epochs"] = first_rung(options.pop("first"), epochs, warmup_epochs)
-            built = _call(Asha, self.name, options)
-        else:
-            built = _make(optuna.pruners, self.name, "Pruner", options)
-        return built
-
-    def of(self, study: Study) -> optuna.pruners.BasePruner:
-        """The pruner for a study's trainings."""
-        return self.build(study.train.epochs, study.train.optim.warmup_epochs)
-
-
-def first_rung(share: float, epochs: int, warmup_epochs: float) -> int:
-    """The epoch of the first rung at a share of the training: not before epoch 2, nor within the warm-up."""
-    if not isinstance(share, float) or not 0 < share < 1:
-        raise InputError(f"asha needs first between 0 and 1, a share of the epochs, not {share!r}.")
-    return max(round(share * epochs), 2, math.floor(warmup_epochs) + 1)
-
-
-class Asha(optuna.pruners.BasePruner):
-    """Asynchronous successive halving (Li et al., 2020, "A System for Massively Parallel Hyperparameter Tuning").
-
-    Rungs stand at epochs min_epochs * reduction**k. A trial goes on beyond a rung when its value there is among the
-    best 1/reduction of all trials that have reached the rung. The decisions are those of Optuna's
-    SuccessiveHalvingPruner, but computed from the reported values alone: no marks are written into the storage, so a
-    trial that was killed between a mark and its verdict is judged again in the same way.
-    """
-
-    def __init__(self, min_epochs: int = 5, reduction: int = 2) -> None:
-        whole = isinstance(min_epochs, int) and isinstance(reduction, int)
-        if not whole or min_epochs < 1 or reduction < 2:
-            given = f"{min_epochs!r} and {reduction!r}"
-            raise InputError(f"asha needs whole numbers, min_epochs >= 1 and reduction >= 2, not {given}.")
-        self.min_epochs = min_epochs
-        self.reduction = reduction
-
-    def rung(self, epoch: int) -> bool:
-        while epoch > self.min_epochs and epoch % self.reduction == 0:
-            epoch //= self.reduction
-        return epoch == self.min_epochs
-
-    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        epoch = trial.last_step
-        if epoch is None or not self.rung(epoch):
-            return False
-        value = trial.intermediate_values[epoch]
-        if math.isnan(value):
-            return True
-        reached = [
-            other.intermediate_values[epoch]
-            for other in study.get_trials(deepcopy=False)
-            if other.number != trial.number and epoch in other.intermediate_values
-        ]
-        # A diverged trial reached the rung too; NaN must not enter the ranking.
-        ranked = sorted([value, *(v for v in reached if not math.isnan(v))])
-        promotable = max(len(ranked) // self.reduction, 1)
-        if study.direction == optuna.study.StudyDirection.MAXIMIZE:
-            return value < ranked[-promotable]
-        return value > ranked[promotable - 1]
-
-
-def may_prune(pruner: optuna.pruners.BasePruner, epoch: int) -> bool:
-    """Whether the pruner could stop a trial after this epoch; if not, it need not be asked, for it reads all trials.
-
-    Of Optuna's own nothing is known, they are asked after every epoch.
-    """
-    return pruner.rung(epoch) if isinstance(pruner, Asha) else not isinstance(pruner, optuna.pruners.NopPruner)
-
-
 def _imported(name: str) -> Any:
     """The sampler's class of "package.module:Class"; raises InputError when there is none."""
     module, _, kind = name.partition(":")
@@ -231,7 +137,7 @@ def _imported(name: str) -> Any:
     return found
 
 
-def _make(module: Any, name: str, suffix: str, options: Mapping[str, Any]) -> Any:
+def make(module: Any, name: str, suffix: str, options: Mapping[str, Any]) -> Any:
     if name in NOT_RESUMABLE:
         raise InputError(f"{name} cannot be resumed as if it had not stopped; use {NOT_RESUMABLE[name]} instead.")
     known = {each for each in vars(module) if each.endswith(suffix) and not each.startswith("Base")}
@@ -239,10 +145,10 @@ def _make(module: Any, name: str, suffix: str, options: Mapping[str, Any]) -> An
         ours = ["Asha"] if suffix == "Pruner" else ["ExtrapolatingGPSampler"]
         names = ", ".join(sorted(known - NOT_RESUMABLE.keys()) + ours)
         raise InputError(f"There is no {suffix.lower()} {name!r}; there are {names}.")
-    return _call(getattr(module, name), name, options)
+    return call(getattr(module, name), name, options)
 
 
-def _check_options(name: str, options: Mapping[str, Any], or_else: str) -> None:
+def check_options(name: str, options: Mapping[str, Any], or_else: str) -> None:
     """Raise InputError unless a resumed study can tell that these are its options, by their text."""
     if not isinstance(name, str):
         raise InputError(f"A sampler or pruner is given by its name, a text, not {name!r}.")
@@ -254,7 +160,7 @@ def _check_options(name: str, options: Mapping[str, Any], or_else: str) -> None:
             )
 
 
-def _call(kind: Any, name: str, options: Mapping[str, Any]) -> Any:
+def call(kind: Any, name: str, options: Mapping[str, Any]) -> Any:
     try:
         with warnings.catch_warnings():  # who names it need not be told with a line of its source
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -277,19 +183,3 @@ def gp(**options: Any) -> Sampler:
 
 def grid() -> Grid:
     return Grid()
-
-
-def asha(*, first: float | None = None, min_epochs: int | None = None, reduction: int = 2) -> Pruner:
-    """Asynchronous successive halving, with its first rung at a share of the epochs or at an epoch (by default 5).
-
-    A share gives no rung before epoch 2, nor within the warm-up.
-    """
-    if first is None:
-        return Pruner("Asha", min_epochs=5 if min_epochs is None else min_epochs, reduction=reduction)
-    if min_epochs is not None:
-        raise InputError("asha takes first, a share of the epochs, or min_epochs, not both.")
-    return Pruner("Asha", first=first, reduction=reduction)
-
-
-def no_pruning() -> Pruner:
-    return Pruner("NopPruner")

@@ -1,0 +1,22 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+A_DAY_SECONDS = 86_400
+
+
+def percent(share: float | None) -> str:
+    """A share as people read it; a dash where it is not known."""
+    return "–" if share is None else f"{100 * share:.2f} %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 8.3 s, 4 min 10 s, 3 h 20 min, 2.5 days."""
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    whole, minutes = round(seconds), round(seconds / 60)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{seconds / A_DAY_SECONDS:.1f} days"
