@@ -34,7 +34,7 @@ def audit_study(options: RunOptions, fraction: float, seed: int) -> int:
     """Audit a study, or go on with it; returns the exit code. Raises InputError for what a user can mend."""
     found = catalogue.find(options.study)
     study = found.study.located(found.home, options.data_root, options.device)
-    url = found.url(options.storage)
+    url = opening.url_of(found, options.storage)
     if options.tracking_uri:
         tracker_at(options.tracking_uri)  # a URI that is none is named before anything is trained
     with opening.read_store(study.name, url) as store:

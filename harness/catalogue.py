@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from harness.errors import InputError, is_utf8
-from harness.files import sqlite_url
+from harness.files import sqlite_file, sqlite_url
 
 if TYPE_CHECKING:
     from harness.config import Study
@@ -32,27 +32,8 @@ class Found:
     def storage_url(self) -> str:
         return sqlite_url(self.file.parent / f"{self.study.name}.db")
 
-    def url(self, storage: str | None) -> str:
-        """The database of the study's results: `storage` if that is given, else the one beside the study file.
-
-        Raises InputError when the study in there is that of another study file, which is there and has the same name:
-        one of the two is a copy.
-        """
-        from harness.opening import begun_by
-
-        name, url = self.study.name, storage or self.storage_url
-        twin = self.file.with_name(begun_by(name, url) or self.file.name)
-        if twin.is_file() and not twin.samefile(self.file) and _defines(twin, name):
-            raise InputError(
-                f"{self.file} defines the study {name!r}, and so does {twin}, whose results are in {url}: "
-                f"change `name` in {self.file.name}."
-            )
-        return url
-
     def beside(self, url: str, suffix: str) -> Path:
         """A folder that belongs to the results at `url`: beside a SQLite file, else beside the study file."""
-        from harness.files import sqlite_file
-
         file = sqlite_file(url)
         return (
             (self.file.parent / f"{self.study.name}{suffix}") if file is None else file.absolute().with_suffix(suffix)
@@ -60,8 +41,6 @@ class Found:
 
     def kept(self, url: str) -> list[Path]:
         """The files and folders of the study and its results at `url`, there or not, that nothing else may replace."""
-        from harness.files import sqlite_file
-
         file = sqlite_file(url)
         beside = ("", "-wal", "-shm", "-journal", ".lock", ".pid")
         database = [] if file is None else [Path(f"{file}{suffix}") for suffix in beside]
@@ -111,7 +90,7 @@ def names() -> list[str]:
     return sorted(file.stem for file in files if not file.stem.startswith("_"))
 
 
-def _defines(file: Path, name: str) -> bool:
+def defines(file: Path, name: str) -> bool:
     """Whether a file defines the study called so; one that cannot be loaded, for it is being edited, is taken to."""
     try:
         return _load(file).name == name

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from harness import interrupt
+from harness import interrupt, opening
 from harness.arguments import build_parser
 from harness.errors import DONE, FAILED, INTERRUPTED, WRONG_INPUT, Halt, InputError, no_room
 
@@ -100,7 +100,7 @@ def _show(args: argparse.Namespace) -> int:
     if args.groups:
         print(_groups(found.study), end="")
         return DONE
-    with opening.read_store(found.study.name, found.url(args.storage)) as store:
+    with opening.read_store(found.study.name, opening.url_of(found, args.storage)) as store:
         uri = _tracking_uri(args, found)
         if args.digest:
             print(overview.digest(store))
@@ -132,7 +132,7 @@ def _report(args: argparse.Namespace) -> int:
     from harness import catalogue, opening, report
 
     found = catalogue.find(args.study)
-    with opening.read_store(found.study.name, found.url(args.storage)) as store:
+    with opening.read_store(found.study.name, opening.url_of(found, args.storage)) as store:
         folder = args.output or found.beside(store.url, ".report")
         if folder.exists() and not folder.is_dir():
             raise InputError(f"--output {folder} is a file; give a folder.")
@@ -156,7 +156,7 @@ def _reproduce(args: argparse.Namespace) -> int:
 
     found = catalogue.find(args.study)
     study = found.study.located(found.home, args.data_root, args.device)
-    with opening.read_store(study.name, found.url(args.storage)) as store:
+    with opening.read_store(study.name, opening.url_of(found, args.storage)) as store:
         study = opening.as_begun(study, store)
         trials = {trial.number: trial for trial in store.trials()}
         if args.trial not in trials:
@@ -183,7 +183,7 @@ def _replay(args: argparse.Namespace) -> int:
     from harness.replay import replay_study
 
     found = catalogue.find(args.study)
-    with opening.read_store(found.study.name, found.url(args.storage)) as store:
+    with opening.read_store(found.study.name, opening.url_of(found, args.storage)) as store:
         return DONE if replay_study(opening.as_begun(found.study, store), store) else FAILED
 
 
@@ -204,7 +204,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from harness.doctor import consult
 
     found = catalogue.find(args.study)
-    return DONE if consult(found, found.url(args.storage), args.tracking_uri, fix=args.fix) else FAILED
+    return DONE if consult(found, opening.url_of(found, args.storage), args.tracking_uri, fix=args.fix) else FAILED
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -215,7 +215,7 @@ def _predict(args: argparse.Namespace) -> int:
     files, left_out = predict.find_images(args.images)
     if args.csv not in (None, predict.STDOUT):
         found = catalogue.find(args.study)
-        check_place(args.csv, "--csv", ".csv", [*files, *found.kept(found.url(args.storage))])
+        check_place(args.csv, "--csv", ".csv", [*files, *found.kept(opening.url_of(found, args.storage))])
     predictor = predict.load_predictor(args.study, args.storage, args.device)
     count = predict.top(args.top, len(predictor.saved.classes))
     keep_imports()
@@ -240,7 +240,7 @@ def _export(args: argparse.Namespace) -> int:
     from harness.export import export_onnx
 
     found = catalogue.find(args.study)
-    export_onnx(found, found.url(args.storage), args.onnx)
+    export_onnx(found, opening.url_of(found, args.storage), args.onnx)
     print(args.onnx)
     return DONE
 

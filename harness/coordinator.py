@@ -37,8 +37,8 @@ def run_study(
 ) -> int:
     """Run what the study lacks, to its published end; returns the exit code."""
     from harness.display import Display
+    from harness.life import run as events_of
     from harness.study import TooManyFailures
-    from harness.study import run as events_of
     from harness.workers import of_use
 
     runtime = _begin(options, study, store, tracker)
@@ -103,7 +103,7 @@ def _say_what_begins(
 ) -> None:
     from harness import overview
     from harness.data.tensors import SPLITS, items_of
-    from harness.study import wanted
+    from harness.taking import wanted
 
     workers = f", {options.workers} workers" if options.workers > 1 else ""
     if of_use < options.workers:
@@ -126,7 +126,7 @@ def _end(
 ) -> int:
     """Write the report, describe and register the model, tell MLflow; unless another coordinator does."""
     from harness import overview, report, tracking
-    from harness.opening import is_untested
+    from harness.model_files import is_untested
 
     store.check_file()
     done = failure is None and store.is_complete(study)  # by another coordinator, for which this one waited
@@ -160,7 +160,7 @@ def _end(
 def write_again(found: Found, study: Study, store: Store, tracker: MLflowTracker, console: Any) -> None:
     """Tell an MLflow that has lost it everything of a finished study; nothing is trained, no image is needed for it."""
     from harness import tracking
-    from harness.opening import is_registered, published
+    from harness.model_files import is_registered, published
     from harness.saved_model import load_saved
 
     model = found.beside(store.url, ".model")
@@ -228,7 +228,7 @@ def _describe_model(study: Study, store: Store, folder: Path, console: Any) -> S
     """Put the exported program and the card beside the final model; returns it if it is to be registered."""
     from harness.export import write_program
     from harness.model_card import CARD, write_card
-    from harness.opening import PROGRAM, has_model, record_files
+    from harness.model_files import PROGRAM, has_model, record_files
     from harness.saved_model import load_saved
 
     if not (store.has_final() and has_model(folder)):

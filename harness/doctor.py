@@ -19,29 +19,27 @@ from harness.database import holder, pid_file
 from harness.errors import InputError
 from harness.files import Damaged, sqlite_file
 from harness.keys import trial_key
-from harness.opening import (
+from harness.life import wanted_keys
+from harness.model_files import (
     AGAIN,
     CHECK_FILE,
     DESCRIPTION,
     WEIGHTS,
-    as_begun,
     check_folder,
     has_model,
     is_recorded,
     is_registered,
     is_tested,
     is_untested,
-    open_store,
     published,
     read_description,
-    read_store,
     record_files,
     wrong_files,
 )
+from harness.opening import as_begun, open_store, read_store
 from harness.predictions import from_record
 from harness.processes import in_words
 from harness.storage import Store
-from harness.study import wanted_keys
 from harness.tracking import Finding, expected_runs, facts, study_metrics
 
 if TYPE_CHECKING:

@@ -69,15 +69,6 @@ def compare(first: NDArray[Any], second: NDArray[Any]) -> Comparison:
     return Comparison(difference=difference, low=low, high=high, p=p, seeds=seeds, images=images)
 
 
-def comparison_sentence(found: Comparison) -> str:
-    """The difference of two configurations' accuracies, with its interval, and what it was measured on; a clause."""
-    difference, low, high = (f"{100 * each:+.2f}" for each in (found.difference, found.low or 0.0, found.high or 0.0))
-    return (
-        f"the test accuracy of the best less that of the base is {difference} points (95 % interval {low} to {high}, "
-        f"p = {found.p:.2g}), over {found.seeds} seeds of each and {found.images:,} test images"
-    )
-
-
 def selection_excess(hits: NDArray[Any], seed: int = 0, resamples: int = RESAMPLES) -> Selection | None:
     """Bootstrap over images (Efron and Tibshirani, 1993, chapter 17: optimism) of hits, bool [candidates, images].
 

@@ -6,10 +6,10 @@ beforehand (seed 0), so nothing is chosen by the test set. Every opening is writ
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,19 +19,19 @@ import numpy
 import torch
 
 from harness import ledger
-from harness.checkpoint import differences, read_tensors, write_tensors
+from harness.checkpoint import differences, read_tensors
 from harness.checkpoint import fingerprint as sha256_of
-from harness.config import TrainConfig, fingerprint
+from harness.choice import record_choice, rerank
+from harness.config import fingerprint
 from harness.contracts import Dataset, SplitName
-from harness.data.augment import MEAN, STD
 from harness.data.duplicates import find
 from harness.data.tensors import ImageSet, items_of, load_split, load_test
 from harness.environment import git_commit
 from harness.evidence import balanced_accuracy, compare, selection_excess, wilson
 from harness.experiment import evaluation_of
-from harness.files import replace_file
 from harness.final_result import FinalResult
-from harness.opening import (
+from harness.leases import LeaseLost
+from harness.model_files import (
     CHECK_FILE,
     DESCRIPTION,
     WEIGHTS,
@@ -39,20 +39,48 @@ from harness.opening import (
     forget_files,
     has_model,
     is_recorded,
+    keep_check_images,
     record_files,
+    save_model,
+    write_description,
 )
 from harness.packing import pack, unpack_bits
 from harness.predictions import pictured
-from harness.results import Event
+from harness.results import Elsewhere, Event
 from harness.retraining import Place, Retraining, threads_of
-from harness.saved_model import CHECK_IMAGES
-from harness.space import label, leaves
-from harness.storage import Store, TrialRecord
+from harness.storage import POLL_SECONDS, Store, TrialRecord
+from harness.taking import wanted
 from harness.thumbnails import thumbnails
 from harness.trainer import Training, logits_of, measure
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+def after_search(place: Place, model_folder: Path, reason: str | None) -> Generator[Event, None, bool]:
+    """Choose, retrain and test, as the one process that does; another one waits, lest that process dies.
+
+    Returns False, with nothing done, when another command has come that asks for more trials.
+    """
+    store = place.store
+    waited = False
+    while True:
+        while not store.lead():
+            waited = True
+            yield Elsewhere(by=store.leader() or "another process")
+            time.sleep(POLL_SECONDS)
+        if store.finished() < wanted(place.study, store):
+            store.follow()
+            return False
+        if waited and store.is_settled():
+            return True
+        try:
+            yield from rerank(place)
+            record_choice(place.study, store)
+            yield from final_run(place, model_folder, reason)
+        except LeaseLost:
+            continue
+        return True
 
 
 def final_run(place: Place, folder: Path, reason: str | None = None) -> Iterator[Event]:
@@ -293,46 +321,3 @@ def summary(per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         "interval": list(wilson(correct / len(per_seed), per_seed[0]["total"])),
     }
-
-
-def keep_check_images(folder: Path, test: ImageSet) -> None:
-    """Lay a few test images, spread over the classes, beside the weights: programs made of the model are checked on
-    them later, and the test set need not be read again for that."""
-    step = max(1, len(test) // CHECK_IMAGES)
-    images = test.images[::step][:CHECK_IMAGES]
-    write_tensors(folder / CHECK_FILE, {"images": images}, {"split": "test"})
-
-
-def save_model(store: Store, folder: Path, training: Training, chosen: TrialRecord, final: FinalResult) -> None:
-    """Write model.safetensors and model.json."""
-    weights = training.model.state_dict()
-    write_tensors(folder / WEIGHTS, weights, {"trial": chosen.number, "seed": 0})
-    write_description(store, folder, training.config, chosen, final, sha256_of(weights))
-
-
-def write_description(
-    store: Store, folder: Path, config: TrainConfig, chosen: TrialRecord, final: FinalResult, weights: str
-) -> None:
-    """Write model.json: classes, preprocessing, configuration and test result, and whether that is these weights' own.
-
-    `weights` is the sha256 of those beside it.
-    """
-    size, tested = config.data.image_size, final.per_seed[0]
-    description = {
-        "study_uid": store.uid,
-        "weights": {"sha256": weights, "tested": weights == tested.weights},
-        "classes": config.data.classes(),
-        "preprocessing": {
-            "resize_short_side": size,
-            "interpolation": "bicubic, antialiased",
-            "centre_crop": size,
-            "mean": MEAN,
-            "std": STD,
-        },
-        "configuration": {path: label(value) for path, value in leaves(config, identity_only=True)},
-        "fit_on": final.fit_on,
-        "trial": chosen.number,
-        "trial_validation_accuracy": chosen.value,  # not this model's, which may have trained on these images
-        "test": {key: getattr(tested, key) for key in ("seed", "correct", "total", "accuracy")},
-    }
-    replace_file(folder / DESCRIPTION, json.dumps(description, indent=2, ensure_ascii=False).encode())

@@ -25,8 +25,8 @@ from harness.keys import final_key
 from harness.mlflow_client import UID
 from harness.mlflow_library import artifact_store, faults, first_line, found_set, is_refusal, no_stray_folder
 from harness.mlflow_tracker import MLflowTracker
-from harness.overview import final_sentence
-from harness.saved_model import CHECK_IMAGES
+from harness.model_files import CHECK_IMAGES
+from harness.sentences import final_sentence
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Run

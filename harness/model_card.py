@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from harness import ledger
 from harness.files import replace_file
-from harness.opening import is_tested
-from harness.overview import conclusion, final_sentence, selection_sentence
+from harness.model_files import is_tested
 from harness.packing import unpack
 from harness.predictions import calibration_sentence, described
+from harness.sentences import conclusion, final_sentence, selection_sentence
 from harness.words import percent
 
 if TYPE_CHECKING:

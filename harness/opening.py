@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import sqlite3
 import time
 import uuid
@@ -15,10 +13,11 @@ from typing import Any
 
 import optuna
 
+from harness.catalogue import Found, defines
 from harness.config import Study
 from harness.database import BUSY_TIMEOUT_SECONDS, alone, check_database, connect, dispose, has_tables, held, outlast
 from harness.errors import InputError
-from harness.files import Damaged, check_tensors, sqlite_file
+from harness.files import sqlite_file
 from harness.leases import Leases, make_table
 from harness.opened_file import OpenedFile
 from harness.storage import Store
@@ -152,6 +151,22 @@ def begun_by(name: str, url: str) -> str | None:
         return None
 
 
+def url_of(found: Found, storage: str | None) -> str:
+    """The database of a study's results: `storage` if that is given, else the one beside the study file.
+
+    Raises InputError when the study in there is that of another study file, which is there and has the same name: one
+    of the two is a copy.
+    """
+    name, url = found.study.name, storage or found.storage_url
+    twin = found.file.with_name(begun_by(name, url) or found.file.name)
+    if twin.is_file() and not twin.samefile(found.file) and defines(twin, name):
+        raise InputError(
+            f"{found.file} defines the study {name!r}, and so does {twin}, whose results are in {url}: "
+            f"change `name` in {found.file.name}."
+        )
+    return url
+
+
 def as_begun(study: Study, store: Store, content: Mapping[str, str] | None = None) -> Study:
     """The study as the storage knows it: settings given on the command line at its start are put back.
 
@@ -279,156 +294,9 @@ def _gather(file: Path) -> None:
         raise InputError(f"--fresh: another program reads or writes {file}; end it, and try again.")
 
 
-WEIGHTS, DESCRIPTION, PROGRAM = "model.safetensors", "model.json", "model.pt2"
-CHECK_FILE = "check.safetensors"  # test images as the cache holds them: `images` uint8 [N, S, S, 3]
-AGAIN = "run the study again: it makes what is lost again, and the test set stays closed"
-
-
-def has_model(folder: Path) -> bool:
-    """Whether the final run's model lies whole in its folder; it is written as these two files, in this order."""
-    return (folder / WEIGHTS).is_file() and (folder / DESCRIPTION).is_file()
-
-
-def record_files(store: Store, folder: Path, *names: str) -> None:
-    """Keep the sha256 of files of the model's folder as they are now; of one that is not there, keep none.
-
-    For a study on a server nothing is kept: each machine has a folder of its own, and weights of its own to the last
-    bits.
-    """
-    if sqlite_file(store.url) is None:
-        return
-    others = {name: value for name, value in _recorded(store).items() if name not in names}
-    here = {name: _sha256(folder / name) for name in names if (folder / name).is_file()}
-    store.set_attribute("files", others | here)
-
-
-def forget_files(store: Store, *names: str) -> None:
-    """Keep no sha256 of these files: whatever lies there whole will do."""
-    if _recorded(store):
-        store.set_attribute("files", {name: value for name, value in _recorded(store).items() if name not in names})
-
-
-def is_recorded(store: Store, folder: Path, name: str) -> bool:
-    """Whether a file of the model is there and, to the last bit, the one that was recorded."""
-    return name in _recorded(store) and (folder / name).is_file() and file_fault(store, folder, name) is None
-
-
-def wrong_files(store: Store, folder: Path) -> list[tuple[str, str]]:
-    """The final model's files that are missing or not as they were written: the name, and a clause that says so."""
-    found = {name: file_fault(store, folder, name) for name in sorted({WEIGHTS, DESCRIPTION, *_recorded(store)})}
-    return [(name, fault) for name, fault in found.items() if fault is not None]
-
-
-def file_fault(store: Store, folder: Path, name: str) -> str | None:
-    """What is wrong with a file of the final model, in a clause that names it; None when nothing is known to be."""
-    path, recorded = folder / name, _recorded(store).get(name)
-    if not path.is_file():
-        return f"{path} is missing"
-    if recorded is not None:
-        return None if _sha256(path) == recorded else f"{path} is damaged (its checksum is wrong)"
-    try:  # of studies on a server none is kept
-        if name == WEIGHTS:
-            check_tensors(path)
-        elif name == DESCRIPTION:
-            read_description(path)
-    except Damaged as error:
-        return str(error)
-    return None
-
-
-def _recorded(store: Store) -> dict[str, str]:
-    return store.facts().files
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-DESCRIBED = {
-    "study_uid": str,
-    "weights": dict,
-    "classes": list,
-    "preprocessing": dict,
-    "configuration": dict,
-    "fit_on": str,
-    "trial": int,
-    "trial_validation_accuracy": float | int,
-    "test": dict,
-}
-
-
-def read_description(path: Path) -> dict[str, Any]:
-    """The final model's model.json. Raises Damaged when it is no JSON, or without what every one of them says."""
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Damaged(f"{path} is damaged ({error})") from error
-    if not isinstance(description, dict):
-        raise Damaged(f"{path} is damaged (it is no JSON object)")
-    lacking = [name for name, kind in DESCRIBED.items() if not isinstance(description.get(name), kind)]
-    if not lacking and description["fit_on"] not in ("train", "train+val"):
-        lacking = ["fit_on"]
-    if lacking:
-        raise Damaged(f"{path} is damaged (it does not say the model's {', '.join(lacking)})")
-    return description
-
-
-def is_tested(description: Mapping[str, Any]) -> bool:
-    """Whether a model.json calls the weights beside it the tested ones."""
-    return bool(description["weights"].get("tested"))
-
-
-def is_untested(folder: Path) -> bool:
-    """Whether the model there was trained again, to other bits than those that were tested.
-
-    MLflow is not given it: it has the tested one, or may still get it from the machine where that lies.
-    """
-    try:
-        return has_model(folder) and not is_tested(read_description(folder / DESCRIPTION))
-    except Damaged:  # it is named elsewhere, and made again
-        return False
-
-
-def check_folder(folder: Path, url: str, uid: str | None) -> None:
-    """Raise InputError when the model in `folder` is not that of the study at `url`; its `uid` is None until it begins.
-
-    Studies of one name in several databases have their folders in one place.
-    """
-    try:
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    owner = description.get("study_uid") if isinstance(description, dict) else None
-    if owner not in (None, uid):
-        other = "give this study another name" if sqlite_file(url) is None else "give another --storage"
-        raise InputError(f"{folder} holds the model of another study than {url}; move that folder away, or {other}.")
-
-
 def uid_of(name: str, url: str) -> str | None:
     """The uid of a study, None when it has not begun. Raises InputError when the storage cannot be opened."""
     if not exists(name, url):
         return None
     with read_store(name, url, any_format=True) as store:
         return store.uid
-
-
-def published(store: Store, model: Path) -> list[Path]:
-    """The folders that lie with the study's own run in MLflow: of its report, and of its model if that was tested."""
-    report = model.with_suffix(".report")
-    wanted = [report, model] if _is_whole(store, model) else [report]
-    return [folder for folder in wanted if folder.is_dir()]
-
-
-def is_registered(study: Study, store: Store, model: Path) -> bool:
-    """Whether the model was given to MLflow's registry; what cannot be exported is not."""
-    wanted = study.final.publish and _is_whole(store, model) and (model / PROGRAM).is_file()
-    return wanted and store.facts().is_registered()
-
-
-def _is_whole(store: Store, model: Path) -> bool:
-    """Whether there is the model that was tested; one that is damaged is named elsewhere."""
-    try:
-        return store.has_final() and has_model(model) and is_tested(read_description(model / DESCRIPTION))
-    except Damaged:
-        return False

@@ -24,7 +24,7 @@ from harness.data.layout import made_by_system
 from harness.engine import Runtime, find_device
 from harness.errors import InputError, shown
 from harness.files import replacing
-from harness.opening import as_begun, read_store
+from harness.opening import as_begun, read_store, url_of
 from harness.saved_model import SavedModel, load_saved, preprocess
 from harness.trainer import outputs_of
 
@@ -108,7 +108,7 @@ def load_predictor(name: str, storage_url: str | None, device: str, data_root: s
     Raises InputError when there is no such study, model or device.
     """
     found, where = find(name), find_device(device)
-    with read_store(found.study.name, found.url(storage_url)) as store:
+    with read_store(found.study.name, url_of(found, storage_url)) as store:
         study = as_begun(found.study.located(found.home, data_root, None), store)
         return Predictor(load_saved(study, store, found.beside(store.url, ".model")), where)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from harness import interrupt
 from harness.errors import FAILED, INTERRUPTED, Halt, InputError, is_utf8, masked, no_room
 from harness.files import sqlite_path, sqlite_url
+from harness.model_files import check_folder
 from harness.options import RunOptions
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _run(options: RunOptions) -> int:
     for path, value in spaces.leaves(study.train):
         if not is_utf8(json.dumps(value, ensure_ascii=False, default=str)):
             raise InputError(f"{path} is {value}, which is no UTF-8 and cannot be recorded; rename it.")
-    url = found.url(options.storage)
+    url = opening.url_of(found, options.storage)
     database.check_database(url)
     database.check_writable(sqlite_file(url))
     if (risk := mounts.warning(sqlite_file(url))) is not None:
@@ -126,7 +127,7 @@ def _run(options: RunOptions) -> int:
         content = _prepare(study) if options.data_root else None
         opening.compare(study, url, content)
         with opening.open_store(study, url, content) as store:
-            opening.check_folder(model, url, store.uid)
+            check_folder(model, url, store.uid)
             if options.reopen_test:
                 _check_reopening(study, store)
             saved = _is_saved(study, store, model)
@@ -138,7 +139,7 @@ def _run(options: RunOptions) -> int:
     else:
         if options.reopen_test:
             raise InputError("--reopen-test: no test result of this study is known yet; leave it out.")
-        opening.check_folder(model, url, opening.uid_of(study.name, url))
+        check_folder(model, url, opening.uid_of(study.name, url))
     return _run_what_is_missing(options, found, study, url, begun)
 
 
@@ -146,7 +147,7 @@ def _look_at_mlflow(options: RunOptions, found: Found, study: Study, store: Stor
     """Write a finished study to a local MLflow whose files were deleted; one that was moved is told where it is."""
     from harness.mlflow_files import ARTIFACTS, lacking, move_in
     from harness.mlflow_places import tracker_for, uri_of
-    from harness.opening import is_registered, published
+    from harness.model_files import is_registered, published
     from harness.tracking import expected_runs
 
     file, model = sqlite_path(uri_of(options.tracking_uri, found.mlruns)), found.beside(store.url, ".model")
@@ -192,7 +193,7 @@ def _is_saved(study: Study, store: Store, folder: Path) -> bool:
     if not store.has_final():
         return True
     from harness.model_card import CARD
-    from harness.opening import CHECK_FILE, PROGRAM, is_untested, wrong_files
+    from harness.model_files import CHECK_FILE, PROGRAM, is_untested, wrong_files
 
     whole = (folder / CARD).is_file()
     for name, fault in wrong_files(store, folder):
@@ -231,7 +232,7 @@ def _run_what_is_missing(options: RunOptions, found: Found, study: Study, url: s
     from harness.engine import find_device
     from harness.mlflow_places import check_writable, tracker_for
     from harness.rehearsal import rehearse
-    from harness.study import wanted
+    from harness.taking import wanted
 
     console = StudyConsole()
     rehearse(study)

@@ -15,7 +15,7 @@ from harness.checkpoint import read_tensors
 from harness.config import Study, TrainConfig
 from harness.errors import InputError
 from harness.files import Damaged
-from harness.opening import (
+from harness.model_files import (
     AGAIN,
     CHECK_FILE,
     DESCRIPTION,
@@ -26,8 +26,6 @@ from harness.opening import (
     read_description,
 )
 from harness.storage import Store
-
-CHECK_IMAGES = 5  # another number than an exported program's example, so that the batch size is seen to be free
 
 
 @dataclass(frozen=True, kw_only=True)

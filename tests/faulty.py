@@ -21,13 +21,13 @@ from harness.config import Study
 from harness.data import tensors
 from harness.data.garden import Garden
 from harness.experiment import decide_runtime
+from harness.life import run
 from harness.mlflow_tracker import MLflowTracker
 from harness.models.maxvit import with_head
 from harness.opening import open_store, read_store
 from harness.overview import digest
 from harness.results import Event
 from harness.storage import Store
-from harness.study import run
 from tests.conftest import make_study
 
 STUDY_FILE = "from tests.faulty import small_study\n\nSTUDY = small_study('data/cache')\n"

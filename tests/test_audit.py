@@ -27,6 +27,8 @@ from harness.data.garden import Garden
 from harness.data.tensors import prepare
 from harness.experiment import assemble, decide_runtime
 from harness.keys import audit_key
+from harness.life import run as run_study
+from harness.life import wanted_keys
 from harness.mlflow_places import local_tracker
 from harness.opening import open_store, read_store
 from harness.overview import digest
@@ -35,8 +37,6 @@ from harness.report import write_report
 from harness.seeds import derive_seed
 from harness.space import Float
 from harness.storage import Store
-from harness.study import run as run_study
-from harness.study import wanted_keys
 from harness.trainer import fit
 from tests.analytic import memory_store, run_analytic
 from tests.conftest import make_study

@@ -11,10 +11,10 @@ import pytest
 
 from harness.choice import choose, record_choice
 from harness.config import FinalConfig, Study
-from harness.overview import choice_sentence, prospect_sentence, verdict
 from harness.pruners import no_pruning
 from harness.records import TrialRecord
 from harness.samplers import Sampler
+from harness.sentences import choice_sentence, prospect_sentence, verdict
 from harness.space import Choice, Float, Int
 from tests.analytic import epoch_result, memory_store, run_analytic
 from tests.conftest import make_study

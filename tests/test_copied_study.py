@@ -10,7 +10,7 @@ import pytest
 from harness import catalogue
 from harness.cli import main
 from harness.errors import InputError
-from harness.opening import open_store
+from harness.opening import open_store, url_of
 from tests.analytic import run_analytic
 from tests.refusal import assert_refused
 
@@ -18,7 +18,7 @@ from tests.refusal import assert_refused
 def begun(study: str, remembered: bool = True) -> None:
     """A trial of a study, as the command begins it."""
     found = catalogue.find(study)
-    with open_store(found.study, found.url(None)) as store:
+    with open_store(found.study, url_of(found, None)) as store:
         if remembered:
             store.set_attribute("file", found.file.name)
         run_analytic(found.study, store, 1)
@@ -59,11 +59,11 @@ def test_of_two_files_neither_of_which_is_named_so_the_first_to_run_has_the_stud
     for name in ("one", "other"):
         copy(workspace, name, old='"demo"', new='"shared"')
     begun("one")
-    assert catalogue.find("one").url(None).endswith("shared.db")
+    assert url_of(catalogue.find("one"), None).endswith("shared.db")
     with pytest.raises(InputError, match=r"change `name` in other\.py"):
-        catalogue.find("other").url(None)
+        url_of(catalogue.find("other"), None)
     (workspace / "studies" / "one.py").write_text("STUDY = None\n")  # no study any more
-    assert catalogue.find("other").url(None).endswith("shared.db")
+    assert url_of(catalogue.find("other"), None).endswith("shared.db")
 
 
 def test_the_last_owner_keeps_the_study_when_its_old_name_comes_again(workspace: Path) -> None:
@@ -72,29 +72,29 @@ def test_the_last_owner_keeps_the_study_when_its_old_name_comes_again(workspace:
     (studies / "demo.py").rename(studies / "flowers.py")
     begun("flowers")
     copy(workspace, "demo", of="flowers")
-    assert catalogue.find("flowers").url(None).endswith("demo.db")
+    assert url_of(catalogue.find("flowers"), None).endswith("demo.db")
     with pytest.raises(InputError, match=r"change `name` in demo.py"):
-        catalogue.find("demo").url(None)
+        url_of(catalogue.find("demo"), None)
 
 
 def test_a_renamed_or_moved_study_goes_on(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun("demo")
     studies = workspace / "studies"
     (studies / "demo.py").rename(studies / "flowers.py")
-    assert catalogue.find("flowers").url(None) == f"sqlite:///{studies}/demo.db"
+    assert url_of(catalogue.find("flowers"), None) == f"sqlite:///{studies}/demo.db"
     shutil.copytree(studies, tmp_path / "elsewhere" / "studies")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert catalogue.find("flowers").url(None) == f"sqlite:///{tmp_path}/elsewhere/studies/demo.db"
+    assert url_of(catalogue.find("flowers"), None) == f"sqlite:///{tmp_path}/elsewhere/studies/demo.db"
 
 
 def test_a_link_to_the_study_file_is_no_copy(workspace: Path) -> None:
     begun("demo")
     (workspace / "studies" / "alias.py").symlink_to("demo.py")
-    assert catalogue.find("alias").url(None).endswith("demo.db")
+    assert url_of(catalogue.find("alias"), None).endswith("demo.db")
 
 
 def test_a_copy_with_a_storage_of_its_own_is_left_alone(workspace: Path) -> None:
     begun("demo")
     copy(workspace, "mine")
     url = f"sqlite:///{workspace}/mine.db"
-    assert catalogue.find("mine").url(url) == url
+    assert url_of(catalogue.find("mine"), url) == url

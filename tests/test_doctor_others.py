@@ -19,13 +19,14 @@ from harness.errors import InputError
 from harness.final import final_run
 from harness.keys import trial_key
 from harness.leases import Leases
+from harness.life import run
 from harness.mlflow_places import local_tracker
 from harness.mlflow_tracker import MLflowTracker
-from harness.opening import check_folder, open_store, read_store
+from harness.model_files import check_folder
+from harness.opening import open_store, read_store
 from harness.results import Completed, TrialEnded
 from harness.retraining import threads_of
 from harness.storage import Store
-from harness.study import run
 from harness.tracking import trial_tags
 from tests.analytic import epoch_result
 from tests.faulty import CommandLine, one_sentence, small_study

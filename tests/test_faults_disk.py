@@ -16,7 +16,8 @@ import pytest
 
 from harness.config import Study
 from harness.database import connect, dispose
-from harness.opening import exists, has_model, open_store
+from harness.model_files import has_model
+from harness.opening import exists, open_store
 from harness.results import EpochEnded, Event
 from tests.faulty import CommandLine, complete, one_sentence, small_disk, small_study
 from tests.patience import PATIENCE_SECONDS

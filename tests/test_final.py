@@ -17,6 +17,7 @@ import sqlalchemy
 import torch
 
 from harness import final
+from harness.choice import rerank
 from harness.cli import main
 from harness.config import FinalConfig, Study
 from harness.data import tensors
@@ -26,17 +27,18 @@ from harness.evidence import compare
 from harness.final import final_run
 from harness.final_result import FinalResult
 from harness.leases import LeaseLost
+from harness.life import run
 from harness.opening import open_store
-from harness.overview import conclusion, final_sentence, overview, summary
+from harness.overview import overview, summary
 from harness.packing import unpack
 from harness.report import write_report
-from harness.rerank import rerank
 from harness.results import Completed, TrialStarted
 from harness.retraining import Place, Retraining
 from harness.saved_model import load_saved
+from harness.sentences import conclusion, final_sentence
 from harness.space import Choice
 from harness.storage import Store
-from harness.study import run, search
+from harness.study import search
 from harness.tracking import expected_runs
 from tests.analytic import epoch_result
 from tests.faulty import CommandLine, one_sentence

@@ -45,8 +45,9 @@ from harness.mlflow_model import (
 )
 from harness.mlflow_places import local_tracker, tracker_at
 from harness.mlflow_tracker import MLflowTracker
+from harness.model_files import CHECK_IMAGES
 from harness.opening import open_store
-from harness.saved_model import CHECK_IMAGES, load_saved
+from harness.saved_model import load_saved
 from harness.storage import Store
 from tests.conftest import make_study
 from tests.faulty import Died, complete, small_study

@@ -24,10 +24,12 @@ from harness.export import logits_of, write_program
 from harness.final_result import FinalResult
 from harness.ledger import appended
 from harness.model_card import CARD, UNKNOWN_LICENCE, _plain, _table, card, write_card
-from harness.opening import PROGRAM, open_store
-from harness.overview import conclusion, final_sentence, overview, selection_sentence
+from harness.model_files import PROGRAM
+from harness.opening import open_store
+from harness.overview import overview
 from harness.predictions import calibration_sentence
 from harness.saved_model import SavedModel, load_saved, preprocess
+from harness.sentences import conclusion, final_sentence, selection_sentence
 from harness.storage import Store
 from harness.words import percent
 from tests.faulty import CommandLine, complete, small_study

@@ -22,7 +22,7 @@ from harness.audit import Course, audit_sentences, drawing_order, record
 from harness.config import Study
 from harness.final import summary
 from harness.final_result import FinalResult
-from harness.overview import final_sentence, frame, overview, verdict
+from harness.overview import frame, overview
 from harness.predictions import pictured
 from harness.pruners import asha, no_pruning
 from harness.report import _strip, write_report
@@ -30,6 +30,7 @@ from harness.report.figures import whole_numbers
 from harness.report.search_figures import search_plots
 from harness.results import Completed, Diverged, Pruned
 from harness.samplers import grid
+from harness.sentences import final_sentence, verdict
 from harness.space import Choice, Float
 from harness.storage import Store, TrialRecord
 from harness.thumbnails import thumbnails

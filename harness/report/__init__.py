@@ -16,22 +16,11 @@ from harness.audit import audit_sentences
 from harness.cost import cost_sentences
 from harness.files import replace_file
 from harness.final_result import FinalResult
-from harness.overview import (
-    all_equal,
-    choice_sentence,
-    frame,
-    in_words,
-    overview,
-    prospect_sentence,
-    selection_sentence,
-    subject,
-    test_sentence,
-    trial_records,
-    verdict,
-)
+from harness.overview import frame, in_words, overview, subject, trial_records
 from harness.report.final_figures import final_plots
 from harness.report.page import render
 from harness.report.search_figures import search_plots, time_plot
+from harness.sentences import all_equal, choice_sentence, prospect_sentence, selection_sentence, test_sentence, verdict
 from harness.storage import Store, TrialRecord
 from harness.words import duration, percent
 
