@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from harness import audit, catalogue, mounts, opening, report
+from harness import audit, catalogue, mounts, opening
 from harness.checkpoint import SUFFIX, Checkpoint, identity_of, remove
 from harness.config import Study
 from harness.data.tensors import prepare
@@ -22,6 +22,7 @@ from harness.files import sqlite_file
 from harness.keys import audit_key
 from harness.mlflow_places import attached, tracker_at, uri_of
 from harness.options import RunOptions
+from harness.report.write import write_report
 from harness.reproduce import Compared, explanation
 from harness.results import EpochResult
 from harness.running import keep_imports
@@ -66,7 +67,7 @@ def audit_study(options: RunOptions, fraction: float, seed: int) -> int:
 def _write_report(study: Study, store: Store, found: catalogue.Found, tracking_uri: str | None) -> None:
     """Write the study's report again, and the copy in MLflow if there is one. Raises Halt when there is no room."""
     folder = found.beside(store.url, ".report")
-    page = report.write_report(study.name, store, uri_of(tracking_uri, found.mlruns), folder)
+    page = write_report(study.name, store, uri_of(tracking_uri, found.mlruns), folder)
     print(f"report    {page}", flush=True)
     try:
         tracker = attached(tracking_uri, found.mlruns, study, store)

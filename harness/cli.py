@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from harness import interrupt, opening
+from harness import interrupt
 from harness.arguments import build_parser
 from harness.errors import DONE, FAILED, INTERRUPTED, WRONG_INPUT, Halt, InputError, no_room
 
@@ -129,7 +129,8 @@ def _groups(study: Study) -> str:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from harness import catalogue, opening, report
+    from harness import catalogue, opening
+    from harness.report.write import write_report
 
     found = catalogue.find(args.study)
     with opening.read_store(found.study.name, opening.url_of(found, args.storage)) as store:
@@ -137,7 +138,7 @@ def _report(args: argparse.Namespace) -> int:
         if folder.exists() and not folder.is_dir():
             raise InputError(f"--output {folder} is a file; give a folder.")
         try:
-            page = report.write_report(found.study.name, store, _tracking_uri(args, found), folder)
+            page = write_report(found.study.name, store, _tracking_uri(args, found), folder)
         except Halt as error:
             if error.__cause__ is not None and no_room(error.__cause__):
                 raise
@@ -200,7 +201,7 @@ def _audit(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from harness import catalogue
+    from harness import catalogue, opening
     from harness.doctor import consult
 
     found = catalogue.find(args.study)
@@ -208,7 +209,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from harness import catalogue, predict
+    from harness import catalogue, opening, predict
     from harness.files import check_place
     from harness.running import keep_imports
 
@@ -236,7 +237,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from harness import catalogue
+    from harness import catalogue, opening
     from harness.export import export_onnx
 
     found = catalogue.find(args.study)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.environment import environment, versions
 from harness.errors import DONE, FAILED, InputError, masked
 from harness.options import RunOptions
+from harness.publish import START, describe_model, register
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from harness.engine import Runtime
     from harness.jobs import Workers
     from harness.mlflow_tracker import MLflowTracker
-    from harness.saved_model import SavedModel
     from harness.storage import Store
 
 # What helps when trials end without a result, by their state.
@@ -29,7 +28,6 @@ REMEDIES = {
     "diverged": "Against diverging, search lower learning rates, warm up longer, or clip gradients (optim.clip_norm).",
     "pruned": "Against pruning, take a pruner that spares more trials, or no_pruning().",
 }
-START = "start"  # the key of what one coordinator at a time does at its start
 
 
 def run_study(
@@ -103,7 +101,7 @@ def _say_what_begins(
 ) -> None:
     from harness import overview
     from harness.data.tensors import SPLITS, items_of
-    from harness.taking import wanted
+    from harness.storage import wanted
 
     workers = f", {options.workers} workers" if options.workers > 1 else ""
     if of_use < options.workers:
@@ -125,8 +123,9 @@ def _end(
     found: Found, study: Study, store: Store, tracker: MLflowTracker, console: Any, failure: Exception | None
 ) -> int:
     """Write the report, describe and register the model, tell MLflow; unless another coordinator does."""
-    from harness import overview, report, tracking
+    from harness import overview, tracking
     from harness.model_files import is_untested
+    from harness.report.write import write_report
 
     store.check_file()
     done = failure is None and store.is_complete(study)  # by another coordinator, for which this one waited
@@ -139,14 +138,14 @@ def _end(
         store.check_file()
         return _failed(failure) if failure else ended(store)
     model_folder, report_folder = (found.beside(store.url, suffix) for suffix in (".model", ".report"))
-    report.write_report(study.name, store, tracker.uri, report_folder)
-    model = _describe_model(study, store, model_folder, console)
+    write_report(study.name, store, tracker.uri, report_folder)
+    model = describe_model(study, store, model_folder, console)
     folders = [report_folder] if is_untested(model_folder) else [report_folder, model_folder]
     told = tracker.finish(tracking.study_metrics(store), folders, "failed" if failure else "complete")
     if failure:
         return _failed(failure)
     if told and model is not None and model_folder in folders:
-        told = _register(study, store, tracker, model, console)
+        told = register(study, store, tracker, model, console)
     if told:
         store.set_attribute("published", store.finished())
     else:
@@ -155,22 +154,6 @@ def _end(
     print(f"report    {report_folder / 'report.html'}")
     store.check_file()
     return ended(store)
-
-
-def write_again(found: Found, study: Study, store: Store, tracker: MLflowTracker, console: Any) -> None:
-    """Tell an MLflow that has lost it everything of a finished study; nothing is trained, no image is needed for it."""
-    from harness import tracking
-    from harness.model_files import is_registered, published
-    from harness.saved_model import load_saved
-
-    model = found.beside(store.url, ".model")
-    with store.alone(START):
-        tracker.start(study, store, tracking.facts(study, store.facts().runtime or {}))
-    told = tracker.finish(tracking.study_metrics(store), published(store, model), "complete")
-    if told and is_registered(study, store, model):
-        told = _register(study, store, tracker, load_saved(study, store, model), console)
-    if not told:
-        print(f"MLflow at {masked(tracker.uri)} does not take all of it; the same command tries again.")
 
 
 def _failed(failure: Exception) -> int:
@@ -222,41 +205,6 @@ def _workers(
         with console.status(f"{text} …"):
             workers = kept.enter_context(RayWorkers(order, store, asked, tracker.show))
         yield workers
-
-
-def _describe_model(study: Study, store: Store, folder: Path, console: Any) -> SavedModel | None:
-    """Put the exported program and the card beside the final model; returns it if it is to be registered."""
-    from harness.export import write_program
-    from harness.model_card import CARD, write_card
-    from harness.model_files import PROGRAM, has_model, record_files
-    from harness.saved_model import load_saved
-
-    if not (store.has_final() and has_model(folder)):
-        return None
-    model, program = None, None
-    if study.final.publish:
-        saved = load_saved(study, store, folder)
-        try:
-            with console.status("Exporting the final model …"):
-                write_program(saved, folder / PROGRAM)
-            model, program = saved, PROGRAM
-        except InputError as error:  # a backbone that torch cannot export; the result is none the worse
-            print(f"{error} It is kept as weights, and not registered in MLflow.", file=sys.stderr)
-            store.set_attribute("registered", saved.description["trial"])
-    write_card(study.name, study.train.data, store, folder, program)
-    record_files(store, folder, CARD, PROGRAM)
-    return model
-
-
-def _register(study: Study, store: Store, tracker: MLflowTracker, model: SavedModel, console: Any) -> bool:
-    """Register the model in MLflow; whether that is done."""
-    from harness.mlflow_model import candidate, publish
-
-    with console.status("Registering the final model in MLflow, and checking it …"):
-        done = publish(tracker, candidate(study.name, store, model))
-    if done:
-        store.set_attribute("registered", model.description["trial"])
-    return done
 
 
 def _name_changes(store: Store, device: torch.device) -> None:

@@ -15,7 +15,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
 from harness.errors import Halt, InputError, first_line, masked
-from harness.files import replace_file, sqlite_file
+from harness.files import sqlite_file
 
 T = TypeVar("T")
 
@@ -37,7 +37,6 @@ BUSY_TIMEOUT_SECONDS = 60
 CONNECT_SECONDS = 10  # for a database server to answer
 AWAY_SECONDS, RETRY_SECONDS = 300.0, 2.0  # how long a server may be away, and between two attempts
 IDLE_SECONDS = 30  # after which a server takes its locks from a process that stands still
-LOCK_SECONDS = 0.3  # `show` takes the lock for a moment to see whether anybody holds it
 # The modules that SQLAlchemy asks for, and the packages to install where those are called otherwise.
 DRIVERS = {"psycopg2": "psycopg2-binary", "psycopg": "'psycopg[binary]'", "MySQLdb": "mysqlclient"}
 POSTGRESQL_DRIVERS = ("psycopg", "psycopg2")  # both are libpq, whose settings are given here
@@ -350,53 +349,3 @@ def _set_pragmas(connection: Any, _record: Any) -> None:
 def dispose(storage: optuna.storages.RDBStorage) -> None:
     storage.remove_session()
     storage.engine.dispose()
-
-
-def holder(file: Path | None) -> str | None:
-    """The PID of the process that holds a SQLite study, None when nobody does."""
-    lock = None if file is None else Path(f"{file}.lock")
-    if file is None or lock is None or not lock.exists():
-        return None
-    if not may_write(file):  # then a lock cannot be tried, and the number that a holder leaves must do
-        return _pid(file) if pid_file(file).exists() else None
-    try:
-        with filelock.FileLock(lock, blocking=False):
-            return None
-    except filelock.Timeout:
-        return _pid(file)
-
-
-def pid_file(file: Path) -> Path:
-    return Path(f"{file}.pid")
-
-
-def _pid(file: Path | None) -> str:
-    named = None if file is None else pid_file(file)
-    return named.read_text().strip() if named is not None and named.exists() else "unknown"
-
-
-@contextmanager
-def held(file: Path | None, name: str) -> Iterator[None]:
-    """Hold the study's lock file. The lock goes with the process, however it ends; the PID beside it is a courtesy."""
-    if file is None:
-        yield
-        return
-    if not file.parent.is_dir():
-        raise InputError(f"--storage: there is no folder {file.parent}; make it first.")
-    check_writable(file)
-    lock, pid = filelock.FileLock(f"{file}.lock"), pid_file(file)
-    try:
-        lock.acquire(timeout=LOCK_SECONDS)
-    except filelock.Timeout as error:
-        raise InputError(
-            f"Study {name!r} is being run by process {_pid(file)}; wait for it, or stop it with `kill {_pid(file)}`."
-        ) from error
-    except OSError as error:
-        raise InputError(f"{file} cannot be written ({error}); make its folder writable or give --storage.") from error
-    try:
-        replace_file(pid, f"{os.getpid()}\n".encode())
-        yield
-    finally:
-        with suppress(OSError):  # the folder may be gone by now, or read-only; what is lost with it was said
-            pid.unlink(missing_ok=True)
-        lock.release()

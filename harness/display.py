@@ -103,7 +103,7 @@ class Display:
 
     def _look(self) -> None:
         """What the storage knows, so that a resumed study starts with the times of before."""
-        from harness.taking import wanted
+        from harness.storage import wanted
 
         ended = [trial for trial in self._store.trials() if trial.state != "running"]
         self._finished, self._best = self._store.finished(), self._store.best()

@@ -15,11 +15,11 @@ from harness.catalogue import Found
 from harness.checkpoint import fingerprint, read_tensors, remove, stale
 from harness.config import Study
 from harness.data.cache import damaged
-from harness.database import holder, pid_file
 from harness.errors import InputError
 from harness.files import Damaged, sqlite_file
 from harness.keys import trial_key
 from harness.life import wanted_keys
+from harness.locks import holder, pid_file
 from harness.model_files import (
     AGAIN,
     CHECK_FILE,

@@ -48,8 +48,7 @@ from harness.packing import pack, unpack_bits
 from harness.predictions import pictured
 from harness.results import Elsewhere, Event
 from harness.retraining import Place, Retraining, threads_of
-from harness.storage import POLL_SECONDS, Store, TrialRecord
-from harness.taking import wanted
+from harness.storage import POLL_SECONDS, Store, TrialRecord, wanted
 from harness.thumbnails import thumbnails
 from harness.trainer import Training, logits_of, measure
 

@@ -13,9 +13,8 @@ from harness.jobs import Workers
 from harness.keys import audit_key, base_key, final_key, rerank_key, trial_key
 from harness.results import Event
 from harness.retraining import Place
-from harness.storage import Store
+from harness.storage import Store, wanted
 from harness.study import search
-from harness.taking import wanted
 
 
 def run(

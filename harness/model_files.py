@@ -6,19 +6,19 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from harness.checkpoint import fingerprint, write_tensors
-from harness.config import Study, TrainConfig
-from harness.data.augment import MEAN, STD
-from harness.data.tensors import ImageSet
 from harness.errors import InputError
 from harness.files import Damaged, check_tensors, replace_file, sqlite_file
-from harness.final_result import FinalResult
-from harness.records import TrialRecord
 from harness.space import label, leaves
-from harness.storage import Store
-from harness.trainer import Training
+
+if TYPE_CHECKING:
+    from harness.config import Study, TrainConfig
+    from harness.data.tensors import ImageSet
+    from harness.final_result import FinalResult
+    from harness.records import TrialRecord
+    from harness.storage import Store
+    from harness.trainer import Training
 
 WEIGHTS, DESCRIPTION, PROGRAM = "model.safetensors", "model.json", "model.pt2"
 CHECK_FILE = "check.safetensors"  # test images as the cache holds them: `images` uint8 [N, S, S, 3]
@@ -29,6 +29,8 @@ CHECK_IMAGES = 5  # another number than an exported program's example, so that t
 def keep_check_images(folder: Path, test: ImageSet) -> None:
     """Lay a few test images, spread over the classes, beside the weights: programs made of the model are checked on
     them later, and the test set need not be read again for that."""
+    from harness.checkpoint import write_tensors
+
     step = max(1, len(test) // CHECK_IMAGES)
     images = test.images[::step][:CHECK_IMAGES]
     write_tensors(folder / CHECK_FILE, {"images": images}, {"split": "test"})
@@ -36,6 +38,8 @@ def keep_check_images(folder: Path, test: ImageSet) -> None:
 
 def save_model(store: Store, folder: Path, training: Training, chosen: TrialRecord, final: FinalResult) -> None:
     """Write model.safetensors and model.json."""
+    from harness.checkpoint import fingerprint, write_tensors
+
     weights = training.model.state_dict()
     write_tensors(folder / WEIGHTS, weights, {"trial": chosen.number, "seed": 0})
     write_description(store, folder, training.config, chosen, final, fingerprint(weights))
@@ -48,6 +52,8 @@ def write_description(
 
     `weights` is the sha256 of those beside it.
     """
+    from harness.data.augment import MEAN, STD
+
     size, tested = config.data.image_size, final.per_seed[0]
     description = {
         "study_uid": store.uid,

@@ -15,11 +15,11 @@ import optuna
 
 from harness.catalogue import Found, defines
 from harness.config import Study
-from harness.database import BUSY_TIMEOUT_SECONDS, alone, check_database, connect, dispose, has_tables, held, outlast
+from harness.database import BUSY_TIMEOUT_SECONDS, alone, check_database, connect, dispose, has_tables, outlast
 from harness.errors import InputError
 from harness.files import sqlite_file
 from harness.leases import Leases, make_table
-from harness.opened_file import OpenedFile
+from harness.locks import OpenedFile, held
 from harness.storage import Store
 
 FORMAT = 1  # of what a study keeps beside Optuna's own; a change that old studies cannot follow makes it 2

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.audit import audit_sentences
-from harness.cost import cost
-from harness.database import holder
 from harness.errors import masked
 from harness.files import sqlite_file
 from harness.ledger import seeds_of
+from harness.locks import holder
 from harness.predictions import described
 from harness.sentences import (
     choice_sentence,
@@ -25,6 +24,7 @@ from harness.sentences import (
     verdict,
 )
 from harness.storage import Store, TrialRecord
+from harness.words import duration
 
 if TYPE_CHECKING:
     import pandas
@@ -223,3 +223,39 @@ def frame(store: Store) -> pandas.DataFrame:
         for trial in trial_records(store)
     ]
     return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=["number", "state", "value"])
+
+
+def cost(trials: Sequence[TrialRecord], definition: Mapping[str, Any]) -> dict[str, Any]:
+    """Seconds and epochs of the search; `saved_seconds` is what the epochs that pruning left out would have taken.
+
+    Each at the mean of its own trial's epochs. `saved_share` is their part of what the search would have taken without
+    pruning. Trials that have not ended count with the epochs that are recorded, which are none before they end.
+    """
+    spent = sum(trial.seconds or 0.0 for trial in trials)
+    left_out, saved = 0, 0.0
+    for trial in trials:
+        planned = trial.params.get("epochs", definition.get("epochs"))
+        if trial.state == "pruned" and trial.epochs and planned is not None:
+            missing = max(planned - len(trial.epochs), 0)
+            left_out += missing
+            saved += missing * sum(epoch.seconds for epoch in trial.epochs) / len(trial.epochs)
+    return {
+        "seconds": spent,
+        "epochs": sum(len(trial.epochs) for trial in trials),
+        "pruned": sum(trial.state == "pruned" for trial in trials),
+        "epochs_not_run": left_out,
+        "saved_seconds": saved,
+        "saved_share": saved / (spent + saved) if spent + saved else 0.0,
+    }
+
+
+def cost_sentences(found: Mapping[str, Any]) -> list[str]:
+    """The same in words."""
+    lines = [f"The trials took {duration(found['seconds'])} for {found['epochs']:,} epochs."]
+    if found["pruned"]:
+        lines.append(
+            f"Pruning ended {found['pruned']:,} of them early and left out {found['epochs_not_run']:,} epochs, about "
+            f"{duration(found['saved_seconds'])}: {100 * found['saved_share']:.0f} % of what the search would "
+            "have taken."
+        )
+    return lines

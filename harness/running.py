@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from harness import interrupt
 from harness.errors import FAILED, INTERRUPTED, Halt, InputError, is_utf8, masked, no_room
 from harness.files import sqlite_path, sqlite_url
-from harness.model_files import check_folder
 from harness.options import RunOptions
 
 if TYPE_CHECKING:
@@ -101,6 +100,7 @@ def _run(options: RunOptions) -> int:
     from harness.coordinator import ended
     from harness.files import sqlite_file
     from harness.mlflow_places import uri_of
+    from harness.model_files import check_folder
 
     if options.ray_address is not None and options.engine != "ray":
         raise InputError("--ray-address names a cluster for --engine ray; give that, too, or leave it out.")
@@ -163,8 +163,8 @@ def _look_at_mlflow(options: RunOptions, found: Found, study: Study, store: Stor
         study.name if is_registered(study, store, model) else None,
     )
     if lack is not None:
-        from harness.coordinator import write_again
         from harness.display import StudyConsole
+        from harness.publish import write_again
 
         print(f"{lack} What is missing is written again.", file=sys.stderr)
         write_again(found, study, store, tracker_for(options.tracking_uri, found.mlruns), StudyConsole())
@@ -172,12 +172,13 @@ def _look_at_mlflow(options: RunOptions, found: Found, study: Study, store: Stor
 
 def _check_nobody_at_work(study: Study, url: str) -> None:
     """Raise InputError when a process works on this study; one that has lost its coordinator does so for a while."""
-    from harness import database, opening
+    from harness import opening
     from harness.files import sqlite_file
+    from harness.locks import holder
     from harness.processes import in_words
 
     file = sqlite_file(url)
-    if file is not None and database.holder(file) is not None:
+    if file is not None and holder(file) is not None:
         return  # the command itself is, and named when its study would be moved
     if opening.exists(study.name, url):
         with opening.read_store(study.name, url, any_format=True) as store:
@@ -232,7 +233,7 @@ def _run_what_is_missing(options: RunOptions, found: Found, study: Study, url: s
     from harness.engine import find_device
     from harness.mlflow_places import check_writable, tracker_for
     from harness.rehearsal import rehearse
-    from harness.taking import wanted
+    from harness.storage import wanted
 
     console = StudyConsole()
     rehearse(study)

@@ -21,13 +21,12 @@ from harness import leases, ledger, taking
 from harness.config import Study
 from harness.database import Unreadable, outlast
 from harness.errors import Halt, InputError
-from harness.facts import StudyFacts
 from harness.keys import trial_key
 from harness.leases import LeaseLost, Leases
 from harness.ledger import Line
-from harness.opened_file import OpenedFile
+from harness.locks import OpenedFile
 from harness.processes import in_words
-from harness.records import FINISHED, Seen, record_of
+from harness.records import FINISHED, Seen, StudyFacts, record_of
 from harness.records import TrialRecord as TrialRecord
 from harness.results import Completed, Diverged, EpochResult, Failed, TrialOutcome
 from harness.taking import NoTrialFree as NoTrialFree
@@ -464,3 +463,8 @@ class Store:
         else:
             # A diverged trial is told as pruned: Optuna's samplers ignore failures and would try its region again.
             self._study.tell(asked.number, state=TrialState.PRUNED)
+
+
+def wanted(study: Study, store: Store) -> int:
+    """How many finished trials there should be: the most that a command asks for that works on the study."""
+    return max(study.trials, store.facts().wanted)

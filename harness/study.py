@@ -11,8 +11,7 @@ from harness.engine import Runtime
 from harness.leases import LeaseLost
 from harness.objective import evaluate_trial
 from harness.results import Event, Failed, TrialLost
-from harness.storage import POLL_SECONDS, NoTrialFree, Store
-from harness.taking import wanted
+from harness.storage import POLL_SECONDS, NoTrialFree, Store, wanted
 
 FAILURES_IN_A_ROW = 3
 

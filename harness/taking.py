@@ -18,7 +18,6 @@ from harness.keys import trial_key
 from harness.leases import Leases
 from harness.records import FINISHED
 from harness.space import encode
-from harness.storage import Store
 
 UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
 STATE = sqlalchemy.column("state", sqlalchemy.Enum(TrialState, name="trialstate"))
@@ -106,8 +105,3 @@ def _number(of: optuna.Study, engine: sqlalchemy.Engine | None, trial_id: int) -
         return int(
             connection.execute(sqlalchemy.select(TRIALS.c.number).where(TRIALS.c.trial_id == trial_id)).scalar_one()
         )
-
-
-def wanted(study: Study, store: Store) -> int:
-    """How many finished trials there should be: the most that a command asks for that works on the study."""
-    return max(study.trials, store.facts().wanted)

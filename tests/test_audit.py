@@ -33,7 +33,7 @@ from harness.mlflow_places import local_tracker
 from harness.opening import open_store, read_store
 from harness.overview import digest
 from harness.pruners import asha
-from harness.report import write_report
+from harness.report.write import write_report
 from harness.seeds import derive_seed
 from harness.space import Float
 from harness.storage import Store

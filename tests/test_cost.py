@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from harness.cost import cost, cost_sentences
+from harness.overview import cost, cost_sentences
 from harness.storage import TrialRecord
 from harness.words import duration
 from tests.analytic import epoch_result

@@ -31,7 +31,7 @@ from harness.life import run
 from harness.opening import open_store
 from harness.overview import overview, summary
 from harness.packing import unpack
-from harness.report import write_report
+from harness.report.write import write_report
 from harness.results import Completed, TrialStarted
 from harness.retraining import Place, Retraining
 from harness.saved_model import load_saved

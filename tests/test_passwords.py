@@ -13,7 +13,7 @@ from sqlalchemy.exc import OperationalError
 from harness import database, running
 from harness.errors import Halt, InputError, masked
 from harness.overview import overview, summary
-from harness.report import write_report
+from harness.report.write import write_report
 from harness.storage import Store
 from harness.tracking import facts
 from tests.analytic import memory_store

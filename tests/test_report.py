@@ -25,9 +25,9 @@ from harness.final_result import FinalResult
 from harness.overview import frame, overview
 from harness.predictions import pictured
 from harness.pruners import asha, no_pruning
-from harness.report import _strip, write_report
 from harness.report.figures import whole_numbers
 from harness.report.search_figures import search_plots
+from harness.report.write import _strip, write_report
 from harness.results import Completed, Diverged, Pruned
 from harness.samplers import grid
 from harness.sentences import final_sentence, verdict

@@ -13,7 +13,7 @@ import pytest
 from harness.opening import read_store
 from harness.overview import overview
 from harness.predictions import calibration_sentence
-from harness.report import write_report
+from harness.report.write import write_report
 from harness.words import percent
 from tests.browser import page
 from tests.faulty import complete, small_study

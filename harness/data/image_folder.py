@@ -10,11 +10,9 @@ from pathlib import Path
 
 from harness.config import check_sizes, location
 from harness.contracts import SplitName
-from harness.data.cache import ImageFiles
+from harness.data.cache import ImageFiles, content_hashes
 from harness.data.decoding import SUFFIXES
-from harness.data.hashes import content_hashes
-from harness.data.layout import Layout, check_link, made_by_system, read_layout
-from harness.data.names import check_names, read_names
+from harness.data.layout import Layout, check_link, check_names, made_by_system, read_layout, read_names
 from harness.errors import InputError
 from harness.space import check_types
 

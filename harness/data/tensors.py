@@ -16,7 +16,7 @@ import numpy as np
 from harness.config import TrainConfig
 from harness.contracts import Dataset, SplitName
 from harness.data.cache import content_keys, keyed
-from harness.data.names import check_names
+from harness.data.layout import check_names
 from harness.errors import InputError, no_room, shown
 from harness.seeds import derive_seed
 

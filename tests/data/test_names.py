@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from harness.data.image_folder import ImageFolder
-from harness.data.names import check_names, look
+from harness.data.layout import check_names, look
 from harness.errors import InputError
 
 COMPOSED, DECOMPOSED = "\xf6l", "o\u0308l"

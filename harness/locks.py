@@ -1,4 +1,4 @@
-"""A SQLite study's file while the study runs: whether it still lies where it was opened, and what is saved if not.
+"""A SQLite study's file while the study runs: who holds it, and whether it still lies where it was opened.
 
 A process goes on writing into a file that was deleted or moved, and its results are gone when it ends.
 """
@@ -8,12 +8,18 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from harness.errors import Halt
+import filelock
+
+from harness.database import check_writable, may_write
+from harness.errors import Halt, InputError
+from harness.files import replace_file
 
 BUSY_SECONDS = 10.0
+LOCK_SECONDS = 0.3  # `show` takes the lock for a moment to see whether anybody holds it
 
 
 class OpenedFile:
@@ -76,3 +82,53 @@ class OpenedFile:
                 target.unlink(missing_ok=True)
             return f", and its results are lost ({error}); bring it back from a copy"
         return f"; its results were saved in {target}: give that file its name"
+
+
+def holder(file: Path | None) -> str | None:
+    """The PID of the process that holds a SQLite study, None when nobody does."""
+    lock = None if file is None else Path(f"{file}.lock")
+    if file is None or lock is None or not lock.exists():
+        return None
+    if not may_write(file):  # then a lock cannot be tried, and the number that a holder leaves must do
+        return _pid(file) if pid_file(file).exists() else None
+    try:
+        with filelock.FileLock(lock, blocking=False):
+            return None
+    except filelock.Timeout:
+        return _pid(file)
+
+
+def pid_file(file: Path) -> Path:
+    return Path(f"{file}.pid")
+
+
+def _pid(file: Path | None) -> str:
+    named = None if file is None else pid_file(file)
+    return named.read_text().strip() if named is not None and named.exists() else "unknown"
+
+
+@contextmanager
+def held(file: Path | None, name: str) -> Iterator[None]:
+    """Hold the study's lock file. The lock goes with the process, however it ends; the PID beside it is a courtesy."""
+    if file is None:
+        yield
+        return
+    if not file.parent.is_dir():
+        raise InputError(f"--storage: there is no folder {file.parent}; make it first.")
+    check_writable(file)
+    lock, pid = filelock.FileLock(f"{file}.lock"), pid_file(file)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except filelock.Timeout as error:
+        raise InputError(
+            f"Study {name!r} is being run by process {_pid(file)}; wait for it, or stop it with `kill {_pid(file)}`."
+        ) from error
+    except OSError as error:
+        raise InputError(f"{file} cannot be written ({error}); make its folder writable or give --storage.") from error
+    try:
+        replace_file(pid, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        with suppress(OSError):  # the folder may be gone by now, or read-only; what is lost with it was said
+            pid.unlink(missing_ok=True)
+        lock.release()

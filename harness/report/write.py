@@ -1,0 +1,209 @@
+"""A study's report: one page that needs nothing else, and its trials as a table.
+
+Every number on the page is one of `overview.overview`, which `show --json` prints; what is drawn comes from the same
+storage.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.audit import audit_sentences
+from harness.files import replace_file
+from harness.final_result import FinalResult
+from harness.overview import cost_sentences, frame, in_words, overview, subject, trial_records
+from harness.report.final_figures import final_plots
+from harness.report.page import render
+from harness.report.search_figures import search_plots, time_plot
+from harness.sentences import all_equal, choice_sentence, prospect_sentence, selection_sentence, test_sentence, verdict
+from harness.storage import Store, TrialRecord
+from harness.words import duration, percent
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+
+def write_report(name: str, store: Store, tracking: str, folder: Path) -> Path:
+    """Write report.html and trials.csv into `folder`; returns the page's path. Raises Halt when there is no room."""
+    written = folder / "report.html"
+    replace_file(folder / "trials.csv", frame(store).to_csv(index=False).encode())
+    replace_file(written, render(_view(name, store, tracking)).encode())
+    return written
+
+
+def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
+    """Everything that the page's template shows."""
+    seen, trials = overview(name, store, tracking), trial_records(store)
+    final, tested, about = store.facts().final, seen["test"], subject(store)
+    return {
+        "name": name,
+        "seen": seen,
+        "leads": all_equal(store) or (final is not None and final.trial == 0),
+        "headline": _headline(seen, final),
+        "sentence": test_sentence(store),
+        "verdict": verdict(store),
+        "remarks": [*filter(None, (choice_sentence(store), prospect_sentence(store)))],
+        "strip": None if final is None else _strip(final),
+        "facts": _facts(seen, final),
+        "subject": about,
+        "parameters": [] if about is None else _parameters(store, about, trials),
+        "commands": _commands(seen, about),
+        "comparison": [] if final is None else _comparison(final, store.why_closed()),
+        "search": search_plots(store, trials),
+        "tested": tested,
+        "test": [] if tested is None else final_plots(store.facts().predictions or {}, tested),
+        "thumbnails": store.facts().thumbnails,
+        "cost": _cost(seen),
+        "time": time_plot(trials),
+        "failures": [trial for trial in trials if trial.state in ("failed", "diverged")],
+        "rerank": _rerank(seen["rerank"], trials),
+        "table": _table(store),
+        "places": _places(seen),
+    }
+
+
+def _headline(seen: Mapping[str, Any], final: FinalResult | None) -> tuple[str, str]:
+    """The number that people come for, and what it is."""
+    if final is not None:
+        return percent(final.accuracy), "test accuracy"
+    if seen["best"] is not None:
+        return percent(seen["best"]["value"]), "best validation accuracy so far"
+    return "–", "no trial is complete yet"
+
+
+def _strip(final: FinalResult) -> dict[str, Any]:
+    """Interval, seeds and base on one line, as shares of its width."""
+    (low, high), base = final.interval, final.base
+    seeds = [seed.accuracy for seed in final.per_seed]
+    points = [low, high, *seeds, *([] if base is None else [base.accuracy])]
+    # From one ten percent to another, so that nobody takes the ends for an interval.
+    first = min(math.floor(10 * min(points)), 9)
+    last = max(math.ceil(10 * max(points)), first + 1)
+    start, end = first / 10, last / 10
+
+    def place(value: float) -> float:
+        return round(100 * (value - start) / (end - start), 2)
+
+    return {
+        "low": place(low),
+        "width": round(place(high) - place(low), 2),
+        "mean": place(final.accuracy),
+        "seeds": [(place(value), percent(value)) for value in seeds],
+        "base": None if base is None else (place(base.accuracy), percent(base.accuracy)),
+        "ends": (f"{10 * first} %", f"{10 * last} %"),
+        "interval": (percent(low), percent(high)),
+    }
+
+
+def _facts(seen: Mapping[str, Any], final: FinalResult | None) -> list[tuple[str, str, str]]:
+    """The tiles under the headline: what, how much, and a word on it."""
+    counted, tested = seen["trials"], seen["test"]
+    states = ", ".join(f"{number:,} {state}" for state, number in counted.items() if number and state != "complete")
+    tiles = [
+        ("trials", f"{sum(counted.values()):,}", f"{counted['complete']:,} complete" + (f", {states}" * bool(states)))
+    ]
+    if seen["best"] is not None and final is not None:
+        tiles.append(("best validation", percent(seen["best"]["value"]), f"trial {seen['best']['number']}"))
+    if final is not None:
+        if final.balanced_accuracy is not None:
+            tiles.append(("balanced accuracy", percent(final.balanced_accuracy), "every class counts the same"))
+        if final.spread is not None:
+            tiles.append(("spread of the seeds", f"{100 * final.spread:.2f} points", "standard deviation"))
+        if tested is not None:
+            tiles.append(("calibration error", f"{100 * tested['ece_saved']:.2f} points", "of the saved model, seed 0"))
+        opened = final.test_openings
+        tiles.append(("test set opened", "once" if opened == 1 else f"{opened} times", "see the ledger"))
+    tiles.append(("time of the search", duration(seen["cost"]["seconds"]), f"{seen['cost']['epochs']:,} epochs"))
+    return tiles
+
+
+def _parameters(store: Store, about: TrialRecord, trials: Sequence[TrialRecord]) -> list[tuple[str, Any, Any, str]]:
+    """Each searched field: its value in the trial, the base configuration's, and where it was searched."""
+    base = next((trial.params for trial in trials if trial.number == 0), {})
+    searched = store.optuna_study.get_trials(deepcopy=False)[about.number].distributions
+    return [(name, value, base.get(name), _in_words(searched[name])) for name, value in about.params.items()]
+
+
+def _in_words(distribution: BaseDistribution) -> str:
+    """What was searched, as a person says it."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(distribution, CategoricalDistribution):
+        return ", ".join(str(choice) for choice in distribution.choices)
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    return f"{distribution.low:g} to {distribution.high:g}" + (", logarithmic" if distribution.log else "")
+
+
+def _commands(seen: Mapping[str, Any], about: TrialRecord | None) -> list[tuple[str, str]]:
+    study = shlex.quote(seen["study"])
+    run = seen["command"] or f"python run_study.py --study {study} --trials {sum(seen['trials'].values())}"
+    lines = [("run the study, or go on with it", run)]
+    if about is not None:
+        words = "train this trial again and compare every epoch with the record"
+        lines.append((words, f"python -m harness reproduce {study} {about.number}"))
+    return lines
+
+
+def _comparison(final: FinalResult, why_closed: str | None) -> list[str]:
+    """What is known of the best configuration beside the base, and of the best score beside the truth."""
+    lines = []
+    if (base := final.base) is not None:
+        seeds = len(base.per_seed)
+        lines.append(
+            f"The base configuration, trial {base.trial}, trained as the best one was, reaches "
+            f"{percent(base.accuracy)} ({base.correct:,} correct of {base.total:,}: {seeds} "
+            f"seed{'s' if seeds > 1 else ''})."
+        )
+    lines.append(selection_sentence(final) or "What choosing the best adds to its validation score is not recorded.")
+    return lines if why_closed is None else [*lines, why_closed]
+
+
+def _cost(seen: Mapping[str, Any]) -> list[str]:
+    """Time, and what pruning saved of it; an audit says that and more."""
+    spent, *saved = cost_sentences(seen["cost"])
+    return [spent, *(saved if seen["audit"] is None else audit_sentences(seen["audit"]))]
+
+
+def _rerank(record: Mapping[str, Any] | None, trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
+    """A row a candidate: the score that the search saw, those of the fresh seeds, and whether it was chosen."""
+    if record is None:
+        return []
+    values = {trial.number: trial.value for trial in trials}
+    rows = []
+    for number in record["candidates"]:
+        fresh = [each["accuracy"] for each in record["results"].get(str(number), [])]
+        mean = sum(fresh) / len(fresh) if fresh else None
+        rows.append(
+            {
+                "trial": number,
+                "search": values.get(number),
+                "fresh": fresh,
+                "mean": mean,
+                "chosen": number == record["chosen"],
+            }
+        )
+    return rows
+
+
+def _table(store: Store) -> dict[str, Any]:
+    """All trials, the reasons last, without the columns in which nothing stands."""
+    table = frame(store).dropna(axis="columns", how="all")
+    table = table[sorted(table.columns, key=lambda column: column == "reason")]
+    rows = table.astype(object).where(table.notna(), None)
+    return {"columns": [str(column) for column in table.columns], "rows": rows.values.tolist()}
+
+
+def _places(seen: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Hardware, versions and places."""
+    environment = seen["environment"] or {}
+    where = [
+        ("runtime", in_words(seen["runtime"])),
+        *((key, str(value)) for key, value in environment.items()),
+        ("storage", seen["storage"]),
+        ("tracking", seen["tracking"]),
+    ]
+    return where if environment else [*where, ("versions", "not recorded")]
