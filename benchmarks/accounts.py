@@ -16,23 +16,26 @@ from pathlib import Path
 from benchmarks.clock import Clock
 
 PARTS = {  # of innermost names the time is counted; what is named nowhere is "the rest"
-    "training steps": {"harness.trainer": ["train_step"]},
+    "training steps": {"harness.training.loop": ["train_step"]},
     "augmentation": {"harness.data.augment": ["augment"]},
-    "validation": {"harness.trainer": ["evaluate"], "harness.final": ["logits_of", "measure"]},
-    "loop around the steps": {"harness.objective": ["fit"], "harness.retraining": ["fit"]},
-    "data: decoding and cache": {"harness.running": ["_prepare"]},
-    "data: loading": {"harness.experiment": ["load_splits", "load_train_and_val"], "harness.final": ["load_test"]},
-    "model and optimizer": {"harness.objective": ["assemble"], "harness.retraining": ["assemble"]},
-    "deciding the engine": {"harness.experiment": ["decide_runtime"]},
+    "validation": {"harness.training.loop": ["evaluate"], "harness.final.test_set": ["logits_of", "measure"]},
+    "loop around the steps": {"harness.search.trial": ["fit"], "harness.final.retrain": ["fit"]},
+    "data: decoding and cache": {"harness.cli.run": ["_prepare"]},
+    "data: loading": {
+        "harness.training.job": ["load_splits", "load_train_and_val"],
+        "harness.final.test_set": ["load_test"],
+    },
+    "model and optimizer": {"harness.search.trial": ["assemble"], "harness.final.retrain": ["assemble"]},
+    "deciding the engine": {"harness.training.job": ["decide_runtime"]},
     "checkpoints": {
-        "harness.checkpoint.Checkpoint": ["__init__", "save", "after_batch", "restore"],
-        "harness.objective": ["remove", "identity_of"],
-        "harness.retraining": ["remove", "identity_of"],
-        "harness.study": ["stale"],
+        "harness.training.checkpoint.Checkpoint": ["__init__", "save", "after_batch", "restore"],
+        "harness.search.trial": ["remove", "identity_of"],
+        "harness.final.retrain": ["remove", "identity_of"],
+        "harness.search.loop": ["stale"],
     },
     "storage": {
-        "harness.opening": ["open_store", "exists"],
-        "harness.storage.Store": [
+        "harness.store.opening": ["open_store", "exists"],
+        "harness.store.store.Store": [
             "attributes",
             "finished",
             "trials",
@@ -41,28 +44,28 @@ PARTS = {  # of innermost names the time is counted; what is named nowhere is "t
             "set_attribute",
             "set_as_leader",
         ],
-        "harness.database": ["check_database", "check_writable"],
+        "harness.store.database": ["check_database", "check_writable"],
     },
-    "storage: ask": {"harness.storage.Store": ["ask"]},
-    "storage: report, prune": {"harness.storage.Store": ["report", "should_prune"]},
-    "storage: tell": {"harness.storage.Store": ["tell"]},
-    "rehearsal of the sampler": {"harness.rehearsal": ["rehearse"]},
-    "MLflow: opening": {"harness.mlflow_tracker.MLflowTracker": ["check", "start"]},
+    "storage: ask": {"harness.store.store.Store": ["ask"]},
+    "storage: report, prune": {"harness.store.store.Store": ["report", "should_prune"]},
+    "storage: tell": {"harness.store.store.Store": ["tell"]},
+    "rehearsal of the sampler": {"harness.search.rehearsal": ["rehearse"]},
+    "MLflow: opening": {"harness.tracking.tracker.MLflowTracker": ["check", "start"]},
     "MLflow: runs": {
-        "harness.mlflow_tracker.MLflowTracker": ["run"],
-        "harness.mlflow_run.MLflowRun": ["epoch", "metrics", "text", "end"],
+        "harness.tracking.tracker.MLflowTracker": ["run"],
+        "harness.tracking.run.MLflowRun": ["epoch", "metrics", "text", "end"],
     },
-    "MLflow: end of the study": {"harness.mlflow_tracker.MLflowTracker": ["finish", "interrupt"]},
+    "MLflow: end of the study": {"harness.tracking.tracker.MLflowTracker": ["finish", "interrupt"]},
     "environment, versions": {
-        "harness.objective": ["environment"],
-        "harness.retraining": ["environment"],
-        "harness.tracking": ["facts"],
-        "harness.coordinator": ["_name_changes"],
+        "harness.search.trial": ["environment"],
+        "harness.final.retrain": ["environment"],
+        "harness.tracking.expected": ["facts"],
+        "harness.study.coordinator": ["_name_changes"],
     },
-    "report": {"harness.report": ["write_report"], "harness.overview": ["summary"]},
-    "saving the model": {"harness.final": ["save_model"], "harness.retraining": ["fingerprint"]},
-    "publishing the model": {"harness.coordinator": ["_describe_model", "_register"]},
-    "display": {"harness.display.Display": ["show", "__enter__", "__exit__"]},
+    "report": {"harness.report": ["write_report"], "harness.report.overview": ["summary"]},
+    "saving the model": {"harness.final.test_set": ["save_model"], "harness.final.retrain": ["fingerprint"]},
+    "publishing the model": {"harness.study.coordinator": ["_describe_model", "_register"]},
+    "display": {"harness.report.display.Display": ["show", "__enter__", "__exit__"]},
 }
 
 
@@ -71,8 +74,8 @@ def study(folder: Path, arguments: list[str]) -> dict[str, float]:
     clock = Clock()
     clock.watch_imports()
     clock.watch_collector()
-    gc.disable()  # as harness.cli.process does
-    from harness.cli import main as command
+    gc.disable()  # as harness.cli.commands.process does
+    from harness.cli.commands import main as command
 
     for name, places in PARTS.items():
         for place, attributes in places.items():
@@ -89,5 +92,5 @@ def child() -> None:
     began, folder = time.time(), Path(sys.argv[1])
     seconds = study(folder, sys.argv[2:])
     (folder / "seconds.json").write_text(json.dumps({"seconds": seconds, "began": began, "ended": time.time()}))
-    atexit._run_exitfuncs()  # the rest, too, as harness.cli.process does
+    atexit._run_exitfuncs()  # the rest, too, as harness.cli.commands.process does
     os._exit(0)

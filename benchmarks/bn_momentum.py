@@ -13,11 +13,11 @@ import statistics
 import torch
 
 from benchmarks.machine import describe
-from harness.catalogue import find
-from harness.data.tensors import prepare
-from harness.experiment import assemble, decide_runtime
-from harness.space import replace
-from harness.trainer import fit
+from harness.config.find import find
+from harness.config.space import replace
+from harness.data.splits import prepare
+from harness.training.job import assemble, decide_runtime
+from harness.training.loop import fit
 
 
 def main() -> None:

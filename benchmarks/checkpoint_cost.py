@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe
-from harness import catalogue
-from harness.checkpoint import Checkpoint
-from harness.cli import main as command
-from harness.engine import Runtime
-from harness.experiment import assemble
+from harness.cli.commands import main as command
+from harness.config import find as catalogue
+from harness.training.checkpoint import Checkpoint
+from harness.training.job import assemble
+from harness.training.step import Runtime
 
 
 class Spent:

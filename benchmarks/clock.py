@@ -48,7 +48,7 @@ class Clock:
             self.leave()
 
     def watch(self, name: str, place: str, *attributes: str) -> None:
-        """Count functions of a module, or methods of a class in it, under `name`: "harness.final", "load_test"."""
+        """Count functions of a module, or methods of a class in it, under `name`."""
         owner = _owner(place)
         for attribute in attributes:
             setattr(owner, attribute, self._wrapped(name, getattr(owner, attribute)))

@@ -26,15 +26,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from harness.checkpoint import Checkpoint, identity_of, remove
-from harness.config import EngineConfig, OptimConfig, TrainConfig
+from harness.base.environment import environment
+from harness.config.events import EpochResult
+from harness.config.space import Choice, Dimension, Float, apply, encode
+from harness.config.train import EngineConfig, OptimConfig, TrainConfig
 from harness.data.flowers102 import Flowers102
-from harness.data.tensors import load_test
-from harness.environment import environment
-from harness.experiment import assemble, decide_runtime
-from harness.results import EpochResult
-from harness.space import Choice, Dimension, Float, apply, encode
-from harness.trainer import evaluate, fit
+from harness.data.splits import load_test
+from harness.training.checkpoint import Checkpoint, identity_of, remove
+from harness.training.job import assemble, decide_runtime
+from harness.training.loop import evaluate, fit
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TABLE = Path(__file__).with_name("curves.parquet")

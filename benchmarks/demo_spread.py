@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from scipy.stats import f as f_distribution
 
 from benchmarks.machine import describe
-from harness.catalogue import find
-from harness.data.tensors import prepare
-from harness.experiment import decide_runtime
-from harness.opening import open_store
-from harness.pruners import no_pruning
-from harness.samplers import Sampler
-from harness.storage import TrialRecord
-from harness.study import search
+from harness.config.find import find
+from harness.data.splits import prepare
+from harness.search.loop import search
+from harness.search.pruners import no_pruning
+from harness.search.samplers import Sampler
+from harness.store.opening import open_store
+from harness.store.store import TrialRecord
+from harness.training.job import decide_runtime
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ Printed are the shares of studies, in percent, with a claim at 5 % (two-sided), 
 - McNemar's exact test on the first seed of each
 - the two-level bootstrap, images and seeds resampled in pairs, claims by the percentiles of the difference
 - the two-level variance with the seeds in pairs, and Student's t
-- `harness.evidence.compare`: the same with the images in pairs, the seeds not
+- `harness.final.statistics.compare`: the same with the images in pairs, the seeds not
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtr, ndtri, stdtr
 
-from harness.evidence import ALPHA, compare
-from harness.seeds import derive_seed
+from harness.base.seeds import derive_seed
+from harness.final.statistics import ALPHA, compare
 
 ACCURACY = 0.975  # what the real study is expected to reach
 SIZES = ((3, 6149), (5, 6149), (2, 6149), (3, 1020))  # seeds, and test images: as many as the real study has, or fewer

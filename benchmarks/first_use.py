@@ -34,7 +34,7 @@ from harness.data.cache import square
 from harness.data.decoding import open_image
 from harness.data.flowers102 import Flowers102
 from harness.data.image_folder import ImageFolder
-from harness.data.tensors import prepare
+from harness.data.splits import prepare
 
 CACHE = "cache"
 SECOND = """

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness.data.drawing import DEMO_SPECIES, draw
+from harness.garden.drawing import draw
+from harness.garden.species import DEMO_SPECIES
 
 WIDTH, HEIGHT = 340, 256  # pixels; most of the photographs have about this shape
 

@@ -28,13 +28,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.measure import Figures, alternate, ratios, script
-from harness.config import EngineConfig, OptimConfig, TrainConfig
-from harness.contracts import SplitName
-from harness.engine import Runtime, compile_parts, train_step
-from harness.experiment import assemble, compilable
+from harness.config.contracts import SplitName
+from harness.config.train import EngineConfig, OptimConfig, TrainConfig
 from harness.models.maxvit import MaxViTT, TinyMaxViT
-from harness.optim import build_optimizer, parameter_groups
-from harness.trainer import fit
+from harness.training.job import assemble, compilable
+from harness.training.loop import fit
+from harness.training.optim import build_optimizer, parameter_groups
+from harness.training.step import Runtime, compile_parts, train_step
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -203,7 +203,8 @@ def study() -> None:
         return
     text = (
         "from benchmarks.gpu import Noise, BACKBONE, config\n"
-        "from harness.config import Study\nfrom harness.search import asha, tpe\nfrom harness.space import Float\n"
+        "from harness.config.study import Study\nfrom harness.config.space import Float\n"
+        "from harness.search.pruners import asha\nfrom harness.search.samplers import tpe\n"
         "import dataclasses\n"
         f"STUDY = Study(name='gpu', train=dataclasses.replace(config('cache'), epochs={EPOCHS}), sampler=tpe(),\n"
         "    pruner=asha(min_epochs=10), space={'optim.base_lr': Float(1e-5, 3e-3, log=True),\n"

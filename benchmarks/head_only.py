@@ -22,15 +22,15 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Figures, alternate, ratios, script
-from harness import catalogue
-from harness.config import Study
-from harness.data.tensors import load_split, prepare
-from harness.engine import Runtime, predict, train_step
-from harness.experiment import assemble, decide_runtime
-from harness.features import keep_features
-from harness.opening import open_store, read_store
-from harness.study import search
-from harness.trainer import EVALUATION_BATCH, Training, fit, logits_of
+from harness.config import find as catalogue
+from harness.config.study import Study
+from harness.data.splits import load_split, prepare
+from harness.search.loop import search
+from harness.store.opening import open_store, read_store
+from harness.training.features import keep_features
+from harness.training.job import assemble, decide_runtime
+from harness.training.loop import EVALUATION_BATCH, Training, fit, logits_of
+from harness.training.step import Runtime, predict, train_step
 
 PROJECT = Path(__file__).parent.parent
 ROUNDS = 3

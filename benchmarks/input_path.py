@@ -25,12 +25,12 @@ from torchvision.transforms import v2
 
 from benchmarks.flower_files import flower_folder
 from benchmarks.measure import ROOT_HELP, alternate, ratios, script
-from harness.config import AugmentConfig
-from harness.contracts import Dataset
+from harness.config.contracts import Dataset
+from harness.config.train import AugmentConfig
 from harness.data.augment import MEAN, STD, augment
 from harness.data.flowers102 import Flowers102
 from harness.data.image_folder import ImageFolder
-from harness.data.tensors import ImageSet, load_splits
+from harness.data.splits import ImageSet, load_splits
 
 BATCH, CONFIG = 32, AugmentConfig()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from harness.environment import processor
+from harness.base.environment import processor
 
 NOT_BUSY = ("idle", "iowait", "guest", "guest_nice")  # a guest's time is in the user's, too
 STAT = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal", "guest", "guest_nice")

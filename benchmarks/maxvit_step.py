@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measure import alternate, ratios, script
-from harness import catalogue
-from harness.auto import resolve
-from harness.config import EngineConfig, TrainConfig
-from harness.engine import Runtime, train_step
+from harness.config import find as catalogue
+from harness.config.train import EngineConfig, TrainConfig
 from harness.models.maxvit import MaxViTT
-from harness.optim import build_optimizer, parameter_groups
+from harness.training.optim import build_optimizer, parameter_groups
+from harness.training.runtime import resolve
+from harness.training.step import Runtime, train_step
 
 CLASSES, SIDE = 102, 224
 BACKBONE = MaxViTT(pretrained=False)

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from benchmarks.measure import script
-from harness.cli import main as command
-from harness.display import Display
-from harness.results import Event, TrialEnded
+from harness.cli.commands import main as command
+from harness.config.events import Event, TrialEnded
+from harness.report.display import Display
 
 # What comes after the search is not looked at.
 SMALL = ("epochs=2", "final.seeds=1", "data.limit=96", "final.compare_base=false", "final.publish=false")

@@ -24,14 +24,14 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from harness import asking
-from harness.config import Study
-from harness.extrapolation import ExtrapolatingGPSampler
-from harness.history import ShownStudy
-from harness.pruners import Pruner, asha, no_pruning
-from harness.records import Seen
-from harness.samplers import Sampler, gp, tpe
-from harness.space import Choice
+from harness.config.space import Choice
+from harness.config.study import Study
+from harness.search import suggest as asking
+from harness.search.extrapolation import ExtrapolatingGPSampler
+from harness.search.history import ShownStudy
+from harness.search.pruners import Pruner, asha, no_pruning
+from harness.search.samplers import Sampler, gp, tpe
+from harness.store.records import Seen
 from tests.analytic import BEST_LOG10_LR, BEST_MULTIPLIER, accuracy, diverges
 from tests.conftest import make_study
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import curves
-from harness.space import Choice, Dimension, Float, Int
+from harness.config.space import Choice, Dimension, Float, Int
 
 REPLAY = Path(__file__).resolve().parents[2] / "shared" / "replay"
 RANDOM = 1500  # configurations that the regret is measured against

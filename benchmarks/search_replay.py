@@ -29,13 +29,13 @@ from optuna.trial import FrozenTrial, TrialState
 from benchmarks import curves
 from benchmarks.measure import script
 from benchmarks.replay_tasks import REPLAY, Task, draw, tasks
-from harness import asking
-from harness.choice import MORE, choose
-from harness.history import ShownStudy
-from harness.pruners import asha, no_pruning
-from harness.records import TrialRecord, record_of
-from harness.results import EpochResult, Metrics
-from harness.samplers import Sampler, gp, tpe
+from harness.config.events import EpochResult, Metrics
+from harness.final.choice import MORE, choose
+from harness.search import suggest as asking
+from harness.search.history import ShownStudy
+from harness.search.pruners import asha, no_pruning
+from harness.search.samplers import Sampler, gp, tpe
+from harness.store.records import TrialRecord, record_of
 
 SHARES = (0.1, 0.2, 0.4, 1.0)  # of the budget, at which the regret is shown
 REFERENCE = "TPE, asha(5, 2)"

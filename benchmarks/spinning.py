@@ -55,10 +55,10 @@ def _start(setting: str | None, steps: int) -> subprocess.Popen[str]:
 def _steps(count: int) -> None:
     import torch
 
-    from harness.auto import resolve
-    from harness.config import EngineConfig
-    from harness.engine import train_step
+    from harness.config.train import EngineConfig
     from harness.models.maxvit import TinyMaxViT
+    from harness.training.runtime import resolve
+    from harness.training.step import train_step
 
     def build() -> torch.nn.Module:
         return TinyMaxViT(pretrained=False).build(classes=16, image_size=64)

@@ -26,7 +26,7 @@ PEER = "import torch, torchvision, optuna, mlflow"
 TO_THE_FIRST_STEP = """
 import os, sys
 from harness import coordinator
-from harness.cli import process
+from harness.cli.commands import process
 
 run_study = coordinator.run_study
 

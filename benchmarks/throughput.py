@@ -30,15 +30,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import sqlalchemy
 
-from harness import asking, catalogue
-from harness.config import Study
-from harness.keys import trial_key
-from harness.leases import TABLE
-from harness.opening import open_store
-from harness.pruners import no_pruning
-from harness.results import Completed
-from harness.samplers import Sampler, tpe
-from harness.storage import NoTrialFree, Store
+from harness.base.keys import trial_key
+from harness.config import find as catalogue
+from harness.config.events import Completed
+from harness.config.study import Study
+from harness.search import suggest as asking
+from harness.search.pruners import no_pruning
+from harness.search.samplers import Sampler, tpe
+from harness.store.leases import TABLE
+from harness.store.opening import open_store
+from harness.store.store import NoTrialFree, Store
 
 SECONDS = 5.0
 WORKERS = (1, 2, 4, 8, 16, 32)

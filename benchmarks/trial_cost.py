@@ -23,16 +23,16 @@ from typing import Any
 import optuna
 
 from benchmarks.measure import Figures, alternate, ratios, script
-from harness import catalogue
-from harness.config import Study
-from harness.keys import trial_key
-from harness.mlflow_places import local_tracker, local_uri
-from harness.opening import open_store
-from harness.pruners import asha
-from harness.results import Completed, EpochEnded, EpochResult, Event, Metrics, Reached, TrialEnded, TrialStarted
-from harness.samplers import tpe
-from harness.storage import Store
-from harness.tracking import facts, trial_tags
+from harness.base.keys import trial_key
+from harness.config import find as catalogue
+from harness.config.events import Completed, EpochEnded, EpochResult, Event, Metrics, Reached, TrialEnded, TrialStarted
+from harness.config.study import Study
+from harness.search.pruners import asha
+from harness.search.samplers import tpe
+from harness.store.opening import open_store
+from harness.store.store import Store
+from harness.tracking.expected import facts, trial_tags
+from harness.tracking.places import local_tracker, local_uri
 
 EPOCHS, IMAGES = 30, 1000
 
@@ -77,7 +77,7 @@ def place() -> Iterator[Path]:
 
 
 def book(study: Study, store: Store, show: Callable[[Event], None] = lambda event: None) -> None:
-    """What `harness.objective` does for a trial, without a training."""
+    """What `harness.search.trial` does for a trial, without a training."""
     asked = store.ask(study)
     key, name = trial_key(asked.number), f"trial {asked.number}"
     about: dict[str, Any] = {"key": key, "number": asked.number}

@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import ROOT_HELP, alternate, ratios, script
-from harness import catalogue
+from harness.config import find as catalogue
+from harness.config.space import get
 from harness.data.flowers102 import Flowers102
-from harness.data.garden import Garden
-from harness.opening import read_store
-from harness.space import get
+from harness.garden.dataset import Garden
+from harness.store.opening import read_store
 
 HERE = Path(__file__).parent
 ROUNDS = {"tiny": 3, "maxvit": 2}

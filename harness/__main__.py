@@ -1,11 +1,11 @@
-"""`python -m harness COMMAND`; see `harness.cli`."""
+"""`python -m harness COMMAND`; see `harness.cli.commands`."""
 
 import sys
 
-from harness import interrupt
+from harness.training import interrupt
 
 if __name__ == "__main__":
     interrupt.install()  # before anything that takes time to import
-    from harness.cli import process
+    from harness.cli.commands import process
 
     process(sys.argv[1:])

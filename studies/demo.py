@@ -6,12 +6,13 @@ The tiny MaxViT was pretrained on 64 other drawn species, so base LR and depth-L
 the real study: too high a rate forgets the pretraining, too low a one learns nothing in six epochs.
 """
 
-from harness.config import AugmentConfig, EngineConfig, FinalConfig, OptimConfig, Study, TrainConfig
-from harness.data.garden import Garden
+from harness.config.space import Choice, Float
+from harness.config.study import Study
+from harness.config.train import AugmentConfig, EngineConfig, FinalConfig, OptimConfig, TrainConfig
+from harness.garden.dataset import Garden
 from harness.models.maxvit import TinyMaxViT
-from harness.pruners import asha
-from harness.samplers import gp
-from harness.space import Choice, Float
+from harness.search.pruners import asha
+from harness.search.samplers import gp
 
 STUDY = Study(
     name="demo",

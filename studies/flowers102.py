@@ -7,12 +7,13 @@ of like models; not yet measured here, for the pretrained weights could not be h
 day; the harness says after the first epoch how long this machine will take.
 """
 
-from harness.config import FinalConfig, OptimConfig, Study, TrainConfig
+from harness.config.space import Choice, Float
+from harness.config.study import Study
+from harness.config.train import FinalConfig, OptimConfig, TrainConfig
 from harness.data.flowers102 import Flowers102
 from harness.models.maxvit import MaxViTT
-from harness.pruners import asha
-from harness.samplers import gp
-from harness.space import Choice, Float
+from harness.search.pruners import asha
+from harness.search.samplers import gp
 
 STUDY = Study(
     name="flowers102",

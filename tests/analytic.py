@@ -1,6 +1,6 @@
 """Learning curves with a known answer, so that the search is tested in milliseconds and without torch.
 
-`run_analytic` does to a Store what `harness.objective.evaluate_trial` does, in the same order; only the training is
+`run_analytic` does to a Store what `harness.search.trial.evaluate_trial` does, in the same order; only the training is
 replaced by a formula. A test can stop it at a chosen point as a dying process would, leaving the trial running.
 """
 
@@ -12,9 +12,9 @@ from typing import Any
 
 import optuna
 
-from harness.config import Study
-from harness.results import Completed, Diverged, EpochResult, Failed, Metrics, Pruned, TrialOutcome
-from harness.storage import Asked, Store
+from harness.config.events import Completed, Diverged, EpochResult, Failed, Metrics, Pruned, TrialOutcome
+from harness.config.study import Study
+from harness.store.store import Asked, Store
 
 IMAGES = 1000
 BEST_LOG10_LR = -3.0
@@ -73,7 +73,7 @@ def evaluate(
     curve: Curve = accuracy,
     stop_after: tuple[int, int, str] | None = None,
 ) -> TrialOutcome:
-    """One trial: report, ask the pruner, tell, as `harness.objective` does.
+    """One trial: report, ask the pruner, tell, as `harness.search.trial` does.
 
     `stop_after` is (trial number, epoch, "ask" | "report" | "prune" | "tell"): where the process dies. "prune" is
     after the pruner's verdict, "tell" before the outcome is told; for both "ask" and "tell" the epoch does not matter.

@@ -14,12 +14,13 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from harness import catalogue, leases, opening
-from harness.config import Study
-from harness.leases import LeaseLost
-from harness.pruners import asha
-from harness.samplers import tpe
-from harness.storage import NoTrialFree, Store
+from harness.config import find as catalogue
+from harness.config.study import Study
+from harness.search.pruners import asha
+from harness.search.samplers import tpe
+from harness.store import leases, opening
+from harness.store.leases import LeaseLost
+from harness.store.store import NoTrialFree, Store
 from tests import analytic
 
 DEMO = catalogue.PROJECT / "studies" / "demo.py"

@@ -16,14 +16,15 @@ import pytest
 # busy machine wait for each other (seen: 30 s of work in 7 minutes).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from harness.config import EngineConfig, FinalConfig, OptimConfig, Study, TrainConfig
-from harness.data.garden import Garden
-from harness.mlflow_library import found_set
-from harness.mlflow_places import local_tracker
+from harness.config.space import Choice, Float
+from harness.config.study import Study
+from harness.config.train import EngineConfig, FinalConfig, OptimConfig, TrainConfig
+from harness.garden.dataset import Garden
 from harness.models.maxvit import TinyMaxViT
-from harness.pruners import no_pruning
-from harness.samplers import tpe
-from harness.space import Choice, Float
+from harness.search.pruners import no_pruning
+from harness.search.samplers import tpe
+from harness.tracking.library import found_set
+from harness.tracking.places import local_tracker
 from tests.postgres import database, postgres  # noqa: F401  (fixtures)
 from tests.ray_nodes import cluster  # noqa: F401  (a fixture)
 

@@ -16,18 +16,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.cli import main
-from harness.config import Study
-from harness.data import tensors
-from harness.data.garden import Garden
-from harness.experiment import decide_runtime
-from harness.life import run
-from harness.mlflow_tracker import MLflowTracker
+from harness.cli.commands import main
+from harness.config.events import Event
+from harness.config.study import Study
+from harness.data import splits as tensors
+from harness.garden.dataset import Garden
 from harness.models.maxvit import with_head
-from harness.opening import open_store, read_store
-from harness.overview import digest
-from harness.results import Event
-from harness.storage import Store
+from harness.report.overview import digest
+from harness.store.opening import open_store, read_store
+from harness.store.store import Store
+from harness.study.life import run
+from harness.tracking.tracker import MLflowTracker
+from harness.training.job import decide_runtime
 from tests.conftest import make_study
 
 STUDY_FILE = "from tests.faulty import small_study\n\nSTUDY = small_study('data/cache')\n"

@@ -24,20 +24,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from harness.catalogue import PROJECT
+from harness.config.find import PROJECT
 from tests.patience import PATIENCE_SECONDS
 
 # What a study imports on its way; the tracker first, for it sets MLflow's environment.
 IMPORTS = (
-    "harness.mlflow_tracker",
+    "harness.tracking.tracker",
     "mlflow.store.tracking.sqlalchemy_store",
-    "harness.running",
-    "harness.coordinator",
-    "harness.display",
-    "harness.doctor",
-    "harness.study",
+    "harness.cli.run",
+    "harness.study.coordinator",
+    "harness.report.display",
+    "harness.cli.doctor",
+    "harness.search.loop",
     "harness.models.maxvit",
-    "harness.data.drawing",
+    "harness.garden.drawing",
     "scipy.stats",
     "optuna.importance",
     "optuna.visualization",

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from harness.catalogue import PROJECT
-from harness.opening import read_store
+from harness.config.find import PROJECT
+from harness.store.opening import read_store
 from tests.forked import Process
 from tests.patience import PATIENCE_SECONDS
 
@@ -30,7 +30,7 @@ import dataclasses
 import time
 from dataclasses import dataclass
 
-from harness.config import FinalConfig
+from harness.config.study import FinalConfig
 from tests.faulty import Pebble, small_study
 
 

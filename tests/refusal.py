@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from harness.cli import main
+from harness.cli.commands import main
 
 # An untrained tiny MaxViT on a folder of photographs, `pictures` beside `studies`.
 FOLDER_STUDY = """
-from harness.config import EngineConfig, OptimConfig, Study, TrainConfig
+from harness.config.study import EngineConfig, OptimConfig, Study, TrainConfig
 from harness.data.image_folder import ImageFolder
 from harness.models.maxvit import TinyMaxViT
-from harness.search import no_pruning, tpe
-from harness.space import Float
+from harness.search.pruners import no_pruning
+from harness.search.samplers import tpe
+from harness.config.space import Float
 
 STUDY = Study(
     name="folder",

@@ -13,8 +13,8 @@ from typing import Literal
 import pytest
 from torch import nn
 
-from harness.cli import main
-from harness.config import Study
+from harness.cli.commands import main
+from harness.config.study import Study
 from tests.conftest import make_study
 
 

@@ -1,9 +1,9 @@
 """Studies killed at random, in processes of their own: what the chaos test and `benchmarks.chaos` share.
 
 A server imports everything once and forks a child for each start of a study, before any of torch's threads exist;
-each child runs `harness.cli.main` like the command and is killed for real. To hit a phase that lasts milliseconds, the
-child wraps the phase's functions and sends the signal to itself a random moment after it came by. Every batch, epoch,
-and phase is written to a log, so that what a kill has cost can be counted afterwards.
+each child runs `harness.cli.commands.main` like the command and is killed for real. To hit a phase that lasts
+milliseconds, the child wraps the phase's functions and sends the signal to itself a random moment after it came by.
+Every batch, epoch, and phase is written to a log, so that what a kill has cost can be counted afterwards.
 """
 
 from __future__ import annotations
@@ -142,9 +142,13 @@ class _Child:
 
 def _watch(child: _Child) -> None:
     """Wrap what the phases are made of. Nothing that they compute is changed."""
-    from harness import checkpoint, final, objective, trainer
-    from harness.mlflow_run import MLflowRun
-    from harness.storage import Store
+    from harness.final import model_files
+    from harness.final import test_set as final
+    from harness.search import trial as objective
+    from harness.store.store import Store
+    from harness.tracking.run import MLflowRun
+    from harness.training import checkpoint
+    from harness.training import loop as trainer
 
     def made(original: Any, self: Any, path: Path, identity: Any, training: Any, *rest: Any, **options: Any) -> None:
         original(self, path, identity, training, *rest, **options)
@@ -249,7 +253,7 @@ def _watch(child: _Child) -> None:
     put(trainer, "_result", result)
     put(trainer, "evaluate", validate)
     put(checkpoint, "replace_file", replace_file)
-    put(final, "replace_file", replace_file)
+    put(model_files, "replace_file", replace_file)
     put(Path, "replace", rename)
     put(Store, "ask", named("asking"))
     put(Store, "report", named("reporting an epoch"))
@@ -272,7 +276,7 @@ def _run_child(order: dict[str, Any]) -> int:
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     sys.argv = ["run_study.py", *order["arguments"][1:]]
     _watch(_Child(Path(order["log"]), order["trap"]))
-    from harness.cli import main
+    from harness.cli.commands import main
 
     return main(order["arguments"], program="run_study.py")
 
@@ -513,8 +517,8 @@ class Storm:
         return f"sqlite:///{self.place}/studies/{NAME}.db"
 
     def result(self) -> Result:
-        from harness import overview
-        from harness.opening import read_store
+        from harness.report import overview
+        from harness.store.opening import read_store
 
         with read_store(NAME, self.url) as store:
             epochs = [[dataclasses.replace(each, seconds=0.0) for each in trial.epochs] for trial in store.trials()]
@@ -522,7 +526,8 @@ class Storm:
 
     def check(self, expected: Result) -> None:
         """Raise AssertionError unless the finished study is the one that was never killed, and nothing is left over."""
-        from harness import catalogue, doctor
+        from harness.cli import doctor
+        from harness.config import find as catalogue
         from tests.test_main_job import check_mlflow
 
         assert self._states() == {"COMPLETE", "PRUNED"}
@@ -541,7 +546,7 @@ class Storm:
                 assert kill.seconds <= kill.allowed, f"{kill}: more was lost than an interval"
 
     def _states(self) -> set[str]:
-        from harness.opening import read_store
+        from harness.store.opening import read_store
 
         with read_store(NAME, self.url) as store:
             trials = store.optuna_study.get_trials()

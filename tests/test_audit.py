@@ -19,25 +19,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import hypergeom, spearmanr
 
-from harness import auditing
-from harness.audit import Course, audit_sentences, draw, drawing_order, rank_correlation, record, share_interval
-from harness.cli import main
-from harness.config import FinalConfig, OptimConfig, Study
-from harness.data.garden import Garden
-from harness.data.tensors import prepare
-from harness.experiment import assemble, decide_runtime
-from harness.keys import audit_key
-from harness.life import run as run_study
-from harness.life import wanted_keys
-from harness.mlflow_places import local_tracker
-from harness.opening import open_store, read_store
-from harness.overview import digest
-from harness.pruners import asha
+from harness.base.keys import audit_key
+from harness.base.seeds import derive_seed
+from harness.cli import audit as auditing
+from harness.cli.commands import main
+from harness.config.space import Float
+from harness.config.study import Study
+from harness.config.train import FinalConfig, OptimConfig
+from harness.data.splits import prepare
+from harness.final.audit import Course, audit_sentences, draw, drawing_order, rank_correlation, record, share_interval
+from harness.garden.dataset import Garden
+from harness.report.overview import digest
 from harness.report.write import write_report
-from harness.seeds import derive_seed
-from harness.space import Float
-from harness.storage import Store
-from harness.trainer import fit
+from harness.search.pruners import asha
+from harness.store.opening import open_store, read_store
+from harness.store.store import Store
+from harness.study.life import run as run_study
+from harness.study.life import wanted_keys
+from harness.tracking.places import local_tracker
+from harness.training.job import assemble, decide_runtime
+from harness.training.loop import fit
 from tests.analytic import memory_store, run_analytic
 from tests.conftest import make_study
 from tests.forked import Process

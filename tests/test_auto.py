@@ -16,16 +16,17 @@ import pytest
 import torch
 from torch import nn
 
-from harness import auto
-from harness.auto import Work, pays, resolve
-from harness.config import EngineConfig, Study
-from harness.engine import Runtime
-from harness.errors import InputError
-from harness.experiment import assemble, decide_runtime
+from harness.base.errors import InputError
+from harness.config.events import EpochResult
+from harness.config.study import Study
+from harness.config.train import EngineConfig
 from harness.models.maxvit import MaxViTT, TinyMaxViT
 from harness.models.stochastic_depth import StochasticDepth
-from harness.results import EpochResult
-from harness.trainer import fit
+from harness.training import runtime as auto
+from harness.training.job import assemble, decide_runtime
+from harness.training.loop import fit
+from harness.training.runtime import Work, pays, resolve
+from harness.training.step import Runtime
 from tests.conftest import PROJECT
 from tests.small import small_study
 
@@ -226,8 +227,8 @@ def test_what_was_decided_is_kept(deep: Study, monkeypatch: pytest.MonkeyPatch) 
 def test_compiling_without_a_compiler_is_an_input_error(tmp_path: Path, image_cache: Path, begun: bool) -> None:
     code = (
         "import dataclasses, sys\n"
-        "from harness.errors import InputError\n"
-        "from harness.experiment import decide_runtime\n"
+        "from harness.base.errors import InputError\n"
+        "from harness.training.job import decide_runtime\n"
         "from tests.small import small_study\n"
         f"train = small_study({str(image_cache)!r}).train\n"
         "kept = {'device': 'cpu', 'precision': 'fp32', 'channels_last': False, 'compile': True}\n"

@@ -19,8 +19,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from harness import checkpoint, files
-from harness.checkpoint import (
+from harness.base import files
+from harness.base.errors import Halt
+from harness.base.files import TORCH_TYPES, Damaged, check_tensors
+from harness.config.events import EpochResult
+from harness.config.study import Study
+from harness.config.train import TrainConfig
+from harness.garden.dataset import Garden
+from harness.store.leases import LeaseLost
+from harness.training import checkpoint
+from harness.training.checkpoint import (
     Checkpoint,
     differences,
     fingerprint,
@@ -30,15 +38,9 @@ from harness.checkpoint import (
     stale,
     write_tensors,
 )
-from harness.config import Study, TrainConfig
-from harness.data.garden import Garden
-from harness.engine import Runtime
-from harness.errors import Halt
-from harness.experiment import assemble
-from harness.files import TORCH_TYPES, Damaged, check_tensors
-from harness.leases import LeaseLost
-from harness.results import EpochResult
-from harness.trainer import Training, fit
+from harness.training.job import assemble
+from harness.training.loop import Training, fit
+from harness.training.step import Runtime
 from tests.small import SmallNet
 from tests.test_trainer import equal, state, timeless
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from harness.choice import choose, record_choice
-from harness.config import FinalConfig, Study
-from harness.pruners import no_pruning
-from harness.records import TrialRecord
-from harness.samplers import Sampler
-from harness.sentences import choice_sentence, prospect_sentence, verdict
-from harness.space import Choice, Float, Int
+from harness.config.space import Choice, Float, Int
+from harness.config.study import Study
+from harness.config.train import FinalConfig
+from harness.final.choice import choose, record_choice
+from harness.final.sentences import choice_sentence, prospect_sentence, verdict
+from harness.search.pruners import no_pruning
+from harness.search.samplers import Sampler
+from harness.store.records import TrialRecord
 from tests.analytic import epoch_result, memory_store, run_analytic
 from tests.conftest import make_study
 

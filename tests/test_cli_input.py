@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from harness import catalogue, running
-from harness.cli import main
-from harness.opening import open_store
+from harness.cli import run as running
+from harness.cli.commands import main
+from harness.config import find as catalogue
+from harness.store.opening import open_store
 from tests.analytic import run_analytic
 from tests.conftest import PROJECT
 from tests.refusal import assert_refused, pictures, tree

@@ -11,9 +11,9 @@ from pathlib import Path
 import optuna
 import pytest
 
-from harness.catalogue import PROJECT, find
-from harness.cli import main
-from harness.opening import open_store
+from harness.cli.commands import main
+from harness.config.find import PROJECT, find
+from harness.store.opening import open_store
 from tests.analytic import Died, run_analytic
 from tests.refusal import assert_refused
 

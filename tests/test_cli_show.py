@@ -13,9 +13,9 @@ from typing import Any
 import pandas
 import pytest
 
-from harness import catalogue
-from harness.cli import main
-from harness.opening import open_store
+from harness.cli.commands import main
+from harness.config import find as catalogue
+from harness.store.opening import open_store
 from tests.analytic import Died, run_analytic
 from tests.refusal import assert_refused, demo_with
 

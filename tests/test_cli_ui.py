@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import main
-from harness.mlflow_client import EXPERIMENT
-from harness.mlflow_places import local_tracker
+from harness.cli.commands import main
+from harness.tracking.client import EXPERIMENT
+from harness.tracking.places import local_tracker
 from tests.browser import page
 from tests.patience import PATIENCE_SECONDS
 from tests.refusal import assert_refused

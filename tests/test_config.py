@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from harness.config import FinalConfig, Study, TrainConfig
+from harness.base.errors import InputError
+from harness.config.space import Choice, Float, Int, extremes, leaves, replace
+from harness.config.study import Study
+from harness.config.train import FinalConfig, TrainConfig
 from harness.data.image_folder import ImageFolder
-from harness.errors import InputError
 from harness.models.maxvit import MaxViTT
-from harness.pruners import asha
-from harness.samplers import tpe
-from harness.space import Choice, Float, Int, extremes, leaves, replace
+from harness.search.pruners import asha
+from harness.search.samplers import tpe
 from tests.conftest import make_study
 
 STUDY = make_study("cache")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from harness.coordinator import ended
-from harness.results import Completed, Diverged, Failed, Pruned, TrialOutcome
+from harness.config.events import Completed, Diverged, Failed, Pruned, TrialOutcome
+from harness.study.coordinator import ended
 from tests.analytic import epoch_result, memory_store
 from tests.conftest import make_study
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from harness import catalogue
-from harness.cli import main
-from harness.errors import InputError
-from harness.opening import open_store, url_of
+from harness.base.errors import InputError
+from harness.cli.commands import main
+from harness.config import find as catalogue
+from harness.store.opening import open_store, url_of
 from tests.analytic import run_analytic
 from tests.refusal import assert_refused
 

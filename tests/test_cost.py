@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from harness.overview import cost, cost_sentences
-from harness.storage import TrialRecord
-from harness.words import duration
+from harness.base.words import duration
+from harness.report.overview import cost, cost_sentences
+from harness.store.store import TrialRecord
 from tests.analytic import epoch_result
 
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness.data.tensors import prepare
-from harness.opening import open_store, read_store
-from harness.overview import digest
+from harness.data.splits import prepare
+from harness.report.overview import digest
+from harness.store.opening import open_store, read_store
 from tests import browser
 from tests.analytic import run_analytic
 from tests.forked import Process

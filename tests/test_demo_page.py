@@ -22,11 +22,11 @@ import pytest
 import torch
 from PIL import Image
 
-from harness.cli import main
+from harness.base.words import percent
+from harness.cli.commands import main
 from harness.data.image_folder import ImageFolder
-from harness.demo_page import build_app, heading, note_of, uploaded, write_examples
-from harness.predict import Predictor, load_predictor
-from harness.words import percent
+from harness.serving.page import build_app, heading, note_of, uploaded, write_examples
+from harness.serving.predict import Predictor, load_predictor
 from tests.browser import page
 from tests.conftest import PROJECT
 from tests.faulty import complete
@@ -65,7 +65,7 @@ def watch(event, arguments):
         print("asked for", place(), file=sys.stderr)
 
 sys.addaudithook(watch)
-from harness.cli import process
+from harness.cli.commands import process
 process(sys.argv[1:])
 """
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from harness.cli import main
-from harness.config import Study
-from harness.final import summary
-from harness.opening import open_store, read_store
-from harness.overview import digest
-from harness.pruners import asha
-from harness.results import Completed, Diverged, Pruned
-from harness.storage import Store
+from harness.cli.commands import main
+from harness.config.events import Completed, Diverged, Pruned
+from harness.config.study import Study
+from harness.final.test_set import summary
+from harness.report.overview import digest
+from harness.search.pruners import asha
+from harness.store.opening import open_store, read_store
+from harness.store.store import Store
 from tests.analytic import NOT_COMPARED, Died, epoch_result, fail_trial, memory_store, run_analytic
 from tests.conftest import make_study
 from tests.small import study_in

@@ -9,11 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from harness.config import FinalConfig, Study
-from harness.display import Display, StudyConsole, forecast, side_by_side
-from harness.final import summary
-from harness.overview import finished_of
-from harness.results import (
+from harness.config.events import (
     Completed,
     Diverged,
     EpochEnded,
@@ -26,7 +22,12 @@ from harness.results import (
     TrialOutcome,
     TrialStarted,
 )
-from harness.storage import Store
+from harness.config.study import Study
+from harness.config.train import FinalConfig
+from harness.final.test_set import summary
+from harness.report.display import Display, StudyConsole, forecast, side_by_side
+from harness.report.overview import finished_of
+from harness.store.store import Store
 from tests.analytic import NOT_COMPARED, epoch_result, memory_store
 from tests.conftest import make_study
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from harness import catalogue, cli, space
-from harness.arguments import build_parser
+from harness.cli import commands as cli
+from harness.cli.arguments import build_parser
+from harness.config import find as catalogue
+from harness.config import space
 from tests.conftest import PROJECT
 
 README = (PROJECT / "README.md").read_text()

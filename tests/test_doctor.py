@@ -17,19 +17,19 @@ from typing import Any
 import pytest
 import torch
 
-from harness import catalogue
-from harness.checkpoint import fingerprint, identity_of, write_tensors
-from harness.cli import main
-from harness.data.tensors import prepare
-from harness.doctor import UNFINISHED
-from harness.final import summary
-from harness.keys import trial_key
-from harness.mlflow_files import ARTIFACTS, move_in
-from harness.mlflow_places import local_tracker
-from harness.opening import open_store, read_store
-from harness.results import Completed, Diverged, Failed, Pruned, TrialOutcome
-from harness.storage import Store
-from harness.tracking import facts, study_metrics, trial_tags
+from harness.base.keys import trial_key
+from harness.cli.commands import main
+from harness.cli.doctor import UNFINISHED
+from harness.config import find as catalogue
+from harness.config.events import Completed, Diverged, Failed, Pruned, TrialOutcome
+from harness.data.splits import prepare
+from harness.final.test_set import summary
+from harness.store.opening import open_store, read_store
+from harness.store.store import Store
+from harness.tracking.expected import facts, study_metrics, trial_tags
+from harness.tracking.files import ARTIFACTS, move_in
+from harness.tracking.places import local_tracker
+from harness.training.checkpoint import fingerprint, identity_of, write_tensors
 from tests.analytic import NOT_COMPARED, epoch_result
 from tests.conftest import PROJECT
 from tests.patience import PATIENCE_SECONDS
@@ -538,7 +538,7 @@ def test_a_pid_file_of_a_process_that_is_gone_is_removed(place: Path, doctor: Do
 
 HOLD = """
 import sys
-from harness.opening import open_store
+from harness.store.opening import open_store
 from tests.small import small_study
 with open_store(small_study("cache"), sys.argv[1]):
     print("held", flush=True)

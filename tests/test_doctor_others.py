@@ -12,22 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.cli import main
-from harness.config import Study
-from harness.engine import Runtime
-from harness.errors import InputError
-from harness.final import final_run
-from harness.keys import trial_key
-from harness.leases import Leases
-from harness.life import run
-from harness.mlflow_places import local_tracker
-from harness.mlflow_tracker import MLflowTracker
-from harness.model_files import check_folder
-from harness.opening import open_store, read_store
-from harness.results import Completed, TrialEnded
-from harness.retraining import threads_of
-from harness.storage import Store
-from harness.tracking import trial_tags
+from harness.base.errors import InputError
+from harness.base.keys import trial_key
+from harness.cli.commands import main
+from harness.config.events import Completed, TrialEnded
+from harness.config.study import Study
+from harness.final.model_files import check_folder
+from harness.final.retrain import threads_of
+from harness.final.test_set import final_run
+from harness.store.leases import Leases
+from harness.store.opening import open_store, read_store
+from harness.store.store import Store
+from harness.study.life import run
+from harness.tracking.expected import trial_tags
+from harness.tracking.places import local_tracker
+from harness.tracking.tracker import MLflowTracker
+from harness.training.step import Runtime
 from tests.analytic import epoch_result
 from tests.faulty import CommandLine, one_sentence, small_study
 from tests.refusal import tree

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.auto import resolve
-from harness.config import EngineConfig
-from harness.engine import Runtime, find_device, predict, train_step
-from harness.errors import InputError
+from harness.base.errors import InputError
+from harness.config.train import EngineConfig
 from harness.models.maxvit import TinyMaxViT
+from harness.training.runtime import resolve
+from harness.training.step import Runtime, find_device, predict, train_step
 from tests.conftest import PROJECT
 
 
@@ -204,7 +204,7 @@ def test_a_strided_depthwise_convolution_computes_in_fp32_under_bf16_and_keeps_t
 def test_freed_memory_is_kept_unless_the_environment_says_otherwise() -> None:
     code = (
         "import resource, torch\n"
-        "from harness.engine import keep_freed_memory\n"
+        "from harness.training.step import keep_freed_memory\n"
         "keep_freed_memory()\n"
         "def faults():\n"
         "    torch.ones(30_000_000)\n"  # freed at once

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import engine
-from harness.environment import cores, driver, environment, processor
-from harness.tracking import facts
+from harness.base.environment import cores, driver, environment, processor
+from harness.tracking.expected import facts
+from harness.training import step as engine
 from tests.conftest import make_study
 
 # /proc/self/cgroup as it is: of a container (version 2), of a service below a limited slice (version 2), of a container

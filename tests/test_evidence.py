@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import t
 
 from benchmarks.false_claims import OWN, hits, latent, mcnemar, ours
-from harness.evidence import (
+from harness.final.statistics import (
     balanced_accuracy,
     calibration_error,
     compare,

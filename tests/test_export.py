@@ -17,12 +17,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness import export
-from harness.cli import main
-from harness.errors import InputError
-from harness.export import logits_of, program_weights, weights_of, write_onnx, write_program
-from harness.opening import open_store, read_store
-from harness.saved_model import SavedModel, load_saved
+from harness.base.errors import InputError
+from harness.cli.commands import main
+from harness.serving import export
+from harness.serving.export import logits_of, program_weights, weights_of, write_onnx, write_program
+from harness.serving.model import SavedModel, load_saved
+from harness.store.opening import open_store, read_store
 from tests.conftest import PROJECT, make_study
 from tests.faulty import STUDY_FILE, complete, one_sentence, small_study
 from tests.refusal import assert_refused

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, TrialState
 
-from harness.errors import InputError
-from harness.extrapolation import clipped
-from harness.extrapolation import extrapolated as extrapolated_curves
-from harness.pruners import asha, no_pruning
-from harness.rehearsal import rehearse
-from harness.samplers import Sampler, gp
+from harness.base.errors import InputError
+from harness.search.extrapolation import clipped
+from harness.search.extrapolation import extrapolated as extrapolated_curves
+from harness.search.pruners import asha, no_pruning
+from harness.search.rehearsal import rehearse
+from harness.search.samplers import Sampler, gp
 from tests.analytic import memory_store, run_analytic
 from tests.conftest import make_study
 

@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from harness.config import OptimConfig, Study
+from harness.config.events import EpochEnded, Event, TrialEnded
+from harness.config.space import Float
+from harness.config.study import Study
+from harness.config.train import OptimConfig
 from harness.data import augment
-from harness.engine import accumulate_gradient
-from harness.mlflow_places import local_tracker
-from harness.results import EpochEnded, Event, TrialEnded
-from harness.samplers import tpe
-from harness.space import Float
-from harness.storage import Store, TrialRecord
+from harness.search.samplers import tpe
+from harness.store.store import Store, TrialRecord
+from harness.tracking.places import local_tracker
+from harness.training.step import accumulate_gradient
 from tests.analytic import memory_store, run_analytic
 from tests.conftest import make_study
 from tests.faulty import CommandLine, complete, one_sentence, small_study
@@ -63,7 +64,7 @@ def test_a_trial_ends_with_the_epoch_in_which_its_numbers_ended(
         harm(model, steps)
         return accumulate_gradient(model, *arguments)
 
-    monkeypatch.setattr("harness.engine.accumulate_gradient", harmed)
+    monkeypatch.setattr("harness.training.step.accumulate_gradient", harmed)
     seen: list[Event] = []
     tracker = local_tracker(mlruns)
     trials = complete(study, tmp_path, tracker, at=seen.append, look=trials_of)
@@ -139,7 +140,7 @@ def test_an_exception_fails_the_trial_and_its_traceback_is_kept_twice(
         if isinstance(event, TrialEnded):
             monkeypatch.undo()
 
-    monkeypatch.setattr("harness.engine.accumulate_gradient", breaks)
+    monkeypatch.setattr("harness.training.step.accumulate_gradient", breaks)
     tracker = local_tracker(mlruns)
     trials = complete(study, tmp_path, tracker, at=first_fails, look=trials_of)
     assert [trial.state for trial in trials] == ["failed", "complete", "complete"]
@@ -159,7 +160,7 @@ def test_three_failures_in_a_row_stop_the_study_with_one_sentence(
     def breaks(*arguments: Any) -> Any:
         raise ValueError("broken")
 
-    monkeypatch.setattr("harness.engine.accumulate_gradient", breaks)
+    monkeypatch.setattr("harness.training.step.accumulate_gradient", breaks)
     ended = line.run("--trials", "5")
     assert ended.code == 1, ended
     assert one_sentence(ended.err), ended.err

@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from harness.checkpoint import read_tensors, write_tensors
-from harness.cli import main
-from harness.config import Study
-from harness.data.tensors import load_test
-from harness.errors import Halt
-from harness.files import Damaged
-from harness.opening import read_store
-from harness.results import EpochEnded, Event, TrialStarted
+from harness.base.errors import Halt
+from harness.base.files import Damaged
+from harness.cli.commands import main
+from harness.config.events import EpochEnded, Event, TrialStarted
+from harness.config.study import Study
+from harness.data.splits import load_test
+from harness.store.opening import read_store
+from harness.training.checkpoint import read_tensors, write_tensors
 from tests.faulty import CommandLine, Died, complete, one_sentence, small_study
 
 
@@ -157,7 +157,7 @@ def test_trained_weights_damaged_before_the_test_set_is_opened_are_trained_again
         return load_test(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("harness.final.load_test", damage_then_open)
+        patch.setattr("harness.final.test_set.load_test", damage_then_open)
         with pytest.raises(Halt, match="are gone or damaged; the same command trains them again"):
             complete(study, tmp_path)
     assert complete(study, tmp_path, look=lambda store: store.attributes()["final"]["test_openings"]) == 1

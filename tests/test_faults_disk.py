@@ -14,11 +14,11 @@ from typing import Any
 import optuna
 import pytest
 
-from harness.config import Study
-from harness.database import connect, dispose
-from harness.model_files import has_model
-from harness.opening import exists, open_store
-from harness.results import EpochEnded, Event
+from harness.config.events import EpochEnded, Event
+from harness.config.study import Study
+from harness.final.model_files import has_model
+from harness.store.database import connect, dispose
+from harness.store.opening import exists, open_store
 from tests.faulty import CommandLine, complete, one_sentence, small_disk, small_study
 from tests.patience import PATIENCE_SECONDS
 
@@ -160,7 +160,7 @@ def test_a_study_waits_for_its_locked_database_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("harness.database.BUSY_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr("harness.store.database.BUSY_TIMEOUT_SECONDS", 0.1)
     locker = Locker(tmp_path / "tiny.db", monkeypatch)
     assert complete(study, tmp_path, at=held_at_first_epoch(locker, 1)) == undisturbed
     locker.wait()
@@ -177,7 +177,7 @@ def test_opening_a_locked_study_waits_too(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     complete(dataclasses.replace(study, trials=1), tmp_path)
-    monkeypatch.setattr("harness.database.BUSY_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr("harness.store.database.BUSY_TIMEOUT_SECONDS", 0.1)
     locker = Locker(tmp_path / "tiny.db", monkeypatch)
     locker.lock()
     found = complete(study, tmp_path)
@@ -190,7 +190,7 @@ def test_opening_a_locked_study_waits_too(
 def test_a_database_locked_in_the_middle_of_a_command_delays_it_only(
     line: CommandLine, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harness.database.BUSY_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr("harness.store.database.BUSY_TIMEOUT_SECONDS", 0.2)
     assert line.run("--trials", "1").code == 0
     locker = Locker(line.place / "studies" / "tiny.db", monkeypatch)
     locker.lock()

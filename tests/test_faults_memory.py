@@ -12,15 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness import engine, trainer
-from harness.config import Study
-from harness.display import Display
-from harness.engine import Runtime, accumulate_gradient, train_step
-from harness.experiment import assemble
-from harness.results import Event, TrialEnded
-from harness.storage import Store, TrialRecord
-from harness.study import TooManyFailures
-from harness.trainer import evaluate
+from harness.config.events import Event, TrialEnded
+from harness.config.study import Study
+from harness.report.display import Display
+from harness.search.loop import TooManyFailures
+from harness.store.store import Store, TrialRecord
+from harness.training import loop as trainer
+from harness.training import step as engine
+from harness.training.job import assemble
+from harness.training.loop import evaluate
+from harness.training.step import Runtime, accumulate_gradient, train_step
 from tests.conftest import PROJECT
 from tests.faulty import CommandLine, Died, Pebble, complete, images, one_sentence, small_study
 from tests.test_tracking import runs_of
@@ -48,7 +49,7 @@ def room_for(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return accumulate_gradient(model, batch, labels, runtime, smoothing, size)
 
-    monkeypatch.setattr("harness.engine.accumulate_gradient", limited)
+    monkeypatch.setattr("harness.training.step.accumulate_gradient", limited)
     return sizes
 
 
@@ -121,7 +122,7 @@ def test_the_size_that_fits_survives_a_kill(study: Study, tmp_path: Path, monkey
                 raise Died
             return limited(*arguments)
 
-        patch.setattr("harness.engine.accumulate_gradient", dies)
+        patch.setattr("harness.training.step.accumulate_gradient", dies)
         with pytest.raises(Died):
             complete(study, killed)
     with monkeypatch.context() as patch:
@@ -173,7 +174,7 @@ def test_evaluation_without_memory_halves_its_batches_and_gives_the_same(
             raise error
         return predict(model, batch, runtime)
 
-    monkeypatch.setattr("harness.trainer.predict", limited)
+    monkeypatch.setattr("harness.training.loop.predict", limited)
     found = evaluate(training.model, training.val, CPU)
     assert (found.correct, found.total) == (wanted.correct, wanted.total)
     assert found.loss == pytest.approx(wanted.loss, rel=1e-6)
@@ -187,7 +188,7 @@ def test_evaluation_without_memory_for_one_image_says_so(study: Study, monkeypat
 
     training = assemble(study.train, CPU, seed=0)
     assert training.val is not None
-    monkeypatch.setattr("harness.trainer.predict", none)
+    monkeypatch.setattr("harness.training.loop.predict", none)
     with pytest.raises(MemoryError, match=r"out of memory with one image at a time \(CUDA out of memory\)"):
         evaluate(training.model, training.val, CPU)
 
@@ -206,14 +207,14 @@ def test_no_memory_for_the_final_run_is_one_sentence_and_the_same_command_goes_o
 
     with monkeypatch.context() as patch:
         show = Display.show
-        patch.setattr("harness.display.Display.show", lambda self, event: (show(self, event), at(event)))
+        patch.setattr("harness.report.display.Display.show", lambda self, event: (show(self, event), at(event)))
         ended = line.run()
     assert ended.code == 1, ended
     assert one_sentence(ended.err), ended.err
     assert "error: out of memory with one image at a time" in ended.err
     assert runs_of(mlruns)["study"].info.status == "KILLED"
     assert "RUNNING" not in [run.info.status for run in runs_of(mlruns).values()]
-    monkeypatch.setattr("harness.engine.accumulate_gradient", accumulate_gradient)
+    monkeypatch.setattr("harness.training.step.accumulate_gradient", accumulate_gradient)
     assert line.run().code == 0
     assert line.stored() == (3, undisturbed)
 
@@ -236,11 +237,11 @@ SHORT_OF_MEMORY = """
 import resource, sys
 import torch
 from torch import nn
-from harness.data.tensors import load_test
-from harness.display import Display
-from harness.engine import Runtime, train_step
-from harness.trainer import logits_of
-from harness.data.tensors import ImageSet
+from harness.data.splits import load_test
+from harness.report.display import Display
+from harness.training.step import Runtime, train_step
+from harness.training.loop import logits_of
+from harness.data.splits import ImageSet
 
 torch.set_num_threads(1)
 layers = nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4)

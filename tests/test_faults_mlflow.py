@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from harness.config import Study
-from harness.mlflow_places import local_tracker
-from harness.mlflow_tracker import MLflowTracker
-from harness.results import EpochEnded, Event, TrialEnded, TrialStarted
-from harness.storage import Store
-from harness.tracking import expected_runs
+from harness.config.events import EpochEnded, Event, TrialEnded, TrialStarted
+from harness.config.study import Study
+from harness.store.store import Store
+from harness.tracking.expected import expected_runs
+from harness.tracking.places import local_tracker
+from harness.tracking.tracker import MLflowTracker
 from tests.faulty import CommandLine, complete, everything, one_sentence, small_disk, small_study
 from tests.mlflow_server import Proxy, Server
 from tests.patience import PATIENCE_SECONDS
@@ -52,8 +52,8 @@ def study(image_cache: Path) -> Study:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attempts follow each other sooner than in a study of hours, and give up sooner."""
-    monkeypatch.setattr("harness.outbox.FIRST_PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr("harness.outbox.GATHERING_SECONDS", 0.01)
+    monkeypatch.setattr("harness.tracking.outbox.FIRST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("harness.tracking.outbox.GATHERING_SECONDS", 0.01)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
 
 
@@ -146,8 +146,8 @@ def test_a_server_killed_and_started_again_has_everything_once(
 def test_a_server_that_never_comes_back_is_filled_up_by_the_same_command(
     server: Server, study: Study, line: CommandLine, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from harness import opening
-    from harness import study as studies
+    from harness.search import loop as studies
+    from harness.store import opening
 
     kill = when(TrialEnded, 0, server.kill)
     run = studies.run
@@ -157,7 +157,7 @@ def test_a_server_that_never_comes_back_is_filled_up_by_the_same_command(
             kill(event)
             yield event
 
-    monkeypatch.setattr("harness.study.run", killing)
+    monkeypatch.setattr("harness.search.loop.run", killing)
     first = line.run("--tracking-uri", server.uri)
     assert first.code == 0, first
     assert f"MLflow at {server.uri} lacks a part of this; the same command writes it when MLflow is back." in first.out
@@ -256,7 +256,7 @@ def test_what_the_server_takes_late_is_not_there_twice_in_the_end(
 def test_a_database_locked_for_longer_than_mlflow_waits_does_not_delay_the_study(
     study: Study, tmp_path: Path, mlruns: Path, undisturbed: Any, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("harness.outbox.FIRST_PAUSE_SECONDS", 60.0)  # the rest of the study is told at its end
+    monkeypatch.setattr("harness.tracking.outbox.FIRST_PAUSE_SECONDS", 60.0)  # the rest of the study is told at its end
     tracker = local_tracker(mlruns)
     said = ""
 
@@ -288,7 +288,7 @@ def test_a_database_locked_for_longer_than_mlflow_waits_does_not_delay_the_study
 def test_a_full_disk_of_mlflow_does_not_stop_the_study(
     line: CommandLine, study: Study, empty_mlflow: Path, undisturbed: Any
 ) -> None:
-    from harness.opening import read_store
+    from harness.store.opening import read_store
 
     mlruns = line.place / "mlruns"
     size = empty_mlflow.stat().st_size // 1024 + 200

@@ -13,21 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.cli import main
-from harness.config import TrainConfig
+from harness.base.errors import InputError
+from harness.base.seeds import derive_seed
+from harness.cli.commands import main
+from harness.config.space import Choice, Float
+from harness.config.train import TrainConfig
 from harness.data.augment import normalise
-from harness.data.garden import Garden
-from harness.data.tensors import load_split, load_test
-from harness.engine import seeded
-from harness.errors import InputError
-from harness.experiment import assemble, evaluation_of, with_validation_images
-from harness.features import FeatureSet, FrozenBody, View, keep_features, split
+from harness.data.splits import load_split, load_test
+from harness.garden.dataset import Garden
 from harness.models.maxvit import MaxViTT, TinyMaxViT
-from harness.opening import read_store
-from harness.optim import build_optimizer, lr_factor, set_lr
-from harness.seeds import derive_seed
-from harness.space import Choice, Float
-from harness.trainer import Training, _batches, evaluate, fit, logits_of
+from harness.store.opening import read_store
+from harness.training.features import FeatureSet, FrozenBody, View, keep_features, split
+from harness.training.job import assemble, evaluation_of, with_validation_images
+from harness.training.loop import Training, _batches, evaluate, fit, logits_of
+from harness.training.optim import build_optimizer, lr_factor, set_lr
+from harness.training.step import seeded
 from tests.conftest import make_study
 from tests.faulty import Pebble
 from tests.refusal import assert_refused, demo_with
@@ -330,7 +330,7 @@ def test_stopped_anywhere_it_ends_as_if_it_was_not(cache: Path, tmp_path: Path, 
 
 STUDY_FILE = """
 import dataclasses
-from harness.space import Float
+from harness.config.space import Float
 from tests.conftest import make_study
 from tests.small import SmallNet
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from harness import processes
-from harness.errors import Halt
-from harness.files import remove_abandoned, replace_file, replacing
+from harness.base import processes
+from harness.base.errors import Halt
+from harness.base.files import remove_abandoned, replace_file, replacing
 
 
 def partials(folder: Path) -> list[str]:

@@ -16,30 +16,31 @@ import pytest
 import sqlalchemy
 import torch
 
-from harness import final
-from harness.choice import rerank
-from harness.cli import main
-from harness.config import FinalConfig, Study
-from harness.data import tensors
-from harness.engine import Runtime
-from harness.errors import Halt, InputError
-from harness.evidence import compare
-from harness.final import final_run
-from harness.final_result import FinalResult
-from harness.leases import LeaseLost
-from harness.life import run
-from harness.opening import open_store
-from harness.overview import overview, summary
-from harness.packing import unpack
+from harness.base.errors import Halt, InputError
+from harness.base.packing import unpack
+from harness.cli.commands import main
+from harness.config.events import Completed, TrialStarted
+from harness.config.final_result import FinalResult
+from harness.config.space import Choice
+from harness.config.study import Study
+from harness.config.train import FinalConfig
+from harness.data import splits as tensors
+from harness.final import test_set as final
+from harness.final.choice import rerank
+from harness.final.retrain import Place, Retraining
+from harness.final.sentences import conclusion, final_sentence
+from harness.final.statistics import compare
+from harness.final.test_set import final_run
+from harness.report.overview import overview, summary
 from harness.report.write import write_report
-from harness.results import Completed, TrialStarted
-from harness.retraining import Place, Retraining
-from harness.saved_model import load_saved
-from harness.sentences import conclusion, final_sentence
-from harness.space import Choice
-from harness.storage import Store
-from harness.study import search
-from harness.tracking import expected_runs
+from harness.search.loop import search
+from harness.serving.model import load_saved
+from harness.store.leases import LeaseLost
+from harness.store.opening import open_store
+from harness.store.store import Store
+from harness.study.life import run
+from harness.tracking.expected import expected_runs
+from harness.training.step import Runtime
 from tests.analytic import epoch_result
 from tests.faulty import CommandLine, one_sentence
 from tests.small import small_study

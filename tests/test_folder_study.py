@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import main
-from harness.data.drawing import DEMO_SPECIES, draw
+from harness.cli.commands import main
+from harness.garden.drawing import draw
+from harness.garden.species import DEMO_SPECIES
 from tests.refusal import FOLDER_STUDY, write
 
 CLASSES = ("train", "ro\u0308se & <b>", "__background__")

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from harness import interrupt
-from harness.config import Study
-from harness.trainer import fit
+from harness.config.study import Study
+from harness.training import interrupt
+from harness.training.loop import fit
 from tests.conftest import PROJECT
 from tests.patience import PATIENCE_SECONDS
 from tests.small import SmallNet, small_study, study_in
@@ -202,7 +202,7 @@ runpy.run_path({path!r}, run_name="__main__")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["harness.cli", "optuna", "torch.nn", "mlflow.entities"])
+@pytest.mark.parametrize("name", ["harness.cli.commands", "optuna", "torch.nn", "mlflow.entities"])
 def test_ctrl_c_while_something_heavy_is_imported_ends_a_start_with_130(
     name: str, tmp_path: Path, image_cache: Path, empty_mlflow: Path
 ) -> None:
@@ -414,7 +414,7 @@ TRAINING = """
 import pathlib
 from tests.small import small_study
 from tests.test_checkpoint import fresh
-from harness.trainer import fit
+from harness.training.loop import fit
 
 checkpoint = fresh(pathlib.Path({path!r}), small_study({cache!r}).train)
 forward = checkpoint.training.model.forward

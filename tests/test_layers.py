@@ -1,4 +1,4 @@
-"""A module imports only from its own layer or a lower one, and what answers at once does not import torch."""
+"""A module imports only from its own room or a lower one, and what answers at once does not import torch."""
 
 from __future__ import annotations
 
@@ -14,105 +14,38 @@ from tests.small import study_in
 
 HARNESS = PROJECT / "harness"
 
-# Lowest first; `config` stands on `errors` and `space`.
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("processes",),
-    (
-        "errors",
-        "results",
-        "seeds",
-        "space",
-        "config",
-        "interrupt",
-        "environment",
-        "outbox",
-        "files",
-        "mlflow_library",
-        "options",
-    ),
-    ("final_result", "facts", "ledger", "packing", "evidence", "cost", "audit", "predictions", "thumbnails"),
-    ("history", "extrapolation"),
-    (
-        "data",
-        "models",
-        "optim",
-        "engine",
-        "search",
-        "asking",
-        "rehearsal",
-        "database",
-        "leases",
-        "mounts",
-        "opened_file",
-        "jobs",
-    ),
-    ("trainer", "auto"),
-    ("experiment", "checkpoint", "features"),
-    (
-        "objective",
-        "storage",
-        "records",
-        "taking",
-        "opening",
-        "tracking",
-        "mlflow_tracker",
-        "mlflow_run",
-        "mlflow_places",
-        "mlflow_files",
-        "mlflow_client",
-        "mlflow_check",
-    ),
-    (
-        "study",
-        "final",
-        "retraining",
-        "choice",
-        "rerank",
-        "saved_model",
-        "worker",
-        "workers",
-        "catalogue",
-        "reproduce",
-        "replay",
-        "doctor",
-    ),
-    ("ray_cluster", "ray_head", "ray_workers"),
-    ("overview", "report", "export", "model_card", "mlflow_model", "predict"),
-    ("cli", "arguments", "running", "coordinator", "auditing", "demo_page", "display", "pretrain", "__main__"),
+# Lowest first: a room imports from itself and from those before it.
+ROOMS = (
+    "base",
+    "config",
+    "data",
+    "models",
+    "training",
+    "garden",
+    "store",
+    "search",
+    "final",
+    "tracking",
+    "workers",
+    "serving",
+    "report",
+    "study",
+    "api",
+    "cli",
+    "__main__",
 )
 FREE_OF_TORCH = (
+    *(f"base.{name}" for name in ("errors", "files", "keys", "packing", "processes", "seeds", "words")),
     *(
-        "errors",
-        "results",
-        "seeds",
-        "space",
-        "config",
-        "search",
-        "storage",
-        "opening",
-        "overview",
-        "report",
-        "catalogue",
-        "cli",
+        f"config.{name}"
+        for name in ("contracts", "events", "final_result", "find", "jobs", "options", "space", "study")
     ),
-    *(
-        "arguments",
-        "asking",
-        "extrapolation",
-        "history",
-        "rehearsal",
-        "replay",
-        "taking",
-        "leases",
-        "opening",
-        "ledger",
-        "packing",
-        "evidence",
-        "audit",
-        "predictions",
-        "thumbnails",
-        "cost",
-    ),
+    *(f"store.{name}" for name in ("database", "leases", "ledger", "locks", "opening", "queue", "records", "store")),
+    *(f"search.{name}" for name in ("extrapolation", "history", "pruners", "rehearsal", "samplers", "suggest")),
+    *(f"final.{name}" for name in ("audit", "model_files", "predictions", "sentences", "statistics", "thumbnails")),
+    *(f"report.{name}" for name in ("display", "overview", "write")),
+    *(f"cli.{name}" for name in ("arguments", "commands", "replay", "run")),
+    *(f"study.{name}" for name in ("coordinator", "publish")),
 )
 
 
@@ -122,59 +55,37 @@ def module_of(file: Path) -> str:
     return ".".join(part for part in parts if part != "__init__")
 
 
-def layer_of(module: str) -> int | None:
-    """The layer of a module of the harness, None for everything else."""
-    first, _, rest = module.partition(".")
-    if first != "harness" or not rest:
-        return None
-    name = rest.split(".")[0]
-    return next((number for number, names in enumerate(LAYERS) if name in names), -1)
+def room_of(module: str) -> int:
+    return ROOMS.index(module.split(".")[1])
 
 
-def imports(tree: ast.AST) -> list[str]:
-    """The modules that a file imports anywhere, `if TYPE_CHECKING:` excepted."""
-    found: list[str] = []
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-            found += [name for each in node.orelse for name in imports(each)]
-        elif isinstance(node, ast.Import):
-            found += [each.name for each in node.names]
+def imports(file: Path) -> set[str]:
+    """The modules of the harness that a file imports anywhere, to run or for its types."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {each.name for each in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "write absolute imports"
             assert node.module is not None
-            # `from harness import storage` names a module, `from harness.space import Float` lies in one.
-            found += [f"harness.{each.name}" for each in node.names] if node.module == "harness" else [node.module]
-        else:
-            found += imports(node)
-    return found
+            # `from harness.store import leases` names a module, `from harness.config.space import Float` lies in one.
+            inner = {f"{node.module}.{each.name}" for each in node.names}
+            found |= (inner & MODULES.keys()) or {node.module}
+    return found & MODULES.keys()
 
 
 MODULES = {module_of(file): file for file in sorted(HARNESS.rglob("*.py"))}
+INSIDE = [name for name in MODULES if name != "harness"]
 
 
-def test_every_module_has_a_layer() -> None:
-    assert [name for name in MODULES if layer_of(name) == -1] == []
-
-
-@pytest.mark.parametrize("module", [name for name in MODULES if name != "harness"])
-def test_a_module_imports_from_its_layer_or_a_lower_one(module: str) -> None:
-    own = layer_of(module)
-    assert own is not None
-    edges = [name for name in imports(ast.parse(MODULES[module].read_text(encoding="utf-8")))]
-    wrong = [f"{module} -> {name}" for name in edges if (layer := layer_of(name)) is not None and layer > own]
+@pytest.mark.parametrize("module", INSIDE)
+def test_a_module_imports_from_its_room_or_a_lower_one(module: str) -> None:
+    wrong = [name for name in imports(MODULES[module]) - {"harness"} if room_of(name) > room_of(module)]
     assert wrong == []
 
 
-def test_the_configuration_stands_on_errors_and_space_alone() -> None:
-    found = {name for name in imports(ast.parse(MODULES["harness.config"].read_text(encoding="utf-8")))}
-    assert {name for name in found if name.startswith("harness")} <= {"harness.errors", "harness.space"}
-
-
 def test_no_two_modules_import_each_other() -> None:
-    graph = {
-        module: {name for name in imports(ast.parse(file.read_text(encoding="utf-8"))) if name in MODULES}
-        for module, file in MODULES.items()
-    }
+    graph = {module: imports(file) for module, file in MODULES.items()}
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
@@ -188,10 +99,25 @@ def test_no_two_modules_import_each_other() -> None:
         visit(module, ())
 
 
-def test_the_records_need_the_standard_library_only() -> None:
-    for name in ("errors", "results", "seeds"):
-        for each in imports(ast.parse(MODULES[f"harness.{name}"].read_text(encoding="utf-8"))):
-            assert each.split(".")[0] in sys.stdlib_module_names, f"{name} -> {each}"
+def test_every_room_says_what_it_is_and_has_nine_modules_at_most() -> None:
+    for room in (path for path in HARNESS.iterdir() if path.is_dir() and path.name in ROOMS):
+        assert ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8"))), room
+        assert len(list(room.glob("*.py"))) - 1 <= 9, room
+    assert len(list(HARNESS.glob("*.py"))) <= 4
+
+
+def test_no_module_has_more_than_350_lines() -> None:
+    long = {name: len(file.read_text(encoding="utf-8").splitlines()) for name, file in MODULES.items()}
+    assert {name: lines for name, lines in long.items() if lines > 350} == {}
+
+
+def test_the_base_and_the_events_need_the_standard_library_only() -> None:
+    for name in ("base.errors", "base.seeds", "base.keys", "base.words", "config.events"):
+        tree = ast.parse(MODULES[f"harness.{name}"].read_text(encoding="utf-8"))
+        found = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = [each.name for node in found if isinstance(node, ast.Import) for each in node.names]
+        names += [node.module or "" for node in found if isinstance(node, ast.ImportFrom)]
+        assert [each for each in names if each.split(".")[0] not in sys.stdlib_module_names] == [], name
 
 
 # -- what answers at once ------------------------------------------------------------------------------------------
@@ -212,27 +138,28 @@ def imported_by(code: str, cwd: Path = PROJECT) -> set[str]:
 def test_start_up_imports_neither_torch_nor_mlflow(workspace: Path) -> None:
     lines = [
         *(f"import harness.{name}" for name in FREE_OF_TORCH),
-        "import harness.mlflow_places",
-        "harness.arguments.build_parser('run_study.py').format_help()",
-        "harness.arguments.build_parser('harness').format_help()",
-        "[harness.catalogue.find(name) for name in ('demo', 'flowers102', 'flowers102_grid', 'flowers102_head')]",
+        "import harness.tracking.places",
+        "import harness.config.find",
+        "harness.cli.arguments.build_parser('run_study.py').format_help()",
+        "harness.cli.arguments.build_parser('harness').format_help()",
+        "[harness.config.find.find(name) for name in ('demo', 'flowers102', 'flowers102_grid', 'flowers102_head')]",
     ]
     assert not imported_by("\n".join(lines), workspace) & {"torch", "torchvision", "mlflow", "pandas", "plotly"}
 
 
 def test_the_help_imports_next_to_nothing() -> None:
-    code = "from harness.cli import main\ntry:\n    main(['run', '--help'])\nexcept SystemExit:\n    pass"
+    code = "from harness.cli.commands import main\ntry:\n    main(['run', '--help'])\nexcept SystemExit:\n    pass"
     assert not imported_by(code) & {"torch", "mlflow", "pandas", "plotly", "optuna", "sqlalchemy", "numpy", "pydantic"}
 
 
 def test_show_answers_without_torch_and_mlflow(workspace: Path) -> None:
     code = "\n".join(
         [
-            "from harness import catalogue",
-            "from harness.cli import main",
-            "from harness.opening import open_store",
+            "from harness.config import find",
+            "from harness.cli.commands import main",
+            "from harness.store.opening import open_store",
             "from tests.analytic import run_analytic",
-            "found = catalogue.find('demo')",
+            "found = find.find('demo')",
             "with open_store(found.study, found.storage_url) as store:",
             "    run_analytic(found.study, store, 2)",
             "before = set(sys.modules)",
@@ -258,7 +185,9 @@ def test_a_finished_study_says_so_without_torch_and_mlflow(tmp_path: Path, image
     (tmp_path / "studies").mkdir()
     file = f"from tests.conftest import make_study\n\nSTUDY = make_study({str(image_cache)!r})\n"
     (tmp_path / "studies" / "tiny.py").write_text(file)
-    code = "from harness.cli import main\nassert main('run --study tiny --trials 1 --set epochs=1'.split()) == 0"
+    code = (
+        "from harness.cli.commands import main\nassert main('run --study tiny --trials 1 --set epochs=1'.split()) == 0"
+    )
     assert "torch" in imported_by(code, tmp_path)
     assert not imported_by(code, tmp_path) & {"torch", "torchvision", "mlflow", "pandas", "plotly"}
 
@@ -270,7 +199,7 @@ def test_garbage_is_collected_while_a_study_trains(tmp_path: Path, image_cache: 
     code = "\n".join(
         [
             "import atexit, gc",
-            "from harness.cli import process",
+            "from harness.cli.commands import process",
             "atexit.register(lambda: print(gc.isenabled()))",
             "process(['run', '--study', 'tiny', '--trials', '1'])",
         ]

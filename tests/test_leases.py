@@ -15,9 +15,10 @@ import filelock
 import pytest
 import sqlalchemy
 
-from harness import leases, processes
-from harness.leases import LeaseLost, Leases, make_table
-from harness.processes import here, in_words, is_gone, name_of_this
+from harness.base import processes
+from harness.base.processes import here, in_words, is_gone, name_of_this
+from harness.store import leases
+from harness.store.leases import LeaseLost, Leases, make_table
 
 STUDY = "0123456789abcdef" * 2
 
@@ -104,7 +105,7 @@ def elsewhere(engine: sqlalchemy.Engine, lines: str) -> subprocess.Popen[str]:
     """A process that has done these lines with `leases` of its own when it is returned."""
     code = (
         "import sys, time, pathlib, sqlalchemy\n"
-        "from harness.leases import Leases\n"
+        "from harness.store.leases import Leases\n"
         "engine = sqlalchemy.create_engine(sys.argv[1])\n"
         "leases = Leases(engine, sys.argv[2], pathlib.Path(engine.url.database))\n"
         f"{lines}\n"

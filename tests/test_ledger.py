@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.final import summary
-from harness.final_result import FinalResult
-from harness.ledger import Line, appended, difference, fault, openings, readable
+from harness.config.final_result import FinalResult
+from harness.final.test_set import summary
+from harness.store.ledger import Line, appended, difference, fault, openings, readable
 from tests.analytic import NOT_COMPARED
 
 UID = "a study"

@@ -16,18 +16,19 @@ import pytest
 from mlflow import MlflowClient
 from optuna.trial import TrialState
 
-from harness.opening import read_store
+from harness.store.opening import read_store
 from tests.conftest import PROJECT
 from tests.forked import Process
 
 pytestmark = pytest.mark.slow
 
 STUDY_FILE = """
-from harness.config import EngineConfig, FinalConfig, OptimConfig, Study, TrainConfig
-from harness.data.garden import Garden
+from harness.config.study import EngineConfig, FinalConfig, OptimConfig, Study, TrainConfig
+from harness.garden.dataset import Garden
 from harness.models.maxvit import TinyMaxViT
-from harness.search import asha, gp, tpe
-from harness.space import Choice, Float
+from harness.search.pruners import asha
+from harness.search.samplers import gp, tpe
+from harness.config.space import Choice, Float
 from tests.faulty import Unhurried
 
 STUDY = Study(

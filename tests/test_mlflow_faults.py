@@ -16,13 +16,17 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.tracking._tracking_service import utils
 
-from harness.cli import main
-from harness.config import Study
-from harness.errors import InputError
-from harness.files import as_meant, sqlite_path, sqlite_url
-from harness.keys import trial_key
-from harness.mlflow_files import elsewhere, local_folder
-from harness.mlflow_library import (
+from harness.base.errors import InputError
+from harness.base.files import as_meant, sqlite_path, sqlite_url
+from harness.base.keys import trial_key
+from harness.cli.commands import main
+from harness.config.events import Completed, Failed
+from harness.config.study import Study
+from harness.search.pruners import no_pruning
+from harness.store.opening import open_store
+from harness.store.store import Store
+from harness.tracking.files import elsewhere, local_folder
+from harness.tracking.library import (
     LONGEST_PARAM,
     LONGEST_TAG,
     PACKAGES,
@@ -32,11 +36,7 @@ from harness.mlflow_library import (
     faults,
     fitted,
 )
-from harness.mlflow_places import local_tracker, local_uri, tracker_at
-from harness.opening import open_store
-from harness.pruners import no_pruning
-from harness.results import Completed, Failed
-from harness.storage import Store
+from harness.tracking.places import local_tracker, local_uri, tracker_at
 from tests.conftest import make_study
 from tests.faulty import CommandLine
 from tests.test_tracking import OUTCOMES, client_of, run_trial, runs_of, steps_of, whole_study

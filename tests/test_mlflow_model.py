@@ -22,14 +22,14 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from harness import mlflow_model
-from harness.config import Study
+from harness.config.study import Study
 from harness.data.augment import normalise
-from harness.data.tensors import load_split, load_test
-from harness.export import logits_of
-from harness.mlflow_check import model_missing
-from harness.mlflow_files import local_folder
-from harness.mlflow_model import (
+from harness.data.splits import load_split, load_test
+from harness.final.model_files import CHECK_IMAGES
+from harness.serving import registry as mlflow_model
+from harness.serving.export import logits_of
+from harness.serving.model import load_saved
+from harness.serving.registry import (
     CHAMPION,
     CHECK,
     IMAGES,
@@ -43,12 +43,12 @@ from harness.mlflow_model import (
     publish,
     validation_fingerprint,
 )
-from harness.mlflow_places import local_tracker, tracker_at
-from harness.mlflow_tracker import MLflowTracker
-from harness.model_files import CHECK_IMAGES
-from harness.opening import open_store
-from harness.saved_model import load_saved
-from harness.storage import Store
+from harness.store.opening import open_store
+from harness.store.store import Store
+from harness.tracking.check import model_missing
+from harness.tracking.files import local_folder
+from harness.tracking.places import local_tracker, tracker_at
+from harness.tracking.tracker import MLflowTracker
 from tests.conftest import make_study
 from tests.faulty import Died, complete, small_study
 from tests.mlflow_server import Server
@@ -425,7 +425,7 @@ def test_the_command_registers_the_model_once(
     image_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A first run without publishing stands for a study from before there was a registry."""
-    from harness.cli import main
+    from harness.cli.commands import main
 
     (tmp_path / "studies").mkdir()
     (tmp_path / "studies" / "tiny.py").write_text(

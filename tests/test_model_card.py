@@ -16,22 +16,23 @@ import numpy
 import pytest
 from markdown_it import MarkdownIt
 
-from harness.config import FinalConfig, Study
+from harness.base.words import percent
+from harness.config.final_result import FinalResult
+from harness.config.study import Study
+from harness.config.train import FinalConfig
 from harness.data.flowers102 import Flowers102
-from harness.data.garden import Garden
 from harness.data.image_folder import ImageFolder
-from harness.export import logits_of, write_program
-from harness.final_result import FinalResult
-from harness.ledger import appended
-from harness.model_card import CARD, UNKNOWN_LICENCE, _plain, _table, card, write_card
-from harness.model_files import PROGRAM
-from harness.opening import open_store
-from harness.overview import overview
-from harness.predictions import calibration_sentence
-from harness.saved_model import SavedModel, load_saved, preprocess
-from harness.sentences import conclusion, final_sentence, selection_sentence
-from harness.storage import Store
-from harness.words import percent
+from harness.final.model_files import PROGRAM
+from harness.final.predictions import calibration_sentence
+from harness.final.sentences import conclusion, final_sentence, selection_sentence
+from harness.garden.dataset import Garden
+from harness.report.overview import overview
+from harness.serving.card import CARD, UNKNOWN_LICENCE, _plain, _table, card, write_card
+from harness.serving.export import logits_of, write_program
+from harness.serving.model import SavedModel, load_saved, preprocess
+from harness.store.ledger import appended
+from harness.store.opening import open_store
+from harness.store.store import Store
 from tests.faulty import CommandLine, complete, small_study
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import main
-from harness.errors import InputError
-from harness.opening import read_store
-from harness.saved_model import load_saved
+from harness.base.errors import InputError
+from harness.cli.commands import main
+from harness.serving.model import load_saved
+from harness.store.opening import read_store
 from tests.faulty import CommandLine, small_study
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from harness import catalogue, mounts
-from harness.cli import main
-from harness.mounts import file_system, network_of, warning
-from harness.opening import open_store
+from harness.base import mounts
+from harness.base.mounts import file_system, network_of, warning
+from harness.cli.commands import main
+from harness.config import find as catalogue
+from harness.store.opening import open_store
 
 MOUNTINFO = r"""22 27 0:21 / /proc rw,relatime - proc proc rw
 27 0 254:1 / / rw,relatime shared:1 - ext4 /dev/vda1 rw

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import main
-from harness.data.drawing import DEMO_SPECIES, draw
-from harness.opening import read_store
+from harness.cli.commands import main
+from harness.garden.drawing import draw
+from harness.garden.species import DEMO_SPECIES
+from harness.store.opening import read_store
 
 STUDY_FILE = """
 import dataclasses
-from harness.catalogue import find
-from harness.config import FinalConfig
+from harness.config.find import find
+from harness.config.study import FinalConfig
 from harness.data.image_folder import ImageFolder
 from harness.models.maxvit import TinyMaxViT
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from harness.display import Display
-from harness.errors import Halt
-from harness.opening import open_store, read_store
-from harness.results import EpochEnded, Event
-from harness.samplers import Sampler
+from harness.base.errors import Halt
+from harness.config.events import EpochEnded, Event
+from harness.report.display import Display
+from harness.search.samplers import Sampler
+from harness.store.opening import open_store, read_store
 from tests.analytic import run_analytic
 from tests.conftest import make_study
 from tests.faulty import CommandLine, one_sentence

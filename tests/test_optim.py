@@ -16,12 +16,13 @@ from torchvision.models.swin_transformer import SwinTransformer, SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 from torchvision.ops import StochasticDepth
 
-from harness.config import OptimConfig, Study
-from harness.engine import Runtime, compile_parts
-from harness.errors import InputError
-from harness.experiment import assemble
+from harness.base.errors import InputError
+from harness.config.study import Study
+from harness.config.train import OptimConfig
 from harness.models.maxvit import MaxViTT, TinyMaxViT
-from harness.optim import (
+from harness.training.job import assemble
+from harness.training.loop import Training, fit
+from harness.training.optim import (
     _decays,
     build_optimizer,
     freeze,
@@ -31,7 +32,7 @@ from harness.optim import (
     set_lr,
     set_training,
 )
-from harness.trainer import Training, fit
+from harness.training.step import Runtime, compile_parts
 
 CPU = Runtime(device=torch.device("cpu"), bf16=False, channels_last=False)
 BACKBONES = {"MaxViTT": MaxViTT(pretrained=False), "TinyMaxViT": TinyMaxViT(pretrained=False, hidden=(16,))}

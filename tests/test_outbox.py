@@ -13,8 +13,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from harness import outbox
-from harness.outbox import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, Away, Courier, Outbox
+from harness.tracking import outbox
+from harness.tracking.outbox import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, Away, Courier, Outbox
 from tests.patience import PATIENCE_SECONDS
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.packing import pack, pack_bits, unpack, unpack_bits
+from harness.base.packing import pack, pack_bits, unpack, unpack_bits
 
 
 @given(st.lists(st.integers(0, 65535)), st.lists(st.floats(width=32, allow_nan=False)), st.lists(st.booleans()))

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy.exc import OperationalError
 
-from harness import database, running
-from harness.errors import Halt, InputError, masked
-from harness.overview import overview, summary
+from harness.base.errors import Halt, InputError, masked
+from harness.cli import run as running
+from harness.report.overview import overview, summary
 from harness.report.write import write_report
-from harness.storage import Store
-from harness.tracking import facts
+from harness.store import database
+from harness.store.store import Store
+from harness.tracking.expected import facts
 from tests.analytic import memory_store
 from tests.conftest import make_study
 

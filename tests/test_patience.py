@@ -13,9 +13,9 @@ from typing import Any
 import filelock
 import pytest
 
-from harness.errors import InputError
-from harness.opening import move_aside, open_store, read_store
-from harness.samplers import Sampler
+from harness.base.errors import InputError
+from harness.search.samplers import Sampler
+from harness.store.opening import move_aside, open_store, read_store
 from tests.analytic import evaluate
 from tests.conftest import make_study
 
@@ -38,9 +38,9 @@ class Until(io.StringIO):
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> Until:
-    monkeypatch.setattr("harness.leases.DESK_SECONDS", 0.05)
-    monkeypatch.setattr("harness.database.BUSY_TIMEOUT_SECONDS", 0.05)
-    monkeypatch.setattr("harness.opening.BUSY_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr("harness.store.leases.DESK_SECONDS", 0.05)
+    monkeypatch.setattr("harness.store.database.BUSY_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr("harness.store.opening.BUSY_TIMEOUT_SECONDS", 0.05)
     return Until()
 
 

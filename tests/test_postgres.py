@@ -20,11 +20,13 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
-from harness import database as databases
-from harness import leases, opening, overview, storage
-from harness.leases import LeaseLost
-from harness.opening import open_store, read_store
-from harness.storage import NoTrialFree, Store
+from harness.report import overview
+from harness.store import database as databases
+from harness.store import leases, opening
+from harness.store import store as storage
+from harness.store.leases import LeaseLost
+from harness.store.opening import open_store, read_store
+from harness.store.store import NoTrialFree, Store
 from tests.analytic import Died, accuracy, evaluate, run_analytic
 from tests.analytic_worker import patient, searching
 from tests.conftest import PROJECT

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.database import has_tables
-from harness.errors import InputError
-from harness.opening import read_store
-from harness.processes import in_words
+from harness.base.errors import InputError
+from harness.base.processes import in_words
+from harness.store.database import has_tables
+from harness.store.opening import read_store
 from tests.conftest import PROJECT
 from tests.mlflow_server import Server
 from tests.postgres import PostgreSQL

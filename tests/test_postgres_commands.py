@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from harness.mlflow_client import KEY, STUDY
-from harness.opening import read_store
+from harness.store.opening import read_store
+from harness.tracking.client import KEY, STUDY
 from tests.conftest import PROJECT
 from tests.forked import Process
 from tests.mlflow_server import Server

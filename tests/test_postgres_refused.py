@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import sqlalchemy
 
-from harness.database import _createdb, check_database
-from harness.environment import versions
-from harness.opening import open_store, read_store
+from harness.base.environment import versions
+from harness.store.database import _createdb, check_database
+from harness.store.opening import open_store, read_store
 from tests.faulty import CommandLine, one_sentence, small_study
 from tests.postgres import PASSWORD, PostgreSQL
 from tests.refusal import tree

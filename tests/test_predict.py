@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from harness.cli import main
-from harness.errors import InputError
-from harness.opening import read_store
-from harness.packing import unpack
-from harness.predict import BATCH, Guess, Predictor, find_images, load_predictor, shown
-from harness.saved_model import preprocess
+from harness.base.errors import InputError
+from harness.base.packing import unpack
+from harness.cli.commands import main
+from harness.serving.model import preprocess
+from harness.serving.predict import BATCH, Guess, Predictor, find_images, load_predictor, shown
+from harness.store.opening import read_store
 from tests.faulty import complete
 from tests.refusal import assert_refused
 from tests.small import study_in
@@ -261,7 +261,7 @@ def test_output_in_another_encoding_than_utf_8_is_escaped(
 ) -> None:
     predictor = load_predictor("tiny", None, "cpu")
     predictor.saved.description["classes"] = [f"öl 花 {number}" for number in range(16)]
-    monkeypatch.setattr("harness.predict.load_predictor", lambda *arguments: predictor)
+    monkeypatch.setattr("harness.serving.predict.load_predictor", lambda *arguments: predictor)
     flower.save(tmp_path / "花é.png")
     expected = ["花é.png", "öl 花 "]
     for arguments, written_as in (([], encoding), (["--csv", "-"], "utf-8")):

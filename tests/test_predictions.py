@@ -9,8 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.packing import pack
-from harness.predictions import calibration_sentence, confusions, described, from_record, mistakes, per_class, pictured
+from harness.base.packing import pack
+from harness.final.predictions import (
+    calibration_sentence,
+    confusions,
+    described,
+    from_record,
+    mistakes,
+    per_class,
+    pictured,
+)
 
 NAMES = ["rose", "tulip", "daisy"]
 

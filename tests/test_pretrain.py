@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from harness import pretrain
+from harness.garden import pretrain
 from harness.models.maxvit import TINY_WEIGHTS
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import sqlalchemy
 
-from harness.database import connect, dispose
-from harness.leases import LeaseLost, Leases, make_table
+from harness.store.database import connect, dispose
+from harness.store.leases import LeaseLost, Leases, make_table
 from tests.conftest import PROJECT
 from tests.patience import PATIENCE_SECONDS
 from tests.ray_nodes import OBJECT_STORE, Command, check_whole, nodes, tasks, url_in, working
@@ -139,7 +139,7 @@ def test_workers_ask_for_what_the_cluster_has(cluster: Any) -> None:
     """GPUs are what a node says it has; nothing is computed here."""
     code = f"""
 import json, sys
-from harness.ray_cluster import connect, needs
+from harness.workers.ray_cluster import connect, needs
 connect({cluster.address!r})
 found = [needs(*each) for each in json.loads(sys.argv[1])]
 print(json.dumps([[each.workers, each.cpus, each.gpus, each.places] for each in found]))
@@ -159,7 +159,7 @@ print(json.dumps([[each.workers, each.cpus, each.gpus, each.places] for each in 
 @pytest.mark.slow
 def test_a_cluster_with_other_versions_is_named_with_both(cluster: Any) -> None:
     other = "import ray; ray.__version__ = '2.1.0'"
-    code = f"{other}; from harness.ray_cluster import connect; connect({cluster.address!r})"
+    code = f"{other}; from harness.workers.ray_cluster import connect; connect({cluster.address!r})"
     refused = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     python = ".".join(map(str, sys.version_info[:3]))
     runs = f"it runs Ray {ray.__version__} and Python {python}, and here are Ray 2.1.0 and Python {python}"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import Halt, InputError
-from harness.opening import open_store
-from harness.ray_cluster import Needs
-from harness.worker import Order, opened
+from harness.base.errors import Halt, InputError
+from harness.store.opening import open_store
+from harness.workers.ray_cluster import Needs
+from harness.workers.worker import Order, opened
 from tests.conftest import PROJECT
 from tests.faulty import CommandLine
 from tests.refusal import assert_refused
@@ -21,8 +21,8 @@ from tests.small import study_in
 pytest.importorskip("ray", reason="Ray is not installed")
 from ray._private.utils import write_ray_address
 
-from harness.ray_head import Arrived
-from harness.ray_workers import RayWorkers
+from harness.workers.ray_head import Arrived
+from harness.workers.ray_workers import RayWorkers
 
 
 def order_in(place: Path, url: str) -> Order:
@@ -130,7 +130,7 @@ def test_ray_that_is_not_installed_is_named(tmp_path: Path, image_cache: Path) -
             "import importlib.util, sys",
             "find = importlib.util.find_spec",
             "importlib.util.find_spec = lambda name, package=None: None if name == 'ray' else find(name, package)",
-            "from harness.cli import process",
+            "from harness.cli.commands import process",
             "process(['run', '--study', 'tiny', '--engine', 'ray'])",
         ]
     )

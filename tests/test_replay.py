@@ -17,17 +17,17 @@ from typing import Any
 import pytest
 from optuna.samplers._tpe import sampler as tpe_sampler
 
-from harness import catalogue
-from harness.cli import main
-from harness.config import Study
-from harness.errors import InputError
-from harness.opening import open_store, read_store
-from harness.pruners import asha
-from harness.replay import replay, replay_study
-from harness.results import Completed, Diverged, Failed, Pruned
-from harness.samplers import Sampler, gp, grid, tpe
-from harness.space import Choice
-from harness.storage import Asked, NoTrialFree, Store
+from harness.base.errors import InputError
+from harness.cli.commands import main
+from harness.cli.replay import replay, replay_study
+from harness.config import find as catalogue
+from harness.config.events import Completed, Diverged, Failed, Pruned
+from harness.config.space import Choice
+from harness.config.study import Study
+from harness.search.pruners import asha
+from harness.search.samplers import Sampler, gp, grid, tpe
+from harness.store.opening import open_store, read_store
+from harness.store.store import Asked, NoTrialFree, Store
 from tests.analytic import epoch_result, evaluate, memory_store, run_analytic
 from tests.conftest import make_study
 

@@ -18,23 +18,23 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import create_trial
 from PIL import Image
 
-from harness.audit import Course, audit_sentences, drawing_order, record
-from harness.config import Study
-from harness.final import summary
-from harness.final_result import FinalResult
-from harness.overview import frame, overview
-from harness.predictions import pictured
-from harness.pruners import asha, no_pruning
+from harness.base.words import percent
+from harness.config.events import Completed, Diverged, Pruned
+from harness.config.final_result import FinalResult
+from harness.config.space import Choice, Float
+from harness.config.study import Study
+from harness.final.audit import Course, audit_sentences, drawing_order, record
+from harness.final.predictions import pictured
+from harness.final.sentences import final_sentence, verdict
+from harness.final.test_set import summary
+from harness.final.thumbnails import thumbnails
 from harness.report.figures import whole_numbers
+from harness.report.overview import frame, overview
 from harness.report.search_figures import search_plots
 from harness.report.write import _strip, write_report
-from harness.results import Completed, Diverged, Pruned
-from harness.samplers import grid
-from harness.sentences import final_sentence, verdict
-from harness.space import Choice, Float
-from harness.storage import Store, TrialRecord
-from harness.thumbnails import thumbnails
-from harness.words import percent
+from harness.search.pruners import asha, no_pruning
+from harness.search.samplers import grid
+from harness.store.store import Store, TrialRecord
 from tests.analytic import NOT_COMPARED, epoch_result, fail_trial, memory_store, run_analytic
 from tests.conftest import make_study
 from tests.test_predictions import record_of

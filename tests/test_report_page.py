@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness.opening import read_store
-from harness.overview import overview
-from harness.predictions import calibration_sentence
+from harness.base.words import percent
+from harness.final.predictions import calibration_sentence
+from harness.report.overview import overview
 from harness.report.write import write_report
-from harness.words import percent
+from harness.store.opening import read_store
 from tests.browser import page
 from tests.faulty import complete, small_study
 

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from harness import environment
-from harness.config import Study
-from harness.data.tensors import prepare
-from harness.engine import Runtime
-from harness.errors import InputError
-from harness.objective import evaluate_trial
-from harness.opening import as_begun, open_store, read_store
-from harness.reproduce import reproduce
-from harness.results import Failed
-from harness.storage import Store
+from harness.base import environment
+from harness.base.errors import InputError
+from harness.cli.reproduce import reproduce
+from harness.config.events import Failed
+from harness.config.study import Study
+from harness.data.splits import prepare
+from harness.search.trial import evaluate_trial
+from harness.store.opening import as_begun, open_store, read_store
+from harness.store.store import Store
+from harness.training.step import Runtime
 from tests.small import Run, command, copied, small_study, study_in
 
 CPU = Runtime(device=torch.device("cpu"), bf16=False, channels_last=False)
@@ -224,7 +224,7 @@ def test_settings_of_the_start_are_put_back_as_they_were(
 def test_a_changed_study_file_is_named(place: Path, run: Run) -> None:
     file = place / "studies" / "tiny.py"
     file.write_text(file.read_text() + "import dataclasses\nSTUDY = dataclasses.replace(STUDY, sampler=tpe())\n")
-    file.write_text("from harness.search import tpe\n" + file.read_text())
+    file.write_text("from harness.search.samplers import tpe\n" + file.read_text())
     code, _, err = run("0")
     assert code == 2
     assert "sampler was" in err

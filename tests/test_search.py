@@ -17,14 +17,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import catalogue
-from harness.config import Study
-from harness.errors import InputError
-from harness.opening import open_store
-from harness.pruners import Asha, Pruner, asha, no_pruning
-from harness.rehearsal import rehearse
-from harness.samplers import Grid, Sampler, grid, tpe
-from harness.space import Choice, Float
+from harness.base.errors import InputError
+from harness.config import find as catalogue
+from harness.config.space import Choice, Float
+from harness.config.study import Study
+from harness.search.pruners import Asha, Pruner, asha, no_pruning
+from harness.search.rehearsal import rehearse
+from harness.search.samplers import Grid, Sampler, grid, tpe
+from harness.store.opening import open_store
 from tests.analytic import ceiling, memory_store, memory_study, run_analytic
 from tests.conftest import make_study
 

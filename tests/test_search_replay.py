@@ -12,10 +12,10 @@ import pytest
 from benchmarks import curves
 from benchmarks.replay_tasks import Task, draw, own, recorded
 from benchmarks.search_replay import Policy, Search, regrets
-from harness.pruners import asha, no_pruning
-from harness.results import EpochResult
-from harness.samplers import Sampler, gp, tpe
-from harness.space import Choice, Dimension, Float
+from harness.config.events import EpochResult
+from harness.config.space import Choice, Dimension, Float
+from harness.search.pruners import asha, no_pruning
+from harness.search.samplers import Sampler, gp, tpe
 from tests.small import small_study
 
 SPACE: dict[str, Dimension] = {"lr": Float(1e-4, 1e-2, log=True), "width": Choice(((8,), (16, 8)))}

@@ -25,16 +25,16 @@ from PIL import Image, ImageFile
 from scipy.io import savemat
 from torchvision.datasets import Flowers102 as Source
 
-from harness.arguments import build_parser
-from harness.checkpoint import read_tensors
-from harness.config import Study
+from harness.base.errors import InputError
+from harness.base.files import Damaged
+from harness.cli.arguments import build_parser
+from harness.config.study import Study
 from harness.data.cache import ImageFiles, decoded
 from harness.data.decoding import MAX_PIXELS, open_image
 from harness.data.flowers102 import Flowers102, _unpack
-from harness.database import check_database
-from harness.errors import InputError
-from harness.files import Damaged
 from harness.models import maxvit
+from harness.store.database import check_database
+from harness.training.checkpoint import read_tensors
 from tests.conftest import PROJECT
 from tests.small import study_in
 from tests.test_checkpoint import fresh
@@ -255,7 +255,7 @@ def test_refusing_a_whole_bomb_takes_no_memory(tmp_path: Path) -> None:
     code = (
         "import pathlib, resource, sys\n"
         "from harness.data.decoding import open_image\n"
-        "from harness.errors import InputError\n"
+        "from harness.base.errors import InputError\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak()\n"
         "try:\n    open_image(pathlib.Path(sys.argv[1]))\n"
@@ -386,7 +386,7 @@ socket.socket.connect_ex = guarded(socket.socket.connect_ex)
 socket.getaddrinfo = look_up
 
 import harness
-from harness.cli import main
+from harness.cli.commands import main
 code = main(sys.argv[1:], "python -m harness")
 import threading
 for thread in threading.enumerate():

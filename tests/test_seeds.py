@@ -8,7 +8,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.seeds import derive_seed
+from harness.base.seeds import derive_seed
 from tests.conftest import PROJECT
 
 # The first four bytes of sha256(b"int:0"), and of the five parts of an epoch's seed. If they change, every study that
@@ -52,7 +52,7 @@ def test_the_seeds_of_yesterday_are_the_seeds_of_today() -> None:
 
 
 def test_another_process_with_another_hash_seed_derives_the_same() -> None:
-    code = "from harness.seeds import derive_seed; print(derive_seed(0, 'trial', 12, 'epoch', 7))"
+    code = "from harness.base.seeds import derive_seed; print(derive_seed(0, 'trial', 12, 'epoch', 7))"
     for hash_seed in ("1", "2"):
         done = subprocess.run(
             [sys.executable, "-c", code],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.arguments import build_parser
+from harness.cli.arguments import build_parser
 from tests.conftest import PROJECT
 
 PLACES = {"STORAGE": "postgresql+psycopg://flora@db/x", "TRACKING": "http://mlflow:5000"}

@@ -9,9 +9,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.config import FinalConfig, TrainConfig
-from harness.errors import InputError
-from harness.space import Choice, Dimension, Float, Int, apply, check, encode, get, label, leaves, parse, paths, replace
+from harness.base.errors import InputError
+from harness.config.space import (
+    Choice,
+    Dimension,
+    Float,
+    Int,
+    apply,
+    check,
+    encode,
+    get,
+    label,
+    leaves,
+    parse,
+    paths,
+    replace,
+)
+from harness.config.train import FinalConfig, TrainConfig
 from tests.conftest import make_study
 
 BASE: TrainConfig = make_study("cache").train

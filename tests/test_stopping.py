@@ -10,18 +10,18 @@ import optuna
 import pytest
 import torch
 
-from harness import checkpoint
-from harness.checkpoint import read_tensors
-from harness.config import Study
-from harness.engine import Runtime
-from harness.final import final_run
-from harness.objective import evaluate_trial
-from harness.opening import open_store
-from harness.pruners import no_pruning
-from harness.results import EpochEnded
-from harness.retraining import Place
-from harness.storage import Store
-from harness.study import search
+from harness.config.events import EpochEnded
+from harness.config.study import Study
+from harness.final.retrain import Place
+from harness.final.test_set import final_run
+from harness.search.loop import search
+from harness.search.pruners import no_pruning
+from harness.search.trial import evaluate_trial
+from harness.store.opening import open_store
+from harness.store.store import Store
+from harness.training import checkpoint
+from harness.training.checkpoint import read_tensors
+from harness.training.step import Runtime
 
 CPU = Runtime(device=torch.device("cpu"), bf16=False, channels_last=False)
 

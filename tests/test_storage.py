@@ -18,18 +18,19 @@ import pytest
 import sqlalchemy
 from PIL import Image
 
-from harness import database, opening
-from harness.config import FinalConfig, Study
+from harness.base.errors import InputError
+from harness.config.events import Completed, Diverged, Failed, Pruned
+from harness.config.space import Choice, Float
+from harness.config.study import Study
+from harness.config.train import FinalConfig
 from harness.data.image_folder import ImageFolder
-from harness.errors import InputError
-from harness.final import summary
-from harness.opening import open_store, read_store
-from harness.pruners import Pruner, asha, no_pruning
-from harness.rehearsal import rehearse
-from harness.results import Completed, Diverged, Failed, Pruned
-from harness.samplers import Sampler, gp, grid, tpe
-from harness.space import Choice, Float
-from harness.storage import Store
+from harness.final.test_set import summary
+from harness.search.pruners import Pruner, asha, no_pruning
+from harness.search.rehearsal import rehearse
+from harness.search.samplers import Sampler, gp, grid, tpe
+from harness.store import database, opening
+from harness.store.opening import open_store, read_store
+from harness.store.store import Store
 from tests.analytic import NOT_COMPARED, Died, accuracy, epoch_result, evaluate, fail_trial, run_analytic
 from tests.conftest import PROJECT, make_study
 
@@ -467,7 +468,7 @@ def test_a_refused_definition_frees_the_lock(tmp_path: Path) -> None:
 
 CHILD = """
 import sys, time
-from harness.opening import open_store
+from harness.store.opening import open_store
 from tests.analytic import accuracy, run_analytic
 from tests.test_storage import searching
 

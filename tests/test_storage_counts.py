@@ -7,8 +7,8 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.results import Completed, Diverged, Failed, Pruned, TrialOutcome
-from harness.samplers import Sampler
+from harness.config.events import Completed, Diverged, Failed, Pruned, TrialOutcome
+from harness.search.samplers import Sampler
 from tests.analytic import memory_store
 from tests.conftest import make_study
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import catalogue
-from harness.errors import InputError
+from harness.base.errors import InputError
+from harness.config import find as catalogue
 from tests.refusal import assert_refused, demo_with, write
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -32,7 +32,7 @@ def changed_space(new: str, *words: str) -> Row:
     return prepare, ["--study", "bad"], ["bad.py", *words]
 
 
-INT = "__import__('harness.space').space.Int"  # which the demo does not import
+INT = "__import__('harness.config.space').space.Int"  # which the demo does not import
 STUDIES: dict[str, Row] = {
     "an unknown study": (None, ["--study", "nothing"], ["no study 'nothing'", "demo", "flowers102", "flowers102_grid"]),
     "a missing file": (None, ["--study", "studies/nothing.py"], ["no study file", "nothing.py", "demo"]),
@@ -107,7 +107,9 @@ STUDIES: dict[str, Row] = {
     "a pruner that is none": changed("asha(min_epochs=2, reduction=2)", "None", "pruner must be asha()"),
     "a pruner of broken epochs": changed("min_epochs=2", "min_epochs=1.5", "whole numbers", "not 1.5 and 2"),
     "a sampler that needs a package": changed(
-        "gp(n_startup_trials=4)", "__import__('harness.search').search.Sampler('CmaEsSampler')", "pip install cmaes"
+        "gp(n_startup_trials=4)",
+        "__import__('harness.search.samplers').search.samplers.Sampler('CmaEsSampler')",
+        "pip install cmaes",
     ),
     "no space": changed_space("{}", "space is empty"),
     "a space that is a list": changed_space('["optim.base_lr"]', "maps fields to ranges"),
@@ -183,7 +185,12 @@ def test_an_argument_that_optuna_looks_at_late_is_refused_before_the_start(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for given in ('n_startup_trials="x"', 'n_ei_candidates="x"'):
-        demo_with(workspace, "bad", "gp(n_startup_trials=4)", f"__import__('harness.search').search.tpe({given})")
+        demo_with(
+            workspace,
+            "bad",
+            "gp(n_startup_trials=4)",
+            f"__import__('harness.search.samplers').search.samplers.tpe({given})",
+        )
         words = [f"TPESampler({given.replace(chr(34), chr(39))})", "correct its arguments"]
         assert_refused(workspace, capsys, ["run", "--study", "bad", "--trials", "20"], words)
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from harness.config import Study
-from harness.leases import LEASE_SECONDS
-from harness.opening import open_store
-from harness.samplers import Sampler
-from harness.storage import NoTrialFree, Store
+from harness.config.study import Study
+from harness.search.samplers import Sampler
+from harness.store.leases import LEASE_SECONDS
+from harness.store.opening import open_store
+from harness.store.store import NoTrialFree, Store
 from tests.analytic import evaluate
 from tests.conftest import make_study
 from tests.patience import PATIENCE_SECONDS

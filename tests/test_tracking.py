@@ -18,16 +18,16 @@ from typing import Any
 
 import pytest
 
-from harness.config import Study
-from harness.errors import InputError
-from harness.keys import final_key, trial_key
-from harness.mlflow_places import check_writable, local_tracker, local_uri, tracker_at
-from harness.mlflow_tracker import MLflowTracker
-from harness.opening import open_store
-from harness.pruners import no_pruning
-from harness.results import Completed, Diverged, Failed, Pruned, TrialOutcome
-from harness.storage import Store
-from harness.tracking import facts
+from harness.base.errors import InputError
+from harness.base.keys import final_key, trial_key
+from harness.config.events import Completed, Diverged, Failed, Pruned, TrialOutcome
+from harness.config.study import Study
+from harness.search.pruners import no_pruning
+from harness.store.opening import open_store
+from harness.store.store import Store
+from harness.tracking.expected import facts
+from harness.tracking.places import check_writable, local_tracker, local_uri, tracker_at
+from harness.tracking.tracker import MLflowTracker
 from tests.analytic import epoch_result
 from tests.conftest import PROJECT, make_study
 
@@ -365,7 +365,7 @@ def test_more_epochs_than_one_request_takes_are_there_whole(study: Study, store:
 def test_a_mistake_in_the_thread_is_no_fault_of_a_trial_and_is_raised(
     study: Study, store: Store, mlruns: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harness.outbox.GATHERING_SECONDS", 0.0)
+    monkeypatch.setattr("harness.tracking.outbox.GATHERING_SECONDS", 0.0)
     tracker, done = local_tracker(mlruns), threading.Event()
     tracker.start(study, store, {})
     log = tracker.run(trial_key(0), study.train, {})
@@ -383,7 +383,7 @@ def test_a_mistake_in_the_thread_is_no_fault_of_a_trial_and_is_raised(
 def test_an_interruption_writes_what_waits(
     study: Study, store: Store, mlruns: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harness.outbox.GATHERING_SECONDS", 60.0)
+    monkeypatch.setattr("harness.tracking.outbox.GATHERING_SECONDS", 60.0)
     tracker = local_tracker(mlruns)
     tracker.start(study, store, {})
     run_trial(study, store, tracker, Completed(value=0.6))
@@ -404,10 +404,10 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from harness import outbox
-from harness.results import Completed
-from harness.search import no_pruning
-from harness.opening import open_store
-from harness.mlflow_places import local_tracker
+from harness.config.events import Completed
+from harness.search.pruners import no_pruning
+from harness.store.opening import open_store
+from harness.tracking.places import local_tracker
 from tests.conftest import make_study
 from tests.test_tracking import run_trial
 
@@ -450,7 +450,7 @@ def test_what_waits_when_the_process_is_killed_is_written_at_the_next_start(
 BEGINS = """
 import sys
 from pathlib import Path
-from harness.mlflow_places import tracker_for
+from harness.tracking.places import tracker_for
 
 tracker_for(sys.argv[1], Path("nowhere")).check()
 """
@@ -527,7 +527,7 @@ def test_nothing_but_the_tracking_module_imports_mlflow() -> None:
 def test_mlflow_sends_no_telemetry_and_starts_no_jobs() -> None:
     names = ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION")
     code = (
-        f"import os, harness.mlflow_tracker, sys; print(*(os.environ[n] for n in {names!r}), 'mlflow' in sys.modules)"
+        f"import os, harness.tracking.tracker, sys; print(*(os.environ[n] for n in {names!r}), 'mlflow' in sys.modules)"
     )
     clean = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run(

@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harness.config import Study
+from harness.config.events import EpochResult, Metrics
+from harness.config.study import Study
 from harness.data.augment import normalise
-from harness.data.tensors import ImageSet
-from harness.engine import Runtime, predict
-from harness.experiment import assemble, with_validation_images
-from harness.optim import lr_factor
-from harness.results import EpochResult, Metrics
-from harness.trainer import EVALUATION_BATCH, Training, _batches, evaluate, fit, logits_of
+from harness.data.splits import ImageSet
+from harness.training.job import assemble, with_validation_images
+from harness.training.loop import EVALUATION_BATCH, Training, _batches, evaluate, fit, logits_of
+from harness.training.optim import lr_factor
+from harness.training.step import Runtime, predict
 
 CPU = Runtime(device=torch.device("cpu"), bf16=False, channels_last=False)
 

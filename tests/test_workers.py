@@ -18,14 +18,16 @@ from typing import Any, Literal
 import pytest
 from mlflow import MlflowClient
 
-from harness import interrupt, leases, running
-from harness.config import FinalConfig
-from harness.errors import InputError
-from harness.final import summary
-from harness.opening import open_store, read_store
-from harness.options import RunOptions
-from harness.results import Completed
-from harness.workers import of_use, surroundings
+from harness.base.errors import InputError
+from harness.cli import run as running
+from harness.config.events import Completed
+from harness.config.options import RunOptions
+from harness.config.train import FinalConfig
+from harness.final.test_set import summary
+from harness.store import leases
+from harness.store.opening import open_store, read_store
+from harness.training import interrupt
+from harness.workers.pool import of_use, surroundings
 from tests.analytic import NOT_COMPARED, epoch_result
 from tests.conftest import PROJECT
 from tests.forked import Process
@@ -35,9 +37,10 @@ from tests.small import study_in
 STUDY_FILE = """
 import dataclasses
 
-from harness.config import FinalConfig
-from harness.search import asha, grid, no_pruning
-from harness.space import Choice
+from harness.config.study import FinalConfig
+from harness.search.pruners import asha, no_pruning
+from harness.search.samplers import grid
+from harness.config.space import Choice
 from tests.small import small_study
 
 SPACE = {{
@@ -387,7 +390,7 @@ def test_workers_that_would_have_nothing_to_do_are_not_started(image_cache: Path
 
 def test_the_cores_are_divided_among_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("harness.workers.cores", lambda: 8)
+    monkeypatch.setattr("harness.workers.pool.cores", lambda: 8)
     assert surroundings(3, 1, "cpu") == [{"OMP_NUM_THREADS": "2"}] * 3
     assert surroundings(16, 1, "cpu") == [{"OMP_NUM_THREADS": "1"}] * 16
     monkeypatch.setenv("OMP_NUM_THREADS", "5")

@@ -1,11 +1,12 @@
 """The same comparison with MaxViT-T from random weights, for the published ones may not be at hand."""
 
-from harness.config import FinalConfig, OptimConfig, Study, TrainConfig
+from harness.config.space import Choice
+from harness.config.study import Study
+from harness.config.train import FinalConfig, OptimConfig, TrainConfig
 from harness.data.image_folder import ImageFolder
 from harness.models.maxvit import MaxViTT
-from harness.pruners import no_pruning
-from harness.samplers import grid
-from harness.space import Choice
+from harness.search.pruners import no_pruning
+from harness.search.samplers import grid
 
 STUDY = Study(
     name="maxvit",

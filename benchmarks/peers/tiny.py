@@ -4,12 +4,13 @@ Every contestant trains these ten for as many epochs, retrains the best on train
 seed, tests it and keeps the model. Nothing is pruned.
 """
 
-from harness.config import FinalConfig, OptimConfig, Study, TrainConfig
+from harness.config.space import Choice
+from harness.config.study import Study
+from harness.config.train import FinalConfig, OptimConfig, TrainConfig
 from harness.data.image_folder import ImageFolder
 from harness.models.maxvit import TinyMaxViT
-from harness.pruners import no_pruning
-from harness.samplers import grid
-from harness.space import Choice
+from harness.search.pruners import no_pruning
+from harness.search.samplers import grid
 
 STUDY = Study(
     name="tiny",

@@ -1,1 +1,1 @@
-"""Data sets, and the one way from their images to tensors (`harness.data.tensors`)."""
+"""Data sets, and the one way from their images to tensors (`harness.data.splits`)."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.config import AugmentConfig
+from harness.config.train import AugmentConfig
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, as the pretrained weights expect
 STD = (0.229, 0.224, 0.225)

@@ -25,11 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from harness.contracts import Dataset
+from harness.base.environment import cores
+from harness.base.errors import Halt
+from harness.base.files import replace_file, replacing
+from harness.config.contracts import Dataset
 from harness.data.decoding import check_proportions, open_image, revision
-from harness.environment import cores
-from harness.errors import Halt
-from harness.files import replace_file, replacing
 
 SHA256 = re.compile("[0-9a-f]{64}")
 KEY = re.compile("[0-9a-f]{32}")  # what `_digest` gives

@@ -32,8 +32,8 @@ from PIL import (  # each plugin registers its format; asked for one that is mis
     WebPImagePlugin,  # noqa: F401
 )
 
+from harness.base.errors import InputError, first_line, shown
 from harness.data.kinds import CONVERT, HEAD, HEIC, IS_RAW, REPLACE, format_of, refusal
-from harness.errors import InputError, first_line, shown
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")  # MPO is opened as JPEG
 # A file in a folder is taken for an image by its name; how it is read is decided by what is in it.

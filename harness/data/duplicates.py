@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from harness.contracts import Dataset, SplitName
+from harness.base.errors import shown
+from harness.base.files import replace_file
+from harness.config.contracts import Dataset, SplitName
 from harness.data.cache import WORKERS
 from harness.data.layout import split_of
-from harness.errors import shown
-from harness.files import replace_file
 
 if TYPE_CHECKING:
     import torch

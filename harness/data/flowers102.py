@@ -11,11 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
-from harness.config import check_sizes, location
-from harness.contracts import SplitName
+from harness.base.errors import InputError
+from harness.config.contracts import SplitName
+from harness.config.space import check_types
+from harness.config.train import check_sizes, location
 from harness.data.cache import ImageFiles
-from harness.errors import InputError
-from harness.space import check_types
 
 PHOTOGRAPH = re.compile(r"jpg/image_[0-9]{5}\.jpg")
 

@@ -8,13 +8,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.config import check_sizes, location
-from harness.contracts import SplitName
+from harness.base.errors import InputError
+from harness.config.contracts import SplitName
+from harness.config.space import check_types
+from harness.config.train import check_sizes, location
 from harness.data.cache import ImageFiles, content_hashes
 from harness.data.decoding import SUFFIXES
 from harness.data.layout import Layout, check_link, check_names, made_by_system, read_layout, read_names
-from harness.errors import InputError
-from harness.space import check_types
 
 BOUNDS: dict[SplitName, float] = {"train": 0.70, "val": 0.85, "test": 1.0}  # of a content's place between 0 and 1
 

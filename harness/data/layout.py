@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 from unicodedata import category, normalize
 
-from harness.contracts import SplitName
-from harness.errors import InputError, is_utf8, shown
+from harness.base.errors import InputError, is_utf8, shown
+from harness.config.contracts import SplitName
 
 # What people call the folders of splits, in any case, also as "training_set" or "test-images".
 LONGEST = 255  # characters of a class name; no folder's name is longer

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.config import require
-from harness.errors import InputError
-from harness.space import check_types
+from harness.base.errors import InputError
+from harness.config.space import check_types
+from harness.config.train import require
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,6 +24,7 @@ WEIGHTS_BYTES = 124_538_661
 WEIGHTS_TENSORS = 582
 WEIGHTS_SHA256 = "bc5ab103d47a7c6c02dc35bf65796b3a6cccf3d51bce330326dbdc634a3ac0e1"
 
+MAKE = "python -m harness.garden.pretrain"
 TINY_WEIGHTS = Path(__file__).with_name("tiny_maxvit.safetensors")
 
 
@@ -73,7 +74,7 @@ class MaxViTT:
 class TinyMaxViT:
     """The same class with three blocks of one layer: 0.4 M parameters for 64 x 64 pixels.
 
-    Its pretrained weights ship with the project; `python -m harness.pretrain` makes them again from drawn flowers.
+    Its pretrained weights ship with the project; `python -m harness.garden.pretrain` makes them again.
     """
 
     pretrained: bool = True
@@ -89,7 +90,7 @@ class TinyMaxViT:
     def check(self, image_size: int) -> None:
         require(image_size % 64 == 0, f"data.image_size must be a multiple of 64 for TinyMaxViT, not {image_size}.")
         if self.pretrained:
-            require(TINY_WEIGHTS.is_file(), f"{TINY_WEIGHTS} is missing; make it with `python -m harness.pretrain`.")
+            require(TINY_WEIGHTS.is_file(), f"{TINY_WEIGHTS} is missing; make it with `{MAKE}`.")
 
     def build(self, classes: int, image_size: int) -> nn.Module:
         """Parameters are drawn from torch's global generator where they are not pretrained."""
@@ -198,7 +199,7 @@ def load_tiny_weights(model: nn.Module) -> None:
     absent = model.load_state_dict(state, strict=False)
     unexpected = [name for name in absent.missing_keys if not is_rebuilt(name)]
     if unexpected or absent.unexpected_keys:
-        raise InputError(f"{TINY_WEIGHTS} does not fit the model; make it again with `python -m harness.pretrain`.")
+        raise InputError(f"{TINY_WEIGHTS} does not fit the model; make it again with `{MAKE}`.")
 
 
 def is_rebuilt(name: str) -> bool:

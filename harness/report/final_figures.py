@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.predictions import calibration_sentence, from_record
+from harness.final.predictions import calibration_sentence, from_record
 from harness.report.figures import ACCENT, ACCURACIES, INK, LINE, SOFT, Plot, empty
 
 FEW = 10  # predictions: with fewer, a bar says little

@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from harness.report.figures import ACCENT, INK, Plot, empty
+from harness.store.records import TrialRecord
+from harness.store.store import Store
+
 if TYPE_CHECKING:
     import optuna
 
 RESAMPLES = 100
 INTERVAL = (5, 95)  # percentiles
+FEW = 20  # complete trials: with fewer, importances are a hint at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,3 +65,41 @@ def _shares(trials: Sequence[optuna.trial.FrozenTrial], names: Sequence[str]) ->
         warnings.simplefilter("ignore")
         found = optuna.importance.get_param_importances(study, params=list(names))
     return [float(found[name]) for name in names]
+
+
+def importance_plot(store: Store, complete: Sequence[TrialRecord]) -> Plot:
+    title = "Importances"
+    names = sorted(set.intersection(*(set(trial.params) for trial in complete)))
+    found = importances(store.optuna_study, names)[::-1] if names else []
+    if not found:
+        why = "Importances need two complete trials with different results."
+        return Plot(title=title, caption=why, width="half")
+    figure = empty(
+        height=max(90 + 52 * len(found), 280),
+        xaxis_tickformat=".0%",
+        xaxis_range=[0, 1.04],
+        bargap=0.5,
+    )
+    figure.add_bar(
+        x=[each.share for each in found],
+        y=[each.name for each in found],
+        orientation="h",
+        marker={"color": ACCENT, "opacity": 0.75},
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [each.high - each.share for each in found],
+            "arrayminus": [each.share - each.low for each in found],
+            "color": INK,
+            "thickness": 1.3,
+            "width": 5,
+        },
+        customdata=[[each.low, each.high] for each in found],
+        hovertemplate="%{y}: %{x:.0%}, %{customdata[0]:.0%} to %{customdata[1]:.0%}<extra></extra>",
+    )
+    hint = " With so few, take it as a hint at most." if len(complete) < FEW else ""
+    caption = (
+        f"Share of what separates the best trials from the others (PED-ANOVA over {len(complete)} complete trials). "
+        f"The lines span {INTERVAL[1] - INTERVAL[0]} % of the shares that trials drawn anew from these give.{hint}"
+    )
+    return Plot(title=title, caption=caption, figure=figure, width="half")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.words import percent
+from harness.base.words import percent
 
 TEMPLATES = Path(__file__).with_name("templates")
 

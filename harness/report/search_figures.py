@@ -7,32 +7,32 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from harness.overview import subject
 from harness.report.figures import (
     ACCENT,
     ACCURACIES,
     AMBER,
     INK,
     LINE,
+    PAIR,
     SCALE,
     SHARE,
     SOFT,
     STATES,
     Plot,
     empty,
+    table_of,
     whole_numbers,
 )
-from harness.report.importance import INTERVAL, importances
+from harness.report.importance import importance_plot
+from harness.report.overview import subject
 from harness.report.parallel import parallel_coordinates
-from harness.storage import Store, TrialRecord
+from harness.store.store import Store, TrialRecord
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 ACCURACY = "validation accuracy"
 PREDICTED = "predicted end"
-PAIR = ("optim.base_lr", "optim.depth_lr_mult")
-FEW = 20  # complete trials: with fewer, importances are a hint at most
 ROOM = 0.6  # of a trial, beside the first and the last: half of a bar and a little
 GRID = 160  # steps a side of the contour; with few, it ends in stairs before it comes to the outermost trials
 BETWEEN = 6  # complete trials: with fewer, nothing is interpolated
@@ -44,7 +44,7 @@ def search_plots(store: Store, trials: Sequence[TrialRecord]) -> list[Plot]:
     plots = [_history(trials), _learning_curves(trials, store)]
     if not complete:
         return plots
-    plots += [_importances(store, complete), _ladder(store), _landscape(store, trials)]
+    plots += [importance_plot(store, complete), _ladder(store), _landscape(store, trials)]
     if len(complete) > 1 and complete[0].params:
         caption = "A line a complete trial, from its parameters to its accuracy; the stronger its colour, the better."
         figure = parallel_coordinates(store.optuna_study)
@@ -180,44 +180,6 @@ def _add_curves(
     )
 
 
-def _importances(store: Store, complete: Sequence[TrialRecord]) -> Plot:
-    title = "Importances"
-    names = sorted(set.intersection(*(set(trial.params) for trial in complete)))
-    found = importances(store.optuna_study, names)[::-1] if names else []
-    if not found:
-        why = "Importances need two complete trials with different results."
-        return Plot(title=title, caption=why, width="half")
-    figure = empty(
-        height=max(90 + 52 * len(found), 280),
-        xaxis_tickformat=".0%",
-        xaxis_range=[0, 1.04],
-        bargap=0.5,
-    )
-    figure.add_bar(
-        x=[each.share for each in found],
-        y=[each.name for each in found],
-        orientation="h",
-        marker={"color": ACCENT, "opacity": 0.75},
-        error_x={
-            "type": "data",
-            "symmetric": False,
-            "array": [each.high - each.share for each in found],
-            "arrayminus": [each.share - each.low for each in found],
-            "color": INK,
-            "thickness": 1.3,
-            "width": 5,
-        },
-        customdata=[[each.low, each.high] for each in found],
-        hovertemplate="%{y}: %{x:.0%}, %{customdata[0]:.0%} to %{customdata[1]:.0%}<extra></extra>",
-    )
-    hint = " With so few, take it as a hint at most." if len(complete) < FEW else ""
-    caption = (
-        f"Share of what separates the best trials from the others (PED-ANOVA over {len(complete)} complete trials). "
-        f"The lines span {INTERVAL[1] - INTERVAL[0]} % of the shares that trials drawn anew from these give.{hint}"
-    )
-    return Plot(title=title, caption=caption, figure=figure, width="half")
-
-
 # -- learning rates ------------------------------------------------------------------------------------------------
 
 
@@ -265,7 +227,7 @@ def _landscape(store: Store, trials: Sequence[TrialRecord]) -> Plot:
         return Plot(title=title, caption="It needs two complete trials that differ in both.")
     definition = store.facts().definition or {}
     if all(str(definition.get(f"space.{name}", "")).startswith("Choice") for name in PAIR):
-        return Plot(title=title, caption="The mean of the complete trials in each cell.", figure=_table_of(complete))
+        return Plot(title=title, caption="The mean of the complete trials in each cell.", figure=table_of(complete))
     figure = empty(height=420, xaxis_title="base learning rate", yaxis_title="depth-LR multiplier")
     drawn = [trial for trial in trials if set(PAIR) <= set(trial.params)]
     rates = [trial.params[PAIR[0]] for trial in drawn]
@@ -346,32 +308,6 @@ def _ends(values: Sequence[float]) -> dict[str, float]:
     """Where the colours of accuracies end: plotly's own ends of equal ones lie below 0 and above 100 %."""
     low, high = min(values), max(values)
     return {"cmin": low, "cmax": high} if low < high else {"cmin": 0.0, "cmax": 1.0}
-
-
-def _table_of(complete: Sequence[TrialRecord]) -> Figure:
-    cells: dict[tuple[float, float], list[float]] = {}
-    for trial in complete:
-        cells.setdefault((trial.params[PAIR[0]], trial.params[PAIR[1]]), []).append(trial.value or 0.0)
-    columns, rows = (sorted({key[place] for key in cells}) for place in (0, 1))
-    means = {key: sum(values) / len(values) for key, values in cells.items()}
-    z = [[means.get((column, row)) for column in columns] for row in rows]
-    figure = empty(xaxis_title="base learning rate", yaxis_title="depth-LR multiplier")
-    figure.add_heatmap(
-        x=[f"{column:g}" for column in columns],
-        y=[f"{row:g}" for row in rows],
-        z=z,
-        text=[["" if value is None else f"{100 * value:.2f} %" for value in row] for row in z],
-        texttemplate="%{text}",
-        textfont={"size": 15},
-        colorscale=SCALE,
-        xgap=3,
-        ygap=3,
-        showscale=False,
-        hovertemplate="base LR %{x}, multiplier %{y}: %{text}<extra></extra>",
-    )
-    figure.update_xaxes(type="category", showgrid=False)
-    figure.update_yaxes(type="category", showgrid=False)
-    return figure
 
 
 def time_plot(trials: Sequence[TrialRecord]) -> Plot:

@@ -12,16 +12,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.audit import audit_sentences
-from harness.files import replace_file
-from harness.final_result import FinalResult
-from harness.overview import cost_sentences, frame, in_words, overview, subject, trial_records
+from harness.base.files import replace_file
+from harness.base.words import duration, percent
+from harness.config.final_result import FinalResult
+from harness.final.audit import audit_sentences
+from harness.final.sentences import (
+    all_equal,
+    choice_sentence,
+    prospect_sentence,
+    selection_sentence,
+    test_sentence,
+    verdict,
+)
 from harness.report.final_figures import final_plots
+from harness.report.overview import cost_sentences, frame, in_words, overview, subject, trial_records
 from harness.report.page import render
 from harness.report.search_figures import search_plots, time_plot
-from harness.sentences import all_equal, choice_sentence, prospect_sentence, selection_sentence, test_sentence, verdict
-from harness.storage import Store, TrialRecord
-from harness.words import duration, percent
+from harness.store.store import Store, TrialRecord
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

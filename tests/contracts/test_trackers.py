@@ -10,11 +10,8 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from harness.config import Study
-from harness.keys import final_key, trial_key
-from harness.mlflow_places import local_tracker
-from harness.mlflow_tracker import MLflowTracker
-from harness.results import (
+from harness.base.keys import final_key, trial_key
+from harness.config.events import (
     Completed,
     Diverged,
     EpochEnded,
@@ -25,7 +22,10 @@ from harness.results import (
     TrialEnded,
     TrialStarted,
 )
-from harness.storage import Store
+from harness.config.study import Study
+from harness.store.store import Store
+from harness.tracking.places import local_tracker
+from harness.tracking.tracker import MLflowTracker
 from tests.analytic import epoch_result, memory_store
 from tests.conftest import make_study
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from harness.config import AugmentConfig
+from harness.config.train import AugmentConfig
 from harness.data.augment import MEAN, STD, affine_maps, augment, colour_maps, crops, normalise
 
 STILL = {

@@ -17,12 +17,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
+from harness.base.errors import InputError
 from harness.data import decoding
 from harness.data.cache import ImageFiles, decoded
 from harness.data.decoding import SUFFIXES, decode, open_image, revision
 from harness.data.image_folder import ImageFolder
 from harness.data.layout import made_by_system
-from harness.errors import InputError
 
 
 def flower(width: int = 24, height: int = 18) -> Image.Image:

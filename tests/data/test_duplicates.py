@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
-from harness.contracts import SplitName
-from harness.data.drawing import DEMO_SPECIES, draw
+from harness.config.contracts import SplitName
 from harness.data.duplicates import _name, find
-from harness.data.garden import Garden
 from harness.data.image_folder import ImageFolder
-from harness.data.tensors import items_of, load_split, load_test
+from harness.data.splits import items_of, load_split, load_test
+from harness.garden.dataset import Garden
+from harness.garden.drawing import draw
+from harness.garden.species import DEMO_SPECIES
 
 SIDE = 64
 

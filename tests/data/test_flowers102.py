@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.base.errors import InputError
 from harness.data.flowers102 import Flowers102
-from harness.errors import InputError
 from tests.conftest import PROJECT
 
 SHARED = PROJECT.parent / "shared"

@@ -10,14 +10,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from harness.data.drawing import DEMO_SPECIES, PRETRAINING_SPECIES
-from harness.data.garden import Garden
-from harness.errors import InputError
+from harness.base.errors import InputError
+from harness.garden.dataset import Garden
+from harness.garden.species import DEMO_SPECIES, PRETRAINING_SPECIES
 from tests.conftest import PROJECT
 
 DRAW = """
 import hashlib
-from harness.data.garden import Garden
+from harness.garden.dataset import Garden
 garden = Garden(train_per_class=1)
 pixels = b"".join(garden.open(item).tobytes() for item, _ in garden.samples("train"))
 print(hashlib.sha256(pixels).hexdigest())

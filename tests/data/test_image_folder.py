@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from harness.base.errors import InputError
 from harness.data.image_folder import ImageFolder
-from harness.data.tensors import remarks
-from harness.errors import InputError
+from harness.data.splits import remarks
 
 SPLITS = ("train", "val", "test")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from harness.base.errors import InputError
 from harness.data.image_folder import ImageFolder
 from harness.data.layout import check_names, look
-from harness.errors import InputError
 
 COMPOSED, DECOMPOSED = "\xf6l", "o\u0308l"
 
@@ -98,8 +98,8 @@ def test_names_in_many_scripts_are_let_through() -> None:
 
 
 def test_names_of_any_data_set_are_checked_before_its_images_are_looked_at() -> None:
-    from harness.data.garden import Garden
-    from harness.data.tensors import prepare
+    from harness.data.splits import prepare
+    from harness.garden.dataset import Garden
 
     class Twins(Garden):
         def classes(self) -> tuple[str, ...]:

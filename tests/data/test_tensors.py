@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from harness.data.garden import Garden
 from harness.data.image_folder import ImageFolder
-from harness.data.tensors import Splits, fits, load_splits, load_test, load_train_and_val, prepare
+from harness.data.splits import Splits, fits, load_splits, load_test, load_train_and_val, prepare
+from harness.garden.dataset import Garden
 from tests.conftest import PROJECT
 
 
@@ -134,7 +134,7 @@ def test_only_final_mentions_load_test() -> None:
                 defines = isinstance(node, ast.FunctionDef) and source.name == "tensors.py"
                 if not defines and source != PROJECT / "harness" / "final.py":
                     offenders.append(f"{source.relative_to(PROJECT)}:{getattr(node, 'lineno', '?')}")
-    assert not offenders, f"only harness/final.py may use load_test, not {', '.join(offenders)}"
+    assert not offenders, f"only harness/final/test_set.py may use load_test, not {', '.join(offenders)}"
 
 
 # --- the fingerprint ---

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import maxvit_t
 
-from harness.errors import InputError
+from harness.base.errors import InputError
 from harness.models.maxvit import (
     TINY_WEIGHTS,
     WEIGHTS_BYTES,

@@ -1,0 +1,1 @@
+"""Errors, seeds, files, versions, the wording of numbers: it knows nothing of studies."""

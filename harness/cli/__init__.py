@@ -1,0 +1,1 @@
+"""Commands, messages, exit codes."""

@@ -1,0 +1,234 @@
+"""The command line: commands, options, and what they may hold."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from harness.base.errors import is_utf8, shown
+from harness.base.files import as_meant
+from harness.config.space import LARGEST, MOST_TRIALS, shortened
+
+MOST_WORKERS = 10_000  # a larger number is a slip of the keyboard
+
+
+class Parser(argparse.ArgumentParser):
+    """One that takes no shortened options: a command is kept, and typed again by somebody else."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+
+def build_parser(program: str) -> argparse.ArgumentParser:
+    """The command line; `run_study.py` is `run` alone."""
+    if program == "run_study.py":
+        parser = Parser(prog=program, description="Run or resume a hyperparameter study.")
+        _add_run(parser)
+        return parser
+    parser = Parser(prog=program, description="Hyperparameter studies of image classifiers.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="run or resume a study (the same as run_study.py)")
+    _add_run(run)
+    show = commands.add_parser("show", help="what a study found so far")
+    show.add_argument("study", metavar="STUDY", help="a study's name or file")
+    show.add_argument("--json", action="store_true", help="print one JSON object")
+    show.add_argument("--digest", action="store_true", help="print a sha256 of the results: equal ones, equal studies")
+    show.add_argument("--groups", action="store_true", help="print the parameter groups of the base configuration")
+    show.set_defaults(command="show")
+    report = commands.add_parser("report", help="write a study's report (HTML) and its trials (CSV)")
+    report.add_argument("study", metavar="STUDY", help="a study's name or file")
+    report.add_argument("--output", metavar="DIR", type=_path, help="where to (default: studies/NAME.report)")
+    report.set_defaults(command="report")
+    reproduce = commands.add_parser("reproduce", help="train a trial again and compare every epoch with the record")
+    reproduce.add_argument("study", metavar="STUDY", help="a study's name or file")
+    reproduce.add_argument("trial", metavar="N", type=_whole(0), help="the trial's number")
+    reproduce.add_argument("--data-root", metavar="DIR", type=_recorded, help="the folder that holds the data set")
+    reproduce.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps (default: what the study ran on)")
+    reproduce.set_defaults(command="reproduce")
+    replay = commands.add_parser("replay", help="ask the sampler for every trial again and compare with the record")
+    replay.add_argument("study", metavar="STUDY", help="a study's name or file")
+    replay.set_defaults(command="replay")
+    _add_storage(replay)
+    _add_audit(commands.add_parser("audit", help="train some pruned trials to their ends: what did pruning cost?"))
+    doctor = commands.add_parser("doctor", help="whether storage, MLflow, checkpoints and processes agree")
+    doctor.add_argument("study", metavar="STUDY", help="a study's name or file")
+    doctor.add_argument("--fix", action="store_true", help="mend what disagrees; the storage is right")
+    doctor.set_defaults(command="doctor")
+    export = commands.add_parser("export", help="write the final model as an ONNX file")
+    export.add_argument("study", metavar="STUDY", help="a study's name or file")
+    export.add_argument("--onnx", metavar="FILE", type=_path, required=True, help="where to")
+    export.set_defaults(command="export")
+    _add_storage(export)
+    for command in (show, report, reproduce, doctor):
+        _add_places(command)
+    _add_predict(commands.add_parser("predict", help="what the saved model says about photographs"))
+    _add_demo(commands.add_parser("demo", help="open a page where the saved model names the flower in a photograph"))
+    ui = commands.add_parser("ui", help="open the MLflow UI on the logged runs")
+    ui.add_argument(
+        "--tracking-uri", metavar="URI", type=_url, help="the MLflow database or server (default: mlruns/mlflow.db)"
+    )
+    ui.add_argument("--host", type=_recorded, default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    ui.add_argument("--port", type=_whole(1, 65_535), default=5000, help="port to listen on (default: %(default)s)")
+    ui.set_defaults(command="ui")
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--study", metavar="NAME|FILE", default="flowers102", help="the study (default: %(default)s)")
+    parser.add_argument(
+        "--trials",
+        metavar="N",
+        type=_whole(1, MOST_TRIALS),
+        help="how many finished trials the study should have in all",
+    )
+    parser.add_argument("--data-root", metavar="DIR", type=_recorded, help="the folder that holds the data set")
+    parser.add_argument(
+        "--set",
+        metavar="PATH=VALUE",
+        action="append",
+        default=[],
+        help="change a field of the base configuration, e.g. epochs=5, data.limit=204, optim.weight_decay=0.05, "
+        "final.seeds=1; repeatable",
+    )
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps (default: what the study says, else auto)")
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=_whole(1, MOST_WORKERS),
+        default=0,
+        help="processes that train side by side, each with a GPU of its own or its share of the cores (default: 1; "
+        "with --engine ray one for each GPU of the cluster, without GPUs one for each node)",
+    )
+    parser.add_argument(
+        "--workers-per-gpu",
+        metavar="N",
+        type=_whole(1, MOST_WORKERS),
+        default=1,
+        help="how many share a GPU (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=["processes", "ray"],
+        default="processes",
+        help="where the workers run: processes of this machine, or tasks on a Ray cluster (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="auto|HOST:PORT",
+        type=_recorded,
+        help="with --engine ray: the cluster (default: auto, the one that this machine belongs to)",
+    )
+    parser.add_argument(
+        "--reopen-test",
+        metavar="REASON",
+        type=_recorded,
+        help="open the test set again for a better trial; the reason is kept in the ledger and shown in every report",
+    )
+    parser.add_argument("--fresh", action="store_true", help="move an existing study of this name aside and start anew")
+    _add_places(parser)
+    parser.set_defaults(command="run")
+
+
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", metavar="STUDY", help="a study's name or file")
+    parser.add_argument("images", metavar="IMAGE|DIR", nargs="+", type=_path, help="photographs, or folders of them")
+    parser.add_argument("--top", metavar="N", type=_whole(1), help="how many classes to show (default: 5)")
+    parser.add_argument(
+        "--csv", metavar="FILE", type=_path, help="write a table instead (-: to stdout): file, rank, class, probability"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
+    _add_storage(parser)
+    parser.set_defaults(command="predict")
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", metavar="STUDY", help="a study's name or file")
+    parser.add_argument(
+        "--host", type=_recorded, default="127.0.0.1", help="address to listen on (default: %(default)s)"
+    )
+    parser.add_argument("--port", type=_whole(1, 65_535), default=7860, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--data-root", metavar="DIR", type=_recorded, help="the data set, for example photographs")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
+    _add_storage(parser)
+    parser.set_defaults(command="demo")
+
+
+def _add_audit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", metavar="STUDY", help="a study's name or file")
+    parser.add_argument(
+        "--fraction",
+        metavar="F",
+        type=_fraction,
+        default=0.1,
+        help="of the pruned trials, at least (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=_whole(0, LARGEST), default=0, help="of the drawing (default: %(default)s)"
+    )
+    parser.add_argument("--data-root", metavar="DIR", type=_recorded, help="the folder that holds the data set")
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps (default: what the study ran on)")
+    _add_places(parser)
+    parser.set_defaults(command="audit")
+
+
+def _add_storage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--storage", metavar="URL", type=_url, help="the study's database (default: sqlite, beside the study file)"
+    )
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    _add_storage(parser)
+    parser.add_argument(
+        "--tracking-uri", metavar="URI", type=_url, help="an MLflow server or database (default: mlruns/mlflow.db)"
+    )
+
+
+def _given(text: str) -> str:
+    """A blank text is a variable that was not set; the default would go elsewhere than was meant."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; give a value or leave it out")
+    return text
+
+
+def _recorded(text: str) -> str:
+    """A text that goes into records and messages."""
+    if not is_utf8(_given(text)):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no UTF-8 and cannot be recorded; rename it")
+    return text
+
+
+def _url(text: str) -> str:
+    return as_meant(_recorded(text))
+
+
+def _path(text: str) -> Path:
+    return Path(_given(text))
+
+
+def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """What reads a whole number that is neither smaller nor larger."""
+
+    def read(text: str) -> int:
+        # The length first: Python refuses to read a number of thousands of digits.
+        number = int(text) if len(text) <= 30 and re.fullmatch(r"\s*[+-]?[0-9]+\s*", text, re.ASCII) else None
+        if number is None or number < low or (high is not None and number > high):
+            least = "0 or more" if low == 0 else f"of at least {low}"
+            most = "" if high is None else f" and at most {high:,}"
+            raise argparse.ArgumentTypeError(f"it must be a whole number {least}{most}, not {shortened(text)}")
+        return number
+
+    return read
+
+
+def _fraction(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"it must be a number above 0 and at most 1, not {shortened(text)}")
+    return share

@@ -1,0 +1,185 @@
+"""The `audit` command: pruned trials, drawn at random, are trained to their ends with nobody to stop them."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Generator
+from contextlib import closing
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from harness.base import mounts
+from harness.base.environment import environment
+from harness.base.errors import DONE, InputError
+from harness.base.files import sqlite_file
+from harness.base.keys import audit_key
+from harness.base.seeds import derive_seed
+from harness.cli.reproduce import Compared, explanation
+from harness.cli.run import keep_imports
+from harness.config import find as catalogue
+from harness.config.events import EpochResult
+from harness.config.options import RunOptions
+from harness.config.study import Study
+from harness.data.splits import prepare
+from harness.final import audit
+from harness.report.write import write_report
+from harness.store import opening
+from harness.store.store import Store, TrialRecord
+from harness.tracking.places import attached, tracker_at, uri_of
+from harness.training.checkpoint import SUFFIX, Checkpoint, identity_of, remove
+from harness.training.job import assemble, decide_runtime
+from harness.training.loop import fit
+from harness.training.step import Runtime
+
+
+def audit_study(options: RunOptions, fraction: float, seed: int) -> int:
+    """Audit a study, or go on with it; returns the exit code. Raises InputError for what a user can mend."""
+    found = catalogue.find(options.study)
+    study = found.study.located(found.home, options.data_root, options.device)
+    url = opening.url_of(found, options.storage)
+    if options.tracking_uri:
+        tracker_at(options.tracking_uri)  # a URI that is none is named before anything is trained
+    with opening.read_store(study.name, url) as store:
+        study = opening.as_begun(study, store)
+        check_ended(study, store)
+        if not pruned(store):
+            print(f"Study {study.name!r} has no pruned trials: pruning saved nothing, and there is nothing to audit.")
+            return DONE
+        runtime = decide_runtime(study.train, store.facts().runtime)
+        content = None
+        if missing(store, fraction, seed):
+            content = {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
+        opening.as_begun(study, store, content)
+    if (risk := mounts.warning(sqlite_file(url))) is not None:
+        print(f"Warning: {risk}", file=sys.stderr)
+    keep_imports()
+    with opening.open_store(study, url, content) as store:
+        checkpoints = found.beside(url, ".checkpoints")
+        with closing(train(study, store, runtime, checkpoints, fraction, seed)) as lines:
+            for line in lines:
+                store.check_file()
+                print(line, flush=True)
+        store.check_file()
+        print("\n".join(audit.audit_sentences(store.facts().audit or {})))
+        _write_report(study, store, found, options.tracking_uri)
+    return DONE
+
+
+def _write_report(study: Study, store: Store, found: catalogue.Found, tracking_uri: str | None) -> None:
+    """Write the study's report again, and the copy in MLflow if there is one. Raises Halt when there is no room."""
+    folder = found.beside(store.url, ".report")
+    page = write_report(study.name, store, uri_of(tracking_uri, found.mlruns), folder)
+    print(f"report    {page}", flush=True)
+    try:
+        tracker = attached(tracking_uri, found.mlruns, study, store)
+        if tracker is not None:
+            tracker.replace_folder(folder)
+    except InputError as error:  # the audit is none the worse
+        print(f"{error} The report there lacks this audit; the same command writes it, and trains nothing again.")
+
+
+def check_ended(study: Study, store: Store) -> None:
+    """Raise InputError unless the study has come to its end, and has a winner."""
+    under_way = [trial.number for trial in store.trials() if trial.state == "running"]
+    if under_way:
+        raise InputError(
+            f"Trial {under_way[0]} of study {study.name!r} is not finished; run the study to its end first."
+        )
+    if store.best() is None:
+        raise InputError(f"Study {study.name!r} has no complete trial to compare with; run it with a larger --trials.")
+    if not store.is_settled():
+        raise InputError(f"The final run of study {study.name!r} is missing; run the study to its end first.")
+
+
+def pruned(store: Store) -> dict[int, TrialRecord]:
+    """The pruned trials by number."""
+    return {trial.number: trial for trial in store.trials() if trial.state == "pruned"}
+
+
+def results_of(store: Store) -> dict[str, Any]:
+    """The trials that were audited so far, by number."""
+    return dict((store.facts().audit or {}).get("results", {}))
+
+
+def sample(store: Store, fraction: float, seed: int) -> list[int]:
+    """The pruned trials to audit, in the order in which they are trained."""
+    return audit.draw(pruned(store), fraction, seed, [int(number) for number in results_of(store)])
+
+
+def missing(store: Store, fraction: float, seed: int) -> list[int]:
+    """Those of them that are still to be trained."""
+    return [number for number in sample(store, fraction, seed) if str(number) not in results_of(store)]
+
+
+def train(
+    study: Study, store: Store, runtime: Runtime, checkpoints: Path, fraction: float, seed: int
+) -> Generator[str, None, None]:
+    """Train what the sample lacks, yielding a line an epoch, and record each trial as it ends.
+
+    Only the study's attribute "audit" is written. Killed anywhere, it goes on to the same record.
+    """
+    trials, results = pruned(store), results_of(store)
+    asked = sample(store, fraction, seed)
+    courses = [course(study, trial) for trial in store.trials()]
+    for number in asked:
+        path = checkpoints / f"{audit_key(number)}{SUFFIX}"
+        if str(number) not in results:
+            results[str(number)] = yield from _to_the_end(study, trials[number], store, runtime, path)
+            store.set_attribute("audit", audit.record(courses, results, len(asked), seed))
+        remove(path)
+    store.set_attribute("audit", audit.record(courses, results, len(asked), seed))
+
+
+def course(study: Study, trial: TrialRecord) -> audit.Course:
+    """What the audit needs of a trial."""
+    return audit.Course(
+        number=trial.number,
+        state=trial.state,
+        epochs=study.config(trial.params).epochs,
+        curve=tuple(trial.curve.values()),
+        seconds=trial.seconds or 0.0,
+        epoch_seconds=statistics.fmean(each.seconds for each in trial.epochs) if trial.epochs else 0.0,
+    )
+
+
+def _to_the_end(
+    study: Study, trial: TrialRecord, store: Store, runtime: Runtime, path: Path
+) -> Generator[str, None, dict[str, Any]]:
+    """Train a pruned trial from its own seed; returns what is kept of it."""
+    config, seed = study.config(trial.params), derive_seed(study.seed, "trial", trial.number)
+    training = assemble(config, runtime, seed)
+    training.progress.micro_batch = trial.epochs[0].micro_batch
+    identity = identity_of(store.uid, audit_key(trial.number), seed, config)
+    checkpoint = Checkpoint(path, identity, training, environment(runtime.device))
+    checkpoint.restore()
+    now: list[EpochResult] = []
+    with checkpoint.saved_when_stopped(), closing(fit(training, checkpoint.after_batch)) as results:
+        for result in chain(tuple(training.progress.epochs), results):
+            if not result.is_finite():
+                yield f"trial {trial.number}  epoch {result.epoch}/{config.epochs}  diverged"
+                break
+            now.append(result)
+            yield _line(trial, result, config.epochs)
+    same = len(now) >= len(trial.epochs) and all(_same(trial, result) for result in now)
+    return {
+        "state": "complete" if len(now) == config.epochs else "diverged",
+        "curve": [result.val.accuracy for result in now if result.val is not None],
+        "same": same,
+        "explanation": None if same else explanation(trial, runtime),
+    }
+
+
+def _same(trial: TrialRecord, result: EpochResult) -> bool:
+    """Whether the epoch came out as it was recorded; one that was not run then does."""
+    if result.epoch > len(trial.epochs):
+        return True
+    return Compared(recorded=trial.epochs[result.epoch - 1], now=result).same
+
+
+def _line(trial: TrialRecord, result: EpochResult, epochs: int) -> str:
+    assert result.val is not None, "a trial has a validation split"
+    known = result.epoch <= len(trial.epochs)
+    word = ("as recorded" if _same(trial, result) else "DIFFERENT from the record") if known else "beyond the record"
+    return f"trial {trial.number}  epoch {result.epoch}/{epochs}  val {result.val.accuracy:.2%}  {word}"

@@ -1,0 +1,73 @@
+"""Training a trial again, and holding every epoch against the record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+
+from harness.base.environment import environment
+from harness.base.errors import InputError
+from harness.base.seeds import derive_seed
+from harness.config.events import EpochResult
+from harness.config.study import Study
+from harness.store.store import TrialRecord
+from harness.training.checkpoint import differences
+from harness.training.job import assemble
+from harness.training.loop import fit
+from harness.training.step import Runtime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """An epoch as it was recorded, and as it came out now."""
+
+    recorded: EpochResult
+    now: EpochResult
+
+    @property
+    def same(self) -> bool:
+        return (self.recorded.train, self.recorded.val, self.recorded.lr) == (self.now.train, self.now.val, self.now.lr)
+
+    def line(self) -> str:
+        """Recorded and new numbers side by side."""
+        then, now = self.recorded, self.now
+        digits = ".6f" if self.same else ""  # all of them where six would look the same
+        words = [f"epoch {then.epoch}", f"loss {then.train.loss:{digits}} {now.train.loss:{digits}}"]
+        if then.val is not None and now.val is not None:
+            words.append(f"val {then.val.accuracy:.2%} {now.val.accuracy:.2%}")
+        return "  ".join([*words, "same" if self.same else "DIFFERENT"])
+
+
+def reproduce(study: Study, trial: TrialRecord, runtime: Runtime) -> Iterator[Compared]:
+    """Train the trial's recorded epochs again from its seed. Raises InputError when none was recorded."""
+    if trial.state == "running":
+        raise InputError(f"Trial {trial.number} is not finished; run the study to its end first.")
+    if not trial.epochs:
+        raise InputError(f"Trial {trial.number} has no recorded epoch to compare with ({trial.state}); take another.")
+    training = assemble(study.config(trial.params), runtime, derive_seed(study.seed, "trial", trial.number))
+    training.progress.micro_batch = trial.epochs[0].micro_batch
+    with closing(fit(training)) as results:
+        for recorded, now in zip(trial.epochs, results, strict=False):
+            yield Compared(recorded=recorded, now=now)
+
+
+def explanation(trial: TrialRecord, runtime: Runtime) -> str:
+    """Why the numbers may differ: what was another version, device or number of threads then."""
+    here = environment(runtime.device)
+    found = [text for each in trial.environments if (text := differences(each, here))]
+    if any(each.micro_batch != trial.epochs[0].micro_batch for each in trial.epochs):
+        found.append("memory ran out in the middle of it, and fewer images passed at once from there on")
+    if len(trial.environments) > 1:
+        found.append("the trial was interrupted and went on elsewhere")
+    if not found:
+        return "Versions, device, threads and commit are those of then; uncommitted code or the machine differs."
+    return "Different from then: " + "; ".join(found) + "." + _remedy(trial, here)
+
+
+def _remedy(trial: TrialRecord, here: Mapping[str, str]) -> str:
+    """What trains with as many threads as then; workers that share the cores have fewer than one process alone."""
+    threads = {each.get("threads", here["threads"]) for each in trial.environments}
+    if len(threads) != 1 or threads == {here["threads"]}:
+        return ""
+    return f" Set OMP_NUM_THREADS={threads.pop()} to train with as many threads as then."

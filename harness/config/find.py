@@ -1,0 +1,125 @@
+"""Finding a study by its name or file, and where everything that belongs to it lies."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from harness.base.errors import InputError, is_utf8
+from harness.base.files import sqlite_file, sqlite_url
+
+if TYPE_CHECKING:
+    from harness.config.study import Study
+
+PROJECT = Path(__file__).resolve().parents[2]
+NO_STUDY = "defines no STUDY = Study(...)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A study and its places. `home` holds `studies/`, `mlruns/` and `data/`."""
+
+    study: Study
+    file: Path
+    home: Path
+
+    @property
+    def storage_url(self) -> str:
+        return sqlite_url(self.file.parent / f"{self.study.name}.db")
+
+    def beside(self, url: str, suffix: str) -> Path:
+        """A folder that belongs to the results at `url`: beside a SQLite file, else beside the study file."""
+        file = sqlite_file(url)
+        return (
+            (self.file.parent / f"{self.study.name}{suffix}") if file is None else file.absolute().with_suffix(suffix)
+        )
+
+    def kept(self, url: str) -> list[Path]:
+        """The files and folders of the study and its results at `url`, there or not, that nothing else may replace."""
+        file = sqlite_file(url)
+        beside = ("", "-wal", "-shm", "-journal", ".lock", ".pid")
+        database = [] if file is None else [Path(f"{file}{suffix}") for suffix in beside]
+        return [self.file, *database, *(self.beside(url, suffix) for suffix in (".model", ".checkpoints"))]
+
+    @property
+    def mlruns(self) -> Path:
+        return self.home / "mlruns"
+
+
+def find_home() -> Path:
+    """The folder people work in: this one if it has studies/ or runs, else the project's own."""
+    here = Path.cwd()
+    return here if (here / "studies").is_dir() or (here / "mlruns" / "mlflow.db").is_file() else PROJECT
+
+
+def find(name: str) -> Found:
+    """The study called `name` in studies/, or the one in the file `name`.
+
+    Raises InputError when there is none, or its file is no study.
+    """
+    if name.endswith(".py") or "/" in name:
+        file = Path(name).resolve()
+        if file.is_file() and file.suffix != ".py":
+            raise InputError(f"{file} is no study file; give the .py file that defines the study, or its name.")
+        if not file.is_file():
+            named = f"the name of a study ({', '.join(names())}) or " if names() else ""
+            raise InputError(f"There is no study file {file}; give {named}another file.")
+    else:
+        file = find_home() / "studies" / f"{name}.py"
+        if not file.is_file():
+            if not names():
+                raise InputError(
+                    f"There is no study {name!r}, nor any other in {file.parent}; go to the folder that holds "
+                    "studies/, or give the path to a study's file."
+                )
+            raise InputError(f"There is no study {name!r}; there are {', '.join(names())}. A path to a file works too.")
+    if not is_utf8(str(file)):
+        raise InputError(f"The path {file} is no UTF-8 and cannot be recorded; rename it.")
+    home = file.parent.parent if file.parent.name == "studies" else file.parent
+    return Found(study=_load(file), file=file, home=home)
+
+
+def names() -> list[str]:
+    """The studies that can be named, in order."""
+    files = (find_home() / "studies").glob("*.py")
+    return sorted(file.stem for file in files if not file.stem.startswith("_"))
+
+
+def defines(file: Path, name: str) -> bool:
+    """Whether a file defines the study called so; one that cannot be loaded, for it is being edited, is taken to."""
+    try:
+        return _load(file).name == name
+    except InputError as error:
+        return NO_STUDY not in str(error)
+
+
+def _load(file: Path) -> Study:
+    from harness.config.study import Study
+
+    spec = importlib.util.spec_from_file_location(f"study_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there, should the study define one
+    try:
+        spec.loader.exec_module(module)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+    except (Exception, SystemExit) as error:
+        line = next(
+            (each.lineno for each in reversed(traceback.extract_tb(error.__traceback__)) if each.filename == str(file)),
+            None,
+        )
+        line = error.lineno if isinstance(error, SyntaxError) else line
+        reason = error.msg if isinstance(error, SyntaxError) else f"{type(error).__name__}: {error}".splitlines()[0]
+        place = f"{file}, line {line}" if line else str(file)
+        raise InputError(f"{place}: {reason}; mend the study file.") from error
+    study = getattr(module, "STUDY", None)
+    if not isinstance(study, Study):
+        raise InputError(f"{file} {NO_STUDY}; see studies/demo.py for one.")
+    return study

@@ -1,0 +1,325 @@
+"""Paths into a configuration, and the search space over them.
+
+A configuration is a frozen dataclass of frozen dataclasses. A path such as `optim.base_lr` names one leaf field.
+`replace` is the only way a field is changed: the sampler, `--set` and the tests all pass through its checks.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import itertools
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from harness.base.errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+ConfigT = TypeVar("ConfigT")
+
+LARGEST = 2**63 - 1  # whole number, in a configuration; databases have none beyond
+MOST_TRIALS = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Float:
+    """A real number in [low, high]; `log` searches its logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        _check_range(self)
+        if self.log and self.low <= 0:
+            raise InputError(f"{self} is logarithmic and needs low > 0; write the smallest value you want to try.")
+
+    def contains(self, value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
+
+
+@dataclasses.dataclass(frozen=True)
+class Int:
+    """A whole number in [low, high], both included."""
+
+    low: int
+    high: int
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        _check_range(self)
+        if self.log and self.low < 1:
+            raise InputError(f"{self} is logarithmic and needs low >= 1; write the smallest value you want to try.")
+
+    def contains(self, value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and self.low <= value <= self.high
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One of some values. Optuna stores scalars only, so a tuple such as (1024, 512) travels as its label, 1024-512."""
+
+    options: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.options, tuple | list):
+            raise InputError(f"Choice takes its values as one tuple, such as Choice((64, 128)), not {self.options!r}.")
+        if len(self.options) == 0:
+            raise InputError("Choice(()) offers nothing; list at least one value.")
+        for option in self.options:
+            if not is_plain(option) or isinstance(option, list | dict):
+                raise InputError(f"Choice cannot offer {option!r}; offer numbers, texts, None, or tuples of them.")
+        if len(set(self.labels)) != len(self.options):
+            raise InputError(f"Choice{self.options} offers the same value twice; list each value once.")
+
+    def contains(self, value: Any) -> bool:
+        return value in self.options
+
+    @property
+    def labels(self) -> tuple[Any, ...]:
+        return tuple(label(option) for option in self.options)
+
+    def option(self, chosen: Any) -> Any:
+        """The value behind a label that came back from the storage."""
+        return self.options[self.labels.index(chosen)]
+
+
+Dimension = Float | Int | Choice
+# An Int's ends: the storage keeps floating-point numbers, which tell whole ones apart up to there. A Float's: so that
+# their difference is a number.
+FARTHEST: dict[type, float] = {Int: 2**53, Float: 1e300}
+Space = Mapping[str, Dimension]
+
+
+def _check_range(dimension: Float | Int) -> None:
+    for name in ("low", "high"):
+        if isinstance(end := getattr(dimension, name), float):
+            object.__setattr__(dimension, name, float(end))  # numpy's have another text, which is kept and compared
+    low, high = dimension.low, dimension.high
+    kind, wanted = (int, "whole numbers") if isinstance(dimension, Int) else (int | float, "numbers")
+    if any(not isinstance(end, kind) or isinstance(end, bool) for end in (low, high)):
+        raise InputError(f"{dimension} must lie between two {wanted}.")
+    if not low < high:
+        raise InputError(f"{dimension} is an empty range; the first number must be the smaller one.")
+    if not -FARTHEST[type(dimension)] <= low < high <= FARTHEST[type(dimension)]:
+        raise InputError(f"{shortened(dimension)} reaches too far, or without end; take numbers nearer to 0.")
+
+
+def label(value: Any) -> Any:
+    """How Optuna and MLflow show a value: tuples as 1024-512, scalars as they are."""
+    if isinstance(value, tuple):
+        return "-".join(str(item) for item in value) if value else "none"
+    return value
+
+
+def shortened(value: Any) -> str:
+    """A value as Python writes it, cut off where it would fill the screen."""
+    try:
+        text = repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        text = "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is read back as it was written: a number, a text, None, or a tuple, list or dict of them.
+
+    Not what is only derived from one of these, such as numpy's numbers, whose text changes with its version.
+    """
+    if type(value) in (tuple, list):
+        return all(is_plain(each) for each in value)
+    if type(value) is dict:
+        return all(is_plain(each) for pair in value.items() for each in pair)
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def leaves(config: Any, prefix: str = "", identity_only: bool = False) -> Iterator[tuple[str, Any]]:
+    """Every leaf of a configuration as (path, value), in the order of the definition.
+
+    A field that holds a dataclass is walked into; which class it holds is itself a leaf, `data.type` for example.
+    `identity_only` leaves out the fields that say where something lies or runs, not what is computed.
+    """
+    for field in dataclasses.fields(config):
+        if identity_only and not field.metadata.get("identity", True):
+            continue
+        path, value = prefix + field.name, getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield f"{path}.type", type(value).__name__
+            yield from leaves(value, f"{path}.", identity_only)
+        else:
+            yield path, value
+
+
+def paths(config: Any) -> list[str]:
+    """The paths that `replace` accepts."""
+    return [path for path, _ in leaves(config) if not path.endswith(".type")]
+
+
+def get(config: Any, path: str) -> Any:
+    """The value at a path. Raises InputError listing the right paths if there is none."""
+    _check_path(config, path)
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def replace(config: ConfigT, path: str, value: Any) -> ConfigT:
+    """A copy of `config` with the field at `path` set to `value`, checked against the field's type and range.
+
+    Raises InputError when the path does not exist (listing the right ones) or the value does not fit.
+    """
+    _check_path(config, path)
+    return _replace(config, path.split("."), value, path)
+
+
+def _replace(config: Any, names: list[str], value: Any, path: str) -> Any:
+    name, rest = names[0], names[1:]
+    if rest:
+        return dataclasses.replace(config, **{name: _replace(getattr(config, name), rest, value, path)})
+    return dataclasses.replace(config, **{name: _checked(type(config), name, value, path)})
+
+
+def _checked(owner: type, name: str, value: Any, path: str) -> Any:
+    from pydantic import ValidationError
+
+    hint, adapter = _adapter(owner, name)
+    try:
+        checked = adapter.validate_python(value)
+    except ValidationError as error:
+        raise InputError(f"{path} must be {in_words(hint)}, not {shortened(value)}.") from error
+    for each in checked if isinstance(checked, tuple) else (checked,):
+        if isinstance(each, int) and abs(each) > LARGEST:
+            raise InputError(f"{path} must lie between {-LARGEST:,} and {LARGEST:,}, not {shortened(each)}.")
+    return checked
+
+
+@functools.cache
+def _adapter(owner: type, name: str) -> tuple[Any, TypeAdapter[Any]]:
+    """A field's type, and what checks a value against it."""
+    from pydantic import ConfigDict, TypeAdapter  # 0.1 s, and --help does without
+
+    # This one hint alone: others of the class may name types that only the type checker imports.
+    owner = next(each for each in owner.__mro__ if name in vars(each).get("__annotations__", {}))
+    alone = {"__annotations__": {name: owner.__annotations__[name]}, "__module__": owner.__module__}
+    hint = typing.get_type_hints(type(owner.__name__, (), alone))[name]
+    return hint, TypeAdapter(hint, config=ConfigDict(strict=True))
+
+
+def check_types(config: Any, prefix: str = "") -> None:
+    """Raise InputError unless each plain field (a number, text, tuple, ...) of a configuration holds what it says.
+
+    Fields that hold another configuration are left to it. The values stay as they are written.
+    """
+    for field in dataclasses.fields(config):
+        if PLAIN.fullmatch(str(field.type)):
+            _checked(type(config), field.name, getattr(config, field.name), prefix + field.name)
+
+
+# The written types of plain fields; SplitName and the like, which are names of others, are not among them.
+PLAIN = re.compile(r"(bool|int|float|str|None|Literal|tuple|[\[\]\s,|.]|\"[^\"]*\"|'[^']*')+")
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+
+
+def in_words(hint: Any) -> str:
+    """What a field takes, as a person says it."""
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Literal:
+        return " or ".join(str(each) for each in inner)
+    if kind is tuple:
+        several = WORDS.get(inner[0], str(inner[0])).removeprefix("a ") + "s"
+        example = "(512, 256)" if inner[0] is int else "(0.5, 1.0)"
+        return f"a tuple of {several if inner[-1] is Ellipsis else f'{len(inner)} {several}'} such as {example}"
+    if kind in (types.UnionType, typing.Union):
+        return " or ".join(in_words(each) for each in inner)
+    return WORDS.get(hint) or str(getattr(hint, "__name__", hint))
+
+
+def parse(config: Any, path: str, text: str) -> Any:
+    """The value that `--set PATH=TEXT` means: a JSON or Python literal, otherwise the text itself.
+
+    A single number for a field of several becomes a tuple of one, so that `backbone.hidden=512` works.
+    """
+    value = _literal(text)
+    current = get(config, path)
+    if isinstance(value, list):
+        value = tuple(value)
+    if isinstance(current, tuple) and not isinstance(value, tuple):
+        value = (value,)
+    return value
+
+
+def _literal(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass  # not JSON: perhaps a Python literal, such as 1024,512 or None
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # {[]: 1}, or brackets without end
+        return text
+
+
+def _check_path(config: Any, path: str) -> None:
+    known = paths(config)
+    if path not in known:
+        raise unknown_field(path, known)
+
+
+def unknown_field(path: str, known: list[str]) -> InputError:
+    close = difflib.get_close_matches(path, known, n=1)
+    hint = f"did you mean {close[0]}? The" if close else "the"
+    return InputError(f"There is no field {path!r} in the configuration; {hint} fields are {', '.join(known)}.")
+
+
+def check(space: Space, base: Any) -> None:
+    """Raise InputError unless every path of the space exists in `base`, the base's own value lies in its range, and the
+    ends of the ranges fit the base, alone and any two of them together.
+    """
+    if not isinstance(space, Mapping) or not all(isinstance(path, str) for path in space):
+        raise InputError(f"A study's space maps fields to ranges, such as {{'epochs': Int(2, 8)}}, not {space!r}.")
+    for path, dimension in space.items():
+        if not isinstance(dimension, Float | Int | Choice):
+            raise InputError(f"The space of {path} must be Float(...), Int(...) or Choice((...)), not {dimension!r}.")
+        value = get(base, path)
+        if not dimension.contains(value):
+            raise InputError(
+                f"The base configuration has {path} = {value!r}, outside of its search range {dimension}; "
+                "trial 0 is the base configuration, so widen the range or change the base."
+            )
+    ends = {path: [replace(base, path, bound) for bound in extremes(dimension)] for path, dimension in space.items()}
+    for path, other in itertools.combinations(space, 2):
+        for config, bound in itertools.product(ends[path], extremes(space[other])):
+            try:
+                replace(config, other, bound)
+            except InputError as error:
+                both = f"{path} = {get(config, path)!r} with {other} = {bound!r}"
+                raise InputError(f"The study's space may combine {both}: {error}") from error
+
+
+def extremes(dimension: Dimension) -> tuple[Any, ...]:
+    """All options, or both ends, as the sampler would give them."""
+    if isinstance(dimension, Choice):
+        return dimension.options
+    kind = float if isinstance(dimension, Float) else int
+    return kind(dimension.low), kind(dimension.high)
+
+
+def encode(space: Space, config: Any) -> dict[str, Any]:
+    """The configuration's own values of the searched fields, as Optuna stores them."""
+    return {path: label(get(config, path)) for path in space}
+
+
+def apply(space: Space, base: ConfigT, params: Mapping[str, Any]) -> ConfigT:
+    """The configuration that stored parameters mean: `base` with each searched field replaced."""
+    for path, dimension in space.items():
+        chosen = params[path]
+        base = replace(base, path, dimension.option(chosen) if isinstance(dimension, Choice) else chosen)
+    return base

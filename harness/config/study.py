@@ -1,0 +1,174 @@
+"""What a study is: a base configuration, the fields to vary, who chooses and who stops."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from harness.base.errors import InputError
+from harness.config import space as spaces
+from harness.config.train import FinalConfig, TrainConfig, plain, require, require_count, survives
+
+if TYPE_CHECKING:
+    pass
+
+
+class SamplerLike(Protocol):
+    """Who chooses the next configuration. See `harness.search.samplers`."""
+
+    @property
+    def name(self) -> str: ...
+    def check(self, study: Study) -> None:
+        """Raise InputError when a study cannot be searched by it."""
+        ...
+
+    def build(self, study: Study, seed: int) -> optuna.samplers.BaseSampler: ...
+    def ask(
+        self, study: Study, of: optuna.Study, trial_id: int, number: int, history: list[FrozenTrial]
+    ) -> dict[str, Any]:
+        """The parameters of a trial, written to the storage of `of`; `history` is what it is shown."""
+        ...
+
+
+class PrunerLike(Protocol):
+    """Who stops a trial. See `harness.search.pruners`."""
+
+    @property
+    def name(self) -> str: ...
+    def build(self, epochs: int, warmup_epochs: float) -> optuna.pruners.BasePruner:
+        """The pruner for trainings of so many epochs."""
+        ...
+
+    def of(self, study: Study) -> optuna.pruners.BasePruner:
+        """The pruner for a study's trainings. One with a method `rung(epoch)` is asked where that is true alone."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A search: a base configuration, the fields to vary, who chooses and who stops. The base is trial 0."""
+
+    name: str
+    train: TrainConfig
+    space: spaces.Space
+    sampler: SamplerLike
+    pruner: PrunerLike
+    trials: int = 50
+    seed: int = 0
+    final: FinalConfig = FinalConfig()
+
+    def __post_init__(self) -> None:
+        spaces.check_types(self)
+        fits = self.name.replace("_", "").replace("-", "").isalnum()
+        require(fits, f"A study's name has letters, digits, - and _ only, not {self.name!r}.")
+        require(isinstance(self.train, TrainConfig), f"train must be TrainConfig(...), not {self.train!r}.")
+        require(isinstance(self.final, FinalConfig), f"final must be FinalConfig(...), not {self.final!r}.")
+        require(self.space != {}, "A study's space is empty; name at least one field to search.")
+        require_count("trials", self.trials, spaces.MOST_TRIALS)
+        spaces.check(self.space, self.train)
+        require(
+            hasattr(self.sampler, "check"), f'sampler must be tpe(), grid() or Sampler("NAME"), not {self.sampler!r}.'
+        )
+        require(hasattr(self.pruner, "build"), f'pruner must be asha() or Pruner("NAME"), not {self.pruner!r}.')
+        for path, value in self.definition().items():
+            require(
+                survives(value),
+                f"{path} is {value!r}, which a study cannot keep and compare when it is resumed; use numbers, texts, "
+                "true, false, null, or tuples of them.",
+            )
+        self.sampler.check(self)
+
+    def image_sizes(self) -> set[int]:
+        """The sides of the images that the model may be asked to take."""
+        searched = self.space.get("data.image_size")
+        return {self.train.data.image_size, *(spaces.extremes(searched) if searched is not None else ())}
+
+    def config(self, params: dict[str, Any]) -> TrainConfig:
+        """The training configuration of stored parameters."""
+        return spaces.apply(self.space, self.train, params)
+
+    def with_settings(self, settings: Sequence[str]) -> Study:
+        """This study with each "PATH=VALUE" applied to its base configuration, or to `final.*` or `seed`."""
+        return _in_any_order(self, settings, Study._with_setting)
+
+    def _with_setting(self, setting: str) -> Study:
+        path, equals, text = setting.partition("=")
+        require(bool(equals), f"--set {spaces.shortened(setting)} has no value; write --set PATH=VALUE.")
+        known = [*spaces.paths(self.train), *(f"final.{name}" for name in spaces.paths(self.final)), "seed"]
+        try:
+            if path not in known:
+                raise spaces.unknown_field(path, known)
+            part, inner = _owner(self, path)
+            changed = spaces.replace(part, inner, spaces.parse(part, inner, text))
+            if part is self:
+                return changed
+            return dataclasses.replace(self, **{"final" if part is self.final else "train": changed})
+        except InputError as error:
+            raise InputError(f"--set {spaces.shortened(setting)[1:-1]}: {error}") from error
+
+    def with_definition(self, stored: Mapping[str, Any]) -> Study:
+        """This study with the base configuration, the final step and the seed of a stored definition."""
+        return _in_any_order(self, list(stored.items()), lambda study, field: study._with_stored(*field))
+
+    def _with_stored(self, path: str, value: Any) -> Study:
+        if path == "seed":
+            return dataclasses.replace(self, seed=value)
+        owner = self.final if path.startswith("final.") else self.train
+        inner = path.removeprefix("final.")
+        if inner not in spaces.paths(owner) or plain(spaces.get(owner, inner)) == value:
+            return self
+        changed = spaces.replace(owner, inner, tuple(value) if isinstance(value, list) else value)
+        part: Any = {"final" if owner is self.final else "train": changed}
+        return dataclasses.replace(self, **part)
+
+    def located(self, home: Path, data_root: str | None, device: str | None) -> Study:
+        """This study with its folders made absolute: relative ones are taken from `home`, `data_root` from here."""
+        data: Any = self.train.data
+        changes = {"cache": str(home / data.cache)}
+        if hasattr(data, "root"):
+            changes["root"] = str(Path(data_root).resolve() if data_root else home / data.root)
+        elif data_root is not None:
+            raise InputError(f"--data-root: {type(data).__name__} draws its own images and reads none; leave it out.")
+        train = dataclasses.replace(self.train, data=dataclasses.replace(data, **changes))
+        if device is not None:
+            train = dataclasses.replace(train, engine=dataclasses.replace(train.engine, device=device))
+        return dataclasses.replace(self, train=train)
+
+    def definition(self) -> dict[str, Any]:
+        """Everything that decides the results, flat and ready for JSON; `trials` is left out, for it may grow."""
+        flat = {path: plain(value) for path, value in spaces.leaves(self.train, identity_only=True)}
+        flat |= {f"space.{path}": repr(dimension) for path, dimension in self.space.items()}
+        flat |= {f"final.{path}": plain(value) for path, value in spaces.leaves(self.final, identity_only=True)}
+        return flat | {"sampler": repr(self.sampler), "pruner": repr(self.pruner), "seed": self.seed}
+
+
+ChangeT = TypeVar("ChangeT")
+
+
+def _in_any_order(study: Study, changes: Sequence[ChangeT], change: Callable[[Study, ChangeT], Study]) -> Study:
+    """The study with all changes, of which one may need another first: a larger image a larger stored one."""
+    while changes:
+        refused = []
+        for each in changes:
+            try:
+                study = change(study, each)
+            except InputError as error:
+                refused.append((each, error))
+        if len(refused) == len(changes):
+            raise refused[0][1]
+        changes = [each for each, _ in refused]
+    return study
+
+
+def _owner(study: Study, path: str) -> tuple[Any, str]:
+    if path.startswith("final."):
+        return study.final, path.removeprefix("final.")
+    if path == "seed":
+        return study, path
+    return study.train, path

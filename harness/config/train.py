@@ -1,0 +1,198 @@
+"""What a training is: frozen, keyword-only dataclasses that hold data and check themselves.
+
+Fields marked `identity=False` say where something runs or lies, not what is computed; they may differ between the
+start of a study and its resumption.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from harness.base.errors import InputError
+from harness.config import space as spaces
+from harness.config.contracts import Backbone, Dataset
+
+
+def location(default: Any) -> Any:
+    """A field that says where, not what: left out of a study's identity."""
+    return field(default=default, metadata={"identity": False})
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def require_count(path: str, value: int, most: int) -> None:
+    require(1 <= value <= most, f"{path} must be at least 1 and at most {most:,}, not {value}.")
+
+
+def check_sizes(image_size: int, stored_size: int, limit: int | None) -> None:
+    require(image_size >= 1, f"data.image_size must be at least 1 pixel, not {image_size}.")
+    require(stored_size <= 10_000, f"data.stored_size must be at most 10,000 pixels, not {stored_size}.")
+    require(
+        stored_size >= image_size,
+        f"data.stored_size ({stored_size}) must not be smaller than data.image_size ({image_size}).",
+    )
+    require(limit is None or limit >= 1, f"data.limit must be at least 1, or null for all images, not {limit}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes of a training image, drawn for each image anew. Ranges follow torchvision's transforms."""
+
+    crop_scale: tuple[float, float] = (0.5, 1.0)  # share of the image's area
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+    flip: float = 0.5  # probability
+    rotation_degrees: float = 30.0  # drawn from -r to +r
+    brightness: float = 0.03
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.03  # in turns of the colour circle
+
+    def __post_init__(self) -> None:
+        spaces.check_types(self, "augment.")
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, f"augment.crop_scale must satisfy 0 < low <= high <= 1, not {self.crop_scale}.")
+        low, high = self.crop_ratio
+        fits = 0 < low <= high < math.inf
+        require(fits, f"augment.crop_ratio must satisfy 0 < low <= high and be finite, not {self.crop_ratio}.")
+        require(0 <= self.flip <= 1, f"augment.flip is a probability between 0 and 1, not {self.flip}.")
+        require(0 <= self.rotation_degrees <= 180, "augment.rotation_degrees must lie between 0 and 180.")
+        for name in ("brightness", "contrast", "saturation"):
+            require(0 <= getattr(self, name) <= 1, f"augment.{name} must lie between 0 and 1.")
+        require(0 <= self.hue <= 0.5, "augment.hue must lie between 0 and 0.5 (half a turn of the colour circle).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer, its schedule, and how the learning rate falls with depth (`harness.training.optim`)."""
+
+    name: Literal["adamw", "adam"] = "adamw"
+    base_lr: float
+    depth_lr_mult: float  # a block's rate is base_lr * depth_lr_mult ** (its distance from the head)
+    depth_by: Literal["block", "layer"] = "block"
+    weight_decay: float = 0.02
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_epochs: float = 1.0
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        spaces.check_types(self, "optim.")
+        require(0 < self.base_lr < math.inf, f"optim.base_lr must be greater than 0 and finite, not {self.base_lr}.")
+        require(0 <= self.depth_lr_mult <= 1, f"optim.depth_lr_mult must lie in 0..1, not {self.depth_lr_mult}.")
+        for name in ("weight_decay", "warmup_epochs"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"optim.{name} must be a finite number of at least 0, not {value}.")
+        fits = self.clip_norm is None or 0 < self.clip_norm < math.inf
+        require(fits, f"optim.clip_norm must be greater than 0 and finite, or null, not {self.clip_norm}.")
+        # Adam adds the decay to the gradient and divides it by the gradient's size: not the decay that is asked for.
+        require(
+            self.name == "adamw" or self.weight_decay == 0,
+            f"optim.name adam has no decoupled weight decay, and optim.weight_decay is or may become "
+            f"{self.weight_decay:g}: set optim.weight_decay to 0, or optim.name to adamw.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How a step runs. "auto" goes by a rule, "tune" by timing; decided once a study (`harness.training.runtime`)."""
+
+    device: str = location("auto")  # auto, cpu, cuda, cuda:1, mps
+    precision: Literal["auto", "tune", "fp32", "bf16"] = "auto"
+    channels_last: Literal["auto", "tune", "on", "off"] = "auto"
+    compile: Literal["auto", "tune", "on", "off"] = "auto"
+
+    def __post_init__(self) -> None:
+        spaces.check_types(self, "engine.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One complete, runnable training job: the base that a study's space perturbs."""
+
+    data: Dataset
+    backbone: Backbone
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig
+    engine: EngineConfig = EngineConfig()
+    batch_size: int = 34
+    epochs: int = 15
+    label_smoothing: float = 0.1
+    feature_views: int | None = (
+        None  # augmented views an image of which a frozen backbone's features are kept; None: none
+    )
+    checkpoint_seconds: float = location(60.0)  # time between two checkpoints of a training, at least
+
+    def __post_init__(self) -> None:
+        spaces.check_types(self)
+        require(hasattr(self.data, "samples"), f"data must be a data set such as Garden(), not {self.data!r}.")
+        require(hasattr(self.backbone, "build"), f"backbone must be a model such as MaxViTT(), not {self.backbone!r}.")
+        for name, kind in (("augment", AugmentConfig), ("optim", OptimConfig), ("engine", EngineConfig)):
+            held = getattr(self, name)
+            require(isinstance(held, kind), f"{name} must be {kind.__name__}(...), not {held!r}.")
+        require_count("batch_size", self.batch_size, 1_000_000)
+        require_count("epochs", self.epochs, 1_000_000)
+        warmup = self.optim.warmup_epochs
+        require(
+            warmup <= self.epochs,
+            f"optim.warmup_epochs is or may become {warmup:g}, longer than the whole training, whose epochs are or may "
+            f"become {self.epochs}; choose a shorter warm-up or more epochs.",
+        )
+        fits = 0 <= self.checkpoint_seconds < math.inf
+        require(fits, f"checkpoint_seconds must be 0 or more, and finite, not {self.checkpoint_seconds}.")
+        smoothing = self.label_smoothing
+        require(0 <= smoothing < 1, f"label_smoothing must lie in 0..1, 1 excluded, not {smoothing}.")
+        if self.feature_views is not None:
+            fits = 0 <= self.feature_views <= 1000
+            require(fits, f"feature_views must lie in 0..1000, or be null, not {self.feature_views}.")
+            require(
+                self.optim.depth_lr_mult == 0,
+                "feature_views keeps the features of a frozen backbone, and optim.depth_lr_mult is or may become "
+                f"{self.optim.depth_lr_mult:g}: set it to 0 and take it out of the study's space, "
+                "or leave feature_views null.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalConfig:
+    """The step after the search: the best configuration retrained, and the test set opened."""
+
+    seeds: int = 3
+    fit_on: Literal["train", "train+val"] = "train+val"
+    rerank: int = 0  # so many of the best are retrained on fresh seeds before one is chosen; 0: the search chooses
+    compare_base: bool = True  # train the base from the same seeds, too, and compare the two on the test set
+    publish: bool = location(True)  # export the final model, and register it in MLflow
+
+    def __post_init__(self) -> None:
+        spaces.check_types(self, "final.")
+        require_count("final.seeds", self.seeds, 1000)
+        fits = self.rerank == 0 or 2 <= self.rerank <= 1000
+        require(fits, f"final.rerank must be at least 2 and at most 1,000, or 0 for no second look, not {self.rerank}.")
+
+    def trainings(self, trials: int) -> int:
+        """How many trainings come after a search of so many trials, at most."""
+        return self.seeds * (1 + self.compare_base + min(self.rerank, trials))
+
+
+def fingerprint(config: TrainConfig) -> str:
+    """Sixteen hexadecimal digits that stand for everything which decides a configuration's result."""
+    described = {path: plain(value) for path, value in spaces.leaves(config, identity_only=True)}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def plain(value: Any) -> Any:
+    """As JSON gives it back, so that a stored definition compares equal to a fresh one."""
+    return [plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def survives(value: Any) -> bool:
+    """Whether JSON gives a value back as it was; not so objects, functions, sets, and what is not a number."""
+    try:
+        return bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError):
+        return False

@@ -1,0 +1,212 @@
+"""From a data set to tensors: the splits a search may see, and, apart from them, the test split."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from harness.base.errors import InputError, no_room, shown
+from harness.base.seeds import derive_seed
+from harness.config.contracts import Dataset, SplitName
+from harness.config.train import TrainConfig
+from harness.data.cache import content_keys, keyed
+from harness.data.layout import check_names
+
+if TYPE_CHECKING:
+    import torch
+
+
+SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
+SHARE_OF_DEVICE = 1 / 4  # of its free memory may hold images
+
+
+class Runtime(Protocol):
+    """What `harness.training.step.Runtime` is to images: a device, and the memory format of a batch."""
+
+    @property
+    def device(self) -> torch.device: ...
+    def move(self, images: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """`images` uint8 [N, side, side, 3], mapped from the cache and never written to; `labels` int64 [N]."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    key: str = ""  # names the images' content in the cache; empty when they are of several splits
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def stored(self, chosen: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """The chosen images, int64 [B], as they are stored: uint8 [B, side, side, 3] on the device."""
+        # index_select copies whole images; images[chosen] goes byte by byte, which takes four times as long.
+        return self.images.index_select(0, chosen.to(self.images.device)).to(device)
+
+    def batch(
+        self, chosen: torch.Tensor, config: TrainConfig, runtime: Runtime, generator: torch.Generator
+    ) -> torch.Tensor:
+        """The chosen images [B] as a training step takes them: augmented anew, float32 [B, 3, H, W] on the device."""
+        from harness.data.augment import augment
+
+        stored = self.stored(chosen, runtime.device)
+        return runtime.move(augment(stored, config.augment, config.data.image_size, generator))
+
+    def parts(self, size: int, runtime: Runtime) -> Iterator[torch.Tensor]:
+        """All images as an evaluation takes them, `size` at a time: float32 [size, 3, H, W] on the device."""
+        from harness.data.augment import normalise
+
+        for part in self.images.split(size):
+            yield normalise(part.to(runtime.device))
+
+    def on(self, device: torch.device) -> ImageSet:
+        """These images kept on a CUDA device if they fit there comfortably; otherwise as they are.
+
+        The maps of each batch are then all that is sent to the device in an epoch.
+        """
+        import torch
+
+        if device.type != "cuda" or not fits(self.images.nbytes, torch.cuda.mem_get_info(device)[0]):
+            return self
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """What the search may see. There is no test field on purpose; see `load_test`."""
+
+    classes: tuple[str, ...]
+    train: ImageSet  # at the stored size, with a margin for crops
+    val: ImageSet  # at the size the model sees
+
+
+def fits(size_bytes: int, free_bytes: int) -> bool:
+    """Whether data leave enough of a device's free memory to the training."""
+    return size_bytes <= free_bytes * SHARE_OF_DEVICE
+
+
+def prepare(dataset: Dataset) -> str:
+    """Decode every image that a study will need, the test images too, so that a bad file is named before the start.
+
+    Returns a fingerprint of all of them with their labels. Raises InputError when the data are not there, a class is
+    missing from a split, or a file is no image.
+    """
+    check_names(dataset.classes(), dataset.classes(), "by the data set")
+    try:
+        Path(dataset.cache).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if no_room(error):
+            raise
+        raise InputError(f"data.cache {dataset.cache} cannot be made ({error.strerror}); name a folder.") from error
+    digest = hashlib.sha256()
+    sizes: dict[SplitName, list[int]] = {
+        "train": [dataset.stored_size],
+        "val": [dataset.image_size, dataset.stored_size],
+        "test": [dataset.image_size],
+    }
+    for split, each in sizes.items():
+        items, labels = _select(dataset, split)
+        keys = content_keys(dataset, items, each)
+        for size in each:
+            digest.update(f"{keys[size]} {labels}".encode())
+    return digest.hexdigest()[:16]
+
+
+def remarks(dataset: Dataset) -> list[str]:
+    """What a user should know about the data before a start: what is left out, and which classes are not measured."""
+    said, classes = list(getattr(dataset, "remarks", list)()), dataset.classes()
+    counts = {split: Counter(label for _, label in dataset.samples(split)) for split in SPLITS}
+    every = sum(counts.values(), Counter())
+    for split in SPLITS:
+        if absent := [label for label in range(len(classes)) if label not in counts[split]]:
+            said.append(
+                f"{len(absent)} of {len(classes)} classes have no image in the {split} split, which does not measure "
+                f"them ({classes[absent[0]]!r} has {every[absent[0]]} in all); add some."
+            )
+    return [shown(each) for each in said]
+
+
+def count(dataset: Dataset) -> int:
+    """How many images a study uses, of all splits."""
+    return sum(len(_select(dataset, split)[0]) for split in SPLITS)
+
+
+def load_splits(dataset: Dataset) -> Splits:
+    return Splits(
+        classes=dataset.classes(),
+        train=_load(dataset, "train", dataset.stored_size),
+        val=_load(dataset, "val", dataset.image_size),
+    )
+
+
+def load_split(dataset: Dataset, split: Literal["train", "val"], size: int) -> ImageSet:
+    """One split of the search at a given side."""
+    return _load(dataset, split, size)
+
+
+def items_of(dataset: Dataset, split: SplitName) -> list[Any]:
+    """What the images of a split are decoded from, in their order."""
+    return _select(dataset, split)[0]
+
+
+def load_train_and_val(dataset: Dataset) -> ImageSet:
+    """Both splits as one training set, for the final run."""
+    import torch
+
+    train, val = (_load(dataset, split, dataset.stored_size) for split in ("train", "val"))
+    return ImageSet(images=torch.cat([train.images, val.images]), labels=torch.cat([train.labels, val.labels]))
+
+
+def load_test(dataset: Dataset) -> ImageSet:
+    """The test split. Only `harness.final.test_set` calls this, once the search is over; a test checks it."""
+    return _load(dataset, "test", dataset.image_size)
+
+
+@lru_cache(maxsize=8)  # the mapped arrays and their checksums serve every trial of this process
+def _load(dataset: Dataset, split: SplitName, size: int) -> ImageSet:
+    import torch
+
+    items, labels = _select(dataset, split)
+    with warnings.catch_warnings():
+        # torch warns that a read-only array gives a writable tensor; nothing here writes into one.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        key, array = keyed(dataset, items, [size])[size]
+        images = torch.from_numpy(array)
+    return ImageSet(images=images, labels=torch.tensor(labels, dtype=torch.int64), key=key)
+
+
+def _select(dataset: Dataset, split: SplitName) -> tuple[list[Any], list[int]]:
+    """The items and labels of a split, `dataset.limit` of them at most, spread evenly over the classes."""
+    samples = dataset.samples(split)
+    present = {label for _, label in samples}
+    # What was never seen cannot be learned; a class that is not measured is named by `remarks`.
+    if not samples or (split == "train" and len(present) < len(dataset.classes())):
+        absent = next(name for label, name in enumerate(dataset.classes()) if label not in present)
+        raise InputError(
+            f"Class {absent!r} has no images in the {split} split; add some, or take the class out of the data set."
+        )
+    if dataset.limit is not None and dataset.limit < len(samples):
+        samples = _spread(samples, dataset.limit, derive_seed("limit", split))
+    return [item for item, _ in samples], [label for _, label in samples]
+
+
+def _spread(samples: Any, limit: int, seed: int) -> list[tuple[Any, int]]:
+    """`limit` samples: the first of every class in a seeded order, then the second of every class, and so on."""
+    order = np.random.default_rng(seed).permutation(len(samples))
+    rank: dict[int, int] = {}
+    ranked = []
+    for index in order:
+        label = samples[index][1]
+        ranked.append((rank.get(label, 0), label, int(index)))
+        rank[label] = rank.get(label, 0) + 1
+    chosen = sorted(index for _, _, index in sorted(ranked)[:limit])
+    return [samples[index] for index in chosen]

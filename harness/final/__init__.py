@@ -1,0 +1,1 @@
+"""From the chosen configuration to a test accuracy that can be believed."""

@@ -1,0 +1,238 @@
+"""What pruning saved and what it cost, by the pruned trials that were drawn at random and trained to their ends.
+
+Everything here works on learning curves and knows neither storages nor models; `harness.cli.audit` trains. Numpy and
+scipy are imported when something is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from harness.base.seeds import derive_seed
+from harness.base.words import duration, percent
+from harness.final.statistics import CONFIDENCE
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FEW = 10  # a rank correlation over fewer trials is called a hint
+LOST = -math.inf  # the end of a trial that diverged: below all others
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """A trial as the audit sees it: how far it was to go, how far it went, and how long that took."""
+
+    number: int
+    state: str  # complete, pruned, or another, of which only the time counts
+    epochs: int  # planned
+    curve: tuple[float, ...]  # validation accuracy after each epoch that was trained
+    seconds: float  # all of it
+    epoch_seconds: float  # an epoch, on average
+
+
+# -- the sample ----------------------------------------------------------------------------------------------------
+
+
+def drawing_order(numbers: Collection[int], seed: int) -> list[int]:
+    """The trials in a random order, each as likely at each place; it depends on the numbers and the seed alone."""
+    return sorted(numbers, key=lambda number: (derive_seed("audit", seed, number), number))
+
+
+def draw(numbers: Collection[int], fraction: float, seed: int, done: Collection[int] = ()) -> list[int]:
+    """The trials to audit: the first of the drawing order, at least `fraction` of all and at least one.
+
+    A larger fraction extends the sample of a smaller one. Those that are `done` at the front of the order stay in it.
+    """
+    order = drawing_order(numbers, seed)
+    count = max(1, math.ceil(fraction * len(order) - 1e-9))  # 0.07 * 100 is a little more than 7
+    return order[: max(count, len(_front(order, done)))]
+
+
+def _front(order: Sequence[int], done: Collection[int]) -> list[int]:
+    """The part of the order before the first trial that is not done: a sample of that size."""
+    missing = next((place for place, number in enumerate(order) if number not in done), len(order))
+    return list(order[:missing])
+
+
+# -- what it says --------------------------------------------------------------------------------------------------
+
+
+def record(trials: Sequence[Course], results: Mapping[str, Mapping[str, Any]], asked: int, seed: int) -> dict[str, Any]:
+    """What the storage keeps of an audit and `show --json` shows; `asked` is the size of the sample when it is whole.
+
+    `better` and what follows from it (`share_better`, `interval`) are lower bounds: the winner's value was selected as
+    the highest, so it looks better than it is, and those of the audited trials were not.
+    `results` are the audited trials by number: each one's whole "curve", which is shorter than planned when the trial
+    diverged. Only the front of the drawing order counts, for it alone is a random sample. Raises ValueError when no
+    trial is complete, or the first one of the order is not audited.
+    """
+    complete = [trial for trial in trials if trial.state == "complete"]
+    pruned = {trial.number: trial for trial in trials if trial.state == "pruned"}
+    done = [int(number) for number in results]
+    sample = [pruned[number] for number in _front(drawing_order(pruned, seed), done)]
+    if not complete or not sample:
+        raise ValueError("An audit needs a complete trial and an audited one.")
+    curves = {trial.number: tuple(results[str(trial.number)]["curve"]) for trial in sample}
+    ends = {trial.number: _end(curves[trial.number], trial.epochs) for trial in sample}
+    winner = min(complete, key=lambda trial: (-trial.curve[-1], trial.number))
+    best = min(ends, key=lambda number: (-ends[number], number))
+    better = sum(end > winner.curve[-1] for end in ends.values())
+    return {
+        "seed": seed,
+        "finished": len(trials),
+        "pruned": len(pruned),
+        "asked": asked,
+        "audited": len(sample),
+        "winner": {"trial": winner.number, "value": winner.curve[-1]},
+        "best_audited": {"trial": best, "value": None if ends[best] == LOST else ends[best]},
+        "better": better,
+        "better_is_lower_bound": True,
+        "tied": sum(end == winner.curve[-1] for end in ends.values()),
+        "diverged": sum(end == LOST for end in ends.values()),
+        "share_better": better / len(sample),
+        "interval": list(share_interval(better, len(sample), len(pruned))),
+        "saved": saved(trials),
+        "correlation": _correlations(complete, list(pruned.values()), curves),
+        "results": {number: dict(result) for number, result in results.items()},
+    }
+
+
+def _end(curve: Sequence[float], epochs: int) -> float:
+    return curve[-1] if len(curve) == epochs else LOST
+
+
+def share_interval(found: int, sample: int, population: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `population`, when `found` of a random `sample` of it belong to the share.
+
+    Exact and equal-tailed by the hypergeometric distribution (Wright, "Exact confidence bounds when sampling from small
+    finite universes", 1991): all totals of which what was found is no surprise. With the whole population as the
+    sample, both ends are the share itself.
+    """
+    import numpy
+    from scipy.stats import hypergeom
+
+    totals = numpy.arange(found, population - sample + found + 1)
+    tail = (1 - CONFIDENCE) / 2
+    as_many = hypergeom.sf(found - 1, population, totals, sample)
+    as_few = hypergeom.cdf(found, population, totals, sample)
+    possible = totals[(as_many > tail) & (as_few > tail)]
+    return float(possible[0] / population), float(possible[-1] / population)
+
+
+def saved(trials: Sequence[Course]) -> dict[str, float]:
+    """The time of the epochs that pruned trials did not run, at each one's own pace, and its share of the search."""
+    seconds = sum((each.epochs - len(each.curve)) * each.epoch_seconds for each in trials if each.state == "pruned")
+    whole = seconds + sum(trial.seconds for trial in trials)
+    return {"seconds": seconds, "hours": seconds / 3600, "share": seconds / whole if whole else 0.0}
+
+
+def _correlations(
+    complete: Sequence[Course], pruned: Sequence[Course], audited: Mapping[int, Sequence[float]]
+) -> list[dict[str, Any]]:
+    """Of every epoch but the last: how the ranks after it agree with those at the end, and how many stopped there."""
+    weight = len(pruned) / len(audited)
+    known: list[tuple[int, Sequence[float], float]] = [(trial.epochs, trial.curve, 1.0) for trial in complete]
+    known += [(trial.epochs, audited[trial.number], weight) for trial in pruned if trial.number in audited]
+    stopped = Counter(len(trial.curve) for trial in pruned)
+    found = []
+    for epoch in range(1, max(epochs for epochs, _, _ in known)):
+        longer = [each for each in known if each[0] > epoch]
+        then = [curve[epoch - 1] if epoch <= len(curve) else LOST for _, curve, _ in longer]
+        ends = [_end(curve, epochs) for epochs, curve, _ in longer]
+        rho = rank_correlation(then, ends, [weight for _, _, weight in longer])
+        found.append({"epoch": epoch, "rho": rho, "trials": len(longer), "pruned": stopped[epoch]})
+    return found
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float], weights: Sequence[float]) -> float | None:
+    """Spearman's rank correlation (1904), in which each pair counts as often as its weight says; ties share a rank.
+
+    Whole weights give what repeating the pairs would give. None when one of the two does not vary.
+    """
+    import numpy
+
+    weight = numpy.asarray(weights, dtype=float)
+    one, other = (_ranks(numpy.asarray(each, dtype=float), weight) for each in (first, second))
+    spread = float(numpy.sqrt((weight @ one**2) * (weight @ other**2)))
+    return float((weight * one) @ other) / spread if spread > 1e-9 * weight.sum() else None
+
+
+def _ranks(values: NDArray[Any], weight: NDArray[Any]) -> NDArray[Any]:
+    """Weighted ranks float [N], less their mean."""
+    below = (values[None, :] < values[:, None]) @ weight
+    level = (values[None, :] == values[:, None]) @ weight
+    ranks: NDArray[Any] = below + level / 2
+    return ranks - (weight @ ranks) / weight.sum()
+
+
+# -- in words ------------------------------------------------------------------------------------------------------
+
+
+def audit_sentences(record: Mapping[str, Any]) -> list[str]:
+    """An audit's record in a few sentences, for the command and the report."""
+    return [
+        _sample_sentence(record),
+        _saved_sentence(record),
+        *_winner_sentences(record),
+        *_rank_sentences(record),
+        _repetition_sentence(record),
+    ]
+
+
+def _sample_sentence(record: Mapping[str, Any]) -> str:
+    pruned, audited, missing = record["pruned"], record["audited"], record["asked"] - record["audited"]
+    were = "were" if pruned > 1 else "was"
+    which = "all of them" if audited == pruned else f"{audited:,} of them, drawn at random,"
+    which = "that one" if pruned == 1 else which
+    text = f"Of {record['finished']:,} trials {pruned:,} {were} pruned; {which} {_was(audited)} trained to the end."
+    return f"{text} {missing:,} more {_was(missing)} asked for; the same command goes on." if missing > 0 else text
+
+
+def _was(count: int) -> str:
+    return "was" if count == 1 else "were"
+
+
+def _saved_sentence(record: Mapping[str, Any]) -> str:
+    time, share = duration(record["saved"]["seconds"]), percent(record["saved"]["share"])
+    return f"Pruning saved {time}, {share} of what the search would have taken without it."
+
+
+def _winner_sentences(record: Mapping[str, Any]) -> list[str]:
+    winner, best, tied = record["winner"], record["best_audited"], record["tied"]
+    low, high = record["interval"]
+    too = f", {tied:,} would have tied with it" if tied else ""
+    share = f"{percent(record['share_better'])} of the pruned trials"
+    if record["audited"] < record["pruned"]:
+        share += f", 95 % interval {percent(low)} to {percent(high)} (hypergeometric, exact)"
+    first = (
+        f"{record['better']:,} of the {record['audited']:,} would have beaten the winner, trial {winner['trial']} with "
+        f"a validation accuracy of {percent(winner['value'])}{too}: {share}. That is a lower "
+        "bound, for the winner's value was selected as the highest and looks better than it is."
+    )
+    if best["value"] is None:
+        return [first, "None of them came to its end: all diverged."]
+    diverged = f"; {record['diverged']:,} diverged" if record["diverged"] else ""
+    return [first, f"The best of them, trial {best['trial']}, reached {percent(best['value'])}{diverged}."]
+
+
+def _rank_sentences(record: Mapping[str, Any]) -> list[str]:
+    rungs = [each for each in record["correlation"] if each["pruned"] and each["rho"] is not None]
+    if not rungs:
+        return []
+    found = ", ".join(f"{each['rho']:.2f} after epoch {each['epoch']}" for each in rungs)
+    fewest = min(each["trials"] for each in rungs)
+    hint = f" That is a hint only, from {fewest:,} trials." if fewest < FEW else ""
+    return [f"Where trials were pruned, the rank correlation with the end (Spearman) is {found}.{hint}"]
+
+
+def _repetition_sentence(record: Mapping[str, Any]) -> str:
+    results = sorted(record["results"].items(), key=lambda item: int(item[0]))
+    unequal = [f"trial {number} ({each['explanation'].rstrip('.')})" for number, each in results if not each["same"]]
+    if unequal:
+        return f"Not repeated to the last bit, so that other draws were trained on: {'; '.join(unequal)}."
+    return f"{'Each of them' if len(results) > 1 else 'It'} repeated its recorded epochs to the last bit."

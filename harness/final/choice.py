@@ -1,0 +1,231 @@
+"""Which of the trials is handed out: the one with the best lower bound, not the one with the best luck.
+
+The highest of many validation accuracies is high by chance, too. A Gaussian process over all trials takes each for a
+measurement with the noise of its validation images, and weighs it against its neighbours. The trial whose posterior
+mean minus one standard deviation is highest is chosen; a difference that is less than an image goes to the base.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from harness.config.events import Event
+from harness.config.space import Choice, Space
+from harness.final.retrain import Place, Retraining
+from harness.search.extrapolation import clipped, extrapolated, thinned
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from harness.config.study import Study
+    from harness.store.records import TrialRecord
+    from harness.store.store import Store
+
+MOST = 300  # trials that the process is fitted to (`harness.search.extrapolation.thinned`)
+FEWEST = 4  # with fewer a fit says nothing
+FORESEEING = 20  # with fewer a process hopes for much from where it has not been
+MORE = 10  # trials whose gain is estimated
+DRAWS, PLACES = 200, 500  # of the posterior, at so many configurations
+
+
+def record_choice(study: Study, store: Store) -> None:
+    """Choose among the trials that there are, once."""
+    if not (study.final.rerank or store.choice()):
+        store.set_as_leader({"choice": choose(store.trials(), study.space)})
+
+
+def rerank(place: Place) -> Iterator[Event]:
+    """Retrain the best `final.rerank` configurations on `final.seeds` fresh seeds each, and record which is chosen.
+
+    Each training is recorded as it ends, so none is done twice. Nothing happens when no choice is asked for.
+    """
+    study, store = place.study, place.store
+    candidates = store.candidates(study.final.rerank)
+    if len(candidates) < 2:
+        return
+    numbers = [trial.number for trial in candidates]
+    kept: dict[str, Any] = store.facts().rerank or {}
+    results: dict[str, list[dict[str, Any]]] = kept.get("results", {})
+    if kept.get("candidates") == numbers and kept.get("chosen") is not None:
+        return
+    yield from place.ahead(
+        [
+            Retraining(place, "rerank", trial, number)
+            for trial in candidates
+            for number in range(len(results.get(str(trial.number), [])), study.final.seeds)
+        ]
+    )
+    for trial in candidates:
+        done = results.setdefault(str(trial.number), [])
+        for number in range(len(done), study.final.seeds):
+            retraining = Retraining(place, "rerank", trial, number)
+            yield from retraining.train()
+            training = retraining.trained()
+            val = training.progress.epochs[-1].val
+            assert val is not None, "a choice is made by the validation images"
+            counted = {"correct": val.correct, "total": val.total, "accuracy": val.accuracy}
+            done.append(retraining.record(training) | counted)
+            store.set_as_leader({"rerank": {"candidates": numbers, "results": results, "chosen": None}})
+            yield from retraining.end()
+    # Equal means: the one that the search liked better, which comes first.
+    chosen = max(numbers, key=lambda number: mean_accuracy(results[str(number)]))
+    store.set_as_leader({"rerank": {"candidates": numbers, "results": results, "chosen": chosen}})
+
+
+def mean_accuracy(results: list[dict[str, Any]]) -> float:
+    return statistics.fmean(each["accuracy"] for each in results)
+
+
+def choose(trials: Sequence[TrialRecord], space: Space) -> dict[str, Any] | None:
+    """The choice as the storage keeps it; None where no trial is complete.
+
+    `trial` is the chosen one, `highest` the one with the highest value, `trials` how many had ended. `estimates` are
+    [mean, standard deviation] of each trial's final validation accuracy by its number, and `more` what further trials
+    would bring (`_prospects`); None where no process was fitted.
+    """
+    candidates = [trial for trial in trials if trial.state == "complete"]
+    if not candidates:
+        return None
+    highest = min(candidates, key=lambda trial: (-(trial.value or 0.0), trial.number)).number
+    ended = sum(trial.state != "running" for trial in trials)
+    made = {"trials": ended, "trial": highest, "highest": highest, "estimates": None, "more": None}
+    posterior = Posterior.of([trial for trial in trials if trial.curve and trial.state != "running"], space)
+    if posterior is None:
+        return made
+    mean, deviation = posterior.at(posterior.points)
+    of_numbers = dict(zip(posterior.numbers, zip(mean.tolist(), deviation.tolist(), strict=True), strict=True))
+    bounds = {trial.number: -math.inf for trial in candidates}
+    bounds |= {number: m - s for number, (m, s) in of_numbers.items() if number in bounds}
+    chosen = min(bounds, key=lambda number: (-bounds[number], number))
+    base = next((trial for trial in candidates if trial.number == 0), None)
+    if base is not None and bounds[chosen] - bounds[0] < 1 / _images(base):
+        chosen = 0
+    return made | {
+        "trial": chosen,
+        "estimates": {str(number): [m, s] for number, (m, s) in sorted(of_numbers.items())},
+        "more": _prospects(posterior, posterior.numbers.index(chosen), space),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Posterior:
+    """A Gaussian process over the trials' final validation accuracies.
+
+    A Matérn kernel of order 5/2 with a length for each dimension, by maximum likelihood (Rasmussen & Williams, 2006,
+    chapters 4 and 5); the noise is that of the validation images, a binomial variance, and what else the trials show.
+    """
+
+    numbers: list[int]  # of the trials
+    points: NDArray[Any]  # [trials, coordinates]
+    model: Any
+    centre: float
+    scale: float
+
+    @staticmethod
+    def of(trials: Sequence[TrialRecord], space: Space) -> Posterior | None:
+        """Fitted to finished trials with a value; None where they are too few, or all alike."""
+        import numpy as np
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.gaussian_process import GaussianProcessRegressor
+        from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+        ends = extrapolated([trial.curve for trial in trials], [trial.value for trial in trials])
+        ends = clipped(ends, share=1.0)  # the best may lie close together, and the base well below
+        # What may be chosen comes first, and the highest of it always stays.
+        ranked = sorted(range(len(trials)), key=lambda n: (trials[n].number != 0, trials[n].value is None, -ends[n]))
+        kept = sorted(thinned(ranked, MOST))
+        if len(kept) < FEWEST or not space:
+            return None
+        values = np.array([ends[each] for each in kept])
+        points = np.array([_point(space, trials[each].params) for each in kept])
+        centre, scale = float(values.mean()), float(values.std())
+        if not scale > 0 or not points.std(axis=0).any():
+            return None
+        accuracy = np.clip(values, 0.01, 0.99)
+        known = accuracy * (1 - accuracy) / np.array([_images(trials[each]) for each in kept])
+        kernel = ConstantKernel(1.0, (0.1, 10.0)) * Matern(np.full(points.shape[1], 0.5), (0.1, 10.0), nu=2.5)
+        model = GaussianProcessRegressor(kernel + WhiteKernel(0.01, (1e-6, 0.25)), alpha=known / scale**2 + 1e-9)
+        with warnings.catch_warnings():  # a length at its limit: the dimension does not matter
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(points, (values - centre) / scale)
+        numbers = [trials[each].number for each in kept]
+        return Posterior(numbers=numbers, points=points, model=model, centre=centre, scale=scale)
+
+    def at(self, points: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Mean and standard deviation of the accuracy itself, without the noise that the kernel holds."""
+        mean, deviation = self.model.predict(points, return_std=True)
+        variance = (deviation**2 - self.model.kernel_.k2.noise_level).clip(min=0)
+        return self.centre + self.scale * mean, self.scale * variance**0.5
+
+    def drawn(self, points: NDArray[Any]) -> NDArray[Any]:
+        """[points, DRAWS] possible accuracies, each draw a function."""
+        import numpy as np
+
+        mean, covariance = self.model.predict(points, return_cov=True)
+        covariance -= self.model.kernel_.k2.noise_level * np.eye(len(points))
+        values, vectors = np.linalg.eigh(covariance)
+        root = vectors * np.sqrt(values.clip(min=0))
+        draws = root @ np.random.default_rng(0).standard_normal((len(points), DRAWS))
+        return np.asarray(self.centre + self.scale * (mean[:, None] + draws))
+
+
+def _prospects(posterior: Posterior, chosen: int, space: Space) -> dict[str, float] | None:
+    """What MORE further trials would gain over the chosen one, and what all trials could, in accuracy.
+
+    None where there are too few trials to tell.
+
+    The trials are placed by Thompson sampling (Thompson, 1933), half of the draws place them and half judge them; the
+    bound takes the best configuration of each draw.
+    """
+    if len(posterior.numbers) < FORESEEING:
+        return None
+
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    places = np.array([_drawn(space, rng) for _ in range(PLACES)])
+    draws = posterior.drawn(np.concatenate([posterior.points[chosen : chosen + 1], places]))
+    gains = draws[1:] - draws[0]
+    tried = gains[:, :MORE].argmax(axis=0)
+    judged = gains[:, DRAWS // 2 :]
+    gain = judged[tried].max(axis=0).clip(min=0)
+    return {"trials": MORE, "gain": float(gain.mean()), "bound": float(judged.max(axis=0).clip(min=0).mean())}
+
+
+def _drawn(space: Space, rng: Any) -> list[float]:
+    found: list[float] = []
+    for dimension in space.values():
+        if isinstance(dimension, Choice):
+            option = rng.integers(len(dimension.options))
+            found += [float(option == each) for each in range(len(dimension.options))]
+        else:
+            found.append(float(rng.random()))
+    return found
+
+
+def _images(trial: TrialRecord) -> float:
+    """The validation images that a trial was measured on; without end where nothing is known of them."""
+    val = trial.epochs[-1].val if trial.epochs else None
+    return math.inf if val is None else val.total
+
+
+def _point(space: Space, params: dict[str, Any]) -> list[float]:
+    """A configuration as coordinates between 0 and 1; a choice has one for each of its options."""
+    found: list[float] = []
+    for path, dimension in space.items():
+        value = params.get(path)
+        if isinstance(dimension, Choice):
+            found += [float(value == each) for each in dimension.labels]
+        elif value is None:
+            found.append(0.5)
+        else:
+            low, high, at = dimension.low, dimension.high, min(max(value, dimension.low), dimension.high)
+            if dimension.log:
+                low, high, at = math.log(low), math.log(high), math.log(at)
+            found.append((at - low) / (high - low))
+    return found

@@ -1,0 +1,218 @@
+"""The final run's model as files: writing them, and knowing whether they are those that were written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.base.errors import InputError
+from harness.base.files import Damaged, check_tensors, replace_file, sqlite_file
+from harness.config.space import label, leaves
+
+if TYPE_CHECKING:
+    from harness.config.final_result import FinalResult
+    from harness.config.study import Study
+    from harness.config.train import TrainConfig
+    from harness.data.splits import ImageSet
+    from harness.store.records import TrialRecord
+    from harness.store.store import Store
+    from harness.training.loop import Training
+
+WEIGHTS, DESCRIPTION, PROGRAM = "model.safetensors", "model.json", "model.pt2"
+CHECK_FILE = "check.safetensors"  # test images as the cache holds them: `images` uint8 [N, S, S, 3]
+AGAIN = "run the study again: it makes what is lost again, and the test set stays closed"
+CHECK_IMAGES = 5  # another number than an exported program's example, so that the batch size is seen to be free
+
+
+def keep_check_images(folder: Path, test: ImageSet) -> None:
+    """Lay a few test images, spread over the classes, beside the weights: programs made of the model are checked on
+    them later, and the test set need not be read again for that."""
+    from harness.training.checkpoint import write_tensors
+
+    step = max(1, len(test) // CHECK_IMAGES)
+    images = test.images[::step][:CHECK_IMAGES]
+    write_tensors(folder / CHECK_FILE, {"images": images}, {"split": "test"})
+
+
+def save_model(store: Store, folder: Path, training: Training, chosen: TrialRecord, final: FinalResult) -> None:
+    """Write model.safetensors and model.json."""
+    from harness.training.checkpoint import fingerprint, write_tensors
+
+    weights = training.model.state_dict()
+    write_tensors(folder / WEIGHTS, weights, {"trial": chosen.number, "seed": 0})
+    write_description(store, folder, training.config, chosen, final, fingerprint(weights))
+
+
+def write_description(
+    store: Store, folder: Path, config: TrainConfig, chosen: TrialRecord, final: FinalResult, weights: str
+) -> None:
+    """Write model.json: classes, preprocessing, configuration and test result, and whether that is these weights' own.
+
+    `weights` is the sha256 of those beside it.
+    """
+    from harness.data.augment import MEAN, STD
+
+    size, tested = config.data.image_size, final.per_seed[0]
+    description = {
+        "study_uid": store.uid,
+        "weights": {"sha256": weights, "tested": weights == tested.weights},
+        "classes": config.data.classes(),
+        "preprocessing": {
+            "resize_short_side": size,
+            "interpolation": "bicubic, antialiased",
+            "centre_crop": size,
+            "mean": MEAN,
+            "std": STD,
+        },
+        "configuration": {path: label(value) for path, value in leaves(config, identity_only=True)},
+        "fit_on": final.fit_on,
+        "trial": chosen.number,
+        "trial_validation_accuracy": chosen.value,  # not this model's, which may have trained on these images
+        "test": {key: getattr(tested, key) for key in ("seed", "correct", "total", "accuracy")},
+    }
+    replace_file(folder / DESCRIPTION, json.dumps(description, indent=2, ensure_ascii=False).encode())
+
+
+def has_model(folder: Path) -> bool:
+    """Whether the final run's model lies whole in its folder; it is written as these two files, in this order."""
+    return (folder / WEIGHTS).is_file() and (folder / DESCRIPTION).is_file()
+
+
+def record_files(store: Store, folder: Path, *names: str) -> None:
+    """Keep the sha256 of files of the model's folder as they are now; of one that is not there, keep none.
+
+    For a study on a server nothing is kept: each machine has a folder of its own, and weights of its own to the last
+    bits.
+    """
+    if sqlite_file(store.url) is None:
+        return
+    others = {name: value for name, value in _recorded(store).items() if name not in names}
+    here = {name: _sha256(folder / name) for name in names if (folder / name).is_file()}
+    store.set_attribute("files", others | here)
+
+
+def forget_files(store: Store, *names: str) -> None:
+    """Keep no sha256 of these files: whatever lies there whole will do."""
+    if _recorded(store):
+        store.set_attribute("files", {name: value for name, value in _recorded(store).items() if name not in names})
+
+
+def is_recorded(store: Store, folder: Path, name: str) -> bool:
+    """Whether a file of the model is there and, to the last bit, the one that was recorded."""
+    return name in _recorded(store) and (folder / name).is_file() and file_fault(store, folder, name) is None
+
+
+def wrong_files(store: Store, folder: Path) -> list[tuple[str, str]]:
+    """The final model's files that are missing or not as they were written: the name, and a clause that says so."""
+    found = {name: file_fault(store, folder, name) for name in sorted({WEIGHTS, DESCRIPTION, *_recorded(store)})}
+    return [(name, fault) for name, fault in found.items() if fault is not None]
+
+
+def file_fault(store: Store, folder: Path, name: str) -> str | None:
+    """What is wrong with a file of the final model, in a clause that names it; None when nothing is known to be."""
+    path, recorded = folder / name, _recorded(store).get(name)
+    if not path.is_file():
+        return f"{path} is missing"
+    if recorded is not None:
+        return None if _sha256(path) == recorded else f"{path} is damaged (its checksum is wrong)"
+    try:  # of studies on a server none is kept
+        if name == WEIGHTS:
+            check_tensors(path)
+        elif name == DESCRIPTION:
+            read_description(path)
+    except Damaged as error:
+        return str(error)
+    return None
+
+
+def _recorded(store: Store) -> dict[str, str]:
+    return store.facts().files
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+DESCRIBED = {
+    "study_uid": str,
+    "weights": dict,
+    "classes": list,
+    "preprocessing": dict,
+    "configuration": dict,
+    "fit_on": str,
+    "trial": int,
+    "trial_validation_accuracy": float | int,
+    "test": dict,
+}
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """The final model's model.json. Raises Damaged when it is no JSON, or without what every one of them says."""
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{path} is damaged ({error})") from error
+    if not isinstance(description, dict):
+        raise Damaged(f"{path} is damaged (it is no JSON object)")
+    lacking = [name for name, kind in DESCRIBED.items() if not isinstance(description.get(name), kind)]
+    if not lacking and description["fit_on"] not in ("train", "train+val"):
+        lacking = ["fit_on"]
+    if lacking:
+        raise Damaged(f"{path} is damaged (it does not say the model's {', '.join(lacking)})")
+    return description
+
+
+def is_tested(description: Mapping[str, Any]) -> bool:
+    """Whether a model.json calls the weights beside it the tested ones."""
+    return bool(description["weights"].get("tested"))
+
+
+def is_untested(folder: Path) -> bool:
+    """Whether the model there was trained again, to other bits than those that were tested.
+
+    MLflow is not given it: it has the tested one, or may still get it from the machine where that lies.
+    """
+    try:
+        return has_model(folder) and not is_tested(read_description(folder / DESCRIPTION))
+    except Damaged:  # it is named elsewhere, and made again
+        return False
+
+
+def check_folder(folder: Path, url: str, uid: str | None) -> None:
+    """Raise InputError when the model in `folder` is not that of the study at `url`; its `uid` is None until it begins.
+
+    Studies of one name in several databases have their folders in one place.
+    """
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    owner = description.get("study_uid") if isinstance(description, dict) else None
+    if owner not in (None, uid):
+        other = "give this study another name" if sqlite_file(url) is None else "give another --storage"
+        raise InputError(f"{folder} holds the model of another study than {url}; move that folder away, or {other}.")
+
+
+def published(store: Store, model: Path) -> list[Path]:
+    """The folders that lie with the study's own run in MLflow: of its report, and of its model if that was tested."""
+    report = model.with_suffix(".report")
+    wanted = [report, model] if _is_whole(store, model) else [report]
+    return [folder for folder in wanted if folder.is_dir()]
+
+
+def is_registered(study: Study, store: Store, model: Path) -> bool:
+    """Whether the model was given to MLflow's registry; what cannot be exported is not."""
+    wanted = study.final.publish and _is_whole(store, model) and (model / PROGRAM).is_file()
+    return wanted and store.facts().is_registered()
+
+
+def _is_whole(store: Store, model: Path) -> bool:
+    """Whether there is the model that was tested; one that is damaged is named elsewhere."""
+    try:
+        return store.has_final() and has_model(model) and is_tested(read_description(model / DESCRIPTION))
+    except Damaged:
+        return False

@@ -1,0 +1,171 @@
+"""What the stored predictions of the final run say: classes, confusions, confident mistakes, calibration.
+
+Several seeds are counted together, as the final accuracy counts them; the mistakes that are shown are those of seed 0,
+which is the saved model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from harness.base.errors import InputError
+from harness.base.packing import unpack
+from harness.final.statistics import Bin, calibration_error, reliability, wilson
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PAIRS = 12  # worst confusions that are shown, two pictures each
+MISTAKES = 24  # most confident ones that are shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """S seeds on N test images of C classes."""
+
+    labels: NDArray[Any]  # int [N]
+    predicted: NDArray[Any]  # int [S, N]
+    confidence: NDArray[Any]  # float [S, N], of the predicted class
+    classes: tuple[str, ...]  # C names
+
+    @property
+    def matrix(self) -> NDArray[Any]:
+        """How often each class (row) was taken for each class (column), over all seeds: int [C, C]."""
+        import numpy
+
+        counts = numpy.zeros((len(self.classes), len(self.classes)), dtype=int)
+        for row in self.predicted:
+            numpy.add.at(counts, (self.labels, row), 1)
+        return counts
+
+
+def from_record(record: Mapping[str, Any]) -> Predictions:
+    """The storage's attribute "predictions", unpacked.
+
+    Raises InputError when they are not what a final run keeps.
+    """
+    import numpy
+
+    try:
+        labels = unpack(record["labels"], "uint16").astype(int)
+        predicted = numpy.stack([unpack(each["predicted"], "uint16").astype(int) for each in record["seeds"]])
+        confidence = numpy.stack([unpack(each["confidence"], "float32") for each in record["seeds"]])
+        count = 1 + max(int(labels.max()), int(predicted.max()))
+        names = record["classes"]
+        if len(names) < count or not predicted.shape == confidence.shape == (len(predicted), len(labels)):
+            raise ValueError(f"{len(labels)} labels of {len(names)} classes do not fit")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"The study's 'predictions' are damaged ({error}); take the storage from a copy.") from error
+    return Predictions(labels=labels, predicted=predicted, confidence=confidence, classes=tuple(names))
+
+
+def per_class(found: Predictions) -> list[dict[str, Any]]:
+    """Each class's accuracy, over all seeds, the worst class first; the interval counts an image once."""
+    matrix, seeds = found.matrix, len(found.predicted)
+    rows = []
+    for number, name in enumerate(found.classes):
+        correct, total = int(matrix[number, number]), int(matrix[number].sum())
+        if total:
+            low, high = wilson(correct / seeds, total // seeds)
+            rows.append(
+                {
+                    "class": name,
+                    "correct": correct,
+                    "total": total,
+                    "accuracy": correct / total,
+                    "interval": [low, high],
+                }
+            )
+    return sorted(rows, key=lambda row: (row["accuracy"], row["class"]))
+
+
+def confusions(found: Predictions, most: int = PAIRS) -> list[dict[str, Any]]:
+    """The pairs of classes that are confused most often, over all seeds.
+
+    `image` is the number of a test image that was taken for the other class, the one with most confidence; `like` is
+    one of the other class that was recognised with most confidence, None when none was.
+    """
+    import numpy
+
+    matrix = found.matrix
+    apart = matrix * ~numpy.eye(len(matrix), dtype=bool)
+    order = numpy.argsort(-apart, axis=None, kind="stable")[:most]
+    pairs = []
+    for true, predicted in zip(*numpy.unravel_index(order, apart.shape), strict=True):
+        if apart[true, predicted]:
+            pairs.append(
+                {
+                    "class": found.classes[true],
+                    "predicted": found.classes[predicted],
+                    "count": int(apart[true, predicted]),
+                    "of": int(matrix[true].sum()),
+                    "image": _surest(found, int(true), int(predicted)),
+                    "like": _surest(found, int(predicted), int(predicted)),
+                }
+            )
+    return pairs
+
+
+def _surest(found: Predictions, true: int, predicted: int) -> int | None:
+    import numpy
+
+    chosen = (found.labels == true) & (found.predicted == predicted)
+    confidence = numpy.where(chosen, found.confidence, -1.0).max(axis=0)
+    return int(confidence.argmax()) if chosen.any() else None
+
+
+def mistakes(found: Predictions, most: int = MISTAKES) -> list[dict[str, Any]]:
+    """The saved model's mistakes with the highest confidence; `image` is the number of the test image."""
+    import numpy
+
+    predicted, confidence = found.predicted[0], found.confidence[0]
+    wrong = numpy.flatnonzero(predicted != found.labels)
+    order = wrong[numpy.argsort(-confidence[wrong], kind="stable")][:most]
+    return [
+        {
+            "image": int(image),
+            "class": found.classes[found.labels[image]],
+            "predicted": found.classes[predicted[image]],
+            "confidence": float(confidence[image]),
+        }
+        for image in order
+    ]
+
+
+def pictured(record: Mapping[str, Any]) -> list[int]:
+    """The test images that a report shows, given the attribute "predictions"."""
+    found = from_record(record)
+    pairs = [each[key] for each in confusions(found) for key in ("image", "like")]
+    return sorted({image for image in [*pairs, *(each["image"] for each in mistakes(found))] if image is not None})
+
+
+def calibration(found: Predictions) -> list[Bin]:
+    """The reliability diagram's bins, over all seeds."""
+    return reliability(found.confidence.ravel(), (found.predicted == found.labels).ravel())
+
+
+def described(record: Mapping[str, Any]) -> dict[str, Any]:
+    """All of it, ready for JSON. `ece` is the expected calibration error over all `seeds`, a share."""
+    found = from_record(record)
+    bins = calibration(found)
+    alone = reliability(found.confidence[0], found.predicted[0] == found.labels)
+    return {
+        "per_class": per_class(found),
+        "confusions": confusions(found),
+        "mistakes": mistakes(found),
+        "calibration": [asdict(each) for each in bins],
+        "ece": calibration_error(bins),
+        "ece_saved": calibration_error(alone),
+        "seeds": len(found.predicted),
+    }
+
+
+def calibration_sentence(tested: Mapping[str, Any]) -> str:
+    """Whose calibration error is which, for the report and the model card; `tested` is what `described` gives."""
+    every = f", {100 * tested['ece']:.2f} points over all {tested['seeds']} seeds" if tested["seeds"] > 1 else ""
+    return (
+        "Expected calibration error on the test images (Guo et al., 2017): "
+        f"{100 * tested['ece_saved']:.2f} points for the saved model, seed 0{every}."
+    )

@@ -1,0 +1,148 @@
+"""A trial's configuration trained again from a seed of its own: to be tested, to be compared with, or to be chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.base.environment import environment
+from harness.base.errors import Halt
+from harness.base.keys import base_key, final_key, rerank_key
+from harness.base.seeds import derive_seed
+from harness.config.events import EpochEnded, EpochResult, Event, Kind, RetrainingEnded, TrialStarted
+from harness.config.jobs import Train, Workers
+from harness.config.study import Study
+from harness.store.store import Store, TrialRecord
+from harness.training.checkpoint import SUFFIX, Checkpoint, fingerprint, identity_of, remove
+from harness.training.job import assemble, with_validation_images
+from harness.training.loop import Training, fit
+from harness.training.step import Runtime
+
+KEYS = {"final": final_key, "base": base_key, "rerank": rerank_key}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What every retraining of a study needs."""
+
+    study: Study
+    store: Store
+    runtime: Runtime
+    checkpoints: Path
+    workers: Workers | None = None  # who trains for this process; None: it trains itself
+
+    def ahead(self, retrainings: Sequence[Retraining]) -> Iterator[Event]:
+        """Have the workers train these side by side, if there are any; each is then found trained."""
+        if self.workers is not None:
+            yield from self.workers.train([Train(each.kind, each.trial.number, each.number) for each in retrainings])
+
+
+class Retraining:
+    """One training; its last checkpoint stays, with the trained weights, until `end`.
+
+    The base configuration is trained from the final run's seeds, so that equal configurations give equal weights.
+    """
+
+    def __init__(self, place: Place, kind: Kind, trial: TrialRecord, number: int, logged: bool = True) -> None:
+        """`logged`: whether what happens is for MLflow, too."""
+        self.kind, self.trial, self.number, self.logged = kind, trial, number, logged
+        self.config = place.study.config(trial.params)
+        self.key = KEYS[kind](trial.number, number)
+        # Of the training, once `trained` has read it: its epochs, and what it was computed with.
+        self.epochs: tuple[EpochResult, ...] = ()
+        self.environments: Sequence[Mapping[str, str]] = ()
+        self._place = place
+        self._path = place.checkpoints / f"{self.key}{SUFFIX}"
+        self._seed = derive_seed(place.study.seed, "rerank" if kind == "rerank" else "final", number)
+        # A choice is made by the validation images, so nothing is trained on them before it.
+        self._fit_on = "train" if kind == "rerank" else place.study.final.fit_on
+
+    def train(self) -> Iterator[Event]:
+        """Train to the end, from the checkpoint if there is one; leaves the trained weights in it."""
+        checkpoint = self._checkpoint()
+        training = checkpoint.training
+        resumed = checkpoint.restore()
+        if training.progress.epoch > self.config.epochs:
+            return
+        of = f" of trial {self.trial.number}" if self.kind == "rerank" else ""
+        name = f"{self.kind} seed {self.number}{of}"
+        key = self.key if self.logged else None
+        yield TrialStarted(
+            key=key,
+            kind=self.kind,
+            name=name,
+            number=self.number,
+            trial=self.trial.number,
+            params=self.trial.params,
+            epochs=self.config.epochs,
+            resumed=resumed,
+            groups=None,
+            progress=training.progress,
+        )
+        with checkpoint.saved_when_stopped(), closing(fit(training, checkpoint.after_batch)) as results:
+            for result in results:
+                yield EpochEnded(key=key, name=name, number=self.number, result=result)
+            checkpoint.save()
+
+    def trained(self) -> Training:
+        """The trained model, from its checkpoint. Raises Halt when that was damaged in the meantime."""
+        checkpoint = self._checkpoint()
+        if not checkpoint.restore():
+            raise Halt(f"The trained weights {self._path} are gone or damaged; the same command trains them again.")
+        self.environments = checkpoint.environments
+        self.epochs = tuple(result.without_hits() for result in checkpoint.training.progress.epochs)
+        return checkpoint.training
+
+    def record(self, training: Training) -> dict[str, Any]:
+        """What the storage keeps of the training: the weights' sha256, what they were computed with, every epoch."""
+        return {
+            "seed": self.number,
+            "weights": fingerprint(training.model.state_dict()),
+            "environments": [dict(each) for each in self.environments],
+            "epochs": [result.to_dict() for result in self.epochs],
+        }
+
+    def end(self, metrics: Mapping[str, float] = {}) -> Iterator[Event]:
+        """Say what came of it and drop the checkpoint; to be called when the result is recorded."""
+        if self.logged:
+            yield RetrainingEnded(
+                key=self.key,
+                kind=self.kind,
+                number=self.number,
+                trial=self.trial.number,
+                params=self.trial.params,
+                epochs=self.epochs,
+                metrics=dict(metrics),
+            )
+        remove(self._path)
+
+    def _checkpoint(self) -> Checkpoint:
+        place = self._place
+        training = assemble(self.config, place.runtime, self._seed)
+        if self._fit_on == "train+val":
+            training = with_validation_images(training)
+        identity = identity_of(place.store.uid, self.key, self._seed, self.config)
+        here = environment(place.runtime.device)
+        identity |= {"fit_on": self._fit_on}
+        return Checkpoint(self._path, identity, training, here, check=place.store.check_lead)
+
+
+@contextmanager
+def threads_of(environments: Sequence[Mapping[str, str]]) -> Iterator[None]:
+    """As many of torch's threads as a training had, for on a CPU their number decides its last bits.
+
+    They are left as they are when that is not known, or it went on with another number.
+    """
+    known, before = {each.get("threads") for each in environments}, torch.get_num_threads()
+    number = known.pop() if len(known) == 1 else None
+    if number is not None:
+        torch.set_num_threads(int(number))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,179 @@
+"""What a search and its final run found, in sentences."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from harness.base.words import percent
+from harness.config.final_result import Comparison, FinalResult
+from harness.final.statistics import ALPHA
+from harness.store.ledger import openings
+from harness.store.store import Store
+
+
+def verdict(store: Store) -> str:
+    """One sentence about the search: does the best trial beat the base configuration, trial 0?"""
+    best = store.best()
+    if best is None:
+        return "No trial is complete yet."
+    base = next((trial for trial in store.trials() if trial.number == 0), None)
+    sentence = f"Best is trial {best.number} with a validation accuracy of {percent(best.value)}"
+    if best.number != 0 and (chosen := store.chosen()) is not None and chosen.number == 0:
+        return (
+            f"The base configuration, trial 0, is the answer, with a validation accuracy of {percent(chosen.value)}: "
+            f"no trial is shown to beat it (trial {best.number} has the highest, {percent(best.value)})."
+        )
+    if best.number == 0:
+        return sentence + ": no trial beats the base configuration, trial 0."
+    if base is None or base.value is None:
+        return sentence + "; the base configuration, trial 0, did not complete."
+    points = 100 * (best.value - base.value)  # type: ignore[operator]
+    return sentence + f", {points:.2f} points above the base configuration, trial 0."
+
+
+def all_equal(store: Store) -> bool:
+    """Whether there are several finished trials, and all have the same configuration."""
+    params = [trial.params for trial in store.trials() if trial.state != "running"]
+    return len(params) > 1 and all(each == params[0] for each in params)
+
+
+def conclusion(store: Store) -> str:
+    """Whether any configuration is shown to be better than another, in a sentence.
+
+    Of a study that has gone on since the test set was opened, it says that it is of that moment.
+    """
+    sentence, when = _compared(store), _when(store)
+    return f"{when}: {sentence[0].lower()}{sentence[1:]}" if when else sentence
+
+
+def _when(store: Store) -> str | None:
+    """When what the final result says was known; None when that is now."""
+    final = store.facts().final
+    selection = None if final is None else final.selection
+    if selection is not None and selection.candidates != store.counts()["complete"]:
+        return f"When the test set was opened, with {selection.candidates:,} complete trials"
+    return "When the test set was opened" if store.needs_reason() else None
+
+
+def _compared(store: Store) -> str:
+    if store.best() is None:
+        return "No trial is complete yet."
+    if all_equal(store):
+        return f"No configuration is better than another: all {store.finished()} trials have the same one."
+    final = store.facts().final
+    if final is None:
+        return "Whether the best configuration is better than the base is not known before the test set is opened."
+    if final.trial == 0:
+        return "No configuration is shown to be better than another: the base configuration itself was chosen."
+    base, found = final.base, final.comparison
+    if base is not None and len(base.per_seed) == 1:
+        return (
+            "No configuration is shown to be better than another: with one seed of the base, how far seeds lie apart "
+            "is not known; final.seeds of 2 or more would tell."
+        )
+    if found is None or found.p is None:
+        return "The best configuration was not compared with the base configuration on the test set."
+    sentence = comparison_sentence(found)
+    if found.p >= ALPHA:
+        return f"No configuration is shown to be better than another: {sentence}."
+    word = "better" if found.difference > 0 else "worse"
+    return f"The best configuration is {word} than the base configuration: {sentence}."
+
+
+def prospect_sentence(store: Store) -> str | None:
+    """What further trials would bring, in a sentence; None where that is not known."""
+    more = (store.choice() or {}).get("more")
+    if more is None:
+        return None
+    gain, bound = (f"{100 * more[name]:.2f}" for name in ("gain", "bound"))
+    return (
+        f"{more['trials']} more trials would bring about {gain} points of validation accuracy, and any number of them "
+        f"about {bound} at most, by what the trials so far show."
+    )
+
+
+def choice_sentence(store: Store) -> str | None:
+    """Why this trial was chosen, with the highest value beside it; None where that needs no word."""
+    record = store.choice()
+    if record is None or record["estimates"] is None:
+        return None
+    values = {trial.number: trial.value for trial in store.trials()}
+    chosen, highest = record["trial"], record["highest"]
+
+    def estimated(number: int) -> str:
+        mean, deviation = record["estimates"][str(number)]
+        return f"{percent(mean)} ± {100 * deviation:.2f} points"
+
+    name = f"Trial {chosen}" if chosen else "The base configuration, trial 0,"
+    said = f"{name} was chosen: weighed against its neighbours it comes to {estimated(chosen)}"
+    if chosen == highest:
+        return f"{said}, and no trial has a lower bound that is {'higher' if chosen else 'an image higher'}."
+    bound = "without a lower bound that is higher" if chosen else "with no lower bound that is an image higher"
+    return (
+        f"{said}; trial {highest} has the highest measured value, {percent(values[highest])}, and comes to "
+        f"{estimated(highest)}, {bound}."
+    )
+
+
+def rerank_sentence(record: dict[str, Any] | None) -> str | None:
+    """How the second look at the best ended, in a sentence; None when there was none."""
+    if record is None or record["chosen"] is None:
+        return None
+    found = {number: [each["accuracy"] for each in record["results"][str(number)]] for number in record["candidates"]}
+    seeds = len(found[record["chosen"]])
+    listed = ", ".join(f"trial {number} {percent(statistics.fmean(values))}" for number, values in found.items())
+    return f"On {seeds} fresh seed{'s' if seeds > 1 else ''} each: {listed}; trial {record['chosen']} was chosen."
+
+
+def selection_sentence(final: FinalResult) -> str | None:
+    """By how much the best validation score flatters, in a sentence; None when that is not known."""
+    if (found := final.selection) is None:
+        return None
+    return (
+        f"The best of the {found.candidates:,} trials that were complete when the test set was opened looks better "
+        f"on the {found.images:,} validation images than it is: by {100 * max(found.excess, 0):.2f} points, as "
+        f"they lie apart, by {100 * found.excess_if_equal:.2f} points if all were equally good (bootstrap over the "
+        "images)."
+    )
+
+
+def test_sentence(store: Store) -> str:
+    """The final result, or what has become of the test set without one, in a sentence or two."""
+    opened = openings(store.ledger_lines())
+    final = store.facts().final
+    if final is None and opened:
+        return (
+            f"The test set was opened for trial {opened[-1]['trial']}, and no result is recorded yet: the study's "
+            "command goes on."
+        )
+    if final is None and (leader := store.leader()) is not None:
+        return f"The final run is under way in {leader}. {final_sentence(None)}"
+    return final_sentence(final)
+
+
+def final_sentence(final: FinalResult | None) -> str:
+    """The final result in one sentence, with what it was measured on."""
+    if final is None:
+        return "The test set has not been opened."
+    low, high = final.interval
+    seeds, images, opened = len(final.per_seed), final.images, final.test_openings
+    spread = "" if final.spread is None else f", standard deviation {100 * final.spread:.2f} points over the seeds"
+    balanced = final.balanced_accuracy
+    averaged = "" if balanced is None else f"; balanced over the classes {percent(balanced)}"
+    times = "once" if opened == 1 else f"{opened} times, so this number is no longer untouched by selection"
+    return (
+        f"Test accuracy {percent(final.accuracy)} ({final.correct:,} correct of {final.total:,}: {seeds} seed"
+        f"{'s' * (seeds > 1)} on {images:,} test image{'s' * (images > 1)}; 95 % interval {percent(low)} to "
+        f"{percent(high)}{spread}{averaged}), trial {final.trial} retrained on {final.fit_on}. "
+        f"The test set was opened {times}."
+    )
+
+
+def comparison_sentence(found: Comparison) -> str:
+    """The difference of two configurations' accuracies, with its interval, and what it was measured on; a clause."""
+    difference, low, high = (f"{100 * each:+.2f}" for each in (found.difference, found.low or 0.0, found.high or 0.0))
+    return (
+        f"the test accuracy of the best less that of the base is {difference} points (95 % interval {low} to {high}, "
+        f"p = {found.p:.2g}), over {found.seeds} seeds of each and {found.images:,} test images"
+    )

@@ -1,0 +1,137 @@
+"""How far a number can be trusted: intervals, comparisons, what choosing the best of many adds, calibration.
+
+Everything here works on counts and arrays and knows neither studies nor models. Numpy and scipy are imported when
+something is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+from harness.config.final_result import Comparison, Selection
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+CONFIDENCE = 0.95
+ALPHA = 0.05  # a difference with a larger p-value is not called one
+RESAMPLES = 2000
+BINS = 10
+
+
+def wilson(correct: float, total: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson, 1927). `correct` may be a mean over seeds, which is no whole number."""
+    z2 = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) ** 2
+    share = correct / total
+    middle = (share + z2 / (2 * total)) / (1 + z2 / total)
+    half = math.sqrt(z2 * (share * (1 - share) / total + z2 / (4 * total**2))) / (1 + z2 / total)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def balanced_accuracy(labels: NDArray[Any], predicted: NDArray[Any]) -> float:
+    """The mean over the classes that occur in `labels` [N] of each one's accuracy."""
+    import numpy
+
+    return float(numpy.mean([(predicted[labels == label] == label).mean() for label in numpy.unique(labels)]))
+
+
+def compare(first: NDArray[Any], second: NDArray[Any]) -> Comparison:
+    """Two configurations by their hits, bool [seeds, images] each, on the same images.
+
+    Both the seeds and the images are a sample. The variance of the difference of the mean hits has three parts: that
+    of each configuration's seeds, and that of the images, each with the mean of its hits over the seeds (Owen, "The
+    pigeonhole bootstrap", 2007). Student's t has the degrees of freedom of Welch (1947) and Satterthwaite (1946).
+    The images are taken in pairs; the seeds are not, for that would leave half of the degrees of freedom, with which
+    the error is not held (benchmarks/false_claims.py). Where a seed does the same to both, this is on the safe side.
+    """
+    from scipy.special import stdtr, stdtrit  # Student's t: its distribution function, and the inverse
+
+    seeds, images = first.shape
+    by_image = first.mean(axis=0) - second.mean(axis=0)
+    difference = float(by_image.mean())
+    if seeds < 2 or images < 2:
+        return Comparison(difference=difference, low=None, high=None, p=None, seeds=seeds, images=images)
+    parts = [(float(hits.mean(axis=1).var(ddof=1)) / seeds, seeds - 1) for hits in (first, second)]
+    parts.append((float(by_image.var(ddof=1)) / images, images - 1))
+    variance = sum(part for part, _ in parts)
+    if variance == 0:  # every seed and every image says the same
+        p = 1.0 if difference == 0 else 0.0
+        return Comparison(difference=difference, low=difference, high=difference, p=p, seeds=seeds, images=images)
+    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+    error = math.sqrt(variance)
+    half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * error
+    p = float(2 * stdtr(freedom, -abs(difference) / error))
+    low, high = difference - half, difference + half
+    return Comparison(difference=difference, low=low, high=high, p=p, seeds=seeds, images=images)
+
+
+def selection_excess(hits: NDArray[Any], seed: int = 0, resamples: int = RESAMPLES) -> Selection | None:
+    """Bootstrap over images (Efron and Tibshirani, 1993, chapter 17: optimism) of hits, bool [candidates, images].
+
+    Each resample of the images chooses its own winner; how much better that winner looks there than on all images is
+    the excess. Candidates are resampled together, so what they have in common is kept. None with fewer than two.
+    """
+    import numpy
+
+    candidates, images = hits.shape
+    if candidates < 2 or images < 1:
+        return None
+    scores = hits.mean(axis=1)
+    # How often each image is drawn, times each candidate's hits: one product instead of `resamples` copies.
+    draws = numpy.random.default_rng(seed).multinomial(images, numpy.full(images, 1 / images), size=resamples)
+    resampled = draws @ hits.T.astype(numpy.float64) / images
+    winners = resampled.argmax(axis=1)
+    noise = resampled - scores
+    lead = scores.max() - scores.mean()
+    leads = noise.max(axis=1) - noise.mean(axis=1)
+    # The observed lead counts as one of the draws, so that p is never 0 (Davison and Hinkley, 1997, section 4.2).
+    p_equal = (1 + int((leads >= lead - 1e-12).sum())) / (1 + resamples)
+    return Selection(
+        candidates=candidates,
+        images=images,
+        excess=float(noise[numpy.arange(resamples), winners].mean()),
+        excess_if_equal=float(noise.max(axis=1).mean()),
+        p_equal=float(p_equal),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bin:
+    """The predictions whose confidence lies in (low, high]; the averages are shares."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float
+    accuracy: float
+
+
+def reliability(confidence: NDArray[Any], hits: NDArray[Any], bins: int = BINS) -> list[Bin]:
+    """Confidence of the predicted class [N] against how often it is right, in bins of equal width; empty ones left out.
+
+    The reliability diagram of Guo et al., "On Calibration of Modern Neural Networks" (2017).
+    """
+    import numpy
+
+    place = numpy.clip(numpy.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    return [
+        Bin(
+            low=number / bins,
+            high=(number + 1) / bins,
+            count=int((place == number).sum()),
+            confidence=float(confidence[place == number].mean()),
+            accuracy=float(hits[place == number].mean()),
+        )
+        for number in range(bins)
+        if (place == number).any()
+    ]
+
+
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """The expected calibration error (Guo et al., 2017): the bins' gaps, weighted by how many predictions they hold."""
+    total = sum(each.count for each in bins)
+    return sum(each.count * abs(each.accuracy - each.confidence) for each in bins) / total

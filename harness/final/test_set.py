@@ -1,0 +1,322 @@
+"""The final run: the chosen configuration retrained on several seeds, then the test set opened, once.
+
+All seeds are trained before the first test image is looked at, and which of them is saved as the model is decided
+beforehand (seed 0), so nothing is chosen by the test set. Every opening is written to the ledger before it happens.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+
+from harness.base.environment import git_commit
+from harness.base.packing import pack, unpack_bits
+from harness.config.contracts import Dataset, SplitName
+from harness.config.events import Elsewhere, Event
+from harness.config.final_result import FinalResult
+from harness.config.train import fingerprint
+from harness.data.duplicates import find
+from harness.data.splits import ImageSet, items_of, load_split, load_test
+from harness.final.choice import record_choice, rerank
+from harness.final.model_files import (
+    CHECK_FILE,
+    DESCRIPTION,
+    WEIGHTS,
+    check_folder,
+    forget_files,
+    has_model,
+    is_recorded,
+    keep_check_images,
+    record_files,
+    save_model,
+    write_description,
+)
+from harness.final.predictions import pictured
+from harness.final.retrain import Place, Retraining, threads_of
+from harness.final.statistics import balanced_accuracy, compare, selection_excess, wilson
+from harness.final.thumbnails import thumbnails
+from harness.store import ledger
+from harness.store.leases import LeaseLost
+from harness.store.store import POLL_SECONDS, Store, TrialRecord, wanted
+from harness.training.checkpoint import differences, read_tensors
+from harness.training.checkpoint import fingerprint as sha256_of
+from harness.training.job import evaluation_of
+from harness.training.loop import Training, logits_of, measure
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def after_search(place: Place, model_folder: Path, reason: str | None) -> Generator[Event, None, bool]:
+    """Choose, retrain and test, as the one process that does; another one waits, lest that process dies.
+
+    Returns False, with nothing done, when another command has come that asks for more trials.
+    """
+    store = place.store
+    waited = False
+    while True:
+        while not store.lead():
+            waited = True
+            yield Elsewhere(by=store.leader() or "another process")
+            time.sleep(POLL_SECONDS)
+        if store.finished() < wanted(place.study, store):
+            store.follow()
+            return False
+        if waited and store.is_settled():
+            return True
+        try:
+            yield from rerank(place)
+            record_choice(place.study, store)
+            yield from final_run(place, model_folder, reason)
+        except LeaseLost:
+            continue
+        return True
+
+
+def final_run(place: Place, folder: Path, reason: str | None = None) -> Iterator[Event]:
+    """Retrain the chosen configuration, open the test set, save the model in `folder`, record the result.
+
+    A seed that was trained before an interruption is not trained again, for its last checkpoint stays until the result
+    is recorded. When the result is there and only the weights are lost, their seed is trained once more, and the test
+    set stays closed. It also stays closed when it was opened for another trial and no `reason` is given. Does nothing
+    when no trial is complete. Raises LeaseLost, with nothing recorded, when another process does this by now, and
+    InputError when the model in `folder` is another study's.
+    """
+    study, store = place.study, place.store
+    chosen = store.chosen()
+    if chosen is None:
+        return
+    check_folder(folder, store.url, store.uid)
+    if store.has_final() and has_model(folder):
+        return
+    if store.has_final():
+        if is_recorded(store, folder, WEIGHTS):  # only what says what they are is lost, and the storage knows it
+            weights = sha256_of(read_tensors(folder / WEIGHTS)[0])
+            write_description(store, folder, study.config(chosen.params), chosen, _result(store), weights)
+            record_files(store, folder, DESCRIPTION)
+        else:
+            yield from _make_again(place, chosen, folder)
+        return
+    store.ledger()  # an edited one is named before hours of training
+    _repair(place, chosen)
+    if reason is None and (why := store.why_closed()) is not None:
+        print(why, file=sys.stderr)
+        return
+    seeds = [Retraining(place, "final", chosen, number) for number in range(study.final.seeds)]
+    base = _base_seeds(place, chosen)
+    yield from place.ahead([*seeds, *base])
+    for retraining in [*seeds, *base]:
+        yield from retraining.train()
+    tested = _open_test_set(place, seeds, base, folder, reason)
+    for retraining, metrics in zip([*seeds, *base], tested, strict=True):
+        yield from retraining.end(metrics)
+
+
+def _make_again(place: Place, chosen: TrialRecord, folder: Path) -> Iterator[Event]:
+    """Train the lost model's seed once more, as it was trained before.
+
+    Where that gives other weights all the same, it is said, here and in model.json: the test result is not theirs.
+    """
+    store = place.store
+    print(f"The model in {folder} is missing: its seed is trained again, the test set stays closed.", file=sys.stderr)
+    final = _result(store)
+    tested = final.per_seed[0]
+    environments = tested.environments
+    # Not logged: what MLflow shows of this seed is the training that was tested.
+    seed = Retraining(place, "final", chosen, 0, logged=False)
+    with threads_of(environments):
+        yield from seed.train()
+        training = seed.trained()
+    save_model(store, folder, training, chosen, final)
+    if tested.weights == sha256_of(training.model.state_dict()):
+        record_files(store, folder, WEIGHTS, DESCRIPTION)
+    else:
+        forget_files(store, WEIGHTS, DESCRIPTION)  # the tested ones are welcome, too, if somebody has a copy
+        differing = differences(environments[-1], seed.environments[-1]) if environments else ""
+        print(
+            f"The model in {folder} was trained again, and its weights are not those that were tested"
+            f"{f' ({differing})' if differing else ''}; its test result is theirs. To have the same bits, copy "
+            f"{folder.name} from the machine that trained it first.",
+            file=sys.stderr,
+        )
+    yield from seed.end()
+
+
+def _result(store: Store) -> FinalResult:
+    final = store.facts().final
+    assert final is not None
+    return final
+
+
+def _base_seeds(place: Place, chosen: TrialRecord) -> list[Retraining]:
+    """The base configuration's trainings to compare with, from the same seeds; none where it is the chosen one, or did
+    not train."""
+    final, base = place.study.final, next(trial for trial in place.store.trials() if trial.number == 0)
+    comparable = chosen.number != 0 and base.state in ("complete", "pruned")
+    seeds = final.seeds if final.compare_base and comparable else 0
+    return [Retraining(place, "base", base, number) for number in range(seeds)]
+
+
+def _repair(place: Place, chosen: TrialRecord) -> None:
+    """Have the final result say what the ledger does, as far as its line goes, where the two were written apart.
+
+    For the trial that is chosen the opening goes on, and gives the whole of it.
+    """
+    store, lines = place.store, ledger.results(place.store.ledger())
+    known = store.facts().final
+    if not lines or lines[-1]["trial"] == chosen.number or (known is not None and known.ledger == lines[-1]["hash"]):
+        return
+    seeds = [seed | {"accuracy": seed["correct"] / seed["total"]} for seed in lines[-1]["seeds"]]
+    about = {"trial": lines[-1]["trial"], "fit_on": place.study.final.fit_on, "ledger": lines[-1]["hash"]}
+    about |= {"base": None, "comparison": None, "selection": None}  # the line does not say them
+    opened = len(ledger.openings(store.ledger()))
+    store.set_as_leader({"final": summary(seeds) | about | {"test_openings": opened}})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tested:
+    """What one trained model makes of the test images; arrays are [N]."""
+
+    record: dict[str, Any]  # for the storage
+    hits: NDArray[Any]
+    predictions: dict[str, Any]  # packed: the predicted class uint16, its probability float32
+
+
+def _open_test_set(
+    place: Place, seeds: Sequence[Retraining], base: Sequence[Retraining], folder: Path, reason: str | None
+) -> list[dict[str, float]]:
+    # The only place where the test split is read. Everything is trained; nothing is decided after this line.
+    store, chosen = place.store, seeds[0].trial
+    store.check_lead()
+    _write_opening(store, chosen, fingerprint(seeds[0].config), reason)
+    test = load_test(seeds[0].config.data)
+    saved = seeds[0].trained()
+    results = [evaluated(seeds[0], saved, test)]
+    results += [evaluated(each, each.trained(), test) for each in seeds[1:]]
+    test_of_base = load_test(base[0].config.data) if base else test
+    against = [evaluated(each, each.trained(), test_of_base) for each in base]
+    final = summary([result.record for result in results]) | {
+        "trial": chosen.number,
+        "fit_on": place.study.final.fit_on,
+        "base": summary([result.record for result in against]) | {"trial": base[0].trial.number} if base else None,
+        "comparison": None,
+        "selection": selection(store),
+        "test_openings": len(ledger.openings(store.ledger())),
+    }
+    if base and len(test_of_base) == len(test):  # a space may change the data set itself
+        best, other = (numpy.stack([each.hits for each in found]) for found in (results, against))
+        final["comparison"] = asdict(compare(best, other))
+    predictions = {
+        "classes": list(saved.classes),
+        "labels": pack(test.labels.numpy().astype("uint16")),
+        "seeds": [result.predictions for result in results],
+        "base": [result.predictions for result in against],
+    }
+    kept = {
+        "predictions": predictions,
+        "thumbnails": thumbnails(test.images, pictured(predictions)),
+        "duplicates": _duplicates(seeds[0].config.data, test),
+    }
+    lines = _with_result(store, FinalResult.of(final))
+    final["ledger"] = lines[-1]["hash"]
+    # What can fail comes first, and then, all at once, the ledger's line and what it is about.
+    store.check_lead()
+    keep_check_images(folder, test)
+    save_model(store, folder, saved, chosen, FinalResult.of(final))
+    record_files(store, folder, WEIGHTS, DESCRIPTION, CHECK_FILE)
+    store.set_as_leader({"ledger": lines, "final": final, **kept})
+    # Nobody sees a test result before it is recorded.
+    records = [result.record for result in (*results, *against)]
+    return [{"test_accuracy": each["accuracy"], "test_loss": each["loss"]} for each in records]
+
+
+def _write_opening(store: Store, chosen: TrialRecord, configuration: str, reason: str | None) -> None:
+    """A line of the ledger, unless a process that died has written it and the opening only goes on."""
+    lines = store.ledger()
+    if not lines or lines[-1]["trial"] != chosen.number:
+        if lines and lines[-1]["event"] == ledger.OPENED and reason is None:
+            reason = f"the opening for trial {lines[-1]['trial']} was cut off before its result was recorded"
+        entry = {"event": ledger.OPENED, "trial": chosen.number, "configuration": configuration, "reason": reason}
+        store.add_to_ledger(_now() | entry)
+
+
+def _with_result(store: Store, final: FinalResult) -> list[ledger.Line]:
+    """The ledger with the result's line, once; it is not written yet."""
+    entry = {"event": ledger.RESULT, "trial": final.trial, "seeds": ledger.seeds_of(final)}
+    lines = store.ledger()
+    if {key: lines[-1].get(key) for key in entry} == entry:
+        return lines
+    return store.extended_ledger(_now() | entry)
+
+
+def _duplicates(data: Dataset, test: ImageSet) -> dict[str, Any]:
+    """The images that lie in more than one split."""
+    images = {
+        "train": load_split(data, "train", data.stored_size).images,
+        "val": load_split(data, "val", data.image_size).images,
+        "test": test.images,
+    }
+    splits: dict[SplitName, Any] = {split: (items_of(data, split), images[split]) for split in ("train", "val", "test")}
+    return find(data, splits, Path(data.cache))
+
+
+def _now() -> dict[str, str]:
+    return {"time": datetime.now(UTC).isoformat(timespec="seconds"), "commit": git_commit()}
+
+
+def evaluated(retraining: Retraining, training: Training, images: ImageSet) -> Tested:
+    """What a trained model makes of images that it has not seen."""
+    logits = logits_of(training.learner, evaluation_of(training, images), training.runtime).cpu()
+    metrics = measure(logits, images.labels)
+    probability, predicted = (each.numpy() for each in torch.softmax(logits, dim=1).max(dim=1))
+    labels = images.labels.numpy()
+    record = retraining.record(training) | {
+        "correct": metrics.correct,
+        "total": metrics.total,
+        "accuracy": metrics.accuracy,
+        "balanced_accuracy": balanced_accuracy(labels, predicted),
+        "loss": metrics.loss,
+    }
+    packed = {"predicted": pack(predicted.astype("uint16")), "confidence": pack(probability.astype("float32"))}
+    return Tested(record=record, hits=predicted == labels, predictions={"seed": retraining.number, **packed})
+
+
+def selection(store: Store) -> dict[str, Any] | None:
+    """What choosing the best of the complete trials adds to its validation score; None when that is not known."""
+    import numpy
+
+    lasts = [trial.epochs[-1].val for trial in store.trials() if trial.state == "complete" and trial.epochs]
+    known = [(val.hits, val.total) for val in lasts if val is not None and val.hits is not None]
+    if len(known) < len(lasts) or len({total for _, total in known}) != 1:
+        return None  # on different images
+    found = selection_excess(numpy.stack([unpack_bits(hits, total) for hits, total in known]))
+    return None if found is None else asdict(found)
+
+
+def summary(per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean, spread and interval of the seeds' test results.
+
+    `correct` and `total` add up the seeds, so accuracy is correct / total. The interval (Wilson, 1927) counts each
+    test image once: several seeds on the same images are not more images.
+    """
+    correct, total = sum(each["correct"] for each in per_seed), sum(each["total"] for each in per_seed)
+    accuracies = [each["accuracy"] for each in per_seed]
+    balanced = [each["balanced_accuracy"] for each in per_seed if "balanced_accuracy" in each]
+    return {
+        "accuracy": correct / total,
+        "balanced_accuracy": statistics.fmean(balanced) if balanced else None,
+        "correct": correct,
+        "total": total,
+        "per_seed": list(per_seed),
+        "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "interval": list(wilson(correct / len(per_seed), per_seed[0]["total"])),
+    }

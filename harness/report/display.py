@@ -1,0 +1,256 @@
+"""What a person sees while a study runs: a live display in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import heapq
+import os
+import statistics
+import sys
+from collections.abc import Iterable
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from harness.base.words import A_DAY_SECONDS, duration
+from harness.config.events import (
+    Completed,
+    Diverged,
+    Elsewhere,
+    EpochEnded,
+    EpochResult,
+    Event,
+    Failed,
+    Pruned,
+    Reached,
+    TrialEnded,
+    TrialLost,
+    TrialOutcome,
+    TrialStarted,
+)
+from harness.config.study import Study
+from harness.report.overview import in_short
+from harness.store.store import Store
+from harness.training import interrupt
+
+BAR_COLUMNS = 30  # at most; fewer in a narrow terminal
+
+
+class StudyConsole(Console):
+    """A console whose reader may leave (`| head`, a `tee` that Ctrl-C ended): the study goes on without it."""
+
+    left = False
+
+    def __init__(self) -> None:
+        super().__init__(markup=False)  # a trial's error may hold any brackets
+
+    def on_broken_pipe(self) -> None:
+        StudyConsole.left = self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Display:
+    """Shows the events of `study.run`. Use it as a context manager."""
+
+    def __init__(self, study: Study, store: Store, console: Console, workers: int = 1, reopening: bool = False) -> None:
+        """`workers` is how many train side by side; `reopening`, whether the test set is to be opened again."""
+        self._study = study
+        self._workers, self._reopening = workers, reopening
+        self._store = store
+        self._console = console
+        self._under_way: dict[str, TrialStarted] = {}  # by name
+        self._epoch_seconds: list[float] = []  # of the trials' epochs
+        self._trial_seconds: list[float] = []
+        self._final_ratio = 1.0  # how much longer an epoch of the final run is, with the validation images trained on
+        self._forecast = self._waiting = False  # whether it was said
+        self._heard = False  # whether anything has happened
+        self._begun = 0  # trainings after the search, those that were done before this process among them
+        self._compares = study.final.compare_base  # whether the base is trained, too
+        self._look()
+        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Display:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def show(self, event: Event) -> None:
+        self._heard = True
+        match event:
+            case TrialStarted():
+                self._begins(event)
+                if event.resumed:
+                    self._say(f"{event.name} was interrupted; it {_place(event)}.")
+            case EpochEnded():
+                self._epoch_ended(event)
+            case TrialEnded():
+                self._trial_ended(event)
+            case TrialLost():
+                self._under_way.pop(f"trial {event.number}", None)
+                self._say(f"trial {event.number} was taken up by another process, for this one did not move.")
+            case Elsewhere():
+                if not self._waiting:
+                    self._waiting = True
+                    self._say(f"The final run is done by {event.by}; waiting for its end.")
+
+    def _look(self) -> None:
+        """What the storage knows, so that a resumed study starts with the times of before."""
+        from harness.store.store import wanted
+
+        ended = [trial for trial in self._store.trials() if trial.state != "running"]
+        self._finished, self._best = self._store.finished(), self._store.best()
+        self._asked = wanted(self._study, self._store)
+        self._settled = self._best is not None and self._store.is_settled()
+        self._trial_seconds = [trial.seconds for trial in ended if trial.seconds is not None]
+        epochs = [epoch for trial in ended for epoch in trial.epochs]
+        self._epoch_seconds = [epoch.seconds for epoch in epochs]
+        if epochs:
+            self._compare_sizes(epochs[-1])
+
+    def _compare_sizes(self, result: EpochResult) -> None:
+        """Of the training and validation images of a trial's epoch."""
+        if result.val and self._study.final.fit_on == "train+val":
+            self._final_ratio = 1 + result.val.total / result.train.total
+
+    def _epoch_ended(self, event: EpochEnded) -> None:
+        result, started = event.result, self._under_way.get(event.name)
+        epochs = self._study.train.epochs if started is None else started.epochs
+        if started is not None and isinstance(started.progress, Reached):
+            started.progress.ended(result)
+        if result.val or not self._epoch_seconds:
+            self._epoch_seconds.append(result.seconds)
+            self._compare_sizes(result)
+        if not self._console.is_terminal:
+            measured = f"val {result.val.accuracy:.2%}" if result.val else f"train {result.train.accuracy:.2%}"
+            self._say(f"{event.name}  epoch {result.epoch}/{epochs}  loss {result.train.loss:.3f}  {measured}")
+        if not self._forecast:
+            self._forecast = True
+            self._say(forecast(result.seconds, self._left() or 0.0, pruning_known=bool(self._trial_seconds)))
+        if result.epoch == epochs and not _is_trial(event.name):
+            self._under_way.pop(event.name, None)
+
+    def _trial_ended(self, event: TrialEnded) -> None:
+        self._look()
+        seconds = next(trial.seconds or 0.0 for trial in self._store.trials() if trial.number == event.number)
+        self._under_way.pop(f"trial {event.number}", None)
+        name = f"trial {event.number}".ljust(9)
+        best = "  best so far" if self._best is not None and self._best.number == event.number else ""
+        self._say(
+            f"{name} {_outcome(event.outcome)}  {in_short(event.params, whole_paths=False)}  {duration(seconds)}{best}"
+        )
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=not self._console.is_terminal)  # else cut inside words
+
+    def _left(self) -> float | None:
+        """Estimated seconds until the end, from the trials so far; None before the first epoch."""
+        if not self._epoch_seconds:
+            return None
+        epoch = statistics.fmean(self._epoch_seconds)
+        training = epoch * self._study.train.epochs
+        trial = statistics.fmean(self._trial_seconds) if self._trial_seconds else training
+        search = self._seconds(True, self._asked - self._finished, trial)
+        after = self._seconds(False, self._trainings(), training * self._final_ratio)
+        return side_by_side(search, self._workers) + side_by_side(after, self._workers)
+
+    def _seconds(self, trials: bool, missing: int, each: float) -> list[float]:
+        """What is left of each of the `missing` trials, or trainings after the search; those under way come first."""
+        under_way = [started for started in list(self._under_way.values()) if _is_trial(started.name) == trials]
+        spent = [sum(result.seconds for result in started.progress.epochs) for started in under_way]
+        return [max(each - seconds, 0.0) for seconds in spent] + [each] * (missing - len(spent))
+
+    def _begins(self, event: TrialStarted) -> None:
+        """Count it; after the search one begins after the other, and those before it that did not begin were done."""
+        if not _is_trial(event.name) and event.name not in self._under_way:
+            looks, seeds = self._second_looks(), self._study.final.seeds
+            kind = event.name.partition(" ")[0]
+            place = {"final": looks + event.number, "base": looks + seeds + event.number}.get(kind, self._begun)
+            if kind == "final" and (chosen := self._store.chosen()) is not None and chosen.number == 0:
+                self._compares = False
+            self._begun = max(self._begun, place + 1)
+        self._under_way[event.name] = event
+
+    def _trainings(self) -> int:
+        """How many trainings after the search have not ended: second looks at the best, its seeds, and the base's."""
+        under_way = sum(not _is_trial(name) for name in list(self._under_way))
+        if self._settled and not self._reopening:
+            return under_way  # at most a lost model's seed: the test set was opened
+        all_of_them = self._second_looks() + self._study.final.seeds * (1 + self._compares)
+        return all_of_them - self._begun + under_way
+
+    def _second_looks(self) -> int:
+        final = self._study.final
+        return final.trainings(self._study.trials) - final.seeds * (1 + final.compare_base)
+
+    def _render(self) -> RenderableType:
+        left, asked = self._left(), max(self._asked, self._finished)
+        rows: list[tuple[str, int, float, str]] = [("study", asked, self._finished, f"{self._finished}/{asked} trials")]
+        for started in list(self._under_way.values()):
+            progress, epochs = started.progress, started.epochs
+            done = progress.epoch - 1 + progress.step / max(progress.steps, 1)
+            rows.append((started.name, epochs, done, f"epoch {min(progress.epoch, epochs)}/{epochs}"))
+        texts = max(len(name) for name, *_ in rows) + max(len(text) for *_, text in rows)
+        width = min(BAR_COLUMNS, max(self._console.width - texts - 3, 1))
+        grid = Table.grid(padding=(0, 1))
+        for name, total, done, text in rows:
+            grid.add_row(name, ProgressBar(total=total, completed=done, width=width), text)
+        best = "none yet" if self._best is None else f"{self._best.value:.2%} (trial {self._best.number})"
+        time = "time left …" if left is None else f"time left {duration(left)}" if left else "nearly done"
+        last = f"best {best}   {time}"
+        if not self._heard:
+            last = "The workers are starting …" if self._workers > 1 else "Starting …"
+        return Group(grid, interrupt.NOTICE if interrupt.requested() else last)
+
+
+def side_by_side(seconds: Iterable[float], workers: int) -> float:
+    """How long trainings take that take so many seconds each, begun in this order by whichever worker is free."""
+    ends = [0.0] * workers  # a heap
+    for each in seconds:
+        heapq.heapreplace(ends, ends[0] + each)
+    return max(ends)
+
+
+def _is_trial(name: str) -> bool:
+    return name.startswith("trial ")
+
+
+def forecast(epoch_seconds: float, left: float, pruning_known: bool) -> str:
+    """What the first epoch says about what is left of the study, in seconds both."""
+    aside = "" if pruning_known else ", pruning aside"
+    text = f"An epoch takes {duration(epoch_seconds)} here: about {duration(left)} are left{aside}."
+    if left > A_DAY_SECONDS:
+        text += (
+            " That is more than a day. Quicker: a GPU, fewer --trials, fewer epochs (--set epochs=5), fewer images "
+            "(--set data.limit=510), or a frozen backbone."
+        )
+    return text
+
+
+def _place(started: TrialStarted) -> str:
+    """Where an interrupted training goes on."""
+    progress = started.progress
+    if progress.step and progress.step == progress.steps:
+        return f"goes on with the end of epoch {progress.epoch}"
+    if progress.step:
+        return f"goes on in epoch {progress.epoch} after {progress.step} of {progress.steps} batches"
+    return f"goes on with epoch {progress.epoch}" if progress.epoch > 1 else "starts again with the same configuration"
+
+
+def _outcome(outcome: TrialOutcome) -> str:
+    match outcome:
+        case Completed(value=value):
+            return f"complete  val {value:.2%}"
+        case Pruned(epoch=epoch):
+            return f"pruned after epoch {epoch}"
+        case Diverged():
+            return f"diverged: {outcome.reason}"
+        case Failed(reason=reason):
+            return f"failed: {reason}"

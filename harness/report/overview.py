@@ -1,0 +1,261 @@
+"""What the storage says, as one object, in a few lines, and as a table. Nothing is computed from anywhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from harness.base.errors import masked
+from harness.base.files import sqlite_file
+from harness.base.words import duration
+from harness.final.audit import audit_sentences
+from harness.final.predictions import described
+from harness.final.sentences import (
+    choice_sentence,
+    conclusion,
+    prospect_sentence,
+    rerank_sentence,
+    selection_sentence,
+    test_sentence,
+    verdict,
+)
+from harness.store.ledger import seeds_of
+from harness.store.locks import holder
+from harness.store.store import Store, TrialRecord
+
+if TYPE_CHECKING:
+    import pandas
+
+
+def overview(name: str, store: Store, tracking: str) -> dict[str, Any]:
+    """The study as one JSON object (`show --json`); the report shows the same numbers."""
+    best, chosen, final = store.best(), store.chosen(), _final(store)
+    return {
+        "study": name,
+        "trials": counts(store),
+        "best": None if best is None else {"number": best.number, "value": best.value, "params": best.params},
+        "conclusion": conclusion(store),
+        "final": final,
+        "chosen": None if chosen is None else chosen.number,
+        "choice": store.choice(),
+        "rerank": _rerank(store),
+        "ledger": {"lines": store.ledger_lines(), "fault": store.ledger_fault()},
+        "duplicates": store.facts().duplicates,
+        "audit": store.facts().audit,
+        "test": None if final is None else _tested(store),
+        "cost": cost(trial_records(store), store.facts().definition or {}),
+        "runtime": store.facts().runtime,
+        "environment": store.environment(),
+        "command": store.facts().command,
+        "storage": masked(store.url),
+        "tracking": masked(tracking),
+    }
+
+
+def _final(store: Store) -> dict[str, Any] | None:
+    """The final result without the epochs and the line of the ledger, which stand elsewhere."""
+    if (final := store.facts().final) is None:
+        return None
+    shown = dataclasses.asdict(final)
+    del shown["ledger"]
+    for result in filter(None, (shown, shown["base"])):
+        result["interval"] = list(result["interval"])
+        result["per_seed"] = [_without_epochs(seed) for seed in result["per_seed"]]
+    return shown
+
+
+def _tested(store: Store) -> dict[str, Any] | None:
+    """What the final run's predictions say; None where its end was cut off and mended from the ledger."""
+    predictions = store.facts().predictions
+    return None if predictions is None else described(predictions)
+
+
+def _rerank(store: Store) -> dict[str, Any] | None:
+    record = store.facts().rerank
+    if record is None:
+        return None
+    results = {number: [_without_epochs(each) for each in found] for number, found in record["results"].items()}
+    return record | {"results": results}
+
+
+def _without_epochs(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "epochs"}
+
+
+def subject(store: Store) -> TrialRecord | None:
+    """The trial that a report is about: the one that was tested; before that the chosen one, or the best so far."""
+    final = store.facts().final
+    if final is None:
+        return store.chosen() or store.best()
+    return next(trial for trial in store.trials() if trial.number == final.trial)
+
+
+def counts(store: Store) -> dict[str, int]:
+    """Trials by state; one that has begun and is not finished is running, or interrupted when no process is there."""
+    counted = store.counts()
+    unfinished = {"running": 0, "interrupted": counted["running"]} if _abandoned(store) else {"interrupted": 0}
+    return counted | unfinished
+
+
+def finished_of(finished: int, asked: int) -> str:
+    """How far the search is: a study may have more trials than a command asks for."""
+    if finished > asked:
+        return f"{finished} trials finished (asked for: {asked})"
+    return f"{finished} of {asked} trials finished"
+
+
+def _abandoned(store: Store) -> bool:
+    """Whether no process works on this study."""
+    file = sqlite_file(store.url)
+    return not store.at_work() if file is None else holder(file) is None
+
+
+def trial_records(store: Store) -> list[TrialRecord]:
+    """All trials, the interrupted ones under that name."""
+    trials = store.trials()
+    if not any(trial.state == "running" for trial in trials) or not _abandoned(store):
+        return trials
+    return [dataclasses.replace(each, state="interrupted") if each.state == "running" else each for each in trials]
+
+
+def summary(name: str, store: Store, tracking: str) -> str:
+    """The study in a few lines (`show`)."""
+    counted = counts(store)
+    del counted["running" if counted["interrupted"] else "interrupted"]
+    chosen = store.chosen()
+    best = chosen if chosen is not None and chosen.number == 0 else store.best()
+    params = f"\n          {in_short(best.params)}" if best is not None and best.params else ""
+    fault = store.ledger_fault()
+    return "\n".join(
+        [
+            *([] if fault is None else [f"warning   Do not trust this: {fault}."]),
+            f"study     {name}: {', '.join(f'{number} {state}' for state, number in counted.items())}",
+            f"best      {verdict(store)}{params}",
+            *_chosen_line(store),
+            f"final     {test_sentence(store)}",
+            *(f"          {line}" for line in _remarks(store)),
+            *_audit_lines(store),
+            f"runtime   {in_words(store.facts().runtime)}",
+            f"storage   {masked(store.url)}",
+            f"tracking  {masked(tracking)}",
+        ]
+    )
+
+
+def _chosen_line(store: Store) -> list[str]:
+    """The configuration that was chosen, if it is another than the one with the highest value."""
+    chosen, best = store.chosen(), store.best()
+    if chosen is None or best is None or chosen.number in (0, best.number):  # of the base the line above tells
+        return []
+    how = "by its lower bound" if store.facts().rerank is None else "on fresh seeds"
+    params = [f"          {in_short(chosen.params)}"] if chosen.params else []
+    return [f"chosen    Trial {chosen.number}, {how}", *params]
+
+
+def in_short(params: Mapping[str, Any], whole_paths: bool = True) -> str:
+    """Values by name on one line; of a path into a configuration the last part alone where space is short."""
+    shown = [
+        (path if whole_paths else path.rsplit(".", 1)[-1], f"{value:.4g}" if isinstance(value, float) else value)
+        for path, value in params.items()
+    ]
+    return ", ".join(f"{name} = {value}" for name, value in shown)
+
+
+def _remarks(store: Store) -> list[str]:
+    """What belongs to the final result."""
+    final = store.facts().final
+    chosen = [choice_sentence(store), prospect_sentence(store), rerank_sentence(store.facts().rerank)]
+    lines = chosen if final is None else [store.why_closed(), conclusion(store), *chosen, selection_sentence(final)]
+    return [*filter(None, lines)]
+
+
+def _audit_lines(store: Store) -> list[str]:
+    """What an audit found, if there was one."""
+    record = store.facts().audit
+    lines = [] if record is None else audit_sentences(record)
+    return [f"{'' if number else 'audit':<10}{line}" for number, line in enumerate(lines)]
+
+
+def in_words(runtime: dict[str, Any] | None) -> str:
+    """The decided engine as a person says it."""
+    if runtime is None:
+        return "not decided yet"
+    layout = "channels last" if runtime["channels_last"] else "channels first"
+    compiled = ", compiled" if runtime.get("compile") else ""
+    return f"{runtime['device']}, {runtime['precision']}, {layout}{compiled}"
+
+
+def digest(store: Store) -> str:
+    """A sha256 over what two runs of the same study must agree on.
+
+    Trial numbers, parameters, states, values and intermediate values, and each final seed's result and weights. Times
+    and places are left out.
+    """
+    final = store.facts().final
+    content = {
+        "trials": [
+            [trial.number, trial.params, trial.state, trial.value, list(trial.curve.items())]
+            for trial in store.trials()
+        ],
+        "final": None if final is None else final.trial,
+        "seeds": [] if final is None else [list(seed.values()) for seed in seeds_of(final)],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def frame(store: Store) -> pandas.DataFrame:
+    """One row a trial: number, state, value, epochs, seconds, reason, and each parameter."""
+    import pandas
+
+    rows = [
+        {
+            "number": trial.number,
+            "state": trial.state,
+            "value": trial.value,
+            "epochs": len(trial.curve),
+            "seconds": trial.seconds,
+            "reason": trial.reason,
+            **trial.params,
+        }
+        for trial in trial_records(store)
+    ]
+    return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=["number", "state", "value"])
+
+
+def cost(trials: Sequence[TrialRecord], definition: Mapping[str, Any]) -> dict[str, Any]:
+    """Seconds and epochs of the search; `saved_seconds` is what the epochs that pruning left out would have taken.
+
+    Each at the mean of its own trial's epochs. `saved_share` is their part of what the search would have taken without
+    pruning. Trials that have not ended count with the epochs that are recorded, which are none before they end.
+    """
+    spent = sum(trial.seconds or 0.0 for trial in trials)
+    left_out, saved = 0, 0.0
+    for trial in trials:
+        planned = trial.params.get("epochs", definition.get("epochs"))
+        if trial.state == "pruned" and trial.epochs and planned is not None:
+            missing = max(planned - len(trial.epochs), 0)
+            left_out += missing
+            saved += missing * sum(epoch.seconds for epoch in trial.epochs) / len(trial.epochs)
+    return {
+        "seconds": spent,
+        "epochs": sum(len(trial.epochs) for trial in trials),
+        "pruned": sum(trial.state == "pruned" for trial in trials),
+        "epochs_not_run": left_out,
+        "saved_seconds": saved,
+        "saved_share": saved / (spent + saved) if spent + saved else 0.0,
+    }
+
+
+def cost_sentences(found: Mapping[str, Any]) -> list[str]:
+    """The same in words."""
+    lines = [f"The trials took {duration(found['seconds'])} for {found['epochs']:,} epochs."]
+    if found["pruned"]:
+        lines.append(
+            f"Pruning ended {found['pruned']:,} of them early and left out {found['epochs_not_run']:,} epochs, about "
+            f"{duration(found['saved_seconds'])}: {100 * found['saved_share']:.0f} % of what the search would "
+            "have taken."
+        )
+    return lines

@@ -1,0 +1,118 @@
+"""A study's sampler and pruner at work in memory, before anything is trained.
+
+Optuna looks at some arguments only when it needs them: n_startup_trials="x" is found at the first question, others
+after the trials that are drawn at random. And a study that is resumed asks a new sampler: it has to answer as the one
+before it would have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from harness.base.errors import InputError
+from harness.config.space import Choice, Dimension, Float
+from harness.config.study import PrunerLike, SamplerLike
+from harness.search import suggest as asking
+from harness.search.history import ShownStudy
+
+if TYPE_CHECKING:
+    from harness.config.study import Study
+
+DRAWN = 10  # trials that Optuna's samplers draw at random
+MOST = 64  # a sampler that draws more than this is not rehearsed beyond them
+EPOCHS = 3
+FEW = 4  # trials, or configurations, of which nothing is concluded
+MANY = 1000  # configurations among which none should come twice
+
+
+def rehearse(study: Study) -> None:
+    """Ask for trials, each of them twice, and judge them, as the study will.
+
+    Raises InputError when the sampler or the pruner cannot work, or the sampler answers one question in two ways or
+    repeats itself.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with _blaming(study.pruner):
+        pruner = study.pruner.of(study)
+    options = dict(getattr(study.sampler, "options", ()))
+    drawn = [value for value in options.values() if isinstance(value, int) and value <= MOST]
+    trials: list[FrozenTrial] = []
+    for number in range(min(study.trials, max([DRAWN, *drawn]) + 2)):
+        with _blaming(study.sampler):
+            trial, again = (_asked(study, pruner, number, trials) for _ in range(2))
+        if trial.params != again.params:
+            raise InputError(
+                f"{study.sampler.name} does not answer the same question twice in the same way (trial {number}: "
+                f"{trial.params}, then {again.params}), so a study could not be resumed; make it depend on nothing "
+                "but its seed and the trials that it is shown."
+            )
+        with _blaming(study.pruner):
+            _judge(pruner, trial, trials)
+        trials.append(trial)
+    _check_repetition(study, trials[1:])
+
+
+def _check_repetition(study: Study, trials: list[FrozenTrial]) -> None:
+    """Raise InputError when a sampler repeats itself: it notes elsewhere what it has tried, and starts from there.
+
+    `trials` are those after the base. Of a space with few configurations, some may well come twice.
+    """
+    different = {tuple(trial.params.items()) for trial in trials}
+    size = math.prod(map(_values, study.space.values()))
+    if len(trials) >= FEW and size > FEW and len(different) <= (len(trials) / 2 if size > MANY else 1):
+        raise InputError(
+            f"{study.sampler.name} suggests {len(different)} different "
+            f"configuration{'s' if len(different) > 1 else ''} for {len(trials)} trials: what it has tried it keeps "
+            "where a resumed study does not look; use tpe(), gp(), or grid() for a list of points."
+        )
+
+
+def _values(dimension: Dimension) -> float:
+    """How many values it has."""
+    if isinstance(dimension, Float):
+        return math.inf
+    return len(dimension.options) if isinstance(dimension, Choice) else dimension.high - dimension.low + 1
+
+
+def _asked(study: Study, pruner: optuna.pruners.BasePruner, number: int, trials: list[FrozenTrial]) -> FrozenTrial:
+    """A running trial with its parameters, in a storage of its own."""
+    memory = optuna.create_study(direction="maximize", pruner=pruner)
+    for _ in range(number + 1):  # so that the last one has this number
+        trial_id = memory._storage.create_new_trial(memory._study_id)
+    asking.ask(study, memory, trial_id, number, trials)
+    asked = memory._storage.get_trial(trial_id)
+    asked.number = asked._trial_id = number
+    return asked
+
+
+def _judge(pruner: optuna.pruners.BasePruner, trial: FrozenTrial, others: list[FrozenTrial]) -> None:
+    """Have the trial report, and end it as complete, whatever the pruner says."""
+    shown = ShownStudy.of(optuna.create_study(direction="maximize", pruner=pruner), [*others, trial])
+    for epoch in range(1, EPOCHS + 1):
+        trial.intermediate_values[epoch] = 1 / (trial.number + epoch)
+        pruner.prune(shown, trial)
+    trial.state, trial.value, trial.datetime_complete = (
+        TrialState.COMPLETE,
+        1 / (trial.number + 1),
+        trial.datetime_start,
+    )
+
+
+@contextmanager
+def _blaming(part: SamplerLike | PrunerLike) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        options = ", ".join(f"{name}={value!r}" for name, value in getattr(part, "options", ()))
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(
+            f"{part.name}({options}) cannot work on this study ({reason}); correct its arguments."
+        ) from error

@@ -1,0 +1,185 @@
+"""Who chooses the next configuration and who stops a trial: Optuna's samplers and pruners by name, and two of our own.
+
+Both are described by data in a study file and built anew for every question, because a seeded sampler that lives on
+would restart its stream when a study is resumed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial
+
+from harness.base.errors import InputError
+from harness.config.space import Choice, get, is_plain, label
+from harness.search import suggest as asking
+from harness.search.extrapolation import ExtrapolatingGPSampler
+
+if TYPE_CHECKING:
+    from harness.config.study import Study
+
+
+class _Asked:
+    """What every description of a sampler can do."""
+
+    def ask(
+        self, study: Study, of: optuna.Study, trial_id: int, number: int, history: list[FrozenTrial]
+    ) -> dict[str, Any]:
+        return asking.ask(study, of, trial_id, number, history)
+
+
+@dataclass(frozen=True)
+class Sampler(_Asked):
+    """An Optuna sampler: the name of its class and its arguments, e.g. Sampler("TPESampler", n_startup_trials=5).
+
+    Any other class with Optuna's interface that takes a seed is given as Sampler("package.module:Class", ...).
+    """
+
+    name: str
+    options: tuple[tuple[str, Any], ...]
+
+    def __init__(self, name: str, **options: Any) -> None:
+        check_options(name, options, "")
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "options", tuple(sorted(options.items())))
+
+    def check(self, study: Study) -> None:
+        """Raise InputError unless Optuna has this sampler, it takes these arguments, and a study can resume with it."""
+        if "seed" in dict(self.options):
+            raise InputError(f"{self.name} takes its seed from the study; write Study(seed=...) instead.")
+        if self.name == "CmaEsSampler" and importlib.util.find_spec("cmaes") is None:
+            raise InputError("CmaEsSampler needs the package cmaes; install it with `pip install cmaes`.")
+        self.build(study, seed=0)
+
+    def build(self, study: Study, seed: int) -> optuna.samplers.BaseSampler:
+        options = {**dict(self.options), "seed": seed}
+        built: optuna.samplers.BaseSampler
+        if self.name == "ExtrapolatingGPSampler":
+            built = call(ExtrapolatingGPSampler, self.name, options)
+        elif ":" in self.name:
+            built = call(_imported(self.name), self.name, options)
+        else:
+            built = make(optuna.samplers, self.name, "Sampler", options)
+        return built
+
+
+# Pruners that keep marks of their own in the storage, and could not repeat an uninterrupted study. A sampler that
+# could not is found by `harness.search.rehearsal`.
+NOT_RESUMABLE = {
+    "SuccessiveHalvingPruner": "asha()",
+    "HyperbandPruner": "asha()",
+}
+
+
+@dataclass(frozen=True)
+class Grid(_Asked):
+    """Every combination of a space of choices, once: trial 0 is the base, then the others in order."""
+
+    name: ClassVar[str] = "grid"
+
+    def check(self, study: Study) -> None:
+        for path, dimension in study.space.items():
+            if not isinstance(dimension, Choice):
+                raise InputError(f"The grid needs a Choice for {path}, not {dimension}; list the values to try.")
+        if study.trials > len(self.points(study)):
+            raise InputError(
+                f"The grid of study {study.name!r} has {len(self.points(study))} points; "
+                f"ask for at most that many trials, not {study.trials}, in the study file and with --trials."
+            )
+
+    def points(self, study: Study) -> list[dict[str, Any]]:
+        base = {path: label(get(study.train, path)) for path in study.space}
+        labels = [dimension.labels for dimension in study.space.values() if isinstance(dimension, Choice)]
+        points = [dict(zip(study.space, values, strict=True)) for values in itertools.product(*labels)]
+        return [base, *(point for point in points if point != base)]
+
+    def build(self, study: Study, seed: int) -> optuna.samplers.BaseSampler:
+        return _GridSampler(self.points(study))
+
+
+class _GridSampler(optuna.samplers.BaseSampler):
+    """The n-th trial takes the n-th point. Optuna's GridSampler keeps its own order and stops the study by itself."""
+
+    def __init__(self, points: list[dict[str, Any]]) -> None:
+        self._points = points
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._points[trial.number][param_name]
+
+
+def _imported(name: str) -> Any:
+    """The sampler's class of "package.module:Class"; raises InputError when there is none."""
+    module, _, kind = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), kind)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"There is no sampler {name!r} ({error}); write package.module:Class.") from error
+    if not (isinstance(found, type) and issubclass(found, optuna.samplers.BaseSampler)):
+        raise InputError(f"{name} is no sampler; give a class that is derived from optuna.samplers.BaseSampler.")
+    return found
+
+
+def make(module: Any, name: str, suffix: str, options: Mapping[str, Any]) -> Any:
+    if name in NOT_RESUMABLE:
+        raise InputError(f"{name} cannot be resumed as if it had not stopped; use {NOT_RESUMABLE[name]} instead.")
+    known = {each for each in vars(module) if each.endswith(suffix) and not each.startswith("Base")}
+    if name not in known:
+        ours = ["Asha"] if suffix == "Pruner" else ["ExtrapolatingGPSampler"]
+        names = ", ".join(sorted(known - NOT_RESUMABLE.keys()) + ours)
+        raise InputError(f"There is no {suffix.lower()} {name!r}; there are {names}.")
+    return call(getattr(module, name), name, options)
+
+
+def check_options(name: str, options: Mapping[str, Any], or_else: str) -> None:
+    """Raise InputError unless a resumed study can tell that these are its options, by their text."""
+    if not isinstance(name, str):
+        raise InputError(f"A sampler or pruner is given by its name, a text, not {name!r}.")
+    for option, value in options.items():
+        if not is_plain(value):
+            raise InputError(
+                f"{name} cannot take {option}={value!r}, for a resumed study could not tell whether it is the same; "
+                f"give a number, a text, a list of them{or_else}, or leave {option} out."
+            )
+
+
+def call(kind: Any, name: str, options: Mapping[str, Any]) -> Any:
+    try:
+        with warnings.catch_warnings():  # who names it need not be told with a line of its source
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return kind(**options)
+    except (TypeError, ValueError, ImportError) as error:
+        given = {option: value for option, value in options.items() if option != "seed"}  # the seed is the study's
+        hint = "give its class an argument seed" if "seed" in str(error) else "correct its arguments"
+        raise InputError(f"{name} cannot be made with {given}: {str(error).rstrip('.')}; {hint}.") from error
+
+
+def tpe(**options: Any) -> Sampler:
+    """The tree-structured Parzen estimator (Bergstra et al., 2011), multivariate: Optuna's default."""
+    return Sampler("TPESampler", **options)
+
+
+def gp(**options: Any) -> Sampler:
+    """Optuna's Gaussian process, shown how stopped trials would have ended (`harness.search.extrapolation`)."""
+    return Sampler("ExtrapolatingGPSampler", **options)
+
+
+def grid() -> Grid:
+    return Grid()

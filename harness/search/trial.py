@@ -1,0 +1,112 @@
+"""The one place where an Optuna trial meets training."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Generator
+from contextlib import closing
+from itertools import chain
+from pathlib import Path
+
+from harness.base.environment import environment
+from harness.base.errors import Halt, no_room
+from harness.base.keys import trial_key
+from harness.base.seeds import derive_seed
+from harness.config.events import (
+    Completed,
+    Diverged,
+    EpochEnded,
+    Event,
+    Failed,
+    Pruned,
+    TrialEnded,
+    TrialOutcome,
+    TrialStarted,
+)
+from harness.config.study import Study
+from harness.store.leases import LeaseLost
+from harness.store.store import Asked, Store
+from harness.training.checkpoint import SUFFIX, Checkpoint, identity_of, remove
+from harness.training.job import assemble
+from harness.training.loop import Training, fit
+from harness.training.optim import group_table
+from harness.training.step import Runtime
+
+
+def evaluate_trial(
+    study: Study, asked: Asked, store: Store, runtime: Runtime, checkpoints: Path
+) -> Generator[Event, None, TrialOutcome]:
+    """Train one configuration, yielding what happens; the generator's return value is the outcome, already told.
+
+    An exception inside the trial is an outcome too (Failed). What stops the process is not: the trial is left to be
+    taken up again, from a checkpoint when there was time to write one. So is what breaks the ground under all trials
+    (Halt), and what another process does now (LeaseLost).
+    """
+    start = time.monotonic()
+    config, key = study.config(asked.params), trial_key(asked.number)
+    seed = derive_seed(study.seed, "trial", asked.number)
+    checkpoint = None
+    try:
+        training = assemble(config, runtime, seed)
+        identity = identity_of(store.uid, key, seed, config)
+        here = environment(runtime.device)
+        path = checkpoints / f"{key}{SUFFIX}"
+        checkpoint = Checkpoint(path, identity, training, here, check=lambda: store.check(asked))
+        outcome = yield from _train(training, asked, store, checkpoint)
+    except (Halt, LeaseLost):
+        raise
+    except Exception as error:
+        if no_room(error):
+            raise Halt(f"{error}; make room.") from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        outcome = Failed(reason=reason, traceback=traceback.format_exc())
+    if checkpoint is None:
+        store.tell(asked, outcome, [], time.monotonic() - start)
+    else:
+        epochs = [result for result in training.progress.epochs if result.is_finite()]
+        with checkpoint.saved_when_stopped():
+            store.tell(asked, outcome, epochs, checkpoint.seconds(), checkpoint.environments)
+        remove(checkpoint.path)
+    yield TrialEnded(key=key, number=asked.number, params=asked.params, outcome=outcome)
+    return outcome
+
+
+def _train(
+    training: Training, asked: Asked, store: Store, checkpoint: Checkpoint
+) -> Generator[Event, None, TrialOutcome]:
+    key, name, last = trial_key(asked.number), f"trial {asked.number}", training.config.epochs
+    checkpoint.restore()
+    restored = tuple(training.progress.epochs)
+    # Of those it went beyond: with other workers' results of since then the pruner might say otherwise.
+    judged = restored if training.progress.step else restored[:-1]
+    yield TrialStarted(
+        key=key,
+        kind="trial",
+        name=name,
+        number=asked.number,
+        trial=asked.number,
+        params=asked.params,
+        epochs=last,
+        resumed=asked.resumed,
+        groups=group_table(training.groups),
+        progress=training.progress,
+    )
+
+    def after_batch() -> None:
+        store.check(asked)
+        checkpoint.after_batch()
+
+    with checkpoint.saved_when_stopped(), closing(fit(training, after_batch)) as results:
+        for result in chain(restored, results):
+            if not result.is_finite():
+                return Diverged(epoch=result.epoch, step=result.diverged_step, lr=result.lr, grad_norm=result.grad_norm)
+            if result.val is None:
+                raise ValueError("A trial needs a validation split.")
+            value = result.val.accuracy
+            store.report(asked, result.epoch, value)
+            if result not in restored:
+                yield EpochEnded(key=key, name=name, number=asked.number, result=result)
+            if result.epoch < last and result not in judged and store.should_prune(asked, result.epoch):
+                return Pruned(epoch=result.epoch)
+    return Completed(value=value)

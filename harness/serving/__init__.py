@@ -1,0 +1,1 @@
+"""The final model as files, and what answers with it."""

@@ -1,0 +1,217 @@
+"""A page for people: drop a photograph, press Submit, see what the saved model takes it for.
+
+The page is Gradio's. Nothing leaves the machine: no analytics, no fonts or scripts from elsewhere (the browser is told
+to refuse them), and the photographs lie in a temporary folder that goes with the page. It answers for files in that
+folder only; Gradio alone would fetch URLs and, on a page that is mounted like this one, copy any file of the machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.base.errors import InputError
+from harness.base.words import percent
+from harness.serving.predict import TOP, Predictor
+
+if TYPE_CHECKING:
+    import gradio
+    from fastapi import FastAPI
+
+EXAMPLES = 8
+EXAMPLE_PIXELS = 384  # drawn flowers are drawn at this size, photographs reduced to it
+LARGEST_FILE = "50mb"
+# What the browser may load, and from where: this server. Gradio's page has its scripts and styles inline.
+POLICY = "default-src 'self' 'unsafe-inline' data: blob:; frame-ancestors 'none'"
+CSS = """
+.gradio-container { width: 100%; max-width: 960px !important; margin: 0 auto !important; }
+#answer .container { padding-top: 2.2em; }
+#answer .confidence-set, #answer .label { font-family: var(--font); }
+#answer .bar { height: 8px; border-radius: 4px; }
+#note p { font-weight: 600; margin: 0; }
+"""
+
+
+def check_installed() -> None:
+    """Raise InputError when Gradio is missing."""
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError('The demo page needs Gradio; install it with pip install -e ".[demo]".')
+
+
+def serve(predictor: Predictor, host: str, port: int) -> None:
+    """Show the page at http://host:port until the process is interrupted."""
+    with tempfile.TemporaryDirectory(prefix="flower-demo-") as folder:
+        import uvicorn
+
+        app = build_app(predictor, Path(folder))
+        print(f"The page opens at http://{host}:{port} (Ctrl-C ends it).", flush=True)
+        # A browser keeps a connection open as long as it shows the page; one second is enough to take leave.
+        config = uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            log_level="warning",
+            headers=[("Content-Security-Policy", POLICY)],
+            timeout_graceful_shutdown=1,
+        )
+        uvicorn.Server(config).run()
+
+
+def build_app(predictor: Predictor, folder: Path) -> FastAPI:
+    """The page as an application; the photographs that it is given lie in `folder`."""
+    # Both are read when Gradio is imported.
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder)}
+    import gradio
+    from fastapi import FastAPI, HTTPException
+
+    app = FastAPI(openapi_url=None)
+
+    @app.api_route("/gradio_api/file=http{url:path}", methods=["GET", "HEAD"])
+    def refuse(url: str) -> None:
+        raise HTTPException(403, "This page fetches nothing.")
+
+    blocks = build_page(predictor, write_examples(predictor, folder), folder)
+    return gradio.mount_gradio_app(
+        app,
+        blocks,
+        path="/",
+        css=CSS,
+        theme=theme(),
+        footer_links=[],
+        run_history=False,
+        max_file_size=LARGEST_FILE,
+        ssr_mode=False,
+    )
+
+
+def write_examples(predictor: Predictor, folder: Path) -> list[Path]:
+    """A few validation images of the study as files in `folder`, each of another class; none where the data are not."""
+    config: Any = predictor.saved.config
+    data = dataclasses.replace(config.data, stored_size=max(EXAMPLE_PIXELS, config.data.stored_size))
+    files: list[Path] = []
+    try:
+        first = {label: item for item, label in reversed(data.samples("val"))}
+        labels = sorted(first)
+        for label in labels[:: -(-len(labels) // EXAMPLES)]:
+            image = data.open(first[label])
+            image.thumbnail((EXAMPLE_PIXELS, EXAMPLE_PIXELS))
+            image.save(folder / f"example {label + 1}.png")
+            files.append(folder / f"example {label + 1}.png")
+    except InputError as error:
+        print(f"The page has {len(files) or 'no'} examples: {error}", file=sys.stderr)
+    return files
+
+
+def theme() -> gradio.Theme:
+    """Gradio's look in the system's own fonts: named ones would be fetched from elsewhere."""
+    import gradio
+
+    return gradio.themes.Soft(
+        primary_hue="fuchsia",
+        neutral_hue="slate",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    ).set(  # Darker than by default: white letters on the button, and coloured ones on white, should be easy to read.
+        body_background_fill="*neutral_50",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        block_label_text_color="*primary_800",
+        block_title_text_color="*primary_800",
+    )
+
+
+def uploaded(values: Any, folder: Path) -> bool:
+    """Whether all files that an event of the page is called with lie in `folder`; a URL never does."""
+    if isinstance(values, dict):
+        path = values.get("path")
+        if path is not None and not (isinstance(path, str) and Path(path).resolve().is_relative_to(folder.resolve())):
+            return False
+        values = list(values.values())
+    return not isinstance(values, list) or all(uploaded(value, folder) for value in values)
+
+
+def build_page(predictor: Predictor, examples: Sequence[Path], folder: Path) -> gradio.Blocks:
+    """The page, ready to be served; uploaded files lie in `folder`."""
+    import gradio
+
+    class Page(gradio.Blocks):
+        def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
+            """Called with what came in, before Gradio fetches or copies a file."""
+            if not uploaded(inputs, folder):
+                raise gradio.Error("This page answers for files only that were uploaded to it.", print_exception=False)
+            super().validate_inputs(block_fn, inputs)
+
+    with Page(title="Which flower is this?", analytics_enabled=False) as blocks:
+        gradio.Markdown(heading(predictor.saved.description))
+        with gradio.Row():
+            with gradio.Column():
+                photograph = gradio.Image(
+                    label="Photograph",
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
+                    height=360,
+                    elem_id="photograph",
+                )
+                # Gradio would open the file first and answer a damaged one in words of its own.
+                photograph.preprocess = lambda payload: payload and payload.path
+                with gradio.Row():
+                    clear = gradio.Button("Clear", min_width=100)
+                    submit = gradio.Button("Submit", variant="primary", min_width=100)
+            with gradio.Column():
+                answer = gradio.Label(label="It is most likely", num_top_classes=TOP, elem_id="answer")
+                note = gradio.Markdown(elem_id="note")
+        if examples:
+            gradio.Examples([str(each) for each in examples], photograph, label="Examples", elem_id="examples")
+            gradio.Markdown(note_of(predictor.saved.description))
+        submit.click(_answering(predictor), photograph, [answer, note])
+        clear.click(lambda: (None, None, ""), None, [photograph, answer, note])
+    return blocks
+
+
+def heading(description: Mapping[str, Any]) -> str:
+    """The page's first lines, given what model.json says: the saved seed's numbers as they stand in the model card."""
+    test = description["test"]
+    return (
+        "# Which flower is this?\n\nDrop an image of a flower and press Submit. The model knows "
+        f"{len(description['classes'])} kinds; trained from seed {test['seed']}, it was right on {test['correct']:,} "
+        f"of the {test['total']:,} test images ({percent(test['accuracy'])})."
+    )
+
+
+def note_of(description: Mapping[str, Any]) -> str:
+    """What the examples are to the model."""
+    seen = {
+        "train": "the model was not trained on them.",
+        "train+val": "the model was trained on them too, so it does better on them than on other images.",
+    }
+    return f"The examples are validation images of the study; {seen[description['fit_on']]}"
+
+
+def _answering(predictor: Predictor) -> Callable[[str | None], tuple[dict[str, float] | None, str]]:
+    """What Submit does with the path of an uploaded image: the probabilities to show, and a sentence."""
+
+    def answer(path: str | None) -> tuple[dict[str, float] | None, str]:
+        if path is None:
+            return None, _sentence("There is no image yet; drop one, or choose an example.")
+        try:
+            image = predictor.photograph(Path(path))
+        except InputError as error:
+            return None, _sentence(str(error).replace(path, Path(path).name))
+        guesses = predictor.guesses(image.unsqueeze(0), min(TOP, len(predictor.saved.classes)))[0]
+        return {guess.name: guess.probability for guess in guesses}, ""
+
+    return answer
+
+
+def _sentence(text: str) -> str:
+    """The text for Markdown, which takes every punctuation mark after a backslash as it is."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)

@@ -1,0 +1,214 @@
+"""What a study's saved model says about photographs: the likeliest classes and their probabilities."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from harness.base.errors import InputError, shown
+from harness.base.files import replacing
+from harness.config.find import find
+from harness.data.cache import WORKERS
+from harness.data.decoding import SUFFIXES, check_proportions, open_image
+from harness.data.layout import made_by_system
+from harness.serving.model import SavedModel, load_saved, preprocess
+from harness.store.opening import as_begun, read_store, url_of
+from harness.training.loop import outputs_of
+from harness.training.step import Runtime, find_device
+
+BATCH = 32  # photographs that pass the model while the next ones are decoded
+TOP = 5
+STDOUT = Path("-")  # the table goes there
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guess:
+    """A class and its probability, 0 to 1."""
+
+    name: str
+    probability: float
+
+
+Answer = list[Guess] | InputError  # the likeliest class first; or why there is none
+
+
+class Predictor:
+    """A saved model ready for photographs: in fp32 on one device, whatever the study trained with.
+
+    A study in fp32 gives the same probabilities but for rounding (1e-4); one in bf16 differs in the third digit.
+    """
+
+    def __init__(self, saved: SavedModel, device: torch.device) -> None:
+        self.saved = saved
+        self._runtime = Runtime(device=device, bf16=False, channels_last=False)
+        self._model = self._runtime.place(saved.model)
+
+    def photograph(self, path: Path) -> Tensor:
+        """An image file of any size, mode and orientation as the model takes it, float32 [3, S, S].
+
+        Raises InputError naming the file when it is no image, damaged, or too large or too narrow to be decoded safely.
+        """
+        image = open_image(path)
+        check_proportions(path, *image.size, self.saved.image_size)
+        return preprocess([image], self.saved.image_size)[0]
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Of every class, float32 [B, classes], for images [B, 3, S, S] as `photograph` gives them.
+
+        Raises MemoryError when the device has no room for one image.
+        """
+        device = self._runtime.device
+        logits = outputs_of(self._model, lambda size: (part.to(device) for part in images.split(size)), self._runtime)
+        return torch.softmax(logits, dim=1).cpu()
+
+    def guesses(self, images: Tensor, count: int) -> list[list[Guess]]:
+        """The `count` likeliest classes of each image [B, 3, S, S], the likeliest first, the earlier of equals."""
+        values, labels = self.probabilities(images).sort(dim=1, descending=True, stable=True)
+        return [
+            [Guess(name=self.saved.classes[label], probability=value) for value, label in zip(*each, strict=True)]
+            for each in zip(values[:, :count].tolist(), labels[:, :count].tolist(), strict=True)
+        ]
+
+    def answers(self, files: Sequence[Path], count: int) -> Iterator[tuple[Path, Answer]]:
+        """The guesses for every file, in their order; a batch is decoded while the model sees the one before."""
+        with ThreadPoolExecutor(WORKERS) as pool:
+            batches = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
+            decoding = pool.map(self._decoded, batches[0] if batches else [])
+            for number, batch in enumerate(batches, 1):
+                decoded = list(decoding)
+                if number < len(batches):
+                    decoding = pool.map(self._decoded, batches[number])
+                images = [each for each in decoded if isinstance(each, Tensor)]
+                guesses = iter(self.guesses(torch.stack(images), count) if images else [])
+                for file, each in zip(batch, decoded, strict=True):
+                    yield file, next(guesses) if isinstance(each, Tensor) else each
+
+    def _decoded(self, path: Path) -> Tensor | InputError:
+        try:
+            return self.photograph(path)
+        except InputError as error:
+            return error
+
+
+def load_predictor(name: str, storage_url: str | None, device: str, data_root: str | None = None) -> Predictor:
+    """The saved model of the study called `name`, or in that file, ready on a device.
+
+    Raises InputError when there is no such study, model or device.
+    """
+    found, where = find(name), find_device(device)
+    with read_store(found.study.name, url_of(found, storage_url)) as store:
+        study = as_begun(found.study.located(found.home, data_root, None), store)
+        return Predictor(load_saved(study, store, found.beside(store.url, ".model")), where)
+
+
+def top(count: int | None, classes: int) -> int:
+    """How many classes to show. Raises InputError when the model knows fewer."""
+    if count is not None and count > classes:
+        raise InputError(f"--top {count}: the model knows {classes} classes; give at most that many.")
+    return min(TOP, classes) if count is None else count
+
+
+def find_images(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The files named, and those in the folders named and below that are images by their name, in order.
+
+    Then the files there that are none by their name; hidden ones and what systems make is not looked at. Raises
+    InputError when a path is not there or no image is found, and OSError when a folder cannot be read.
+    """
+    found: list[Path] = []
+    left_out: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            for file in _in_folder(path):
+                # A pipe would be waited for; a link to nothing is named when it is read.
+                image = file.suffix.lower() in SUFFIXES and (file.is_file() or file.is_symlink())
+                (found if image else left_out).append(file)
+        elif path.exists():
+            found.append(path)
+        else:
+            raise InputError(f"There is no file or folder {path}; give photographs, or folders that hold some.")
+    if not found:
+        folders = ", ".join(map(str, paths))
+        raise InputError(f"{folders} holds no images ({' '.join(sorted(SUFFIXES))}); give photographs or a folder.")
+    return found, left_out
+
+
+def _in_folder(folder: Path) -> Iterator[Path]:
+    for place, folders, files in os.walk(folder, onerror=_refuse):
+        folders[:] = sorted(name for name in folders if not made_by_system(name))
+        yield from (Path(place, name) for name in sorted(files) if not made_by_system(name))
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise error  # os.walk would leave the folder out without a word
+
+
+def predict(
+    predictor: Predictor, files: Sequence[Path], count: int, table: Path | None, left_out: Sequence[Path] = ()
+) -> bool:
+    """Print the guesses for every file, or write them to `table` as CSV: file, rank, class, probability.
+
+    The table's name is printed, unless it is STDOUT. Returns whether every file has its guesses; those that could not
+    be read, and those that were `left_out` by their names, are named on stderr. Raises Halt when the table cannot be
+    written.
+    """
+    # Answers that scroll by in a terminal show the progress themselves, and a bar would get between them.
+    quiet = not sys.stderr.isatty() or (table in (None, STDOUT) and sys.stdout.isatty())
+    columns = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True, markup=False)
+    bar = Progress(
+        *columns, console=console, disable=quiet, transient=True, redirect_stdout=False, redirect_stderr=False
+    )
+    damaged = 0
+
+    def readable() -> Iterator[tuple[Path, list[Guess]]]:
+        nonlocal damaged
+        for file, answer in bar.track(predictor.answers(files, count), total=len(files)):
+            if isinstance(answer, InputError):
+                damaged += 1
+                console.out(f"{shown(str(answer))} It is skipped.", highlight=False)
+            else:
+                yield file, answer
+
+    with bar:
+        if table is None:
+            _print(readable())
+        elif table == STDOUT:
+            _write(readable(), sys.stdout.buffer)
+        else:
+            with replacing(table) as file:
+                _write(readable(), file)
+            print(shown(str(table)))
+    if damaged:
+        console.out(f"{damaged} of {len(files)} files could not be read.", highlight=False)
+    for other in left_out:
+        why = "no regular file" if other.suffix.lower() in SUFFIXES else "no image by its name"
+        console.out(f"{shown(str(other))} is {why}. It is left out.", highlight=False)
+    if left_out:
+        console.out(f"Left out: {len(left_out)} of {len(files) + len(left_out)} files.", highlight=False)
+    return not damaged and not left_out
+
+
+def _print(answers: Iterable[tuple[Path, list[Guess]]]) -> None:
+    for number, (file, guesses) in enumerate(answers):
+        print(("\n" if number else "") + shown(str(file)))
+        for guess in guesses:
+            print(f"  {guess.probability * 100:6.2f} %  {guess.name}", flush=True)
+
+
+def _write(answers: Iterable[tuple[Path, list[Guess]]], file: BinaryIO) -> None:
+    writer = csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape"))
+    writer.writerow(["file", "rank", "class", "probability"])
+    for path, guesses in answers:
+        writer.writerows([path, rank, guess.name, f"{guess.probability:.6g}"] for rank, guess in enumerate(guesses, 1))

@@ -1,0 +1,329 @@
+"""The final model in MLflow: logged with the study's own run, registered under the study's name, checked, promoted.
+
+Each step looks first at what MLflow has already, by the tags below: the same study registers nothing twice, and one
+that was killed anywhere goes on with the step that is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.base.errors import Halt, masked
+from harness.base.keys import final_key
+from harness.data.splits import ImageSet, items_of, load_split
+from harness.final.model_files import CHECK_IMAGES
+from harness.final.sentences import final_sentence
+from harness.serving.export import EXAMPLE_BATCH, disagreement, logits_of, weights_of
+from harness.tracking.client import UID
+from harness.tracking.library import artifact_store, faults, first_line, found_set, is_refusal, no_stray_folder
+from harness.tracking.tracker import MLflowTracker
+
+if TYPE_CHECKING:
+    from mlflow.entities import LoggedModel, Run
+    from mlflow.entities.model_registry import ModelVersion
+    from torch import Tensor
+
+    from harness.config.contracts import Dataset
+    from harness.serving.model import SavedModel
+    from harness.store.store import Store
+
+CHAMPION = "champion"
+WEIGHTS, TRIAL = "harness.weights", "harness.trial"
+# The score is the searched trial's: the final model may have trained on the validation images.
+SCORE, IMAGES = "harness.validation_accuracy", "harness.validation_images"
+CHECK, PLACE = "harness.check", "harness.place"  # written last: the step before it is done
+VERSIONS = "mlflow.modelVersions"  # MLflow's own: what the logged model's page shows as its registered versions
+MEASURED = ("val_accuracy", "test_accuracy", "test_loss")  # of the run that trained the model
+PASSED = "passed"
+SERVE = "mlflow models serve -m models:/{}@champion --env-manager local"
+CHECK_SECONDS = 600
+
+# In a process that knows nothing of this project, and of torch what MLflow imports.
+CHECKER = """
+import sys
+
+import mlflow.pyfunc
+import numpy
+
+model = mlflow.pyfunc.load_model(sys.argv[1])
+numpy.save(sys.argv[3], model.predict(numpy.load(sys.argv[2], allow_pickle=False)))
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """The final model, and what MLflow is told of it."""
+
+    name: str  # of the study, and of the registered model
+    saved: SavedModel
+    images: Tensor  # standardised float32 [N, 3, S, S], to be checked with
+    tags: Mapping[str, str]
+    text: str
+
+
+def candidate(name: str, store: Store, saved: SavedModel) -> Candidate:
+    """What is to be registered. The test split is not loaded: it is opened once, by the final run.
+
+    The check uses the test images that the opening left beside the weights; where they are lost, validation images, for
+    it asks only whether two programs agree.
+    """
+    fingerprint, images = store.facts().validation_images, saved.check_images
+    if fingerprint is None or images is None:
+        data = saved.config.data
+        split = load_split(data, "val", data.image_size)
+        fingerprint = validation_fingerprint(data, split)
+        store.set_attribute("validation_images", fingerprint)
+        images = _validation_images(split) if images is None else images
+    tags = {
+        UID: store.uid,
+        TRIAL: str(saved.description["trial"]),
+        WEIGHTS: weights_of(saved),
+        SCORE: repr(trial_accuracy(saved)),
+        IMAGES: fingerprint,
+    }
+    text = final_sentence(store.facts().final)
+    return Candidate(name=name, saved=saved, images=images, tags=tags, text=text)
+
+
+def trial_accuracy(saved: SavedModel) -> float:
+    """The validation accuracy of the trial whose configuration the model has."""
+    accuracy: float = saved.description["trial_validation_accuracy"]
+    return accuracy
+
+
+def _validation_images(split: ImageSet) -> Tensor:
+    from harness.data.augment import normalise
+
+    return normalise(split.images[:: max(1, len(split) // CHECK_IMAGES)][:CHECK_IMAGES])
+
+
+def validation_fingerprint(data: Dataset, split: ImageSet) -> str:
+    """Sixteen hexadecimal digits for the validation images, whatever their side, their labels and the classes' names.
+
+    Scores are compared only when these are equal.
+    """
+    digest = hashlib.sha256("\x1f".join(data.classes()).encode())
+    for item, label in zip(items_of(data, "val"), split.labels.tolist(), strict=True):
+        digest.update(hashlib.sha256(data.content(item)).digest() + f"{label} ".encode())
+    return digest.hexdigest()[:16]
+
+
+def publish(tracker: MLflowTracker, wanted: Candidate) -> bool:
+    """Log, register, check and promote the model; whether MLflow has taken it. Prints what came of it.
+
+    The alias `champion` goes to it when it passed the check and there is no champion, or one whose trial's accuracy on
+    the same validation images is lower; the test images have no say. A champion that was measured on other validation
+    images stays: the two cannot be compared, and whoever serves the champion should not get another by a smaller trial
+    run. The tracker must have written the study's own run. What MLflow refuses for good is named and left out.
+    """
+    client = tracker.client
+    try:
+        run = client.get_run(tracker.parent)
+        logged = _logged(client, run, wanted)
+        if not logged.metrics:
+            _measure(client, tracker, logged, wanted)
+        with no_stray_folder(tracker.uri):
+            version = _registered(client, run, logged, wanted)
+        _show_registered(client, logged.model_id, version)
+        if CHECK not in version.tags:
+            wrong = _wrong(tracker.uri, logged, wanted)
+            client.set_model_version_tag(wanted.name, version.version, CHECK, wrong or PASSED)
+            version = client.get_model_version(wanted.name, version.version)
+        said = _placed(client, version)
+        print(f"model     {wanted.name} version {version.version} in MLflow: {said}")
+        if CHAMPION in said:
+            where = shlex.quote(masked(tracker.uri))
+            other = f"MLFLOW_REGISTRY_URI={where} " if "MLFLOW_REGISTRY_URI" in found_set else ""
+            print(f"serve     MLFLOW_TRACKING_URI={where} {other}{SERVE.format(wanted.name)}")
+    except faults() as error:
+        if not is_refusal(error):
+            print(f"MLflow at {masked(tracker.uri)} did not take the model ({first_line(error)}).", file=sys.stderr)
+            return False
+        print(f"MLflow refuses the model, and it is left out: {first_line(error)}", file=sys.stderr)
+    return True
+
+
+def _logged(client: Any, run: Run, wanted: Candidate) -> LoggedModel:
+    """The model in the study's experiment, whole; what a killed process left of one is dropped."""
+    experiment = run.info.experiment_id
+    query = " AND ".join(f"tags.`{tag}` = '{wanted.tags[tag]}'" for tag in (UID, WEIGHTS))
+    for known in client.search_logged_models([experiment], query):
+        if known.status == "READY":
+            with artifact_store():
+                whole = bool(client.list_logged_model_artifacts(known.model_id))
+            if not whole:  # somebody deleted its files
+                _upload(client, known, run, wanted)
+            return known
+        client.delete_logged_model(known.model_id)
+    model = client.create_logged_model(
+        experiment, wanted.name, source_run_id=run.info.run_id, tags=dict(wanted.tags), model_type="classifier"
+    )
+    _upload(client, model, run, wanted)
+    _link(client, run, model)
+    return client.finalize_logged_model(model.model_id, "READY")
+
+
+def _upload(client: Any, model: LoggedModel, run: Run, wanted: Candidate) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        _write_model(Path(place) / "model", model, run, wanted.saved)
+        with artifact_store():
+            client.log_model_artifacts(model.model_id, str(Path(place) / "model"))
+
+
+def _write_model(folder: Path, model: LoggedModel, run: Run, saved: SavedModel) -> None:
+    """MLflow's own format: a program of torch.export, its signature, and an example (grey, nobody's photographs).
+
+    MLflow reads it without unpickling anything but tensors; told MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false, it makes
+    sure of that.
+    """
+    import mlflow.pytorch
+    import numpy
+    import torch
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    size, kind = saved.image_size, numpy.dtype(numpy.float32)
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(kind, (-1, 3, size, size))]),
+        outputs=Schema([TensorSpec(kind, (-1, len(saved.classes)))]),
+    )
+    described = Model(
+        artifact_path=model.artifact_location,
+        run_id=run.info.run_id,
+        model_uuid=model.model_id,
+        model_id=model.model_id,
+        metadata={"classes": list(saved.classes), "preprocessing": saved.description["preprocessing"]},
+    )
+    try:
+        mlflow.pytorch.save_model(
+            saved.model,
+            str(folder),
+            mlflow_model=described,
+            signature=signature,
+            input_example=numpy.zeros((EXAMPLE_BATCH, 3, size, size), kind),
+            # Named, for otherwise MLflow starts a process to find them out.
+            pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", f"numpy=={numpy.__version__}"],
+            serialization_format="pt2",
+        )
+    except RuntimeError as error:  # it was exported before: here only the writing can fail, and torch says it so
+        raise Halt(f"{folder} cannot be written ({first_line(error)}); make room for temporary files.") from error
+
+
+def _link(client: Any, run: Run, model: LoggedModel) -> None:
+    """Show the model as the run's output."""
+    from mlflow.entities import LoggedModelOutput
+
+    client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=0)])
+
+
+def _measure(client: Any, tracker: MLflowTracker, model: LoggedModel, wanted: Candidate) -> None:
+    """Show the results of the run that trained the model, with the model too.
+
+    The study's own run has the mean over the seeds. The entries keep their times: the run, which has them, takes none
+    twice.
+    """
+    from mlflow.entities import Metric
+
+    run = tracker.known_runs().get(final_key(int(wanted.tags[TRIAL]), wanted.saved.description["test"]["seed"]))
+    if run is None:
+        return
+    last = [entry for name in MEASURED for entry in client.get_metric_history(run.info.run_id, name)[-1:]]
+    metrics = [Metric(each.key, each.value, each.timestamp, each.step, model.model_id) for each in last]
+    if metrics:
+        client.log_batch(run.info.run_id, metrics=metrics)
+
+
+def _registered(client: Any, run: Run, logged: LoggedModel, wanted: Candidate) -> ModelVersion:
+    """The version of the registered model that is this model, made if it is not there."""
+    query = f"name = '{wanted.name}'"
+    if not client.search_registered_models(query):
+        client.create_registered_model(wanted.name)
+    for version in client.search_model_versions(query):
+        if version.source == logged.artifact_location:
+            return version
+    return client.create_model_version(
+        wanted.name,
+        logged.artifact_location,  # not models:/ID, which a local registry looks for in the default database
+        run.info.run_id,
+        tags=dict(wanted.tags),
+        description=wanted.text,
+        model_id=logged.model_id,
+    )
+
+
+def _show_registered(client: Any, model_id: str, version: ModelVersion) -> None:
+    """Name the version on the logged model's page, as MLflow's `register_model` does; a server has done it already."""
+    known = json.loads(client.get_logged_model(model_id).tags.get(VERSIONS, "[]"))
+    if (version.name, str(version.version)) not in {(each["name"], str(each["version"])) for each in known}:
+        entry = {"name": version.name, "version": str(version.version)}
+        client.set_logged_model_tags(model_id, {VERSIONS: json.dumps([*known, entry])})
+
+
+def _wrong(uri: str, logged: LoggedModel, wanted: Candidate) -> str | None:
+    """What is wrong with the model as MLflow keeps it; None when a new process gets the same logits from it.
+
+    Raises what MLflow raises when it does not hand the model out.
+    """
+    import mlflow.artifacts
+    import numpy
+
+    with tempfile.TemporaryDirectory() as place:
+        kept = logged.artifact_location
+        with artifact_store():
+            folder = mlflow.artifacts.download_artifacts(artifact_uri=kept, dst_path=place, tracking_uri=uri)
+        images, logits = Path(place) / "images.npy", Path(place) / "logits.npy"
+        numpy.save(images, wanted.images.numpy())
+        command = [sys.executable, "-I", "-c", CHECKER, str(folder), str(images), str(logits)]
+        # MLflow would look for a model on the CPU on the first GPU; and nothing but tensors may be unpickled.
+        settings = {"MLFLOW_DEFAULT_PREDICTION_DEVICE": "cpu", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+        try:
+            done = subprocess.run(
+                command, env=os.environ | settings, capture_output=True, text=True, timeout=CHECK_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            return f"does not answer within {CHECK_SECONDS} s"
+        if done.returncode != 0:
+            return f"cannot be loaded ({(done.stderr.strip() or 'no reason given').splitlines()[-1]})"
+        return disagreement(numpy.load(logits, allow_pickle=False), logits_of(wanted.saved, wanted.images))
+
+
+def _placed(client: Any, version: ModelVersion) -> str:
+    """Give the alias to the version if it deserves it; in words, what became of it. Decided once for a version."""
+    if PLACE not in version.tags:
+        said = _decide(client, version)
+        client.set_model_version_tag(version.name, version.version, PLACE, said)
+        return said
+    return version.tags[PLACE]
+
+
+def _decide(client: Any, version: ModelVersion) -> str:
+    if version.tags[CHECK] != PASSED:
+        return f"not promoted, for loaded in a process of its own it {version.tags[CHECK]}"
+    number = client.get_registered_model(version.name).aliases.get(CHAMPION)
+    if number is not None and str(number) != str(version.version):
+        holder = client.get_model_version(version.name, number)
+        if (reason := _why_not(version, holder)) is not None:
+            return reason
+    client.set_registered_model_alias(version.name, CHAMPION, version.version)
+    return f"checked, became the {CHAMPION}"
+
+
+def _why_not(version: ModelVersion, holder: ModelVersion) -> str | None:
+    """Why the holder of the alias keeps it; None when the version is better on the same validation images."""
+    stays = f"checked; version {holder.version} stays the {CHAMPION}"
+    if holder.tags.get(IMAGES) != version.tags[IMAGES]:
+        return f"{stays}, for it was measured on other validation images; give the alias by hand if you mean to"
+    mine, theirs = float(version.tags[SCORE]), float(holder.tags[SCORE])
+    if mine > theirs:
+        return None
+    return f"{stays}, with {100 * theirs:.2f} % on the validation images against {100 * mine:.2f} %"

@@ -1,0 +1,1 @@
+"""One study in one database, and who works on it."""

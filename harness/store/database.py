@@ -1,0 +1,348 @@
+"""Databases: what their URLs mean, opening them, and holding one against a second process.
+
+SQLite runs in WAL mode with synchronous=NORMAL: a killed process loses nothing, and readers (a dashboard, `show`) do
+not block the writer. After a power cut the last few committed lines may be missing, never a broken file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shlex
+import sqlite3
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import filelock
+import optuna
+import sqlalchemy
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+
+from harness.base.errors import Halt, InputError, first_line, masked
+from harness.base.files import sqlite_file
+
+T = TypeVar("T")
+
+# A read that Ctrl-C ends closes its connection, and then its cursor: the second is no news, and has a traceback.
+logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
+
+BUSY_TIMEOUT_SECONDS = 60
+CONNECT_SECONDS = 10  # for a database server to answer
+AWAY_SECONDS, RETRY_SECONDS = 300.0, 2.0  # how long a server may be away, and between two attempts
+IDLE_SECONDS = 30  # after which a server takes its locks from a process that stands still
+# The modules that SQLAlchemy asks for, and the packages to install where those are called otherwise.
+DRIVERS = {"psycopg2": "psycopg2-binary", "psycopg": "'psycopg[binary]'", "MySQLdb": "mysqlclient"}
+POSTGRESQL_DRIVERS = ("psycopg", "psycopg2")  # both are libpq, whose settings are given here
+# What PostgreSQL and its client say, and what there is to do; of a failed connection nothing but the text is known.
+REMEDIES = {
+    "password authentication failed": "check the user and the password",
+    "no password supplied": "give the password in the URL, in PGPASSWORD or in ~/.pgpass",
+    "resolve host": "check the host's name",
+    "Connection refused": "check host and port, and that the server is running",
+    "No such file or directory": "check the folder of its socket, and that the server is running",
+    "timeout expired": "check host and port, and that the server can be reached from here",
+    "too many clients": "raise its max_connections, or start fewer workers",
+    "permission denied": "let this user make tables in it",
+}
+SETTING_UP = 7_283_911  # the number of PostgreSQL's advisory lock
+CONFLICTS = ("40001", "40P01")  # PostgreSQL's serialization failure and deadlock: the same again will do
+OPTUNA_TABLES = {"studies", "study_directions", "trials", "version_info"}
+LAST_TABLE = "alembic_version"  # that Optuna makes
+
+
+class Unreadable(str):
+    """The text of an attribute that should be JSON and is not: somebody edited it."""
+
+
+class _Storage(optuna.storages.RDBStorage):
+    """Optuna's, in which one attribute of a study that is no JSON does not keep the others from being read."""
+
+    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
+        try:
+            return super().get_study_user_attrs(study_id)
+        except ValueError:
+            names = ("study_id", "key", "value_json")
+            columns: list[sqlalchemy.ColumnClause[Any]] = [sqlalchemy.column(name) for name in names]
+            attributes = sqlalchemy.table("study_user_attributes", *columns).c
+            texts = sqlalchemy.select(attributes.key, attributes.value_json).where(attributes.study_id == study_id)
+            with self.engine.connect() as connection:
+                return {name: _read(text) for name, text in connection.execute(texts)}
+
+
+def _read(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return Unreadable(text)
+
+
+def check_database(url: str) -> None:
+    """Raise InputError unless the URL can be opened and holds either nothing or Optuna's tables. Writes nothing."""
+    file = sqlite_file(url)
+    if file is not None:
+        if file.exists() and not file.is_file():
+            raise InputError(f"--storage {url!r}: {file} is no file; give another.")
+        if not file.exists() or file.stat().st_size == 0:
+            if not file.parent.is_dir():
+                raise InputError(f"--storage {url!r}: there is no folder {file.parent}; make it first.")
+            return
+        _check_tables(url, *tables(file, "--storage"))
+        return
+    if sqlalchemy.engine.make_url(url).get_backend_name() != "postgresql":
+        raise InputError(
+            f"--storage {url!r}: a study lives in SQLite or PostgreSQL; write sqlite:///FILE or postgresql://..."
+        )
+    if url.partition("://")[2].partition("?")[0].count("@") > 1:  # else a part of it is taken for the host, and printed
+        raise InputError(f"--storage {url!r} has more than one @; write %40 for one in the password.")
+    check_driver(url, "--storage")
+    if (driver := sqlalchemy.engine.make_url(url).get_dialect().driver) not in POSTGRESQL_DRIVERS:
+        raise InputError(f"--storage {url!r} asks for the driver {driver}; write postgresql+psycopg://...")
+    parsed = sqlalchemy.engine.make_url(url)
+    if not parsed.database and not {"dbname", "service"} & parsed.query.keys():
+        # PostgreSQL would take the one that is called as the user is, which may be everybody's.
+        raise InputError(f"--storage {url!r} names no database; write postgresql+psycopg://USER@HOST/DATABASE.")
+    _check_tables(url, *_tables_on_server(url))
+
+
+def _tables_on_server(url: str) -> list[str]:
+    """The names of the tables in a server's database. Raises InputError when it cannot be opened."""
+    try:
+        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=_connect_args(url))
+        return sqlalchemy.inspect(engine).get_table_names()
+    except (SQLAlchemyError, ImportError) as error:
+        raise _unopened(url, error) from error
+
+
+def has_tables(url: str) -> bool:
+    """Whether a study's tables are all there. To connect would make them, which looking must not.
+
+    A SQLite file that is not empty is taken to have them. Raises InputError when the database cannot be opened.
+    """
+    return sqlite_file(url) is not None or LAST_TABLE in _tables_on_server(url)
+
+
+def outlast(url: str, operation: Callable[[], T]) -> T:
+    """What `operation` returns; waits while another program locks the database, or its server is away for some minutes.
+
+    It may be cut off anywhere and called again. Raises Halt when the database fails.
+    """
+    end = time.monotonic() + AWAY_SECONDS
+    try:
+        return _waiting(url, operation, lambda why: why != AWAY or time.monotonic() < end)
+    except (StorageInternalError, SQLAlchemyError) as error:
+        raise _failed(url, _cause(error)) from error
+
+
+def _waiting(url: str, operation: Callable[[], T], worth: Callable[[str], bool]) -> T:
+    """What `operation` returns; tries again while what keeps it from that may be over soon, and is `worth` it."""
+    said = False
+    while True:
+        try:
+            return operation()
+        except (StorageInternalError, SQLAlchemyError, sqlite3.Error, filelock.Timeout, InputError) as error:
+            why = _passing(url, error)
+            if why is None or not worth(why):
+                raise
+            if not said:
+                print(f"The database {masked(url)} {why}; waiting for it.", file=sys.stderr)
+                said = True
+            if why != LOCKED:  # for a lock SQLite has waited already
+                time.sleep(RETRY_SECONDS)
+
+
+LOCKED, AWAY = "is locked by another program", "does not answer"
+# What is said by a server that restarts, to somebody who connects.
+RESTARTS = ("Connection refused", "timeout expired", "No such file", "too many clients", "starting up", "shutting down")
+
+
+def _passing(url: str, error: BaseException) -> str | None:
+    """What may be over soon: a lock, a server that is away, or two transactions in each other's way; else None."""
+    if isinstance(error, filelock.Timeout):  # at the desk, where each waits for the database
+        return LOCKED
+    cause, inner = _cause(error), _inner(error)
+    if isinstance(inner, InputError):
+        return None
+    if sqlite_file(url) is not None:
+        return LOCKED if "locked" in cause else None
+    if _no_room(cause):
+        return None
+    if isinstance(error, InputError):  # it could not be opened, perhaps for good
+        return AWAY if any(words in cause for words in RESTARTS) else None
+    if getattr(getattr(inner, "orig", None), "sqlstate", None) in CONFLICTS:
+        return "has two writers in each other's way"
+    return AWAY if isinstance(inner, OperationalError | InterfaceError) else None
+
+
+def _inner(error: BaseException) -> BaseException:
+    """What SQLAlchemy raised; Optuna wraps it, and so do we when a database cannot be opened."""
+    wraps = isinstance(error, StorageInternalError | InputError) and isinstance(error.__cause__, SQLAlchemyError)
+    return error.__cause__ if wraps and error.__cause__ is not None else error
+
+
+def _cause(error: BaseException) -> str:
+    """What the database itself said."""
+    error = _inner(error)
+    return first_line(getattr(error, "orig", None) or error)
+
+
+def _failed(url: str, cause: str) -> Halt:
+    mend = "make room" if _no_room(cause) else "mend that"
+    return Halt(f"The database {url} failed ({cause}); {mend}, nothing finished is lost.")
+
+
+def _no_room(cause: str) -> bool:
+    """SQLite's words for it, the second when its shared memory or a file's size finds none; and PostgreSQL's."""
+    return any(words in cause for words in ("disk is full", "disk I/O error", "No space left"))
+
+
+def _unopened(url: str, error: BaseException) -> Exception:
+    """What to raise when a database cannot be opened: no room is no fault of the URL."""
+    cause = _cause(error)
+    if _no_room(cause):
+        return _failed(url, cause)
+    missing = re.search('FATAL: +database "(.*)" does not exist', cause)
+    remedy = f"make it with `{_createdb(url, missing[1])}`" if missing else "check the URL"
+    remedy = next((each for words, each in REMEDIES.items() if words in cause), remedy)
+    return InputError(f"--storage {url!r} cannot be opened: {cause.rstrip('.')}; {remedy}.")
+
+
+def _createdb(url: str, name: str) -> str:
+    """The command that makes a database on the server of a URL; what the URL leaves out, libpq finds in its own way."""
+    parsed = sqlalchemy.engine.make_url(url)
+    named = {"-h": parsed.host, "-p": parsed.port, "-U": parsed.username}
+    asked = {"-h": "host", "-p": "port", "-U": "user"}  # what a URL's query may say of them
+    found = {option: parsed.query.get(asked[option]) or value for option, value in named.items()}
+    words = [word for option, value in found.items() if isinstance(value, str | int) for word in (option, str(value))]
+    return shlex.join(["createdb", *words, name])
+
+
+def check_driver(url: str, option: str) -> None:
+    """Raise InputError when the Python package that speaks to a database server is missing; `option` gave the URL."""
+    try:
+        sqlalchemy.create_engine(url).dispose()
+    except ModuleNotFoundError as error:
+        package = DRIVERS.get(error.name or "", error.name)
+        raise InputError(
+            f"{option} {url!r} needs the database driver {error.name}; install it with `pip install {package}`."
+        ) from error
+    except (SQLAlchemyError, ImportError, ValueError) as error:
+        raise InputError(f"{option} {url!r} cannot be opened: {first_line(error)}; check the URL.") from error
+
+
+def tables(file: Path, option: str) -> list[str]:
+    """The names of the tables in a SQLite file. Raises InputError when it is none; `option` named it."""
+
+    def names() -> list[str]:
+        with closing(sqlite3.connect(_to_read(file), uri=True, timeout=BUSY_TIMEOUT_SECONDS)) as connection:
+            return [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+
+    try:
+        return _waiting(f"sqlite:///{file}", names, lambda why: why == LOCKED)
+    except sqlite3.Error as error:
+        if file.is_file() and _no_room(str(error)):
+            raise _failed(f"sqlite:///{file}", str(error)) from error
+        # Of a killed study in a read-only folder, the log can be read by nobody.
+        remedy = f"give another {option}" if may_write(file) else "copy its folder to where it may be written"
+        raise InputError(f"{file} cannot be opened as a database ({error}); {remedy}.") from error
+
+
+def _to_read(file: Path) -> str:
+    """SQLite's own URI for reading a file.
+
+    Even a reader in WAL mode makes files beside the database. It does not when the database is called immutable, and
+    it is as long as there is no log beside it: whoever writes has one.
+    """
+    place = f"{file.resolve().as_uri()}?mode=ro"
+    return place if Path(f"{file.resolve()}-wal").exists() else f"{place}&immutable=1"
+
+
+def may_write(file: Path) -> bool:
+    """Whether this process may change a file and its folder."""
+    file = file.resolve()  # SQLite's own files lie beside what a link leads to
+    return os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)
+
+
+def check_writable(file: Path | None) -> None:
+    """Raise InputError when a study in this file could not be run."""
+    if file is not None and not (may_write(file) if file.exists() else os.access(file.parent, os.W_OK)):
+        raise InputError(f"{file} or its folder may not be written; change their permissions, or give --storage.")
+
+
+def _check_tables(url: str, *tables: str) -> None:
+    # Any of Optuna's will do: a process may have been killed while it made them, and they are completed on opening.
+    if tables and not OPTUNA_TABLES.intersection(tables):
+        raise InputError(f"{url} is a database but not a study; give another --storage.")
+
+
+def connect(url: str, *, writing: bool = True) -> optuna.storages.RDBStorage:
+    """Optuna's storage at a URL. Without `writing` a SQLite file is left in the mode that it has.
+
+    Raises InputError when the URL cannot be opened, Halt when there is no room for what opening writes.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    file = sqlite_file(url)
+    readable_only = file is not None and file.exists() and not may_write(file)
+    # SQLAlchemy decodes once, SQLite once more.
+    place = f"sqlite:///{_to_read(file).replace('%', '%25')}&uri=true" if file is not None and readable_only else url
+    try:
+        engine_options = _engine_options(url)
+        storage = _waiting(url, lambda: _Storage(place, engine_kwargs=engine_options), lambda why: why == LOCKED)
+    except (SQLAlchemyError, ImportError, RuntimeError) as error:
+        raise _unopened(url, error) from error
+    if file is not None and writing:
+        sqlalchemy.event.listen(storage.engine, "connect", _set_pragmas)
+        storage.engine.dispose()  # connections made before the listener are given back
+    return storage
+
+
+def _engine_options(url: str) -> dict[str, Any]:
+    if sqlite_file(url) is not None:
+        return {"connect_args": {"timeout": BUSY_TIMEOUT_SECONDS}}
+    # A worker keeps one connection; a lock, and the thread that renews leases, take another one for a moment.
+    return {"connect_args": _connect_args(url), "pool_pre_ping": True, "pool_size": 1, "max_overflow": 3}
+
+
+def _connect_args(url: str) -> dict[str, Any]:
+    """Settings of a connection to a server; what the URL itself says of them stays."""
+    given = sqlalchemy.engine.make_url(url).query
+    options = f"{given.get('options', '')} -c idle_in_transaction_session_timeout={IDLE_SECONDS}s"
+    ours = {"connect_timeout": CONNECT_SECONDS, "application_name": "harness"}
+    return {name: value for name, value in ours.items() if name not in given} | {"options": options.strip()}
+
+
+@contextmanager
+def alone(url: str) -> Iterator[None]:
+    """One process at a time on a database server, whatever its study: tables and studies are made here.
+
+    On SQLite the study's own lock does that. Raises InputError when the server cannot be reached.
+    """
+    if sqlite_file(url) is not None:
+        yield
+        return
+    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=_connect_args(url))
+    try:
+        connection = engine.connect()
+        connection.execute(sqlalchemy.text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+        connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({SETTING_UP})"))
+    except SQLAlchemyError as error:
+        raise _unopened(url, error) from error
+    try:
+        yield
+    finally:
+        connection.close()  # which ends the transaction, and with it the lock
+
+
+def _set_pragmas(connection: Any, _record: Any) -> None:
+    connection.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL")
+
+
+def dispose(storage: optuna.storages.RDBStorage) -> None:
+    storage.remove_session()
+    storage.engine.dispose()

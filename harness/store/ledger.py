@@ -1,0 +1,101 @@
+"""The ledger of a study: every opening of the test set, each line chained to the one before by its hash.
+
+A line that was edited, taken out or moved breaks the chain from there on. What lies in the same file can always be
+made anew from the beginning by somebody who means to; the chain is against accidents and small improvements.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harness.config.final_result import FinalResult
+
+OPENED, RESULT = "opened", "result"
+Line = dict[str, Any]
+
+
+def appended(lines: Sequence[Line], uid: str, entry: Line) -> list[Line]:
+    """The ledger with one more line. `uid` is the study's; its first line is chained to it."""
+    line = {"line": len(lines) + 1, **entry, "previous": lines[-1]["hash"] if lines else _sha256(uid)}
+    return [*lines, line | {"hash": _hash(line)}]
+
+
+def fault(lines: Any, uid: str, known: str | None = None) -> str | None:
+    """What is wrong with a ledger, in a sentence; None when every line is as it was written.
+
+    `lines` is what the storage holds in its place, whatever that is.
+    `known` is the hash of a line that must be among them: the one that the final result was written with.
+    """
+    if not isinstance(lines, list):
+        return "the test ledger is not as it was written, a list of lines"
+    previous = _sha256(uid)
+    for number, line in enumerate(lines, 1):
+        placed = isinstance(line, dict) and line.get("line") == number and line.get("previous") == previous
+        if not placed or line.get("hash") != _hash(line):
+            return f"line {number} of the test ledger is not as it was written"
+        previous = line["hash"]
+    if known is not None and known not in {line["hash"] for line in lines}:
+        return f"the test ledger ends after line {len(lines)}, and the final result was written with another one"
+    return None
+
+
+def difference(lines: Sequence[Line], final: FinalResult) -> str | None:
+    """How a final result differs from its line, in words; None when it does not, or has none.
+
+    Counts and weights of the seeds are in the line, and what is shown must follow from them.
+    """
+    line = next((line for line in lines if line["hash"] == final.ledger), None)
+    if line is None:
+        return None
+    if line["event"] != RESULT:
+        return f"the final result names line {line['line']} of the test ledger, which is none of a result"
+    correct, total = (sum(seed[key] for seed in line["seeds"]) for key in ("correct", "total"))
+    shown = final.correct, final.total, final.accuracy, final.trial
+    if seeds_of(final) == line["seeds"] and shown == (correct, total, correct / total, line["trial"]):
+        return None
+    return f"the final result is not the one that line {line['line']} of the test ledger says"
+
+
+def seeds_of(final: FinalResult) -> list[dict[str, Any]]:
+    """What the line of a result says of its seeds."""
+    return [{key: getattr(seed, key) for key in ("seed", "correct", "total", "weights")} for seed in final.per_seed]
+
+
+def readable(lines: Any) -> list[Line]:
+    """The lines that can be shown: those that hold what an opening or a result does. `fault` names the others."""
+    return [line for line in lines if _is_line(line)] if isinstance(lines, list) else []
+
+
+def _is_line(line: Any) -> bool:
+    kinds = {"line": int, "event": str, "trial": int, "time": str, "commit": str, "hash": str}
+    if not isinstance(line, dict) or not all(isinstance(line.get(name), kind) for name, kind in kinds.items()):
+        return False
+    if line["event"] != RESULT:
+        return isinstance(line.get("reason"), str | None)
+    seeds = line.get("seeds")
+    return isinstance(seeds, list) and all(
+        isinstance(seed, dict) and isinstance(seed.get("correct"), int) and isinstance(seed.get("total"), int)
+        for seed in seeds
+    )
+
+
+def openings(lines: Sequence[Line]) -> list[Line]:
+    """The lines that opened the test set."""
+    return [line for line in lines if line["event"] == OPENED]
+
+
+def results(lines: Sequence[Line]) -> list[Line]:
+    """The lines that say a result of an opening."""
+    return [line for line in lines if line["event"] == RESULT]
+
+
+def _hash(line: Line) -> str:
+    return _sha256(json.dumps({key: value for key, value in line.items() if key != "hash"}, sort_keys=True))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

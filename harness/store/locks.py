@@ -1,0 +1,134 @@
+"""A SQLite study's file while the study runs: who holds it, and whether it still lies where it was opened.
+
+A process goes on writing into a file that was deleted or moved, and its results are gone when it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import filelock
+
+from harness.base.errors import Halt, InputError
+from harness.base.files import replace_file
+from harness.store.database import check_writable, may_write
+
+BUSY_SECONDS = 10.0
+LOCK_SECONDS = 0.3  # `show` takes the lock for a moment to see whether anybody holds it
+
+
+class OpenedFile:
+    """The file as it was opened. `check` is cheap; whoever runs a study calls it often."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file.absolute()
+        # A pool would make new connections to whatever lies at that path. This one reads at once, and has the log open.
+        self._connection = sqlite3.connect(file, timeout=BUSY_SECONDS, check_same_thread=False)
+        self._connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
+        # With O_PATH, for to close a file that was opened otherwise would drop SQLite's locks on it.
+        self._handle = os.open(file, os.O_PATH) if hasattr(os, "O_PATH") else None
+        self._known = file.stat()
+
+    def close(self) -> None:
+        self._connection.close()
+        if self._handle is not None:
+            os.close(self._handle)
+
+    def check(self) -> None:
+        """Raise Halt when the file was deleted, replaced or moved; its results are saved first, where that can be."""
+        opened = self._known if self._handle is None else os.fstat(self._handle)
+        try:
+            if os.path.samestat(self._file.stat(), opened):
+                return
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError:  # the disk does not answer, and whoever writes to it hears of that
+            return
+        now = self._whereabouts()
+        if now is not None:
+            text = f"was moved to {now} while the study ran, with all results; move it back"
+        else:
+            text = f"was deleted or replaced while the study ran{self._rescued()}"
+        raise Halt(f"The study's database {self._file} {text}, and the same command goes on.")
+
+    def _whereabouts(self) -> Path | None:
+        """Where the file lies now, whole; None when it has no name any more, or that cannot be known."""
+        if self._handle is None or os.fstat(self._handle).st_nlink == 0:
+            return None
+        try:
+            now = Path(os.readlink(f"/proc/self/fd/{self._handle}"))
+            if not os.path.samestat(now.stat(), os.fstat(self._handle)):
+                return None
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()  # the log may lie elsewhere
+        except (OSError, sqlite3.Error):
+            return None
+        return now
+
+    def _rescued(self) -> str:
+        """Write what was stored to a file beside the lost one; says so, and what to do."""
+        names = (f"{self._file.stem}.rescued{f'-{number}' if number else ''}.db" for number in range(1000))
+        target = next(path for name in names if not (path := self._file.with_name(name)).exists())
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(target)) as copy:
+                self._connection.backup(copy)
+        except (OSError, sqlite3.Error) as error:
+            with contextlib.suppress(OSError):
+                target.unlink(missing_ok=True)
+            return f", and its results are lost ({error}); bring it back from a copy"
+        return f"; its results were saved in {target}: give that file its name"
+
+
+def holder(file: Path | None) -> str | None:
+    """The PID of the process that holds a SQLite study, None when nobody does."""
+    lock = None if file is None else Path(f"{file}.lock")
+    if file is None or lock is None or not lock.exists():
+        return None
+    if not may_write(file):  # then a lock cannot be tried, and the number that a holder leaves must do
+        return _pid(file) if pid_file(file).exists() else None
+    try:
+        with filelock.FileLock(lock, blocking=False):
+            return None
+    except filelock.Timeout:
+        return _pid(file)
+
+
+def pid_file(file: Path) -> Path:
+    return Path(f"{file}.pid")
+
+
+def _pid(file: Path | None) -> str:
+    named = None if file is None else pid_file(file)
+    return named.read_text().strip() if named is not None and named.exists() else "unknown"
+
+
+@contextmanager
+def held(file: Path | None, name: str) -> Iterator[None]:
+    """Hold the study's lock file. The lock goes with the process, however it ends; the PID beside it is a courtesy."""
+    if file is None:
+        yield
+        return
+    if not file.parent.is_dir():
+        raise InputError(f"--storage: there is no folder {file.parent}; make it first.")
+    check_writable(file)
+    lock, pid = filelock.FileLock(f"{file}.lock"), pid_file(file)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except filelock.Timeout as error:
+        raise InputError(
+            f"Study {name!r} is being run by process {_pid(file)}; wait for it, or stop it with `kill {_pid(file)}`."
+        ) from error
+    except OSError as error:
+        raise InputError(f"{file} cannot be written ({error}); make its folder writable or give --storage.") from error
+    try:
+        replace_file(pid, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        with suppress(OSError):  # the folder may be gone by now, or read-only; what is lost with it was said
+            pid.unlink(missing_ok=True)
+        lock.release()

@@ -1,0 +1,302 @@
+"""Opening a study's storage: to run it, held and compared with its definition, or to look at it."""
+
+from __future__ import annotations
+
+import functools
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from harness.base.errors import InputError
+from harness.base.files import sqlite_file
+from harness.config.find import Found, defines
+from harness.config.study import Study
+from harness.store.database import BUSY_TIMEOUT_SECONDS, alone, check_database, connect, dispose, has_tables, outlast
+from harness.store.leases import Leases, make_table
+from harness.store.locks import OpenedFile, held
+from harness.store.store import Store
+
+FORMAT = 1  # of what a study keeps beside Optuna's own; a change that old studies cannot follow makes it 2
+
+
+@contextmanager
+def open_store(
+    study: Study, url: str, content: Mapping[str, str] | None = None, *, joining: bool = False
+) -> Iterator[Store]:
+    """Open a study for running, and hold it: a second process on the same SQLite study is refused.
+
+    One that is `joining` works for the process that holds it. `content` are fingerprints of what the definition only
+    names, the images and the pretrained weights; None skips their comparison. Raises InputError when the database
+    cannot be opened or is none of ours, when another process holds the study, and when the stored definition differs
+    from `study` (naming the fields).
+    """
+    file = sqlite_file(url)
+    with held(None if joining else file, study.name):
+
+        def begin() -> tuple[optuna.storages.RDBStorage, optuna.Study]:
+            check_database(url)
+            with alone(url):
+                storage = connect(url)
+                return storage, _begun(study, url, storage, content)
+
+        storage, optuna_study = outlast(url, begin) if joining else begin()  # a server was there a moment ago
+        store = Store(url, optuna_study)
+        leases = Leases(storage.engine, store.uid, file)
+        opened = None
+        try:
+            if file is not None and not joining:  # whoever held it before is gone, or works for one that is
+                outlast(url, leases.clear)
+                opened = OpenedFile(file)
+            yield Store(url, optuna_study, engine=storage.engine, leases=leases, file=opened)
+        finally:
+            leases.close()
+            dispose(storage)
+            if opened is not None:
+                opened.close()
+
+
+def _begun(
+    study: Study, url: str, storage: optuna.storages.RDBStorage, content: Mapping[str, str] | None
+) -> optuna.Study:
+    """The study in the storage, made if it is not there; its definition is kept or compared."""
+    create = functools.partial(
+        optuna.create_study,
+        storage=storage,
+        study_name=study.name,
+        direction="maximize",
+        pruner=study.pruner.of(study),
+        load_if_exists=True,
+    )
+    try:
+        optuna_study = outlast(url, create)
+        check_definition(study, Store(url, optuna_study), content)
+        outlast(url, lambda: make_table(storage.engine))
+    except BaseException:
+        dispose(storage)
+        raise
+    return optuna_study
+
+
+@contextmanager
+def read_store(name: str, url: str, any_format: bool = False) -> Iterator[Store]:
+    """Open a study to look at it; it may be running. Raises InputError when there is none, or another format's.
+
+    Of `any_format` the name, the uid and who is at work can be known.
+    """
+    file = sqlite_file(url)
+    if file is not None and not file.is_file():
+        raise InputError(f"Study {name!r} has no results yet ({file} does not exist); run it with --study {name}.")
+    if file is not None and file.stat().st_size == 0:
+        raise InputError(
+            f"Study {name!r} has no results ({file} is empty); take the file from a copy if it held any, else run it "
+            f"with --study {name}."
+        )
+    check_database(url)
+    unknown = InputError(
+        f"{url} holds no study named {name!r}; it has not begun there: run it, or check --storage and the name."
+    )
+    if not has_tables(url):
+        raise unknown
+    storage = connect(url, writing=False)
+    try:
+        try:
+            optuna_study = outlast(url, lambda: optuna.load_study(storage=storage, study_name=name))
+        except KeyError as error:
+            raise unknown from error
+        store = Store(url, optuna_study, as_of_now=True, engine=storage.engine)
+        if not any_format:
+            check_format(name, store)
+        yield store
+    finally:
+        dispose(storage)
+
+
+def exists(name: str, url: str) -> bool:
+    """Whether the storage holds this study already, with a definition or trials: a start may have been cut off before.
+
+    Raises InputError when it cannot be opened.
+    """
+    file = sqlite_file(url)
+    if file is not None and (not file.is_file() or file.stat().st_size == 0):
+        return False
+    check_database(url)
+    if not has_tables(url):
+        return False
+    storage = connect(url, writing=False)
+    try:
+        study = outlast(url, lambda: storage.get_study_id_from_name(name))
+        begun = outlast(url, lambda: "definition" in storage.get_study_user_attrs(study) or storage.get_n_trials(study))
+        return bool(begun)
+    except KeyError:
+        return False
+    finally:
+        dispose(storage)
+
+
+def begun_by(name: str, url: str) -> str | None:
+    """The name of the study file that a study was last run from, None when there is no such study.
+
+    Of one that no command has run it is the file that is called as the study is.
+    """
+    try:
+        with read_store(name, url, any_format=True) as store:
+            return store.attributes().get("file") or f"{name}.py"
+    except InputError:  # there is no such study, and whoever wants it says so
+        return None
+
+
+def url_of(found: Found, storage: str | None) -> str:
+    """The database of a study's results: `storage` if that is given, else the one beside the study file.
+
+    Raises InputError when the study in there is that of another study file, which is there and has the same name: one
+    of the two is a copy.
+    """
+    name, url = found.study.name, storage or found.storage_url
+    twin = found.file.with_name(begun_by(name, url) or found.file.name)
+    if twin.is_file() and not twin.samefile(found.file) and defines(twin, name):
+        raise InputError(
+            f"{found.file} defines the study {name!r}, and so does {twin}, whose results are in {url}: "
+            f"change `name` in {found.file.name}."
+        )
+    return url
+
+
+def as_begun(study: Study, store: Store, content: Mapping[str, str] | None = None) -> Study:
+    """The study as the storage knows it: settings given on the command line at its start are put back.
+
+    `content` are fingerprints as in `open_store`. Raises InputError when the study's file says something else today
+    that no setting can.
+    """
+    stored = store.facts().definition
+    if stored is None:
+        raise InputError(f"Study {study.name!r} has not begun; run it with --study {study.name}.")
+    study = study.with_definition(stored)
+    check_definition(study, store, content)
+    return study
+
+
+def check_format(name: str, store: Store) -> None:
+    """Raise InputError for a study that has begun and is kept in another format."""
+    known = store.attributes()
+    if "definition" in known and known.get("format") != FORMAT:
+        raise InputError(
+            f"Study {name!r} in {store.url} was written by another version of the harness (format "
+            f"{known.get('format') or 0}, this one reads {FORMAT}); open it with that version, or "
+            f"{_anew(store.url)}."
+        )
+
+
+def compare(study: Study, url: str, content: Mapping[str, str] | None) -> None:
+    """Raise InputError unless `study` continues the one in the storage, which exists. Writes nothing, nor locks."""
+    with read_store(study.name, url) as store:
+        if store.facts().definition is not None or store.trials():
+            check_definition(study, store, content)
+
+
+def check_definition(study: Study, store: Store, content: Mapping[str, str] | None) -> None:
+    """Keep the definition at the first start; at every later one, refuse a study that would not continue it."""
+    now = study.definition() | {f"content of {name}": value for name, value in (content or {}).items()}
+    stored = store.facts().definition
+    if stored is None:
+        if store.trials():
+            raise InputError(
+                f"Study {study.name!r} in {store.url} was begun by another program; "
+                "give another --storage, or rename the study."
+            )
+        store.set_attribute("format", FORMAT)
+        store.set_attribute("uid", uuid.uuid4().hex)
+        if "data" in (content or {}):
+            store.set_attribute("images", _count(study))
+        store.set_attribute("definition", now)
+        return
+    check_format(study.name, store)
+    unknown = {path for path in stored if path.startswith("content of ")} if content is None else set()
+    differing = [path for path in {**stored, **now} if stored.get(path) != now.get(path) and path not in unknown]
+    if differing:
+        changes = "; ".join(_change(path, stored, now, study, store) for path in differing)
+        command = store.facts().command  # the settings of the last start, which had the same definition
+        raise InputError(
+            f"Study {study.name!r} was begun with another definition ({changes}); its results could not be compared. "
+            f"Change it back, or {_anew(store.url)}." + (f" It was run with: {command}" if command else "")
+        )
+
+
+def _change(path: str, stored: Mapping[str, Any], now: Mapping[str, Any], study: Study, store: Store) -> str:
+    """What is other than at the study's start, in a clause."""
+    if path == "content of data":
+        root, then = getattr(study.train.data, "root", None), store.facts().images
+        counted = "" if then is None else f" ({then} then, {_count(study)} now)"
+        return f"the images{f' in {root}' if root else ''} are others than when the study began{counted}"
+    if path == "content of weights":
+        return "the pretrained weights are others than when the study began"
+    return f"{path} was {stored.get(path)!r}, is {now.get(path)!r}"
+
+
+def _count(study: Study) -> int:
+    """Of all images of a study."""
+    from harness.data.splits import count
+
+    return count(study.train.data)
+
+
+def check_movable(url: str) -> None:
+    """Raise InputError when a study at this URL could not be moved aside: on a server others may be at work on it."""
+    if sqlite_file(url) is None:
+        raise InputError(
+            "--fresh moves a SQLite file; on a server, give the new study a database of its own by --storage."
+        )
+
+
+def _anew(url: str) -> str:
+    if sqlite_file(url) is None:
+        return "give the new study a database of its own with --storage"
+    return "start anew with --fresh (the old study is kept under another name)"
+
+
+def move_aside(name: str, url: str, *folders: Path) -> Path | None:
+    """Give an existing study, and the folders beside it, another name (`--fresh`); nothing is deleted.
+
+    Returns the new file, None if there was none.
+    """
+    file = sqlite_file(url)
+    check_movable(url)
+    if file is None or not file.exists():
+        return None
+    with held(file, name):
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        target = next(
+            path
+            for number in range(1000)
+            if not (path := file.with_name(f"{file.stem}.{stamp}{f'-{number}' if number else ''}.db")).exists()
+        )
+        _gather(file)
+        for folder in folders:
+            if folder.exists():
+                folder.rename(target.with_suffix(folder.suffix))
+        file.rename(target)
+    return target
+
+
+def _gather(file: Path) -> None:
+    """Bring all of a study into the one file that is renamed. Raises InputError while another program is at it."""
+    try:
+        with closing(sqlite3.connect(file, timeout=BUSY_TIMEOUT_SECONDS)) as connection:
+            (busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    except sqlite3.OperationalError:
+        busy = True
+    if busy:
+        raise InputError(f"--fresh: another program reads or writes {file}; end it, and try again.")
+
+
+def uid_of(name: str, url: str) -> str | None:
+    """The uid of a study, None when it has not begun. Raises InputError when the storage cannot be opened."""
+    if not exists(name, url):
+        return None
+    with read_store(name, url, any_format=True) as store:
+        return store.uid

@@ -1,0 +1,107 @@
+"""Which trial a worker takes next: one that was left behind, else a new one, and never one too many.
+
+Workers do this one after the other, at the desk (`Leases.desk`). What is done there is what the others wait for: a few
+short statements, however many trials there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import optuna
+import sqlalchemy
+from optuna.trial import TrialState
+
+from harness.base.keys import trial_key
+from harness.config.space import encode
+from harness.config.study import Study
+from harness.store.leases import Leases
+from harness.store.records import FINISHED
+
+UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
+STATE = sqlalchemy.column("state", sqlalchemy.Enum(TrialState, name="trialstate"))
+TRIALS = sqlalchemy.table("trials", *map(sqlalchemy.column, ("trial_id", "number", "study_id")), STATE)
+
+
+class NoTrialFree(Exception):
+    """Every trial that the study asks for has ended, or another worker is at it; in a moment one may be free."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trial as the storage lists it: its id there, its number in the study, its state."""
+
+    trial_id: int
+    number: int
+    state: TrialState
+
+
+def take(
+    study: Study, of: optuna.Study, engine: sqlalchemy.Engine | None, held: Leases | None, at_most: int | None
+) -> tuple[Row, bool]:
+    """A trial that nobody else is at, for this process, and whether it was begun before; made if none is left over.
+
+    `engine` is that of the storage of `of`, None for one in memory. Raises NoTrialFree.
+    """
+    with contextlib.nullcontext() if held is None else held.desk():
+        # In this order: who ends a trial lets go of it afterwards, so one of the two tells of it.
+        others = {} if held is None else held.others()
+        count, unfinished = _look(of, engine)
+        if not count:
+            of.enqueue_trial(encode(study.space, study.train))
+            count, unfinished = _look(of, engine)
+        free = [row for row in unfinished if trial_key(row.number) not in others]
+        if at_most is not None and count - len(free) >= at_most:
+            raise NoTrialFree
+        if not free:
+            return _made(of, engine, held, at_most), False
+        row = free[0]
+        if held is not None:
+            _claim_left_behind(of, held, row)
+        if row.state is TrialState.WAITING:
+            of._storage.set_trial_state_values(row.trial_id, TrialState.RUNNING)
+        return row, row.state is TrialState.RUNNING
+
+
+def _claim_left_behind(of: optuna.Study, held: Leases, row: Row) -> None:
+    if not held.claim(trial_key(row.number)):  # its holder has come back
+        raise NoTrialFree
+    if of._storage.get_trial(row.trial_id).state in FINISHED:  # its holder was thought dead, and has just ended it
+        held.release(trial_key(row.number))
+        raise NoTrialFree
+
+
+def _made(of: optuna.Study, engine: sqlalchemy.Engine | None, held: Leases | None, at_most: int | None) -> Row:
+    trial_id = of._storage.create_new_trial(of._study_id)
+    number = _number(of, engine, trial_id)
+    if at_most is not None and number >= at_most:
+        # This process stood still at the desk until the server gave its place to another.
+        of._storage.set_trial_state_values(trial_id, TrialState.WAITING)
+        raise NoTrialFree
+    if held is not None:
+        held.claim(trial_key(number))
+    return Row(trial_id, number, TrialState.RUNNING)
+
+
+def _look(of: optuna.Study, engine: sqlalchemy.Engine | None) -> tuple[int, list[Row]]:
+    """How many trials there are, and those that have not ended, by number; Optuna would read all that they have."""
+    if engine is None:
+        trials = of.get_trials(deepcopy=False)
+        kept = [Row(each._trial_id, each.number, each.state) for each in trials if each.state in UNFINISHED]
+        return len(trials), kept
+    mine = TRIALS.c.study_id == of._study_id
+    open_ones = mine & TRIALS.c.state.in_(UNFINISHED)
+    with engine.connect() as connection:
+        rows = connection.execute(sqlalchemy.select(TRIALS).where(open_ones).order_by(TRIALS.c.number)).all()
+        count = connection.execute(sqlalchemy.select(sqlalchemy.func.count()).select_from(TRIALS).where(mine)).scalar()
+    return count or 0, [Row(each.trial_id, each.number, each.state) for each in rows]
+
+
+def _number(of: optuna.Study, engine: sqlalchemy.Engine | None, trial_id: int) -> int:
+    if engine is None:
+        return of._storage.get_trial(trial_id).number
+    with engine.connect() as connection:
+        return int(
+            connection.execute(sqlalchemy.select(TRIALS.c.number).where(TRIALS.c.trial_id == trial_id)).scalar_one()
+        )

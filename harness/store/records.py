@@ -1,0 +1,154 @@
+"""What the storage keeps: of a trial, of what a trial was shown, and of the whole study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from harness.config.events import EpochResult
+from harness.config.final_result import FinalResult
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """A trial as the storage knows it, in the project's words."""
+
+    number: int
+    state: str  # complete, pruned, diverged, failed, running
+    value: float | None  # validation accuracy of the last epoch; None unless complete
+    params: dict[str, Any]
+    epochs: tuple[EpochResult, ...]
+    curve: dict[int, float]  # epoch -> validation accuracy, as reported so far
+    reason: str | None
+    seconds: float | None
+    environments: tuple[dict[str, str], ...] = ()
+    traceback: str | None = None
+
+
+def record_of(trial: FrozenTrial) -> TrialRecord:
+    """What Optuna keeps of a trial, in our words."""
+    states = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+    outcome = trial.user_attrs.get("outcome", {})
+    finished = trial.state in FINISHED
+    return TrialRecord(
+        number=trial.number,
+        state=(outcome.get("state") or states[trial.state]) if finished else "running",
+        value=trial.value if trial.state is TrialState.COMPLETE else None,
+        params=dict(trial.params),
+        epochs=tuple(EpochResult.from_dict(each) for each in trial.user_attrs.get("epochs", [])),
+        curve=dict(sorted(trial.intermediate_values.items())),
+        reason=outcome.get("reason"),
+        seconds=trial.user_attrs.get("seconds"),
+        environments=tuple(trial.user_attrs.get("environments", [])),
+        traceback=outcome.get("traceback"),
+    )
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was not known of the lower numbers: `open` had not ended, and of those `running` had their parameters."""
+
+    open: tuple[int, ...] = ()
+    running: tuple[int, ...] = ()
+
+    @staticmethod
+    def now(trials: Sequence[FrozenTrial], number: int, space: Iterable[str]) -> Seen:
+        """What can be known at this moment to trial `number`."""
+        lower = [trial for trial in trials if trial.number < number and trial.state not in FINISHED]
+        running = [trial.number for trial in lower if all(path in trial.params for path in space)]
+        return Seen(tuple(trial.number for trial in lower), tuple(running))
+
+    @staticmethod
+    def of(trial: FrozenTrial) -> Seen:
+        """What is kept with a trial; nothing is, if all lower numbers had ended."""
+        kept = trial.user_attrs.get("seen")
+        return Seen() if kept is None else Seen.from_dict(kept)
+
+    def history(self, trials: Sequence[FrozenTrial], number: int) -> list[FrozenTrial]:
+        """The trials as they were known to trial `number`; of running and diverged ones the parameters alone."""
+        known = [
+            _without_values(trial) if has_diverged(trial) else trial
+            for trial in trials
+            if trial.number < number and trial.number not in self.open
+        ]
+        running = [_without_values(trial, TrialState.RUNNING) for trial in trials if trial.number in self.running]
+        return sorted(known + running, key=lambda trial: trial.number)
+
+    def to_dict(self) -> dict[str, list[int]]:
+        return {"open": list(self.open), "running": list(self.running)}
+
+    @staticmethod
+    def from_dict(record: dict[str, list[int]]) -> Seen:
+        return Seen(tuple(record["open"]), tuple(record["running"]))
+
+
+def has_diverged(trial: FrozenTrial) -> bool:
+    """Whether a trial, which is told as pruned, ended with a loss or gradient that was no number."""
+    return trial.state is TrialState.PRUNED and trial.user_attrs.get("outcome", {}).get("state") == "diverged"
+
+
+def _without_values(trial: FrozenTrial, state: TrialState = TrialState.PRUNED) -> FrozenTrial:
+    """A trial of which the parameters alone are shown; TPE puts a pruned one without values behind all others."""
+    return FrozenTrial(
+        number=trial.number,
+        state=state,
+        value=None,
+        datetime_start=trial.datetime_start,
+        datetime_complete=None if state is TrialState.RUNNING else trial.datetime_complete,
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs={} if state is TrialState.RUNNING else trial.user_attrs,
+        system_attrs={},
+        intermediate_values={},
+        trial_id=trial._trial_id,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyFacts:
+    """As they stand in the storage; a default for what is not known yet."""
+
+    # Of its start
+    uid: str = ""
+    format: int = 0
+    definition: dict[str, Any] | None = None  # `Study.definition()`, and fingerprints of images and weights
+    images: int | None = None
+    depths: dict[str, list[str]] | None = None  # prefixes of parameter names by "block" and by "layer"
+    # Of its last start
+    file: str | None = None
+    command: str | None = None
+    runtime: dict[str, Any] | None = None  # `Runtime.to_dict()`
+    versions: dict[str, str] = field(default_factory=dict)
+    wanted: int = 0  # trials
+    # Of what comes after the search
+    choice: dict[str, Any] | None = None  # `harness.final.choice.choose`
+    rerank: dict[str, Any] | None = None  # `harness.rerank`
+    final: FinalResult | None = None
+    predictions: dict[str, Any] | None = None  # `harness.final.predictions`
+    thumbnails: dict[str, str] = field(default_factory=dict)  # by number of the test image
+    duplicates: dict[str, Any] | None = None  # `harness.data.duplicates`
+    audit: dict[str, Any] | None = None  # `harness.final.audit.record`
+    files: dict[str, str] = field(default_factory=dict)  # the sha256 of the model's files
+    published: int | None = None  # trials that had ended when MLflow was told everything
+    registered: int | None = None  # the trial whose model MLflow's registry has
+    validation_images: str | None = None  # their fingerprint, once the registry was told
+
+    def is_registered(self) -> bool:
+        """Whether MLflow's registry was given the model of the final result."""
+        return self.final is not None and self.registered == self.final.trial
+
+    @staticmethod
+    def of(attributes: Mapping[str, Any]) -> StudyFacts:
+        """Raises InputError when the final result is not whole."""
+        found = {name: value for name in NAMES if (value := attributes.get(name)) is not None}
+        if "final" in found:
+            found["final"] = FinalResult.of(found["final"])
+        return StudyFacts(**found)
+
+
+NAMES = tuple(each.name for each in fields(StudyFacts))

@@ -1,0 +1,69 @@
+"""The end of a study: its model described and registered, and MLflow told what it lacks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.base.errors import InputError, masked
+
+if TYPE_CHECKING:
+    from harness.config.find import Found
+    from harness.config.study import Study
+    from harness.serving.model import SavedModel
+    from harness.store.store import Store
+    from harness.tracking.tracker import MLflowTracker
+
+START = "start"  # the key of what one coordinator at a time does at its start
+
+
+def write_again(found: Found, study: Study, store: Store, tracker: MLflowTracker, console: Any) -> None:
+    """Tell an MLflow that has lost it everything of a finished study; nothing is trained, no image is needed for it."""
+    from harness.final.model_files import is_registered, published
+    from harness.serving.model import load_saved
+    from harness.tracking import expected as tracking
+
+    model = found.beside(store.url, ".model")
+    with store.alone(START):
+        tracker.start(study, store, tracking.facts(study, store.facts().runtime or {}))
+    told = tracker.finish(tracking.study_metrics(store), published(store, model), "complete")
+    if told and is_registered(study, store, model):
+        told = register(study, store, tracker, load_saved(study, store, model), console)
+    if not told:
+        print(f"MLflow at {masked(tracker.uri)} does not take all of it; the same command tries again.")
+
+
+def describe_model(study: Study, store: Store, folder: Path, console: Any) -> SavedModel | None:
+    """Put the exported program and the card beside the final model; returns it if it is to be registered."""
+    from harness.final.model_files import PROGRAM, has_model, record_files
+    from harness.serving.card import CARD, write_card
+    from harness.serving.export import write_program
+    from harness.serving.model import load_saved
+
+    if not (store.has_final() and has_model(folder)):
+        return None
+    model, program = None, None
+    if study.final.publish:
+        saved = load_saved(study, store, folder)
+        try:
+            with console.status("Exporting the final model …"):
+                write_program(saved, folder / PROGRAM)
+            model, program = saved, PROGRAM
+        except InputError as error:  # a backbone that torch cannot export; the result is none the worse
+            print(f"{error} It is kept as weights, and not registered in MLflow.", file=sys.stderr)
+            store.set_attribute("registered", saved.description["trial"])
+    write_card(study.name, study.train.data, store, folder, program)
+    record_files(store, folder, CARD, PROGRAM)
+    return model
+
+
+def register(study: Study, store: Store, tracker: MLflowTracker, model: SavedModel, console: Any) -> bool:
+    """Register the model in MLflow; whether that is done."""
+    from harness.serving.registry import candidate, publish
+
+    with console.status("Registering the final model in MLflow, and checking it …"):
+        done = publish(tracker, candidate(study.name, store, model))
+    if done:
+        store.set_attribute("registered", model.description["trial"])
+    return done

@@ -1,0 +1,1 @@
+"""MLflow, one consumer of events among others."""

@@ -1,0 +1,126 @@
+"""What each run of a study is called, and what a finished one should hold, wherever it is logged."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.base.environment import HARDWARE, git_commit, versions
+from harness.base.errors import masked
+from harness.base.keys import base_key, final_key, rerank_key, trial_key
+from harness.base.seeds import derive_seed
+from harness.config.events import EpochResult, Kind
+
+if TYPE_CHECKING:
+    from harness.config.final_result import SeedResult
+    from harness.config.study import Study
+    from harness.config.train import TrainConfig
+    from harness.store.store import Store
+
+
+def trial_tags(study: Study, number: int) -> dict[str, str]:
+    return {"harness.kind": "trial", "harness.trial_seed": str(derive_seed(study.seed, "trial", number))}
+
+
+def retraining_tags(kind: Kind, trial: int, seed_number: int) -> dict[str, str]:
+    of = "harness.best_trial" if kind == "final" else "harness.of_trial"
+    return {"harness.kind": kind, f"harness.{kind}_seed": str(seed_number), of: str(trial)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What the storage says that a finished run in MLflow should hold."""
+
+    key: str
+    config: TrainConfig
+    tags: dict[str, str]
+    epochs: tuple[EpochResult, ...]
+    metrics: dict[str, float]  # besides those of the epochs, at the last epoch
+    state: str
+    traceback: str | None
+
+    def series(self) -> dict[str, list[tuple[int, float]]]:
+        """The (step, value) pairs that tell whether a run is whole."""
+        series = {"train_loss": [(each.epoch, each.train.loss) for each in self.epochs]}
+        series["val_accuracy"] = [(each.epoch, each.val.accuracy) for each in self.epochs if each.val is not None]
+        return series | {name: [(self.config.epochs, value)] for name, value in self.metrics.items()}
+
+
+def expected_runs(study: Study, store: Store) -> list[Expected]:
+    """The run of every finished trial, and of everything that was trained and recorded after the search."""
+    params = {trial.number: trial.params for trial in store.trials()}
+    runs = [
+        Expected(
+            key=trial_key(trial.number),
+            config=study.config(trial.params),
+            tags=trial_tags(study, trial.number),
+            epochs=trial.epochs,
+            metrics={},
+            state=trial.state,
+            traceback=trial.traceback,
+        )
+        for trial in store.trials()
+        if trial.state != "running"
+    ]
+    return runs + [
+        Expected(
+            key=key(trial, seed),
+            config=study.config(params[trial]),
+            tags=retraining_tags(kind, trial, seed),
+            epochs=tuple(map(EpochResult.from_dict, epochs)),
+            metrics=metrics,
+            state="complete",
+            traceback=None,
+        )
+        for kind, key, trial, seed, epochs, metrics in _retrainings(store)
+    ]
+
+
+_Recorded = tuple[Kind, Callable[[int, int], str], int, int, list[dict[str, Any]], dict[str, float]]
+
+
+def _retrainings(store: Store) -> Iterator[_Recorded]:
+    """Kind, key, trial, seed, epochs and test metrics of everything that was trained after the search and recorded."""
+    for number, results in ((store.facts().rerank or {}).get("results") or {}).items():
+        yield from (("rerank", rerank_key, int(number), each["seed"], each["epochs"], {}) for each in results)
+    if (final := store.facts().final) is not None:
+        yield from (("final", final_key, final.trial, *_of_seed(each)) for each in final.per_seed)
+        if (base := final.base) is not None:
+            yield from (("base", base_key, base.trial, *_of_seed(each)) for each in base.per_seed)
+
+
+def _of_seed(each: SeedResult) -> tuple[int, list[dict[str, Any]], dict[str, float]]:
+    metrics = {"test_accuracy": each.accuracy} | ({} if each.loss is None else {"test_loss": each.loss})
+    return each.seed, each.epochs, metrics
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A disagreement with the storage in words, and what mends it; None when only a run of the study does."""
+
+    text: str
+    mend: Callable[[], object] | None = None
+
+
+def study_metrics(store: Store) -> dict[str, float]:
+    """What the study's own run shows."""
+    final, best = store.facts().final, store.best()
+    metrics = {} if best is None or best.value is None else {"best_val_accuracy": best.value}
+    return metrics if final is None else metrics | {"test_accuracy": final.accuracy}
+
+
+def facts(study: Study, runtime: Mapping[str, Any], environment: Mapping[str, str] = {}) -> dict[str, str]:
+    """Tags that say how and with what a study ran; of the `environment`, its device and what drives it."""
+    return {
+        **{f"version.{name}": version for name, version in versions().items()},
+        "harness.seed": str(study.seed),
+        "harness.command": shlex.join(map(masked, [Path(sys.executable).name, *sys.argv])),
+        "mlflow.source.git.commit": git_commit(),
+        "mlflow.source.name": sys.argv[0],
+        **{f"harness.{name}": str(value) for name, value in runtime.items()},
+        **{f"hardware.{name}": environment[name] for name in HARDWARE if name in environment},
+    }

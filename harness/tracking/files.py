@@ -1,0 +1,169 @@
+"""The local MLflow database as what it is, a SQLite file: where it says that files lie, and whether a study is in it.
+
+Both are asked at every start, also of a finished study, for which MLflow itself is not imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import sys
+import tempfile
+from collections.abc import Collection
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import filelock
+
+from harness.base.errors import Halt
+from harness.base.files import sqlite_url
+from harness.tracking.library import faults, first_line, no_stray_folder, quiet, set_aside
+
+ARTIFACTS = "artifacts"  # the folder of the files, beside the database
+# Every column that says where files lie: paths of the folder that the database was in when they were written.
+PLACES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+BUSY_SECONDS = 20.0  # as long as MLflow waits
+
+
+def make_database(file: Path, *, ours: bool = False) -> None:
+    """Have a database there: whole, and made once; two studies may be started at the same time."""
+    with filelock.FileLock(f"{file}.lock"):
+        if not file.exists():
+            _create_database(file)
+        if ours:
+            _write_ahead(file)
+
+
+def _create_database(file: Path) -> None:
+    """Make it whole or not at all: MLflow cannot open one whose migrations were killed half-way.
+
+    Raises Halt when it cannot be made.
+    """
+    import sqlalchemy
+    from mlflow import MlflowClient
+
+    quiet()
+    set_aside(sqlite_url(file))
+    sqlalchemy.event.listen(sqlalchemy.Engine, "connect", _unsynchronised)
+    try:
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".new-") as place:
+            made = Path(place) / "mlflow.db"
+            with no_stray_folder(sqlite_url(made)):
+                MlflowClient(tracking_uri=sqlite_url(made)).search_experiments(max_results=1)
+            with made.open("rb+") as written:
+                os.fsync(written.fileno())
+            for suffix in ("-wal", "-shm", "-journal"):  # of one that was deleted: SQLite would take it for this one's
+                Path(f"{file}{suffix}").unlink(missing_ok=True)
+            made.replace(file)
+    except faults() as error:
+        raise Halt(
+            f"{file} cannot be made ({first_line(error)}); make room, or give another --tracking-uri."
+        ) from error
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "connect", _unsynchronised)
+
+
+def _unsynchronised(connection: Any, _record: Any) -> None:
+    """Of each of some fifty migrations the disk need not know; the file is synchronised once, when it is whole."""
+    connection.execute("PRAGMA synchronous=OFF")
+
+
+def _write_ahead(file: Path) -> None:
+    """Put our own database into WAL mode, in which it stays: writing it is several times as fast, and readers
+    (the UI) do not hold it up.
+    """
+    with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(file)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")  # fails while somebody else writes: then it is done next time
+
+
+def local_folder(uri: str | None) -> Path | None:
+    """The folder that a file URI or a path names; None when it is elsewhere."""
+    parts = urlsplit(uri or "")
+    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
+        return Path(unquote(parts.path))
+    return Path(uri) if uri and uri.startswith("/") else None
+
+
+def elsewhere(file: Path, artifacts: Path) -> dict[str, str]:
+    """Where the database says that experiments have their files, and where they have them: beside it.
+
+    What it says is the folder in which it lay before it was moved or copied. A place that somebody chose is left alone:
+    it is there, without an MLflow database, and the experiment has nothing here.
+    """
+    with closing(sqlite3.connect(file, timeout=BUSY_SECONDS)) as connection:
+        rows = connection.execute("SELECT name, artifact_location FROM experiments").fetchall()
+    moved = {}
+    for name, location in rows:
+        old, here = local_folder(location), (artifacts / name).resolve()
+        if old is None or old.parts[-2:] != (ARTIFACTS, name) or old.resolve() == here:
+            continue
+        home = old.parent.parent
+        if here.is_dir() or not home.exists() or (home / file.name).exists():
+            moved[location] = here.as_uri()
+    return moved
+
+
+def move_in(file: Path, artifacts: Path) -> None:
+    """Have a database that was moved or copied name the files beside it; said in a line."""
+    moved = elsewhere(file, artifacts)
+    if not moved:
+        return
+    with closing(sqlite3.connect(file, timeout=BUSY_SECONDS)) as connection, connection:
+        for old, new in moved.items():
+            for table, column in PLACES:
+                connection.execute(
+                    f"UPDATE {table} SET {column} = :new || substr({column}, length(:old) + 1) "
+                    f"WHERE {column} = :old OR substr({column}, 1, length(:old) + 1) = :old || '/'",
+                    {"old": old, "new": new},
+                )
+    was = ", ".join(sorted({str(path.parent) for each in moved if (path := local_folder(each)) is not None}))
+    print(f"MLflow's database was moved: its files are those in {artifacts} now, no longer in {was}.", file=sys.stderr)
+
+
+def lacking(
+    file: Path, uid: str, keys: Collection[str], folders: Collection[str], model: str | None = None
+) -> str | None:
+    """What the database lacks of a study that was written to it, in a sentence; None when all seems to be there.
+
+    `keys` are those of its runs, `folders` what lies with its own run, `model` is its name if it was registered.
+    """
+    if not file.is_file():
+        return f"MLflow's database {file} is not there."
+    try:
+        with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+            runs = dict(connection.execute(RUNS, {"uid": uid}))
+            sources = connection.execute(VERSIONS, {"uid": uid, "name": model}).fetchall()
+    except sqlite3.Error:
+        return None  # a start has a sentence for what is no database, or locked
+    if missing := [key for key in keys if key not in runs]:
+        return f"MLflow's database {file} lacks {len(missing)} of the study's {len(keys)} runs."
+    if model is not None and not sources:
+        return f"MLflow's registry in {file} lacks the study's model."
+    own = local_folder(runs["study"])
+    places = [own / name for name in folders] if own is not None else []
+    places += [place for (source,) in sources[:1] if (place := local_folder(source)) is not None]
+    gone = next((place for place in places if not place.is_dir()), None)
+    return None if gone is None else f"MLflow's files {gone} are not there."
+
+
+RUNS = """
+SELECT keys.value, runs.artifact_uri FROM runs
+JOIN tags AS keys ON keys.run_uuid = runs.run_uuid AND keys.key = 'harness.key'
+JOIN tags AS uids ON uids.run_uuid = runs.run_uuid AND uids.key = 'harness.study_uid' AND uids.value = :uid
+WHERE runs.lifecycle_stage = 'active'
+"""
+VERSIONS = """
+SELECT versions.source FROM model_versions AS versions
+JOIN model_version_tags AS uids ON uids.name = versions.name AND uids.version = versions.version
+AND uids.key = 'harness.study_uid' AND uids.value = :uid
+WHERE versions.name = :name ORDER BY versions.version DESC
+"""

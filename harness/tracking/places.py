@@ -1,0 +1,89 @@
+"""Where MLflow is: its URI, the local database, and whether it can be written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from harness.base.errors import InputError
+from harness.base.files import sqlite_path, sqlite_url
+from harness.config.study import Study
+from harness.store.database import check_driver, tables
+from harness.store.store import Store
+from harness.tracking.files import ARTIFACTS, make_database
+from harness.tracking.tracker import MLflowTracker
+
+SCHEMES = ("http", "https", "databricks", "postgresql", "mysql", "mssql")
+
+
+def uri_of(given: str | None, folder: Path) -> str:
+    """The tracking URI: the given one, else the database in `folder`."""
+    return given or local_uri(folder)
+
+
+def tracker_for(given: str | None, folder: Path) -> MLflowTracker:
+    """A tracker at the given URI, else on the database in `folder`, which is made."""
+    if not given:
+        return local_tracker(folder)
+    tracker = tracker_at(given)
+    if (file := sqlite_path(given)) is not None:
+        make_database(file)
+    return tracker
+
+
+def attached(given: str | None, folder: Path, study: Study, store: Store) -> MLflowTracker | None:
+    """A tracker that only looks; None when the database does not exist, for looking would make it."""
+    uri = uri_of(given, folder)
+    file = sqlite_path(uri)
+    if file is not None and not file.is_file():
+        return None
+    tracker = tracker_at(given) if given else MLflowTracker(local_uri(folder), folder / ARTIFACTS)
+    tracker.attach(study, store)
+    return tracker
+
+
+def local_tracker(folder: Path) -> MLflowTracker:
+    """A tracker on `folder`/mlflow.db. Raises InputError when the folder cannot be written."""
+    check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    make_database(folder / "mlflow.db", ours=True)
+    return MLflowTracker(local_uri(folder), folder / ARTIFACTS)
+
+
+def tracker_at(uri: str) -> MLflowTracker:
+    """A tracker on a server, or on a SQLite database with its files beside it.
+
+    Raises InputError when the database's folder does not exist, the database is another program's, or the Python
+    package is missing that speaks to it.
+    """
+    file = sqlite_path(uri)
+    if file is None:
+        if uri.partition(":")[0].partition("+")[0] not in SCHEMES:
+            raise InputError(
+                f"--tracking-uri {uri} is no MLflow server or database; write http://HOST:PORT or sqlite:///FILE."
+            )
+        if uri.partition(":")[0].partition("+")[0] in ("postgresql", "mysql", "mssql"):
+            check_driver(uri, "--tracking-uri")
+        return MLflowTracker(uri, None)
+    if not file.parent.is_dir():
+        raise InputError(f"--tracking-uri {uri}: there is no folder {file.parent}; make it first.")
+    if file.exists() and (found := tables(file, "--tracking-uri")) and "experiments" not in found:
+        raise InputError(f"--tracking-uri {uri} is a database but not MLflow's; give another.")
+    return MLflowTracker(uri, file.parent / ARTIFACTS)
+
+
+def local_uri(folder: Path) -> str:
+    return sqlite_url((folder / "mlflow.db").resolve())
+
+
+def check_writable(folder: Path) -> None:
+    """Raise InputError unless the folder can be made and written; leaves nothing behind."""
+    place = folder
+    while not place.exists() and not place.is_symlink():
+        place = place.parent
+    probe = place / f".probe-{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error}); make it writable or give --tracking-uri.") from error

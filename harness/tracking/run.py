@@ -1,0 +1,95 @@
+"""One run in MLflow, as a training sees it: it is told, and a thread of the tracker's writes."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from harness.config.events import EpochResult
+from harness.tracking.library import artifact_store, faults, is_refusal, milliseconds
+
+if TYPE_CHECKING:
+    from harness.tracking.tracker import MLflowTracker
+
+EPOCHS_IN_A_REQUEST = 50  # MLflow takes 1,000 metrics in one; an epoch must not be cut in two
+
+
+class MLflowRun:
+    """One MLflow run, opened when the first entry arrives; what it already has at a step is not written twice.
+
+    An epoch with another result is: a trial that was taken up where its checkpoint is not begins anew.
+    """
+
+    def __init__(self, tracker: MLflowTracker, key: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+        self._tracker, self._key, self._params, self._tags = tracker, key, params, tags
+        self._run_id: str | None = None
+        self._losses: dict[int, float] | None = None  # of the epochs that it has; None when that must be asked
+        self._epochs: deque[tuple[EpochResult, int]] = deque()  # those that wait, with the time when they were told
+        tracker.tell(self._open)
+
+    def epoch(self, result: EpochResult) -> None:
+        self._epochs.append((result, milliseconds()))
+        self._tracker.tell(self._log_epochs)
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        now = milliseconds()
+
+        def write() -> None:
+            run_id = self._open()
+            missing = {name: values[name] for name in values if step not in self._tracker.steps(run_id, name)}
+            if missing:
+                self._tracker.log(run_id, {step: (missing, now)})
+
+        self._tracker.tell(write)
+
+    def text(self, content: str, name: str) -> None:
+        def write() -> None:
+            run_id = self._open()
+            with artifact_store():
+                self._tracker.client.log_text(run_id, content, name)
+
+        self._tracker.tell_file(write)
+
+    def end(self, state: str) -> None:
+        self._tracker.tell(lambda: self._tracker.close_run(self._open(), state))
+
+    def _log_epochs(self) -> None:
+        """Write the epochs that wait in one request; those told since then find nothing left to do."""
+        told = list(islice(self._epochs, EPOCHS_IN_A_REQUEST))
+        if not told:
+            return
+        try:
+            # Until it is known that the entries arrived, nothing is known about the steps.
+            run_id, (losses, self._losses) = self._open(), (self._losses, None)
+            known = dict(self._tracker.history(run_id, "train_loss")) if losses is None else losses
+            new = {result.epoch: (result, now) for result, now in reversed(told) if _is_new(result, known)}
+            self._tracker.log(run_id, {epoch: (new[epoch][0].metrics(), new[epoch][1]) for epoch in sorted(new)})
+            self._losses = known | {epoch: result.train.loss for epoch, (result, _) in new.items()}
+        except faults() as error:
+            if is_refusal(error):
+                self._forget(len(told))
+            raise
+        self._forget(len(told))
+
+    def _forget(self, count: int) -> None:
+        for _ in range(count):
+            self._epochs.popleft()
+
+    def _open(self) -> str:
+        if self._run_id is None:
+            new = not self._tracker.has(self._key)
+            self._run_id = self._tracker.open_run(self._key, self._params, self._tags)
+            self._losses = {} if new else None
+        return self._run_id
+
+
+def _is_new(result: EpochResult, known: Mapping[int, float]) -> bool:
+    """Whether MLflow lacks an epoch, or has it as a process that died came to it, with other bits.
+
+    The later entry of a step is the one that MLflow shows. What is no finite number MLflow may give back as another.
+    """
+    loss = result.train.loss
+    return result.epoch not in known or (math.isfinite(loss) and known[result.epoch] != loss)

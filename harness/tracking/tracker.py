@@ -1,0 +1,348 @@
+"""MLflow, the view that people browse. Nothing else imports mlflow.
+
+One parent run a study, one child run a trial and one a final seed, found again by tags after a restart. Runs are
+written through MlflowClient with explicit ids; the storage is the truth, and `synchronise` brings MLflow into line.
+A study does not wait for MLflow while it trains: a thread writes (`harness.tracking.outbox`). Looking, starting and
+ending are done by the caller, at moments when nothing is waiting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.base.errors import InputError, masked
+from harness.config.events import EpochEnded, Event, Failed, RetrainingEnded, TrialEnded, TrialStarted
+from harness.config.space import label, leaves
+from harness.tracking.client import STATE, STATUS, STUDY, TRACEBACK, UID, StudyClient
+from harness.tracking.expected import Expected, expected_runs, retraining_tags, trial_tags
+from harness.tracking.files import make_database, move_in
+from harness.tracking.library import (
+    Deleted,
+    StoreFault,
+    artifact_store,
+    drop_connections,
+    faults,
+    first_line,
+    is_refusal,
+    milliseconds,
+)
+from harness.tracking.outbox import LONGEST_PAUSE_SECONDS, Away, Courier, Outbox
+from harness.tracking.run import MLflowRun
+
+if TYPE_CHECKING:
+    from harness.config.study import Study
+    from harness.config.train import TrainConfig
+    from harness.store.store import Store
+
+GROUPS = "parameter_groups.txt"
+TRAINING = "?workflowType=machine_learning"  # without it MLflow's pages are those for language models
+
+
+class MLflowTracker(StudyClient):
+    """Logs a study to an MLflow tracking server or database at `uri`.
+
+    When MLflow goes away after the start, entries wait in order until it is back, or until the study's next start.
+    """
+
+    def __init__(self, uri: str, artifacts: Path | None) -> None:
+        """`artifacts` is the folder for a local database's files; None leaves them to the server."""
+        super().__init__(uri, artifacts)
+        self._left: list[Callable[[], object]] = []  # files that the artifact store did not take
+        self._next_file = 0.0  # when it is tried again
+        self._shown: dict[str, MLflowRun] = {}  # the runs of trainings under way, by key
+        self._outbox = Courier(Outbox(lambda text: print(text, file=sys.stderr), f"MLflow at {masked(uri)}"))
+
+    def check(self, name: str | None = None) -> None:
+        """Raise InputError unless the server or database answers, and takes the study `name`; no run is made."""
+        with self._as_input_error():
+            self.connect()
+            if name is not None and (text := self.deleted(name)) is not None:
+                raise Deleted(text)
+
+    @property
+    def study_name(self) -> str:
+        return self._study.name
+
+    def pages(self) -> list[tuple[str, str]]:
+        """Each experiment's name, and where in MLflow's UI its runs are; once it is connected."""
+        known = [each for each in self.client.search_experiments() if each.name != "Default"]
+        return sorted((each.name, f"#/experiments/{each.experiment_id}/runs{TRAINING}") for each in known)
+
+    def start(self, study: Study, store: Store, facts: Mapping[str, str]) -> None:
+        """Open or reopen the study's parent run, and bring its runs into line with the storage.
+
+        Raises InputError when MLflow cannot be reached or written, unless the study has begun: that goes on, and MLflow
+        is told when it is back.
+        """
+        self._study, self._store, self._tags = study, store, {UID: store.uid, **facts}
+        self._behind = True
+        self.flush()
+        try:
+            self._begin()
+        except faults() as error:
+            if is_refusal(error) or isinstance(error, Deleted) or not store.trials():
+                raise self._unusable(error) from error
+            self.tell(self._begin)
+        self._catch_up()
+
+    def _begin(self) -> None:
+        self.connect()
+        if self.file is not None and self.artifacts is not None:
+            move_in(self.file, self.artifacts)
+        self._experiment = self._get_experiment(self._study.name)
+        self._runs = self.known_runs()
+        if STUDY not in self._runs:
+            self._restore_own_run()
+        self._ended_as = self._runs[STUDY].data.tags.get(STATE) if STUDY in self._runs else None
+        self.parent = self.open_run(STUDY, {}, self._tags, self._study.name)
+
+    def flush(self) -> bool:
+        """Wait until everything told is written, or MLflow does not answer; whether MLflow has taken everything."""
+        return self._outbox.flush()
+
+    def _catch_up(self) -> bool:
+        """Write what the storage has and MLflow lacks, once it answers; whether MLflow has taken everything."""
+        done = self.flush()
+        if done and self._behind:
+            self._behind = False
+            self.synchronise(self._study, self._store)
+            done = self.flush()
+        if done and self._left:
+            self._next_file = 0.0
+            self._tell_left()
+            done = self.flush() and not self._left
+        return done
+
+    def _end(self, write: Callable[[], bool]) -> bool:
+        """Write what can be written now and no more; whether MLflow has taken everything."""
+        try:
+            return write()
+        finally:
+            self._outbox.stop()
+
+    def attach(self, study: Study, store: Store) -> None:
+        """Look at a study's runs without writing anything. Raises InputError when MLflow cannot be reached."""
+        with self._as_input_error():
+            self.connect()
+            experiment = self.client.get_experiment_by_name(study.name)
+            self._experiment = None if experiment is None else experiment.experiment_id
+            self._study, self._tags = study, {UID: store.uid}
+
+    def replace_folder(self, folder: Path) -> None:
+        """Write a folder of the study's own run again, if there is that run. Raises InputError when MLflow does not."""
+        with self._as_input_error():
+            if (run := self.known_runs().get(STUDY)) is not None:
+                with artifact_store():
+                    self.client.log_artifacts(run.info.run_id, str(folder), folder.name)
+
+    @contextlib.contextmanager
+    def _as_input_error(self) -> Iterator[None]:
+        try:
+            yield
+        except faults() as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> InputError:
+        if isinstance(error, Deleted):
+            return InputError(f"{error}.")
+        return InputError(f"MLflow at {self.uri} cannot be used ({first_line(error)}); check --tracking-uri.")
+
+    def run(self, key: str, config: TrainConfig, tags: Mapping[str, str]) -> MLflowRun:
+        """A child run: the one with this key if there is one already, else a new one.
+
+        Raises what went wrong in the thread since the last one: here it is not taken for a fault of a trial's own.
+        """
+        self._outbox.check()
+        params = {path: str(label(value)) for path, value in leaves(config)}
+        return MLflowRun(self, key, params, {**self._tags, **tags})
+
+    def show(self, event: Event) -> None:
+        """Log an event of a study."""
+        match event:
+            case TrialStarted(key=str(key)):
+                self._shown[key] = run = self._run_of(event, key)
+                if event.groups is not None:
+                    run.text(event.groups, GROUPS)
+                for result in event.progress.epochs:
+                    if event.kind != "trial" or result.is_finite():
+                        run.epoch(result)
+            case EpochEnded(key=str(key)):
+                if key in self._shown:  # else its start was lost, as the study was stopped; `synchronise` adds it all
+                    self._shown[key].epoch(event.result)
+            case TrialEnded():
+                run = self._shown.pop(event.key) if event.key in self._shown else self._run_of(event, event.key)
+                if isinstance(event.outcome, Failed):
+                    run.text(event.outcome.traceback, TRACEBACK)
+                run.end(event.outcome.state)
+            case RetrainingEnded():
+                run = self._shown.pop(event.key) if event.key in self._shown else self._run_of(event, event.key)
+                for result in event.epochs:
+                    run.epoch(result)
+                if event.metrics:
+                    run.metrics(event.metrics, self._study.config(event.params).epochs)
+                run.end("complete")
+
+    def _run_of(self, event: TrialStarted | TrialEnded | RetrainingEnded, key: str) -> MLflowRun:
+        if isinstance(event, TrialEnded) or event.kind == "trial":
+            tags = trial_tags(self._study, event.number)
+        else:
+            tags = retraining_tags(event.kind, event.trial, event.number)
+        return self.run(key, self._study.config(event.params), tags)
+
+    def synchronise(self, study: Study, store: Store) -> None:
+        """Make the runs of finished trials say what the storage says: add what is missing, close what is open."""
+        for wanted in expected_runs(study, store):
+            run = (self._runs or {}).get(wanted.key)
+            said = None if run is None else (run.info.status, run.data.tags.get(STATE))
+            if said != (STATUS[wanted.state], wanted.state):
+                self.write(wanted)
+            elif run is not None and wanted.traceback is not None:
+                self.tell_file(functools.partial(self._add_traceback, run, wanted.traceback))
+
+    def write(self, wanted: Expected) -> None:
+        """Write a finished run whole; what it has already stays."""
+        log = self.run(wanted.key, wanted.config, wanted.tags)
+        for result in wanted.epochs:
+            log.epoch(result)
+        if wanted.metrics:
+            log.metrics(wanted.metrics, wanted.config.epochs)
+        if wanted.traceback is not None:
+            log.text(wanted.traceback, TRACEBACK)
+        log.end(wanted.state)
+
+    def settle(self) -> bool:
+        """End the parent run as it had ended before this start, else as interrupted; whether MLflow has taken all."""
+        self.tell(self._settle)
+        return self._end(self.flush)
+
+    def _settle(self) -> None:
+        if self._ended_as in STATUS:
+            self.close_run(self.parent, self._ended_as)
+        else:
+            self.kill_run(self.parent)
+
+    def finish(self, metrics: Mapping[str, float], artifacts: Iterable[Path], state: str) -> bool:
+        """Write the study's own metrics and folders to the parent run and end it; whether MLflow has taken all."""
+        now = milliseconds()
+        if self._is_lost():
+            self._begin_anew()
+        self.tell(self._keep_own_run)
+        if metrics:
+            self.tell(lambda: self._log_study(metrics, now))
+        for path in artifacts:
+            if path.exists():
+                self.tell_file(functools.partial(self._log_folder, path))
+        self.tell(self._close_leftovers)
+        self.tell(lambda: self.close_run(self.parent, state))
+        self.tell(self._look)
+        self._behind = True  # another coordinator may have died before it had told everything
+        return self._end(self._catch_up)
+
+    def _look(self) -> None:
+        self._runs = self.known_runs()
+
+    def _log_study(self, metrics: Mapping[str, float], now: int) -> None:
+        """What the study's own run shows, at the number of its trials; a step later if a reopened test changed it."""
+        shown = self.client.get_run(self.parent).data.metrics
+        new = {name: value for name, value in metrics.items() if shown.get(name) != value}
+        if new:
+            steps = {step + 1 for name in new for step in self.steps(self.parent, name)}
+            trials = sum(key.startswith("trial-") for key in self.known_runs())
+            self.log(self.parent, {max(steps | {trials}): (new, now)})
+
+    def leave(self) -> bool:
+        """Write what waits, and leave the study's own run to the coordinator that ends it; whether all is written."""
+        return self._end(self.flush)
+
+    def interrupt(self) -> None:
+        """Write what waits and mark what is open as killed; a resumed study takes the same runs up again."""
+        self.tell(self._kill_open)
+        self._end(self.flush)
+
+    def _kill_open(self) -> None:
+        for run_id in list(self._open):
+            self.kill_run(run_id)
+
+    def tell(self, operation: Callable[[], object]) -> None:
+        """Have it done soon, or when MLflow is back, after everything told before.
+
+        What MLflow refuses for good is named and left out.
+        """
+
+        def attempt() -> None:
+            try:
+                self._check_file()
+                try:
+                    operation()
+                except faults() as error:
+                    if is_refusal(error) and (text := self.deleted(self._study.name)) is not None:
+                        raise Deleted(text) from error
+                    raise
+            except StoreFault as fault:
+                self.say(
+                    f"MLflow's files cannot be written ({fault}). The study goes on; they are tried again at its end."
+                )
+            except faults() as error:
+                if is_refusal(error):
+                    self.say(f"MLflow refuses an entry and it is left out: {first_line(error)}")
+                    return
+                self._runs = None
+                raise Away(first_line(error)) from error
+            except BaseException:  # cut off in the middle: whether a run was made must be asked
+                self._runs = None
+                raise
+
+        self._outbox.add(attempt)
+
+    def tell_file(self, operation: Callable[[], object]) -> None:
+        """The same for a file. One that its store does not take holds nothing else up: it is tried again later."""
+
+        def attempt() -> None:
+            if time.monotonic() < self._next_file:
+                self._left.append(operation)
+                return
+            try:
+                operation()
+            except StoreFault:
+                self._left.append(operation)
+                self._next_file = time.monotonic() + LONGEST_PAUSE_SECONDS
+                raise
+            self._tell_left()
+
+        self.tell(attempt)
+
+    def _tell_left(self) -> None:
+        left, self._left = self._left, []
+        for operation in left:
+            self.tell_file(operation)
+
+    def _log_folder(self, folder: Path) -> None:
+        with artifact_store():
+            self.client.log_artifacts(self.parent, str(folder), folder.name)
+
+    def restore(self, name: str) -> None:
+        """Have the experiment of this name back. Raises InputError when MLflow cannot be reached."""
+        with self._as_input_error():
+            self.connect()
+            if self.deleted(name) is not None:
+                self.client.restore_experiment(self.client.get_experiment_by_name(name).experiment_id)
+
+    def _check_file(self) -> None:
+        if self._is_lost():
+            raise FileNotFoundError(f"{self.file} was deleted")
+
+    def _begin_anew(self) -> None:
+        """Make the database again that was deleted while the study ran; the storage knows what was in it."""
+        assert self.file is not None
+        self.say(f"{self.file} was deleted; it is made again, with all runs of this study.")
+        self._outbox.forget()
+        drop_connections(self.uri)
+        self._runs, self._inode = None, 0
+        self.tell(functools.partial(make_database, self.file))
+        self.tell(self._begin)

@@ -1,0 +1,1 @@
+"""One training, from its configuration to the last bit of its checkpoint."""

@@ -1,0 +1,231 @@
+"""Checkpoints: everything that a training needs to go on to the same bits, in one safetensors file.
+
+The file holds model and optimizer state, the generators' states and the epoch's running sums as tensors; the finished
+epochs and the place in the current one as JSON in the file's metadata, beside a sha256 of all of it. The schedule is
+a function of the step and needs no state. Files are written under another name, synchronised and renamed, so there
+is a whole one or none; nothing in them can execute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from harness.base.files import METADATA, Damaged, remove_abandoned, replace_file
+from harness.base.processes import is_abandoned
+from harness.config.events import EpochResult
+from harness.config.space import leaves
+from harness.training.loop import Training
+
+SUFFIX = ".safetensors"
+
+
+def fingerprint(tensors: Mapping[str, Tensor], record: str = "") -> str:
+    """The sha256 of named tensors (names, types, shapes, bytes) and of a text.
+
+    `harness.base.files.check_tensors` takes the same of a file.
+    """
+    digest = hashlib.sha256(record.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        # Of a single number torch calls any stride contiguous, and then does not show its bytes.
+        flat = tensor.reshape(-1).as_strided((tensor.numel(),), (1,))
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], check: Callable[[], object] | None = None
+) -> None:
+    """Write tensors and a JSON record to `path`, whole or not at all; `check` as in `harness.base.files.replacing`.
+
+    Raises Halt when there is no room.
+    """
+    text = json.dumps(record)
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # One entry, for safetensors writes several in any order, and equal trainings should give equal files.
+    checked = json.dumps({"record": text, "sha256": fingerprint(plain, text)})
+    replace_file(path, save(plain, {METADATA: checked}), check)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (on the CPU) and record. Raises Damaged unless they are exactly what was written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {})[METADATA])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if fingerprint(tensors, metadata["record"]) != metadata["sha256"]:
+            raise Damaged(f"{path} is damaged (its checksum is wrong)")
+        return tensors, json.loads(metadata["record"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:  # OSError: a folder of that name
+        raise Damaged(f"{path} is damaged ({error})") from error
+
+
+def identity_of(study_uid: str, key: str, seed: int, config: Any) -> dict[str, Any]:
+    """Whose a checkpoint is: the study, the run in it, its seed and the configuration."""
+    described = {path: repr(value) for path, value in leaves(config, identity_only=True)}
+    return {"study": study_uid, "key": key, "seed": seed, "configuration": described}
+
+
+class Checkpoint:
+    """The file of one training: written now and then while it runs, read when it is taken up again.
+
+    `identity` says whose it is; a file with another identity is not used. `check` raises LeaseLost when the training is
+    another process's by now, whose file must stay as it is.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        identity: Mapping[str, Any],
+        training: Training,
+        environment: Mapping[str, str],
+        check: Callable[[], object] | None = None,
+    ) -> None:
+        self.path = path
+        self._check = check
+        self.environments = [dict(environment)]  # all that had a part in it, the first one first
+        self.seconds_before = 0.0  # that earlier processes spent on this training
+        self._began = time.monotonic()
+        self._identity = dict(identity)
+        self.training = training
+        self._written = self._began
+
+    def restore(self) -> bool:
+        """Bring model, optimizer and progress to where the file left them; False when there is none to use."""
+        if not self.path.exists():
+            return False
+        try:
+            tensors, record = read_tensors(self.path)
+        except Damaged as error:
+            print(f"{error}; it is not used, and the training starts again.", file=sys.stderr)
+            return False
+        if record.get("identity") != self._identity:
+            print(f"{self.path} belongs to another training; it is not used.", file=sys.stderr)
+            return False
+        self._restore(tensors, record)
+        return True
+
+    def _restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        training, progress = self.training, self.training.progress
+        training.model.load_state_dict(_part(tensors, "model"))
+        if optimizer := _part(tensors, "optimizer"):  # a finished training keeps none
+            _load_optimizer(training.optimizer, optimizer)
+        progress.epochs[:] = [EpochResult.from_dict(each) for each in record["epochs"]]
+        progress.step, progress.steps = record["step"], record["steps"]
+        progress.micro_batch, progress.seconds = record["micro_batch"], record["seconds"]
+        progress.random_states = _part(tensors, "random")
+        self.seconds_before = record["training_seconds"]
+        progress.trace = tensors["trace"].to(training.runtime.device)
+        before = record["environments"]
+        if progress.epoch > training.config.epochs or before[-1] == self.environments[0]:
+            self.environments = before
+            return
+        differing = differences(before[-1], self.environments[0])
+        print(f"{self.path.stem} goes on elsewhere ({differing}): its last bits may differ.", file=sys.stderr)
+        self.environments = [*before, *self.environments]
+
+    def seconds(self) -> float:
+        """Spent on this training so far, by all processes."""
+        return self.seconds_before + time.monotonic() - self._began
+
+    @contextlib.contextmanager
+    def saved_when_stopped(self) -> Iterator[None]:
+        """Write when whoever runs the training is asked to stop."""
+        try:
+            yield
+        except (KeyboardInterrupt, GeneratorExit):
+            self._save(None)  # a database that does not answer must not keep it; a lost lease costs no more than time
+            raise
+
+    def after_batch(self) -> None:
+        """Write if the last writing (or the beginning) is `checkpoint_seconds` ago."""
+        if time.monotonic() - self._written >= self.training.config.checkpoint_seconds:
+            self.save()
+
+    def save(self) -> None:
+        """Write, unless the training is inside a batch or has not begun. Raises Halt when there is no room."""
+        self._save(self._check)
+
+    def _save(self, check: Callable[[], object] | None) -> None:
+        training, progress = self.training, self.training.progress
+        if not progress.whole or (progress.step == 0 and not progress.epochs):
+            return
+        finished = progress.epoch > training.config.epochs
+        tensors = {
+            **_named("model", training.model.state_dict()),
+            **({} if finished else _named("optimizer", _optimizer_tensors(training.optimizer))),
+            **_named("random", progress.random_states),
+            "trace": progress.trace,
+        }
+        record = {
+            "identity": self._identity,
+            "epochs": [result.to_dict() for result in progress.epochs],
+            "step": progress.step,
+            "steps": progress.steps,
+            "micro_batch": progress.micro_batch,
+            "seconds": progress.elapsed() if progress.step else 0.0,
+            "training_seconds": self.seconds(),
+            "environments": self.environments,
+        }
+        write_tensors(self.path, tensors, record, check)
+        self._written = time.monotonic()
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, what killed processes left of newer ones, and their folder when it is empty."""
+    path.unlink(missing_ok=True)
+    remove_abandoned(path)
+    with contextlib.suppress(OSError):
+        path.parent.rmdir()
+
+
+def stale(folder: Path, wanted: Collection[str]) -> list[Path]:
+    """The files in a folder of checkpoints that nobody writes, and no training among the `wanted` keys will read."""
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    return [path for path in files if (is_abandoned(path) if path.suffix == ".partial" else path.stem not in wanted)]
+
+
+def differences(one: Mapping[str, str], other: Mapping[str, str]) -> str:
+    """The entries of two environments that differ, in words; empty when none does."""
+    keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    return "; ".join(f"{key} was {one.get(key)}, is {other.get(key)}" for key in keys)
+
+
+def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of every parameter as NUMBER/NAME, numbered as in `optimizer.state_dict()`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}/{name}": value for number, values in state.items() for name, value in values.items()}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put the state back, in the memory layout of the parameters: the fused steps go by storage order, not by index."""
+    parameters: list[nn.Parameter] = [each for group in optimizer.param_groups for each in group["params"]]
+    for key, value in tensors.items():
+        number, name = key.split("/")
+        parameter = parameters[int(number)]
+        if value.shape == parameter.shape:
+            kept = torch.empty_like(parameter, requires_grad=False, dtype=value.dtype).copy_(value)
+        else:
+            kept = value.to(parameter.device)
+        optimizer.state[parameter][name] = kept

@@ -1,0 +1,245 @@
+"""The only training loop. `fit` is a generator: pruning, logging and the final run are its consumers."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from harness.base.packing import pack_bits
+from harness.base.seeds import derive_seed
+from harness.config.events import EpochResult, Metrics
+from harness.config.train import TrainConfig
+from harness.training.interrupt import undivided
+from harness.training.optim import ParameterGroup, lr_factor, set_lr, set_training
+from harness.training.step import (
+    Runtime,
+    free_memory,
+    is_out_of_memory,
+    no_memory,
+    predict,
+    random_states,
+    seeded,
+    set_random_states,
+    train_step,
+)
+
+EVALUATION_BATCH = 128
+
+
+@dataclass
+class Progress:
+    """How far a fit is: all of its state that is not in the model and the optimizer.
+
+    A display may read it from another thread, and a checkpoint keeps it.
+    """
+
+    epochs: list[EpochResult] = field(default_factory=list)  # the finished ones
+    step: int = 0  # batches done in the epoch after them
+    steps: int = 0  # batches in an epoch
+    trace: Tensor = field(default_factory=lambda: torch.zeros(0, 3))  # loss sum, correct, gradient norm of each batch
+    random_states: dict[str, Tensor] = field(default_factory=dict)  # after `step` batches; empty before the first
+    micro_batch: int | None = None  # see engine.train_step
+    seconds: float = 0.0  # spent in this epoch by processes before this one
+    started: float = 0.0  # when this process began with it
+    whole: bool = True  # False while it moves: model, optimizer and this lie between two states
+
+    @property
+    def epoch(self) -> int:
+        return len(self.epochs) + 1
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """From one whole state to the next; a request to stop waits for the end of it."""
+        with undivided():
+            self.whole = False
+            yield
+            self.whole = True
+
+    def elapsed(self) -> float:
+        """Seconds spent in the epoch that is under way."""
+        return self.seconds + (time.perf_counter() - self.started if self.started else 0.0)
+
+
+class Source(Protocol):
+    """What a training takes its batches from: images, or the kept features of images (`harness.training.features`)."""
+
+    @property
+    def labels(self) -> Tensor: ...  # int64 [N]
+    def __len__(self) -> int: ...
+    def batch(self, chosen: Tensor, config: TrainConfig, runtime: Runtime, generator: torch.Generator) -> Tensor:
+        """Inputs of a training step for the chosen images [B], on the device; random draws are the generator's."""
+        ...
+
+    def parts(self, size: int, runtime: Runtime) -> Iterable[Tensor]:
+        """Inputs of an evaluation, on the device: all images in their order, `size` at a time, nothing random."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One assembled training job; `harness.training.job.assemble` makes it."""
+
+    config: TrainConfig
+    classes: tuple[str, ...]
+    train: Source
+    val: Source | None  # None when the final run trains on the validation images too
+    model: nn.Module
+    learner: nn.Module  # what a batch passes: the model, or its head alone where the batches are features
+    groups: list[ParameterGroup]
+    optimizer: torch.optim.Optimizer
+    runtime: Runtime
+    seed: int
+    progress: Progress = field(default_factory=Progress)
+
+
+def fit(training: Training, after_batch: Callable[[], None] = lambda: None) -> Generator[EpochResult, None, None]:
+    """Train epoch by epoch from where `training.progress` is, yielding each one's result.
+
+    Closing the generator stops the training. `after_batch` is called after each batch and each validation, where a
+    checkpoint may be written. All random draws of an epoch (order, augmentation, dropout, stochastic depth) start from
+    the training's seed and the epoch's number; torch's global generator is left as it was found.
+    """
+    progress = training.progress
+    while progress.epoch <= training.config.epochs:
+        progress.started = time.perf_counter()
+        _train_epoch(training, after_batch)
+        result = _result(training)
+        with progress.moving():
+            progress.epochs.append(result)
+            progress.step, progress.seconds, progress.random_states = 0, 0.0, {}
+        after_batch()
+        yield result
+
+
+def _train_epoch(training: Training, after_batch: Callable[[], None]) -> None:
+    progress, runtime = training.progress, training.runtime
+    seed = derive_seed(training.seed, "epoch", progress.epoch)
+    generator = torch.Generator().manual_seed(seed)
+    batches = _batches(len(training.train), training.config.batch_size, generator)
+    progress.steps = len(batches)
+    if progress.step == 0:
+        progress.trace = torch.zeros(len(batches), 3, device=runtime.device)
+    set_training(training.model, training.learner)
+    with seeded(seed, runtime.device):
+        if progress.random_states:
+            generator.set_state(progress.random_states["augment"])
+            set_random_states(progress.random_states, runtime.device)
+        while progress.step < len(batches):
+            with progress.moving():
+                _train_batch(training, batches[progress.step], generator)
+                progress.random_states = {**random_states(runtime.device), "augment": generator.get_state()}
+                progress.step += 1
+            after_batch()
+
+
+def _train_batch(training: Training, batch: Tensor, generator: torch.Generator) -> None:
+    config, runtime, progress = training.config, training.runtime, training.progress
+    set_lr(training.optimizer, _lr_factor(training, progress.step))
+    done = train_step(
+        training.learner,
+        training.train.batch(batch, config, runtime, generator),
+        training.train.labels[batch].to(runtime.device),
+        training.optimizer,
+        runtime,
+        label_smoothing=config.label_smoothing,
+        clip_norm=config.optim.clip_norm,
+        micro_batch=progress.micro_batch,
+    )
+    progress.trace[progress.step] = torch.stack([done.loss, done.correct, done.grad_norm])
+    if done.micro_batch < min(progress.micro_batch or len(batch), len(batch)):
+        progress.micro_batch = done.micro_batch
+        text = f"Out of memory: going on with {done.micro_batch} images at a time, accumulated to the same batch."
+        print(text, file=sys.stderr)
+
+
+def _lr_factor(training: Training, step: int) -> float:
+    """The schedule's factor at a step of the epoch that is under way."""
+    config, progress = training.config, training.progress
+    return lr_factor(
+        step + (progress.epoch - 1) * progress.steps,
+        config.epochs * progress.steps,
+        config.optim.warmup_epochs * progress.steps,
+        config.optim.schedule,
+    )
+
+
+def _result(training: Training) -> EpochResult:
+    """What the finished batches add up to, and the validation."""
+    config, progress, total = training.config, training.progress, len(training.train)
+    trace = progress.trace.double().cpu()
+    bad = (~trace.isfinite().all(1)).nonzero()
+    good = trace[: int(bad[0]) if len(bad) else len(trace)]
+    last = int(bad[0]) if len(bad) else progress.steps - 1
+    val = None
+    if training.val is not None and not len(bad):
+        val = evaluate(training.learner, training.val, training.runtime)
+    return EpochResult(
+        epoch=progress.epoch,
+        lr=training.groups[0].lr * _lr_factor(training, last),
+        train=Metrics(loss=trace[:, 0].sum().item() / total, correct=int(good[:, 1].sum()), total=total),
+        val=val,
+        seconds=progress.elapsed(),
+        grad_norm=good[:, 2].max().item() if len(good) else None,
+        diverged_step=last + 1 if len(bad) else None,
+        micro_batch=min(progress.micro_batch or config.batch_size, config.batch_size),
+    )
+
+
+def _batches(count: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:
+    """A shuffled order cut into even batches of at most `batch_size`; none is left with a single image by chance."""
+    order = torch.randperm(count, generator=generator)
+    return list(torch.tensor_split(order, -(-count // batch_size)))
+
+
+def evaluate(model: nn.Module, images: Source, runtime: Runtime) -> Metrics:
+    """Loss (plain cross-entropy), correct / total and hits of a split, dropout off."""
+    return measure(logits_of(model, images, runtime), images.labels)
+
+
+def measure(logits: Tensor, labels: Tensor) -> Metrics:
+    """What logits float32 [N, classes] are worth, by labels int64 [N]."""
+    labels = labels.to(logits.device)
+    hits = (logits.argmax(1) == labels).cpu().numpy()
+    loss = F.cross_entropy(logits, labels).item()
+    return Metrics(loss=loss, correct=int(hits.sum()), total=len(hits), hits=pack_bits(hits))
+
+
+def logits_of(model: nn.Module, images: Source, runtime: Runtime) -> Tensor:
+    """Logits float32 [N, classes] of every image of a split, in its order. Raises MemoryError as `outputs_of` does."""
+    return outputs_of(model, lambda size: images.parts(size, runtime), runtime)
+
+
+def outputs_of(model: nn.Module, parts: Callable[[int], Iterable[Tensor]], runtime: Runtime) -> Tensor:
+    """What the model, in evaluation mode, makes of all `parts(size)` of its inputs, float32 [N, ...].
+
+    When memory runs out, fewer images pass at once. Raises MemoryError when one image at a time is too much.
+    """
+    model.eval()
+    size = EVALUATION_BATCH
+    while True:
+        try:
+            return torch.cat([_predict(model, part, size, runtime) for part in parts(size)])
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise no_memory(error) from error
+        size //= 2
+        free_memory(runtime.device)
+
+
+def _predict(model: nn.Module, inputs: Tensor, size: int, runtime: Runtime) -> Tensor:
+    """The model's outputs for at most `size` inputs."""
+    if not runtime.compiled or len(inputs) == size:
+        return predict(model, inputs, runtime)
+    # Every number of images would be compiled anew, so the last batch is filled up.
+    filled = torch.cat([inputs, inputs.new_zeros(size - len(inputs), *inputs.shape[1:])])
+    return predict(model, filled, runtime)[: len(inputs)]

@@ -1,0 +1,159 @@
+"""Parameter groups by depth, the optimizer over them, and the schedule.
+
+The rate of a block is base_lr * depth_lr_mult ** distance, the distance counted from the head: layer-wise learning
+rate decay (Howard and Ruder, 2018, "discriminative fine-tuning"; Clark et al., 2020), by block or by layer.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from harness.base.errors import InputError
+from harness.config.train import OptimConfig
+
+# Of these layers nothing decays, whatever its shape; nor do parameters of other modules that are called so.
+SPARED_LAYERS = (nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
+SPARED_NAMES = re.compile("bias|pos|token|embed|scale|gamma|table")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """The parameters of one depth that share a learning rate and a weight decay; a rate of 0 means frozen."""
+
+    depth: str  # the prefix of the parameters' names, without its dot
+    distance: int  # from the head
+    lr: float
+    weight_decay: float
+    names: tuple[str, ...]
+    count: int  # numbers in these parameters
+
+    @property
+    def frozen(self) -> bool:
+        return self.lr == 0
+
+
+def parameter_groups(model: nn.Module, depths: Sequence[str], config: OptimConfig) -> list[ParameterGroup]:
+    """Partition the model's parameters, head first: every parameter in exactly one group.
+
+    Of several prefixes that match the longest counts. Raises InputError when a prefix matches nothing or a parameter
+    has no prefix: a mistake in the backbone's class.
+    """
+    found: dict[tuple[str, bool], list[str]] = {(depth, decays): [] for depth in depths for decays in (True, False)}
+    for name, parameter in model.named_parameters():
+        depth = max((each for each in depths if name.startswith(each)), key=len, default=None)
+        if depth is None:
+            raise InputError(f"The parameter {name} lies at none of the depths {list(depths)}; add its prefix to them.")
+        found[depth, _decays(model, name, parameter)].append(name)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    groups = []
+    for distance, depth in enumerate(reversed(depths)):
+        if not (found[depth, True] or found[depth, False]):
+            raise InputError(f"The depth {depth} matches no parameter; take it out of the backbone's depths.")
+        for decays in (True, False):
+            if names := found[depth, decays]:
+                groups.append(
+                    ParameterGroup(
+                        depth=depth.rstrip("."),
+                        distance=distance,
+                        lr=config.base_lr * config.depth_lr_mult**distance,
+                        weight_decay=config.weight_decay if decays else 0.0,
+                        names=tuple(names),
+                        count=sum(sizes[name] for name in names),
+                    )
+                )
+    return groups
+
+
+def _decays(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Weights of layers decay; biases, norms, embeddings, scales, tokens and tables of positions do not.
+
+    What belongs to no layer of torch has a name of its own, and is a weight when it has the shape and no other name.
+    """
+    owner, _, own = name.rpartition(".")
+    if parameter.ndim < 2 or isinstance(model.get_submodule(owner), SPARED_LAYERS):
+        return False
+    if own == "weight" or own.endswith("_weight"):
+        return True
+    return min(parameter.shape) > 1 and SPARED_NAMES.search(own) is None
+
+
+def freeze(model: nn.Module, groups: Sequence[ParameterGroup]) -> None:
+    """Take frozen parameters out of the gradient."""
+    parameters = dict(model.named_parameters())
+    for group in groups:
+        for name in group.names:
+            parameters[name].requires_grad_(not group.frozen)
+
+
+def set_training(model: nn.Module, learner: nn.Module | None = None) -> None:
+    """Training mode, except for what is frozen: its BatchNorm and stochastic depth behave as in evaluation.
+
+    `learner` is the part of the model that trains, if not all of it does.
+    """
+    (learner or model).train()
+    _rest(model)
+
+
+def _rest(module: nn.Module) -> None:
+    """Bring what is frozen, a whole module or parts of it, into evaluation mode."""
+    trains = [parameter.requires_grad for parameter in module.parameters()]
+    if any(trains):
+        for part in module.children():
+            _rest(part)
+    elif trains and module.training:
+        module.eval()
+
+
+def build_optimizer(model: nn.Module, groups: Sequence[ParameterGroup], config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW or Adam over the groups that train; each keeps its full rate as "peak_lr" for the schedule."""
+    parameters = dict(model.named_parameters())
+    training = [
+        {
+            "params": [parameters[name] for name in group.names],
+            "lr": group.lr,
+            "peak_lr": group.lr,
+            "weight_decay": group.weight_decay,
+        }
+        for group in groups
+        if not group.frozen
+    ]
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
+    device = next(model.parameters()).device.type
+    return kind(training, lr=config.base_lr, fused=device in ("cpu", "cuda"))
+
+
+def lr_factor(step: int, steps: int, warmup_steps: float, schedule: str) -> float:
+    """The share of its peak that every rate has at `step` (from 0 to steps - 1): linear warm-up, then half a cosine.
+
+    SGDR without restarts (Loshchilov and Hutter, 2017). The last step is small but not zero.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
+    progress = (step - warmup_steps) / max(steps - warmup_steps, 1)
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def group_table(groups: Sequence[ParameterGroup]) -> str:
+    """The groups as text: one line each, the head first."""
+    width = max(len(group.depth) for group in groups)
+    lines = [f"{'depth':<{width}}  distance  learning rate  weight decay  tensors  parameters"]
+    for group in groups:
+        rate = "frozen" if group.frozen else f"{group.lr:.3e}"
+        lines.append(
+            f"{group.depth:<{width}}  {group.distance:>8}  {rate:>13}  {group.weight_decay:>12g}  "
+            f"{len(group.names):>7}  {group.count:>10,}"
+        )
+    return "\n".join(lines) + "\n"

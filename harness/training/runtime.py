@@ -1,0 +1,135 @@
+"""What "auto" and "tune" mean for a model on this machine: "auto" by a rule, "tune" by timing.
+
+The rule gives the same answer twice; a timing need not. Either is decided once and then kept for the whole study: a
+study that changed its arithmetic half-way would compare numbers that cannot be compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from harness.base.errors import InputError, first_line
+from harness.config.train import EngineConfig
+from harness.training.step import Runtime, compile_parts, find_device, seeded, train_step
+
+# Parameters from which on bf16 pays on a CPU that has instructions for it. With them MaxViT-T (31 million) trains about
+# twice as fast, the tiny one (0.4 million) slower; nothing in between was measured.
+LARGE = 4_000_000
+
+# Another way must be this much faster than the plain one before "tune" takes it: timing noise must not decide, and
+# uncompiled fp32 is the arithmetic that everybody can repeat.
+WORTHWHILE = 1.15
+# Compiling takes minutes, and to try it too; in a study shorter than this it could not win much.
+LONG_ENOUGH_SECONDS = 1800.0
+IMAGES = 4  # in the steps that decide about precision and layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a whole study is going to compute, as far as it decides whether compiling pays."""
+
+    batch_size: int
+    steps: int  # of all its trials, were none pruned
+    parts: Sequence[str]  # the submodules that can be compiled: all depths but the head
+
+
+def resolve(config: EngineConfig, build: Callable[[], nn.Module], image_size: int, work: Work | None = None) -> Runtime:
+    """Decide what "auto" and "tune" mean; `build` makes the model. Without `work`, compiling is not tried.
+
+    "auto" is bf16 where it pays by device, instructions and model (`bf16_pays`), channels-last with bf16, and never
+    compiled. "tune" is whatever is clearly fastest in two training steps; compiled is what runs for long enough and
+    becomes clearly faster by it. Raises InputError when compiling is asked for and torch cannot.
+    """
+    device = find_device(config.device)
+    both = [False] if device.type == "mps" else [False, True]
+    precisions = {"fp32": [False], "bf16": [True], "tune": both}
+    layouts = {"off": [False], "on": [True], "tune": both}
+    candidates = [
+        Runtime(device=device, bf16=bf16, channels_last=channels_last)
+        for bf16 in precisions.get(config.precision) or [bf16_pays(device, build)]
+        for channels_last in layouts.get(config.channels_last, [bf16])
+    ]
+    chosen = _fastest(candidates, build, image_size) if len(candidates) > 1 else candidates[0]
+    if config.compile == "on":
+        check_compiler(device)
+        return dataclasses.replace(chosen, compiled=True)
+    if config.compile == "tune" and device.type != "mps" and work is not None and work.parts:
+        return dataclasses.replace(chosen, compiled=_compiling_pays(chosen, build, image_size, work))
+    return chosen
+
+
+def bf16_pays(device: torch.device, build: Callable[[], nn.Module]) -> bool:
+    """Whether bf16 is faster here: on CUDA from Ampere on, on a CPU with AVX512-BF16 for a large model, else not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu" or not torch.cpu._is_avx512_bf16_supported():
+        return False
+    with seeded(0, device):
+        return sum(each.numel() for each in build().parameters()) >= LARGE
+
+
+def _fastest(candidates: Sequence[Runtime], build: Callable[[], nn.Module], image_size: int) -> Runtime:
+    """The fastest of the candidates if it is clearly faster than the first, else the first."""
+    seconds = [min(_step_seconds(each, build, image_size, IMAGES)[1:]) for each in candidates]
+    fastest = min(range(len(candidates)), key=seconds.__getitem__)
+    return candidates[fastest] if seconds[0] > WORTHWHILE * seconds[fastest] else candidates[0]
+
+
+def _compiling_pays(runtime: Runtime, build: Callable[[], nn.Module], image_size: int, work: Work) -> bool:
+    """Whether compiled steps win back what compiling costs, and are worthwhile; measured where it is possible."""
+    few = min(IMAGES, work.batch_size)
+    guess = min(_step_seconds(runtime, build, image_size, few)[1:]) * work.batch_size / few
+    if guess * work.steps < LONG_ENOUGH_SECONDS:
+        return False
+    print("Trying whether compiling the model pays (it takes minutes, once) …", file=sys.stderr)
+    plain = min(_step_seconds(runtime, build, image_size, work.batch_size)[1:])
+    try:
+        compiled = dataclasses.replace(runtime, compiled=True)
+        first, *later = _step_seconds(compiled, build, image_size, work.batch_size, work.parts)
+    except RuntimeError as error:  # everything that torch's compilers raise is one
+        print(f"torch cannot compile it here ({first_line(error)}); it runs uncompiled.", file=sys.stderr)
+        return False
+    return pays(plain, min(later), first, work.steps)
+
+
+def pays(plain: float, compiled: float, cost: float, steps: int) -> bool:
+    """Whether steps of `compiled` seconds are worthwhile, and win back `cost` seconds over the study."""
+    return plain > WORTHWHILE * compiled and (plain - compiled) * steps > cost
+
+
+def _step_seconds(
+    runtime: Runtime, build: Callable[[], nn.Module], image_size: int, images: int, parts: Sequence[str] = ()
+) -> list[float]:
+    """The seconds of three training steps; the first one warms up, and compiles `parts`."""
+    with seeded(0, runtime.device):
+        model = runtime.place(build())
+        if parts:
+            compile_parts(model, parts)
+        batch = runtime.move(torch.randn(images, 3, image_size, image_size, device=runtime.device))
+        labels = torch.zeros(images, dtype=torch.int64, device=runtime.device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            done = train_step(model, batch, labels, optimizer, runtime, label_smoothing=0.0, clip_norm=None)
+            done.loss.item()  # waits for the device
+            seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise InputError unless torch can compile for this device: on a CPU it needs a C++ compiler, on CUDA Triton."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except RuntimeError as error:
+        raise InputError(
+            f"engine.compile is on, and torch cannot compile here ({first_line(error)}); "
+            "install what it misses, or begin the study with --set engine.compile=off."
+        ) from error

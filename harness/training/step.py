@@ -1,0 +1,279 @@
+"""How a step runs: device, precision, memory layout, compiled or not. Nothing here knows what is trained or why."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from harness.base.environment import cores
+from harness.base.errors import InputError
+
+# Graphs of one block: for training and for evaluation, for each batch size, and all blocks of a kind share their code.
+# At torch's own limit of 8 it would go on uncompiled without a word.
+GRAPHS = 64
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """A decided engine: what every step of a study runs with."""
+
+    device: torch.device
+    bf16: bool
+    channels_last: bool
+    compiled: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "device": self.device.type,
+            "precision": "bf16" if self.bf16 else "fp32",
+            "channels_last": self.channels_last,
+            "compile": self.compiled,
+        }
+
+    @staticmethod
+    def from_dict(kept: Mapping[str, Any], device: torch.device) -> Runtime:
+        """What `to_dict` gave, on a device of the same type. Raises InputError for something else."""
+        if lacking := [name for name in ("precision", "channels_last", "compile") if name not in kept]:
+            named = f"The study's 'runtime' does not say its {', '.join(lacking)}"
+            raise InputError(f"{named}; take the storage from a copy.")
+        return Runtime(
+            device=device,
+            bf16=kept["precision"] == "bf16",
+            channels_last=kept["channels_last"],
+            compiled=kept["compile"],
+        )
+
+    def place(self, model: nn.Module) -> nn.Module:
+        if self.device.type == "cuda":  # without it, cuDNN may sum in another order from run to run
+            torch.backends.cudnn.deterministic = True
+        if self.device.type == "cpu":
+            keep_freed_memory()
+            if self.bf16:
+                strided_depthwise_in_fp32(model)
+        model = model.to(self.device)
+        return model.to(memory_format=torch.channels_last) if self.channels_last else model
+
+    def move(self, images: Tensor) -> Tensor:
+        channels_last = self.channels_last and images.ndim == 4  # pooled features have no channels
+        return images.contiguous(memory_format=torch.channels_last) if channels_last else images
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            yield
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Have the GNU C library keep freed blocks for the next step, whatever their size; elsewhere nothing happens.
+
+    By default it maps each large activation anew and gives it back, and the system fills every page with zeros first:
+    a fifth of a training step of the tiny MaxViT on a CPU, two fifths of its validation. Left to the user if there are
+    MALLOC_ variables, or another allocator is preloaded.
+    """
+    if not sys.platform.startswith("linux") or "LD_PRELOAD" in os.environ:
+        return
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "gnu_get_libc_version"):
+        library.mallopt(M_MMAP_THRESHOLD, 2**30)
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def strided_depthwise_in_fp32(model: nn.Module) -> None:
+    """Have depthwise convolutions with a stride compute in fp32, whatever the autocast; their outputs keep the type.
+
+    On a CPU oneDNN has no fast gradient of them in bf16: MaxViT-T's four took a quarter of a training step.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1 and max(module.stride) > 1:
+            module.forward = partial(_in_fp32, module)  # type: ignore[method-assign]
+
+
+def _in_fp32(module: nn.Conv2d, x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return nn.Conv2d.forward(module, x.float()).to(x.dtype)
+
+
+def compile_parts(model: nn.Module, parts: Iterable[str]) -> None:
+    """Compile the forward passes of these submodules in place; names and states stay as they are.
+
+    The graphs take weights and buffers as inputs, so the next model of the same shape, another trial's, runs through
+    those that are there. What differs from trial to trial must therefore be a tensor, or lie outside of the parts: as
+    the head does. Dropout and stochastic depth draw the same numbers as uncompiled.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    modules = dict(model.named_modules())
+    for part in parts:
+        if part in modules:  # a depth may also be a parameter, such as a class token
+            modules[part].compile(dynamic=False, options={"fallback_random": True})
+
+
+def keep_to_cores() -> None:
+    """Have torch start no more threads than this process has cores, unless the user said how many.
+
+    torch counts the cores that it may run on; where a container's quota has fewer, its threads wait for each other.
+    """
+    if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys() and cores() < torch.get_num_threads():
+        torch.set_num_threads(cores())
+
+
+keep_to_cores()  # once a process, and before anything else chooses a number
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's global generators started from `seed`, and put back as they were afterwards.
+
+    Weight initialisation, dropout and stochastic depth draw from them and take no other.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def find_device(name: str) -> torch.device:
+    """The device that a name means; "auto" takes CUDA, then MPS, then the CPU.
+
+    Raises InputError when the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: torch knows no such device; use cpu, cuda, cuda:0, mps or auto.") from error
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(device.type, False):
+        raise InputError(f"--device {name}: this machine or this build of torch has none; use --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices, from cuda:0 on.")
+    return device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What an optimizer step gives back; the tensors are scalars, still on the device."""
+
+    loss: Tensor  # summed over the batch
+    correct: Tensor
+    grad_norm: Tensor  # before clipping
+    micro_batch: int  # images in one pass at most; the next step had better start with it
+
+
+def train_step(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    optimizer: torch.optim.Optimizer,
+    runtime: Runtime,
+    *,
+    label_smoothing: float,
+    clip_norm: float | None,
+    micro_batch: int | None = None,
+) -> Step:
+    """One optimizer step on a batch: float [B, 3, H, W], int64 [B].
+
+    With `micro_batch`, the gradient of the same batch is accumulated over parts of at most that many images. When
+    memory runs out, the parts are halved, down to one image. Only dropout and BatchNorm notice: BatchNorm sees smaller
+    batches, and those of a failed attempt twice. Raises MemoryError when one image at a time is too much.
+    """
+    size = min(micro_batch or len(labels), len(labels))
+    states = random_states(runtime.device)
+    while True:
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            loss, correct = accumulate_gradient(model, images, labels, runtime, label_smoothing, size)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise no_memory(error) from error
+        # Not inside the except: the traceback holds the activations.
+        size = -(-size // 2)
+        free_memory(runtime.device)
+        set_random_states(states, runtime.device)
+    norm = nn.utils.get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
+    if clip_norm is not None:
+        nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
+    optimizer.step()
+    return Step(loss=loss, correct=correct, grad_norm=norm, micro_batch=size)
+
+
+def accumulate_gradient(
+    model: nn.Module, images: Tensor, labels: Tensor, runtime: Runtime, label_smoothing: float, size: int
+) -> tuple[Tensor, Tensor]:
+    """Add the gradient of the batch's mean loss to the parameters, `size` images at a time: (summed loss, correct)."""
+    losses, hits = [], []
+    for part, wanted in zip(images.split(size), labels.split(size), strict=True):
+        with runtime.autocast():
+            logits = model(part)
+        loss = F.cross_entropy(logits.float(), wanted, label_smoothing=label_smoothing)
+        (loss * (len(wanted) / len(labels))).backward()
+        losses.append(loss.detach() * len(wanted))
+        hits.append((logits.argmax(1) == wanted).sum())
+    return torch.stack(losses).sum(), torch.stack(hits).sum()
+
+
+def no_memory(error: BaseException) -> MemoryError:
+    """What to raise when even one image is too much."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return MemoryError(f"out of memory with one image at a time ({reason})")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch (on any device) found no memory; on a CPU and on MPS it says so in words only."""
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    )
+
+
+def free_memory(device: torch.device) -> None:
+    """Give cached blocks back, so that smaller ones can be cut."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Torch's global generators as uint8 tensors; `set_random_states` puts them back."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(states["mps"])
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: Tensor, runtime: Runtime) -> Tensor:
+    """Logits, float32 [B, classes], of standardised images [B, 3, H, W]. The model must be in evaluation mode."""
+    with runtime.autocast():
+        logits: Tensor = model(runtime.move(images))
+    return logits.float()

@@ -1,0 +1,201 @@
+"""Worker processes on this machine: as many as asked for, each with its share of the cores or a GPU of its own.
+
+The coordinator gives them jobs, passes on what they say, and replaces one that dies; the trial that it was at is taken
+up by whoever asks next, for the lease of a dead process of this machine counts no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing import connection, resource_tracker
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from harness.base.environment import cores
+from harness.base.errors import INTERRUPTED, Halt, InputError
+from harness.base.files import sqlite_file
+from harness.config.events import EpochEnded, Event
+from harness.config.jobs import Job, Search, Train
+from harness.training import interrupt
+from harness.workers.worker import Done, Message, Order, Stopped, work
+
+if TYPE_CHECKING:
+    from harness.config.study import Study
+    from harness.store.store import Store
+
+DEATHS_IN_A_ROW = 3  # of one worker, without an epoch of anybody in between
+FAREWELL_SECONDS = 60.0  # for the batch under way and its checkpoint
+
+
+def surroundings(workers: int, per_gpu: int, device: str) -> list[dict[str, str]]:
+    """What each worker's environment says of its cores or its GPU. `device` is a torch device type.
+
+    Raises InputError when there are not as many GPUs as that takes.
+    """
+    if device != "cuda":
+        share = max(1, cores() // workers)
+        return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(share))}] * workers
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+    if workers > len(gpus) * per_gpu:
+        raise InputError(
+            f"--workers {workers} takes {-(-workers // per_gpu)} GPUs with --workers-per-gpu {per_gpu}, and there are "
+            f"{len(gpus)}; give fewer --workers or more --workers-per-gpu."
+        )
+    return [{"CUDA_VISIBLE_DEVICES": gpus[number // per_gpu]} for number in range(workers)]
+
+
+def of_use(asked: int, study: Study, store: Store, reopening: bool) -> int:
+    """How many of the workers asked for can have something to do; each takes seconds of a core to start."""
+    if sqlite_file(store.url) is None:  # another command may ask for more trials at any time
+        return asked
+    settled = store.best() is not None and store.is_settled() and not reopening
+    after = 0 if settled else study.final.trainings(study.trials)
+    return min(asked, max(study.trials - store.finished(), after, 1))
+
+
+class _Worker:
+    """One process, the line to it, and the job that it is at."""
+
+    def __init__(self, order: Order, number: int, environment: Mapping[str, str]) -> None:
+        self.number, self.environment = number, environment
+        self.job: Job | None = None
+        context = multiprocessing.get_context("spawn")  # threads and CUDA do not outlive a fork
+        self.line, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(
+            target=work, args=(order, theirs), name=f"worker {number}", daemon=True
+        )
+        resource_tracker.ensure_running()  # starting it would let signals through again
+        with _environment(environment), interrupt.inherited_later():
+            self.process.start()
+        theirs.close()
+
+    def take(self, job: Job) -> None:
+        self.job = job
+        with contextlib.suppress(OSError):  # it has died; whoever listens to it hears of that
+            self.line.send(job)
+
+
+class Pool:
+    """The workers of one machine. Use it as a context manager; its end lets every training write its checkpoint."""
+
+    def __init__(
+        self, order: Order, environments: Sequence[Mapping[str, str]], tell: Callable[[Event], None] = lambda _: None
+    ) -> None:
+        """`tell` hears what the workers still say when they are stopped, and nobody asks for events any more."""
+        self._order, self._tell = order, tell
+        self._workers = [_Worker(order, number, each) for number, each in enumerate(environments)]
+        self._deaths: Counter[int] = Counter()  # by the worker's number, since anybody's last epoch
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop what is under way as Ctrl-C does."""
+        if kind is KeyboardInterrupt and any(worker.job is not None for worker in self._workers):
+            interrupt.notice()
+        for worker in self._workers:
+            if worker.job is not None:
+                worker.process.terminate()
+            else:
+                with contextlib.suppress(OSError):
+                    worker.line.send(None)
+        for worker in self._workers:
+            for message in _rest(worker):
+                if not isinstance(message, Done | Stopped):
+                    self._tell(message)
+            worker.process.join(FAREWELL_SECONDS)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+
+    @property
+    def at_once(self) -> int:
+        return len(self._workers)
+
+    def search(self) -> Iterator[Event]:
+        return self._do([Search()] * len(self._workers))
+
+    def train(self, jobs: Sequence[Train]) -> Iterator[Event]:
+        return self._do(jobs)
+
+    def _do(self, jobs: Sequence[Job]) -> Iterator[Event]:
+        waiting = deque(jobs)
+        while True:
+            for worker in self._workers:
+                if worker.job is None and waiting:
+                    worker.take(waiting.popleft())
+            busy = {worker.line: worker for worker in self._workers if worker.job is not None}
+            if not busy:
+                return
+            for line in connection.wait(list(busy)):
+                worker = busy[line]  # type: ignore[index]
+                try:
+                    message: Message = worker.line.recv()
+                except (EOFError, OSError):
+                    assert worker.job is not None
+                    waiting.appendleft(worker.job)
+                    self._replace(worker)
+                else:
+                    yield from self._heard(worker, message)
+
+    def _heard(self, worker: _Worker, message: Message) -> Iterator[Event]:
+        match message:
+            case Done():
+                worker.job = None
+            case Stopped():
+                worker.job = None
+                raise message.error
+            case _:
+                if isinstance(message, EpochEnded):
+                    self._deaths.clear()
+                yield message
+
+    def _replace(self, dead: _Worker) -> None:
+        dead.process.join()
+        code = dead.process.exitcode
+        if code == INTERRUPTED:  # it was asked to stop, and so are the others
+            raise KeyboardInterrupt
+        how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        self._deaths[dead.number] += 1
+        if self._deaths[dead.number] > DEATHS_IN_A_ROW:
+            raise Halt(
+                f"Workers die again and again ({how}); with signal 9, memory may be short: give fewer --workers."
+            )
+        print(f"Worker {dead.number} died ({how}); another one takes its place.", file=sys.stderr)
+        self._workers[self._workers.index(dead)] = _Worker(self._order, dead.number, dead.environment)
+
+
+def _rest(worker: _Worker) -> Iterator[Message]:
+    """What a worker still says before it ends."""
+    try:
+        while worker.line.poll(FAREWELL_SECONDS):
+            yield worker.line.recv()
+    except (EOFError, OSError):
+        return
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """These environment variables for a process that is started inside."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

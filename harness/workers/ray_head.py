@@ -1,0 +1,187 @@
+"""What stands between a coordinator and its workers on a Ray cluster: an actor on the coordinator's machine.
+
+Workers tell it what happens, and the coordinator fetches that. A study in SQLite, which no other machine can open, is
+reached through it as well: it has the storage open, and each worker has leases of its own there, which it must renew.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from harness.config.study import Study
+from harness.store.database import outlast
+from harness.store.leases import RENEWAL_SECONDS, LeaseLost
+from harness.store.opening import open_store
+from harness.store.store import Asked, Store
+from harness.workers.worker import Message, Order
+
+CHECK_SECONDS = 2.0  # between two questions whether a trial is still this worker's
+READ = ("attributes", "facts", "trials", "finished")  # what a worker calls of a store
+ON_A_TRIAL = ("check", "report", "should_prune", "tell")
+
+
+class Replaced(Exception):
+    """Ray has put another worker in the place of this one, whose node it thought dead."""
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A worker begins; `before` is who had its place when Ray starts it again."""
+
+    number: int
+    where: str
+    before: str | None
+
+
+class Head:
+    """The actor. Its calls come one after the other."""
+
+    def __init__(self) -> None:
+        self._kept = ExitStack()
+        self._store: Store | None = None
+        self._owners: dict[int, str] = {}  # by the worker's number
+        self._stores: dict[str, Store] = {}  # by owner
+        self._messages: list[Message | Arrived] = []
+        self._fetched = 0  # messages that the coordinator has, and that are no longer here
+
+    def open(self, order: Order, place: Path, serving: bool) -> None:
+        """Load the study's file, whose classes messages may hold; if `serving`, its storage. `place`: the cwd."""
+        os.chdir(place)
+        self._checkpoints = order.checkpoints
+        self._study = order.study()
+        if serving:
+            self._store = self._kept.enter_context(open_store(self._study, order.url, joining=True))
+
+    def arrive(self, number: int, owner: str, where: str) -> None:
+        """A worker begins; if another one had its number, that one is dead to us from here on."""
+        before = self._owners.get(number)
+        if before is not None:
+            self._forget(before)
+        self._owners[number] = owner
+        if self._store is not None:
+            self._stores[owner] = self._store.of(owner)
+        self._messages.append(Arrived(number, where, before))
+
+    def leave(self, owner: str) -> None:
+        """A worker ends; what it holds is free."""
+        self._forget(owner)
+
+    def hear(self, owner: str, message: Message) -> None:
+        if owner not in self._owners.values():
+            raise Replaced
+        self._messages.append(message)
+
+    def messages(self, fetched: int) -> list[Message | Arrived]:
+        """What workers have said after the first `fetched` messages, which have arrived."""
+        del self._messages[: fetched - self._fetched]
+        self._fetched = fetched
+        return list(self._messages)
+
+    def holds(self, name: str, sha256: str) -> bool:
+        """Whether the coordinator's folder of checkpoints has this file with this content."""
+        try:
+            return hashlib.sha256((self._checkpoints / name).read_bytes()).hexdigest() == sha256
+        except OSError:
+            return False
+
+    def renew(self, owner: str) -> None:
+        store = self._of(owner)
+        outlast(store.url, store.leases.renew)
+
+    def ask(self, owner: str, at_most: int | None) -> Asked:
+        return self._of(owner).ask(self._study, at_most)
+
+    def call(self, owner: str, method: str, *arguments: Any) -> Any:
+        """A method of the store, as this worker."""
+        return getattr(self._of(owner), method)(*arguments)
+
+    def _of(self, owner: str) -> Store:
+        if owner not in self._stores:
+            raise Replaced
+        return self._stores[owner]
+
+    def _forget(self, owner: str) -> None:
+        store = self._stores.pop(owner, None)
+        if store is not None:
+            store.leases.close()
+
+
+def answer(reference: Any) -> Any:
+    """What the head answers, or raises. Without a head a worker stops as after Ctrl-C: its coordinator is gone."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        raise error.cause from None
+    except RayActorError:
+        raise KeyboardInterrupt from None
+
+
+class _Served:
+    """The store, as a worker reaches it through the head: the methods of `Store` that a worker calls."""
+
+    def __init__(self, head: Any, owner: str, url: str) -> None:
+        self.url = url
+        self._head, self._owner = head, owner
+        self._checked: dict[int, float] = {}  # trial -> when it was this worker's
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in READ + ON_A_TRIAL:
+            raise AttributeError(f"A worker calls no {name!r} of its store.")
+        return functools.partial(self._call, name)
+
+    @property
+    def uid(self) -> str:
+        return cast(str, self.attributes()["uid"])
+
+    def ask(self, study: Study, at_most: int | None = None) -> Asked:
+        try:
+            return cast(Asked, answer(self._head.ask.remote(self._owner, at_most)))
+        except Replaced:
+            raise KeyboardInterrupt from None
+
+    def check(self, asked: Asked) -> None:
+        if time.monotonic() - self._checked.get(asked.number, -CHECK_SECONDS) >= CHECK_SECONDS:
+            self._call("check", asked)
+            self._checked[asked.number] = time.monotonic()
+
+    def check_lead(self) -> None:
+        """The coordinator leads; what a worker trains for it is nobody else's."""
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        try:
+            return answer(self._head.call.remote(self._owner, method, *arguments))
+        except Replaced:
+            if method in ON_A_TRIAL:
+                raise LeaseLost(self._owner) from None
+            raise KeyboardInterrupt from None
+
+
+@contextmanager
+def served(head: Any, owner: str, url: str) -> Iterator[Store]:
+    """The study's store, on the coordinator's machine; a thread here renews what this worker holds there."""
+    closed = threading.Event()
+
+    def renew() -> None:
+        while not closed.wait(RENEWAL_SECONDS):
+            try:
+                ray.get(head.renew.remote(owner))
+            except RayError:
+                return  # whoever works on the trial hears of it by itself
+
+    threading.Thread(target=renew, name="leases", daemon=True).start()
+    try:
+        yield cast(Store, _Served(head, owner, url))
+    finally:
+        closed.set()

@@ -1,0 +1,268 @@
+"""Workers on a Ray cluster: tasks, each with its share of a node. Ray places them, and starts them again elsewhere when
+their node dies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import filelock
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from harness.base.errors import Halt, InputError, first_line
+from harness.base.files import replace_file, sqlite_file
+from harness.base.processes import name_of_this
+from harness.config.events import EpochEnded, Event
+from harness.config.jobs import Job, Search, Train
+from harness.final.retrain import KEYS, Place
+from harness.store.store import Store
+from harness.training import interrupt
+from harness.training.checkpoint import SUFFIX, remove
+from harness.workers.pool import DEATHS_IN_A_ROW, FAREWELL_SECONDS
+from harness.workers.ray_cluster import Needs, in_words
+from harness.workers.ray_head import Arrived, Head, Replaced, answer, served
+from harness.workers.worker import Done, Message, Order, Stopped, do, opened, place_of
+
+POLL_SECONDS = 0.2  # between two looks at what the workers say
+
+
+class RayWorkers:
+    """The workers of one coordinator. Use it as a context manager; its end lets every training write its checkpoint."""
+
+    def __init__(
+        self, order: Order, store: Store, needs: Needs, tell: Callable[[Event], None] = lambda _: None
+    ) -> None:
+        """`tell` hears what the workers still say when they are stopped, and nobody asks for events any more."""
+        device = "cuda" if needs.gpus else order.device  # a task sees the GPU that it was given, under no number
+        data_root = None if order.data_root is None else str(Path(order.data_root).resolve())
+        self._order = dataclasses.replace(order, device=device, data_root=data_root)
+        self._store, self._needs, self._tell = store, needs, tell
+        self._begun = self._fetched = 0
+        self._deaths: Counter[int] = Counter()  # by the worker's number, since anyone's last epoch: nodes have several
+        self._tasks: dict[Any, tuple[int, Job]] = {}  # Ray's reference -> the worker's number, what it is at
+        self._arrived: set[int] = set()
+        self._head: Any = None
+
+    def __enter__(self) -> RayWorkers:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        environment = {"env_vars": self._needs.environment()}
+        options = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": environment}
+        self._head = ray.remote(Head).options(**options).remote()
+        serving = sqlite_file(self._order.url) is not None
+        self._ask(self._head.open.remote(self._order, Path.cwd(), serving))
+        places, workers = self._needs.places, self._needs.workers
+        if places < workers:
+            room = f"{places} of {workers} workers now; the others begin when there are nodes for them."
+            none = f"a worker now, which takes {in_words(self._needs)}; they begin when there are nodes for them."
+            print(
+                f"The Ray cluster has room for {room}" if places else f"The Ray cluster has no room for {none}",
+                file=sys.stderr,
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop what is under way as Ctrl-C does."""
+        left = list(self._tasks)
+        if kind is KeyboardInterrupt and left:
+            interrupt.notice()
+        for task in left:
+            ray.cancel(task, recursive=False)
+        until = time.monotonic() + FAREWELL_SECONDS
+        while left and time.monotonic() < until:
+            _, left = ray.wait(left, num_returns=len(left), timeout=POLL_SECONDS)
+            for message in self._messages():
+                if not isinstance(message, Arrived | Done | Stopped):
+                    self._tell(message)
+        for task in left:
+            ray.cancel(task, force=True)
+        ray.kill(self._head)
+
+    @property
+    def at_once(self) -> int:
+        return max(1, min(self._needs.workers, self._needs.places))
+
+    def search(self) -> Iterator[Event]:
+        return self._do([Search()] * self._needs.workers)
+
+    def train(self, jobs: Sequence[Train]) -> Iterator[Event]:
+        return self._do(jobs)
+
+    def _do(self, jobs: Sequence[Job]) -> Iterator[Event]:
+        waiting = deque(jobs)
+        while waiting or self._tasks:
+            while waiting and len(self._tasks) < self._needs.workers:
+                self._begin(waiting.popleft())
+            ended, _ = ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=POLL_SECONDS)
+            for message in self._messages():  # before it ended, a task has said all that it had to say
+                yield from self._heard(message)
+            for task in ended:
+                _, job = self._tasks.pop(task)
+                if not self._ended(task, job):
+                    waiting.appendleft(job)
+                elif isinstance(job, Search):
+                    self._withdraw()
+
+    def _begin(self, job: Job) -> None:
+        number, self._begun = self._begun, self._begun + 1
+        options = {
+            "num_cpus": self._needs.cpus,
+            "num_gpus": self._needs.gpus,
+            "max_retries": -1,  # `_heard` counts
+            "runtime_env": {"env_vars": self._needs.environment()},
+            "name": f"{self._order.file.stem} worker {number}",
+        }
+        task = _work.options(**options).remote(self._order, job, number, self._head)
+        self._tasks[task] = number, job
+
+    def _withdraw(self) -> None:
+        """The search is over; workers that no node had room for are not needed any more."""
+        for task, (number, _) in list(self._tasks.items()):
+            if number not in self._arrived:
+                ray.cancel(task, recursive=False)
+                del self._tasks[task]
+
+    def _messages(self) -> list[Message | Arrived]:
+        messages: list[Message | Arrived] = self._ask(self._head.messages.remote(self._fetched))
+        self._fetched += len(messages)
+        return messages
+
+    def _ask(self, reference: Any) -> Any:
+        try:
+            return ray.get(reference)
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayActorError as error:
+            raise Halt(
+                f"The Ray actor between the study and its workers died ({first_line(error)}); see Ray's logs."
+            ) from error
+
+    def _heard(self, message: Message | Arrived) -> Iterator[Event]:
+        match message:
+            case Arrived():
+                self._arrived.add(message.number)
+                if message.before is not None:
+                    self._replaced(message, message.before)
+            case Done():
+                pass
+            case Stopped():
+                raise message.error
+            case _:
+                if isinstance(message, EpochEnded):
+                    self._deaths.clear()
+                yield message
+
+    def _replaced(self, arrived: Arrived, before: str) -> None:
+        self._store.leases.dismiss(before)  # nobody need wait until what it held runs out
+        self._deaths[arrived.number] += 1
+        if self._deaths[arrived.number] > DEATHS_IN_A_ROW:
+            raise Halt("Workers die again and again; if memory is short on the nodes, give fewer --workers.")
+        print(f"Worker {arrived.number} died; Ray has started it again on {arrived.where}.", file=sys.stderr)
+
+    def _ended(self, task: Any, job: Job) -> bool:
+        """Whether a task came to its end; it did not if something else than this process stopped it."""
+        try:
+            content = ray.get(task)
+        except TaskCancelledError:
+            return False
+        except RayTaskError as error:
+            print(error, file=sys.stderr)  # with the traceback
+            raise Halt(f"A worker failed ({first_line(error.cause)}).") from error
+        except RayError as error:
+            raise InputError(f"Ray cannot run the workers: {' '.join(str(error).split())[:500]}") from error
+        if content is not None:
+            assert isinstance(job, Train)
+            replace_file(self._order.checkpoints / _file(job), content)
+        return True
+
+
+@ray.remote(max_calls=1)
+def _work(order: Order, job: Job, number: int, head: Any) -> bytes | None:
+    """Do a job. The trained weights are returned where the coordinator does not see the file that they are in."""
+    interrupt.install()
+    owner, where = name_of_this(), socket.gethostname()
+    tell = functools.partial(_tell, head, owner)
+    answer(head.arrive.remote(number, owner, where))
+    try:
+        with _opened(order, head, owner) as place:
+            _prepare(place)
+            do(job, place, tell)
+        return _to_carry(order, job, head)
+    except InputError as error:
+        tell(Stopped(InputError(f"On {where}: {error}")))
+        return None
+    finally:
+        answer(head.leave.remote(owner))
+
+
+def _tell(head: Any, owner: str, message: Message) -> None:
+    try:
+        with interrupt.undivided():
+            answer(head.hear.remote(owner, message))
+    except Replaced:  # another one does this worker's work
+        raise KeyboardInterrupt from None
+
+
+@contextmanager
+def _opened(order: Order, head: Any, owner: str) -> Iterator[Place]:
+    """The study as this worker sees it: in SQLite through the head, else in its database."""
+    from harness.store.opening import check_definition
+
+    if sqlite_file(order.url) is None:
+        with opened(order) as place:
+            place.store.leases.owner = owner  # the one that the coordinator knows
+            yield place
+        return
+    study = order.study()
+    with served(head, owner, order.url) as store:
+        check_definition(study, store, None)
+        yield place_of(order, study, store)
+
+
+def _prepare(place: Place) -> None:
+    """Make what all workers of this node need, once. Raises InputError when the data are not those of the study."""
+    from harness.data.splits import prepare
+    from harness.training.features import keep_features
+
+    study = place.study
+    name = hashlib.sha256(str(study.train.data.cache).encode()).hexdigest()[:16]
+    with filelock.FileLock(Path(tempfile.gettempdir()) / f"harness-{os.getuid()}-{name}.lock"):
+        content = prepare(study.train.data)
+        begun = (place.store.facts().definition or {}).get("content of data")
+        if begun not in (None, content):
+            raise InputError("the data set is not the one that the study was begun with; copy that one here.")
+        keep_features(study.train, place.runtime, with_validation=study.final.fit_on == "train+val")
+
+
+def _to_carry(order: Order, job: Job, head: Any) -> bytes | None:
+    """The file that a training left, unless the coordinator sees it, too, in its own folder of checkpoints."""
+    if isinstance(job, Search):
+        return None
+    path = order.checkpoints / _file(job)
+    if not path.exists():  # the job was stopped for good, and the coordinator has heard why
+        return None
+    content = path.read_bytes()
+    if answer(head.holds.remote(path.name, hashlib.sha256(content).hexdigest())):
+        return None
+    remove(path)
+    return content
+
+
+def _file(job: Train) -> str:
+    return f"{KEYS[job.kind](job.trial, job.seed_number)}{SUFFIX}"

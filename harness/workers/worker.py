@@ -1,0 +1,148 @@
+"""A worker: a process that trains what its coordinator asks for, and tells it what happens.
+
+It opens the study from its file, as the coordinator did, and writes results into the storage itself. Events go to the
+coordinator, which shows them and is the only one on its machine that writes MLflow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from multiprocessing import connection, parent_process
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.base.environment import versions
+from harness.base.errors import INTERRUPTED, Halt, InputError
+from harness.config.events import Event, TrialStarted
+from harness.config.jobs import Job, Search
+from harness.training import interrupt
+
+if TYPE_CHECKING:
+    from harness.config.study import Study
+    from harness.final.retrain import Place
+    from harness.store.store import Store
+
+ORPHAN_SECONDS = 120.0  # for the batch under way and its checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a worker must know to open the study as its coordinator did."""
+
+    file: Path
+    settings: tuple[str, ...]
+    data_root: str | None
+    device: str | None
+    trials: int
+    url: str
+    checkpoints: Path
+
+    def study(self) -> Study:
+        from harness.config import find as catalogue
+
+        found = catalogue.find(str(self.file))
+        study = found.study.with_settings(self.settings).located(found.home, self.data_root, self.device)
+        return dataclasses.replace(study, trials=self.trials)
+
+
+@dataclass(frozen=True)
+class Done:
+    """The job has come to its end."""
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The job cannot go on, and no other worker could do better."""
+
+    error: Exception
+
+
+Message = Event | Done | Stopped
+
+
+def do(job: Job, place: Place, tell: Callable[[Message], None]) -> None:
+    """Do a job to its end. What stops it for good is told too."""
+    from harness.search.loop import TooManyFailures
+
+    try:
+        with closing(_events(job, place)) as events:
+            for event in events:
+                tell(event.sendable() if isinstance(event, TrialStarted) else event)
+    except (TooManyFailures, Halt, InputError) as error:
+        tell(Stopped(error))
+    else:
+        tell(Done())
+
+
+def _events(job: Job, place: Place) -> Generator[Event, None, None]:
+    from harness.final.retrain import Retraining
+    from harness.search.loop import search
+
+    if isinstance(job, Search):
+        yield from search(place.study, place.store, place.runtime, place.checkpoints)
+    else:
+        trial = next(each for each in place.store.trials() if each.number == job.trial)
+        yield from Retraining(place, job.kind, trial, job.seed_number).train()
+
+
+@contextmanager
+def opened(order: Order) -> Iterator[Place]:
+    """The study as this worker sees it. Raises InputError when it is not the study that was begun."""
+    from harness.store.opening import open_store
+
+    study = order.study()
+    with open_store(study, order.url, joining=True) as store:
+        yield place_of(order, study, store)
+
+
+def place_of(order: Order, study: Study, store: Store) -> Place:
+    """What a worker needs. Raises InputError when it would compute with other versions than its coordinator."""
+    from harness.final.retrain import Place
+    from harness.training.checkpoint import differences
+    from harness.training.job import decide_runtime
+
+    if differing := differences(store.facts().versions, versions()):
+        raise InputError(f"This study is computed elsewhere with other versions: {differing} here; install the same.")
+    runtime = decide_runtime(study.train, store.facts().runtime)
+    return Place(study=study, store=store, runtime=runtime, checkpoints=order.checkpoints)
+
+
+def work(order: Order, line: connection.Connection) -> None:
+    """The main function of a worker's process: do what comes over the line, until nothing more comes."""
+    tell = functools.partial(_send, line)
+    try:
+        interrupt.install(quiet=True)
+        _end_with_coordinator()
+        with opened(order) as place:
+            while (job := line.recv()) is not None:
+                do(job, place, tell)
+    except (Halt, InputError) as error:
+        tell(Stopped(error))
+    except (KeyboardInterrupt, EOFError, BrokenPipeError):
+        os._exit(INTERRUPTED)  # all is in the storage and the checkpoints; the coordinator says what there is to say
+
+
+def _send(line: connection.Connection, message: Message) -> None:
+    with interrupt.undivided():  # a message that is cut in two cannot be read
+        line.send(message)
+
+
+def _end_with_coordinator() -> None:
+    """Stop as after Ctrl-C when the coordinator is gone; nobody else would stop this process."""
+    coordinator = parent_process()
+    assert coordinator is not None
+
+    def watch() -> None:
+        connection.wait([coordinator.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(ORPHAN_SECONDS)
+        os._exit(INTERRUPTED)
+
+    threading.Thread(target=watch, name="coordinator", daemon=True).start()
