@@ -31,7 +31,7 @@ PARTS = {  # of innermost names the time is counted; what is named nowhere is "t
         "harness.training.checkpoint.Checkpoint": ["__init__", "save", "after_batch", "restore"],
         "harness.search.trial": ["remove", "identity_of"],
         "harness.final.retrain": ["remove", "identity_of"],
-        "harness.search.loop": ["stale"],
+        "harness.study.life": ["stale"],
     },
     "storage": {
         "harness.store.opening": ["open_store", "exists"],
@@ -53,7 +53,7 @@ PARTS = {  # of innermost names the time is counted; what is named nowhere is "t
     "MLflow: opening": {"harness.tracking.tracker.MLflowTracker": ["check", "start"]},
     "MLflow: runs": {
         "harness.tracking.tracker.MLflowTracker": ["run"],
-        "harness.tracking.run.MLflowRun": ["epoch", "metrics", "text", "end"],
+        "harness.tracking.writer.MLflowRun": ["epoch", "metrics", "text", "end"],
     },
     "MLflow: end of the study": {"harness.tracking.tracker.MLflowTracker": ["finish", "interrupt"]},
     "environment, versions": {
@@ -62,9 +62,9 @@ PARTS = {  # of innermost names the time is counted; what is named nowhere is "t
         "harness.tracking.expected": ["facts"],
         "harness.study.coordinator": ["_name_changes"],
     },
-    "report": {"harness.report": ["write_report"], "harness.report.overview": ["summary"]},
+    "report": {"harness.report.write": ["write_report"], "harness.report.overview": ["summary"]},
     "saving the model": {"harness.final.test_set": ["save_model"], "harness.final.retrain": ["fingerprint"]},
-    "publishing the model": {"harness.study.coordinator": ["_describe_model", "_register"]},
+    "publishing the model": {"harness.study.coordinator": ["describe_model", "register"]},
     "display": {"harness.report.display.Display": ["show", "__enter__", "__exit__"]},
 }
 

@@ -40,7 +40,7 @@ CACHE = "cache"
 SECOND = """
 import json, sys, time
 import numpy, scipy.io, torch, torchvision
-from harness.data import flowers102, image_folder, tensors
+from harness.data import flowers102, image_folder, splits as tensors
 kind, fields = json.loads(sys.argv[1])
 data = {"Flowers102": flowers102.Flowers102, "ImageFolder": image_folder.ImageFolder}[kind](**fields)
 start = time.perf_counter()

@@ -25,13 +25,13 @@ PEER = "import torch, torchvision, optuna, mlflow"
 # The command as it is, with a stop behind the first step; the module is imported at the moment when it would be anyway.
 TO_THE_FIRST_STEP = """
 import os, sys
-from harness import coordinator
+from harness.study import coordinator
 from harness.cli.commands import process
 
 run_study = coordinator.run_study
 
 def watched(*arguments):
-    from harness import trainer
+    from harness.training import loop as trainer
 
     step = trainer.train_step
 
@@ -82,7 +82,10 @@ def contestants(names: list[str]) -> Iterator[dict[str, Callable[[], float]]]:
         def resumed() -> float:
             return seconds(step, folder, STOPPED)
 
-        study = ["from harness import catalogue as c, opening as s", "f = c.find('demo')"]
+        study = [
+            "from harness.config import find as c\nfrom harness.store import opening as s",
+            "f = c.find('demo')",
+        ]
         study += ["with s.open_store(f.study, f.storage_url) as store: store.ask(f.study)"]
         seconds([python, "-c", "\n".join(study)], folder)
         every: dict[str, Callable[[], float]] = {

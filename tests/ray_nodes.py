@@ -30,7 +30,7 @@ import dataclasses
 import time
 from dataclasses import dataclass
 
-from harness.config.study import FinalConfig
+from harness.config.train import FinalConfig
 from tests.faulty import Pebble, small_study
 
 

@@ -11,7 +11,8 @@ from harness.cli.commands import main
 
 # An untrained tiny MaxViT on a folder of photographs, `pictures` beside `studies`.
 FOLDER_STUDY = """
-from harness.config.study import EngineConfig, OptimConfig, Study, TrainConfig
+from harness.config.train import EngineConfig, OptimConfig, TrainConfig
+from harness.config.study import Study
 from harness.data.image_folder import ImageFolder
 from harness.models.maxvit import TinyMaxViT
 from harness.search.pruners import no_pruning

@@ -146,7 +146,7 @@ def _watch(child: _Child) -> None:
     from harness.final import test_set as final
     from harness.search import trial as objective
     from harness.store.store import Store
-    from harness.tracking.run import MLflowRun
+    from harness.tracking.writer import MLflowRun
     from harness.training import checkpoint
     from harness.training import loop as trainer
 

@@ -61,7 +61,7 @@ def assert_whole(uri: str, study: Study, store: Store) -> None:
     """MLflow has one run a trial and seed with every value once, and none that is open or too many."""
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("tiny").experiment_id
-    query = f"tags.`harness.study_uid` = '{store.attribute('uid')}'"
+    query = f"tags.`harness.study_uid` = '{store.uid}'"
     runs = client.search_runs([experiment], query, max_results=1000)
     keys = [run.data.tags["harness.key"] for run in runs]
     expected = expected_runs(study, store)
@@ -146,8 +146,8 @@ def test_a_server_killed_and_started_again_has_everything_once(
 def test_a_server_that_never_comes_back_is_filled_up_by_the_same_command(
     server: Server, study: Study, line: CommandLine, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from harness.search import loop as studies
     from harness.store import opening
+    from harness.study import life as studies
 
     kill = when(TrialEnded, 0, server.kill)
     run = studies.run
@@ -157,7 +157,7 @@ def test_a_server_that_never_comes_back_is_filled_up_by_the_same_command(
             kill(event)
             yield event
 
-    monkeypatch.setattr("harness.search.loop.run", killing)
+    monkeypatch.setattr("harness.study.life.run", killing)
     first = line.run("--tracking-uri", server.uri)
     assert first.code == 0, first
     assert f"MLflow at {server.uri} lacks a part of this; the same command writes it when MLflow is back." in first.out

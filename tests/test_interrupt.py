@@ -25,7 +25,7 @@ from tests.test_trainer import equal, state, timeless
 
 HEAD = """
 import os, signal, sys
-from harness import interrupt
+from harness.training import interrupt
 
 def send(*names):
     for name in names:
@@ -97,7 +97,7 @@ def test_what_another_process_says_is_not_said_again() -> None:
 def test_a_process_that_starts_hears_of_ctrl_c_when_it_is_ready() -> None:
     code = """
 import subprocess, time
-program = "import os, signal, time; from harness import interrupt; os.kill(os.getpid(), signal.SIGINT)" + (
+program = "import os, signal, time; from harness.training import interrupt; os.kill(os.getpid(), signal.SIGINT)" + (
     "\\nprint('ready', flush=True)\\ntry:\\n    interrupt.install(); time.sleep(9)"
     "\\nexcept KeyboardInterrupt:\\n    print('stopped')"
 )
@@ -232,13 +232,13 @@ def test_a_request_outside_of_everything_ends_with_130(name: str) -> None:
 SERVING = """
 import os, signal, sys
 import uvicorn
-from harness import cli
+from harness.cli import commands
 
 async def app(scope, receive, send):
     os.kill(os.getpid(), signal.SIGINT)
 
-cli.COMMANDS["show"] = lambda args: uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical")).run() or 0
-cli.process(["show", "tiny"])
+commands.COMMANDS["show"] = lambda args: uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical")).run() or 0
+commands.process(["show", "tiny"])
 """
 
 

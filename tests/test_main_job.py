@@ -23,7 +23,8 @@ from tests.forked import Process
 pytestmark = pytest.mark.slow
 
 STUDY_FILE = """
-from harness.config.study import EngineConfig, FinalConfig, OptimConfig, Study, TrainConfig
+from harness.config.train import EngineConfig, FinalConfig, OptimConfig, TrainConfig
+from harness.config.study import Study
 from harness.garden.dataset import Garden
 from harness.models.maxvit import TinyMaxViT
 from harness.search.pruners import asha

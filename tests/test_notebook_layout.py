@@ -14,7 +14,7 @@ from harness.store.opening import read_store
 STUDY_FILE = """
 import dataclasses
 from harness.config.find import find
-from harness.config.study import FinalConfig
+from harness.config.train import FinalConfig
 from harness.data.image_folder import ImageFolder
 from harness.models.maxvit import TinyMaxViT
 

@@ -74,7 +74,7 @@ def assert_one_study(database: str, tracking_uri: str, trials: int, seeds: int =
         assert store.attributes().get("published") == trials
         uid = store.attributes().get("uid")
         expected = {STUDY, *(f"trial-{trial.number}" for trial in found)}
-        expected |= {f"final-seed-{seed}-of-trial-{store.attribute('final')['trial']}" for seed in range(seeds)}
+        expected |= {f"final-seed-{seed}-of-trial-{store.attributes()['final']['trial']}" for seed in range(seeds)}
     runs = [run for run in runs_on(tracking_uri) if run.data.tags["harness.study_uid"] == uid]
     keys = Counter(run.data.tags[KEY] for run in runs)
     assert {key: count for key, count in keys.items() if not key.startswith("base-")} == dict.fromkeys(expected, 1)

@@ -32,7 +32,7 @@ def changed_space(new: str, *words: str) -> Row:
     return prepare, ["--study", "bad"], ["bad.py", *words]
 
 
-INT = "__import__('harness.config.space').space.Int"  # which the demo does not import
+INT = "__import__('harness.config.space').config.space.Int"  # which the demo does not import
 STUDIES: dict[str, Row] = {
     "an unknown study": (None, ["--study", "nothing"], ["no study 'nothing'", "demo", "flowers102", "flowers102_grid"]),
     "a missing file": (None, ["--study", "studies/nothing.py"], ["no study file", "nothing.py", "demo"]),

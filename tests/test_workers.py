@@ -37,7 +37,7 @@ from tests.small import study_in
 STUDY_FILE = """
 import dataclasses
 
-from harness.config.study import FinalConfig
+from harness.config.train import FinalConfig
 from harness.search.pruners import asha, no_pruning
 from harness.search.samplers import grid
 from harness.config.space import Choice

@@ -9,9 +9,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-import harness.store.ledger as ledger
 from harness.base.errors import Halt, InputError
 from harness.config.study import Study
+from harness.store import ledger
 from harness.store.database import Unreadable, outlast
 from harness.store.ledger import Line
 from harness.store.records import FINISHED, StudyFacts, TrialRecord, record_of

@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.base.errors import InputError, masked
+from harness.base.errors import InputError
 from harness.config.events import EpochEnded, Event, Failed, RetrainingEnded, TrialEnded, TrialStarted
 from harness.config.space import label, leaves
-from harness.tracking.client import STATE, STATUS, STUDY, TRACEBACK, UID, StudyClient
+from harness.tracking.client import STATE, STATUS, STUDY, TRACEBACK, UID
 from harness.tracking.expected import Expected, expected_runs, retraining_tags, trial_tags
 from harness.tracking.files import make_database, move_in
 from harness.tracking.library import (
     Deleted,
-    StoreFault,
     artifact_store,
     drop_connections,
     faults,
@@ -32,8 +29,7 @@ from harness.tracking.library import (
     is_refusal,
     milliseconds,
 )
-from harness.tracking.outbox import LONGEST_PAUSE_SECONDS, Away, Courier, Outbox
-from harness.tracking.run import MLflowRun
+from harness.tracking.writer import MLflowRun, MLflowWriter
 
 if TYPE_CHECKING:
     from harness.config.study import Study
@@ -44,7 +40,7 @@ GROUPS = "parameter_groups.txt"
 TRAINING = "?workflowType=machine_learning"  # without it MLflow's pages are those for language models
 
 
-class MLflowTracker(StudyClient):
+class MLflowTracker(MLflowWriter):
     """Logs a study to an MLflow tracking server or database at `uri`.
 
     When MLflow goes away after the start, entries wait in order until it is back, or until the study's next start.
@@ -53,10 +49,7 @@ class MLflowTracker(StudyClient):
     def __init__(self, uri: str, artifacts: Path | None) -> None:
         """`artifacts` is the folder for a local database's files; None leaves them to the server."""
         super().__init__(uri, artifacts)
-        self._left: list[Callable[[], object]] = []  # files that the artifact store did not take
-        self._next_file = 0.0  # when it is tried again
         self._shown: dict[str, MLflowRun] = {}  # the runs of trainings under way, by key
-        self._outbox = Courier(Outbox(lambda text: print(text, file=sys.stderr), f"MLflow at {masked(uri)}"))
 
     def check(self, name: str | None = None) -> None:
         """Raise InputError unless the server or database answers, and takes the study `name`; no run is made."""
@@ -101,10 +94,6 @@ class MLflowTracker(StudyClient):
             self._restore_own_run()
         self._ended_as = self._runs[STUDY].data.tags.get(STATE) if STUDY in self._runs else None
         self.parent = self.open_run(STUDY, {}, self._tags, self._study.name)
-
-    def flush(self) -> bool:
-        """Wait until everything told is written, or MLflow does not answer; whether MLflow has taken everything."""
-        return self._outbox.flush()
 
     def _catch_up(self) -> bool:
         """Write what the storage has and MLflow lacks, once it answers; whether MLflow has taken everything."""
@@ -269,59 +258,6 @@ class MLflowTracker(StudyClient):
         for run_id in list(self._open):
             self.kill_run(run_id)
 
-    def tell(self, operation: Callable[[], object]) -> None:
-        """Have it done soon, or when MLflow is back, after everything told before.
-
-        What MLflow refuses for good is named and left out.
-        """
-
-        def attempt() -> None:
-            try:
-                self._check_file()
-                try:
-                    operation()
-                except faults() as error:
-                    if is_refusal(error) and (text := self.deleted(self._study.name)) is not None:
-                        raise Deleted(text) from error
-                    raise
-            except StoreFault as fault:
-                self.say(
-                    f"MLflow's files cannot be written ({fault}). The study goes on; they are tried again at its end."
-                )
-            except faults() as error:
-                if is_refusal(error):
-                    self.say(f"MLflow refuses an entry and it is left out: {first_line(error)}")
-                    return
-                self._runs = None
-                raise Away(first_line(error)) from error
-            except BaseException:  # cut off in the middle: whether a run was made must be asked
-                self._runs = None
-                raise
-
-        self._outbox.add(attempt)
-
-    def tell_file(self, operation: Callable[[], object]) -> None:
-        """The same for a file. One that its store does not take holds nothing else up: it is tried again later."""
-
-        def attempt() -> None:
-            if time.monotonic() < self._next_file:
-                self._left.append(operation)
-                return
-            try:
-                operation()
-            except StoreFault:
-                self._left.append(operation)
-                self._next_file = time.monotonic() + LONGEST_PAUSE_SECONDS
-                raise
-            self._tell_left()
-
-        self.tell(attempt)
-
-    def _tell_left(self) -> None:
-        left, self._left = self._left, []
-        for operation in left:
-            self.tell_file(operation)
-
     def _log_folder(self, folder: Path) -> None:
         with artifact_store():
             self.client.log_artifacts(self.parent, str(folder), folder.name)
@@ -332,10 +268,6 @@ class MLflowTracker(StudyClient):
             self.connect()
             if self.deleted(name) is not None:
                 self.client.restore_experiment(self.client.get_experiment_by_name(name).experiment_id)
-
-    def _check_file(self) -> None:
-        if self._is_lost():
-            raise FileNotFoundError(f"{self.file} was deleted")
 
     def _begin_anew(self) -> None:
         """Make the database again that was deleted while the study ran; the storage knows what was in it."""

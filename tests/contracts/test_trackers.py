@@ -154,7 +154,7 @@ class TestMLflowTracker(TrackerContract):
 
     def seen(self, tracker: Any, study: Study, store: Store) -> Seen:
         client = MlflowClient(tracker.uri)
-        query = f"tags.`harness.study_uid` = '{store.attribute('uid')}'"
+        query = f"tags.`harness.study_uid` = '{store.uid}'"
         runs = client.search_runs([client.get_experiment_by_name(study.name).experiment_id], query)
         assert len({run.data.tags["harness.key"] for run in runs}) == len(runs)
         return {

@@ -1,20 +1,100 @@
-"""One run in MLflow, as a training sees it: it is told, and a thread of the tracker's writes."""
+"""Writing to MLflow without waiting for it: what is told is written by a thread, run by run."""
 
 from __future__ import annotations
 
 import math
+import sys
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.base.errors import masked
 from harness.config.events import EpochResult
-from harness.tracking.library import artifact_store, faults, is_refusal, milliseconds
+from harness.tracking.client import StudyClient
+from harness.tracking.library import Deleted, StoreFault, artifact_store, faults, first_line, is_refusal, milliseconds
+from harness.tracking.outbox import LONGEST_PAUSE_SECONDS, Away, Courier, Outbox
 
 if TYPE_CHECKING:
-    from harness.tracking.tracker import MLflowTracker
+    from harness.config.study import Study
 
 EPOCHS_IN_A_REQUEST = 50  # MLflow takes 1,000 metrics in one; an epoch must not be cut in two
+
+
+class MLflowWriter(StudyClient):
+    """A study's runs, written by a thread that waits while MLflow is away."""
+
+    _study: Study
+
+    def __init__(self, uri: str, artifacts: Path | None) -> None:
+        """`artifacts` is the folder for a local database's files; None leaves them to the server."""
+        super().__init__(uri, artifacts)
+        self._left: list[Callable[[], object]] = []  # files that the artifact store did not take
+        self._next_file = 0.0  # when it is tried again
+        self._outbox = Courier(Outbox(lambda text: print(text, file=sys.stderr), f"MLflow at {masked(uri)}"))
+
+    def flush(self) -> bool:
+        """Wait until everything told is written, or MLflow does not answer; whether MLflow has taken everything."""
+        return self._outbox.flush()
+
+    def tell(self, operation: Callable[[], object]) -> None:
+        """Have it done soon, or when MLflow is back, after everything told before.
+
+        What MLflow refuses for good is named and left out.
+        """
+
+        def attempt() -> None:
+            try:
+                self._check_file()
+                try:
+                    operation()
+                except faults() as error:
+                    if is_refusal(error) and (text := self.deleted(self._study.name)) is not None:
+                        raise Deleted(text) from error
+                    raise
+            except StoreFault as fault:
+                self.say(
+                    f"MLflow's files cannot be written ({fault}). The study goes on; they are tried again at its end."
+                )
+            except faults() as error:
+                if is_refusal(error):
+                    self.say(f"MLflow refuses an entry and it is left out: {first_line(error)}")
+                    return
+                self._runs = None
+                raise Away(first_line(error)) from error
+            except BaseException:  # cut off in the middle: whether a run was made must be asked
+                self._runs = None
+                raise
+
+        self._outbox.add(attempt)
+
+    def tell_file(self, operation: Callable[[], object]) -> None:
+        """The same for a file. One that its store does not take holds nothing else up: it is tried again later."""
+
+        def attempt() -> None:
+            if time.monotonic() < self._next_file:
+                self._left.append(operation)
+                return
+            try:
+                operation()
+            except StoreFault:
+                self._left.append(operation)
+                self._next_file = time.monotonic() + LONGEST_PAUSE_SECONDS
+                raise
+            self._tell_left()
+
+        self.tell(attempt)
+
+    def _tell_left(self) -> None:
+        left, self._left = self._left, []
+        for operation in left:
+            self.tell_file(operation)
+
+    def _check_file(self) -> None:
+        if self._is_lost():
+            raise FileNotFoundError(f"{self.file} was deleted")
 
 
 class MLflowRun:
@@ -23,7 +103,7 @@ class MLflowRun:
     An epoch with another result is: a trial that was taken up where its checkpoint is not begins anew.
     """
 
-    def __init__(self, tracker: MLflowTracker, key: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+    def __init__(self, tracker: MLflowWriter, key: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         self._tracker, self._key, self._params, self._tags = tracker, key, params, tags
         self._run_id: str | None = None
         self._losses: dict[int, float] | None = None  # of the epochs that it has; None when that must be asked
