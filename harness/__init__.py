@@ -1,3 +1,65 @@
-"""A hyperparameter-search harness for fine-tuning image classifiers. Start reading at `run_study.py`."""
+"""A hyperparameter-search harness for fine-tuning image classifiers: Optuna asks, torch trains, MLflow shows.
+
+Everything that a study file or a program needs is here, and is imported when it is named first.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harness.api import Result as Result
+    from harness.api import open as open
+    from harness.api import run as run
+    from harness.api import studies as studies
+    from harness.base.errors import Halt as Halt
+    from harness.base.errors import InputError as InputError
+    from harness.base.errors import StudyFailed as StudyFailed
+    from harness.config.space import Choice as Choice
+    from harness.config.space import Float as Float
+    from harness.config.space import Int as Int
+    from harness.config.study import Study as Study
+    from harness.config.train import AugmentConfig as AugmentConfig
+    from harness.config.train import EngineConfig as EngineConfig
+    from harness.config.train import FinalConfig as FinalConfig
+    from harness.config.train import OptimConfig as OptimConfig
+    from harness.config.train import TrainConfig as TrainConfig
+    from harness.data.flowers102 import Flowers102 as Flowers102
+    from harness.data.image_folder import ImageFolder as ImageFolder
+    from harness.garden.dataset import Garden as Garden
+    from harness.models.maxvit import MaxViTT as MaxViTT
+    from harness.models.maxvit import TinyMaxViT as TinyMaxViT
+    from harness.search.pruners import Pruner as Pruner
+    from harness.search.pruners import asha as asha
+    from harness.search.pruners import no_pruning as no_pruning
+    from harness.search.samplers import Sampler as Sampler
+    from harness.search.samplers import gp as gp
+    from harness.search.samplers import grid as grid
+    from harness.search.samplers import tpe as tpe
 
 __version__ = "0.1.0"
+
+_WHERE = {
+    "api": ("Result", "open", "run", "studies"),
+    "base.errors": ("Halt", "InputError", "StudyFailed"),
+    "config.space": ("Choice", "Float", "Int"),
+    "config.study": ("Study",),
+    "config.train": ("AugmentConfig", "EngineConfig", "FinalConfig", "OptimConfig", "TrainConfig"),
+    "data.flowers102": ("Flowers102",),
+    "data.image_folder": ("ImageFolder",),
+    "garden.dataset": ("Garden",),
+    "models.maxvit": ("MaxViTT", "TinyMaxViT"),
+    "search.pruners": ("Pruner", "asha", "no_pruning"),
+    "search.samplers": ("Sampler", "gp", "grid", "tpe"),
+}
+_MODULES = {name: f"harness.{module}" for module, names in _WHERE.items() for name in names}
+__all__ = [*_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'harness' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])

@@ -6,13 +6,20 @@ The tiny MaxViT was pretrained on 64 other drawn species, so base LR and depth-L
 the real study: too high a rate forgets the pretraining, too low a one learns nothing in six epochs.
 """
 
-from harness.config.space import Choice, Float
-from harness.config.study import Study
-from harness.config.train import AugmentConfig, EngineConfig, FinalConfig, OptimConfig, TrainConfig
-from harness.garden.dataset import Garden
-from harness.models.maxvit import TinyMaxViT
-from harness.search.pruners import asha
-from harness.search.samplers import gp
+from harness import (
+    AugmentConfig,
+    Choice,
+    EngineConfig,
+    FinalConfig,
+    Float,
+    Garden,
+    OptimConfig,
+    Study,
+    TinyMaxViT,
+    TrainConfig,
+    asha,
+    gp,
+)
 
 STUDY = Study(
     name="demo",

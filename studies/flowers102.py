@@ -7,13 +7,7 @@ of like models; not yet measured here, for the pretrained weights could not be h
 day; the harness says after the first epoch how long this machine will take.
 """
 
-from harness.config.space import Choice, Float
-from harness.config.study import Study
-from harness.config.train import FinalConfig, OptimConfig, TrainConfig
-from harness.data.flowers102 import Flowers102
-from harness.models.maxvit import MaxViTT
-from harness.search.pruners import asha
-from harness.search.samplers import gp
+from harness import Choice, FinalConfig, Float, Flowers102, MaxViTT, OptimConfig, Study, TrainConfig, asha, gp
 
 STUDY = Study(
     name="flowers102",

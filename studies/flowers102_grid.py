@@ -8,13 +8,18 @@ FOLDER holds train/, valid/ and test/ with one folder a class, named 1 to 102, a
 of the epochs and left dropout on while it evaluated; here the last epoch counts and dropout is off: expect to differ.
 """
 
-from harness.config.space import Choice
-from harness.config.study import Study
-from harness.config.train import AugmentConfig, FinalConfig, OptimConfig, TrainConfig
-from harness.data.image_folder import ImageFolder
-from harness.models.maxvit import MaxViTT
-from harness.search.pruners import no_pruning
-from harness.search.samplers import grid
+from harness import (
+    AugmentConfig,
+    Choice,
+    FinalConfig,
+    ImageFolder,
+    MaxViTT,
+    OptimConfig,
+    Study,
+    TrainConfig,
+    grid,
+    no_pruning,
+)
 
 STUDY = Study(
     name="flowers102_grid",

@@ -8,13 +8,7 @@ after that a trial trains its head on these features alone. It is the original n
 here was not measured yet, for the pretrained weights could not be had.
 """
 
-from harness.config.space import Choice, Float
-from harness.config.study import Study
-from harness.config.train import FinalConfig, OptimConfig, TrainConfig
-from harness.data.flowers102 import Flowers102
-from harness.models.maxvit import MaxViTT
-from harness.search.pruners import no_pruning
-from harness.search.samplers import gp
+from harness import Choice, FinalConfig, Float, Flowers102, MaxViTT, OptimConfig, Study, TrainConfig, gp, no_pruning
 
 STUDY = Study(
     name="flowers102_head",

@@ -20,6 +20,7 @@ from harness.cli.commands import main
 from harness.config.events import Event
 from harness.config.study import Study
 from harness.data import splits as tensors
+from harness.final.retrain import Context
 from harness.garden.dataset import Garden
 from harness.models.maxvit import with_head
 from harness.report.overview import digest
@@ -108,7 +109,8 @@ def complete(
         if tracker is not None:
             tracker.start(study, store, {})
         runtime = decide_runtime(study.train, None)
-        for event in run(study, store, runtime, place / "tiny.model", place / "tiny.checkpoints"):
+        context = Context(study=study, store=store, runtime=runtime, checkpoints=place / "tiny.checkpoints")
+        for event in run(context, place / "tiny.model"):
             if tracker is not None:
                 tracker.show(event)
             at(event)

@@ -526,8 +526,8 @@ class Storm:
 
     def check(self, expected: Result) -> None:
         """Raise AssertionError unless the finished study is the one that was never killed, and nothing is left over."""
-        from harness.cli import doctor
         from harness.config import find as catalogue
+        from harness.study import doctor
         from tests.test_main_job import check_mlflow
 
         assert self._states() == {"COMPLETE", "PRUNED"}

@@ -21,19 +21,20 @@ from scipy.stats import hypergeom, spearmanr
 
 from harness.base.keys import audit_key
 from harness.base.seeds import derive_seed
-from harness.cli import audit as auditing
 from harness.cli.commands import main
 from harness.config.space import Float
 from harness.config.study import Study
 from harness.config.train import FinalConfig, OptimConfig
 from harness.data.splits import prepare
 from harness.final.audit import Course, audit_sentences, draw, drawing_order, rank_correlation, record, share_interval
+from harness.final.retrain import Context
 from harness.garden.dataset import Garden
 from harness.report.overview import digest
 from harness.report.write import write_report
 from harness.search.pruners import asha
 from harness.store.opening import open_store, read_store
 from harness.store.store import Store
+from harness.study import audit as auditing
 from harness.study.life import run as run_study
 from harness.study.life import wanted_keys
 from harness.tracking.places import local_tracker
@@ -296,7 +297,8 @@ def run_to_the_end(study: Study, folder: Path) -> None:
     with open_store(study, f"sqlite:///{beside}/tiny.db", content) as store:
         runtime = decide_runtime(study.train, None)
         store.set_attribute("runtime", runtime.to_dict())
-        for _ in run_study(study, store, runtime, beside / "tiny.model", beside / "tiny.checkpoints"):
+        context = Context(study=study, store=store, runtime=runtime, checkpoints=beside / "tiny.checkpoints")
+        for _ in run_study(context, beside / "tiny.model"):
             pass
 
 

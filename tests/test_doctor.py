@@ -19,13 +19,13 @@ import torch
 
 from harness.base.keys import trial_key
 from harness.cli.commands import main
-from harness.cli.doctor import UNFINISHED
 from harness.config import find as catalogue
 from harness.config.events import Completed, Diverged, Failed, Pruned, TrialOutcome
 from harness.data.splits import prepare
 from harness.final.test_set import summary
 from harness.store.opening import open_store, read_store
 from harness.store.store import Store
+from harness.study.doctor import UNFINISHED
 from harness.tracking.expected import facts, study_metrics, trial_tags
 from harness.tracking.files import ARTIFACTS, move_in
 from harness.tracking.places import local_tracker

@@ -18,7 +18,7 @@ from harness.cli.commands import main
 from harness.config.events import Completed, TrialEnded
 from harness.config.study import Study
 from harness.final.model_files import check_folder
-from harness.final.retrain import threads_of
+from harness.final.retrain import Context, threads_of
 from harness.final.test_set import final_run
 from harness.store.leases import Leases
 from harness.store.opening import open_store, read_store
@@ -165,7 +165,8 @@ def test_a_trial_that_another_machine_ended_leaves_no_checkpoint_here(study: Stu
     runtime = Runtime(device=torch.device("cpu"), bf16=False, channels_last=False)
     left = tmp_path / "checkpoints" / "trial-0.safetensors"
     with open_store(study, f"sqlite:///{tmp_path}/tiny.db") as store:
-        for event in run(study, store, runtime, tmp_path / "model", left.parent):
+        context = Context(study=study, store=store, runtime=runtime, checkpoints=left.parent)
+        for event in run(context, tmp_path / "model"):
             if isinstance(event, TrialEnded) and event.number == 0:
                 left.parent.mkdir(exist_ok=True)
                 left.write_bytes(b"half of a training")

@@ -27,7 +27,7 @@ from harness.config.train import FinalConfig
 from harness.data import splits as tensors
 from harness.final import test_set as final
 from harness.final.choice import rerank
-from harness.final.retrain import Place, Retraining
+from harness.final.retrain import Context, Retraining
 from harness.final.sentences import conclusion, final_sentence
 from harness.final.statistics import compare
 from harness.final.test_set import final_run
@@ -62,11 +62,11 @@ def store(study: Study, tmp_path: Path) -> Iterator[Store]:
 
 def everything(study: Study, store: Store, folder: Path, reason: str | None = None) -> None:
     """The search and all that comes after it."""
-    list(run(study, store, CPU, folder / "model", folder / "checkpoints", reason))
+    list(run(context_of(study, store, folder), folder / "model", reason))
 
 
-def place_of(study: Study, store: Store, folder: Path) -> Place:
-    return Place(study=study, store=store, runtime=CPU, checkpoints=folder / "checkpoints")
+def context_of(study: Study, store: Store, folder: Path) -> Context:
+    return Context(study=study, store=store, runtime=CPU, checkpoints=folder / "checkpoints")
 
 
 def better_trial(study: Study, store: Store) -> int:
@@ -104,7 +104,7 @@ def test_the_search_cannot_reach_the_test_split(
     assert store.attributes().get("ledger") is None
     # The same loader, once the search is over: it is the one that the final step goes through.
     with pytest.raises(AssertionError, match="the test split was read"):
-        list(final_run(place_of(study, store, tmp_path), tmp_path / "model"))
+        list(final_run(context_of(study, store, tmp_path), tmp_path / "model"))
     assert [line["event"] for line in store.ledger()] == ["opened"]
 
 
@@ -230,7 +230,7 @@ def overtaken(
         with late._engine.begin() as connection:  # type: ignore[union-attr]
             connection.execute(sqlalchemy.text("UPDATE harness_leases SET until = 0"))
         assert next_one.lead()
-        list(final_run(place_of(study, next_one, folder), folder / "model"))
+        list(final_run(context_of(study, next_one, folder), folder / "model"))
         written.append((next_one.attributes().get("final"), next_one.ledger()))
         return go_on(*args)
 
@@ -238,7 +238,7 @@ def overtaken(
     monkeypatch.setattr(final, moment, stand_still)
     monkeypatch.setattr(final, "_now", lambda: {"time": f"2026-11-22T10:00:0{len(written)}+00:00", "commit": "abc"})
     with pytest.raises(LeaseLost):
-        list(final_run(place_of(study, late, folder), folder / "model"))
+        list(final_run(context_of(study, late, folder), folder / "model"))
     assert [(late.attributes().get("final"), late.ledger())] == written
     assert [line["event"] for line in late.ledger()] == ["opened", "result"]
     with pytest.raises(LeaseLost):
@@ -498,7 +498,7 @@ def test_killed_between_the_seeds_of_the_base_none_is_trained_twice(study: Study
     better_trial(study, store)
     begun: list[str] = []
     for cut in (True, False):
-        with contextlib.closing(final_run(place_of(study, store, tmp_path), tmp_path / "model")) as events:
+        with contextlib.closing(final_run(context_of(study, store, tmp_path), tmp_path / "model")) as events:
             for event in events:
                 if isinstance(event, TrialStarted):
                     if cut and event.name == "base seed 1":
@@ -538,7 +538,7 @@ def test_the_base_is_not_trained_where_it_is_not_wanted(study: Study, store: Sto
     list(search(study, store, CPU, tmp_path / "checkpoints"))
     better_trial(study, store)
     without = dataclasses.replace(study, final=FinalConfig(seeds=1, compare_base=False))
-    list(final_run(place_of(without, store, tmp_path), tmp_path / "model"))
+    list(final_run(context_of(without, store, tmp_path), tmp_path / "model"))
     assert store.attributes()["final"]["base"] is None
     assert "was not compared" in conclusion(store)
 
@@ -571,7 +571,7 @@ def test_a_rerank_that_is_cut_off_goes_on_and_trains_nothing_twice(
     results = []
     for name, cuts in (("whole", 0), ("cut", 3)):
         with open_store(study, f"sqlite:///{tmp_path}/{name}.db") as store:
-            place = place_of(study, store, tmp_path / name)
+            place = context_of(study, store, tmp_path / name)
             list(search(study, store, CPU, place.checkpoints))
             for _ in range(cuts):
                 with monkeypatch.context() as patched:

@@ -19,7 +19,6 @@ from optuna.samplers._tpe import sampler as tpe_sampler
 
 from harness.base.errors import InputError
 from harness.cli.commands import main
-from harness.cli.replay import replay, replay_study
 from harness.config import find as catalogue
 from harness.config.events import Completed, Diverged, Failed, Pruned
 from harness.config.space import Choice
@@ -28,6 +27,7 @@ from harness.search.pruners import asha
 from harness.search.samplers import Sampler, gp, grid, tpe
 from harness.store.opening import open_store, read_store
 from harness.store.store import Asked, NoTrialFree, Store
+from harness.study.replay import replay, replay_study
 from tests.analytic import epoch_result, evaluate, memory_store, run_analytic
 from tests.conftest import make_study
 

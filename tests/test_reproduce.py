@@ -15,13 +15,13 @@ import torch
 
 from harness.base import environment
 from harness.base.errors import InputError
-from harness.cli.reproduce import reproduce
 from harness.config.events import Failed
 from harness.config.study import Study
 from harness.data.splits import prepare
 from harness.search.trial import evaluate_trial
 from harness.store.opening import as_begun, open_store, read_store
 from harness.store.store import Store
+from harness.study.reproduce import reproduce
 from harness.training.step import Runtime
 from tests.small import Run, command, copied, small_study, study_in
 

@@ -12,7 +12,7 @@ import torch
 
 from harness.config.events import EpochEnded
 from harness.config.study import Study
-from harness.final.retrain import Place
+from harness.final.retrain import Context
 from harness.final.test_set import final_run
 from harness.search.loop import search
 from harness.search.pruners import no_pruning
@@ -57,7 +57,7 @@ def test_stopped_while_its_weights_are_written_a_final_seed_keeps_its_training(
             stop()
 
         monkeypatch.setattr(checkpoint, "write_tensors", stopped_once)
-        place = Place(study=study, store=store, runtime=CPU, checkpoints=folder)
+        place = Context(study=study, store=store, runtime=CPU, checkpoints=folder)
         with pytest.raises(KeyboardInterrupt):
             list(final_run(place, tmp_path / "model"))
     assert len(read_tensors(folder / "final-seed-0-of-trial-0.safetensors")[1]["epochs"]) == study.train.epochs

@@ -39,6 +39,13 @@ class Halt(Exception):
         super().__init__(masked(message))
 
 
+class StudyFailed(Exception):
+    """A study ended without a result, or with one that is not to be trusted; exit code 1."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(masked(message))
+
+
 def no_room(error: BaseException) -> bool:
     """Whether the disk, the quota or the allowed file size is used up."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -13,21 +13,15 @@ import gc
 import io
 import json
 import os
-import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import NoReturn
 
-from harness.base.errors import DONE, FAILED, INTERRUPTED, WRONG_INPUT, Halt, InputError, no_room
+from harness.api import Result, rows
+from harness.base.errors import DONE, FAILED, INTERRUPTED, WRONG_INPUT, Halt, InputError, StudyFailed, no_room
 from harness.cli.arguments import build_parser
+from harness.config.find import find, find_home
 from harness.training import interrupt
-
-if TYPE_CHECKING:
-    from harness.config.find import Found
-    from harness.config.study import Study
 
 # A place that a user named, or whose permissions a user can change.
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
@@ -37,7 +31,7 @@ def process(arguments: Sequence[str], program: str = "python -m harness") -> NoR
     """Run a command as a process of its own, and end it.
 
     Garbage is not looked for among what is imported, which is none: for torch, torchvision, Optuna and MLflow that took
-    1.0 of 4.4 s at the start. Whoever trains calls `running.keep_imports` first. Nor is every object taken apart at the
+    1.0 of 4.4 s at the start. Whoever trains calls `start.keep_imports` first. Nor is every object taken apart at the
     end, 1.6 s, once what is registered for the exit is done.
     """
     gc.disable()
@@ -67,7 +61,7 @@ def main(arguments: Sequence[str], program: str = "python -m harness") -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_INPUT
-    except Halt as error:
+    except (Halt, StudyFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     except OSError as error:
@@ -90,136 +84,121 @@ def _run(args: argparse.Namespace) -> int:
     from harness.cli.run import run
     from harness.config.options import RunOptions
 
-    return run(RunOptions.of(args))
+    return run(RunOptions.of(args), args.study)
 
 
-def _show(args: argparse.Namespace) -> int:
-    from harness.config import find as catalogue
-    from harness.report import overview
-    from harness.store import opening
+def _result(args: argparse.Namespace) -> Result:
+    return Result(find(args.study), args.storage, getattr(args, "tracking_uri", None))
 
-    found = catalogue.find(args.study)
-    if args.groups:
-        print(_groups(found.study), end="")
-        return DONE
-    with opening.read_store(found.study.name, opening.url_of(found, args.storage)) as store:
-        uri = _tracking_uri(args, found)
-        if args.digest:
-            print(overview.digest(store))
-        elif args.json:
-            escaped = (sys.stdout.encoding or "utf-8").lower() not in ("utf-8", "utf8")  # JSON has escapes of its own
-            print(json.dumps(overview.overview(found.study.name, store, uri), indent=2, ensure_ascii=escaped))
-        else:
-            print(overview.summary(found.study.name, store, uri))
+
+def _list(args: argparse.Namespace) -> int:
+    from harness.report.display import print_studies
+
+    found = rows()
+    if args.json:
+        print(json.dumps([dataclasses.asdict(row) for row in found], indent=2, ensure_ascii=_escaped()))
+    else:
+        print_studies(found)
     return DONE
 
 
-def _groups(study: Study) -> str:
-    """The parameter groups of the base configuration; the weights' values do not matter for them."""
-    from harness.training.optim import group_table, parameter_groups
+def _show(args: argparse.Namespace) -> int:
+    if args.groups:
+        from harness.training.optim import groups_of
 
-    config: Any = study.train
-    backbone = config.backbone
-    if "pretrained" in getattr(backbone, "__dataclass_fields__", {}) and backbone.pretrained is True:
-        backbone = dataclasses.replace(backbone, pretrained=False)
-    try:
-        classes = len(config.data.classes())
-    except InputError:
-        classes = 102  # the data are not here; only the last layer's count depends on them
-    model = backbone.build(classes, config.data.image_size)
-    return group_table(parameter_groups(model, backbone.depths(config.optim.depth_by), config.optim))
+        print(groups_of(find(args.study).study), end="")
+        return DONE
+    result = _result(args)
+    if args.digest:
+        print(result.digest())
+    elif args.json:
+        print(json.dumps(result.overview(), indent=2, ensure_ascii=_escaped()))
+    else:
+        print(result.summary())
+    return DONE
+
+
+def _escaped() -> bool:
+    """Whether JSON is printed with its own escapes, for the terminal has not all signs."""
+    return (sys.stdout.encoding or "utf-8").lower() not in ("utf-8", "utf8")
 
 
 def _report(args: argparse.Namespace) -> int:
-    from harness.config import find as catalogue
-    from harness.report.write import write_report
-    from harness.store import opening
-
-    found = catalogue.find(args.study)
-    with opening.read_store(found.study.name, opening.url_of(found, args.storage)) as store:
-        folder = args.output or found.beside(store.url, ".report")
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"--output {folder} is a file; give a folder.")
-        try:
-            page = write_report(found.study.name, store, _tracking_uri(args, found), folder)
-        except Halt as error:
-            if error.__cause__ is not None and no_room(error.__cause__):
-                raise
-            raise InputError(f"{error} --output gives another folder.") from error
+    result = _result(args)
+    if args.output is not None and args.output.exists() and not args.output.is_dir():
+        raise InputError(f"--output {args.output} is a file; give a folder.")
+    try:
+        page = result.write_report(args.output)
+    except Halt as error:
+        if error.__cause__ is not None and no_room(error.__cause__):
+            raise
+        raise InputError(f"{error} --output gives another folder.") from error
     print(page)
     print(page.with_name("trials.csv"))
     return DONE
 
 
 def _reproduce(args: argparse.Namespace) -> int:
-    from harness.cli.reproduce import explanation, reproduce
-    from harness.cli.run import keep_imports
-    from harness.config import find as catalogue
-    from harness.data.splits import prepare
-    from harness.store import opening
-    from harness.training.job import decide_runtime
+    from harness.study.start import keep_imports
 
-    found = catalogue.find(args.study)
-    study = found.study.located(found.home, args.data_root, args.device)
-    with opening.read_store(study.name, opening.url_of(found, args.storage)) as store:
-        study = opening.as_begun(study, store)
-        trials = {trial.number: trial for trial in store.trials()}
-        if args.trial not in trials:
-            has = f"it has 0 to {max(trials)}" if trials else "it has none yet"
-            raise InputError(f"Study {study.name!r} has no trial {args.trial}; {has}.")
-        runtime = decide_runtime(study.train, store.facts().runtime)
-        content = {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
-        opening.as_begun(study, store, content)
+    again = _result(args).reproduce(args.trial, data_root=args.data_root, device=args.device)
     keep_imports()
-    trial, same = trials[args.trial], True
-    for each in reproduce(study, trial, runtime):
+    for each in again:
         print(each.line(), flush=True)
-        same = same and each.same
-    if same:
-        count = f"{len(trial.epochs)} epochs" if len(trial.epochs) > 1 else "1 epoch"
-        print(f"Trial {trial.number} is reproduced to the last bit: {count}.")
-        return DONE
-    print(f"Trial {trial.number} is not reproduced. {explanation(trial, runtime)}")
-    return FAILED
+    print(again.verdict())
+    return DONE if again.same else FAILED
 
 
 def _replay(args: argparse.Namespace) -> int:
-    from harness.cli.replay import replay_study
-    from harness.config import find as catalogue
-    from harness.store import opening
-
-    found = catalogue.find(args.study)
-    with opening.read_store(found.study.name, opening.url_of(found, args.storage)) as store:
-        return DONE if replay_study(opening.as_begun(found.study, store), store) else FAILED
+    return DONE if _result(args).replay() else FAILED
 
 
 def _audit(args: argparse.Namespace) -> int:
     from harness.cli.run import resumable
 
     def work() -> int:
-        from harness.cli.audit import audit_study
-        from harness.config.options import RunOptions
-
-        return audit_study(RunOptions.of(args), args.fraction, args.seed)
+        _result(args).audit(args.fraction, args.seed, data_root=args.data_root, device=args.device)
+        return DONE
 
     return resumable(work)
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from harness.cli.doctor import consult
-    from harness.config import find as catalogue
-    from harness.store import opening
+    return DONE if _result(args).doctor(fix=args.fix) else FAILED
 
-    found = catalogue.find(args.study)
-    return DONE if consult(found, opening.url_of(found, args.storage), args.tracking_uri, fix=args.fix) else FAILED
+
+def _export(args: argparse.Namespace) -> int:
+    _result(args).export_onnx(args.onnx)
+    print(args.onnx)
+    return DONE
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from harness.serving import page
+    from harness.serving.predict import load_predictor
+    from harness.serving.ui import check_port
+    from harness.study.start import keep_imports
+
+    page.check_installed()
+    check_port(args.host, args.port)
+    predictor = load_predictor(args.study, args.storage, args.device, args.data_root)
+    keep_imports()
+    page.serve(predictor, args.host, args.port)
+    return DONE
+
+
+def _ui(args: argparse.Namespace) -> int:
+    from harness.serving.ui import serve_ui
+
+    return DONE if serve_ui(find_home() / "mlruns", args.tracking_uri, args.host, args.port) else FAILED
 
 
 def _predict(args: argparse.Namespace) -> int:
     from harness.base.files import check_place
-    from harness.cli.run import keep_imports
     from harness.config import find as catalogue
     from harness.serving import predict
     from harness.store import opening
+    from harness.study.start import keep_imports
 
     files, left_out = predict.find_images(args.images)
     if args.csv not in (None, predict.STDOUT):
@@ -231,89 +210,9 @@ def _predict(args: argparse.Namespace) -> int:
     return DONE if predict.predict(predictor, files, count, args.csv, left_out) else FAILED
 
 
-def _demo(args: argparse.Namespace) -> int:
-    from harness.cli.run import keep_imports
-    from harness.serving import page as demo_page
-    from harness.serving.predict import load_predictor
-
-    demo_page.check_installed()
-    _check_port(args.host, args.port)
-    predictor = load_predictor(args.study, args.storage, args.device, args.data_root)
-    keep_imports()
-    demo_page.serve(predictor, args.host, args.port)
-    return DONE
-
-
-def _export(args: argparse.Namespace) -> int:
-    from harness.config import find as catalogue
-    from harness.serving.export import export_onnx
-    from harness.store import opening
-
-    found = catalogue.find(args.study)
-    export_onnx(found, opening.url_of(found, args.storage), args.onnx)
-    print(args.onnx)
-    return DONE
-
-
-def _ui(args: argparse.Namespace) -> int:
-    from harness.base.files import sqlite_path, sqlite_url
-    from harness.config import find as catalogue
-    from harness.tracking.files import ARTIFACTS, move_in
-    from harness.tracking.places import local_uri, tracker_for
-
-    folder = catalogue.find_home() / "mlruns"
-    uri = args.tracking_uri or local_uri(folder)
-    if not args.tracking_uri and not (folder / "mlflow.db").is_file():
-        raise InputError(f"There are no runs yet ({folder / 'mlflow.db'} does not exist); run a study first.")
-    if uri.startswith(("http://", "https://")):
-        raise InputError(f"--tracking-uri {uri} is a server with pages of its own; open it in a browser.")
-    file = sqlite_path(uri)
-    if file is not None and not file.is_file():
-        raise InputError(f"--tracking-uri {uri}: there is no such file; give the MLflow database of a study.")
-    tracker = tracker_for(uri, folder)
-    tracker.check()
-    if file is not None:
-        move_in(file, file.parent / ARTIFACTS)
-    _check_port(args.host, args.port)
-    # Named from its own folder: MLflow would make one of an escaped path's letters.
-    store = uri if file is None else sqlite_url(Path(file.name))
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store]
-    address = f"http://{args.host}:{args.port}"
-    print(f"The MLflow UI opens at {address} (Ctrl-C ends it).", flush=True)
-    for name, path in tracker.pages():  # the UI itself opens a study on its traces, of which there are none
-        print(f"{name:<9} {address}/{path}", flush=True)
-    # A session of its own: MLflow's servers have workers, and all of them should go when this process does.
-    server = subprocess.Popen(
-        [*command, "--host", args.host, "--port", str(args.port)],
-        start_new_session=True,
-        cwd=None if file is None else file.parent,
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},  # its libraries' deprecations are no news to a user
-    )
-    try:
-        return DONE if server.wait() == 0 else FAILED
-    finally:
-        if server.poll() is None:
-            os.killpg(server.pid, signal.SIGTERM)
-            server.wait()
-
-
-def _check_port(host: str, port: int) -> None:
-    """Raise InputError when nothing can listen there."""
-    try:
-        with socket.create_server((host, port)):
-            pass
-    except (OSError, OverflowError) as error:
-        raise InputError(f"Nothing can listen at {host}:{port} ({error}); give another --port or --host.") from error
-
-
-def _tracking_uri(args: argparse.Namespace, found: Found) -> str:
-    from harness.tracking.places import uri_of
-
-    return uri_of(args.tracking_uri, found.mlruns)
-
-
 COMMANDS = {
     "run": _run,
+    "list": _list,
     "show": _show,
     "report": _report,
     "reproduce": _reproduce,

@@ -1,10 +1,8 @@
-"""The `run` command: check everything, open and hold the study, run what is missing, say how to go on."""
+"""Commands that train: how they are stopped, and how they say what goes on."""
 
 from __future__ import annotations
 
 import dataclasses
-import gc
-import json
 import os
 import shlex
 import sys
@@ -12,20 +10,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.base.errors import FAILED, INTERRUPTED, Halt, InputError, is_utf8, masked, no_room
-from harness.base.files import sqlite_path, sqlite_url
+from harness.base.errors import DONE, FAILED, INTERRUPTED, Halt, masked, no_room
 from harness.config.options import RunOptions
 from harness.training import interrupt
 
 if TYPE_CHECKING:
-    from harness.config.find import Found
-    from harness.config.study import Study
-    from harness.store.store import Store
+    pass
 
 
-def run(options: RunOptions) -> int:
-    """Run or resume a study; returns the exit code. Raises InputError for what a user can mend."""
-    return resumable(lambda: _run(options))
+def run(options: RunOptions, name: str) -> int:
+    """Run or resume the study called `name`; returns the exit code. Raises InputError for what a user can mend."""
+
+    def work() -> int:
+        from harness.config.find import find
+        from harness.report.display import StudyConsole
+        from harness.study import start
+
+        start.run(dataclasses.replace(options, command=_lasting_command()), find(name), StudyConsole())
+        return DONE
+
+    return resumable(work)
 
 
 def resumable(command: Callable[[], int]) -> int:
@@ -77,13 +81,6 @@ def _lasting_command() -> str:
     return shlex.join(words)
 
 
-def keep_imports() -> None:
-    """Turn garbage collection on for what comes from here on; `cli.process` starts without it."""
-    if not gc.isenabled():
-        gc.freeze()
-        gc.enable()
-
-
 def _share_cores() -> None:
     """Let waiting threads of GNU OpenMP sleep sooner; must come before torch is imported.
 
@@ -92,226 +89,3 @@ def _share_cores() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-
-def _run(options: RunOptions) -> int:
-    from harness.base import mounts
-    from harness.base.files import sqlite_file
-    from harness.config import find as catalogue
-    from harness.config import space as spaces
-    from harness.final.model_files import check_folder
-    from harness.report import overview
-    from harness.store import database, opening
-    from harness.study.coordinator import ended
-    from harness.tracking.places import uri_of
-    from harness.workers import ray_cluster
-
-    if options.ray_address is not None and options.engine != "ray":
-        raise InputError("--ray-address names a cluster for --engine ray; give that, too, or leave it out.")
-    if options.engine == "ray":  # a finished study needs no cluster, but what is typed makes sense
-        ray_cluster.check_address(options.ray_address)
-    found = catalogue.find(options.study)
-    study = found.study.with_settings(options.set).located(found.home, options.data_root, options.device)
-    if options.trials is not None:
-        study = dataclasses.replace(study, trials=options.trials)
-    for path, value in spaces.leaves(study.train):
-        if not is_utf8(json.dumps(value, ensure_ascii=False, default=str)):
-            raise InputError(f"{path} is {value}, which is no UTF-8 and cannot be recorded; rename it.")
-    url = opening.url_of(found, options.storage)
-    database.check_database(url)
-    database.check_writable(sqlite_file(url))
-    if (risk := mounts.warning(sqlite_file(url))) is not None:
-        print(f"Warning: {risk}", file=sys.stderr)
-    if options.fresh:
-        opening.check_movable(url)
-        _check_nobody_at_work(study, url)
-    begun, model = not options.fresh and opening.exists(study.name, url), found.beside(url, ".model")
-    if begun:
-        # Without --data-root nothing says that the images are others; to look would take longer than the answer.
-        content = _prepare(study) if options.data_root else None
-        opening.compare(study, url, content)
-        with opening.open_store(study, url, content) as store:
-            check_folder(model, url, store.uid)
-            if options.reopen_test:
-                _check_reopening(study, store)
-            saved = _is_saved(study, store, model)
-            if store.is_complete(study) and saved and not options.reopen_test:
-                _look_at_mlflow(options, found, study, store)
-                print(f"Nothing is missing: {store.finished()} trials are finished (asked for: {study.trials}).")
-                print(overview.summary(study.name, store, uri_of(options.tracking_uri, found.mlruns)))
-                return ended(store)
-    else:
-        if options.reopen_test:
-            raise InputError("--reopen-test: no test result of this study is known yet; leave it out.")
-        check_folder(model, url, opening.uid_of(study.name, url))
-    return _run_what_is_missing(options, found, study, url, begun)
-
-
-def _look_at_mlflow(options: RunOptions, found: Found, study: Study, store: Store) -> None:
-    """Write a finished study to a local MLflow whose files were deleted; one that was moved is told where it is."""
-    from harness.final.model_files import is_registered, published
-    from harness.tracking.expected import expected_runs
-    from harness.tracking.files import ARTIFACTS, lacking, move_in
-    from harness.tracking.places import tracker_for, uri_of
-
-    file, model = sqlite_path(uri_of(options.tracking_uri, found.mlruns)), found.beside(store.url, ".model")
-    if file is None:  # a server's files are the server's; `doctor` asks it
-        return
-    if file.is_file():
-        move_in(file, file.parent / ARTIFACTS)
-    lack = lacking(
-        file,
-        store.uid,
-        ["study", *(each.key for each in expected_runs(study, store))],
-        [folder.name for folder in published(store, model)],
-        study.name if is_registered(study, store, model) else None,
-    )
-    if lack is not None:
-        from harness.report.display import StudyConsole
-        from harness.study.publish import write_again
-
-        print(f"{lack} What is missing is written again.", file=sys.stderr)
-        write_again(found, study, store, tracker_for(options.tracking_uri, found.mlruns), StudyConsole())
-
-
-def _check_nobody_at_work(study: Study, url: str) -> None:
-    """Raise InputError when a process works on this study; one that has lost its coordinator does so for a while."""
-    from harness.base.files import sqlite_file
-    from harness.base.processes import in_words
-    from harness.store import opening
-    from harness.store.locks import holder
-
-    file = sqlite_file(url)
-    if file is not None and holder(file) is not None:
-        return  # the command itself is, and named when its study would be moved
-    if opening.exists(study.name, url):
-        with opening.read_store(study.name, url, any_format=True) as store:
-            others = sorted(map(in_words, set(store.at_work().values())))
-        if others:
-            raise InputError(
-                f"--fresh: process {others[0]} works on study {study.name!r}; wait for its end, or end it first."
-            )
-
-
-def _is_saved(study: Study, store: Store, folder: Path) -> bool:
-    """Whether all that belongs to the final model is there, if there is one; a damaged file is named and removed."""
-    if not store.has_final():
-        return True
-    from harness.final.model_files import CHECK_FILE, PROGRAM, is_untested, wrong_files
-    from harness.serving.card import CARD
-
-    whole = (folder / CARD).is_file()
-    for name, fault in wrong_files(store, folder):
-        if name == CHECK_FILE:  # made of test images, which are not looked at again for it
-            continue
-        if (folder / name).exists():
-            print(f"{fault}; it is made again.", file=sys.stderr)
-            (folder / name).unlink()
-        whole = False
-    if not whole:
-        return False
-    if PROGRAM in (folder / CARD).read_text(encoding="utf-8", errors="replace") and not (folder / PROGRAM).is_file():
-        return False
-    if not study.final.publish or is_untested(folder):
-        return True
-    return store.facts().is_registered()
-
-
-def _check_reopening(study: Study, store: Store) -> None:
-    """Raise InputError when there is nothing that the test set could be opened again for."""
-    store.ledger()
-    if store.opened_for() is None:
-        raise InputError("--reopen-test: no test result of this study is known yet; leave it out.")
-    if store.finished() >= study.trials and store.has_final():
-        raise InputError(
-            f"--reopen-test: trial {store.opened_for()}, for which the test set was opened, is still the one that is "
-            "chosen, and would give the same number; leave it out, or ask for more --trials."
-        )
-
-
-def _run_what_is_missing(options: RunOptions, found: Found, study: Study, url: str, begun: bool) -> int:
-    from harness.data.splits import remarks
-    from harness.report import overview
-    from harness.report.display import StudyConsole
-    from harness.search.rehearsal import rehearse
-    from harness.store import opening
-    from harness.store.store import wanted
-    from harness.study.coordinator import run_study
-    from harness.tracking.places import check_writable, tracker_for
-    from harness.training.step import find_device
-
-    console = StudyConsole()
-    rehearse(study)
-    device = find_device(study.train.engine.device)
-    options = _with_workers(options, study.train.engine.device, device.type)
-    if not options.tracking_uri:
-        check_writable(found.mlruns)
-    study.train.data.samples("train")
-    for image_size in study.image_sizes():
-        study.train.backbone.check(image_size)
-    with console.status("Looking at the images (the first time they are decoded and cached) …"):
-        content = _prepare(study)
-    tracker = tracker_for(options.tracking_uri, found.mlruns)
-    if not begun:  # one that has begun goes on without MLflow, too
-        tracker.check(study.name)
-    for line in remarks(study.train.data):
-        print(line, file=sys.stderr)
-    if options.fresh:
-        folders = (found.beside(url, suffix) for suffix in (".model", ".checkpoints", ".report"))
-        moved = opening.move_aside(study.name, url, *folders)
-        if moved is not None:
-            text = f"The old study is now {moved}; look at it with --storage {sqlite_url(moved)}."
-            console.print(text, highlight=False, soft_wrap=True)
-        sys.argv = [word for word in sys.argv if word != "--fresh"]  # from here on the same command goes on
-    with opening.open_store(study, url, content) as store:
-        try:
-            store.set_attribute("command", _lasting_command())
-            store.set_attribute("file", found.file.name)
-            keep_imports()
-            return run_study(options, found, study, store, tracker, console)
-        except KeyboardInterrupt:
-            tracker.interrupt()
-            finished, asked = store.finished(), wanted(study, store)
-            counted = overview.finished_of(finished, asked)
-            if finished >= asked and not store.is_settled():
-                counted += ", the final run is missing"
-            console.print(f"Interrupted with {counted}.", highlight=False, soft_wrap=True)
-            raise
-        except (Exception, SystemExit):
-            tracker.interrupt()
-            raise
-
-
-def _with_workers(options: RunOptions, named: str, device: str) -> RunOptions:
-    """The options with as many workers as there are to be.
-
-    Raises InputError when there is no room for them on the `device` named so.
-    """
-    if named.startswith("cuda:") and (options.engine == "ray" or (options.workers or 1) > 1):
-        raise InputError(
-            f"--device {named} names one GPU, and workers get one each; give --device cuda, and choose among several "
-            "with CUDA_VISIBLE_DEVICES."
-        )
-    if device != "cuda" and options.workers_per_gpu > 1:
-        raise InputError(
-            f"--workers-per-gpu {options.workers_per_gpu} lets workers share a GPU, and this study is computed on "
-            f"{device}; leave it out, --workers alone says how many there are."
-        )
-    if options.engine == "ray":
-        from harness.workers import ray_cluster
-
-        ray_cluster.connect(options.ray_address)
-        count = ray_cluster.needs(options.workers or None, options.workers_per_gpu, device).workers
-    else:
-        from harness.workers.pool import surroundings
-
-        count = options.workers or 1
-        surroundings(count, options.workers_per_gpu, device)
-    return dataclasses.replace(options, workers=count)
-
-
-def _prepare(study: Study) -> dict[str, str]:
-    """Decode the images once and fingerprint what the definition only names."""
-    from harness.data.splits import prepare
-
-    return {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}

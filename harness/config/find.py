@@ -57,8 +57,8 @@ def find_home() -> Path:
     return here if (here / "studies").is_dir() or (here / "mlruns" / "mlflow.db").is_file() else PROJECT
 
 
-def find(name: str) -> Found:
-    """The study called `name` in studies/, or the one in the file `name`.
+def find(name: str, home: Path | None = None) -> Found:
+    """The study called `name` in `home`/studies, or the one in the file `name`.
 
     Raises InputError when there is none, or its file is no study.
     """
@@ -67,26 +67,28 @@ def find(name: str) -> Found:
         if file.is_file() and file.suffix != ".py":
             raise InputError(f"{file} is no study file; give the .py file that defines the study, or its name.")
         if not file.is_file():
-            named = f"the name of a study ({', '.join(names())}) or " if names() else ""
+            named = f"the name of a study ({', '.join(names(home))}) or " if names(home) else ""
             raise InputError(f"There is no study file {file}; give {named}another file.")
     else:
-        file = find_home() / "studies" / f"{name}.py"
+        file = (home or find_home()).resolve() / "studies" / f"{name}.py"
         if not file.is_file():
-            if not names():
+            if not names(home):
                 raise InputError(
                     f"There is no study {name!r}, nor any other in {file.parent}; go to the folder that holds "
                     "studies/, or give the path to a study's file."
                 )
-            raise InputError(f"There is no study {name!r}; there are {', '.join(names())}. A path to a file works too.")
+            raise InputError(
+                f"There is no study {name!r}; there are {', '.join(names(home))}. A path to a file works too."
+            )
     if not is_utf8(str(file)):
         raise InputError(f"The path {file} is no UTF-8 and cannot be recorded; rename it.")
-    home = file.parent.parent if file.parent.name == "studies" else file.parent
-    return Found(study=_load(file), file=file, home=home)
+    place = file.parent.parent if file.parent.name == "studies" else file.parent
+    return Found(study=_load(file), file=file, home=home or place)
 
 
-def names() -> list[str]:
+def names(home: Path | None = None) -> list[str]:
     """The studies that can be named, in order."""
-    files = (find_home() / "studies").glob("*.py")
+    files = ((home or find_home()) / "studies").glob("*.py")
     return sorted(file.stem for file in files if not file.stem.startswith("_"))
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
+
+from harness.base.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """What the command `run` takes; `audit` takes some of it."""
 
-    study: str = "flowers102"  # its name, or its file
     trials: int | None = None  # finished ones in all; None: as many as the study asks for
     set: tuple[str, ...] = ()  # PATH=VALUE
     data_root: str | None = None
@@ -24,6 +26,15 @@ class RunOptions:
     fresh: bool = False
     storage: str | None = None
     tracking_uri: str | None = None
+    command: str | None = None  # what goes on with it, for people to read
+
+    @staticmethod
+    def from_program(given: Mapping[str, Any], command: str | None = None) -> RunOptions:
+        """Those that a program names. Raises InputError for one that there is not."""
+        known = {field.name for field in fields(RunOptions)} - {"command"}
+        if unknown := sorted(set(given) - known):
+            raise InputError(f"There is no option {unknown[0]!r}; there are {', '.join(sorted(known))}.")
+        return RunOptions(**dict(given) | {"set": tuple(given.get("set", ())), "command": command})
 
     @staticmethod
     def of(args: argparse.Namespace) -> RunOptions:

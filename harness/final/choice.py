@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.config.events import Event
 from harness.config.space import Choice, Space
-from harness.final.retrain import Place, Retraining
+from harness.final.retrain import Context, Retraining
 from harness.search.extrapolation import clipped, extrapolated, thinned
 
 if TYPE_CHECKING:
@@ -39,12 +39,12 @@ def record_choice(study: Study, store: Store) -> None:
         store.set_as_leader({"choice": choose(store.trials(), study.space)})
 
 
-def rerank(place: Place) -> Iterator[Event]:
+def rerank(context: Context) -> Iterator[Event]:
     """Retrain the best `final.rerank` configurations on `final.seeds` fresh seeds each, and record which is chosen.
 
     Each training is recorded as it ends, so none is done twice. Nothing happens when no choice is asked for.
     """
-    study, store = place.study, place.store
+    study, store = context.study, context.store
     candidates = store.candidates(study.final.rerank)
     if len(candidates) < 2:
         return
@@ -53,9 +53,9 @@ def rerank(place: Place) -> Iterator[Event]:
     results: dict[str, list[dict[str, Any]]] = kept.get("results", {})
     if kept.get("candidates") == numbers and kept.get("chosen") is not None:
         return
-    yield from place.ahead(
+    yield from context.ahead(
         [
-            Retraining(place, "rerank", trial, number)
+            Retraining(context, "rerank", trial, number)
             for trial in candidates
             for number in range(len(results.get(str(trial.number), [])), study.final.seeds)
         ]
@@ -63,7 +63,7 @@ def rerank(place: Place) -> Iterator[Event]:
     for trial in candidates:
         done = results.setdefault(str(trial.number), [])
         for number in range(len(done), study.final.seeds):
-            retraining = Retraining(place, "rerank", trial, number)
+            retraining = Retraining(context, "rerank", trial, number)
             yield from retraining.train()
             training = retraining.trained()
             val = training.progress.epochs[-1].val

@@ -27,7 +27,7 @@ KEYS = {"final": final_key, "base": base_key, "rerank": rerank_key}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Context:
     """What every retraining of a study needs."""
 
     study: Study
@@ -48,19 +48,19 @@ class Retraining:
     The base configuration is trained from the final run's seeds, so that equal configurations give equal weights.
     """
 
-    def __init__(self, place: Place, kind: Kind, trial: TrialRecord, number: int, logged: bool = True) -> None:
+    def __init__(self, context: Context, kind: Kind, trial: TrialRecord, number: int, logged: bool = True) -> None:
         """`logged`: whether what happens is for MLflow, too."""
         self.kind, self.trial, self.number, self.logged = kind, trial, number, logged
-        self.config = place.study.config(trial.params)
+        self.config = context.study.config(trial.params)
         self.key = KEYS[kind](trial.number, number)
         # Of the training, once `trained` has read it: its epochs, and what it was computed with.
         self.epochs: tuple[EpochResult, ...] = ()
         self.environments: Sequence[Mapping[str, str]] = ()
-        self._place = place
-        self._path = place.checkpoints / f"{self.key}{SUFFIX}"
-        self._seed = derive_seed(place.study.seed, "rerank" if kind == "rerank" else "final", number)
+        self._context = context
+        self._path = context.checkpoints / f"{self.key}{SUFFIX}"
+        self._seed = derive_seed(context.study.seed, "rerank" if kind == "rerank" else "final", number)
         # A choice is made by the validation images, so nothing is trained on them before it.
-        self._fit_on = "train" if kind == "rerank" else place.study.final.fit_on
+        self._fit_on = "train" if kind == "rerank" else context.study.final.fit_on
 
     def train(self) -> Iterator[Event]:
         """Train to the end, from the checkpoint if there is one; leaves the trained weights in it."""
@@ -122,14 +122,14 @@ class Retraining:
         remove(self._path)
 
     def _checkpoint(self) -> Checkpoint:
-        place = self._place
-        training = assemble(self.config, place.runtime, self._seed)
+        context = self._context
+        training = assemble(self.config, context.runtime, self._seed)
         if self._fit_on == "train+val":
             training = with_validation_images(training)
-        identity = identity_of(place.store.uid, self.key, self._seed, self.config)
-        here = environment(place.runtime.device)
+        identity = identity_of(context.store.uid, self.key, self._seed, self.config)
+        here = environment(context.runtime.device)
         identity |= {"fit_on": self._fit_on}
-        return Checkpoint(self._path, identity, training, here, check=place.store.check_lead)
+        return Checkpoint(self._path, identity, training, here, check=context.store.check_lead)
 
 
 @contextmanager

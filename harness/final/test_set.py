@@ -41,7 +41,7 @@ from harness.final.model_files import (
     write_description,
 )
 from harness.final.predictions import pictured
-from harness.final.retrain import Place, Retraining, threads_of
+from harness.final.retrain import Context, Retraining, threads_of
 from harness.final.statistics import balanced_accuracy, compare, selection_excess, wilson
 from harness.final.thumbnails import thumbnails
 from harness.store import ledger
@@ -56,33 +56,33 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def after_search(place: Place, model_folder: Path, reason: str | None) -> Generator[Event, None, bool]:
+def after_search(context: Context, model_folder: Path, reason: str | None) -> Generator[Event, None, bool]:
     """Choose, retrain and test, as the one process that does; another one waits, lest that process dies.
 
     Returns False, with nothing done, when another command has come that asks for more trials.
     """
-    store = place.store
+    store = context.store
     waited = False
     while True:
         while not store.lead():
             waited = True
             yield Elsewhere(by=store.leader() or "another process")
             time.sleep(POLL_SECONDS)
-        if store.finished() < wanted(place.study, store):
+        if store.finished() < wanted(context.study, store):
             store.follow()
             return False
         if waited and store.is_settled():
             return True
         try:
-            yield from rerank(place)
-            record_choice(place.study, store)
-            yield from final_run(place, model_folder, reason)
+            yield from rerank(context)
+            record_choice(context.study, store)
+            yield from final_run(context, model_folder, reason)
         except LeaseLost:
             continue
         return True
 
 
-def final_run(place: Place, folder: Path, reason: str | None = None) -> Iterator[Event]:
+def final_run(context: Context, folder: Path, reason: str | None = None) -> Iterator[Event]:
     """Retrain the chosen configuration, open the test set, save the model in `folder`, record the result.
 
     A seed that was trained before an interruption is not trained again, for its last checkpoint stays until the result
@@ -91,7 +91,7 @@ def final_run(place: Place, folder: Path, reason: str | None = None) -> Iterator
     when no trial is complete. Raises LeaseLost, with nothing recorded, when another process does this by now, and
     InputError when the model in `folder` is another study's.
     """
-    study, store = place.study, place.store
+    study, store = context.study, context.store
     chosen = store.chosen()
     if chosen is None:
         return
@@ -104,35 +104,35 @@ def final_run(place: Place, folder: Path, reason: str | None = None) -> Iterator
             write_description(store, folder, study.config(chosen.params), chosen, _result(store), weights)
             record_files(store, folder, DESCRIPTION)
         else:
-            yield from _make_again(place, chosen, folder)
+            yield from _make_again(context, chosen, folder)
         return
     store.ledger()  # an edited one is named before hours of training
-    _repair(place, chosen)
+    _repair(context, chosen)
     if reason is None and (why := store.why_closed()) is not None:
         print(why, file=sys.stderr)
         return
-    seeds = [Retraining(place, "final", chosen, number) for number in range(study.final.seeds)]
-    base = _base_seeds(place, chosen)
-    yield from place.ahead([*seeds, *base])
+    seeds = [Retraining(context, "final", chosen, number) for number in range(study.final.seeds)]
+    base = _base_seeds(context, chosen)
+    yield from context.ahead([*seeds, *base])
     for retraining in [*seeds, *base]:
         yield from retraining.train()
-    tested = _open_test_set(place, seeds, base, folder, reason)
+    tested = _open_test_set(context, seeds, base, folder, reason)
     for retraining, metrics in zip([*seeds, *base], tested, strict=True):
         yield from retraining.end(metrics)
 
 
-def _make_again(place: Place, chosen: TrialRecord, folder: Path) -> Iterator[Event]:
+def _make_again(context: Context, chosen: TrialRecord, folder: Path) -> Iterator[Event]:
     """Train the lost model's seed once more, as it was trained before.
 
     Where that gives other weights all the same, it is said, here and in model.json: the test result is not theirs.
     """
-    store = place.store
+    store = context.store
     print(f"The model in {folder} is missing: its seed is trained again, the test set stays closed.", file=sys.stderr)
     final = _result(store)
     tested = final.per_seed[0]
     environments = tested.environments
     # Not logged: what MLflow shows of this seed is the training that was tested.
-    seed = Retraining(place, "final", chosen, 0, logged=False)
+    seed = Retraining(context, "final", chosen, 0, logged=False)
     with threads_of(environments):
         yield from seed.train()
         training = seed.trained()
@@ -157,26 +157,26 @@ def _result(store: Store) -> FinalResult:
     return final
 
 
-def _base_seeds(place: Place, chosen: TrialRecord) -> list[Retraining]:
+def _base_seeds(context: Context, chosen: TrialRecord) -> list[Retraining]:
     """The base configuration's trainings to compare with, from the same seeds; none where it is the chosen one, or did
     not train."""
-    final, base = place.study.final, next(trial for trial in place.store.trials() if trial.number == 0)
+    final, base = context.study.final, next(trial for trial in context.store.trials() if trial.number == 0)
     comparable = chosen.number != 0 and base.state in ("complete", "pruned")
     seeds = final.seeds if final.compare_base and comparable else 0
-    return [Retraining(place, "base", base, number) for number in range(seeds)]
+    return [Retraining(context, "base", base, number) for number in range(seeds)]
 
 
-def _repair(place: Place, chosen: TrialRecord) -> None:
+def _repair(context: Context, chosen: TrialRecord) -> None:
     """Have the final result say what the ledger does, as far as its line goes, where the two were written apart.
 
     For the trial that is chosen the opening goes on, and gives the whole of it.
     """
-    store, lines = place.store, ledger.results(place.store.ledger())
+    store, lines = context.store, ledger.results(context.store.ledger())
     known = store.facts().final
     if not lines or lines[-1]["trial"] == chosen.number or (known is not None and known.ledger == lines[-1]["hash"]):
         return
     seeds = [seed | {"accuracy": seed["correct"] / seed["total"]} for seed in lines[-1]["seeds"]]
-    about = {"trial": lines[-1]["trial"], "fit_on": place.study.final.fit_on, "ledger": lines[-1]["hash"]}
+    about = {"trial": lines[-1]["trial"], "fit_on": context.study.final.fit_on, "ledger": lines[-1]["hash"]}
     about |= {"base": None, "comparison": None, "selection": None}  # the line does not say them
     opened = len(ledger.openings(store.ledger()))
     store.set_as_leader({"final": summary(seeds) | about | {"test_openings": opened}})
@@ -192,10 +192,10 @@ class Tested:
 
 
 def _open_test_set(
-    place: Place, seeds: Sequence[Retraining], base: Sequence[Retraining], folder: Path, reason: str | None
+    context: Context, seeds: Sequence[Retraining], base: Sequence[Retraining], folder: Path, reason: str | None
 ) -> list[dict[str, float]]:
     # The only place where the test split is read. Everything is trained; nothing is decided after this line.
-    store, chosen = place.store, seeds[0].trial
+    store, chosen = context.store, seeds[0].trial
     store.check_lead()
     _write_opening(store, chosen, fingerprint(seeds[0].config), reason)
     test = load_test(seeds[0].config.data)
@@ -206,7 +206,7 @@ def _open_test_set(
     against = [evaluated(each, each.trained(), test_of_base) for each in base]
     final = summary([result.record for result in results]) | {
         "trial": chosen.number,
-        "fit_on": place.study.final.fit_on,
+        "fit_on": context.study.final.fit_on,
         "base": summary([result.record for result in against]) | {"trial": base[0].trial.number} if base else None,
         "comparison": None,
         "selection": selection(store),

@@ -6,15 +6,17 @@ import heapq
 import os
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from harness.base.words import A_DAY_SECONDS, duration
+from harness.base.words import A_DAY_SECONDS, duration, percent
 from harness.config.events import (
     Completed,
     Diverged,
@@ -43,8 +45,13 @@ class StudyConsole(Console):
 
     left = False
 
-    def __init__(self) -> None:
-        super().__init__(markup=False)  # a trial's error may hold any brackets
+    def __init__(self, quiet: bool = False) -> None:
+        super().__init__(markup=False, quiet=quiet)  # a trial's error may hold any brackets
+
+    def say(self, text: str) -> None:
+        """Print lines as they are, whatever the terminal's width."""
+        if not self.quiet:
+            print(text)
 
     def on_broken_pipe(self) -> None:
         StudyConsole.left = self.quiet = True
@@ -69,17 +76,18 @@ class Display:
         self._begun = 0  # trainings after the search, those that were done before this process among them
         self._compares = study.final.compare_base  # whether the base is trained, too
         self._look()
+        self._is_live = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Display:
-        if self._console.is_terminal:
+        if self._is_live:
             self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._console.is_terminal:
+        if self._is_live:
             self._live.stop()
 
     def show(self, event: Event) -> None:
@@ -128,7 +136,7 @@ class Display:
         if result.val or not self._epoch_seconds:
             self._epoch_seconds.append(result.seconds)
             self._compare_sizes(result)
-        if not self._console.is_terminal:
+        if not self._is_live:
             measured = f"val {result.val.accuracy:.2%}" if result.val else f"train {result.train.accuracy:.2%}"
             self._say(f"{event.name}  epoch {result.epoch}/{epochs}  loss {result.train.loss:.3f}  {measured}")
         if not self._forecast:
@@ -254,3 +262,18 @@ def _outcome(outcome: TrialOutcome) -> str:
             return f"diverged: {outcome.reason}"
         case Failed(reason=reason):
             return f"failed: {reason}"
+
+
+def print_studies(rows: Sequence[Any]) -> None:
+    """A table of `harness.api.Row`."""
+    table = Table(box=None, pad_edge=False, header_style="")
+    for name in ("study", "state"):
+        table.add_column(name)
+    for name in ("trials", "best", "test"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(row.study, row.state, f"{row.finished}/{row.trials}", percent(row.best), percent(row.test))
+    StudyConsole().print(table)
+    for row in rows:
+        if row.note is not None:
+            print(row.note, file=sys.stderr)

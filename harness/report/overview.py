@@ -100,6 +100,15 @@ def counts(store: Store) -> dict[str, int]:
     return counted | unfinished
 
 
+def state_of(store: Store) -> str:
+    """Running, interrupted, finished, or failed: with all its trials, and none of them complete."""
+    if not _abandoned(store):
+        return "running"
+    if store.finished() < (store.facts().wanted or 1) or not store.is_settled():
+        return "interrupted"
+    return "finished" if store.best() is not None else "failed"
+
+
 def finished_of(finished: int, asked: int) -> str:
     """How far the search is: a study may have more trials than a command asks for."""
     if finished > asked:

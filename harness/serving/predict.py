@@ -19,7 +19,7 @@ from torch import Tensor
 
 from harness.base.errors import InputError, shown
 from harness.base.files import replacing
-from harness.config.find import find
+from harness.config.find import Found, find
 from harness.data.cache import WORKERS
 from harness.data.decoding import SUFFIXES, check_proportions, open_image
 from harness.data.layout import made_by_system
@@ -107,8 +107,14 @@ def load_predictor(name: str, storage_url: str | None, device: str, data_root: s
 
     Raises InputError when there is no such study, model or device.
     """
-    found, where = find(name), find_device(device)
-    with read_store(found.study.name, url_of(found, storage_url)) as store:
+    found = find(name)
+    return predictor_of(found, url_of(found, storage_url), device, data_root)
+
+
+def predictor_of(found: Found, url: str, device: str, data_root: str | None = None) -> Predictor:
+    """The saved model of the results at `url`, ready on a device. Raises InputError as `load_predictor` does."""
+    where = find_device(device)
+    with read_store(found.study.name, url) as store:
         study = as_begun(found.study.located(found.home, data_root, None), store)
         return Predictor(load_saved(study, store, found.beside(store.url, ".model")), where)
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from harness.base.environment import environment, versions
-from harness.base.errors import DONE, FAILED, InputError, masked
-from harness.config.options import RunOptions
+from harness.base.errors import InputError, StudyFailed, masked
 from harness.study.publish import START, describe_model, register
 
 if TYPE_CHECKING:
     import torch
 
-    from harness.config.find import Found
     from harness.config.jobs import Workers
-    from harness.config.study import Study
     from harness.store.store import Store
+    from harness.study.command import Command
     from harness.tracking.tracker import MLflowTracker
     from harness.training.step import Runtime
 
@@ -30,42 +28,47 @@ REMEDIES = {
 }
 
 
-def run_study(
-    options: RunOptions, found: Found, study: Study, store: Store, tracker: MLflowTracker, console: Any
-) -> int:
-    """Run what the study lacks, to its published end; returns the exit code."""
+def run_study(command: Command, store: Store, tracker: MLflowTracker) -> None:
+    """Run what the study lacks, to its published end. Raises StudyFailed when it ends without a result."""
+    from harness.final.retrain import Context
     from harness.report.display import Display
     from harness.search.loop import TooManyFailures
     from harness.study.life import run as events_of
     from harness.workers.pool import of_use
 
-    runtime = _begin(options, study, store, tracker)
-    here = options.engine == "processes"
-    workers_of_use = of_use(options.workers, study, store, bool(options.reopen_test)) if here else options.workers
-    _say_what_begins(options, workers_of_use, study, store, runtime, console)
-    model, checkpoints = (found.beside(store.url, suffix) for suffix in (".model", ".checkpoints"))
+    options, study = command.options, command.study
+    runtime = _begin(command, store, tracker)
+    here, reason = options.engine == "processes", options.reopen_test
+    useful = of_use(options.workers, study, store, bool(reason)) if here else options.workers
+    _say_what_begins(command, useful, store, runtime)
     failure = None
-    with (
-        _workers(options, workers_of_use, found, study, store, tracker, runtime, console) as workers,
-        Display(study, store, console, workers.at_once if workers else 1, bool(options.reopen_test)) as display,
-        closing(events_of(study, store, runtime, model, checkpoints, options.reopen_test, workers)) as events,
-    ):
-        try:
-            for event in events:
-                tracker.show(event)
-                store.check_file()
-                display.show(event)
-        except TooManyFailures as error:
-            failure = error
-    return _end(found, study, store, tracker, console, failure)
+    with _workers(command, useful, store, tracker, runtime) as workers:
+        context = Context(
+            study=study, store=store, runtime=runtime, checkpoints=command.beside(".checkpoints"), workers=workers
+        )
+        with (
+            Display(study, store, command.console, workers.at_once if workers else 1, bool(reason)) as display,
+            closing(events_of(context, command.beside(".model"), reason)) as events,
+        ):
+            try:
+                for event in events:
+                    tracker.show(event)
+                    store.check_file()
+                    display.show(event)
+                    for hook in command.hooks:
+                        hook(event)
+            except TooManyFailures as error:
+                failure = error
+    _end(command, store, tracker, failure)
 
 
-def _begin(options: RunOptions, study: Study, store: Store, tracker: MLflowTracker) -> Runtime:
+def _begin(command: Command, store: Store, tracker: MLflowTracker) -> Runtime:
     """What must be settled before the first trial: how it is computed, and that MLflow has the study's run."""
     from harness.tracking import expected as tracking
     from harness.training.features import keep_features
     from harness.training.job import decide_runtime
 
+    options, study = command.options, command.study
     with store.alone(START):
         _check_versions(store)
         among_others = store.facts().wanted if store.at_work() else 0
@@ -96,38 +99,33 @@ def _check_versions(store: Store) -> None:
     store.set_attribute("versions", versions())
 
 
-def _say_what_begins(
-    options: RunOptions, of_use: int, study: Study, store: Store, runtime: Runtime, console: Any
-) -> None:
+def _say_what_begins(command: Command, useful: int, store: Store, runtime: Runtime) -> None:
     from harness.data.splits import SPLITS, items_of
     from harness.report import overview
     from harness.store.store import wanted
 
-    workers = f", {options.workers} workers" if options.workers > 1 else ""
-    if of_use < options.workers:
-        workers = f", {of_use} of {options.workers} workers, for the others there is nothing to do"
-    data = study.train.data
+    count, data = command.options.workers, command.study.train.data
+    workers = f", {count} workers" if count > 1 else ""
+    if useful < count:
+        workers = f", {useful} of {count} workers, for the others there is nothing to do"
     images = "/".join(f"{len(items_of(data, split)):,}" for split in SPLITS)
-    console.print(
-        f"Study {study.name}: {overview.finished_of(store.finished(), wanted(study, store))}, "
+    command.say(
+        f"Study {command.study.name}: {overview.finished_of(store.finished(), wanted(command.study, store))}, "
         f"{len(data.classes()):,} classes, {images} images to train, choose and test, "
-        f"{overview.in_words(runtime.to_dict())}{workers}",
-        highlight=False,
-        soft_wrap=True,
+        f"{overview.in_words(runtime.to_dict())}{workers}"
     )
     if runtime.compiled:
-        console.print("The model is compiled in its first steps; that takes minutes, once a process.")
+        command.say("The model is compiled in its first steps; that takes minutes, once a process.")
 
 
-def _end(
-    found: Found, study: Study, store: Store, tracker: MLflowTracker, console: Any, failure: Exception | None
-) -> int:
+def _end(command: Command, store: Store, tracker: MLflowTracker, failure: Exception | None) -> None:
     """Write the report, describe and register the model, tell MLflow; unless another coordinator does."""
     from harness.final.model_files import is_untested
     from harness.report import overview
     from harness.report.write import write_report
     from harness.tracking import expected as tracking
 
+    study, console = command.study, command.console
     store.check_file()
     done = failure is None and store.is_complete(study)  # by another coordinator, for which this one waited
     if done or not store.lead():
@@ -135,45 +133,36 @@ def _end(
             tracker.finish(tracking.study_metrics(store), [], "complete")  # where each has an MLflow of its own
         else:
             tracker.leave()
-        print(overview.summary(study.name, store, tracker.uri))
+        console.say(overview.summary(study.name, store, tracker.uri))
         store.check_file()
-        return _failed(failure) if failure else ended(store)
-    model_folder, report_folder = (found.beside(store.url, suffix) for suffix in (".model", ".report"))
+        return check_result(store, failure)
+    model_folder, report_folder = map(command.beside, (".model", ".report"))
     write_report(study.name, store, tracker.uri, report_folder)
-    model = describe_model(study, store, model_folder, console)
+    model = describe_model(command, store)
     folders = [report_folder] if is_untested(model_folder) else [report_folder, model_folder]
     told = tracker.finish(tracking.study_metrics(store), folders, "failed" if failure else "complete")
     if failure:
-        return _failed(failure)
+        return check_result(store, failure)
     if told and model is not None and model_folder in folders:
-        told = register(study, store, tracker, model, console)
+        told = register(command, store, tracker, model)
     if told:
         store.set_attribute("published", store.finished())
     else:
-        print(f"MLflow at {masked(tracker.uri)} lacks a part of this; the same command writes it when MLflow is back.")
-    print(overview.summary(study.name, store, tracker.uri))
-    print(f"report    {report_folder / 'report.html'}")
+        console.say(
+            f"MLflow at {masked(tracker.uri)} lacks a part of this; the same command writes it when MLflow is back."
+        )
+    console.say(overview.summary(study.name, store, tracker.uri))
+    console.say(f"report    {report_folder / 'report.html'}")
     store.check_file()
-    return ended(store)
-
-
-def _failed(failure: Exception) -> int:
-    print(f"error: {failure}", file=sys.stderr)
-    return FAILED
+    check_result(store)
 
 
 @contextmanager
 def _workers(
-    options: RunOptions,
-    of_use: int,
-    found: Found,
-    study: Study,
-    store: Store,
-    tracker: MLflowTracker,
-    runtime: Runtime,
-    console: Any,
+    command: Command, useful: int, store: Store, tracker: MLflowTracker, runtime: Runtime
 ) -> Iterator[Workers | None]:
     """Who trains for this process; None when it does so itself, or nothing is left to train."""
+    options, study = command.options, command.study
     here = options.engine == "processes"
     if (here and options.workers == 1) or (store.finished() >= study.trials and store.is_settled()):
         yield None
@@ -181,19 +170,19 @@ def _workers(
     from harness.workers.worker import Order
 
     order = Order(
-        file=found.file,
+        file=command.found.file,
         settings=options.set,
         data_root=options.data_root,
         device=options.device,
         trials=study.trials,
         url=store.url,
-        checkpoints=found.beside(store.url, ".checkpoints"),
+        checkpoints=command.beside(".checkpoints"),
     )
     if here:
         from harness.workers.pool import Pool, surroundings
 
         environments = surroundings(options.workers, options.workers_per_gpu, runtime.device.type)
-        with Pool(order, environments[:of_use], tracker.show) as pool:
+        with Pool(order, environments[:useful], tracker.show) as pool:
             yield pool
         return
     from harness.workers.ray_cluster import in_words, needs
@@ -201,9 +190,9 @@ def _workers(
 
     asked = needs(options.workers, options.workers_per_gpu, runtime.device.type)
     text = f"Asking Ray for {asked.workers} worker{'s' if asked.workers > 1 else ''}"
-    console.print(f"{text}, {in_words(asked)} each; that takes some seconds.", highlight=False, soft_wrap=True)
+    command.say(f"{text}, {in_words(asked)} each; that takes some seconds.")
     with ExitStack() as kept:
-        with console.status(f"{text} …"):
+        with command.console.status(f"{text} …"):
             workers = kept.enter_context(RayWorkers(order, store, asked, tracker.show))
         yield workers
 
@@ -217,16 +206,15 @@ def _name_changes(store: Store, device: torch.device) -> None:
         print(f"Since the last trial, {found}: from here on the last bits may differ.", file=sys.stderr)
 
 
-def ended(store: Store) -> int:
-    """The exit code of a study with all its trials; without a complete one, or a whole ledger, it has no result."""
+def check_result(store: Store, failure: Exception | None = None) -> None:
+    """Raise StudyFailed for a study with all its trials that has no complete one, or no whole ledger."""
+    if failure is not None:
+        raise StudyFailed(str(failure)) from failure
     if (fault := store.ledger_fault()) is not None:
-        text = f"error: In {masked(store.url)}, {fault}; the test result is not to be trusted."
-        print(f"{text} Take the storage from a copy.", file=sys.stderr)
-        return FAILED
-    if store.best() is not None:
-        return DONE
-    print(f"error: {_no_result(store)}", file=sys.stderr)
-    return FAILED
+        text = f"In {store.url}, {fault}; the test result is not to be trusted."
+        raise StudyFailed(f"{text} Take the storage from a copy.")
+    if store.best() is None:
+        raise StudyFailed(_no_result(store))
 
 
 def _no_result(store: Store) -> str:

@@ -7,40 +7,30 @@ from pathlib import Path
 
 from harness.base.keys import audit_key, base_key, final_key, rerank_key, trial_key
 from harness.config.events import Event
-from harness.config.jobs import Workers
 from harness.config.study import Study
-from harness.final.retrain import Place
+from harness.final.retrain import Context
 from harness.final.test_set import after_search
 from harness.search.loop import search
 from harness.store.store import Store, wanted
 from harness.training.checkpoint import SUFFIX, remove, stale
-from harness.training.step import Runtime
 
 
-def run(
-    study: Study,
-    store: Store,
-    runtime: Runtime,
-    model_folder: Path,
-    checkpoints: Path,
-    reason: str | None = None,
-    workers: Workers | None = None,
-) -> Generator[Event, None, None]:
+def run(context: Context, model_folder: Path, reason: str | None = None) -> Generator[Event, None, None]:
     """Whatever the study still lacks, yielding what happens. Closing the generator stops it.
 
-    `reason` is why the test set may be opened for another trial than before. `workers` train, if there are any.
+    `reason` is why the test set may be opened for another trial than before.
     """
+    study, store, checkpoints = context.study, context.store, context.checkpoints
     if not store.at_work():
         for path in stale(checkpoints, wanted_keys(study, store)):
             remove(path)  # its process died between recording the result and this
-    place = Place(study=study, store=store, runtime=runtime, checkpoints=checkpoints, workers=workers)
     done = False
     while not done:
-        if workers is None:
-            yield from search(study, store, runtime, checkpoints)
+        if context.workers is None:
+            yield from search(study, store, context.runtime, checkpoints)
         elif store.finished() < wanted(study, store):
-            yield from workers.search()
-        done = yield from after_search(place, model_folder, reason)
+            yield from context.workers.search()
+        done = yield from after_search(context, model_folder, reason)
     for path in left_over(study, store, checkpoints):
         remove(path)  # of what another machine took up and ended
 

@@ -3,51 +3,50 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from harness.base.errors import InputError, masked
 
 if TYPE_CHECKING:
-    from harness.config.find import Found
-    from harness.config.study import Study
     from harness.serving.model import SavedModel
     from harness.store.store import Store
+    from harness.study.command import Command
     from harness.tracking.tracker import MLflowTracker
 
 START = "start"  # the key of what one coordinator at a time does at its start
 
 
-def write_again(found: Found, study: Study, store: Store, tracker: MLflowTracker, console: Any) -> None:
+def write_again(command: Command, store: Store, tracker: MLflowTracker) -> None:
     """Tell an MLflow that has lost it everything of a finished study; nothing is trained, no image is needed for it."""
     from harness.final.model_files import is_registered, published
     from harness.serving.model import load_saved
     from harness.tracking import expected as tracking
 
-    model = found.beside(store.url, ".model")
+    study, model = command.study, command.beside(".model")
     with store.alone(START):
         tracker.start(study, store, tracking.facts(study, store.facts().runtime or {}))
     told = tracker.finish(tracking.study_metrics(store), published(store, model), "complete")
     if told and is_registered(study, store, model):
-        told = register(study, store, tracker, load_saved(study, store, model), console)
+        told = register(command, store, tracker, load_saved(study, store, model))
     if not told:
         print(f"MLflow at {masked(tracker.uri)} does not take all of it; the same command tries again.")
 
 
-def describe_model(study: Study, store: Store, folder: Path, console: Any) -> SavedModel | None:
+def describe_model(command: Command, store: Store) -> SavedModel | None:
     """Put the exported program and the card beside the final model; returns it if it is to be registered."""
     from harness.final.model_files import PROGRAM, has_model, record_files
     from harness.serving.card import CARD, write_card
     from harness.serving.export import write_program
     from harness.serving.model import load_saved
 
+    study, folder = command.study, command.beside(".model")
     if not (store.has_final() and has_model(folder)):
         return None
     model, program = None, None
     if study.final.publish:
         saved = load_saved(study, store, folder)
         try:
-            with console.status("Exporting the final model …"):
+            with command.console.status("Exporting the final model …"):
                 write_program(saved, folder / PROGRAM)
             model, program = saved, PROGRAM
         except InputError as error:  # a backbone that torch cannot export; the result is none the worse
@@ -58,12 +57,12 @@ def describe_model(study: Study, store: Store, folder: Path, console: Any) -> Sa
     return model
 
 
-def register(study: Study, store: Store, tracker: MLflowTracker, model: SavedModel, console: Any) -> bool:
+def register(command: Command, store: Store, tracker: MLflowTracker, model: SavedModel) -> bool:
     """Register the model in MLflow; whether that is done."""
     from harness.serving.registry import candidate, publish
 
-    with console.status("Registering the final model in MLflow, and checking it …"):
-        done = publish(tracker, candidate(study.name, store, model))
+    with command.console.status("Registering the final model in MLflow, and checking it …"):
+        done = publish(tracker, candidate(command.study.name, store, model))
     if done:
         store.set_attribute("registered", model.description["trial"])
     return done

@@ -46,6 +46,23 @@ def install(*, quiet: bool = False) -> None:
 
 
 @contextmanager
+def handled() -> Iterator[None]:
+    """As after `install`, inside; in a thread, where Python hears no signals, everything stays as it is."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is _handle:
+        yield
+        return
+    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    before, hooks = {number: signal.getsignal(number) for number in numbers}, (sys.unraisablehook, sys.excepthook)
+    install()
+    try:
+        yield
+    finally:
+        sys.unraisablehook, sys.excepthook = hooks
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def inherited_later() -> Iterator[None]:
     """A Ctrl-C reaches a process that is started inside once it calls `install`; before, it would only die noisily."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])

@@ -6,15 +6,18 @@ rate decay (Howard and Ruder, 2018, "discriminative fine-tuning"; Clark et al., 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from harness.base.errors import InputError
+from harness.config.study import Study
 from harness.config.train import OptimConfig
 
 # Of these layers nothing decays, whatever its shape; nor do parameters of other modules that are called so.
@@ -157,3 +160,17 @@ def group_table(groups: Sequence[ParameterGroup]) -> str:
             f"{len(group.names):>7}  {group.count:>10,}"
         )
     return "\n".join(lines) + "\n"
+
+
+def groups_of(study: Study) -> str:
+    """The parameter groups of the base configuration; the weights' values do not matter for them."""
+    config: Any = study.train
+    backbone = config.backbone
+    if "pretrained" in getattr(backbone, "__dataclass_fields__", {}) and backbone.pretrained is True:
+        backbone = dataclasses.replace(backbone, pretrained=False)
+    try:
+        classes = len(config.data.classes())
+    except InputError:
+        classes = 102  # the data are not here; only the last layer's count depends on them
+    model = backbone.build(classes, config.data.image_size)
+    return group_table(parameter_groups(model, backbone.depths(config.optim.depth_by), config.optim))

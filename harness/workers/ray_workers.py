@@ -29,14 +29,14 @@ from harness.base.files import replace_file, sqlite_file
 from harness.base.processes import name_of_this
 from harness.config.events import EpochEnded, Event
 from harness.config.jobs import Job, Search, Train
-from harness.final.retrain import KEYS, Place
+from harness.final.retrain import KEYS, Context
 from harness.store.store import Store
 from harness.training import interrupt
 from harness.training.checkpoint import SUFFIX, remove
 from harness.workers.pool import DEATHS_IN_A_ROW, FAREWELL_SECONDS
 from harness.workers.ray_cluster import Needs, in_words
 from harness.workers.ray_head import Arrived, Head, Replaced, answer, served
-from harness.workers.worker import Done, Message, Order, Stopped, do, opened, place_of
+from harness.workers.worker import Done, Message, Order, Stopped, context_of, do, opened
 
 POLL_SECONDS = 0.2  # between two looks at what the workers say
 
@@ -200,9 +200,9 @@ def _work(order: Order, job: Job, number: int, head: Any) -> bytes | None:
     tell = functools.partial(_tell, head, owner)
     answer(head.arrive.remote(number, owner, where))
     try:
-        with _opened(order, head, owner) as place:
-            _prepare(place)
-            do(job, place, tell)
+        with _opened(order, head, owner) as context:
+            _prepare(context)
+            do(job, context, tell)
         return _to_carry(order, job, head)
     except InputError as error:
         tell(Stopped(InputError(f"On {where}: {error}")))
@@ -220,34 +220,34 @@ def _tell(head: Any, owner: str, message: Message) -> None:
 
 
 @contextmanager
-def _opened(order: Order, head: Any, owner: str) -> Iterator[Place]:
+def _opened(order: Order, head: Any, owner: str) -> Iterator[Context]:
     """The study as this worker sees it: in SQLite through the head, else in its database."""
     from harness.store.opening import check_definition
 
     if sqlite_file(order.url) is None:
-        with opened(order) as place:
-            place.store.leases.owner = owner  # the one that the coordinator knows
-            yield place
+        with opened(order) as context:
+            context.store.leases.owner = owner  # the one that the coordinator knows
+            yield context
         return
     study = order.study()
     with served(head, owner, order.url) as store:
         check_definition(study, store, None)
-        yield place_of(order, study, store)
+        yield context_of(order, study, store)
 
 
-def _prepare(place: Place) -> None:
+def _prepare(context: Context) -> None:
     """Make what all workers of this node need, once. Raises InputError when the data are not those of the study."""
     from harness.data.splits import prepare
     from harness.training.features import keep_features
 
-    study = place.study
+    study = context.study
     name = hashlib.sha256(str(study.train.data.cache).encode()).hexdigest()[:16]
     with filelock.FileLock(Path(tempfile.gettempdir()) / f"harness-{os.getuid()}-{name}.lock"):
         content = prepare(study.train.data)
-        begun = (place.store.facts().definition or {}).get("content of data")
+        begun = (context.store.facts().definition or {}).get("content of data")
         if begun not in (None, content):
             raise InputError("the data set is not the one that the study was begun with; copy that one here.")
-        keep_features(study.train, place.runtime, with_validation=study.final.fit_on == "train+val")
+        keep_features(study.train, context.runtime, with_validation=study.final.fit_on == "train+val")
 
 
 def _to_carry(order: Order, job: Job, head: Any) -> bytes | None:

@@ -26,7 +26,7 @@ from harness.training import interrupt
 
 if TYPE_CHECKING:
     from harness.config.study import Study
-    from harness.final.retrain import Place
+    from harness.final.retrain import Context
     from harness.store.store import Store
 
 ORPHAN_SECONDS = 120.0  # for the batch under way and its checkpoint
@@ -67,12 +67,12 @@ class Stopped:
 Message = Event | Done | Stopped
 
 
-def do(job: Job, place: Place, tell: Callable[[Message], None]) -> None:
+def do(job: Job, context: Context, tell: Callable[[Message], None]) -> None:
     """Do a job to its end. What stops it for good is told too."""
     from harness.search.loop import TooManyFailures
 
     try:
-        with closing(_events(job, place)) as events:
+        with closing(_events(job, context)) as events:
             for event in events:
                 tell(event.sendable() if isinstance(event, TrialStarted) else event)
     except (TooManyFailures, Halt, InputError) as error:
@@ -81,37 +81,37 @@ def do(job: Job, place: Place, tell: Callable[[Message], None]) -> None:
         tell(Done())
 
 
-def _events(job: Job, place: Place) -> Generator[Event, None, None]:
+def _events(job: Job, context: Context) -> Generator[Event, None, None]:
     from harness.final.retrain import Retraining
     from harness.search.loop import search
 
     if isinstance(job, Search):
-        yield from search(place.study, place.store, place.runtime, place.checkpoints)
+        yield from search(context.study, context.store, context.runtime, context.checkpoints)
     else:
-        trial = next(each for each in place.store.trials() if each.number == job.trial)
-        yield from Retraining(place, job.kind, trial, job.seed_number).train()
+        trial = next(each for each in context.store.trials() if each.number == job.trial)
+        yield from Retraining(context, job.kind, trial, job.seed_number).train()
 
 
 @contextmanager
-def opened(order: Order) -> Iterator[Place]:
+def opened(order: Order) -> Iterator[Context]:
     """The study as this worker sees it. Raises InputError when it is not the study that was begun."""
     from harness.store.opening import open_store
 
     study = order.study()
     with open_store(study, order.url, joining=True) as store:
-        yield place_of(order, study, store)
+        yield context_of(order, study, store)
 
 
-def place_of(order: Order, study: Study, store: Store) -> Place:
+def context_of(order: Order, study: Study, store: Store) -> Context:
     """What a worker needs. Raises InputError when it would compute with other versions than its coordinator."""
-    from harness.final.retrain import Place
+    from harness.final.retrain import Context
     from harness.training.checkpoint import differences
     from harness.training.job import decide_runtime
 
     if differing := differences(store.facts().versions, versions()):
         raise InputError(f"This study is computed elsewhere with other versions: {differing} here; install the same.")
     runtime = decide_runtime(study.train, store.facts().runtime)
-    return Place(study=study, store=store, runtime=runtime, checkpoints=order.checkpoints)
+    return Context(study=study, store=store, runtime=runtime, checkpoints=order.checkpoints)
 
 
 def work(order: Order, line: connection.Connection) -> None:
@@ -120,9 +120,9 @@ def work(order: Order, line: connection.Connection) -> None:
     try:
         interrupt.install(quiet=True)
         _end_with_coordinator()
-        with opened(order) as place:
+        with opened(order) as context:
             while (job := line.recv()) is not None:
-                do(job, place, tell)
+                do(job, context, tell)
     except (Halt, InputError) as error:
         tell(Stopped(error))
     except (KeyboardInterrupt, EOFError, BrokenPipeError):

@@ -10,10 +10,13 @@ from harness.base.environment import environment
 from harness.base.errors import InputError
 from harness.base.seeds import derive_seed
 from harness.config.events import EpochResult
+from harness.config.find import Found
 from harness.config.study import Study
+from harness.data.splits import prepare
+from harness.store import opening
 from harness.store.store import TrialRecord
 from harness.training.checkpoint import differences
-from harness.training.job import assemble
+from harness.training.job import assemble, decide_runtime
 from harness.training.loop import fit
 from harness.training.step import Runtime
 
@@ -50,6 +53,41 @@ def reproduce(study: Study, trial: TrialRecord, runtime: Runtime) -> Iterator[Co
     with closing(fit(training)) as results:
         for recorded, now in zip(trial.epochs, results, strict=False):
             yield Compared(recorded=recorded, now=now)
+
+
+class Reproduction:
+    """A recorded trial, trained again as it is iterated over."""
+
+    def __init__(self, study: Study, trial: TrialRecord, runtime: Runtime) -> None:
+        self.trial, self.same = trial, True  # whether every epoch so far is
+        self._study, self._runtime = study, runtime
+
+    def __iter__(self) -> Iterator[Compared]:
+        for each in reproduce(self._study, self.trial, self._runtime):
+            self.same = self.same and each.same
+            yield each
+
+    def verdict(self) -> str:
+        """How it came out, in a sentence, and why it may differ."""
+        if not self.same:
+            return f"Trial {self.trial.number} is not reproduced. {explanation(self.trial, self._runtime)}"
+        count = f"{len(self.trial.epochs)} epochs" if len(self.trial.epochs) > 1 else "1 epoch"
+        return f"Trial {self.trial.number} is reproduced to the last bit: {count}."
+
+
+def reproduction(found: Found, url: str, number: int, data_root: str | None, device: str | None) -> Reproduction:
+    """A trial of the results at `url`. Raises InputError when there is none, or its images or weights are others."""
+    study = found.study.located(found.home, data_root, device)
+    with opening.read_store(study.name, url) as store:
+        study = opening.as_begun(study, store)
+        trials = {trial.number: trial for trial in store.trials()}
+        if number not in trials:
+            has = f"it has 0 to {max(trials)}" if trials else "it has none yet"
+            raise InputError(f"Study {study.name!r} has no trial {number}; {has}.")
+        runtime = decide_runtime(study.train, store.facts().runtime)
+        content = {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
+        opening.as_begun(study, store, content)
+    return Reproduction(study, trials[number], runtime)
 
 
 def explanation(trial: TrialRecord, runtime: Runtime) -> str:

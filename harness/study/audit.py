@@ -12,14 +12,13 @@ from typing import Any
 
 from harness.base import mounts
 from harness.base.environment import environment
-from harness.base.errors import DONE, InputError
+from harness.base.errors import InputError
 from harness.base.files import sqlite_file
 from harness.base.keys import audit_key
 from harness.base.seeds import derive_seed
-from harness.cli.reproduce import Compared, explanation
-from harness.cli.run import keep_imports
 from harness.config import find as catalogue
 from harness.config.events import EpochResult
+from harness.config.find import Found
 from harness.config.options import RunOptions
 from harness.config.study import Study
 from harness.data.splits import prepare
@@ -27,6 +26,8 @@ from harness.final import audit
 from harness.report.write import write_report
 from harness.store import opening
 from harness.store.store import Store, TrialRecord
+from harness.study.reproduce import Compared, explanation
+from harness.study.start import keep_imports
 from harness.tracking.places import attached, tracker_at, uri_of
 from harness.training.checkpoint import SUFFIX, Checkpoint, identity_of, remove
 from harness.training.job import assemble, decide_runtime
@@ -34,9 +35,8 @@ from harness.training.loop import fit
 from harness.training.step import Runtime
 
 
-def audit_study(options: RunOptions, fraction: float, seed: int) -> int:
-    """Audit a study, or go on with it; returns the exit code. Raises InputError for what a user can mend."""
-    found = catalogue.find(options.study)
+def audit_study(options: RunOptions, found: Found, fraction: float, seed: int) -> None:
+    """Audit a study, or go on with it. Raises InputError for what a user can mend."""
     study = found.study.located(found.home, options.data_root, options.device)
     url = opening.url_of(found, options.storage)
     if options.tracking_uri:
@@ -46,7 +46,7 @@ def audit_study(options: RunOptions, fraction: float, seed: int) -> int:
         check_ended(study, store)
         if not pruned(store):
             print(f"Study {study.name!r} has no pruned trials: pruning saved nothing, and there is nothing to audit.")
-            return DONE
+            return
         runtime = decide_runtime(study.train, store.facts().runtime)
         content = None
         if missing(store, fraction, seed):
@@ -64,7 +64,6 @@ def audit_study(options: RunOptions, fraction: float, seed: int) -> int:
         store.check_file()
         print("\n".join(audit.audit_sentences(store.facts().audit or {})))
         _write_report(study, store, found, options.tracking_uri)
-    return DONE
 
 
 def _write_report(study: Study, store: Store, found: catalogue.Found, tracking_uri: str | None) -> None:

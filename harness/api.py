@@ -1,0 +1,331 @@
+"""What a Python program or a notebook calls: `harness.run`, `harness.open`, `harness.studies`.
+
+The command line is a thin layer over this module. What is large is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.config import find as finding
+from harness.config.options import RunOptions
+
+if TYPE_CHECKING:
+    import pandas
+    from PIL import Image
+
+    from harness.config.events import Event
+    from harness.config.final_result import FinalResult
+    from harness.config.find import Found
+    from harness.config.study import Study
+    from harness.config.train import TrainConfig
+    from harness.serving.predict import Guess, Predictor
+    from harness.store.store import Store
+    from harness.study.reproduce import Reproduction
+
+
+def run(
+    study: Study | str | Path,
+    *,
+    trials: int | None = None,
+    workers: int = 1,
+    storage: str | None = None,
+    tracking_uri: str | None = None,
+    home: str | Path | None = None,
+    on_event: Callable[[Event], object] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Result:
+    """Run a study, or what is missing of it, and return its result; called again, it does nothing, or goes on.
+
+    `study` is a `Study`, the name of one in `home`/studies, or a file. `trials` are those finished in all. `storage`
+    and `tracking_uri` are URLs of databases; by default they lie in `home`, which is the current folder. `on_event` is
+    called with every event (`harness.config.events`). `options` are the other fields of `RunOptions`, as the command
+    line has them: `set=["epochs=3"]`, `device`, `data_root`, `engine`, `fresh`, `reopen_test`.
+
+    Ctrl-C, or a notebook's stop button, finishes the batch, writes a checkpoint, and raises KeyboardInterrupt. Raises
+    InputError for what a user can mend, Halt when the study cannot go on here, StudyFailed when no trial has a result.
+    """
+    from harness.report.display import StudyConsole
+    from harness.study import start
+    from harness.training import interrupt
+
+    found = _found(study, home)
+    if found.study is study:
+        start.check_own_process(workers, options.get("engine", "processes"))
+    given = {"trials": trials, "workers": workers, "storage": storage, "tracking_uri": tracking_uri} | options
+    shown = "".join(f", {name}={value!r}" for name, value in given.items() if value not in (None, 1))
+    asked = RunOptions.from_program(given, command=f"harness.run({found.study.name!r}{shown})")
+    with interrupt.handled():
+        start.run(asked, found, StudyConsole(quiet=not progress), [] if on_event is None else [on_event])
+    return Result(found, storage, tracking_uri)
+
+
+def open(study: Study | str | Path, storage: str | None = None, *, home: str | Path | None = None) -> Result:
+    """Look at a study, which may be running; nothing is written. Raises InputError when there is none."""
+    result = Result(_found(study, home), storage)
+    with result.store():
+        return result
+
+
+def studies(home: str | Path | None = None) -> pandas.DataFrame:
+    """A row for each study in `home`/studies: its state, trials, best validation and test accuracy."""
+    import pandas
+
+    return pandas.DataFrame([asdict(row) for row in rows(home)])
+
+
+def _found(study: Study | str | Path, home: str | Path | None) -> Found:
+    from harness.config.study import Study
+
+    if isinstance(study, Study):
+        place = Path(home) if home is not None else Path.cwd()
+        return finding.Found(study=study, file=place.resolve() / "studies" / f"{study.name}.py", home=place.resolve())
+    return finding.find(str(study), None if home is None else Path(home))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestTrial:
+    """The trial that the final run retrains; before it is chosen, the complete one with the highest value."""
+
+    number: int
+    value: float  # validation accuracy, a share
+    params: dict[str, Any]
+    config: TrainConfig
+
+
+@dataclass(frozen=True)
+class Report:
+    """A study's page. In a notebook it shows the answer, and a link."""
+
+    path: Path
+    answer: str
+
+    def _repr_html_(self) -> str:
+        link = f'<a href="{html.escape(self.path.as_uri())}">{html.escape(str(self.path))}</a>'
+        return f"{html.escape(self.answer)}<br>{link}"
+
+
+class Result:
+    """What a study has found so far; every question is put to its storage anew."""
+
+    def __init__(self, found: Found, storage: str | None = None, tracking_uri: str | None = None) -> None:
+        from harness.store.opening import url_of
+
+        self.name = found.study.name
+        self.url = url_of(found, storage)
+        self._found, self._tracking_uri = found, tracking_uri
+
+    def store(self) -> Any:
+        """A context manager that opens the study's storage to look at it."""
+        from harness.store.opening import read_store
+
+        return read_store(self.name, self.url)
+
+    @property
+    def tracking_uri(self) -> str:
+        from harness.tracking.places import uri_of
+
+        return uri_of(self._tracking_uri, self._found.mlruns)
+
+    @property
+    def best(self) -> BestTrial | None:
+        """None while no trial is complete."""
+        with self.store() as store:
+            trial = store.chosen() or store.best()
+            if trial is None:
+                return None
+            config = self._begun(store).config(trial.params)
+            return BestTrial(number=trial.number, value=trial.value, params=trial.params, config=config)
+
+    @property
+    def final(self) -> FinalResult | None:
+        """None while the test set was not opened."""
+        with self.store() as store:
+            return store.facts().final
+
+    def trials(self) -> pandas.DataFrame:
+        """A row for each trial: number, state, value, epochs, seconds, reason, and each parameter."""
+        from harness.report.overview import frame
+
+        with self.store() as store:
+            return frame(store)
+
+    def curves(self) -> pandas.DataFrame:
+        """A row for each epoch of each trial: its losses and accuracies, learning rate and seconds."""
+        import pandas
+
+        with self.store() as store:
+            epochs = [(trial.number, each) for trial in store.trials() for each in trial.epochs]
+        return pandas.DataFrame([{"trial": number, "epoch": each.epoch, **each.metrics()} for number, each in epochs])
+
+    def summary(self) -> str:
+        """The study in a few lines."""
+        from harness.report import overview
+
+        with self.store() as store:
+            return overview.summary(self.name, store, self.tracking_uri)
+
+    def overview(self) -> dict[str, Any]:
+        """Everything that is known, ready for JSON."""
+        from harness.report import overview
+
+        with self.store() as store:
+            return overview.overview(self.name, store, self.tracking_uri)
+
+    def digest(self) -> str:
+        """A sha256 of the results: equal ones, equal studies."""
+        from harness.report import overview
+
+        with self.store() as store:
+            return overview.digest(store)
+
+    @property
+    def report(self) -> Report:
+        """The study's page as it is now, beside the study's file."""
+        from harness.final.sentences import test_sentence
+
+        path = self.write_report()
+        with self.store() as store:
+            return Report(path, test_sentence(store))
+
+    def write_report(self, folder: Path | None = None) -> Path:
+        """Write report.html and trials.csv, and return the page's path. Raises Halt when there is no room."""
+        from harness.report.write import write_report
+
+        with self.store() as store:
+            return write_report(self.name, store, self.tracking_uri, folder or self._found.beside(self.url, ".report"))
+
+    @property
+    def model(self) -> Model:
+        """The final model, ready on the CPU. Raises InputError when there is none."""
+        from harness.serving.predict import predictor_of
+
+        return Model(predictor_of(self._found, self.url, "cpu"))
+
+    def reproduce(self, trial: int, *, data_root: str | None = None, device: str | None = None) -> Reproduction:
+        """A trial to train again: to be iterated over, epoch by epoch beside the record. Raises InputError for none."""
+        from harness.study.reproduce import reproduction
+
+        return reproduction(self._found, self.url, trial, data_root, device)
+
+    def replay(self) -> bool:
+        """Ask the sampler for every trial again, printing what differs; whether nothing does."""
+        from harness.study.replay import replay_study
+
+        with self.store() as store:
+            return replay_study(self._begun(store), store)
+
+    def audit(self, fraction: float = 0.1, seed: int = 0, **options: Any) -> None:
+        """Train a part of the pruned trials to their ends, printing what pruning saved and cost."""
+        from harness.study.audit import audit_study
+        from harness.training import interrupt
+
+        given = {"storage": self.url, "tracking_uri": self._tracking_uri} | options
+        with interrupt.handled():
+            audit_study(RunOptions.from_program(given), self._found, fraction, seed)
+
+    def doctor(self, fix: bool = False) -> bool:
+        """Print where storage, MLflow, checkpoints and processes disagree; with `fix`, mend it. Whether all is well."""
+        from harness.study.doctor import consult
+
+        return consult(self._found, self.url, self._tracking_uri, fix)
+
+    def export_onnx(self, path: str | Path) -> None:
+        """Write the final model as one ONNX file. Raises InputError for what a user can mend."""
+        from harness.serving.export import export_onnx
+
+        export_onnx(self._found, self.url, Path(path))
+
+    def _begun(self, store: Store) -> Study:
+        from harness.store.opening import as_begun
+
+        return as_begun(self._found.study, store)
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.summary())}</pre>"
+
+
+class Model:
+    """The final model, ready for photographs."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.predictor = predictor
+
+    @property
+    def classes(self) -> Sequence[str]:
+        return self.predictor.saved.classes
+
+    def predict(self, images: Sequence[str | Path | Image.Image], top: int = 5) -> list[list[Guess]]:
+        """The `top` likeliest classes of each photograph, the likeliest first, each with its `name` and `probability`.
+
+        `images` are files or Pillow images of any size. Raises InputError naming a file that is no image.
+        """
+        import torch
+
+        from harness.serving.model import preprocess
+
+        size = self.predictor.saved.image_size
+        if not images:
+            return []
+        tensors = [
+            self.predictor.photograph(Path(each)) if isinstance(each, str | Path) else preprocess([each], size)[0]
+            for each in images
+        ]
+        return self.predictor.guesses(torch.stack(tensors), min(top, len(self.classes)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A study in a list; accuracies are shares."""
+
+    study: str
+    state: str  # not begun, running, interrupted, finished, failed, or cannot be read
+    finished: int  # trials
+    trials: int  # asked for
+    best: float | None  # validation accuracy
+    test: float | None  # test accuracy
+    note: str | None = None  # why it cannot be read
+
+
+def rows(home: str | Path | None = None) -> list[Row]:
+    """The studies in `home`/studies, in order."""
+    from harness.base.errors import InputError
+
+    found = []
+    for name in finding.names(None if home is None else Path(home)):
+        try:
+            found.append(_row(finding.find(name, None if home is None else Path(home))))
+        except InputError as error:
+            unread = Row(
+                study=name, state="cannot be read", finished=0, trials=0, best=None, test=None, note=str(error)
+            )
+            found.append(unread)
+    return found
+
+
+def _row(found: Found) -> Row:
+    from harness.report.overview import state_of
+    from harness.store.opening import exists, read_store, url_of
+
+    study = found.study
+    url = url_of(found, None)
+    if not exists(study.name, url):
+        return Row(study=study.name, state="not begun", finished=0, trials=study.trials, best=None, test=None)
+    with read_store(study.name, url) as store:
+        best, final, facts = store.chosen() or store.best(), store.facts().final, store.facts()
+        return Row(
+            study=study.name,
+            state=state_of(store),
+            finished=store.finished(),
+            trials=facts.wanted or study.trials,
+            best=None if best is None else best.value,
+            test=None if final is None else final.accuracy,
+        )
