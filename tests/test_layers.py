@@ -44,8 +44,9 @@ FREE_OF_TORCH = (
     *(f"search.{name}" for name in ("extrapolation", "history", "pruners", "rehearsal", "samplers", "suggest")),
     *(f"final.{name}" for name in ("audit", "model_files", "predictions", "sentences", "statistics", "thumbnails")),
     *(f"report.{name}" for name in ("display", "overview", "write")),
-    *(f"cli.{name}" for name in ("arguments", "commands", "replay", "run")),
-    *(f"study.{name}" for name in ("coordinator", "publish")),
+    *(f"cli.{name}" for name in ("arguments", "commands", "run")),
+    "api",
+    *(f"study.{name}" for name in ("command", "coordinator", "publish", "replay", "start")),
 )
 
 

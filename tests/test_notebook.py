@@ -1,0 +1,77 @@
+"""docs/notebook.ipynb: its kernel is killed while a study runs, and the same cell goes on to the same result."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import DeadKernelError
+
+from harness.base.errors import InputError
+from harness.store.opening import read_store
+from tests.conftest import PROJECT
+from tests.patience import PATIENCE_SECONDS
+
+NOTEBOOK = PROJECT / "docs" / "notebook.ipynb"
+
+
+def client(folder: Path) -> NotebookClient:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    return NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+
+
+@pytest.fixture
+def kernels(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+    return workspace
+
+
+def kill_in_mid_study(running: NotebookClient, url: str) -> None:
+    end = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < end:
+        try:
+            with read_store("demo", url) as store:
+                if store.finished() >= 2:
+                    os.kill(running.km.provisioner.process.pid, signal.SIGKILL)
+                    return
+        except InputError:
+            pass  # it has not begun
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("mlruns")
+def test_a_killed_kernel_loses_nothing_and_the_notebook_comes_to_the_same_result(
+    kernels: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    first = client(kernels)
+    killer = threading.Thread(target=kill_in_mid_study, args=(first, f"sqlite:///{kernels}/studies/demo.db"))
+    killer.start()
+    with pytest.raises(DeadKernelError):
+        first.execute()
+    killer.join()
+
+    second = client(kernels)
+    second.execute()
+
+    outputs = json.dumps([cell.get("outputs", []) for cell in second.nb.cells])
+    assert "was interrupted" in outputs
+    assert "Test accuracy" in outputs
+    straight = tmp_path_factory.mktemp("straight")
+    (straight / "studies").mkdir()
+    (straight / "studies" / "demo.py").write_bytes((PROJECT / "studies" / "demo.py").read_bytes())
+    code = "import harness; print(harness.run('demo', trials=8, progress=False).digest())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=straight, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in outputs
