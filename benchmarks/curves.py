@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from harness.base.environment import environment
 from harness.config.events import EpochResult
 from harness.config.space import Choice, Dimension, Float, apply, encode
-from harness.config.train import EngineConfig, OptimConfig, TrainConfig
+from harness.config.train import OptimConfig, RuntimeConfig, TrainConfig
 from harness.data.flowers102 import Flowers102
 from harness.data.splits import load_test
 from harness.training.checkpoint import Checkpoint, identity_of, remove
@@ -116,7 +116,7 @@ def base(cache_folder: Path) -> TrainConfig:
         data=Flowers102(root=str(SHARED), image_size=SIDE, stored_size=146, cache=str(cache_folder)),
         backbone=EfficientNetLite0(),
         optim=OptimConfig(base_lr=1e-3, depth_lr_mult=0.6, weight_decay=0.02, warmup_epochs=1),
-        engine=EngineConfig(device="cpu", precision="fp32", channels_last="on", compile="off"),
+        runtime=RuntimeConfig(device="cpu", precision="fp32", channels_last="on", compile="off"),
         batch_size=34,
         epochs=EPOCHS,
     )

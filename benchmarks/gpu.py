@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure import Figures, alternate, ratios, script
 from harness.config.contracts import SplitName
-from harness.config.train import EngineConfig, OptimConfig, TrainConfig
+from harness.config.train import OptimConfig, RuntimeConfig, TrainConfig
 from harness.models.maxvit import MaxViTT, TinyMaxViT
 from harness.training.job import assemble, compilable
 from harness.training.loop import fit
@@ -79,7 +79,7 @@ class Noise:
 
 def config(cache: str, **optim: float) -> TrainConfig:
     rates = {"base_lr": 6e-4, "depth_lr_mult": 0.6, **optim}
-    engine = EngineConfig(device=DEVICE.type, compile="on")
+    engine = RuntimeConfig(device=DEVICE.type, compile="on")
     return TrainConfig(data=Noise(cache=cache), backbone=BACKBONE, optim=OptimConfig(**rates), engine=engine, epochs=2)
 
 

@@ -50,7 +50,7 @@ def full(data_root: str, trials: int, limit: int | None, views: int | None, work
         per_trial(study, runtime)
         precision = "bf16" if runtime.bf16 else "fp32"
         layout = "on" if runtime.channels_last else "off"
-        decided = [f"engine.precision={precision}", f"engine.channels_last={layout}"]
+        decided = [f"runtime.precision={precision}", f"runtime.channels_last={layout}"]
         (home / "studies").mkdir()
         (home / "studies" / "flowers102_head.py").write_text((PROJECT / "studies" / "flowers102_head.py").read_text())
         for count in workers:

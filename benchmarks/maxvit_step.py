@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from benchmarks.measure import alternate, ratios, script
 from harness.config import find as catalogue
-from harness.config.train import EngineConfig, TrainConfig
+from harness.config.train import RuntimeConfig, TrainConfig
 from harness.models.maxvit import MaxViTT
 from harness.training.optim import build_optimizer, parameter_groups
 from harness.training.runtime import resolve
@@ -31,7 +31,7 @@ BACKBONE = MaxViTT(pretrained=False)
 
 def config() -> TrainConfig:
     train = catalogue.find("flowers102").study.train
-    return dataclasses.replace(train, backbone=BACKBONE, engine=EngineConfig(device="cpu"))
+    return dataclasses.replace(train, backbone=BACKBONE, runtime=RuntimeConfig(device="cpu"))
 
 
 def batch(images: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,7 +31,7 @@ from harness.search.extrapolation import ExtrapolatingGPSampler
 from harness.search.history import ShownStudy
 from harness.search.pruners import Pruner, asha, no_pruning
 from harness.search.samplers import Sampler, gp, tpe
-from harness.store.records import Seen
+from harness.store.records import Snapshot
 from tests.analytic import BEST_LOG10_LR, BEST_MULTIPLIER, accuracy, diverges
 from tests.conftest import make_study
 
@@ -89,15 +89,15 @@ class Search:
         self.study, self.workers = study, workers
         self.memory = optuna.create_study(direction="maximize", pruner=study.pruner.of(study))
         self.pace = np.random.default_rng([study.seed, workers])
-        self.at_work: list[tuple[float, int, int]] = []  # when the next epoch ends, the trial, that epoch
+        self.active_workers: list[tuple[float, int, int]] = []  # when the next epoch ends, the trial, that epoch
         self.near: list[tuple[bool, bool]] = []
 
     def run(self) -> Outcome:
         now = 0.0
-        while self.at_work or len(self.near) < TRIALS:
-            while len(self.at_work) < self.workers and len(self.near) < TRIALS:
+        while self.active_workers or len(self.near) < TRIALS:
+            while len(self.active_workers) < self.workers and len(self.near) < TRIALS:
                 self._push(now, self._ask(), 1)
-            now, number, epoch = heapq.heappop(self.at_work)
+            now, number, epoch = heapq.heappop(self.active_workers)
             if not self._ended(number, epoch):
                 self._push(now, number, epoch + 1)
         return Outcome(
@@ -108,17 +108,17 @@ class Search:
         )
 
     def _push(self, now: float, number: int, epoch: int) -> None:
-        heapq.heappush(self.at_work, (now + float(self.pace.lognormal(-0.125, 0.5)), number, epoch))
+        heapq.heappush(self.active_workers, (now + float(self.pace.lognormal(-0.125, 0.5)), number, epoch))
 
     def _ask(self) -> int:
         trial = self.memory.ask()
         trials = self.memory.get_trials(deepcopy=False)
-        history = Seen.now(trials, trial.number, self.study.space).history(trials, trial.number)
+        history = Snapshot.now(trials, trial.number, self.study.space).history(trials, trial.number)
         if self.study.sampler.name.endswith("Predicting"):  # a study shows of running trials the parameters alone
             history = [trials[each.number] if each.state is TrialState.RUNNING else each for each in history]
         params = asking.ask(self.study, self.memory, trial._trial_id, trial.number, history)
         near = [each.number for each in history if self._is_near(params, each.params)]
-        self.near.append((bool(near), bool({number for _, number, _ in self.at_work} & set(near))))
+        self.near.append((bool(near), bool({number for _, number, _ in self.active_workers} & set(near))))
         return trial.number
 
     def _is_near(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

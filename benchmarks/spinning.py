@@ -55,7 +55,7 @@ def _start(setting: str | None, steps: int) -> subprocess.Popen[str]:
 def _steps(count: int) -> None:
     import torch
 
-    from harness.config.train import EngineConfig
+    from harness.config.train import RuntimeConfig
     from harness.models.maxvit import TinyMaxViT
     from harness.training.runtime import resolve
     from harness.training.step import train_step
@@ -63,7 +63,7 @@ def _steps(count: int) -> None:
     def build() -> torch.nn.Module:
         return TinyMaxViT(pretrained=False).build(classes=16, image_size=64)
 
-    runtime = resolve(EngineConfig(device="cpu", precision="fp32", channels_last="on"), build, 64)
+    runtime = resolve(RuntimeConfig(device="cpu", precision="fp32", channels_last="on"), build, 64)
     model = runtime.place(build())
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     images, labels = runtime.move(torch.randn(24, 3, 64, 64)), torch.zeros(24, dtype=torch.int64)

@@ -66,13 +66,13 @@ class Counted:
         sqlalchemy.event.listen(engine, "before_cursor_execute", lambda *_: self.counts.update(["statements"]))
         sqlalchemy.event.listen(engine, "commit", lambda *_: self.counts.update(["transactions"]))
         leases: Any = store._leases
-        self._desk = leases.desk
+        self._exclusive = leases.desk
         leases.desk = self.desk
 
     @contextmanager
-    def desk(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         came = time.perf_counter()
-        with self._desk():
+        with self._exclusive():
             sat = time.perf_counter()
             yield
             self.counts["held"] += time.perf_counter() - sat  # type: ignore[assignment]

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from harness.config.space import Int as Int
     from harness.config.study import Study as Study
     from harness.config.train import AugmentConfig as AugmentConfig
-    from harness.config.train import EngineConfig as EngineConfig
     from harness.config.train import FinalConfig as FinalConfig
     from harness.config.train import OptimConfig as OptimConfig
+    from harness.config.train import RuntimeConfig as RuntimeConfig
     from harness.config.train import TrainConfig as TrainConfig
     from harness.data.flowers102 import Flowers102 as Flowers102
     from harness.data.image_folder import ImageFolder as ImageFolder
@@ -43,7 +43,7 @@ _WHERE = {
     "base.errors": ("Halt", "InputError", "StudyFailed"),
     "config.space": ("Choice", "Float", "Int"),
     "config.study": ("Study",),
-    "config.train": ("AugmentConfig", "EngineConfig", "FinalConfig", "OptimConfig", "TrainConfig"),
+    "config.train": ("AugmentConfig", "RuntimeConfig", "FinalConfig", "OptimConfig", "TrainConfig"),
     "data.flowers102": ("Flowers102",),
     "data.image_folder": ("ImageFolder",),
     "garden.dataset": ("Garden",),

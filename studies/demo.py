@@ -9,11 +9,11 @@ the real study: too high a rate forgets the pretraining, too low a one learns no
 from harness import (
     AugmentConfig,
     Choice,
-    EngineConfig,
     FinalConfig,
     Float,
     Garden,
     OptimConfig,
+    RuntimeConfig,
     Study,
     TinyMaxViT,
     TrainConfig,
@@ -30,7 +30,7 @@ STUDY = Study(
         # What recipes for a hundred epochs of fine-tuning write: a good guess, and too slow for six.
         optim=OptimConfig(base_lr=5e-4, depth_lr_mult=0.8),
         # Named, not "auto": the demo should compute in the same way on every machine.
-        engine=EngineConfig(precision="fp32", channels_last="on", compile="off"),
+        runtime=RuntimeConfig(precision="fp32", channels_last="on", compile="off"),
         batch_size=24,
         epochs=6,
     ),

@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from harness.config.space import Choice, Float
 from harness.config.study import Study
-from harness.config.train import EngineConfig, FinalConfig, OptimConfig, TrainConfig
+from harness.config.train import FinalConfig, OptimConfig, RuntimeConfig, TrainConfig
 from harness.garden.dataset import Garden
 from harness.models.maxvit import TinyMaxViT
 from harness.search.pruners import no_pruning
@@ -43,7 +43,7 @@ def make_study(cache: Path | str, **changes: Any) -> Study:
             data=Garden(train_per_class=2, val_per_class=2, test_per_class=2, cache=str(cache)),
             backbone=TinyMaxViT(pretrained=False, hidden=(16,)),
             optim=OptimConfig(base_lr=1e-3, depth_lr_mult=0.5),
-            engine=EngineConfig(device="cpu", precision="fp32", channels_last="off", compile="off"),
+            runtime=RuntimeConfig(device="cpu", precision="fp32", channels_last="off", compile="off"),
             batch_size=16,
             epochs=2,
         ),

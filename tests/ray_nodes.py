@@ -113,7 +113,7 @@ def working(url: str, nodes: Sequence[Any]) -> Any:
     with read_store("tiny", url) as store:
         until = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < until:
-            for key, owner in store.at_work().items():
+            for key, owner in store.active_workers().items():
                 status = Path("/proc", owner.rpartition("/")[2].partition(" ")[0], "status")
                 parent = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("PPid")]
                 if key.startswith("trial") and int(parent[0]) in raylets:
@@ -162,7 +162,7 @@ def check_whole(place: Path, trials: int, url: str | None = None) -> None:
         assert [(trial.number, trial.state) for trial in store.trials()] == [(n, "complete") for n in range(trials)]
         assert store.has_final()
         assert len(store.ledger()) == 2  # one opening of the test set and its result
-        assert store.at_work() == {}
+        assert store.active_workers() == {}
     database = sqlite3.connect(place / "mlruns" / "mlflow.db")
     query = "SELECT name FROM runs JOIN tags USING (run_uuid) WHERE tags.key = 'harness.kind' AND tags.value = 'trial'"
     names = Counter(name for (name,) in database.execute(query))

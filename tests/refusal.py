@@ -11,7 +11,7 @@ from harness.cli.commands import main
 
 # An untrained tiny MaxViT on a folder of photographs, `pictures` beside `studies`.
 FOLDER_STUDY = """
-from harness.config.train import EngineConfig, OptimConfig, TrainConfig
+from harness.config.train import RuntimeConfig, OptimConfig, TrainConfig
 from harness.config.study import Study
 from harness.data.image_folder import ImageFolder
 from harness.models.maxvit import TinyMaxViT
@@ -25,7 +25,7 @@ STUDY = Study(
         data=ImageFolder(root="pictures", image_size=64, stored_size=72),
         backbone=TinyMaxViT(pretrained=False, hidden=()),
         optim=OptimConfig(base_lr=1e-3, depth_lr_mult=0.5),
-        engine=EngineConfig(device="cpu", precision="fp32", channels_last="off", compile="off"),
+        runtime=RuntimeConfig(device="cpu", precision="fp32", channels_last="off", compile="off"),
         epochs=1,
     ),
     space={"optim.base_lr": Float(1e-4, 1e-2, log=True)},

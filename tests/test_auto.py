@@ -19,7 +19,7 @@ from torch import nn
 from harness.base.errors import InputError
 from harness.config.events import EpochResult
 from harness.config.study import Study
-from harness.config.train import EngineConfig
+from harness.config.train import RuntimeConfig
 from harness.models.maxvit import MaxViTT, TinyMaxViT
 from harness.models.stochastic_depth import StochasticDepth
 from harness.training import runtime as auto
@@ -77,8 +77,8 @@ class DeepNet:
 @pytest.fixture
 def deep(image_cache: Path) -> Study:
     study = small_study(image_cache)
-    engine = dataclasses.replace(study.train.engine, compile="tune")
-    return dataclasses.replace(study, train=dataclasses.replace(study.train, backbone=DeepNet(), engine=engine))
+    runtime = dataclasses.replace(study.train.runtime, compile="tune")
+    return dataclasses.replace(study, train=dataclasses.replace(study.train, backbone=DeepNet(), runtime=runtime))
 
 
 def curve(study: Study, runtime: Runtime, **changes: Any) -> list[EpochResult]:
@@ -113,7 +113,7 @@ def test_auto_goes_by_device_instructions_and_model_and_times_nothing(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: instructions)
     monkeypatch.setattr(auto, "_step_seconds", lambda *args: pytest.fail("timed"))
     state = torch.get_rng_state()
-    decided = resolve(EngineConfig(device=device), build, 64, Work(batch_size=8, steps=10**9, parts=["stem"]))
+    decided = resolve(RuntimeConfig(device=device), build, 64, Work(batch_size=8, steps=10**9, parts=["stem"]))
     assert decided == Runtime(device=torch.device(device), bf16=bf16, channels_last=bf16, compiled=False)
     assert torch.equal(torch.get_rng_state(), state), "deciding must not move torch's global generator"
 
@@ -137,7 +137,7 @@ def test_tune_times_what_is_left_open_and_takes_the_clearly_fastest(
         return [9.0, 1.0 / len(seen), 1.0]
 
     monkeypatch.setattr(auto, "_step_seconds", seconds)
-    decided = resolve(EngineConfig(device="cpu", precision=precision, channels_last=layout), TINY, 64)
+    decided = resolve(RuntimeConfig(device="cpu", precision=precision, channels_last=layout), TINY, 64)
     assert seen == tried
     assert (decided.bf16, decided.channels_last) == tried[-1]
 
@@ -208,7 +208,7 @@ def test_a_long_study_is_compiled_on_trial_and_says_so(
 ) -> None:
     monkeypatch.setattr(auto, "LONG_ENOUGH_SECONDS", 0.0)
     work = Work(batch_size=8, steps=1, parts=["0", "1"])  # one step wins nothing back
-    engine = EngineConfig(device="cpu", precision="fp32", channels_last="off", compile="tune")
+    engine = RuntimeConfig(device="cpu", precision="fp32", channels_last="off", compile="tune")
     assert resolve(engine, lambda: DeepNet().build(4, 64), 64, work) == PLAIN
     assert "Trying whether compiling" in capfd.readouterr().err
 
@@ -232,7 +232,7 @@ def test_compiling_without_a_compiler_is_an_input_error(tmp_path: Path, image_ca
         "from tests.small import small_study\n"
         f"train = small_study({str(image_cache)!r}).train\n"
         "kept = {'device': 'cpu', 'precision': 'fp32', 'channels_last': False, 'compile': True}\n"
-        "asked = dataclasses.replace(train, engine=dataclasses.replace(train.engine, compile='on'))\n"
+        "asked = dataclasses.replace(train, runtime=dataclasses.replace(train.runtime, compile='on'))\n"
         "try:\n"
         f"    decide_runtime(asked, kept if {begun} else None, 3)\n"
         "except InputError as error:\n"
@@ -240,8 +240,8 @@ def test_compiling_without_a_compiler_is_an_input_error(tmp_path: Path, image_ca
     )
     environment = {**os.environ, "CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True)
-    assert "engine.compile is on" in done.stdout, done.stdout + done.stderr
-    assert "--set engine.compile=off" in done.stdout
+    assert "runtime.compile is on" in done.stdout, done.stdout + done.stderr
+    assert "--set runtime.compile=off" in done.stdout
 
 
 def test_a_frozen_backbone_is_never_compiled_on_trial(deep: Study, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ IN_PIECES = {
     "MaxViT-T on photographs": (
         *("flowers102", "--data-root", str(PHOTOGRAPHS), "--trials", "1", "--set", "backbone.pretrained=false"),
         *("--set", "data.limit=34", "--set", "epochs=2", "--set", "batch_size=8", "--set", "final.seeds=1"),
-        *("--set", "engine.precision=fp32", "--set", "engine.channels_last=off", "--set", "checkpoint_seconds=10"),
+        *("--set", "runtime.precision=fp32", "--set", "runtime.channels_last=off", "--set", "checkpoint_seconds=10"),
     ),
 }
 

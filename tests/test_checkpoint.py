@@ -555,7 +555,7 @@ def test_the_identity_is_what_decides_the_numbers(config: TrainConfig) -> None:
     same = [
         dataclasses.replace(config, checkpoint_seconds=1.0),
         dataclasses.replace(config, data=dataclasses.replace(config.data, cache="elsewhere")),  # type: ignore[type-var]
-        dataclasses.replace(config, engine=dataclasses.replace(config.engine, device="auto")),
+        dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, device="auto")),
     ]
     assert all(identity_of("u", "trial-0", 1, each) == base for each in same)
     other = [

@@ -59,9 +59,9 @@ OTHER: dict[str, Any] = {
     "optim.schedule": "constant",
     "optim.warmup_epochs": 0.5,
     "optim.clip_norm": None,
-    "engine.precision": "bf16",
-    "engine.channels_last": "on",
-    "engine.compile": "on",
+    "runtime.precision": "bf16",
+    "runtime.channels_last": "on",
+    "runtime.compile": "on",
     "batch_size": 8,
     "epochs": 3,
     "label_smoothing": 0.0,
@@ -207,8 +207,8 @@ def test_located_leaves_absolute_folders_alone(tmp_path: Path) -> None:
 
 
 def test_located_sets_the_device_only_if_one_is_given(tmp_path: Path) -> None:
-    assert STUDY.located(tmp_path, None, None).train.engine.device == "cpu"
-    assert STUDY.located(tmp_path, None, "cuda:1").train.engine.device == "cuda:1"
+    assert STUDY.located(tmp_path, None, None).train.runtime.device == "cpu"
+    assert STUDY.located(tmp_path, None, "cuda:1").train.runtime.device == "cuda:1"
 
 
 def test_a_data_root_for_drawn_flowers_is_refused(tmp_path: Path) -> None:
@@ -231,8 +231,8 @@ def test_a_definition_survives_json(study: Study) -> None:
 
 def test_a_definition_leaves_out_trials_and_places() -> None:
     assert dataclasses.replace(STUDY, trials=99).definition() == STUDY.definition()
-    assert not {"trials", "data.cache", "data.root", "engine.device"} & set(STUDY.definition())
-    for path, value in (("data.cache", "elsewhere"), ("engine.device", "cuda")):
+    assert not {"trials", "data.cache", "data.root", "runtime.device"} & set(STUDY.definition())
+    for path, value in (("data.cache", "elsewhere"), ("runtime.device", "cuda")):
         moved = dataclasses.replace(STUDY, train=replace(STUDY.train, path, value))
         assert moved.definition() == STUDY.definition()
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.base.errors import InputError
-from harness.config.train import EngineConfig
+from harness.config.train import RuntimeConfig
 from harness.models.maxvit import TinyMaxViT
 from harness.training.runtime import resolve
 from harness.training.step import Runtime, find_device, predict, train_step
@@ -73,7 +73,7 @@ def test_explicit_settings_are_kept_and_nothing_is_timed(precision: Any, layout:
     def refuse() -> nn.Module:
         raise AssertionError("a model was built although nothing is to be measured")
 
-    decided = resolve(EngineConfig(device="cpu", precision=precision, channels_last=layout), refuse, 64)
+    decided = resolve(RuntimeConfig(device="cpu", precision=precision, channels_last=layout), refuse, 64)
     assert decided == runtime(bf16=precision == "bf16", channels_last=layout == "on")
     expected = {"device": "cpu", "precision": precision, "channels_last": layout == "on", "compile": False}
     assert decided.to_dict() == expected
@@ -81,7 +81,7 @@ def test_explicit_settings_are_kept_and_nothing_is_timed(precision: Any, layout:
 
 def test_timing_leaves_torchs_generator_and_what_is_not_asked_alone() -> None:
     state = torch.get_rng_state()
-    decided = resolve(EngineConfig(device="cpu", precision="fp32", channels_last="tune"), build, 64)
+    decided = resolve(RuntimeConfig(device="cpu", precision="fp32", channels_last="tune"), build, 64)
     assert decided in (runtime(), runtime(channels_last=True))
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -24,7 +24,7 @@ def test_odd_folders_and_files_are_trained_on_and_what_is_left_out_is_said_once(
 ) -> None:
     small = FOLDER_STUDY.replace("harness.models.maxvit import TinyMaxViT", "tests.small import SmallNet")
     small = small.replace("TinyMaxViT(pretrained=False, hidden=())", "SmallNet()")
-    small = small.replace("import EngineConfig,", "import EngineConfig, FinalConfig,")
+    small = small.replace("import RuntimeConfig,", "import RuntimeConfig, FinalConfig,")
     write(workspace, "folder", small.replace("trials=1,", "trials=1,\n    final=FinalConfig(seeds=1, publish=False),"))
     root, number = workspace / "pictures", 0
     for first, split in enumerate(("Train", "VALIDATION", "testing")):

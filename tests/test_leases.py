@@ -180,11 +180,11 @@ def test_without_a_boot_id_the_network_card_tells_machines_apart(
     assert here() != first
 
 
-def test_the_desk_is_free_again_when_the_process_at_it_dies(engine: sqlalchemy.Engine) -> None:
-    at_it = elsewhere(engine, "place = leases.desk(); place.__enter__()")
-    desk = filelock.FileLock(f"{engine.url.database}.desk.lock")
+def test_the_lock_is_free_again_when_the_process_at_it_dies(engine: sqlalchemy.Engine) -> None:
+    at_it = elsewhere(engine, "place = leases.exclusive(); place.__enter__()")
+    lock = filelock.FileLock(f"{engine.url.database}.queue.lock")
     with pytest.raises(filelock.Timeout):
-        desk.acquire(blocking=False)
+        lock.acquire(blocking=False)
     killed(at_it)
-    with of(engine).desk():
+    with of(engine).exclusive():
         pass

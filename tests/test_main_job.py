@@ -23,7 +23,7 @@ from tests.forked import Process
 pytestmark = pytest.mark.slow
 
 STUDY_FILE = """
-from harness.config.train import EngineConfig, FinalConfig, OptimConfig, TrainConfig
+from harness.config.train import RuntimeConfig, FinalConfig, OptimConfig, TrainConfig
 from harness.config.study import Study
 from harness.garden.dataset import Garden
 from harness.models.maxvit import TinyMaxViT
@@ -38,7 +38,7 @@ STUDY = Study(
         data=Garden(train_per_class=2, val_per_class=2, test_per_class=2),
         backbone={backbone},
         optim=OptimConfig(base_lr=1e-3, depth_lr_mult=0.5),
-        engine=EngineConfig(precision="fp32", channels_last="on", compile="off"),
+        runtime=RuntimeConfig(precision="fp32", channels_last="on", compile="off"),
         epochs=3,
     ),
     space={{

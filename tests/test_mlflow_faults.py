@@ -460,7 +460,7 @@ def test_variables_that_lead_elsewhere_are_not_followed(
     said = lines(capsys)
     assert [text.partition(" ")[0] for text in said] == ["MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"]
     assert all(local_uri(mlruns) in text for text in said)
-    assert {each.name for each in tmp_path.iterdir()} - {"tiny.db.desk.lock"} == before
+    assert {each.name for each in tmp_path.iterdir()} - {"tiny.db.queue.lock"} == before
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_ENABLE_WORKSPACES"):
         assert name not in os.environ
     client = MlflowClient(local_uri(mlruns), local_uri(mlruns))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from harness.tracking import outbox
-from harness.tracking.outbox import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, Away, Courier, Outbox
+from harness.tracking.outbox import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, Away, Outbox, WriterThread
 from tests.patience import PATIENCE_SECONDS
 
 
@@ -230,10 +230,10 @@ TestAnyMixture.settings = settings(max_examples=60, stateful_step_count=30, dead
 
 
 @pytest.fixture
-def courier(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> Courier:
+def courier(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> WriterThread:
     monkeypatch.setattr(outbox, "GATHERING_SECONDS", 0.01)
     monkeypatch.setattr(outbox, "FIRST_PAUSE_SECONDS", 0.05)
-    return Courier(Outbox(said.append, "The service"))
+    return WriterThread(Outbox(said.append, "The service"))
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -247,7 +247,7 @@ def courier_threads() -> int:
     return sum(thread.name == "outbox" for thread in threading.enumerate())
 
 
-def test_what_is_added_is_done_in_order_without_anybody_waiting_for_it(courier: Courier) -> None:
+def test_what_is_added_is_done_in_order_without_anybody_waiting_for_it(courier: WriterThread) -> None:
     service, free = Service(), threading.Event()
     courier.add(lambda: (free.wait(20), service.take(0))[1])
     for number in range(1, 50):
@@ -261,7 +261,7 @@ def test_what_is_added_is_done_in_order_without_anybody_waiting_for_it(courier: 
     until(lambda: 50 in service.arrived)
 
 
-def test_a_flush_waits_for_what_runs_and_does_the_rest(courier: Courier) -> None:
+def test_a_flush_waits_for_what_runs_and_does_the_rest(courier: WriterThread) -> None:
     service = Service()
     courier.add(lambda: (time.sleep(0.2), service.take(0))[1])
     time.sleep(0.1)  # it runs
@@ -271,7 +271,7 @@ def test_a_flush_waits_for_what_runs_and_does_the_rest(courier: Courier) -> None
     assert service.arrived == list(range(20))
 
 
-def test_a_service_that_is_back_is_noticed_by_itself(courier: Courier, said: list[str]) -> None:
+def test_a_service_that_is_back_is_noticed_by_itself(courier: WriterThread, said: list[str]) -> None:
     service = Service()
     service.answers = False
     courier.add(lambda: service.take(0))
@@ -284,7 +284,7 @@ def test_a_service_that_is_back_is_noticed_by_itself(courier: Courier, said: lis
 
 
 @pytest.mark.parametrize("hear", ["check", "flush"])
-def test_a_mistake_in_the_thread_is_raised_once_and_what_follows_is_done(courier: Courier, hear: str) -> None:
+def test_a_mistake_in_the_thread_is_raised_once_and_what_follows_is_done(courier: WriterThread, hear: str) -> None:
     service = Service()
     courier.add(lambda: service.take(0))
     courier.add(lambda: 1 // 0)  # type: ignore[arg-type,return-value]
@@ -296,7 +296,7 @@ def test_a_mistake_in_the_thread_is_raised_once_and_what_follows_is_done(courier
     assert courier.flush()
 
 
-def test_stopped_it_keeps_what_waits_and_goes_on_when_asked_to(courier: Courier, said: list[str]) -> None:
+def test_stopped_it_keeps_what_waits_and_goes_on_when_asked_to(courier: WriterThread, said: list[str]) -> None:
     service = Service()
     service.answers = False
     courier.add(lambda: service.take(0))
@@ -309,7 +309,7 @@ def test_stopped_it_keeps_what_waits_and_goes_on_when_asked_to(courier: Courier,
     until(lambda: service.arrived == [0, 1])
 
 
-def test_ctrl_c_while_a_flush_waits_loses_nothing(courier: Courier) -> None:
+def test_ctrl_c_while_a_flush_waits_loses_nothing(courier: WriterThread) -> None:
     service = Service()
     courier.add(lambda: (time.sleep(0.4), service.take(0))[1])
     courier.add(lambda: service.take(1))

@@ -38,7 +38,7 @@ class Until(io.StringIO):
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> Until:
-    monkeypatch.setattr("harness.store.leases.DESK_SECONDS", 0.05)
+    monkeypatch.setattr("harness.store.leases.EXCLUSIVE_SECONDS", 0.05)
     monkeypatch.setattr("harness.store.database.BUSY_TIMEOUT_SECONDS", 0.05)
     monkeypatch.setattr("harness.store.opening.BUSY_TIMEOUT_SECONDS", 0.05)
     return Until()
@@ -66,8 +66,8 @@ def held(said: Until, hold: Callable[[], Any], release: Callable[[Any], None]) -
         thread.join()
 
 
-def at_the_desk(file: Path) -> filelock.BaseFileLock:
-    lock = filelock.FileLock(f"{file}.desk.lock", thread_local=False)
+def exclusively(file: Path) -> filelock.BaseFileLock:
+    lock = filelock.FileLock(f"{file}.queue.lock", thread_local=False)
     lock.acquire()
     return lock
 
@@ -81,11 +81,11 @@ def alone_with(file: Path) -> sqlite3.Connection:
 
 
 @pytest.mark.slow
-def test_a_worker_waits_for_the_desk_as_long_as_it_takes(tmp_path: Path, said: Until) -> None:
+def test_a_worker_waits_for_the_queue_as_long_as_it_takes(tmp_path: Path, said: Until) -> None:
     file = tmp_path / "tiny.db"
     url = f"sqlite:///{file}"
     with open_store(STUDY, url), open_store(STUDY, url, joining=True) as worker:
-        with held(said, lambda: at_the_desk(file), lambda lock: lock.release()):
+        with held(said, lambda: exclusively(file), lambda lock: lock.release()):
             asked = worker.ask(STUDY, 2)
         evaluate(STUDY, worker, asked)
         assert worker.finished() == 1

@@ -204,7 +204,7 @@ def numbers(url: str) -> list[int]:
         trials = store.optuna_study.get_trials()
         assert all(trial.state.is_finished() for trial in trials)
         assert all({"epochs", "outcome", "seconds"} <= trial.user_attrs.keys() for trial in trials)
-        assert store.at_work() == {}
+        assert store.active_workers() == {}
         return [trial.number for trial in trials]
 
 
@@ -258,7 +258,7 @@ def test_the_trial_of_a_killed_worker_is_taken_up_when_its_lease_has_run_out(
     worker.process.kill()
     study = searching()
     with open_store(study, database) as store:
-        assert list(store.at_work()) == ["trial-0"]
+        assert list(store.active_workers()) == ["trial-0"]
         asked = taken_up(store, 1)
         assert (asked.number, asked.resumed) == (0, True)
         evaluate(study, store, asked)
@@ -319,9 +319,7 @@ def test_whoever_led_and_stood_still_does_not_overwrite_the_result(
         overtaken(study, late, next_one, tmp_path, monkeypatch, "record_files")
 
 
-def test_a_place_at_the_desk_that_was_lost_makes_no_trial_too_many(
-    database: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_that_was_lost_makes_no_trial_too_many(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server has ended the transaction of a process that stood still, and another one took the last trial."""
     study = searching()
     with open_store(study, database) as late, open_store(study, database) as other:
@@ -331,7 +329,7 @@ def test_a_place_at_the_desk_that_was_lost_makes_no_trial_too_many(
         ask = other.ask
 
         def after_standing_still(*arguments: Any) -> int:
-            monkeypatch.setattr(other._leases, "desk", contextlib.nullcontext)
+            monkeypatch.setattr(other._leases, "exclusive", contextlib.nullcontext)
             assert ask(study, at_most=3).number == 2
             number: int = create(*arguments)
             return number

@@ -56,7 +56,7 @@ class Machine(Command):
             return 0
         with contextlib.suppress(InputError), read_store("tiny", self.url) as store:  # there may be no study yet
             mine = {f"{pid} on {socket.gethostname()}" for pid in children(self.started[-1].pid)}
-            return sum(in_words(owner) in mine for owner in store.at_work().values())
+            return sum(in_words(owner) in mine for owner in store.active_workers().values())
         return 0
 
     def has_model(self) -> bool:

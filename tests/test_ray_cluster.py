@@ -12,7 +12,7 @@ import pytest
 from harness.base.errors import Halt, InputError
 from harness.store.opening import open_store
 from harness.workers.ray_cluster import Needs
-from harness.workers.worker import Order, opened
+from harness.workers.worker import WorkerConfig, opened
 from tests.conftest import PROJECT
 from tests.faulty import CommandLine
 from tests.refusal import assert_refused
@@ -25,8 +25,8 @@ from harness.workers.ray_head import Arrived
 from harness.workers.ray_workers import RayWorkers
 
 
-def order_in(place: Path, url: str) -> Order:
-    return Order(
+def order_in(place: Path, url: str) -> WorkerConfig:
+    return WorkerConfig(
         file=place / "studies" / "tiny.py",
         settings=(),
         data_root=None,

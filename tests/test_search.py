@@ -201,7 +201,7 @@ def test_a_pruner_may_hold_another_one(pruner: Pruner) -> None:
 def test_a_study_whose_pruner_holds_another_one_is_resumed(workspace: Path) -> None:
     nested = 'Pruner("PatientPruner", wrapped_pruner=Pruner("MedianPruner", n_startup_trials=1), patience=1)'
     text = (workspace / "studies" / "demo.py").read_text(encoding="utf-8")
-    text = text.replace("import asha", "import Pruner").replace("asha(min_epochs=2, reduction=2)", nested)
+    text = text.replace("    asha,\n", "    Pruner,\n").replace("asha(min_epochs=2, reduction=2)", nested)
     (workspace / "studies" / "nested.py").write_text(text.replace('"demo"', '"nested"'), encoding="utf-8")
 
     def curve(params: Mapping[str, Any], epoch: int) -> float:

@@ -49,7 +49,7 @@ FITTING = st.one_of(
     st.tuples(st.just("data.limit"), st.one_of(st.none(), st.integers(1, 1000))),
     st.tuples(st.just("augment.crop_scale"), st.tuples(st.floats(0.1, 0.5), st.floats(0.5, 1.0))),
     st.tuples(st.just("optim.schedule"), st.sampled_from(["cosine", "constant"])),
-    st.tuples(st.just("engine.device"), st.text(max_size=8)),
+    st.tuples(st.just("runtime.device"), st.text(max_size=8)),
     st.tuples(st.just("epochs"), st.integers(1, 1000)),
 )
 
@@ -97,7 +97,7 @@ def test_leaves_walk_every_field_in_order_and_name_the_classes() -> None:
 
 def test_leaves_of_the_identity_leave_out_where_things_lie() -> None:
     names = {path for path, _ in leaves(BASE, identity_only=True)}
-    assert {path for path, _ in leaves(BASE)} - names == {"data.cache", "engine.device", "checkpoint_seconds"}
+    assert {path for path, _ in leaves(BASE)} - names == {"data.cache", "runtime.device", "checkpoint_seconds"}
 
 
 def test_paths_are_exactly_what_get_accepts() -> None:
@@ -236,7 +236,7 @@ def test_replace_works_on_other_configurations_too() -> None:
         ("optim.base_lr", ".5", 0.5),
         ("epochs", "5", 5),
         ("optim.schedule", "constant", "constant"),
-        ("engine.device", "cuda:1", "cuda:1"),
+        ("runtime.device", "cuda:1", "cuda:1"),
         ("data.cache", "some/folder", "some/folder"),
     ],
 )
@@ -249,7 +249,7 @@ def test_parse_reads_what_people_type(path: str, text: str, value: Any) -> None:
 
 @given(st.text(max_size=40))
 def test_parse_never_breaks_whatever_is_typed(text: str) -> None:
-    parse(BASE, "engine.device", text)
+    parse(BASE, "runtime.device", text)
 
 
 # -- dimensions ----------------------------------------------------------------------------------------------------

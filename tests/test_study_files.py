@@ -130,7 +130,7 @@ STUDIES: dict[str, Row] = {
     "another optimizer": changed("base_lr=5e-4", 'name="sgd", base_lr=5e-4', "optim.name must be adamw or adam"),
     "half a crop": changed("crop_scale=(0.6, 1.0)", "crop_scale=0.6", "augment.crop_scale must be a tuple of 2 num"),
     "a precision of its own": changed(
-        'precision="fp32"', "precision=32", "engine.precision must be auto or tune or fp32 or"
+        'precision="fp32"', "precision=32", "runtime.precision must be auto or tune or fp32 or"
     ),
     "a range beyond what is stored": changed_space(f"{{'epochs': {INT}(1, 2**60)}}", "Int(", "reaches too far"),
     "a range beyond all numbers": changed_space("{'optim.base_lr': Float(1e-4, 10**400)}", "reaches too far"),

@@ -79,7 +79,7 @@ class Command:
         environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
         return Process(command, cwd=self.place, env=environment, start_new_session=True)
 
-    def at_work(self, count: int) -> tuple[Process, list[int]]:
+    def active_workers(self, count: int) -> tuple[Process, list[int]]:
         """Start with so many workers; the process, and their PIDs as soon as some trials are under way."""
         process = self.start("--workers", str(count))
         return process, self.wait_for_work(process)
@@ -197,7 +197,7 @@ def test_killed_workers_are_replaced_and_their_trials_taken_up(
     single: dict[str, Any], image_cache: Path, tmp_path: Path
 ) -> None:
     command = Command(tmp_path / "killed", image_cache)
-    process, first = command.at_work(3)
+    process, first = command.active_workers(3)
     for pid in first[:2]:
         os.kill(pid, signal.SIGKILL)
     output, _ = process.communicate()
@@ -211,7 +211,7 @@ def test_workers_end_with_their_coordinator_and_the_same_command_goes_on(
     single: dict[str, Any], image_cache: Path, tmp_path: Path
 ) -> None:
     command = Command(tmp_path / "killed", image_cache)
-    process, workers = command.at_work(2)
+    process, workers = command.active_workers(2)
     process.kill()
     process.communicate()
     wait_until_gone(workers)
@@ -226,7 +226,7 @@ def test_asked_to_stop_all_write_their_checkpoints_and_the_study_goes_on_from_th
     number: signal.Signals, single: dict[str, Any], image_cache: Path, tmp_path: Path
 ) -> None:
     command = Command(tmp_path / "stopped", image_cache)
-    process, workers = command.at_work(2)
+    process, workers = command.active_workers(2)
     if number is signal.SIGINT:
         os.killpg(process.pid, number)  # as a terminal does
     else:

@@ -195,14 +195,13 @@ def _ui(args: argparse.Namespace) -> int:
 
 def _predict(args: argparse.Namespace) -> int:
     from harness.base.files import check_place
-    from harness.config import find as catalogue
     from harness.serving import predict
     from harness.store import opening
     from harness.study.start import keep_imports
 
     files, left_out = predict.find_images(args.images)
     if args.csv not in (None, predict.STDOUT):
-        found = catalogue.find(args.study)
+        found = find(args.study)
         check_place(args.csv, "--csv", ".csv", [*files, *found.kept(opening.url_of(found, args.storage))])
     predictor = predict.load_predictor(args.study, args.storage, args.device)
     count = predict.top(args.top, len(predictor.saved.classes))

@@ -137,7 +137,7 @@ class Study:
             raise InputError(f"--data-root: {type(data).__name__} draws its own images and reads none; leave it out.")
         train = dataclasses.replace(self.train, data=dataclasses.replace(data, **changes))
         if device is not None:
-            train = dataclasses.replace(train, engine=dataclasses.replace(train.engine, device=device))
+            train = dataclasses.replace(train, runtime=dataclasses.replace(train.runtime, device=device))
         return dataclasses.replace(self, train=train)
 
     def definition(self) -> dict[str, Any]:

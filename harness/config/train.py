@@ -99,7 +99,7 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
+class RuntimeConfig:
     """How a step runs. "auto" goes by a rule, "tune" by timing; decided once a study (`harness.training.runtime`)."""
 
     device: str = location("auto")  # auto, cpu, cuda, cuda:1, mps
@@ -108,7 +108,7 @@ class EngineConfig:
     compile: Literal["auto", "tune", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
-        spaces.check_types(self, "engine.")
+        spaces.check_types(self, "runtime.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ class TrainConfig:
     backbone: Backbone
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig
-    engine: EngineConfig = EngineConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
     batch_size: int = 34
     epochs: int = 15
     label_smoothing: float = 0.1
@@ -132,7 +132,7 @@ class TrainConfig:
         spaces.check_types(self)
         require(hasattr(self.data, "samples"), f"data must be a data set such as Garden(), not {self.data!r}.")
         require(hasattr(self.backbone, "build"), f"backbone must be a model such as MaxViTT(), not {self.backbone!r}.")
-        for name, kind in (("augment", AugmentConfig), ("optim", OptimConfig), ("engine", EngineConfig)):
+        for name, kind in (("augment", AugmentConfig), ("optim", OptimConfig), ("runtime", RuntimeConfig)):
             held = getattr(self, name)
             require(isinstance(held, kind), f"{name} must be {kind.__name__}(...), not {held!r}.")
         require_count("batch_size", self.batch_size, 1_000_000)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from harness.config.train import AugmentConfig, EngineConfig, OptimConfig, TrainConfig
+from harness.config.train import AugmentConfig, OptimConfig, RuntimeConfig, TrainConfig
 from harness.data.splits import prepare
 from harness.garden.dataset import Garden
 from harness.garden.drawing import DRAWING_VERSION
@@ -27,7 +27,7 @@ CONFIG = TrainConfig(
     backbone=TinyMaxViT(pretrained=False, hidden=(), dropout=0.0),
     augment=AugmentConfig(crop_scale=(0.5, 1.0), rotation_degrees=180, brightness=0.1, saturation=0.1),
     optim=OptimConfig(base_lr=3e-3, depth_lr_mult=1.0, weight_decay=0.05, warmup_epochs=2),
-    engine=EngineConfig(precision="fp32", channels_last="on", compile="off"),
+    runtime=RuntimeConfig(precision="fp32", channels_last="on", compile="off"),
     batch_size=64,
     epochs=25,
 )

@@ -119,7 +119,7 @@ def finished_of(finished: int, asked: int) -> str:
 def _abandoned(store: Store) -> bool:
     """Whether no process works on this study."""
     file = sqlite_file(store.url)
-    return not store.at_work() if file is None else holder(file) is None
+    return not store.active_workers() if file is None else holder(file) is None
 
 
 def trial_records(store: Store) -> list[TrialRecord]:

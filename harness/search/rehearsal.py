@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from harness.base.errors import InputError
 from harness.config.space import Choice, Dimension, Float
 from harness.config.study import PrunerLike, SamplerLike
-from harness.search import suggest as asking
+from harness.search import suggest
 from harness.search.history import ShownStudy
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _asked(study: Study, pruner: optuna.pruners.BasePruner, number: int, trials:
     memory = optuna.create_study(direction="maximize", pruner=pruner)
     for _ in range(number + 1):  # so that the last one has this number
         trial_id = memory._storage.create_new_trial(memory._study_id)
-    asking.ask(study, memory, trial_id, number, trials)
+    suggest.ask(study, memory, trial_id, number, trials)
     asked = memory._storage.get_trial(trial_id)
     asked.number = asked._trial_id = number
     return asked

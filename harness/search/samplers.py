@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial
 
 from harness.base.errors import InputError
 from harness.config.space import Choice, get, is_plain, label
-from harness.search import suggest as asking
+from harness.search import suggest
 from harness.search.extrapolation import ExtrapolatingGPSampler
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class _Asked:
     def ask(
         self, study: Study, of: optuna.Study, trial_id: int, number: int, history: list[FrozenTrial]
     ) -> dict[str, Any]:
-        return asking.ask(study, of, trial_id, number, history)
+        return suggest.ask(study, of, trial_id, number, history)
 
 
 @dataclass(frozen=True)

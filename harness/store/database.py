@@ -164,7 +164,7 @@ RESTARTS = ("Connection refused", "timeout expired", "No such file", "too many c
 
 def _passing(url: str, error: BaseException) -> str | None:
     """What may be over soon: a lock, a server that is away, or two transactions in each other's way; else None."""
-    if isinstance(error, filelock.Timeout):  # at the desk, where each waits for the database
+    if isinstance(error, filelock.Timeout):  # of `Leases.exclusive`, in which each waits for the database
         return LOCKED
     cause, inner = _cause(error), _inner(error)
     if isinstance(inner, InputError):
@@ -318,7 +318,7 @@ def _connect_args(url: str) -> dict[str, Any]:
 
 
 @contextmanager
-def alone(url: str) -> Iterator[None]:
+def setup_lock(url: str) -> Iterator[None]:
     """One process at a time on a database server, whatever its study: tables and studies are made here.
 
     On SQLite the study's own lock does that. Raises InputError when the server cannot be reached.

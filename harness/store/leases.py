@@ -22,7 +22,7 @@ from harness.base.processes import is_gone, name_of_this
 
 LEASE_SECONDS = 45.0  # a dead worker is noticed after at most that long
 RENEWAL_SECONDS = 10.0
-DESK_SECONDS = 60.0  # somebody asking for a trial takes some milliseconds
+EXCLUSIVE_SECONDS = 60.0  # somebody asking for a trial takes some milliseconds
 
 TABLE = sqlalchemy.Table(
     "harness_leases",
@@ -61,7 +61,7 @@ class Leases:
         self._by_itself = owner is None
         self._engine, self._study, self._file, self._seconds = engine, study, file, seconds
         self._now = NOW[engine.dialect.name]
-        self._desk = None if file is None else filelock.FileLock(f"{file}.desk.lock")
+        self._exclusive = None if file is None else filelock.FileLock(f"{file}.queue.lock")
         self._held: dict[str, float] = {}  # key -> until when surely, by this process's clock
         self._renewal: threading.Thread | None = None
         self._closed = threading.Event()
@@ -71,10 +71,10 @@ class Leases:
         return Leases(self._engine, self._study, self._file, self._seconds, owner)
 
     @contextmanager
-    def desk(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """Where one process at a time takes the next trial; it is free again when the process dies."""
-        if self._desk is not None:
-            with self._desk.acquire(timeout=DESK_SECONDS):
+        if self._exclusive is not None:
+            with self._exclusive.acquire(timeout=EXCLUSIVE_SECONDS):
                 yield
         else:
             with self._engine.begin() as connection:

@@ -108,7 +108,7 @@ def _pid(file: Path | None) -> str:
 
 
 @contextmanager
-def held(file: Path | None, name: str) -> Iterator[None]:
+def study_lock(file: Path | None, name: str) -> Iterator[None]:
     """Hold the study's lock file. The lock goes with the process, however it ends; the PID beside it is a courtesy."""
     if file is None:
         yield

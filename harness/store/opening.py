@@ -17,9 +17,17 @@ from harness.base.errors import InputError
 from harness.base.files import sqlite_file
 from harness.config.find import Found, defines
 from harness.config.study import Study
-from harness.store.database import BUSY_TIMEOUT_SECONDS, alone, check_database, connect, dispose, has_tables, outlast
+from harness.store.database import (
+    BUSY_TIMEOUT_SECONDS,
+    check_database,
+    connect,
+    dispose,
+    has_tables,
+    outlast,
+    setup_lock,
+)
 from harness.store.leases import Leases, make_table
-from harness.store.locks import OpenedFile, held
+from harness.store.locks import OpenedFile, study_lock
 from harness.store.store import Store
 
 FORMAT = 1  # of what a study keeps beside Optuna's own; a change that old studies cannot follow makes it 2
@@ -37,11 +45,11 @@ def open_store(
     from `study` (naming the fields).
     """
     file = sqlite_file(url)
-    with held(None if joining else file, study.name):
+    with study_lock(None if joining else file, study.name):
 
         def begin() -> tuple[optuna.storages.RDBStorage, optuna.Study]:
             check_database(url)
-            with alone(url):
+            with setup_lock(url):
                 storage = connect(url)
                 return storage, _begun(study, url, storage, content)
 
@@ -268,7 +276,7 @@ def move_aside(name: str, url: str, *folders: Path) -> Path | None:
     check_movable(url)
     if file is None or not file.exists():
         return None
-    with held(file, name):
+    with study_lock(file, name):
         stamp = time.strftime("%Y%m%d-%H%M%S")
         target = next(
             path

@@ -1,6 +1,6 @@
 """Which trial a worker takes next: one that was left behind, else a new one, and never one too many.
 
-Workers do this one after the other, at the desk (`Leases.desk`). What is done there is what the others wait for: a few
+Workers do this one at a time (`Leases.exclusive`). What is done meanwhile is what the others wait for: a few
 short statements, however many trials there are.
 """
 
@@ -44,7 +44,7 @@ def take(
 
     `engine` is that of the storage of `of`, None for one in memory. Raises NoTrialFree.
     """
-    with contextlib.nullcontext() if held is None else held.desk():
+    with contextlib.nullcontext() if held is None else held.exclusive():
         # In this order: who ends a trial lets go of it afterwards, so one of the two tells of it.
         others = {} if held is None else held.others()
         count, unfinished = _look(of, engine)
@@ -76,7 +76,7 @@ def _made(of: optuna.Study, engine: sqlalchemy.Engine | None, held: Leases | Non
     trial_id = of._storage.create_new_trial(of._study_id)
     number = _number(of, engine, trial_id)
     if at_most is not None and number >= at_most:
-        # This process stood still at the desk until the server gave its place to another.
+        # This process stood still inside until the server gave its place to another.
         of._storage.set_trial_state_values(trial_id, TrialState.WAITING)
         raise NoTrialFree
     if held is not None:

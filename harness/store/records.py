@@ -50,24 +50,24 @@ def record_of(trial: FrozenTrial) -> TrialRecord:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Snapshot:
     """What was not known of the lower numbers: `open` had not ended, and of those `running` had their parameters."""
 
     open: tuple[int, ...] = ()
     running: tuple[int, ...] = ()
 
     @staticmethod
-    def now(trials: Sequence[FrozenTrial], number: int, space: Iterable[str]) -> Seen:
+    def now(trials: Sequence[FrozenTrial], number: int, space: Iterable[str]) -> Snapshot:
         """What can be known at this moment to trial `number`."""
         lower = [trial for trial in trials if trial.number < number and trial.state not in FINISHED]
         running = [trial.number for trial in lower if all(path in trial.params for path in space)]
-        return Seen(tuple(trial.number for trial in lower), tuple(running))
+        return Snapshot(tuple(trial.number for trial in lower), tuple(running))
 
     @staticmethod
-    def of(trial: FrozenTrial) -> Seen:
+    def of(trial: FrozenTrial) -> Snapshot:
         """What is kept with a trial; nothing is, if all lower numbers had ended."""
         kept = trial.user_attrs.get("seen")
-        return Seen() if kept is None else Seen.from_dict(kept)
+        return Snapshot() if kept is None else Snapshot.from_dict(kept)
 
     def history(self, trials: Sequence[FrozenTrial], number: int) -> list[FrozenTrial]:
         """The trials as they were known to trial `number`; of running and diverged ones the parameters alone."""
@@ -83,8 +83,8 @@ class Seen:
         return {"open": list(self.open), "running": list(self.running)}
 
     @staticmethod
-    def from_dict(record: dict[str, list[int]]) -> Seen:
-        return Seen(tuple(record["open"]), tuple(record["running"]))
+    def from_dict(record: dict[str, list[int]]) -> Snapshot:
+        return Snapshot(tuple(record["open"]), tuple(record["running"]))
 
 
 def has_diverged(trial: FrozenTrial) -> bool:

@@ -20,13 +20,12 @@ from harness.base.keys import trial_key
 from harness.base.processes import in_words
 from harness.config.events import Completed, Diverged, EpochResult, Failed, TrialOutcome
 from harness.config.study import Study
-from harness.store import leases, ledger
-from harness.store import queue as taking
+from harness.store import leases, ledger, queue
 from harness.store.leases import LeaseLost, Leases
 from harness.store.ledger import Line
 from harness.store.locks import OpenedFile
 from harness.store.queue import NoTrialFree as NoTrialFree
-from harness.store.records import Seen
+from harness.store.records import Snapshot
 from harness.store.records import TrialRecord as TrialRecord
 from harness.store.view import StudyView, outlasting
 
@@ -80,14 +79,14 @@ class Store(StudyView):
         return Store(self.url, self._study, engine=self._engine, leases=self.leases.of(owner))
 
     @outlasting
-    def at_work(self) -> dict[str, str]:
+    def active_workers(self) -> dict[str, str]:
         """What other processes are at now: the owner (machine, process) by trial, or "final"."""
         if self._leases is not None:
             return self._leases.others()
         return {} if self._engine is None else leases.holders(self._engine, self.uid)
 
     @contextlib.contextmanager
-    def alone(self, key: str) -> Iterator[None]:
+    def exclusive(self, key: str) -> Iterator[None]:
         """One process at a time; waits for another one that is inside."""
         while not self._claim(key):
             time.sleep(POLL_SECONDS)
@@ -123,7 +122,7 @@ class Store(StudyView):
 
     def leader(self) -> str | None:
         """Which other process does what comes after the search, for people to read; None when none does."""
-        owner = self.at_work().get(FINAL)
+        owner = self.active_workers().get(FINAL)
         return None if owner is None else f"process {in_words(owner)}"
 
     def check_file(self) -> None:
@@ -174,13 +173,13 @@ class Store(StudyView):
         It is this process's until it is told, or the process is thought dead. Raises NoTrialFree when those that have
         ended and those that other workers are at make `at_most`.
         """
-        row, resumed = taking.take(study, self._study, self._engine, self._leases, at_most)
+        row, resumed = queue.take(study, self._study, self._engine, self._leases, at_most)
         trials = self._study.get_trials(deepcopy=False)
         taken = trials[row.number]
         try:
             if "seen" in taken.user_attrs:
-                seen = Seen.of(taken)
-            elif (seen := Seen.now(trials, taken.number, study.space)).open:  # kept before the first parameter is
+                seen = Snapshot.of(taken)
+            elif (seen := Snapshot.now(trials, taken.number, study.space)).open:  # kept before the first parameter is
                 self._check(taken.number)
                 self._study._storage.set_trial_user_attr(taken._trial_id, "seen", seen.to_dict())
             history = seen.history(trials, taken.number)

@@ -16,7 +16,6 @@ from harness.base.errors import InputError
 from harness.base.files import sqlite_file
 from harness.base.keys import audit_key
 from harness.base.seeds import derive_seed
-from harness.config import find as catalogue
 from harness.config.events import EpochResult
 from harness.config.find import Found
 from harness.config.options import RunOptions
@@ -66,7 +65,7 @@ def audit_study(options: RunOptions, found: Found, fraction: float, seed: int) -
         _write_report(study, store, found, options.tracking_uri)
 
 
-def _write_report(study: Study, store: Store, found: catalogue.Found, tracking_uri: str | None) -> None:
+def _write_report(study: Study, store: Store, found: Found, tracking_uri: str | None) -> None:
     """Write the study's report again, and the copy in MLflow if there is one. Raises Halt when there is no room."""
     folder = found.beside(store.url, ".report")
     page = write_report(study.name, store, uri_of(tracking_uri, found.mlruns), folder)

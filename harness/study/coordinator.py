@@ -64,14 +64,14 @@ def run_study(command: Command, store: Store, tracker: MLflowTracker) -> None:
 
 def _begin(command: Command, store: Store, tracker: MLflowTracker) -> Runtime:
     """What must be settled before the first trial: how it is computed, and that MLflow has the study's run."""
-    from harness.tracking import expected as tracking
+    from harness.tracking import expected
     from harness.training.features import keep_features
     from harness.training.job import decide_runtime
 
     options, study = command.options, command.study
-    with store.alone(START):
+    with store.exclusive(START):
         _check_versions(store)
-        among_others = store.facts().wanted if store.at_work() else 0
+        among_others = store.facts().wanted if store.active_workers() else 0
         store.set_attribute("wanted", max(among_others, study.trials))
         runtime = decide_runtime(study.train, store.facts().runtime, study.trials)
         store.set_attribute("runtime", runtime.to_dict())
@@ -80,7 +80,7 @@ def _begin(command: Command, store: Store, tracker: MLflowTracker) -> Runtime:
         if options.engine == "processes" and options.workers == 1 and store.finished() < study.trials:
             _name_changes(store, runtime.device)  # workers' shares of the cores are the same from run to run
         keep_features(study.train, runtime, with_validation=study.final.fit_on == "train+val")
-        tracker.start(study, store, tracking.facts(study, runtime.to_dict(), environment(runtime.device)))
+        tracker.start(study, store, expected.facts(study, runtime.to_dict(), environment(runtime.device)))
     return runtime
 
 
@@ -88,7 +88,7 @@ def _check_versions(store: Store) -> None:
     """Raise InputError when others work on the study with other versions: their trials could not be compared."""
     from harness.base.processes import in_words
 
-    known, here, others = store.facts().versions, versions(), store.at_work()
+    known, here, others = store.facts().versions, versions(), store.active_workers()
     if others and known and known != here:
         names = [name for name in {**known, **here} if known.get(name) != here.get(name)]
         differing = ", ".join(f"{name} {known.get(name)} (here {here.get(name)})" for name in names)
@@ -123,14 +123,14 @@ def _end(command: Command, store: Store, tracker: MLflowTracker, failure: Except
     from harness.final.model_files import is_untested
     from harness.report import overview
     from harness.report.write import write_report
-    from harness.tracking import expected as tracking
+    from harness.tracking import expected
 
     study, console = command.study, command.console
     store.check_file()
     done = failure is None and store.is_complete(study)  # by another coordinator, for which this one waited
     if done or not store.lead():
         if done:
-            tracker.finish(tracking.study_metrics(store), [], "complete")  # where each has an MLflow of its own
+            tracker.finish(expected.study_metrics(store), [], "complete")  # where each has an MLflow of its own
         else:
             tracker.leave()
         console.say(overview.summary(study.name, store, tracker.uri))
@@ -140,7 +140,7 @@ def _end(command: Command, store: Store, tracker: MLflowTracker, failure: Except
     write_report(study.name, store, tracker.uri, report_folder)
     model = describe_model(command, store)
     folders = [report_folder] if is_untested(model_folder) else [report_folder, model_folder]
-    told = tracker.finish(tracking.study_metrics(store), folders, "failed" if failure else "complete")
+    told = tracker.finish(expected.study_metrics(store), folders, "failed" if failure else "complete")
     if failure:
         return check_result(store, failure)
     if told and model is not None and model_folder in folders:
@@ -167,9 +167,9 @@ def _workers(
     if (here and options.workers == 1) or (store.finished() >= study.trials and store.is_settled()):
         yield None
         return
-    from harness.workers.worker import Order
+    from harness.workers.worker import WorkerConfig
 
-    order = Order(
+    config = WorkerConfig(
         file=command.found.file,
         settings=options.set,
         data_root=options.data_root,
@@ -182,7 +182,7 @@ def _workers(
         from harness.workers.pool import Pool, surroundings
 
         environments = surroundings(options.workers, options.workers_per_gpu, runtime.device.type)
-        with Pool(order, environments[:useful], tracker.show) as pool:
+        with Pool(config, environments[:useful], tracker.show) as pool:
             yield pool
         return
     from harness.workers.ray_cluster import in_words, needs
@@ -193,7 +193,7 @@ def _workers(
     command.say(f"{text}, {in_words(asked)} each; that takes some seconds.")
     with ExitStack() as kept:
         with command.console.status(f"{text} …"):
-            workers = kept.enter_context(RayWorkers(order, store, asked, tracker.show))
+            workers = kept.enter_context(RayWorkers(config, store, asked, tracker.show))
         yield workers
 
 

@@ -89,7 +89,7 @@ def _who(store: Store, file: Path | None) -> str | None:
     if file is not None:
         pid = holder(file)
         return None if pid is None else f"process {pid}"
-    owners = sorted({in_words(owner) for owner in store.at_work().values()})
+    owners = sorted({in_words(owner) for owner in store.active_workers().values()})
     return _several("process", "processes", owners) if owners else None
 
 
@@ -100,7 +100,7 @@ def _several(one: str, more: str, names: Sequence[str]) -> str:
 
 
 def _well(store: Store, model: Path, living: bool) -> str:
-    owners, numbers = store.at_work(), [trial.number for trial in store.trials() if trial.state == "running"]
+    owners, numbers = store.active_workers(), [trial.number for trial in store.trials() if trial.state == "running"]
     said = [f"Storage, MLflow, checkpoints and processes agree on {store.finished()} finished trials"]
     held = {number: owners[trial_key(number)] for number in numbers if trial_key(number) in owners}
     said += [f"trial {number} is under way in process {in_words(owner)}" for number, owner in held.items()]

@@ -21,7 +21,7 @@ def run(context: Context, model_folder: Path, reason: str | None = None) -> Gene
     `reason` is why the test set may be opened for another trial than before.
     """
     study, store, checkpoints = context.study, context.store, context.checkpoints
-    if not store.at_work():
+    if not store.active_workers():
         for path in stale(checkpoints, wanted_keys(study, store)):
             remove(path)  # its process died between recording the result and this
     done = False

@@ -20,12 +20,12 @@ def write_again(command: Command, store: Store, tracker: MLflowTracker) -> None:
     """Tell an MLflow that has lost it everything of a finished study; nothing is trained, no image is needed for it."""
     from harness.final.model_files import is_registered, published
     from harness.serving.model import load_saved
-    from harness.tracking import expected as tracking
+    from harness.tracking import expected
 
     study, model = command.study, command.beside(".model")
-    with store.alone(START):
-        tracker.start(study, store, tracking.facts(study, store.facts().runtime or {}))
-    told = tracker.finish(tracking.study_metrics(store), published(store, model), "complete")
+    with store.exclusive(START):
+        tracker.start(study, store, expected.facts(study, store.facts().runtime or {}))
+    told = tracker.finish(expected.study_metrics(store), published(store, model), "complete")
     if told and is_registered(study, store, model):
         told = register(command, store, tracker, load_saved(study, store, model))
     if not told:

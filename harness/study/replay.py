@@ -15,9 +15,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from harness.base.environment import versions
 from harness.base.errors import InputError
-from harness.search import suggest as asking
+from harness.search import suggest
 from harness.store.database import outlast
-from harness.store.records import Seen
+from harness.store.records import Snapshot
 
 if TYPE_CHECKING:
     from harness.config.study import Study
@@ -60,8 +60,8 @@ def replay(study: Study, trials: Sequence[FrozenTrial]) -> Iterator[Replayed]:
         whole = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
         if not (whole or trial.params):
             continue
-        history = Seen.of(trial).history(trials, trial.number)
-        asked = asking.ask(study, memory, trial_id, trial.number, history)
+        history = Snapshot.of(trial).history(trials, trial.number)
+        asked = suggest.ask(study, memory, trial_id, trial.number, history)
         expected = {path: value for path, value in asked.items() if whole or path in trial.params}
         yield Replayed(number=trial.number, stored=dict(trial.params), asked=expected)
 

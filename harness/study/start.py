@@ -134,7 +134,7 @@ def _check_nobody_at_work(study: Study, url: str) -> None:
         return  # the command itself is, and named when its study would be moved
     if opening.exists(study.name, url):
         with opening.read_store(study.name, url, any_format=True) as store:
-            others = sorted(map(in_words, set(store.at_work().values())))
+            others = sorted(map(in_words, set(store.active_workers().values())))
         if others:
             raise InputError(
                 f"--fresh: process {others[0]} works on study {study.name!r}; wait for its end, or end it first."
@@ -189,8 +189,8 @@ def _run_what_is_missing(command: Command, begun: bool) -> None:
 
     study, found, url = command.study, command.found, command.url
     rehearse(study)
-    device = find_device(study.train.engine.device)
-    options = _with_workers(command.options, study.train.engine.device, device.type)
+    device = find_device(study.train.runtime.device)
+    options = _with_workers(command.options, study.train.runtime.device, device.type)
     command = dataclasses.replace(command, options=options)
     if not options.tracking_uri:
         check_writable(found.mlruns)

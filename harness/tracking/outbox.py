@@ -69,7 +69,7 @@ class Outbox:
         self._next = time.monotonic() + self._pause
 
 
-class Courier:
+class WriterThread:
     """An outbox that is emptied by a thread, so that whoever writes does not wait for the service at all.
 
     The thread lives as long as something waits, and dies with the process: what it has not written by then is lost

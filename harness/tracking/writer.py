@@ -15,7 +15,7 @@ from harness.base.errors import masked
 from harness.config.events import EpochResult
 from harness.tracking.client import StudyClient
 from harness.tracking.library import Deleted, StoreFault, artifact_store, faults, first_line, is_refusal, milliseconds
-from harness.tracking.outbox import LONGEST_PAUSE_SECONDS, Away, Courier, Outbox
+from harness.tracking.outbox import LONGEST_PAUSE_SECONDS, Away, Outbox, WriterThread
 
 if TYPE_CHECKING:
     from harness.config.study import Study
@@ -33,7 +33,7 @@ class MLflowWriter(StudyClient):
         super().__init__(uri, artifacts)
         self._left: list[Callable[[], object]] = []  # files that the artifact store did not take
         self._next_file = 0.0  # when it is tried again
-        self._outbox = Courier(Outbox(lambda text: print(text, file=sys.stderr), f"MLflow at {masked(uri)}"))
+        self._outbox = WriterThread(Outbox(lambda text: print(text, file=sys.stderr), f"MLflow at {masked(uri)}"))
 
     def flush(self) -> bool:
         """Wait until everything told is written, or MLflow does not answer; whether MLflow has taken everything."""

@@ -92,8 +92,8 @@ def decide_runtime(config: TrainConfig, kept: Mapping[str, Any] | None, trials: 
     """
     if kept is None:
         build = partial(config.backbone.build, len(config.data.classes()), config.data.image_size)
-        return resolve(config.engine, build, config.data.image_size, _work(config, trials) if trials else None)
-    device = find_device(kept["device"] if config.engine.device == "auto" else config.engine.device)
+        return resolve(config.runtime, build, config.data.image_size, _work(config, trials) if trials else None)
+    device = find_device(kept["device"] if config.runtime.device == "auto" else config.runtime.device)
     if device.type != kept["device"]:
         raise InputError(
             f"This study began on {kept['device']}, and {device.type} computes other numbers; "

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from harness.base.errors import InputError, first_line
-from harness.config.train import EngineConfig
+from harness.config.train import RuntimeConfig
 from harness.training.step import Runtime, compile_parts, find_device, seeded, train_step
 
 # Parameters from which on bf16 pays on a CPU that has instructions for it. With them MaxViT-T (31 million) trains about
@@ -40,7 +40,9 @@ class Work:
     parts: Sequence[str]  # the submodules that can be compiled: all depths but the head
 
 
-def resolve(config: EngineConfig, build: Callable[[], nn.Module], image_size: int, work: Work | None = None) -> Runtime:
+def resolve(
+    config: RuntimeConfig, build: Callable[[], nn.Module], image_size: int, work: Work | None = None
+) -> Runtime:
     """Decide what "auto" and "tune" mean; `build` makes the model. Without `work`, compiling is not tried.
 
     "auto" is bf16 where it pays by device, instructions and model (`bf16_pays`), channels-last with bf16, and never
@@ -130,6 +132,6 @@ def check_compiler(device: torch.device) -> None:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except RuntimeError as error:
         raise InputError(
-            f"engine.compile is on, and torch cannot compile here ({first_line(error)}); "
-            "install what it misses, or begin the study with --set engine.compile=off."
+            f"runtime.compile is on, and torch cannot compile here ({first_line(error)}); "
+            "install what it misses, or begin the study with --set runtime.compile=off."
         ) from error

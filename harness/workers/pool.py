@@ -24,7 +24,7 @@ from harness.base.files import sqlite_file
 from harness.config.events import EpochEnded, Event
 from harness.config.jobs import Job, Search, Train
 from harness.training import interrupt
-from harness.workers.worker import Done, Message, Order, Stopped, work
+from harness.workers.worker import Done, Message, Stopped, WorkerConfig, work
 
 if TYPE_CHECKING:
     from harness.config.study import Study
@@ -66,13 +66,13 @@ def of_use(asked: int, study: Study, store: Store, reopening: bool) -> int:
 class _Worker:
     """One process, the line to it, and the job that it is at."""
 
-    def __init__(self, order: Order, number: int, environment: Mapping[str, str]) -> None:
+    def __init__(self, config: WorkerConfig, number: int, environment: Mapping[str, str]) -> None:
         self.number, self.environment = number, environment
         self.job: Job | None = None
         context = multiprocessing.get_context("spawn")  # threads and CUDA do not outlive a fork
         self.line, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(
-            target=work, args=(order, theirs), name=f"worker {number}", daemon=True
+            target=work, args=(config, theirs), name=f"worker {number}", daemon=True
         )
         resource_tracker.ensure_running()  # starting it would let signals through again
         with _environment(environment), interrupt.inherited_later():
@@ -89,11 +89,14 @@ class Pool:
     """The workers of one machine. Use it as a context manager; its end lets every training write its checkpoint."""
 
     def __init__(
-        self, order: Order, environments: Sequence[Mapping[str, str]], tell: Callable[[Event], None] = lambda _: None
+        self,
+        config: WorkerConfig,
+        environments: Sequence[Mapping[str, str]],
+        tell: Callable[[Event], None] = lambda _: None,
     ) -> None:
         """`tell` hears what the workers still say when they are stopped, and nobody asks for events any more."""
-        self._order, self._tell = order, tell
-        self._workers = [_Worker(order, number, each) for number, each in enumerate(environments)]
+        self._config, self._tell = config, tell
+        self._workers = [_Worker(config, number, each) for number, each in enumerate(environments)]
         self._deaths: Counter[int] = Counter()  # by the worker's number, since anybody's last epoch
 
     def __enter__(self) -> Pool:
@@ -174,7 +177,7 @@ class Pool:
                 f"Workers die again and again ({how}); with signal 9, memory may be short: give fewer --workers."
             )
         print(f"Worker {dead.number} died ({how}); another one takes its place.", file=sys.stderr)
-        self._workers[self._workers.index(dead)] = _Worker(self._order, dead.number, dead.environment)
+        self._workers[self._workers.index(dead)] = _Worker(self._config, dead.number, dead.environment)
 
 
 def _rest(worker: _Worker) -> Iterator[Message]:

@@ -25,7 +25,7 @@ from harness.store.database import outlast
 from harness.store.leases import RENEWAL_SECONDS, LeaseLost
 from harness.store.opening import open_store
 from harness.store.store import Asked, Store
-from harness.workers.worker import Message, Order
+from harness.workers.worker import Message, WorkerConfig
 
 CHECK_SECONDS = 2.0  # between two questions whether a trial is still this worker's
 READ = ("attributes", "facts", "trials", "finished")  # what a worker calls of a store
@@ -56,13 +56,13 @@ class Head:
         self._messages: list[Message | Arrived] = []
         self._fetched = 0  # messages that the coordinator has, and that are no longer here
 
-    def open(self, order: Order, place: Path, serving: bool) -> None:
+    def open(self, config: WorkerConfig, place: Path, serving: bool) -> None:
         """Load the study's file, whose classes messages may hold; if `serving`, its storage. `place`: the cwd."""
         os.chdir(place)
-        self._checkpoints = order.checkpoints
-        self._study = order.study()
+        self._checkpoints = config.checkpoints
+        self._study = config.study()
         if serving:
-            self._store = self._kept.enter_context(open_store(self._study, order.url, joining=True))
+            self._store = self._kept.enter_context(open_store(self._study, config.url, joining=True))
 
     def arrive(self, number: int, owner: str, where: str) -> None:
         """A worker begins; if another one had its number, that one is dead to us from here on."""

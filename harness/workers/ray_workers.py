@@ -36,7 +36,7 @@ from harness.training.checkpoint import SUFFIX, remove
 from harness.workers.pool import DEATHS_IN_A_ROW, FAREWELL_SECONDS
 from harness.workers.ray_cluster import Needs, in_words
 from harness.workers.ray_head import Arrived, Head, Replaced, answer, served
-from harness.workers.worker import Done, Message, Order, Stopped, context_of, do, opened
+from harness.workers.worker import Done, Message, Stopped, WorkerConfig, context_of, do, opened
 
 POLL_SECONDS = 0.2  # between two looks at what the workers say
 
@@ -45,12 +45,12 @@ class RayWorkers:
     """The workers of one coordinator. Use it as a context manager; its end lets every training write its checkpoint."""
 
     def __init__(
-        self, order: Order, store: Store, needs: Needs, tell: Callable[[Event], None] = lambda _: None
+        self, config: WorkerConfig, store: Store, needs: Needs, tell: Callable[[Event], None] = lambda _: None
     ) -> None:
         """`tell` hears what the workers still say when they are stopped, and nobody asks for events any more."""
-        device = "cuda" if needs.gpus else order.device  # a task sees the GPU that it was given, under no number
-        data_root = None if order.data_root is None else str(Path(order.data_root).resolve())
-        self._order = dataclasses.replace(order, device=device, data_root=data_root)
+        device = "cuda" if needs.gpus else config.device  # a task sees the GPU that it was given, under no number
+        data_root = None if config.data_root is None else str(Path(config.data_root).resolve())
+        self._config = dataclasses.replace(config, device=device, data_root=data_root)
         self._store, self._needs, self._tell = store, needs, tell
         self._begun = self._fetched = 0
         self._deaths: Counter[int] = Counter()  # by the worker's number, since anyone's last epoch: nodes have several
@@ -63,8 +63,8 @@ class RayWorkers:
         environment = {"env_vars": self._needs.environment()}
         options = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": environment}
         self._head = ray.remote(Head).options(**options).remote()
-        serving = sqlite_file(self._order.url) is not None
-        self._ask(self._head.open.remote(self._order, Path.cwd(), serving))
+        serving = sqlite_file(self._config.url) is not None
+        self._ask(self._head.open.remote(self._config, Path.cwd(), serving))
         places, workers = self._needs.places, self._needs.workers
         if places < workers:
             room = f"{places} of {workers} workers now; the others begin when there are nodes for them."
@@ -126,9 +126,9 @@ class RayWorkers:
             "num_gpus": self._needs.gpus,
             "max_retries": -1,  # `_heard` counts
             "runtime_env": {"env_vars": self._needs.environment()},
-            "name": f"{self._order.file.stem} worker {number}",
+            "name": f"{self._config.file.stem} worker {number}",
         }
-        task = _work.options(**options).remote(self._order, job, number, self._head)
+        task = _work.options(**options).remote(self._config, job, number, self._head)
         self._tasks[task] = number, job
 
     def _withdraw(self) -> None:
@@ -188,22 +188,22 @@ class RayWorkers:
             raise InputError(f"Ray cannot run the workers: {' '.join(str(error).split())[:500]}") from error
         if content is not None:
             assert isinstance(job, Train)
-            replace_file(self._order.checkpoints / _file(job), content)
+            replace_file(self._config.checkpoints / _file(job), content)
         return True
 
 
 @ray.remote(max_calls=1)
-def _work(order: Order, job: Job, number: int, head: Any) -> bytes | None:
+def _work(config: WorkerConfig, job: Job, number: int, head: Any) -> bytes | None:
     """Do a job. The trained weights are returned where the coordinator does not see the file that they are in."""
     interrupt.install()
     owner, where = name_of_this(), socket.gethostname()
     tell = functools.partial(_tell, head, owner)
     answer(head.arrive.remote(number, owner, where))
     try:
-        with _opened(order, head, owner) as context:
+        with _opened(config, head, owner) as context:
             _prepare(context)
             do(job, context, tell)
-        return _to_carry(order, job, head)
+        return _to_carry(config, job, head)
     except InputError as error:
         tell(Stopped(InputError(f"On {where}: {error}")))
         return None
@@ -220,19 +220,19 @@ def _tell(head: Any, owner: str, message: Message) -> None:
 
 
 @contextmanager
-def _opened(order: Order, head: Any, owner: str) -> Iterator[Context]:
+def _opened(config: WorkerConfig, head: Any, owner: str) -> Iterator[Context]:
     """The study as this worker sees it: in SQLite through the head, else in its database."""
     from harness.store.opening import check_definition
 
-    if sqlite_file(order.url) is None:
-        with opened(order) as context:
+    if sqlite_file(config.url) is None:
+        with opened(config) as context:
             context.store.leases.owner = owner  # the one that the coordinator knows
             yield context
         return
-    study = order.study()
-    with served(head, owner, order.url) as store:
+    study = config.study()
+    with served(head, owner, config.url) as store:
         check_definition(study, store, None)
-        yield context_of(order, study, store)
+        yield context_of(config, study, store)
 
 
 def _prepare(context: Context) -> None:
@@ -250,11 +250,11 @@ def _prepare(context: Context) -> None:
         keep_features(study.train, context.runtime, with_validation=study.final.fit_on == "train+val")
 
 
-def _to_carry(order: Order, job: Job, head: Any) -> bytes | None:
+def _to_carry(config: WorkerConfig, job: Job, head: Any) -> bytes | None:
     """The file that a training left, unless the coordinator sees it, too, in its own folder of checkpoints."""
     if isinstance(job, Search):
         return None
-    path = order.checkpoints / _file(job)
+    path = config.checkpoints / _file(job)
     if not path.exists():  # the job was stopped for good, and the coordinator has heard why
         return None
     content = path.read_bytes()

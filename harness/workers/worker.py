@@ -33,7 +33,7 @@ ORPHAN_SECONDS = 120.0  # for the batch under way and its checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class WorkerConfig:
     """What a worker must know to open the study as its coordinator did."""
 
     file: Path
@@ -45,9 +45,9 @@ class Order:
     checkpoints: Path
 
     def study(self) -> Study:
-        from harness.config import find as catalogue
+        from harness.config.find import find
 
-        found = catalogue.find(str(self.file))
+        found = find(str(self.file))
         study = found.study.with_settings(self.settings).located(found.home, self.data_root, self.device)
         return dataclasses.replace(study, trials=self.trials)
 
@@ -93,16 +93,16 @@ def _events(job: Job, context: Context) -> Generator[Event, None, None]:
 
 
 @contextmanager
-def opened(order: Order) -> Iterator[Context]:
+def opened(config: WorkerConfig) -> Iterator[Context]:
     """The study as this worker sees it. Raises InputError when it is not the study that was begun."""
     from harness.store.opening import open_store
 
-    study = order.study()
-    with open_store(study, order.url, joining=True) as store:
-        yield context_of(order, study, store)
+    study = config.study()
+    with open_store(study, config.url, joining=True) as store:
+        yield context_of(config, study, store)
 
 
-def context_of(order: Order, study: Study, store: Store) -> Context:
+def context_of(config: WorkerConfig, study: Study, store: Store) -> Context:
     """What a worker needs. Raises InputError when it would compute with other versions than its coordinator."""
     from harness.final.retrain import Context
     from harness.training.checkpoint import differences
@@ -111,16 +111,16 @@ def context_of(order: Order, study: Study, store: Store) -> Context:
     if differing := differences(store.facts().versions, versions()):
         raise InputError(f"This study is computed elsewhere with other versions: {differing} here; install the same.")
     runtime = decide_runtime(study.train, store.facts().runtime)
-    return Context(study=study, store=store, runtime=runtime, checkpoints=order.checkpoints)
+    return Context(study=study, store=store, runtime=runtime, checkpoints=config.checkpoints)
 
 
-def work(order: Order, line: connection.Connection) -> None:
+def work(config: WorkerConfig, line: connection.Connection) -> None:
     """The main function of a worker's process: do what comes over the line, until nothing more comes."""
     tell = functools.partial(_send, line)
     try:
         interrupt.install(quiet=True)
         _end_with_coordinator()
-        with opened(order) as context:
+        with opened(config) as context:
             while (job := line.recv()) is not None:
                 do(job, context, tell)
     except (Halt, InputError) as error:

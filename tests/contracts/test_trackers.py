@@ -31,7 +31,7 @@ from tests.conftest import make_study
 
 NOTHING: dict[str, list[int]] = {"val_accuracy": [], "test_accuracy": []}
 ONCE = {"val_accuracy": [1], "test_accuracy": []}
-Seen = dict[str, tuple[str, dict[str, list[int]]]]  # by key: the state, and the steps of two metrics
+Snapshot = dict[str, tuple[str, dict[str, list[int]]]]  # by key: the state, and the steps of two metrics
 OUTCOMES = (
     Completed(value=0.5),
     Pruned(epoch=1),
@@ -43,7 +43,7 @@ OUTCOMES = (
 class TrackerContract:
     """Subclass it with a `tracker` fixture, and say in `seen` what a reader of the tracker finds."""
 
-    def seen(self, tracker: Any, study: Study, store: Store) -> Seen:
+    def seen(self, tracker: Any, study: Study, store: Store) -> Snapshot:
         """All of the study's runs."""
         raise NotImplementedError
 
@@ -152,7 +152,7 @@ class TestMLflowTracker(TrackerContract):
     def tracker(self, mlruns: Path) -> MLflowTracker:
         return local_tracker(mlruns)
 
-    def seen(self, tracker: Any, study: Study, store: Store) -> Seen:
+    def seen(self, tracker: Any, study: Study, store: Store) -> Snapshot:
         client = MlflowClient(tracker.uri)
         query = f"tags.`harness.study_uid` = '{store.uid}'"
         runs = client.search_runs([client.get_experiment_by_name(study.name).experiment_id], query)
