@@ -49,6 +49,8 @@ def run(
 
     Ctrl-C, or a notebook's stop button, finishes the batch, writes a checkpoint, and raises KeyboardInterrupt. Raises
     InputError for what a user can mend, Halt when the study cannot go on here, StudyFailed when no trial has a result.
+
+    As many arguments as the command has options that most studies need.
     """
     from harness.report.display import StudyConsole
     from harness.study import start

@@ -112,6 +112,18 @@ def test_no_module_has_more_than_350_lines() -> None:
     assert {name: lines for name, lines in long.items() if lines > 350} == {}
 
 
+def test_functions_have_six_arguments_and_fifty_lines_at_most_or_say_why() -> None:
+    for name, file in MODULES.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            count = sum(each.arg not in ("self", "cls") for each in given)
+            if count > 6:
+                assert "As many arguments as" in (ast.get_docstring(node) or ""), f"{name}.{node.name}"
+            assert (node.end_lineno or 0) - node.lineno < 50, f"{name}.{node.name}"
+
+
 def test_the_base_and_the_events_need_the_standard_library_only() -> None:
     for name in ("base.errors", "base.seeds", "base.keys", "base.words", "config.events"):
         tree = ast.parse(MODULES[f"harness.{name}"].read_text(encoding="utf-8"))

@@ -27,56 +27,62 @@ def build_parser(program: str) -> argparse.ArgumentParser:
     if program == "run_study.py":
         parser = Parser(prog=program, description="Run or resume a hyperparameter study.")
         _add_run(parser)
+        parser.set_defaults(command="run")
         return parser
     parser = Parser(prog=program, description="Hyperparameter studies of image classifiers.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="run or resume a study (the same as run_study.py)")
-    _add_run(run)
-    listed = commands.add_parser("list", help="every study here: its state, trials, best and test result")
+
+    def add(name: str, about: str, of_a_study: bool = True) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = commands.add_parser(name, help=about)
+        command.set_defaults(command=name)
+        if of_a_study:
+            command.add_argument("study", metavar="STUDY", help="a study's name or file")
+        return command
+
+    _add_run(add("run", "run or resume a study (the same as run_study.py)", of_a_study=False))
+    listed = add("list", "every study here: its state, trials, best and test result", of_a_study=False)
     listed.add_argument("--json", action="store_true", help="print a JSON list")
-    listed.set_defaults(command="list")
-    show = commands.add_parser("show", help="what a study found so far")
-    show.add_argument("study", metavar="STUDY", help="a study's name or file")
+    show = add("show", "what a study found so far")
     show.add_argument("--json", action="store_true", help="print one JSON object")
     show.add_argument("--digest", action="store_true", help="print a sha256 of the results: equal ones, equal studies")
     show.add_argument("--groups", action="store_true", help="print the parameter groups of the base configuration")
-    show.set_defaults(command="show")
-    report = commands.add_parser("report", help="write a study's report (HTML) and its trials (CSV)")
-    report.add_argument("study", metavar="STUDY", help="a study's name or file")
+    report = add("report", "write a study's report (HTML) and its trials (CSV)")
     report.add_argument("--output", metavar="DIR", type=_path, help="where to (default: studies/NAME.report)")
-    report.set_defaults(command="report")
-    reproduce = commands.add_parser("reproduce", help="train a trial again and compare every epoch with the record")
-    reproduce.add_argument("study", metavar="STUDY", help="a study's name or file")
+    reproduce = add("reproduce", "train a trial again and compare every epoch with the record")
     reproduce.add_argument("trial", metavar="N", type=_whole(0), help="the trial's number")
-    reproduce.add_argument("--data-root", metavar="DIR", type=_recorded, help="the folder that holds the data set")
-    reproduce.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps (default: what the study ran on)")
-    reproduce.set_defaults(command="reproduce")
-    replay = commands.add_parser("replay", help="ask the sampler for every trial again and compare with the record")
-    replay.add_argument("study", metavar="STUDY", help="a study's name or file")
-    replay.set_defaults(command="replay")
-    _add_storage(replay)
-    _add_audit(commands.add_parser("audit", help="train some pruned trials to their ends: what did pruning cost?"))
-    doctor = commands.add_parser("doctor", help="whether storage, MLflow, checkpoints and processes agree")
-    doctor.add_argument("study", metavar="STUDY", help="a study's name or file")
+    _add_data_and_device(reproduce)
+    _add_storage(add("replay", "ask the sampler for every trial again and compare with the record"))
+    _add_audit(add("audit", "train some pruned trials to their ends: what did pruning cost?"))
+    doctor = add("doctor", "whether storage, MLflow, checkpoints and processes agree")
     doctor.add_argument("--fix", action="store_true", help="mend what disagrees; the storage is right")
-    doctor.set_defaults(command="doctor")
-    export = commands.add_parser("export", help="write the final model as an ONNX file")
-    export.add_argument("study", metavar="STUDY", help="a study's name or file")
+    export = add("export", "write the final model as an ONNX file")
     export.add_argument("--onnx", metavar="FILE", type=_path, required=True, help="where to")
-    export.set_defaults(command="export")
     _add_storage(export)
     for command in (show, report, reproduce, doctor):
         _add_places(command)
-    _add_predict(commands.add_parser("predict", help="what the saved model says about photographs"))
-    _add_demo(commands.add_parser("demo", help="open a page where the saved model names the flower in a photograph"))
-    ui = commands.add_parser("ui", help="open the MLflow UI on the logged runs")
-    ui.add_argument(
+    _add_predict(add("predict", "what the saved model says about photographs"))
+    _add_demo(add("demo", "open a page where the saved model names the flower in a photograph"))
+    _add_ui(add("ui", "open the MLflow UI on the logged runs", of_a_study=False))
+    return parser
+
+
+def _add_ui(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--tracking-uri", metavar="URI", type=_url, help="the MLflow database or server (default: mlruns/mlflow.db)"
     )
-    ui.add_argument("--host", type=_recorded, default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    ui.add_argument("--port", type=_whole(1, 65_535), default=5000, help="port to listen on (default: %(default)s)")
-    ui.set_defaults(command="ui")
-    return parser
+    _add_address(parser, 5000)
+
+
+def _add_address(parser: argparse.ArgumentParser, port: int) -> None:
+    parser.add_argument(
+        "--host", type=_recorded, default="127.0.0.1", help="address to listen on (default: %(default)s)"
+    )
+    parser.add_argument("--port", type=_whole(1, 65_535), default=port, help="port to listen on (default: %(default)s)")
+
+
+def _add_data_and_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data-root", metavar="DIR", type=_recorded, help="the folder that holds the data set")
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps (default: what the study ran on)")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -97,6 +103,18 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "final.seeds=1; repeatable",
     )
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps (default: what the study says, else auto)")
+    _add_workers(parser)
+    parser.add_argument(
+        "--reopen-test",
+        metavar="REASON",
+        type=_recorded,
+        help="open the test set again for a better trial; the reason is kept in the ledger and shown in every report",
+    )
+    parser.add_argument("--fresh", action="store_true", help="move an existing study of this name aside and start anew")
+    _add_places(parser)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         metavar="N",
@@ -124,19 +142,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         type=_recorded,
         help="with --engine ray: the cluster (default: auto, the one that this machine belongs to)",
     )
-    parser.add_argument(
-        "--reopen-test",
-        metavar="REASON",
-        type=_recorded,
-        help="open the test set again for a better trial; the reason is kept in the ledger and shown in every report",
-    )
-    parser.add_argument("--fresh", action="store_true", help="move an existing study of this name aside and start anew")
-    _add_places(parser)
-    parser.set_defaults(command="run")
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", metavar="STUDY", help="a study's name or file")
     parser.add_argument("images", metavar="IMAGE|DIR", nargs="+", type=_path, help="photographs, or folders of them")
     parser.add_argument("--top", metavar="N", type=_whole(1), help="how many classes to show (default: 5)")
     parser.add_argument(
@@ -144,23 +152,16 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     _add_storage(parser)
-    parser.set_defaults(command="predict")
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", metavar="STUDY", help="a study's name or file")
-    parser.add_argument(
-        "--host", type=_recorded, default="127.0.0.1", help="address to listen on (default: %(default)s)"
-    )
-    parser.add_argument("--port", type=_whole(1, 65_535), default=7860, help="port to listen on (default: %(default)s)")
+    _add_address(parser, 7860)
     parser.add_argument("--data-root", metavar="DIR", type=_recorded, help="the data set, for example photographs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     _add_storage(parser)
-    parser.set_defaults(command="demo")
 
 
 def _add_audit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", metavar="STUDY", help="a study's name or file")
     parser.add_argument(
         "--fraction",
         metavar="F",
@@ -171,10 +172,8 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", metavar="N", type=_whole(0, LARGEST), default=0, help="of the drawing (default: %(default)s)"
     )
-    parser.add_argument("--data-root", metavar="DIR", type=_recorded, help="the folder that holds the data set")
-    parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps (default: what the study ran on)")
+    _add_data_and_device(parser)
     _add_places(parser)
-    parser.set_defaults(command="audit")
 
 
 def _add_storage(parser: argparse.ArgumentParser) -> None:

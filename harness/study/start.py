@@ -30,32 +30,14 @@ def run(
 
     Raises InputError for what a user can mend, and StudyFailed when it ends without a result.
     """
-    from harness.base import mounts
-    from harness.base.files import sqlite_file
-    from harness.config import space as spaces
     from harness.final.model_files import check_folder
     from harness.report import overview
-    from harness.store import database, opening
+    from harness.store import opening
     from harness.study.coordinator import check_result
     from harness.tracking.places import uri_of
-    from harness.workers import ray_cluster
 
-    if options.ray_address is not None and options.engine != "ray":
-        raise InputError("--ray-address names a cluster for --engine ray; give that, too, or leave it out.")
-    if options.engine == "ray":  # a finished study needs no cluster, but what is typed makes sense
-        ray_cluster.check_address(options.ray_address)
-    study = found.study.with_settings(options.set).located(found.home, options.data_root, options.device)
-    if options.trials is not None:
-        study = dataclasses.replace(study, trials=options.trials)
-    for path, value in spaces.leaves(study.train):
-        if not is_utf8(json.dumps(value, ensure_ascii=False, default=str)):
-            raise InputError(f"{path} is {value}, which is no UTF-8 and cannot be recorded; rename it.")
-    url = opening.url_of(found, options.storage)
-    command = Command(options=options, found=found, study=study, url=url, console=console, hooks=hooks)
-    database.check_database(url)
-    database.check_writable(sqlite_file(url))
-    if (risk := mounts.warning(sqlite_file(url))) is not None:
-        print(f"Warning: {risk}", file=sys.stderr)
+    command = _asked_for(options, found, console, hooks)
+    study, url = command.study, command.url
     if options.fresh:
         opening.check_movable(url)
         _check_nobody_at_work(study, url)
@@ -79,6 +61,34 @@ def run(
             raise InputError("--reopen-test: no test result of this study is known yet; leave it out.")
         check_folder(model, url, opening.uid_of(study.name, url))
     _run_what_is_missing(command, begun)
+
+
+def _asked_for(
+    options: RunOptions, found: Found, console: StudyConsole, hooks: Sequence[Callable[[Event], object]]
+) -> Command:
+    """The study with what the options change of it; its database can be opened, or made."""
+    from harness.base import mounts
+    from harness.base.files import sqlite_file
+    from harness.config import space as spaces
+    from harness.store import database, opening
+    from harness.workers import ray_cluster
+
+    if options.ray_address is not None and options.engine != "ray":
+        raise InputError("--ray-address names a cluster for --engine ray; give that, too, or leave it out.")
+    if options.engine == "ray":  # a finished study needs no cluster, but what is typed makes sense
+        ray_cluster.check_address(options.ray_address)
+    study = found.study.with_settings(options.set).located(found.home, options.data_root, options.device)
+    if options.trials is not None:
+        study = dataclasses.replace(study, trials=options.trials)
+    for path, value in spaces.leaves(study.train):
+        if not is_utf8(json.dumps(value, ensure_ascii=False, default=str)):
+            raise InputError(f"{path} is {value}, which is no UTF-8 and cannot be recorded; rename it.")
+    url = opening.url_of(found, options.storage)
+    database.check_database(url)
+    database.check_writable(sqlite_file(url))
+    if (risk := mounts.warning(sqlite_file(url))) is not None:
+        print(f"Warning: {risk}", file=sys.stderr)
+    return Command(options=options, found=found, study=study, url=url, console=console, hooks=hooks)
 
 
 def check_own_process(workers: int, engine: str) -> None:

@@ -28,7 +28,6 @@ def disagreements(
 
     `metrics` and `folders` are those of the study's own run, `running` the keys of unfinished trials.
     """
-
     if (text := tracker.deleted(tracker.study_name)) is not None:
         yield Finding(text)  # a start with --fix restores it first
         return

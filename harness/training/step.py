@@ -192,6 +192,8 @@ def train_step(
     With `micro_batch`, the gradient of the same batch is accumulated over parts of at most that many images. When
     memory runs out, the parts are halved, down to one image. Only dropout and BatchNorm notice: BatchNorm sees smaller
     batches, and those of a failed attempt twice. Raises MemoryError when one image at a time is too much.
+
+    As many arguments as a step has parts; they are named at its two calls.
     """
     size = min(micro_batch or len(labels), len(labels))
     states = random_states(runtime.device)
