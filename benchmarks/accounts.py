@@ -22,16 +22,16 @@ PARTS = {  # of innermost names the time is counted; what is named nowhere is "t
     "loop around the steps": {"harness.search.trial": ["fit"], "harness.final.retrain": ["fit"]},
     "data: decoding and cache": {"harness.cli.run": ["_prepare"]},
     "data: loading": {
-        "harness.training.job": ["load_splits", "load_train_and_val"],
+        "harness.training.assemble": ["load_splits", "load_train_and_val"],
         "harness.final.test_set": ["load_test"],
     },
     "model and optimizer": {"harness.search.trial": ["assemble"], "harness.final.retrain": ["assemble"]},
-    "deciding the engine": {"harness.training.job": ["decide_runtime"]},
+    "deciding the engine": {"harness.training.assemble": ["decide_runtime"]},
     "checkpoints": {
         "harness.training.checkpoint.Checkpoint": ["__init__", "save", "after_batch", "restore"],
         "harness.search.trial": ["remove", "identity_of"],
         "harness.final.retrain": ["remove", "identity_of"],
-        "harness.study.life": ["stale"],
+        "harness.study.stages": ["stale"],
     },
     "storage": {
         "harness.store.opening": ["open_store", "exists"],
@@ -50,12 +50,12 @@ PARTS = {  # of innermost names the time is counted; what is named nowhere is "t
     "storage: report, prune": {"harness.store.store.Store": ["report", "should_prune"]},
     "storage: tell": {"harness.store.store.Store": ["tell"]},
     "rehearsal of the sampler": {"harness.search.rehearsal": ["rehearse"]},
-    "MLflow: opening": {"harness.tracking.tracker.MLflowTracker": ["check", "start"]},
+    "MLflow: opening": {"harness.tracking.mlflow.MLflowTracker": ["check", "start"]},
     "MLflow: runs": {
-        "harness.tracking.tracker.MLflowTracker": ["run"],
+        "harness.tracking.mlflow.MLflowTracker": ["run"],
         "harness.tracking.writer.MLflowRun": ["epoch", "metrics", "text", "end"],
     },
-    "MLflow: end of the study": {"harness.tracking.tracker.MLflowTracker": ["finish", "interrupt"]},
+    "MLflow: end of the study": {"harness.tracking.mlflow.MLflowTracker": ["finish", "interrupt"]},
     "environment, versions": {
         "harness.search.trial": ["environment"],
         "harness.final.retrain": ["environment"],

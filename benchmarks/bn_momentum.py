@@ -16,7 +16,7 @@ from benchmarks.machine import describe
 from harness.config.find import find
 from harness.config.space import replace
 from harness.data.splits import prepare
-from harness.training.job import assemble, decide_runtime
+from harness.training.assemble import assemble, decide_runtime
 from harness.training.loop import fit
 
 

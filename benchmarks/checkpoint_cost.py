@@ -21,8 +21,8 @@ import torch
 from benchmarks.machine import describe
 from harness.cli.commands import main as command
 from harness.config import find as catalogue
+from harness.training.assemble import assemble
 from harness.training.checkpoint import Checkpoint
-from harness.training.job import assemble
 from harness.training.step import Runtime
 
 

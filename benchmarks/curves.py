@@ -32,8 +32,8 @@ from harness.config.space import Choice, Dimension, Float, apply, encode
 from harness.config.train import OptimConfig, RuntimeConfig, TrainConfig
 from harness.data.flowers102 import Flowers102
 from harness.data.splits import load_test
+from harness.training.assemble import assemble, decide_runtime
 from harness.training.checkpoint import Checkpoint, identity_of, remove
-from harness.training.job import assemble, decide_runtime
 from harness.training.loop import evaluate, fit
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -26,7 +26,7 @@ from harness.search.pruners import no_pruning
 from harness.search.samplers import Sampler
 from harness.store.opening import open_store
 from harness.store.store import TrialRecord
-from harness.training.job import decide_runtime
+from harness.training.assemble import decide_runtime
 
 
 def main() -> None:

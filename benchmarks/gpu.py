@@ -31,7 +31,7 @@ from benchmarks.measure import Figures, alternate, ratios, script
 from harness.config.contracts import SplitName
 from harness.config.train import OptimConfig, RuntimeConfig, TrainConfig
 from harness.models.maxvit import MaxViTT, TinyMaxViT
-from harness.training.job import assemble, compilable
+from harness.training.assemble import assemble, compilable
 from harness.training.loop import fit
 from harness.training.optim import build_optimizer, parameter_groups
 from harness.training.step import Runtime, compile_parts, train_step

@@ -27,8 +27,8 @@ from harness.config.study import Study
 from harness.data.splits import load_split, prepare
 from harness.search.loop import search
 from harness.store.opening import open_store, read_store
+from harness.training.assemble import assemble, decide_runtime
 from harness.training.features import keep_features
-from harness.training.job import assemble, decide_runtime
 from harness.training.loop import EVALUATION_BATCH, Training, fit, logits_of
 from harness.training.step import Runtime, predict, train_step
 

@@ -26,9 +26,9 @@ from harness.models.maxvit import with_head
 from harness.report.overview import digest
 from harness.store.opening import open_store, read_store
 from harness.store.store import Store
-from harness.study.life import run
-from harness.tracking.tracker import MLflowTracker
-from harness.training.job import decide_runtime
+from harness.study.stages import run
+from harness.tracking.mlflow import MLflowTracker
+from harness.training.assemble import decide_runtime
 from tests.conftest import make_study
 
 STUDY_FILE = "from tests.faulty import small_study\n\nSTUDY = small_study('data/cache')\n"

@@ -29,7 +29,7 @@ from tests.patience import PATIENCE_SECONDS
 
 # What a study imports on its way; the tracker first, for it sets MLflow's environment.
 IMPORTS = (
-    "harness.tracking.tracker",
+    "harness.tracking.mlflow",
     "mlflow.store.tracking.sqlalchemy_store",
     "harness.cli.run",
     "harness.study.coordinator",

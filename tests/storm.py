@@ -441,7 +441,7 @@ class Storm:
     lives: list[Life] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        from tests.test_main_job import write_study
+        from tests.study.test_main_job import write_study
 
         self.place.mkdir(parents=True, exist_ok=True)
         write_study(self.place, "MaxViT", self.sampler)
@@ -528,7 +528,7 @@ class Storm:
         """Raise AssertionError unless the finished study is the one that was never killed, and nothing is left over."""
         from harness.config import find as catalogue
         from harness.study import doctor
-        from tests.test_main_job import check_mlflow
+        from tests.study.test_main_job import check_mlflow
 
         assert self._states() == {"COMPLETE", "PRUNED"}
         assert self.result() == expected

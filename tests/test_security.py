@@ -37,7 +37,7 @@ from harness.store.database import check_database
 from harness.training.checkpoint import read_tensors
 from tests.conftest import PROJECT
 from tests.small import study_in
-from tests.test_checkpoint import fresh
+from tests.training.test_checkpoint import fresh
 
 CODE = [
     *sorted((PROJECT / "harness").rglob("*.py")),

@@ -174,7 +174,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from harness.serving import page
+    from harness.serving import demo_page as page
     from harness.serving.predict import load_predictor
     from harness.serving.ui import check_port
     from harness.study.start import keep_imports

@@ -18,8 +18,8 @@ from harness.config.events import EpochEnded, EpochResult, Event, Kind, Retraini
 from harness.config.jobs import Train, Workers
 from harness.config.study import Study
 from harness.store.store import Store, TrialRecord
+from harness.training.assemble import assemble, with_validation_images
 from harness.training.checkpoint import SUFFIX, Checkpoint, fingerprint, identity_of, remove
-from harness.training.job import assemble, with_validation_images
 from harness.training.loop import Training, fit
 from harness.training.step import Runtime
 

@@ -47,9 +47,9 @@ from harness.final.thumbnails import thumbnails
 from harness.store import ledger
 from harness.store.leases import LeaseLost
 from harness.store.store import POLL_SECONDS, Store, TrialRecord, wanted
+from harness.training.assemble import evaluation_of
 from harness.training.checkpoint import differences, read_tensors
 from harness.training.checkpoint import fingerprint as sha256_of
-from harness.training.job import evaluation_of
 from harness.training.loop import Training, logits_of, measure
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from harness.data.splits import prepare
 from harness.garden.dataset import Garden
 from harness.garden.drawing import DRAWING_VERSION
 from harness.models.maxvit import TINY_WEIGHTS, TinyMaxViT, is_rebuilt
-from harness.training.job import assemble, decide_runtime
+from harness.training.assemble import assemble, decide_runtime
 from harness.training.loop import fit
 
 GARDEN = Garden(species="pretraining", train_per_class=100, val_per_class=10, test_per_class=1, seed=1)

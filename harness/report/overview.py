@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from harness.base.errors import masked
 from harness.base.files import sqlite_file
 from harness.base.words import duration
-from harness.final.audit import audit_sentences
 from harness.final.predictions import described
+from harness.final.pruning_cost import audit_sentences
 from harness.final.sentences import (
     choice_sentence,
     conclusion,

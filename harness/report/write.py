@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from harness.base.files import replace_file
 from harness.base.words import duration, percent
 from harness.config.final_result import FinalResult
-from harness.final.audit import audit_sentences
+from harness.final.pruning_cost import audit_sentences
 from harness.final.sentences import (
     all_equal,
     choice_sentence,

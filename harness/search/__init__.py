@@ -1,1 +1,1 @@
-"""Which configuration is next, and when a trial stops."""
+"""Which configuration is next, how it is evaluated, and when it stops."""

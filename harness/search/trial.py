@@ -27,8 +27,8 @@ from harness.config.events import (
 from harness.config.study import Study
 from harness.store.leases import LeaseLost
 from harness.store.store import Asked, Store
+from harness.training.assemble import assemble
 from harness.training.checkpoint import SUFFIX, Checkpoint, identity_of, remove
-from harness.training.job import assemble
 from harness.training.loop import Training, fit
 from harness.training.optim import group_table
 from harness.training.step import Runtime

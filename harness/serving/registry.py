@@ -26,7 +26,7 @@ from harness.final.sentences import final_sentence
 from harness.serving.export import EXAMPLE_BATCH, disagreement, logits_of, weights_of
 from harness.tracking.client import UID
 from harness.tracking.library import artifact_store, faults, first_line, found_set, is_refusal, no_stray_folder
-from harness.tracking.tracker import MLflowTracker
+from harness.tracking.mlflow import MLflowTracker
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Run

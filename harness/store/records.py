@@ -132,7 +132,7 @@ class StudyFacts:
     predictions: dict[str, Any] | None = None  # `harness.final.predictions`
     thumbnails: dict[str, str] = field(default_factory=dict)  # by number of the test image
     duplicates: dict[str, Any] | None = None  # `harness.data.duplicates`
-    audit: dict[str, Any] | None = None  # `harness.final.audit.record`
+    audit: dict[str, Any] | None = None  # `harness.final.pruning_cost.record`
     files: dict[str, str] = field(default_factory=dict)  # the sha256 of the model's files
     published: int | None = None  # trials that had ended when MLflow was told everything
     registered: int | None = None  # the trial whose model MLflow's registry has

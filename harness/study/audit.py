@@ -21,15 +21,15 @@ from harness.config.find import Found
 from harness.config.options import RunOptions
 from harness.config.study import Study
 from harness.data.splits import prepare
-from harness.final import audit
+from harness.final import pruning_cost as audit
 from harness.report.write import write_report
 from harness.store import opening
 from harness.store.store import Store, TrialRecord
 from harness.study.reproduce import Compared, explanation
 from harness.study.start import keep_imports
 from harness.tracking.places import attached, tracker_at, uri_of
+from harness.training.assemble import assemble, decide_runtime
 from harness.training.checkpoint import SUFFIX, Checkpoint, identity_of, remove
-from harness.training.job import assemble, decide_runtime
 from harness.training.loop import fit
 from harness.training.step import Runtime
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from harness.config.jobs import Workers
     from harness.store.store import Store
     from harness.study.command import Command
-    from harness.tracking.tracker import MLflowTracker
+    from harness.tracking.mlflow import MLflowTracker
     from harness.training.step import Runtime
 
 # What helps when trials end without a result, by their state.
@@ -33,7 +33,7 @@ def run_study(command: Command, store: Store, tracker: MLflowTracker) -> None:
     from harness.final.retrain import Context
     from harness.report.display import Display
     from harness.search.loop import TooManyFailures
-    from harness.study.life import run as events_of
+    from harness.study.stages import run as events_of
     from harness.workers.pool import of_use
 
     options, study = command.options, command.study
@@ -65,8 +65,8 @@ def run_study(command: Command, store: Store, tracker: MLflowTracker) -> None:
 def _begin(command: Command, store: Store, tracker: MLflowTracker) -> Runtime:
     """What must be settled before the first trial: how it is computed, and that MLflow has the study's run."""
     from harness.tracking import expected
+    from harness.training.assemble import decide_runtime
     from harness.training.features import keep_features
-    from harness.training.job import decide_runtime
 
     options, study = command.options, command.study
     with store.exclusive(START):

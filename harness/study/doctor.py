@@ -38,12 +38,12 @@ from harness.final.predictions import from_record
 from harness.store.locks import holder, pid_file
 from harness.store.opening import as_begun, open_store, read_store
 from harness.store.store import Store
-from harness.study.life import wanted_keys
+from harness.study.stages import wanted_keys
 from harness.tracking.expected import Finding, expected_runs, facts, study_metrics
 from harness.training.checkpoint import fingerprint, read_tensors, remove, stale
 
 if TYPE_CHECKING:
-    from harness.tracking.tracker import MLflowTracker
+    from harness.tracking.mlflow import MLflowTracker
 
 UNFINISHED = (
     "The study has not ended, and no process is at it: the same command goes on, and mends what was left behind."

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from harness.serving.model import SavedModel
     from harness.store.store import Store
     from harness.study.command import Command
-    from harness.tracking.tracker import MLflowTracker
+    from harness.tracking.mlflow import MLflowTracker
 
 START = "start"  # the key of what one coordinator at a time does at its start
 

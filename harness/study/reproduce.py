@@ -15,8 +15,8 @@ from harness.config.study import Study
 from harness.data.splits import prepare
 from harness.store import opening
 from harness.store.store import TrialRecord
+from harness.training.assemble import assemble, decide_runtime
 from harness.training.checkpoint import differences
-from harness.training.job import assemble, decide_runtime
 from harness.training.loop import fit
 from harness.training.step import Runtime
 

@@ -10,7 +10,7 @@ from harness.tracking.client import KEY, PARENT, STATE, STATUS, STUDY, TRACEBACK
 from harness.tracking.expected import Expected, Finding
 from harness.tracking.files import elsewhere, local_folder
 from harness.tracking.library import StoreFault
-from harness.tracking.tracker import MLflowTracker
+from harness.tracking.mlflow import MLflowTracker
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -11,7 +11,7 @@ from harness.config.study import Study
 from harness.store.database import check_driver, tables
 from harness.store.store import Store
 from harness.tracking.files import ARTIFACTS, make_database
-from harness.tracking.tracker import MLflowTracker
+from harness.tracking.mlflow import MLflowTracker
 
 SCHEMES = ("http", "https", "databricks", "postgresql", "mysql", "mssql")
 

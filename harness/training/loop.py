@@ -85,7 +85,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One assembled training job; `harness.training.job.assemble` makes it."""
+    """One assembled training job; `harness.training.assemble.assemble` makes it."""
 
     config: TrainConfig
     classes: tuple[str, ...]

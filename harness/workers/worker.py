@@ -105,8 +105,8 @@ def opened(config: WorkerConfig) -> Iterator[Context]:
 def context_of(config: WorkerConfig, study: Study, store: Store) -> Context:
     """What a worker needs. Raises InputError when it would compute with other versions than its coordinator."""
     from harness.final.retrain import Context
+    from harness.training.assemble import decide_runtime
     from harness.training.checkpoint import differences
-    from harness.training.job import decide_runtime
 
     if differing := differences(store.facts().versions, versions()):
         raise InputError(f"This study is computed elsewhere with other versions: {differing} here; install the same.")

@@ -24,8 +24,8 @@ from harness.config.events import (
 )
 from harness.config.study import Study
 from harness.store.store import Store
+from harness.tracking.mlflow import MLflowTracker
 from harness.tracking.places import local_tracker
-from harness.tracking.tracker import MLflowTracker
 from tests.analytic import epoch_result, memory_store
 from tests.conftest import make_study
 

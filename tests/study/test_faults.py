@@ -1,0 +1,178 @@
+"""Numbers that end and code that breaks inside a training."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from harness.config.events import EpochEnded, Event, TrialEnded
+from harness.config.space import Float
+from harness.config.study import Study
+from harness.config.train import OptimConfig
+from harness.data import augment
+from harness.search.samplers import tpe
+from harness.store.store import Store, TrialRecord
+from harness.tracking.places import local_tracker
+from harness.training.step import accumulate_gradient
+from tests.analytic import memory_store, run_analytic
+from tests.conftest import make_study
+from tests.faulty import CommandLine, complete, one_sentence, small_study
+from tests.tracking.test_tracker import runs_of
+
+
+@pytest.fixture
+def study(image_cache: Path) -> Study:
+    return small_study(image_cache)
+
+
+def trials_of(store: Store) -> list[TrialRecord]:
+    return store.trials()
+
+
+# -- no numbers ----------------------------------------------------------------------------------------------------
+
+
+def poison_weights(model: nn.Module, step: int) -> None:
+    if step == 3:
+        next(model.parameters()).data.fill_(math.nan)
+
+
+def explode_gradient(model: nn.Module, step: int) -> None:
+    """An infinite gradient beside a loss that is a finite number."""
+    if step == 3:
+        parameter = next(model.parameters())
+        parameter.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", [poison_weights, explode_gradient])
+def test_a_trial_ends_with_the_epoch_in_which_its_numbers_ended(
+    harm: Callable[[nn.Module, int], None], image_cache: Path, tmp_path: Path, mlruns: Path, monkeypatch: Any
+) -> None:
+    study, steps = small_study(image_cache, epochs=4), 0
+
+    def harmed(model: nn.Module, *arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        harm(model, steps)
+        return accumulate_gradient(model, *arguments)
+
+    monkeypatch.setattr("harness.training.step.accumulate_gradient", harmed)
+    seen: list[Event] = []
+    tracker = local_tracker(mlruns)
+    trials = complete(study, tmp_path, tracker, at=seen.append, look=trials_of)
+    assert [trial.state for trial in trials] == ["diverged", "complete", "complete"]
+    assert [event.result.epoch for event in seen if isinstance(event, EpochEnded) and event.number == 0][:1] == [1]
+    assert len(trials[0].epochs) == 1  # the second epoch, of two steps, had no numbers any more
+    told = trials[0]
+    described = told_of(tmp_path)
+    assert (described["epoch"], described["step"]) == (2, 1)
+    assert described["lr"] == pytest.approx(study.train.optim.base_lr)  # the schedule's first step after the warm-up
+    assert described["grad_norm"] is None  # no step of the epoch came before
+    assert told.reason == "loss or gradient not finite at step 1 of epoch 2, learning rate 0.001"
+    assert tracker.flush()  # a thread writes
+    run = runs_of(mlruns)["trial-0"]
+    assert (run.info.status, run.data.tags["harness.state"]) == ("FAILED", "diverged")
+
+
+def told_of(place: Path, number: int = 0) -> dict[str, Any]:
+    """What the storage keeps of a trial's end."""
+    import optuna
+
+    study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{place}/tiny.db")
+    outcome: dict[str, Any] = study.trials[number].user_attrs["outcome"]
+    return outcome
+
+
+def test_pixels_without_numbers_end_the_trial_in_its_first_epoch(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = augment.augment
+    monkeypatch.setattr(augment, "augment", lambda *arguments: plain(*arguments) * math.nan)
+    trials = complete(study, tmp_path, look=trials_of)
+    assert [(trial.state, len(trial.epochs), trial.value) for trial in trials] == [("diverged", 0, None)] * 3
+    assert (told_of(tmp_path)["epoch"], told_of(tmp_path)["step"]) == (1, 1)
+
+
+def test_an_absurd_learning_rate_ends_the_trial_and_says_where(image_cache: Path, tmp_path: Path) -> None:
+    optim = OptimConfig(base_lr=1e25, depth_lr_mult=0.5, warmup_epochs=0.0)
+    study = small_study(image_cache)
+    train = dataclasses.replace(study.train, optim=optim)
+    study = dataclasses.replace(study, train=train, space={"optim.base_lr": Float(1e20, 1e30, log=True)})
+    trials = complete(study, tmp_path, look=trials_of)
+    assert trials[0].state == "diverged"
+    told = told_of(tmp_path)
+    assert (told["epoch"], told["step"]) == (1, 2)  # the first step is what the rate ruins
+    assert told["lr"] == pytest.approx(1e25, rel=0.5)
+    assert math.isfinite(told["grad_norm"])
+    assert f"at step {told['step']} of epoch 1, learning rate" in str(trials[0].reason)
+    assert "gradient norm up to" in str(trials[0].reason)
+
+
+def test_the_sampler_leaves_the_region_that_diverges(image_cache: Path) -> None:
+    study = make_study(image_cache, sampler=tpe(n_startup_trials=10))
+    study = dataclasses.replace(study, space={**study.space, "optim.base_lr": Float(1e-4, 1.0, log=True)})
+    store = memory_store(study)
+    run_analytic(study, store, 50, epochs=3)
+    diverged = [trial.state == "diverged" for trial in store.trials()]
+    assert sum(diverged[:10]) >= 3  # half of the range does
+    assert sum(diverged[10:]) <= 8  # of forty
+
+
+# -- exceptions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_exception_fails_the_trial_and_its_traceback_is_kept_twice(
+    study: Study, tmp_path: Path, mlruns: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*arguments: Any) -> Any:
+        raise ValueError("this cannot\nbe trained")
+
+    def first_fails(event: Event) -> None:
+        if isinstance(event, TrialEnded):
+            monkeypatch.undo()
+
+    monkeypatch.setattr("harness.training.step.accumulate_gradient", breaks)
+    tracker = local_tracker(mlruns)
+    trials = complete(study, tmp_path, tracker, at=first_fails, look=trials_of)
+    assert [trial.state for trial in trials] == ["failed", "complete", "complete"]
+    assert trials[0].reason == "ValueError: this cannot"
+    assert "in breaks" in str(trials[0].traceback)
+    assert tracker.flush()  # a thread writes
+    run = runs_of(mlruns)["trial-0"]
+    assert (run.info.status, run.data.tags["harness.state"]) == ("FAILED", "failed")
+    artifact = Path(run.info.artifact_uri.removeprefix("file://")) / "traceback.txt"
+    assert artifact.read_text() == trials[0].traceback
+
+
+@pytest.mark.slow
+def test_three_failures_in_a_row_stop_the_study_with_one_sentence(
+    line: CommandLine, mlruns: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*arguments: Any) -> Any:
+        raise ValueError("broken")
+
+    monkeypatch.setattr("harness.training.step.accumulate_gradient", breaks)
+    ended = line.run("--trials", "5")
+    assert ended.code == 1, ended
+    assert one_sentence(ended.err), ended.err
+    assert "3 trials in a row failed, the last one with ValueError: broken" in ended.err
+    runs = runs_of(mlruns)
+    assert {key: run.info.status for key, run in runs.items()} == dict.fromkeys(
+        ["study", "trial-0", "trial-1", "trial-2"], "FAILED"
+    )
+    # Asked again, it says the same of a study without a result, and tries once before it gives up.
+    without = line.run("--trials", "3")
+    assert (without.code, one_sentence(without.err)) == (1, True), without
+    assert "No trial is complete" in without.err
+    assert "ValueError: broken" in without.err
+    assert line.run("--trials", "5").code == 1
+    assert len(runs_of(mlruns)) == 5
