@@ -20,7 +20,7 @@ PARTS = {  # of innermost names the time is counted; what is named nowhere is "t
     "augmentation": {"harness.data.augment": ["augment"]},
     "validation": {"harness.training.loop": ["evaluate"], "harness.final.test_set": ["logits_of", "measure"]},
     "loop around the steps": {"harness.search.trial": ["fit"], "harness.final.retrain": ["fit"]},
-    "data: decoding and cache": {"harness.cli.run": ["_prepare"]},
+    "data: decoding and cache": {"harness.study.start": ["_prepare"]},
     "data: loading": {
         "harness.training.assemble": ["load_splits", "load_train_and_val"],
         "harness.final.test_set": ["load_test"],

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from harness.base.errors import StudyFailed
 from harness.config.events import Completed, Diverged, Failed, Pruned, TrialOutcome
-from harness.study.coordinator import ended
+from harness.study.coordinator import check_result
 from tests.analytic import epoch_result, memory_store
 from tests.conftest import make_study
 
@@ -30,16 +31,17 @@ ENDS: dict[str, tuple[list[TrialOutcome], list[str], list[str]]] = {
 
 @pytest.mark.parametrize(("outcomes", "words", "others"), ENDS.values(), ids=ENDS)
 def test_a_study_without_a_complete_trial_says_what_happened_and_what_helps(
-    outcomes: list[TrialOutcome], words: list[str], others: list[str], capsys: pytest.CaptureFixture[str]
+    outcomes: list[TrialOutcome], words: list[str], others: list[str]
 ) -> None:
     study = make_study("cache")
     store = memory_store(study)
     for outcome in outcomes:
         store.tell(store.ask(study), outcome, [epoch_result(1, 0.5)], seconds=1.0)
-    assert ended(store) == 1
-    said = capsys.readouterr().err
+    with pytest.raises(StudyFailed) as failed:
+        check_result(store)
+    said = str(failed.value)
     assert len(said.splitlines()) == 1
-    assert said.startswith("error: No trial is complete: ")
+    assert said.startswith("No trial is complete: ")
     for word in [*words, "--fresh", "larger --trials"]:
         assert word in said
     for word in others:
@@ -50,4 +52,4 @@ def test_a_study_with_a_complete_trial_has_a_result() -> None:
     study = make_study("cache")
     store = memory_store(study)
     store.tell(store.ask(study), Completed(value=0.5), [epoch_result(1, 0.5)], seconds=1.0)
-    assert ended(store) == 0
+    check_result(store)

@@ -30,7 +30,7 @@ from harness.tracking.places import local_tracker
 from harness.training.step import Runtime
 from tests.analytic import epoch_result
 from tests.faulty import CommandLine, one_sentence, small_study
-from tests.final.test_test_set import better_trial, place_of
+from tests.final.test_test_set import better_trial, context_of
 from tests.refusal import tree
 from tests.study.test_doctor import DESCRIPTION
 
@@ -224,7 +224,7 @@ def test_a_model_that_another_study_has_left_in_the_meantime_stays(tmp_path: Pat
     with open_store(study, f"sqlite:///{tmp_path}/tiny.db") as store:
         better_trial(study, store)
         with pytest.raises(InputError, match="holds the model of another study"):
-            list(final_run(place_of(study, store, tmp_path), folder))
+            list(final_run(context_of(study, store, tmp_path), folder))
         assert store.ledger() == []
         check_folder(tmp_path / "none", store.url, store.attributes().get("uid"))
     assert tree(folder) == before
