@@ -62,6 +62,8 @@ def run(
     given = {"trials": trials, "workers": workers, "storage": storage, "tracking_uri": tracking_uri} | options
     shown = "".join(f", {name}={value!r}" for name, value in given.items() if value not in (None, 1))
     asked = RunOptions.from_program(given, command=f"harness.run({found.study.name!r}{shown})")
+    if found.study is study and storage is None:
+        found.file.parent.mkdir(parents=True, exist_ok=True)
     with interrupt.handled():
         start.run(asked, found, StudyConsole(quiet=not progress), [] if on_event is None else [on_event])
     return Result(found, storage, tracking_uri)
@@ -298,36 +300,40 @@ class Row:
 
 
 def rows(home: str | Path | None = None) -> list[Row]:
-    """The studies in `home`/studies, in order."""
+    """The studies in `home`/studies, in order: those of files, and those that a program has run there."""
     from harness.base.errors import InputError
+    from harness.base.files import sqlite_url
+    from harness.store.opening import url_of
 
-    found = []
-    for name in finding.names(None if home is None else Path(home)):
+    place = finding.find_home() if home is None else Path(home)
+    files = {file.stem: file for file in (place / "studies").glob("*.db") if "." not in file.stem}
+    found, seen = [], set()
+    for name in finding.names(place):
         try:
-            found.append(_row(finding.find(name, None if home is None else Path(home))))
+            each = finding.find(name, place)
+            found.append(_row(each.study.name, url_of(each, None), each.study.trials))
+            seen.add(each.study.name)
         except InputError as error:
-            unread = Row(
-                study=name, state="cannot be read", finished=0, trials=0, best=None, test=None, note=str(error)
-            )
-            found.append(unread)
+            unread = {"state": "cannot be read", "note": str(error)}
+            found.append(Row(study=name, finished=0, trials=0, best=None, test=None, **unread))
+            seen.add(name)
+    found += [_row(name, sqlite_url(file.resolve()), 0) for name, file in sorted(files.items()) if name not in seen]
     return found
 
 
-def _row(found: Found) -> Row:
+def _row(name: str, url: str, trials: int) -> Row:
     from harness.report.overview import state_of
-    from harness.store.opening import exists, read_store, url_of
+    from harness.store.opening import exists, read_store
 
-    study = found.study
-    url = url_of(found, None)
-    if not exists(study.name, url):
-        return Row(study=study.name, state="not begun", finished=0, trials=study.trials, best=None, test=None)
-    with read_store(study.name, url) as store:
+    if not exists(name, url):
+        return Row(study=name, state="not begun", finished=0, trials=trials, best=None, test=None)
+    with read_store(name, url) as store:
         best, final, facts = store.chosen() or store.best(), store.facts().final, store.facts()
         return Row(
-            study=study.name,
+            study=name,
             state=state_of(store),
             finished=store.finished(),
-            trials=facts.wanted or study.trials,
+            trials=facts.wanted or trials,
             best=None if best is None else best.value,
             test=None if final is None else final.accuracy,
         )

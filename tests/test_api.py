@@ -1,0 +1,163 @@
+"""The door for programs: what the command line does, a program can do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import harness
+from harness.base.errors import InputError
+from harness.cli.commands import main
+from harness.config.events import EpochEnded, Event, TrialEnded
+from harness.config.study import Study
+from harness.training import interrupt
+from tests.conftest import PROJECT
+from tests.small import small_study
+
+
+def test_every_public_name_is_there_and_nothing_large_is_imported_for_it() -> None:
+    code = "\n".join(
+        [
+            "import sys, harness",
+            "print(sys.modules.keys() & {'torch', 'optuna', 'numpy'}, set(harness.__all__) <= set(dir(harness)))",
+            "[getattr(harness, name) for name in harness.__all__]",
+        ]
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "set() True"), done.stderr
+
+
+def test_a_name_that_is_none_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        harness.nothing  # noqa: B018
+
+
+@pytest.fixture
+def study(image_cache: Path) -> Study:
+    return small_study(image_cache)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("mlruns")
+def test_a_study_of_a_program_is_run_once_and_says_all_that_the_commands_say(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    events: list[Event] = []
+    result = harness.run(study, trials=3, on_event=events.append, progress=False)
+    assert capsys.readouterr().out == ""
+    assert sum(isinstance(each, TrialEnded) for each in events) == 3
+    assert result.final is not None
+    assert result.best is not None
+    assert result.final.trial == result.best.number
+    assert result.best.config == study.config(result.best.params)
+    assert result.trials()["number"].tolist() == [0, 1, 2]
+    curves = result.curves()
+    assert len(curves) == sum(result.trials()["epochs"])
+    assert {"trial", "epoch", "val_accuracy", "train_loss", "lr"} <= set(curves.columns)
+    page = result.report
+    assert page.path.is_file()
+    assert page.path.as_uri() in page._repr_html_()
+    assert "Test accuracy" in page._repr_html_()
+    assert result.replay()
+    assert result.doctor()
+    assert all(each.same for each in result.reproduce(result.best.number))
+    (guesses,) = result.model.predict([_drawn()], top=2)
+    assert len(guesses) == 2
+    assert guesses[0].probability >= guesses[1].probability
+
+    events.clear()
+    again = harness.run(study, trials=3, on_event=events.append)
+    assert "Nothing is missing" in capsys.readouterr().out
+    assert events == []
+    assert again.digest() == result.digest() == harness.open(study).digest()
+    (row,) = json.loads(_printed(capsys, "list", "--json"))
+    assert (row["study"], row["state"], row["finished"]) == (study.name, "finished", 3)
+    assert row["test"] == result.final.accuracy
+
+
+def _drawn() -> Any:
+    from harness.garden.drawing import draw
+    from harness.garden.species import DEMO_SPECIES
+
+    return draw(DEMO_SPECIES[0], seed=1, size=80)
+
+
+def _printed(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    capsys.readouterr()
+    assert main(list(command)) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("mlruns")
+def test_a_request_to_stop_leaves_a_checkpoint_and_the_handlers_as_they_were(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def stop(event: Event) -> None:
+        if isinstance(event, EpochEnded):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        harness.run(study, trials=2, on_event=stop, progress=False)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert list((tmp_path / "studies").glob("*.checkpoints/*.safetensors"))
+    result = harness.run(study, trials=2, progress=False)
+    straight = harness.run(study, trials=2, progress=False, home=tmp_path_factory.mktemp("straight"))
+    assert result.digest() == straight.digest()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("mlruns")
+def test_a_study_runs_in_a_thread(study: Study, tmp_path: Path) -> None:
+    found: list[Any] = []
+    run = threading.Thread(target=lambda: found.append(harness.run(study, trials=1, progress=False, home=tmp_path)))
+    run.start()
+    run.join()
+    assert found[0].final is not None
+
+
+def test_what_cannot_be_run_is_wrong_input(study: Study, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Workers load a study from its file"):
+        harness.run(study, workers=2, home=tmp_path)
+    with pytest.raises(InputError, match="no option 'epochs'; there are"):
+        harness.run(study, epochs=3, home=tmp_path)
+    with pytest.raises(InputError, match="has no results yet"):
+        harness.open(study, home=tmp_path)
+    with pytest.raises(InputError, match="There is no study 'nothing'"):
+        harness.open("nothing", home=tmp_path)
+
+
+def test_handlers_that_are_there_already_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        interrupt.install()
+        with interrupt.handled():
+            interrupt._State.requested = True
+        assert interrupt.requested()
+        assert signal.getsignal(signal.SIGINT) is interrupt._handle
+    finally:
+        interrupt._State.requested = False
+        signal.signal(signal.SIGINT, before)
+
+
+def test_the_list_names_studies_that_cannot_be_read(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workspace / "studies" / "broken.py").write_text("STUDY = 1 / 0\n")
+    assert main(["list"]) == 0
+    said = capsys.readouterr()
+    assert "demo" in said.out
+    assert "not begun" in said.out
+    assert "broken" in said.out
+    assert "ZeroDivisionError" in said.err
+    assert {"broken", "demo", "flowers102"} <= set(harness.studies(workspace)["study"])
