@@ -22,7 +22,7 @@ from tests.conftest import PROJECT
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((PROJECT / "docs").glob("*.md"))}
-BLOCK = re.compile(r"^```(.*)\n(.*?)^```", re.M | re.S)
+BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```", re.M | re.S)
 COMMAND = re.compile(r"^(?:.* && )?(python .*?)(?: +#.*)?$", re.M)
 NOT_RUN = 'bash title="not run by the tests"'
 

@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,7 +118,7 @@ def validation_fingerprint(data: Dataset, split: ImageSet) -> str:
     return digest.hexdigest()[:16]
 
 
-def publish(tracker: MLflowTracker, wanted: Candidate) -> bool:
+def publish(tracker: MLflowTracker, wanted: Candidate, say: Callable[[str], object] = print) -> bool:
     """Log, register, check and promote the model; whether MLflow has taken it. Prints what came of it.
 
     The alias `champion` goes to it when it passed the check and there is no champion, or one whose trial's accuracy on
@@ -140,11 +140,11 @@ def publish(tracker: MLflowTracker, wanted: Candidate) -> bool:
             client.set_model_version_tag(wanted.name, version.version, CHECK, wrong or PASSED)
             version = client.get_model_version(wanted.name, version.version)
         said = _placed(client, version)
-        print(f"model     {wanted.name} version {version.version} in MLflow: {said}")
+        say(f"model     {wanted.name} version {version.version} in MLflow: {said}")
         if CHAMPION in said:
             where = shlex.quote(masked(tracker.uri))
             other = f"MLFLOW_REGISTRY_URI={where} " if "MLFLOW_REGISTRY_URI" in found_set else ""
-            print(f"serve     MLFLOW_TRACKING_URI={where} {other}{SERVE.format(wanted.name)}")
+            say(f"serve     MLFLOW_TRACKING_URI={where} {other}{SERVE.format(wanted.name)}")
     except faults() as error:
         if not is_refusal(error):
             print(f"MLflow at {masked(tracker.uri)} did not take the model ({first_line(error)}).", file=sys.stderr)

@@ -29,7 +29,7 @@ def write_again(command: Command, store: Store, tracker: MLflowTracker) -> None:
     if told and is_registered(study, store, model):
         told = register(command, store, tracker, load_saved(study, store, model))
     if not told:
-        print(f"MLflow at {masked(tracker.uri)} does not take all of it; the same command tries again.")
+        command.say(f"MLflow at {masked(tracker.uri)} does not take all of it; the same command tries again.")
 
 
 def describe_model(command: Command, store: Store) -> SavedModel | None:
@@ -62,7 +62,7 @@ def register(command: Command, store: Store, tracker: MLflowTracker, model: Save
     from harness.serving.registry import candidate, publish
 
     with command.console.status("Registering the final model in MLflow, and checking it …"):
-        done = publish(tracker, candidate(command.study.name, store, model))
+        done = publish(tracker, candidate(command.study.name, store, model), command.console.say)
     if done:
         store.set_attribute("registered", model.description["trial"])
     return done

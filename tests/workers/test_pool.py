@@ -19,13 +19,13 @@ import pytest
 from mlflow import MlflowClient
 
 from harness.base.errors import InputError
-from harness.cli import run as running
 from harness.config.events import Completed
 from harness.config.options import RunOptions
 from harness.config.train import FinalConfig
 from harness.final.test_set import summary
 from harness.store import leases
 from harness.store.opening import open_store, read_store
+from harness.study import start as running
 from harness.training import interrupt
 from harness.workers.pool import of_use, surroundings
 from tests.analytic import NOT_COMPARED, epoch_result
