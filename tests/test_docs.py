@@ -66,7 +66,7 @@ def test_the_fields_that_are_explained_exist() -> None:
 
 
 def test_the_tree_names_every_file_of_the_package() -> None:
-    tree = PAGES["how-it-works.md"].split("```\nrun_study.py")[1].split("```")[0]
+    tree = PAGES["how-it-works.md"].split("## The tree")[1].split("## Adding")[0]
     files = subprocess.run(["git", "ls-files", "harness", "studies"], cwd=PROJECT, capture_output=True, text=True)
     names = [Path(file).name for file in files.stdout.split()]
     if not names:
