@@ -27,7 +27,7 @@ from harness.final.predictions import calibration_sentence
 from harness.final.sentences import conclusion, final_sentence, selection_sentence
 from harness.garden.dataset import Garden
 from harness.report.overview import overview
-from harness.serving.card import CARD, UNKNOWN_LICENCE, _plain, _table, card, write_card
+from harness.serving.card import CARD, UNKNOWN_LICENCE, _plain, card, write_card
 from harness.serving.export import logits_of, write_program
 from harness.serving.model import SavedModel, load_saved, preprocess
 from harness.store.ledger import appended
@@ -147,8 +147,8 @@ def test_what_somebody_wrote_is_shown_and_changes_nothing_around_it(finished: Fi
 
 @pytest.mark.parametrize("written", ["a|b", "a\\|b", "<i>`_*a_*"])
 def test_a_searched_choice_stays_in_its_cell(finished: Finished, written: str) -> None:
-    rows = _table(["searched field", "chosen value"], [["`a`", _plain(written)]])
-    tags, words = rendered(rows)
+    row = f"| `a` | {_plain(written)} |"
+    tags, words = rendered(f"| searched field | chosen value |\n| --- | --- |\n{row}")
     assert tags.count("td") == 2
     assert words.split()[-1] == written
 
