@@ -43,8 +43,9 @@ def left_alone(place: Path, server: Server, trials: int, sampler: str) -> Storm:
     return study
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "sampler", [pytest.param(SAMPLERS[0], marks=pytest.mark.slow), pytest.param(SAMPLERS[1], marks=pytest.mark.chaos)]
+)
 def test_killed_once_in_each_phase_a_study_ends_as_one_that_was_not(
     server: Server, seed: int, sampler: str, tmp_path: Path
 ) -> None:
