@@ -42,7 +42,7 @@ def kernels(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     text = file.read_text(encoding="utf-8")
     for whole, less in (
         ("Garden(val_per_class=30)", "Garden(limit=96)"),
-        ("epochs=6", "epochs=3"),
+        ("epochs=6", "epochs=2"),
         ("seeds=3", "seeds=1"),
     ):
         assert whole in text
