@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.base.errors import masked
 from harness.config import find as finding
 from harness.config.options import RunOptions
 
@@ -60,8 +61,9 @@ def run(
     if found.study is study:
         start.check_own_process(workers, options.get("engine", "processes"))
     given = {"trials": trials, "workers": workers, "storage": storage, "tracking_uri": tracking_uri} | options
-    shown = "".join(f", {name}={value!r}" for name, value in given.items() if value not in (None, 1))
-    asked = RunOptions.from_program(given, command=f"harness.run({found.study.name!r}{shown})")
+    lasting = {name: value for name, value in given.items() if name not in ("fresh", "reopen_test")}  # they hold once
+    shown = "".join(f", {name}={value!r}" for name, value in lasting.items() if value is not None)
+    asked = RunOptions.from_program(given, command=masked(f"harness.run({found.study.name!r}{shown})"))
     if found.study is study and storage is None:
         found.file.parent.mkdir(parents=True, exist_ok=True)
     with interrupt.handled():

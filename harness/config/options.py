@@ -1,4 +1,4 @@
-"""What a run is asked for, by the command line or by a program; standard library only."""
+"""What a run is asked for, by the command line or by a program."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class StudyConsole(Console):
 
 
 class Display:
-    """Shows the events of `study.run`. Use it as a context manager."""
+    """Shows the events of a study. Use it as a context manager."""
 
     def __init__(self, study: Study, store: Store, console: Console, workers: int = 1, reopening: bool = False) -> None:
         """`workers` is how many train side by side; `reopening`, whether the test set is to be opened again."""

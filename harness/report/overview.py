@@ -189,7 +189,7 @@ def _audit_lines(store: Store) -> list[str]:
 
 
 def in_words(runtime: dict[str, Any] | None) -> str:
-    """The decided engine as a person says it."""
+    """The decided runtime as a person says it."""
     if runtime is None:
         return "not decided yet"
     layout = "channels last" if runtime["channels_last"] else "channels first"

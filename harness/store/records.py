@@ -127,7 +127,7 @@ class StudyFacts:
     wanted: int = 0  # trials
     # Of what comes after the search
     choice: dict[str, Any] | None = None  # `harness.final.choice.choose`
-    rerank: dict[str, Any] | None = None  # `harness.rerank`
+    rerank: dict[str, Any] | None = None  # `harness.final.choice.rerank`
     final: FinalResult | None = None
     predictions: dict[str, Any] | None = None  # `harness.final.predictions`
     thumbnails: dict[str, str] = field(default_factory=dict)  # by number of the test image

@@ -107,12 +107,8 @@ def _look_at_mlflow(command: Command, store: Store) -> None:
     from harness.tracking.files import ARTIFACTS, lacking, move_in
     from harness.tracking.places import tracker_for, uri_of
 
-    study, uri, mlruns, model = (
-        command.study,
-        command.options.tracking_uri,
-        command.found.mlruns,
-        command.beside(".model"),
-    )
+    study, model = command.study, command.beside(".model")
+    uri, mlruns = command.options.tracking_uri, command.found.mlruns
     file = sqlite_path(uri_of(uri, mlruns))
     if file is None:  # a server's files are the server's; `doctor` asks it
         return
@@ -274,7 +270,7 @@ def _prepare(study: Study) -> dict[str, str]:
 
 
 def keep_imports() -> None:
-    """Turn garbage collection on for what comes from here on; `cli.process` starts without it."""
+    """Turn garbage collection on for what comes from here on; `commands.process` starts without it."""
     if not gc.isenabled():
         gc.freeze()
         gc.enable()

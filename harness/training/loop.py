@@ -46,7 +46,7 @@ class Progress:
     steps: int = 0  # batches in an epoch
     trace: Tensor = field(default_factory=lambda: torch.zeros(0, 3))  # loss sum, correct, gradient norm of each batch
     random_states: dict[str, Tensor] = field(default_factory=dict)  # after `step` batches; empty before the first
-    micro_batch: int | None = None  # see engine.train_step
+    micro_batch: int | None = None  # see `train_step`
     seconds: float = 0.0  # spent in this epoch by processes before this one
     started: float = 0.0  # when this process began with it
     whole: bool = True  # False while it moves: model, optimizer and this lie between two states

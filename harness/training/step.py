@@ -27,7 +27,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """A decided engine: what every step of a study runs with."""
+    """What every step of a study runs with."""
 
     device: torch.device
     bf16: bool
