@@ -6,7 +6,7 @@ The command line is a thin layer over this module. What is large is imported whe
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,9 +61,7 @@ def run(
     if found.study is study:
         start.check_own_process(workers, options.get("engine", "processes"))
     given = {"trials": trials, "workers": workers, "storage": storage, "tracking_uri": tracking_uri} | options
-    lasting = {name: value for name, value in given.items() if name not in ("fresh", "reopen_test")}  # they hold once
-    shown = "".join(f", {name}={value!r}" for name, value in lasting.items() if value is not None)
-    asked = RunOptions.from_program(given, command=masked(f"harness.run({found.study.name!r}{shown})"))
+    asked = RunOptions.from_program(given, command=_command(found.study.name, given))
     if found.study is study and storage is None:
         found.file.parent.mkdir(parents=True, exist_ok=True)
     with interrupt.handled():
@@ -83,6 +81,13 @@ def studies(home: str | Path | None = None) -> pandas.DataFrame:
     import pandas
 
     return pandas.DataFrame([asdict(row) for row in rows(home)])
+
+
+def _command(name: str, given: Mapping[str, Any]) -> str:
+    """The call that goes on with a study, for people to read: without passwords, and without what holds once."""
+    lasting = {option: value for option, value in given.items() if option not in ("fresh", "reopen_test")}
+    shown = "".join(f", {option}={value!r}" for option, value in lasting.items() if value is not None)
+    return masked(f"harness.run({name!r}{shown})")
 
 
 def _found(study: Study | str | Path, home: str | Path | None) -> Found:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import harness
+from harness.api import _command
 from harness.base.errors import InputError
 from harness.cli.commands import main
 from harness.config.events import EpochEnded, Event, TrialEnded
@@ -137,6 +138,13 @@ def test_what_cannot_be_run_is_wrong_input(study: Study, tmp_path: Path) -> None
         harness.open(study, home=tmp_path)
     with pytest.raises(InputError, match="There is no study 'nothing'"):
         harness.open("nothing", home=tmp_path)
+
+
+def test_the_command_that_is_kept_has_no_password_and_nothing_that_holds_once() -> None:
+    url = "postgresql+psycopg://flora:secret@db.example/flowers"
+    given = {"trials": 1, "storage": url, "fresh": True, "reopen_test": "why", "device": None}
+    said = _command("demo", given)
+    assert said == f"harness.run('demo', trials=1, storage='{url.replace('secret', '***')}')"
 
 
 def test_handlers_that_are_there_already_stay(monkeypatch: pytest.MonkeyPatch) -> None:

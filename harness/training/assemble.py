@@ -22,7 +22,7 @@ from harness.training.step import Runtime, compile_parts, find_device, seeded
 
 
 def assemble(config: TrainConfig, runtime: Runtime, seed: int) -> Training:
-    """Everything that `harness.training.loop.fit` needs. The new head is drawn from `seed`; pretrained weights are what they are."""
+    """Everything that `loop.fit` needs. The new head is drawn from `seed`; pretrained weights are what they are."""
     with seeded(derive_seed(seed, "model"), runtime.device):
         model = config.backbone.build(len(config.data.classes()), config.data.image_size)
     if config.feature_views is None:
