@@ -15,7 +15,9 @@ from pathlib import Path
 
 from benchmarks.clock import Clock
 
-PARTS = {  # of innermost names the time is counted; what is named nowhere is "the rest"
+PARTS: dict[
+    str, dict[str, list[str]]
+] = {  # of innermost names the time is counted; what is named nowhere is "the rest"
     "training steps": {"harness.training.loop": ["train_step"]},
     "augmentation": {"harness.data.augment": ["augment"]},
     "validation": {"harness.training.loop": ["evaluate"], "harness.final.test_set": ["logits_of", "measure"]},
@@ -26,7 +28,7 @@ PARTS = {  # of innermost names the time is counted; what is named nowhere is "t
         "harness.final.test_set": ["load_test"],
     },
     "model and optimizer": {"harness.search.trial": ["assemble"], "harness.final.retrain": ["assemble"]},
-    "deciding the engine": {"harness.training.assemble": ["decide_runtime"]},
+    "deciding the runtime": {"harness.training.assemble": ["decide_runtime"]},
     "checkpoints": {
         "harness.training.checkpoint.Checkpoint": ["__init__", "save", "after_batch", "restore"],
         "harness.search.trial": ["remove", "identity_of"],
@@ -80,8 +82,8 @@ def study(folder: Path, arguments: list[str]) -> dict[str, float]:
     for name, places in PARTS.items():
         for place, attributes in places.items():
             clock.watch(name, place, *attributes)
-    places = ["--storage", f"sqlite:///{folder}/study.db", "--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
-    code = command(["run", "--study", "demo", "--set", f"data.cache={folder}/cache", *places, *arguments])
+    kept = ["--storage", f"sqlite:///{folder}/study.db", "--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
+    code = command(["run", "--study", "demo", "--set", f"data.cache={folder}/cache", *kept, *arguments])
     seconds = clock.stop()
     assert code == 0, code
     return seconds

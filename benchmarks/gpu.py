@@ -77,10 +77,10 @@ class Noise:
         return Image.fromarray(pixels)
 
 
-def config(cache: str, **optim: float) -> TrainConfig:
-    rates = {"base_lr": 6e-4, "depth_lr_mult": 0.6, **optim}
-    engine = RuntimeConfig(device=DEVICE.type, compile="on")
-    return TrainConfig(data=Noise(cache=cache), backbone=BACKBONE, optim=OptimConfig(**rates), engine=engine, epochs=2)
+def config(cache: str, base_lr: float = 6e-4, depth_lr_mult: float = 0.6) -> TrainConfig:
+    runtime = RuntimeConfig(device=DEVICE.type, compile="on")
+    optim = OptimConfig(base_lr=base_lr, depth_lr_mult=depth_lr_mult)
+    return TrainConfig(data=Noise(cache=cache), backbone=BACKBONE, optim=optim, runtime=runtime, epochs=2)
 
 
 def batch(size: int) -> tuple[Tensor, Tensor]:

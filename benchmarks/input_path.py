@@ -10,6 +10,7 @@ photographs as they lie (short side 256 px), ours the cached arrays at 256 px.
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -106,7 +107,7 @@ def contestants(root: str | None, device: torch.device, limit: int) -> Iterator[
         runs: dict[str, Callable[[], float]] = {"ours": lambda: ours(train, data.image_size, device)}
         for workers, batches in ahead.items():
             theirs(batches, device)  # starts the workers, and has the files in the page cache
-            runs[f"DataLoader, {workers} workers"] = lambda batches=batches: theirs(batches, device)
+            runs[f"DataLoader, {workers} workers"] = functools.partial(theirs, batches, device)
         runs["ours"]()
         yield runs
 

@@ -124,7 +124,7 @@ def compare(sizes: Sequence[int], rounds: int, runtime: Runtime) -> dict[int, fl
 
 
 def chosen() -> Runtime:
-    runtime = resolve(config().engine, lambda: BACKBONE.build(CLASSES, SIDE), SIDE)
+    runtime = resolve(config().runtime, lambda: BACKBONE.build(CLASSES, SIDE), SIDE)
     print(f"auto chose {runtime.to_dict()}", flush=True)
     return runtime
 

@@ -50,7 +50,7 @@ def measure(folder: str, trials: int, *further: str) -> dict[str, list[float]]:
                 curves.setdefault("CUDA allocated", []).append(torch.cuda.memory_allocated() / 2**20)
                 curves.setdefault("CUDA reserved", []).append(torch.cuda.memory_reserved() / 2**20)
 
-    Display.show = shown  # type: ignore[method-assign]
+    Display.show = shown  # type: ignore[method-assign, assignment]
     places = ["--storage", f"sqlite:///{folder}/study.db", "--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
     settings = [f"--set={each}" for each in (*SMALL, *further, f"data.cache={folder}/cache")]
     assert command(["run", "--study", "demo", "--trials", str(trials), *settings, *places]) == 0

@@ -35,7 +35,7 @@ from harness.search import suggest as asking
 from harness.search.history import ShownStudy
 from harness.search.pruners import asha, no_pruning
 from harness.search.samplers import Sampler, gp, tpe
-from harness.store.records import TrialRecord, record_of
+from harness.store.records import TrialRecord, has_diverged, record_of, without_values
 
 SHARES = (0.1, 0.2, 0.4, 1.0)  # of the budget, at which the regret is shown
 REFERENCE = "TPE, asha(5, 2)"
@@ -106,7 +106,7 @@ class Search:
                     break
             trial.state = TrialState.PRUNED if trial.value is None else TrialState.COMPLETE
             trial.datetime_complete = trial.datetime_start
-            self.trials.append(asking._without_values(trial) if asking.has_diverged(trial) else trial)
+            self.trials.append(without_values(trial) if has_diverged(trial) else trial)
             if trial.value is not None:
                 yield trial.value
 

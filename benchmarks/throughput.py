@@ -1,9 +1,9 @@
 """How many trials a second a storage keeps, with trials that take no time: `python -m benchmarks.throughput`
 
-Worker processes ask, report three epochs and tell, with leases and the desk as in a study, on SQLite and on PostgreSQL
+Worker processes ask, report three epochs and tell, with leases and locks as in a study, on SQLite and on PostgreSQL
 (a server of this machine, with fsync). Beside trials/s: statements and transactions per trial, the time that a worker
-computes for one, the server's, and how long the desk, where one worker at a time takes the next trial, is waited for
-and held. Every run has a new database. --history asks what a long history and many running trials cost.
+computes for one, the server's, and how long the lock, under which one worker at a time takes the next trial, is
+waited for and held. Every run has a new database. --history asks what a long history and many running trials cost.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def study_of(sampler: str) -> Study:
 
 
 class Counted:
-    """What a store does, counted: statements, transactions, and the seconds at the desk."""
+    """What a store does, counted: statements, transactions, and the seconds with the lock."""
 
     def __init__(self, store: Store) -> None:
         self.counts: Counter[str] = Counter()
@@ -66,8 +66,8 @@ class Counted:
         sqlalchemy.event.listen(engine, "before_cursor_execute", lambda *_: self.counts.update(["statements"]))
         sqlalchemy.event.listen(engine, "commit", lambda *_: self.counts.update(["transactions"]))
         leases: Any = store._leases
-        self._exclusive = leases.desk
-        leases.desk = self.desk
+        self._exclusive = leases.exclusive
+        leases.exclusive = self.exclusive
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -137,8 +137,8 @@ def run(sampler: str, url: str, workers: int, server: int | None) -> dict[str, f
         "transactions": total["transactions"] / trials,
         "worker ms": 1000 * total["computed"] / trials,
         "server ms": 1000 * served / trials,
-        "desk held ms": 1000 * total["held"] / trials,
-        "desk waited ms": 1000 * total["waited"] / trials,
+        "lock held ms": 1000 * total["held"] / trials,
+        "lock waited ms": 1000 * total["waited"] / trials,
     }
 
 
@@ -195,7 +195,7 @@ def places(database: str) -> Iterator[Any]:
 
 def history(database: str) -> None:
     """What one question costs a new worker and one that knows the history, beside many running trials."""
-    print("| finished | running | first question, s | later ones, ms | of these at the desk, ms | the sampler, ms |")
+    print("| finished | running | first question, s | later ones, ms | of these with the lock, ms | the sampler, ms |")
     print("|---|---|---|---|---|---|", flush=True)
     with places(database) as (place, _):
         for finished, running in ((100, 10), (1000, 10), (100, 1000), (1000, 1000)):
@@ -248,27 +248,27 @@ def question(study: Study, store: Store) -> str:
         finally:
             spent[0] += time.perf_counter() - began
 
-    asking.ask = timed
+    asking.ask = timed  # type: ignore[assignment]
     try:
-        times, desk, sampler = [], [], []
+        times, locked, sampler = [], [], []
         for _ in range(6):
             counted.counts.clear()
             spent[0] = 0.0
             began = time.perf_counter()
             asked = store.ask(study, study.trials)
             times.append(time.perf_counter() - began)
-            desk.append(float(counted.counts["held"]))
+            locked.append(float(counted.counts["held"]))
             sampler.append(spent[0])
             store.tell(asked, Completed(value=0.5), [], seconds=0.0)
     finally:
         asking.ask = ask
-    later = [1000 * statistics.median(each[1:]) for each in (times, desk, sampler)]
+    later = [1000 * statistics.median(each[1:]) for each in (times, locked, sampler)]
     return " | ".join([f"{times[0]:.2f}", *(f"{each:.0f}" for each in later)])
 
 
 # -- in full -------------------------------------------------------------------------------------------------------
 
-COLUMNS = ("per second", "statements", "transactions", "worker ms", "server ms", "desk held ms", "desk waited ms")
+COLUMNS = ("per second", "statements", "transactions", "worker ms", "server ms", "lock held ms", "lock waited ms")
 
 
 def main() -> None:

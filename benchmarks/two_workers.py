@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from benchmarks.measure import Figures, alternate, ratios
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
     taken: dict[str, Figures] = alternate(
-        {f"{count} of one thread": lambda count=count: seconds(count, args.trials) for count in (1, 2)}, args.rounds
+        {f"{count} of one thread": partial(seconds, count, args.trials) for count in (1, 2)}, args.rounds
     )
     for name, figures in taken.items():
         print(f"{name:<16} {figures.text(digits=1)}")

@@ -30,6 +30,7 @@ from harness.config import find as catalogue
 from harness.config.space import get
 from harness.data.flowers102 import Flowers102
 from harness.garden.dataset import Garden
+from harness.search.samplers import Grid
 from harness.store.opening import read_store
 
 HERE = Path(__file__).parent
@@ -75,7 +76,8 @@ def write_job(out: Path, model: str, photographs: Path, trials: int, epochs: int
     """The study file's definition as the peers read it."""
     study = catalogue.find(str(HERE / "peers" / f"{model}.py")).study
     fields = ("depth_lr_mult", "weight_decay", "warmup_epochs", "clip_norm")
-    points = study.sampler.points(study)[:trials]  # type: ignore[union-attr]
+    assert isinstance(study.sampler, Grid)
+    points = study.sampler.points(study)[:trials]
     job: dict[str, Any] = {
         "model": model,
         "photographs": str(photographs),

@@ -70,7 +70,8 @@ class Job:
 
     def optimizer(self, model: nn.Module, base_lr: float) -> torch.optim.Optimizer:
         """AdamW with a rate that falls with the distance from the head; biases, norms and position tables undecayed."""
-        depths = ["classifier.", *(f"blocks.{block}." for block in reversed(range(len(model.blocks)))), "stem."]
+        blocks = len(model.blocks)  # type: ignore[arg-type]
+        depths = ["classifier.", *(f"blocks.{block}." for block in reversed(range(blocks))), "stem."]
         groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             distance = next(number for number, prefix in enumerate(depths) if name.startswith(prefix))

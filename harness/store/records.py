@@ -72,11 +72,11 @@ class Snapshot:
     def history(self, trials: Sequence[FrozenTrial], number: int) -> list[FrozenTrial]:
         """The trials as they were known to trial `number`; of running and diverged ones the parameters alone."""
         known = [
-            _without_values(trial) if has_diverged(trial) else trial
+            without_values(trial) if has_diverged(trial) else trial
             for trial in trials
             if trial.number < number and trial.number not in self.open
         ]
-        running = [_without_values(trial, TrialState.RUNNING) for trial in trials if trial.number in self.running]
+        running = [without_values(trial, TrialState.RUNNING) for trial in trials if trial.number in self.running]
         return sorted(known + running, key=lambda trial: trial.number)
 
     def to_dict(self) -> dict[str, list[int]]:
@@ -92,7 +92,7 @@ def has_diverged(trial: FrozenTrial) -> bool:
     return trial.state is TrialState.PRUNED and trial.user_attrs.get("outcome", {}).get("state") == "diverged"
 
 
-def _without_values(trial: FrozenTrial, state: TrialState = TrialState.PRUNED) -> FrozenTrial:
+def without_values(trial: FrozenTrial, state: TrialState = TrialState.PRUNED) -> FrozenTrial:
     """A trial of which the parameters alone are shown; TPE puts a pruned one without values behind all others."""
     return FrozenTrial(
         number=trial.number,
