@@ -172,34 +172,47 @@ def _record(trial: FrozenTrial, images: int) -> TrialRecord:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def _one_run(which: str, number: int, policy: str, seed: int) -> dict[str, Any]:
+def _one_run(which: str, number: int, policy: str, seed: int, images: int | None) -> dict[str, Any]:
+    """A line of what is kept: the regrets, or with `images` what is handed out."""
     task = tasks(which)[number]
+    about = {"task": task.name, "policy": policy, "seed": seed, "images": images}
+    if images is not None:
+        return about | handed_out(task, POLICIES[policy], seed, images)
     found, seconds = regrets(task, POLICIES[policy], seed)
-    return {
-        "task": task.name,
-        "policy": policy,
-        "seed": seed,
-        "seconds": seconds,
-        "regret": [round(r, 4) for r in found],
-    }
+    return about | {"seconds": seconds, "regret": [round(r, 4) for r in found]}
 
 
-def _one_choice(which: str, number: int, policy: str, seed: int, images: int) -> dict[str, Any]:
-    task = tasks(which)[number]
-    return {"task": task.name, "policy": policy, "seed": seed} | handed_out(task, POLICIES[policy], seed, images)
-
-
-def choices(which: str, seeds: int, processes: int, images: int, policies: Sequence[str]) -> None:
-    """Print in how many studies each rule hands out something truly worse than the base."""
-    of_accuracies = [number for number, task in enumerate(tasks(which)) if not task.name.startswith("TaskSet")]
+def replays(
+    which: str, seeds: int, processes: int, keep: Path | None, policies: Sequence[str], images: int | None = None
+) -> list[dict[str, Any]]:
+    """A run for each task, policy and seed; what `keep` has of them is not run again."""
+    kept = [json.loads(line) for line in keep.read_text().splitlines()] if keep and keep.exists() else []
+    done = {(each["task"], each["policy"], each["seed"], each["images"]) for each in kept}
+    # The tasks without accuracies have no images.
+    chosen = [n for n, task in enumerate(tasks(which)) if images is None or not task.name.startswith("TaskSet")]
     wanted = [
         (which, number, policy, seed, images)
         for seed in range(seeds)
-        for number in of_accuracies
+        for number in chosen
         for policy in policies
+        if (tasks(which)[number].name, policy, seed, images) not in done
     ]
     with ProcessPoolExecutor(processes) as pool:
-        runs = list(pool.map(_one_choice, *zip(*wanted, strict=True)))
+        for found in pool.map(_one_run, *zip(*wanted, strict=True)) if wanted else ():
+            kept.append(found)
+            if keep:
+                with keep.open("a") as file:
+                    file.write(json.dumps(found) + "\n")
+    names = {tasks(which)[number].name for number in chosen}
+    return [
+        each
+        for each in kept
+        if each["task"] in names and each["policy"] in policies and each["seed"] < seeds and each["images"] == images
+    ]
+
+
+def show_choices(runs: list[dict[str, Any]], policies: Sequence[str], images: int) -> None:
+    """Print in how many studies each rule hands out something truly worse than the base."""
     print(f"{'':34}{'':16}   worse  the base  better    mean gain    s.e.     n   ({images:,} images, points)")
     for policy in policies:
         for rule in ("highest value", "lower bound"):
@@ -219,36 +232,14 @@ def choices(which: str, seeds: int, processes: int, images: int, policies: Seque
                 )
 
 
-def replays(which: str, seeds: int, processes: int, keep: Path | None, policies: Sequence[str]) -> list[dict[str, Any]]:
-    """A run for each task, policy and seed; what `keep` has of them is not run again."""
-    kept = [json.loads(line) for line in keep.read_text().splitlines()] if keep and keep.exists() else []
-    done = {(each["task"], each["policy"], each["seed"]) for each in kept}
-    wanted = [
-        (which, number, policy, seed)
-        for seed in range(seeds)
-        for number, task in enumerate(tasks(which))
-        for policy in policies
-        if (task.name, policy, seed) not in done
-    ]
-    with ProcessPoolExecutor(processes) as pool:
-        for found in pool.map(_one_run, *zip(*wanted, strict=True)) if wanted else ():
-            kept.append(found)
-            if keep:
-                with keep.open("a") as file:
-                    file.write(json.dumps(found) + "\n")
-    names = {task.name for task in tasks(which)}
-    return [each for each in kept if each["task"] in names and each["policy"] in policies]
-
-
 def full(tasks: str, seeds: int, processes: int, keep: Path | None, images: int | None, policies: list[str]) -> None:
     if tasks != "own" and not REPLAY.is_dir():
         sys.exit(f"error: the curves are not in {REPLAY}.")
+    runs = replays(tasks, seeds, processes, keep, policies, images)
     if images is None:
-        show(replays(tasks, seeds, processes, keep, policies), policies)
-    elif keep:
-        sys.exit("error: --images keeps nothing; leave --keep out.")
+        show(runs, policies)
     else:
-        choices(tasks, seeds, processes, images, policies)
+        show_choices(runs, policies, images)
 
 
 def quick() -> dict[str, float]:
