@@ -25,10 +25,8 @@ def render(view: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"short": short, "percent": percent}
-    files = {name: Markup((TEMPLATES / f"report.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}
-    page = environment.get_template("report.html")
-    # Our own files and plotly's; nothing of a study is marked as safe but the figures, which escape what opens a tag.
-    return page.render(**view, **files, plotly=Markup(get_plotlyjs()), safe=Markup)
+    # Nothing of a study is marked as safe but the figures, which escape what opens a tag.
+    return environment.get_template("report.html").render(**view, plotly=Markup(get_plotlyjs()))
 
 
 def short(value: Any) -> str:
