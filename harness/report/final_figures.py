@@ -40,7 +40,6 @@ def _per_class(rows: Sequence[Mapping[str, Any]]) -> Plot:
         customdata=[[row["correct"], row["total"], *row["interval"]] for row in rows],
         hovertemplate="%{x}: %{y:.1%} (%{customdata[0]} of %{customdata[1]}; 95 % interval "
         "%{customdata[2]:.0%} to %{customdata[3]:.0%})<extra></extra>",
-        cliponaxis=False,
     )
     # Labels are names, never numbers: folders may be called 1 to 102.
     figure.update_xaxes(type="category", showticklabels=len(rows) <= NAMED, showgrid=False, ticks="", tickangle=-40)
@@ -55,17 +54,13 @@ def _per_class(rows: Sequence[Mapping[str, Any]]) -> Plot:
 
 def _confusion(record: Mapping[str, Any]) -> Plot:
     found = from_record(record)
-    matrix, names = found.matrix, [html.escape(name) for name in found.classes]
-    totals = matrix.sum(axis=1).tolist()
-    shares = [
-        [count / total if count else None for count in row] for row, total in zip(matrix.tolist(), totals, strict=True)
-    ]
+    matrix, names = found.matrix.tolist(), [html.escape(name) for name in found.classes]
     figure = empty(height=560, xaxis={"title": "taken for"}, yaxis={"title": "is", "autorange": "reversed"})
     figure.add_heatmap(
         x=names,
         y=names,
-        z=shares,
-        customdata=matrix.tolist(),
+        z=[[count / sum(row) if count else None for count in row] for row in matrix],
+        customdata=matrix,
         zmin=0,
         zmax=1,
         colorscale=[[stop, f"var(--scale-{place})"] for place, stop in enumerate(STEPS)],
@@ -84,19 +79,19 @@ def _confusion(record: Mapping[str, Any]) -> Plot:
 
 def _reliability(tested: Mapping[str, Any]) -> Plot:
     bins, seeds = tested["calibration"], tested["seeds"]
-    figure = empty(height=460, xaxis_title="confidence", yaxis_title="share that is right", bargap=0.08)
+    axis = {"range": [0, 1], "dtick": 0.2, "tickformat": ".0%"}
+    x, y = axis | {"title": "confidence"}, axis | {"title": "share that is right"}
+    figure = empty(height=460, xaxis=x, yaxis=y, margin_r=28)  # room for the last mark
+    middles = [(each["low"] + each["high"]) / 2 for each in bins]
+    shades = [0.35 if each["count"] >= FEW else 0.12 for each in bins]
     figure.add_scatter(
         x=[0, 1], y=[0, 1], mode="lines", line={"color": SOFT, "dash": "dot", "width": 1.5}, hoverinfo="skip"
     )
     figure.add_bar(
-        x=[(each["low"] + each["high"]) / 2 for each in bins],
+        x=middles,
         y=[each["accuracy"] for each in bins],
         width=[0.92 * (each["high"] - each["low"]) for each in bins],
-        marker={
-            "color": ACCENT,
-            "opacity": [0.35 if each["count"] >= FEW else 0.12 for each in bins],
-            "line": {"color": LINE},
-        },
+        marker={"color": ACCENT, "opacity": shades, "line": {"color": LINE}},
         hoverinfo="skip",
     )
     figure.add_scatter(
@@ -106,10 +101,9 @@ def _reliability(tested: Mapping[str, Any]) -> Plot:
         marker={"color": INK, "size": 9},
         customdata=[each["count"] for each in bins],
         hovertemplate="confidence %{x:.1%}, right %{y:.1%}<br>%{customdata:,} predictions<extra></extra>",
-        cliponaxis=False,
     )
     figure.add_scatter(  # not the bars' own text, which a bar without height does not show
-        x=[(each["low"] + each["high"]) / 2 for each in bins],
+        x=middles,
         y=[0.0 for _ in bins],
         mode="text",
         text=[f"{each['count']:,}" for each in bins],
@@ -117,9 +111,6 @@ def _reliability(tested: Mapping[str, Any]) -> Plot:
         textfont={"color": INK, "size": 11},
         hoverinfo="skip",
     )
-    figure.update_layout(margin_r=28)  # room for the last mark
-    figure.update_xaxes(range=[0, 1], dtick=0.2, tickformat=".0%")
-    figure.update_yaxes(range=[0, 1], dtick=0.2, tickformat=".0%")
     caption = (
         f"How often predictions of a confidence are right, {f'over all {seeds} seeds' if seeds > 1 else 'of seed 0'}: "
         f"on the dotted line, 80 % sure is right 80 times of 100. The numbers "

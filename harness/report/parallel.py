@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harness.report.figures import ACCENT, INK, LINE, PAPER, SOFT, empty
+from harness.base.words import percent
+from harness.report.figures import ACCENT, INK, PAPER, SOFT, empty
 
 if TYPE_CHECKING:
     import optuna
@@ -29,6 +30,7 @@ class Axis:
 
 def parallel_coordinates(study: optuna.Study) -> Figure:
     """A line a complete trial over its parameters and its value."""
+    import numpy
     import optuna
 
     trials = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
@@ -38,16 +40,11 @@ def parallel_coordinates(study: optuna.Study) -> Figure:
     values = [trial.value or 0.0 for trial in trials]
     axes.append(_numbers("validation accuracy", list(values), log=False, share=True))
     figure = empty(height=380, margin={"l": 30, "r": 50, "t": 6, "b": 6})
-    low, span = min(values), max(values) - min(values)
+    groups = numpy.digitize(values, numpy.linspace(min(values), max(values), len(LINES) + 1)[1:-1])
     for group in range(len(LINES)):
-        chosen = [n for n, value in enumerate(values) if _group(value, low, span) == group]
-        _add_lines(figure, axes, trials, chosen, group)
+        _add_lines(figure, axes, trials, numpy.flatnonzero(groups == group).tolist(), group)
     _add_marks(figure, axes)
     return figure
-
-
-def _group(value: float, low: float, span: float) -> int:
-    return len(LINES) - 1 if span == 0 else min(int(len(LINES) * (value - low) / span), len(LINES) - 1)
 
 
 def _add_lines(figure: Figure, axes: Sequence[Axis], trials: Sequence[Any], chosen: Sequence[int], group: int) -> None:
@@ -57,7 +54,7 @@ def _add_lines(figure: Figure, axes: Sequence[Axis], trials: Sequence[Any], chos
     for number in chosen:
         x += [*range(len(axes)), None]
         y += [*(axis.places[number] for axis in axes), None]
-        text += [f"trial {trials[number].number}: {100 * (trials[number].value or 0.0):.2f} %"] * (len(axes) + 1)
+        text += [f"trial {trials[number].number}: {percent(trials[number].value)}"] * (len(axes) + 1)
     figure.add_scatter(
         x=x,
         y=y,
@@ -87,10 +84,8 @@ def _add_marks(figure: Figure, axes: Sequence[Axis]) -> None:
                 bgcolor=PAPER,
                 borderpad=1,
             )
-    figure.update_xaxes(
-        tickvals=list(range(len(axes))), showticklabels=False, gridcolor=LINE, range=[-0.4, len(axes) - 0.5]
-    )
-    figure.update_xaxes(showline=False, ticks="")
+    figure.update_xaxes(tickvals=list(range(len(axes))), range=[-0.4, len(axes) - 0.5])
+    figure.update_xaxes(showticklabels=False, showline=False, ticks="")
     figure.update_yaxes(visible=False, range=[-0.06, 1.18])
 
 
@@ -103,19 +98,17 @@ def _parameter(name: str, trials: Sequence[Any]) -> Axis:
         return _numbers(name, values, log=distribution.log, share=False)
     options = list(distribution.choices)
     heights = {option: place / max(len(options) - 1, 1) for place, option in enumerate(options)}
-    places = [None if value is None and None not in options else heights[value] for value in values]
-    return Axis(
-        name=name, places=places, marks={height: html.escape(str(option)) for option, height in heights.items()}
-    )
+    marks = {height: html.escape(str(option)) for option, height in heights.items()}
+    return Axis(name=name, places=[heights.get(value) for value in values], marks=marks)
 
 
 def _numbers(name: str, values: Sequence[float | None], log: bool, share: bool) -> Axis:
-    known = [value for value in values if value is not None]
-    scaled = [math.log10(value) if log else value for value in known]
-    low, span = min(scaled), (max(scaled) - min(scaled)) or 1.0
-    places = [None if v is None else ((math.log10(v) if log else v) - low) / span for v in values]
+    scaled = [math.log10(value) if log and value is not None else value for value in values]
+    known = [value for value in scaled if value is not None]
+    low, span = min(known), max(known) - min(known)
+    places = [None if value is None else (value - low) / (span or 1.0) for value in scaled]
     marks = {}
-    for place in (0.0, 0.5, 1.0) if max(scaled) > min(scaled) else (0.0,):  # of equal values there is one
+    for place in (0.0, 0.5, 1.0) if span else (0.0,):  # of equal values there is one
         value = low + place * span
         value = 10**value if log else value
         marks[place] = f"{100 * value:.1f} %" if share else f"{value:.2g}"
