@@ -40,10 +40,9 @@ from harness.final.model_files import (
     save_model,
     write_description,
 )
-from harness.final.predictions import pictured
+from harness.final.predictions import pictured, thumbnails
 from harness.final.retrain import Context, Retraining, threads_of
 from harness.final.statistics import balanced_accuracy, compare, selection_excess, wilson
-from harness.final.thumbnails import thumbnails
 from harness.store import ledger
 from harness.store.leases import LeaseLost
 from harness.store.store import POLL_SECONDS, Store, TrialRecord, wanted
@@ -260,12 +259,9 @@ def _with_result(store: Store, final: FinalResult) -> list[ledger.Line]:
 
 def _duplicates(data: Dataset, test: ImageSet) -> dict[str, Any]:
     """The images that lie in more than one split."""
-    images = {
-        "train": load_split(data, "train", data.stored_size).images,
-        "val": load_split(data, "val", data.image_size).images,
-        "test": test.images,
-    }
-    splits: dict[SplitName, Any] = {split: (items_of(data, split), images[split]) for split in ("train", "val", "test")}
+    train, val = load_split(data, "train", data.stored_size), load_split(data, "val", data.image_size)
+    images: dict[SplitName, Any] = {"train": train.images, "val": val.images, "test": test.images}
+    splits: dict[SplitName, Any] = {split: (items_of(data, split), each) for split, each in images.items()}
     return find(data, splits, Path(data.cache))
 
 
@@ -292,8 +288,6 @@ def evaluated(retraining: Retraining, training: Training, images: ImageSet) -> T
 
 def selection(store: Store) -> dict[str, Any] | None:
     """What choosing the best of the complete trials adds to its validation score; None when that is not known."""
-    import numpy
-
     lasts = [trial.epochs[-1].val for trial in store.trials() if trial.state == "complete" and trial.epochs]
     known = [(val.hits, val.total) for val in lasts if val is not None and val.hits is not None]
     if len(known) < len(lasts) or len({total for _, total in known}) != 1:
