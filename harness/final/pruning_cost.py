@@ -10,14 +10,11 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness.base.seeds import derive_seed
 from harness.base.words import duration, percent
 from harness.final.statistics import CONFIDENCE
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 FEW = 10  # a rank correlation over fewer trials is called a hint
 LOST = -math.inf  # the end of a trial that diverged: below all others
@@ -156,18 +153,13 @@ def rank_correlation(first: Sequence[float], second: Sequence[float], weights: S
     """
     import numpy
 
-    weight = numpy.asarray(weights, dtype=float)
-    one, other = (_ranks(numpy.asarray(each, dtype=float), weight) for each in (first, second))
-    spread = float(numpy.sqrt((weight @ one**2) * (weight @ other**2)))
-    return float((weight * one) @ other) / spread if spread > 1e-9 * weight.sum() else None
-
-
-def _ranks(values: NDArray[Any], weight: NDArray[Any]) -> NDArray[Any]:
-    """Weighted ranks float [N], less their mean."""
-    below = (values[None, :] < values[:, None]) @ weight
-    level = (values[None, :] == values[:, None]) @ weight
-    ranks: NDArray[Any] = below + level / 2
-    return ranks - (weight @ ranks) / weight.sum()
+    ranks = []
+    for values in (numpy.asarray(first), numpy.asarray(second)):
+        below, level = values < values[:, None], values == values[:, None]
+        ranks.append((below + level / 2) @ numpy.asarray(weights))
+    (one, both), (_, other) = numpy.cov(ranks, aweights=weights, ddof=0)
+    spread = math.sqrt(one * other)
+    return float(both / spread) if spread > 1e-9 else None
 
 
 # -- in words ------------------------------------------------------------------------------------------------------
@@ -186,7 +178,7 @@ def audit_sentences(record: Mapping[str, Any]) -> list[str]:
 
 def _sample_sentence(record: Mapping[str, Any]) -> str:
     pruned, audited, missing = record["pruned"], record["audited"], record["asked"] - record["audited"]
-    were = "were" if pruned > 1 else "was"
+    were = _was(pruned)
     which = "all of them" if audited == pruned else f"{audited:,} of them, drawn at random,"
     which = "that one" if pruned == 1 else which
     text = f"Of {record['finished']:,} trials {pruned:,} {were} pruned; {which} {_was(audited)} trained to the end."
