@@ -53,25 +53,21 @@ def rerank(context: Context) -> Iterator[Event]:
     results: dict[str, list[dict[str, Any]]] = kept.get("results", {})
     if kept.get("candidates") == numbers and kept.get("chosen") is not None:
         return
-    yield from context.ahead(
-        [
-            Retraining(context, "rerank", trial, number)
-            for trial in candidates
-            for number in range(len(results.get(str(trial.number), [])), study.final.seeds)
-        ]
-    )
-    for trial in candidates:
-        done = results.setdefault(str(trial.number), [])
-        for number in range(len(done), study.final.seeds):
-            retraining = Retraining(context, "rerank", trial, number)
-            yield from retraining.train()
-            training = retraining.trained()
-            val = training.progress.epochs[-1].val
-            assert val is not None, "a choice is made by the validation images"
-            counted = {"correct": val.correct, "total": val.total, "accuracy": val.accuracy}
-            done.append(retraining.record(training) | counted)
-            store.set_as_leader({"rerank": {"candidates": numbers, "results": results, "chosen": None}})
-            yield from retraining.end()
+    missing = [
+        Retraining(context, "rerank", trial, number)
+        for trial in candidates
+        for number in range(len(results.get(str(trial.number), [])), study.final.seeds)
+    ]
+    yield from context.ahead(missing)
+    for retraining in missing:
+        yield from retraining.train()
+        training = retraining.trained()
+        val = training.progress.epochs[-1].val
+        assert val is not None, "a choice is made by the validation images"
+        counted = {"correct": val.correct, "total": val.total, "accuracy": val.accuracy}
+        results.setdefault(str(retraining.trial.number), []).append(retraining.record(training) | counted)
+        store.set_as_leader({"rerank": {"candidates": numbers, "results": results, "chosen": None}})
+        yield from retraining.end()
     # Equal means: the one that the search liked better, which comes first.
     chosen = max(numbers, key=lambda number: mean_accuracy(results[str(number)]))
     store.set_as_leader({"rerank": {"candidates": numbers, "results": results, "chosen": chosen}})
@@ -97,7 +93,7 @@ def choose(trials: Sequence[TrialRecord], space: Space) -> dict[str, Any] | None
     posterior = Posterior.of([trial for trial in trials if trial.curve and trial.state != "running"], space)
     if posterior is None:
         return made
-    mean, deviation = posterior.at(posterior.points)
+    mean, deviation = posterior.model.predict(posterior.points, return_std=True)
     of_numbers = dict(zip(posterior.numbers, zip(mean.tolist(), deviation.tolist(), strict=True), strict=True))
     bounds = {trial.number: -math.inf for trial in candidates}
     bounds |= {number: m - s for number, (m, s) in of_numbers.items() if number in bounds}
@@ -122,9 +118,7 @@ class Posterior:
 
     numbers: list[int]  # of the trials
     points: NDArray[Any]  # [trials, coordinates]
-    model: Any
-    centre: float
-    scale: float
+    model: Any  # of the accuracy itself, without the noise
 
     @staticmethod
     def of(trials: Sequence[TrialRecord], space: Space) -> Posterior | None:
@@ -143,35 +137,29 @@ class Posterior:
             return None
         values = np.array([ends[each] for each in kept])
         points = np.array([_point(space, trials[each].params) for each in kept])
-        centre, scale = float(values.mean()), float(values.std())
+        scale = float(values.std())
         if not scale > 0 or not points.std(axis=0).any():
             return None
         accuracy = np.clip(values, 0.01, 0.99)
         known = accuracy * (1 - accuracy) / np.array([_images(trials[each]) for each in kept])
         kernel = ConstantKernel(1.0, (0.1, 10.0)) * Matern(np.full(points.shape[1], 0.5), (0.1, 10.0), nu=2.5)
-        model = GaussianProcessRegressor(kernel + WhiteKernel(0.01, (1e-6, 0.25)), alpha=known / scale**2 + 1e-9)
+        noisy = kernel + WhiteKernel(0.01, (1e-6, 0.25))
+        model = GaussianProcessRegressor(noisy, alpha=known / scale**2 + 1e-9, normalize_y=True)
         with warnings.catch_warnings():  # a length at its limit: the dimension does not matter
             warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(points, (values - centre) / scale)
-        numbers = [trials[each].number for each in kept]
-        return Posterior(numbers=numbers, points=points, model=model, centre=centre, scale=scale)
-
-    def at(self, points: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Mean and standard deviation of the accuracy itself, without the noise that the kernel holds."""
-        mean, deviation = self.model.predict(points, return_std=True)
-        variance = (deviation**2 - self.model.kernel_.k2.noise_level).clip(min=0)
-        return self.centre + self.scale * mean, self.scale * variance**0.5
+            model.fit(points, values)
+        model.kernel_ = model.kernel_.k1
+        return Posterior(numbers=[trials[each].number for each in kept], points=points, model=model)
 
     def drawn(self, points: NDArray[Any]) -> NDArray[Any]:
         """[points, DRAWS] possible accuracies, each draw a function."""
         import numpy as np
 
         mean, covariance = self.model.predict(points, return_cov=True)
-        covariance -= self.model.kernel_.k2.noise_level * np.eye(len(points))
         values, vectors = np.linalg.eigh(covariance)
         root = vectors * np.sqrt(values.clip(min=0))
         draws = root @ np.random.default_rng(0).standard_normal((len(points), DRAWS))
-        return np.asarray(self.centre + self.scale * (mean[:, None] + draws))
+        return np.asarray(mean[:, None] + draws)
 
 
 def _prospects(posterior: Posterior, chosen: int, space: Space) -> dict[str, float] | None:
