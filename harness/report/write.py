@@ -15,18 +15,10 @@ from typing import TYPE_CHECKING, Any
 from harness.base.files import replace_file
 from harness.base.words import duration, percent
 from harness.config.final_result import FinalResult
+from harness.final import sentences
 from harness.final.pruning_cost import audit_sentences
-from harness.final.sentences import (
-    all_equal,
-    choice_sentence,
-    prospect_sentence,
-    selection_sentence,
-    test_sentence,
-    verdict,
-)
 from harness.report.final_figures import final_plots
 from harness.report.overview import cost_sentences, frame, in_words, overview, subject, trial_records
-from harness.report.page import render
 from harness.report.search_figures import search_plots, time_plot
 from harness.store.store import Store, TrialRecord
 
@@ -38,8 +30,33 @@ def write_report(name: str, store: Store, tracking: str, folder: Path) -> Path:
     """Write report.html and trials.csv into `folder`; returns the page's path. Raises Halt when there is no room."""
     written = folder / "report.html"
     replace_file(folder / "trials.csv", frame(store).to_csv(index=False).encode())
-    replace_file(written, render(_view(name, store, tracking)).encode())
+    replace_file(written, _rendered(_view(name, store, tracking)).encode())
     return written
+
+
+def _rendered(view: Mapping[str, Any]) -> str:
+    """The page that shows `view`; every text in it is escaped. plotly.js is in it once, fonts are none."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=PackageLoader("harness.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"short": _short, "percent": percent}
+    # Nothing of a study is marked as safe but the figures, which escape what opens a tag.
+    return environment.get_template("report.html").render(**view, plotly=Markup(get_plotlyjs()))
+
+
+def _short(value: Any) -> str:
+    """A value of a table's cell; nothing for nothing."""
+    if value is None or value != value:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
@@ -49,11 +66,10 @@ def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
     return {
         "name": name,
         "seen": seen,
-        "leads": all_equal(store) or (final is not None and final.trial == 0),
-        "headline": _headline(seen, final),
-        "sentence": test_sentence(store),
-        "verdict": verdict(store),
-        "remarks": [*filter(None, (choice_sentence(store), prospect_sentence(store)))],
+        "leads": sentences.all_equal(store) or (final is not None and final.trial == 0),
+        "sentence": sentences.test_sentence(store),
+        "verdict": sentences.verdict(store),
+        "remarks": [*filter(None, (sentences.choice_sentence(store), sentences.prospect_sentence(store)))],
         "strip": None if final is None else _strip(final),
         "facts": _facts(seen, final),
         "subject": about,
@@ -67,19 +83,10 @@ def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
         "cost": _cost(seen),
         "time": time_plot(trials),
         "failures": [trial for trial in trials if trial.state in ("failed", "diverged")],
-        "rerank": _rerank(seen["rerank"], trials),
+        "values": {trial.number: trial.value for trial in trials},
         "table": _table(store),
         "places": _places(seen),
     }
-
-
-def _headline(seen: Mapping[str, Any], final: FinalResult | None) -> tuple[str, str]:
-    """The number that people come for, and what it is."""
-    if final is not None:
-        return percent(final.accuracy), "test accuracy"
-    if seen["best"] is not None:
-        return percent(seen["best"]["value"]), "best validation accuracy so far"
-    return "–", "no trial is complete yet"
 
 
 def _strip(final: FinalResult) -> dict[str, Any]:
@@ -165,7 +172,8 @@ def _comparison(final: FinalResult, why_closed: str | None) -> list[str]:
             f"{percent(base.accuracy)} ({base.correct:,} correct of {base.total:,}: {seeds} "
             f"seed{'s' if seeds > 1 else ''})."
         )
-    lines.append(selection_sentence(final) or "What choosing the best adds to its validation score is not recorded.")
+    unknown = "What choosing the best adds to its validation score is not recorded."
+    lines.append(sentences.selection_sentence(final) or unknown)
     return lines if why_closed is None else [*lines, why_closed]
 
 
@@ -173,27 +181,6 @@ def _cost(seen: Mapping[str, Any]) -> list[str]:
     """Time, and what pruning saved of it; an audit says that and more."""
     spent, *saved = cost_sentences(seen["cost"])
     return [spent, *(saved if seen["audit"] is None else audit_sentences(seen["audit"]))]
-
-
-def _rerank(record: Mapping[str, Any] | None, trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
-    """A row a candidate: the score that the search saw, those of the fresh seeds, and whether it was chosen."""
-    if record is None:
-        return []
-    values = {trial.number: trial.value for trial in trials}
-    rows = []
-    for number in record["candidates"]:
-        fresh = [each["accuracy"] for each in record["results"].get(str(number), [])]
-        mean = sum(fresh) / len(fresh) if fresh else None
-        rows.append(
-            {
-                "trial": number,
-                "search": values.get(number),
-                "fresh": fresh,
-                "mean": mean,
-                "chosen": number == record["chosen"],
-            }
-        )
-    return rows
 
 
 def _table(store: Store) -> dict[str, Any]:
@@ -204,13 +191,8 @@ def _table(store: Store) -> dict[str, Any]:
     return {"columns": [str(column) for column in table.columns], "rows": rows.values.tolist()}
 
 
-def _places(seen: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _places(seen: Mapping[str, Any]) -> dict[str, str]:
     """Hardware, versions and places."""
-    environment = seen["environment"] or {}
-    where = [
-        ("runtime", in_words(seen["runtime"])),
-        *((key, str(value)) for key, value in environment.items()),
-        ("storage", seen["storage"]),
-        ("tracking", seen["tracking"]),
-    ]
-    return where if environment else [*where, ("versions", "not recorded")]
+    places = {"runtime": in_words(seen["runtime"]), **(seen["environment"] or {})}
+    places |= {"storage": seen["storage"], "tracking": seen["tracking"]}
+    return places if seen["environment"] else places | {"versions": "not recorded"}
