@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,6 +45,12 @@ def whole_numbers(first: int, last: int, room: float) -> dict[str, Any]:
     steps = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
     step = next(step for step in steps if last - first < MARKS * step)
     return {"range": [first - room, last + room], "tick0": 0, "dtick": step, "tickformat": "d"}
+
+
+def error_bars(spans: Sequence[tuple[float, float, float]], **style: Any) -> dict[str, Any]:
+    """Of values, each with the low and the high end of its interval."""
+    above, below = [high - value for value, _, high in spans], [value - low for value, low, _ in spans]
+    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, **style}
 
 
 def empty(height: int = HEIGHT, legend: bool = False, **layout: Any) -> Figure:

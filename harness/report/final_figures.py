@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.final.predictions import calibration_sentence, from_record
-from harness.report.figures import ACCENT, ACCURACIES, INK, LINE, SOFT, Plot, empty
+from harness.report.figures import ACCENT, ACCURACIES, INK, LINE, SOFT, Plot, empty, error_bars
 
 FEW = 10  # predictions: with fewer, a bar says little
 NAMED = 20  # classes; with more, their names do not fit on the axes
@@ -28,15 +28,7 @@ def _per_class(rows: Sequence[Mapping[str, Any]]) -> Plot:
         y=[row["accuracy"] for row in rows],
         mode="markers",
         marker={"color": ACCENT, "size": 8 if len(rows) <= NAMED else 6},
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": [row["interval"][1] - row["accuracy"] for row in rows],
-            "arrayminus": [row["accuracy"] - row["interval"][0] for row in rows],
-            "color": SOFT,
-            "thickness": 1,
-            "width": 0,
-        },
+        error_y=error_bars([(row["accuracy"], *row["interval"]) for row in rows], color=SOFT, thickness=1, width=0),
         customdata=[[row["correct"], row["total"], *row["interval"]] for row in rows],
         hovertemplate="%{x}: %{y:.1%} (%{customdata[0]} of %{customdata[1]}; 95 % interval "
         "%{customdata[2]:.0%} to %{customdata[3]:.0%})<extra></extra>",

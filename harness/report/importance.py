@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harness.report.figures import ACCENT, INK, Plot, empty
+from harness.report.figures import ACCENT, INK, Plot, empty, error_bars
 from harness.store.records import TrialRecord
 from harness.store.store import Store
 
@@ -74,26 +74,13 @@ def importance_plot(store: Store, complete: Sequence[TrialRecord]) -> Plot:
     if not found:
         why = "Importances need two complete trials with different results."
         return Plot(title=title, caption=why, width="half")
-    figure = empty(
-        height=max(90 + 52 * len(found), 280),
-        xaxis_tickformat=".0%",
-        xaxis_range=[0, 1.04],
-        bargap=0.5,
-    )
+    figure = empty(height=max(90 + 52 * len(found), 280), xaxis_tickformat=".0%", xaxis_range=[0, 1.04], bargap=0.5)
     figure.add_bar(
         x=[each.share for each in found],
         y=[each.name for each in found],
         orientation="h",
         marker={"color": ACCENT, "opacity": 0.75},
-        error_x={
-            "type": "data",
-            "symmetric": False,
-            "array": [each.high - each.share for each in found],
-            "arrayminus": [each.share - each.low for each in found],
-            "color": INK,
-            "thickness": 1.3,
-            "width": 5,
-        },
+        error_x=error_bars([(each.share, each.low, each.high) for each in found], color=INK, thickness=1.3, width=5),
         customdata=[[each.low, each.high] for each in found],
         hovertemplate="%{y}: %{x:.0%}, %{customdata[0]:.0%} to %{customdata[1]:.0%}<extra></extra>",
     )
