@@ -51,7 +51,8 @@ def write_description(
 ) -> None:
     """Write model.json: classes, preprocessing, configuration and test result, and whether that is these weights' own.
 
-    `weights` is the sha256 of those beside it.
+    `weights` is the sha256 of those beside it. Of tested ones the files are recorded; of others whatever lies there
+    whole will do.
     """
     from harness.data.augment import MEAN, STD
 
@@ -74,6 +75,11 @@ def write_description(
         "test": {key: getattr(tested, key) for key in ("seed", "correct", "total", "accuracy")},
     }
     replace_file(folder / DESCRIPTION, json.dumps(description, indent=2, ensure_ascii=False).encode())
+    if weights == tested.weights:
+        record_files(store, folder, WEIGHTS, DESCRIPTION)
+    elif recorded := store.facts().files:  # the tested ones are welcome, too, if somebody has a copy
+        others = {name: value for name, value in recorded.items() if name not in (WEIGHTS, DESCRIPTION)}
+        store.set_attribute("files", others)
 
 
 def has_model(folder: Path) -> bool:
@@ -92,12 +98,6 @@ def record_files(store: Store, folder: Path, *names: str) -> None:
     others = {name: value for name, value in store.facts().files.items() if name not in names}
     here = {name: _sha256(folder / name) for name in names if (folder / name).is_file()}
     store.set_attribute("files", others | here)
-
-
-def forget_files(store: Store, *names: str) -> None:
-    """Keep no sha256 of these files: whatever lies there whole will do."""
-    if recorded := store.facts().files:
-        store.set_attribute("files", {name: value for name, value in recorded.items() if name not in names})
 
 
 def is_recorded(store: Store, folder: Path, name: str) -> bool:
