@@ -76,9 +76,8 @@ def subject(store: Store) -> TrialRecord | None:
 
 def counts(store: Store) -> dict[str, int]:
     """Trials by state; one that has begun and is not finished is running, or interrupted when no process is there."""
-    counted = store.counts()
-    unfinished = {"running": 0, "interrupted": counted["running"]} if _abandoned(store) else {"interrupted": 0}
-    return counted | unfinished
+    states = ["failed" if trial.state == "diverged" else trial.state for trial in trial_records(store)]
+    return {state: states.count(state) for state in ("complete", "pruned", "failed", "running", "interrupted")}
 
 
 def state_of(store: Store) -> str:

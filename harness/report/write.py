@@ -10,7 +10,7 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness.base.files import replace_file
 from harness.base.words import duration, percent
@@ -21,9 +21,6 @@ from harness.report.final_figures import final_plots
 from harness.report.overview import cost_sentences, frame, in_words, overview, subject, trial_records
 from harness.report.search_figures import search_plots, time_plot
 from harness.store.store import Store, TrialRecord
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
 
 
 def write_report(name: str, store: Store, tracking: str, folder: Path) -> Path:
@@ -77,7 +74,6 @@ def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
         "commands": _commands(seen, about),
         "comparison": [] if final is None else _comparison(final, store.why_closed()),
         "search": search_plots(store, trials),
-        "tested": tested,
         "test": [] if tested is None else final_plots(store.facts().predictions or {}, tested),
         "thumbnails": store.facts().thumbnails,
         "cost": _cost(seen),
@@ -142,13 +138,12 @@ def _parameters(store: Store, about: TrialRecord, trials: Sequence[TrialRecord])
     return [(name, value, base.get(name), _in_words(searched[name])) for name, value in about.params.items()]
 
 
-def _in_words(distribution: BaseDistribution) -> str:
+def _in_words(distribution: Any) -> str:
     """What was searched, as a person says it."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    from optuna.distributions import CategoricalDistribution
 
     if isinstance(distribution, CategoricalDistribution):
         return ", ".join(str(choice) for choice in distribution.choices)
-    assert isinstance(distribution, FloatDistribution | IntDistribution)
     return f"{distribution.low:g} to {distribution.high:g}" + (", logarithmic" if distribution.log else "")
 
 
