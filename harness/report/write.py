@@ -44,7 +44,7 @@ def _rendered(view: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"short": _short, "percent": percent}
+    environment.filters |= {"short": _short, "percent": percent, "duration": duration, "quote": shlex.quote}
     # Nothing of a study is marked as safe but the figures, which escape what opens a tag.
     return environment.get_template("report.html").render(**view, plotly=Markup(get_plotlyjs()))
 
@@ -68,10 +68,8 @@ def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
         "verdict": sentences.verdict(store),
         "remarks": [*filter(None, (sentences.choice_sentence(store), sentences.prospect_sentence(store)))],
         "strip": None if final is None else _strip(final),
-        "facts": _facts(seen, final),
         "subject": about,
         "parameters": [] if about is None else _parameters(store, about, trials),
-        "commands": _commands(seen, about),
         "comparison": [] if final is None else _comparison(final, store.why_closed()),
         "search": search_plots(store, trials),
         "test": [] if tested is None else final_plots(store.facts().predictions or {}, tested),
@@ -109,28 +107,6 @@ def _strip(final: FinalResult) -> dict[str, Any]:
     }
 
 
-def _facts(seen: Mapping[str, Any], final: FinalResult | None) -> list[tuple[str, str, str]]:
-    """The tiles under the headline: what, how much, and a word on it."""
-    counted, tested = seen["trials"], seen["test"]
-    states = ", ".join(f"{number:,} {state}" for state, number in counted.items() if number and state != "complete")
-    tiles = [
-        ("trials", f"{sum(counted.values()):,}", f"{counted['complete']:,} complete" + (f", {states}" * bool(states)))
-    ]
-    if seen["best"] is not None and final is not None:
-        tiles.append(("best validation", percent(seen["best"]["value"]), f"trial {seen['best']['number']}"))
-    if final is not None:
-        if final.balanced_accuracy is not None:
-            tiles.append(("balanced accuracy", percent(final.balanced_accuracy), "every class counts the same"))
-        if final.spread is not None:
-            tiles.append(("spread of the seeds", f"{100 * final.spread:.2f} points", "standard deviation"))
-        if tested is not None:
-            tiles.append(("calibration error", f"{100 * tested['ece_saved']:.2f} points", "of the saved model, seed 0"))
-        opened = final.test_openings
-        tiles.append(("test set opened", "once" if opened == 1 else f"{opened} times", "see the ledger"))
-    tiles.append(("time of the search", duration(seen["cost"]["seconds"]), f"{seen['cost']['epochs']:,} epochs"))
-    return tiles
-
-
 def _parameters(store: Store, about: TrialRecord, trials: Sequence[TrialRecord]) -> list[tuple[str, Any, Any, str]]:
     """Each searched field: its value in the trial, the base configuration's, and where it was searched."""
     base = next((trial.params for trial in trials if trial.number == 0), {})
@@ -145,16 +121,6 @@ def _in_words(distribution: Any) -> str:
     if isinstance(distribution, CategoricalDistribution):
         return ", ".join(str(choice) for choice in distribution.choices)
     return f"{distribution.low:g} to {distribution.high:g}" + (", logarithmic" if distribution.log else "")
-
-
-def _commands(seen: Mapping[str, Any], about: TrialRecord | None) -> list[tuple[str, str]]:
-    study = shlex.quote(seen["study"])
-    run = seen["command"] or f"python run_study.py --study {study} --trials {sum(seen['trials'].values())}"
-    lines = [("run the study, or go on with it", run)]
-    if about is not None:
-        words = "train this trial again and compare every epoch with the record"
-        lines.append((words, f"python -m harness reproduce {study} {about.number}"))
-    return lines
 
 
 def _comparison(final: FinalResult, why_closed: str | None) -> list[str]:
