@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from harness.base.words import percent
 from harness.report.figures import ACCENT, ACCURACIES, INK, LINE, SCALE, SHARE, SOFT, STATES, Plot, empty, whole_numbers
-from harness.report.importance import importance_plot
 from harness.report.overview import subject
-from harness.report.parallel import parallel_coordinates
+from harness.report.parameters import importance_plot, parallel_coordinates
 from harness.store.store import Store, TrialRecord
 
 if TYPE_CHECKING:
