@@ -68,12 +68,8 @@ def rerank(context: Context) -> Iterator[Event]:
         store.set_as_leader({"rerank": {"candidates": numbers, "results": results, "chosen": None}})
         yield from retraining.end()
     # Equal means: the one that the search liked better, which comes first.
-    chosen = max(numbers, key=lambda number: mean_accuracy(results[str(number)]))
+    chosen = max(numbers, key=lambda number: statistics.fmean(each["accuracy"] for each in results[str(number)]))
     store.set_as_leader({"rerank": {"candidates": numbers, "results": results, "chosen": chosen}})
-
-
-def mean_accuracy(results: list[dict[str, Any]]) -> float:
-    return statistics.fmean(each["accuracy"] for each in results)
 
 
 def choose(trials: Sequence[TrialRecord], space: Space) -> dict[str, Any] | None:
@@ -94,16 +90,16 @@ def choose(trials: Sequence[TrialRecord], space: Space) -> dict[str, Any] | None
         return made
     numbers, points, process = fitted
     mean, deviation = process.predict(points, return_std=True)
-    of_numbers = dict(zip(numbers, zip(mean.tolist(), deviation.tolist(), strict=True), strict=True))
+    estimates = dict(zip(numbers, zip(mean.tolist(), deviation.tolist(), strict=True), strict=True))
     bounds = {trial.number: -math.inf for trial in candidates}
-    bounds |= {number: m - s for number, (m, s) in of_numbers.items() if number in bounds}
+    bounds |= {number: m - s for number, (m, s) in estimates.items() if number in bounds}
     chosen = min(bounds, key=lambda number: (-bounds[number], number))
     base = next((trial for trial in candidates if trial.number == 0), None)
     if base is not None and bounds[chosen] - bounds[0] < 1 / _images(base):
         chosen = 0
     return made | {
         "trial": chosen,
-        "estimates": {str(number): [m, s] for number, (m, s) in sorted(of_numbers.items())},
+        "estimates": {str(number): [m, s] for number, (m, s) in sorted(estimates.items())},
         "more": _prospects(process, points, numbers.index(chosen), space),
     }
 

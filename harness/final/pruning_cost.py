@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from harness.base.seeds import derive_seed
@@ -52,8 +53,7 @@ def draw(numbers: Collection[int], fraction: float, seed: int, done: Collection[
 
 def _front(order: Sequence[int], done: Collection[int]) -> list[int]:
     """The part of the order before the first trial that is not done: a sample of that size."""
-    missing = next((place for place, number in enumerate(order) if number not in done), len(order))
-    return list(order[:missing])
+    return list(takewhile(lambda number: number in done, order))
 
 
 # -- what it says --------------------------------------------------------------------------------------------------

@@ -54,8 +54,6 @@ class Display:
         self._store = store
         self._console = console
         self._under_way: dict[str, TrialStarted] = {}  # by name
-        self._epoch_seconds: list[float] = []  # of the trials' epochs
-        self._trial_seconds: list[float] = []
         self._final_ratio = 1.0  # how much longer an epoch of the final run is, with the validation images trained on
         self._forecast = self._waiting = False  # whether it was said
         self._heard = False  # whether anything has happened

@@ -13,14 +13,7 @@ if TYPE_CHECKING:
 INK, SOFT, LINE = "var(--ink)", "var(--soft)", "var(--line)"
 PAPER, SURFACE = "var(--paper)", "var(--surface)"
 ACCENT, AMBER, BLUE, RED = "var(--accent)", "var(--amber)", "var(--blue)", "var(--red)"
-STATES = {
-    "complete": ACCENT,
-    "pruned": AMBER,
-    "diverged": RED,
-    "failed": RED,
-    "running": BLUE,
-    "interrupted": BLUE,
-}
+STATES = {"complete": ACCENT, "pruned": AMBER, "diverged": RED, "failed": RED, "running": BLUE, "interrupted": BLUE}
 SCALE = [[step / 4, f"var(--scale-{step})"] for step in range(5)]
 SHARE = ".2~%"  # as many digits as it needs
 # An axis of accuracies ends where they do.
