@@ -21,7 +21,7 @@ def final_plots(record: Mapping[str, Any], tested: Mapping[str, Any]) -> list[Pl
 
 
 def _per_class(rows: Sequence[Mapping[str, Any]]) -> Plot:
-    figure = empty(height=300, yaxis=ACCURACIES)
+    figure = empty(height=300, xaxis_range=[-0.8, len(rows) - 0.2], yaxis=ACCURACIES)
     figure.add_scatter(
         # Names are escaped, for plotly reads tags in them.
         x=[html.escape(row["class"]) for row in rows],
@@ -35,7 +35,6 @@ def _per_class(rows: Sequence[Mapping[str, Any]]) -> Plot:
     )
     # Labels are names, never numbers: folders may be called 1 to 102.
     figure.update_xaxes(type="category", showticklabels=len(rows) <= NAMED, showgrid=False, ticks="", tickangle=-40)
-    figure.update_xaxes(range=[-0.8, len(rows) - 0.2])
     perfect = sum(row["accuracy"] == 1 for row in rows)
     caption = (
         f"Test accuracy of each of the {len(rows)} classes, the worst first, {perfect} of them without a mistake; the "
@@ -47,7 +46,9 @@ def _per_class(rows: Sequence[Mapping[str, Any]]) -> Plot:
 def _confusion(record: Mapping[str, Any]) -> Plot:
     found = from_record(record)
     matrix, names = found.matrix.tolist(), [html.escape(name) for name in found.classes]
-    figure = empty(height=560, xaxis={"title": "taken for"}, yaxis={"title": "is", "autorange": "reversed"})
+    axis = {"type": "category", "showticklabels": len(names) <= NAMED, "showgrid": False, "ticks": "", "mirror": True}
+    x, y = axis | {"title": "taken for", "tickangle": -50}, axis | {"title": "is", "autorange": "reversed"}
+    figure = empty(height=560, xaxis=x, yaxis=y)
     figure.add_heatmap(
         x=names,
         y=names,
@@ -59,9 +60,6 @@ def _confusion(record: Mapping[str, Any]) -> Plot:
         colorbar={"tickformat": ".0%", "thickness": 10, "outlinewidth": 0, "tickfont": {"color": SOFT}},
         hovertemplate="%{y}<br>taken for %{x}<br>%{customdata} times, %{z:.1%}<extra></extra>",
     )
-    axis = {"type": "category", "showticklabels": len(names) <= NAMED, "showgrid": False, "ticks": ""}
-    figure.update_xaxes(**axis, mirror=True, tickangle=-50)
-    figure.update_yaxes(**axis, mirror=True)
     caption = (
         "Each row is a class and what its test images were taken for, in shares; on the diagonal it is right. "
         "Rare confusions are drawn stronger than they are."

@@ -78,12 +78,11 @@ def _shares(trials: Sequence[optuna.trial.FrozenTrial], names: Sequence[str]) ->
 
 
 def importance_plot(store: Store, complete: Sequence[TrialRecord]) -> Plot:
-    title = "Importances"
     names = sorted(set.intersection(*(set(trial.params) for trial in complete)))
     found = importances(store.optuna_study, names)[::-1] if names else []
     if not found:
         why = "Importances need two complete trials with different results."
-        return Plot(title=title, caption=why, width="half")
+        return Plot(title="Importances", caption=why, width="half")
     figure = empty(height=max(90 + 52 * len(found), 280), xaxis_tickformat=".0%", xaxis_range=[0, 1.04], bargap=0.5)
     figure.add_bar(
         x=[each.share for each in found],
@@ -99,7 +98,7 @@ def importance_plot(store: Store, complete: Sequence[TrialRecord]) -> Plot:
         f"Share of what separates the best trials from the others (PED-ANOVA over {len(complete)} complete trials). "
         f"The lines span {INTERVAL[1] - INTERVAL[0]} % of the shares that trials drawn anew from these give.{hint}"
     )
-    return Plot(title=title, caption=caption, figure=figure, width="half")
+    return Plot(title="Importances", caption=caption, figure=figure, width="half")
 
 
 # -- parallel coordinates -------------------------------------------------------------------------------------------

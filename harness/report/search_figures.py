@@ -216,7 +216,9 @@ def _table(complete: Sequence[TrialRecord]) -> Figure:
     cells = pandas.DataFrame([trial.params | {"value": trial.value} for trial in complete])
     means = cells.pivot_table("value", index=PAIR[1], columns=PAIR[0])
     z = means.values.tolist()
-    figure = empty(xaxis_title="base learning rate", yaxis_title="depth-LR multiplier")
+    axis = {"type": "category", "showgrid": False}
+    x, y = axis | {"title": "base learning rate"}, axis | {"title": "depth-LR multiplier"}
+    figure = empty(xaxis=x, yaxis=y)
     figure.add_heatmap(
         x=[f"{column:g}" for column in means.columns],
         y=[f"{row:g}" for row in means.index],
@@ -230,8 +232,6 @@ def _table(complete: Sequence[TrialRecord]) -> Figure:
         showscale=False,
         hovertemplate="base LR %{x}, multiplier %{y}: %{text}<extra></extra>",
     )
-    figure.update_xaxes(type="category", showgrid=False)
-    figure.update_yaxes(type="category", showgrid=False)
     return figure
 
 
