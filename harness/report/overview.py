@@ -200,16 +200,9 @@ def frame(store: Store) -> pandas.DataFrame:
     """One row a trial: number, state, value, epochs, seconds, reason, and each parameter."""
     import pandas
 
+    columns = ("number", "state", "value", "epochs", "seconds", "reason")
     rows = [
-        {
-            "number": trial.number,
-            "state": trial.state,
-            "value": trial.value,
-            "epochs": len(trial.curve),
-            "seconds": trial.seconds,
-            "reason": trial.reason,
-            **trial.params,
-        }
+        {name: getattr(trial, name) for name in columns} | {"epochs": len(trial.curve)} | trial.params
         for trial in trial_records(store)
     ]
     return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=["number", "state", "value"])
