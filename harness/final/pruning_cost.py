@@ -167,9 +167,10 @@ def rank_correlation(first: Sequence[float], second: Sequence[float], weights: S
 
 def audit_sentences(record: Mapping[str, Any]) -> list[str]:
     """An audit's record in a few sentences, for the command and the report."""
+    time, share = duration(record["saved"]["seconds"]), percent(record["saved"]["share"])
     return [
         _sample_sentence(record),
-        _saved_sentence(record),
+        f"Pruning saved {time}, {share} of what the search would have taken without it.",
         *_winner_sentences(record),
         *_rank_sentences(record),
         _repetition_sentence(record),
@@ -187,11 +188,6 @@ def _sample_sentence(record: Mapping[str, Any]) -> str:
 
 def _was(count: int) -> str:
     return "was" if count == 1 else "were"
-
-
-def _saved_sentence(record: Mapping[str, Any]) -> str:
-    time, share = duration(record["saved"]["seconds"]), percent(record["saved"]["share"])
-    return f"Pruning saved {time}, {share} of what the search would have taken without it."
 
 
 def _winner_sentences(record: Mapping[str, Any]) -> list[str]:

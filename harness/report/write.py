@@ -37,12 +37,9 @@ def _rendered(view: Mapping[str, Any]) -> str:
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
+    loader = PackageLoader("harness.report")
     environment = Environment(
-        loader=PackageLoader("harness.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"short": _short, "percent": percent, "duration": duration, "quote": shlex.quote}
     # Nothing of a study is marked as safe but the figures, which escape what opens a tag.
