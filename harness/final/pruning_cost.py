@@ -1,6 +1,6 @@
 """What pruning saved and what it cost, by the pruned trials that were drawn at random and trained to their ends.
 
-Everything here works on learning curves and knows neither storages nor models; `harness.cli.audit` trains. Numpy and
+Everything here works on learning curves and knows neither storages nor models; `harness.study.audit` trains. Numpy and
 scipy are imported when something is computed.
 """
 
