@@ -42,10 +42,7 @@ FREE_OF_TORCH = (
     ),
     *(f"store.{name}" for name in ("database", "leases", "ledger", "locks", "opening", "queue", "records", "store")),
     *(f"search.{name}" for name in ("extrapolation", "history", "pruners", "rehearsal", "samplers", "suggest")),
-    *(
-        f"final.{name}"
-        for name in ("model_files", "predictions", "pruning_cost", "sentences", "statistics", "thumbnails")
-    ),
+    *(f"final.{name}" for name in ("model_files", "predictions", "pruning_cost", "sentences", "statistics")),
     *(f"report.{name}" for name in ("display", "overview", "write")),
     *(f"cli.{name}" for name in ("arguments", "commands", "run")),
     "api",

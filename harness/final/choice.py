@@ -11,7 +11,6 @@ import math
 import statistics
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from harness.config.events import Event
@@ -53,32 +52,24 @@ def rerank(context: Context) -> Iterator[Event]:
     results: dict[str, list[dict[str, Any]]] = kept.get("results", {})
     if kept.get("candidates") == numbers and kept.get("chosen") is not None:
         return
-    yield from context.ahead(
-        [
-            Retraining(context, "rerank", trial, number)
-            for trial in candidates
-            for number in range(len(results.get(str(trial.number), [])), study.final.seeds)
-        ]
-    )
-    for trial in candidates:
-        done = results.setdefault(str(trial.number), [])
-        for number in range(len(done), study.final.seeds):
-            retraining = Retraining(context, "rerank", trial, number)
-            yield from retraining.train()
-            training = retraining.trained()
-            val = training.progress.epochs[-1].val
-            assert val is not None, "a choice is made by the validation images"
-            counted = {"correct": val.correct, "total": val.total, "accuracy": val.accuracy}
-            done.append(retraining.record(training) | counted)
-            store.set_as_leader({"rerank": {"candidates": numbers, "results": results, "chosen": None}})
-            yield from retraining.end()
+    missing = [
+        Retraining(context, "rerank", trial, number)
+        for trial in candidates
+        for number in range(len(results.get(str(trial.number), [])), study.final.seeds)
+    ]
+    yield from context.ahead(missing)
+    for retraining in missing:
+        yield from retraining.train()
+        training = retraining.trained()
+        val = training.progress.epochs[-1].val
+        assert val is not None, "a choice is made by the validation images"
+        counted = {"correct": val.correct, "total": val.total, "accuracy": val.accuracy}
+        results.setdefault(str(retraining.trial.number), []).append(retraining.record(training) | counted)
+        store.set_as_leader({"rerank": {"candidates": numbers, "results": results, "chosen": None}})
+        yield from retraining.end()
     # Equal means: the one that the search liked better, which comes first.
-    chosen = max(numbers, key=lambda number: mean_accuracy(results[str(number)]))
+    chosen = max(numbers, key=lambda number: statistics.fmean(each["accuracy"] for each in results[str(number)]))
     store.set_as_leader({"rerank": {"candidates": numbers, "results": results, "chosen": chosen}})
-
-
-def mean_accuracy(results: list[dict[str, Any]]) -> float:
-    return statistics.fmean(each["accuracy"] for each in results)
 
 
 def choose(trials: Sequence[TrialRecord], space: Space) -> dict[str, Any] | None:
@@ -94,87 +85,75 @@ def choose(trials: Sequence[TrialRecord], space: Space) -> dict[str, Any] | None
     highest = min(candidates, key=lambda trial: (-(trial.value or 0.0), trial.number)).number
     ended = sum(trial.state != "running" for trial in trials)
     made = {"trials": ended, "trial": highest, "highest": highest, "estimates": None, "more": None}
-    posterior = Posterior.of([trial for trial in trials if trial.curve and trial.state != "running"], space)
-    if posterior is None:
+    fitted = _fitted([trial for trial in trials if trial.curve and trial.state != "running"], space)
+    if fitted is None:
         return made
-    mean, deviation = posterior.at(posterior.points)
-    of_numbers = dict(zip(posterior.numbers, zip(mean.tolist(), deviation.tolist(), strict=True), strict=True))
+    numbers, points, process = fitted
+    mean, deviation = process.predict(points, return_std=True)
+    estimates = dict(zip(numbers, zip(mean.tolist(), deviation.tolist(), strict=True), strict=True))
     bounds = {trial.number: -math.inf for trial in candidates}
-    bounds |= {number: m - s for number, (m, s) in of_numbers.items() if number in bounds}
+    bounds |= {number: m - s for number, (m, s) in estimates.items() if number in bounds}
     chosen = min(bounds, key=lambda number: (-bounds[number], number))
     base = next((trial for trial in candidates if trial.number == 0), None)
     if base is not None and bounds[chosen] - bounds[0] < 1 / _images(base):
         chosen = 0
     return made | {
         "trial": chosen,
-        "estimates": {str(number): [m, s] for number, (m, s) in sorted(of_numbers.items())},
-        "more": _prospects(posterior, posterior.numbers.index(chosen), space),
+        "estimates": {str(number): [m, s] for number, (m, s) in sorted(estimates.items())},
+        "more": _prospects(process, points, numbers.index(chosen), space),
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Posterior:
-    """A Gaussian process over the trials' final validation accuracies.
+def _fitted(trials: Sequence[TrialRecord], space: Space) -> tuple[list[int], NDArray[Any], Any] | None:
+    """Numbers and coordinates of finished trials, and a Gaussian process over their final validation accuracies.
+
+    None where they are too few, or all alike.
 
     A Matérn kernel of order 5/2 with a length for each dimension, by maximum likelihood (Rasmussen & Williams, 2006,
     chapters 4 and 5); the noise is that of the validation images, a binomial variance, and what else the trials show.
+    What it predicts is the accuracy itself, without the noise.
     """
+    import numpy as np
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
-    numbers: list[int]  # of the trials
-    points: NDArray[Any]  # [trials, coordinates]
-    model: Any
-    centre: float
-    scale: float
-
-    @staticmethod
-    def of(trials: Sequence[TrialRecord], space: Space) -> Posterior | None:
-        """Fitted to finished trials with a value; None where they are too few, or all alike."""
-        import numpy as np
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.gaussian_process import GaussianProcessRegressor
-        from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
-
-        ends = extrapolated([trial.curve for trial in trials], [trial.value for trial in trials])
-        ends = clipped(ends, share=1.0)  # the best may lie close together, and the base well below
-        # What may be chosen comes first, and the highest of it always stays.
-        ranked = sorted(range(len(trials)), key=lambda n: (trials[n].number != 0, trials[n].value is None, -ends[n]))
-        kept = sorted(thinned(ranked, MOST))
-        if len(kept) < FEWEST or not space:
-            return None
-        values = np.array([ends[each] for each in kept])
-        points = np.array([_point(space, trials[each].params) for each in kept])
-        centre, scale = float(values.mean()), float(values.std())
-        if not scale > 0 or not points.std(axis=0).any():
-            return None
-        accuracy = np.clip(values, 0.01, 0.99)
-        known = accuracy * (1 - accuracy) / np.array([_images(trials[each]) for each in kept])
-        kernel = ConstantKernel(1.0, (0.1, 10.0)) * Matern(np.full(points.shape[1], 0.5), (0.1, 10.0), nu=2.5)
-        model = GaussianProcessRegressor(kernel + WhiteKernel(0.01, (1e-6, 0.25)), alpha=known / scale**2 + 1e-9)
-        with warnings.catch_warnings():  # a length at its limit: the dimension does not matter
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(points, (values - centre) / scale)
-        numbers = [trials[each].number for each in kept]
-        return Posterior(numbers=numbers, points=points, model=model, centre=centre, scale=scale)
-
-    def at(self, points: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Mean and standard deviation of the accuracy itself, without the noise that the kernel holds."""
-        mean, deviation = self.model.predict(points, return_std=True)
-        variance = (deviation**2 - self.model.kernel_.k2.noise_level).clip(min=0)
-        return self.centre + self.scale * mean, self.scale * variance**0.5
-
-    def drawn(self, points: NDArray[Any]) -> NDArray[Any]:
-        """[points, DRAWS] possible accuracies, each draw a function."""
-        import numpy as np
-
-        mean, covariance = self.model.predict(points, return_cov=True)
-        covariance -= self.model.kernel_.k2.noise_level * np.eye(len(points))
-        values, vectors = np.linalg.eigh(covariance)
-        root = vectors * np.sqrt(values.clip(min=0))
-        draws = root @ np.random.default_rng(0).standard_normal((len(points), DRAWS))
-        return np.asarray(self.centre + self.scale * (mean[:, None] + draws))
+    ends = extrapolated([trial.curve for trial in trials], [trial.value for trial in trials])
+    ends = clipped(ends, share=1.0)  # the best may lie close together, and the base well below
+    # What may be chosen comes first, and the highest of it always stays.
+    ranked = sorted(range(len(trials)), key=lambda n: (trials[n].number != 0, trials[n].value is None, -ends[n]))
+    kept = sorted(thinned(ranked, MOST))
+    if len(kept) < FEWEST or not space:
+        return None
+    values = np.array([ends[each] for each in kept])
+    points = np.array([_point(space, trials[each].params) for each in kept])
+    scale = float(values.std())
+    if not scale > 0 or not points.std(axis=0).any():
+        return None
+    accuracy = np.clip(values, 0.01, 0.99)
+    known = accuracy * (1 - accuracy) / np.array([_images(trials[each]) for each in kept])
+    kernel = ConstantKernel(1.0, (0.1, 10.0)) * Matern(np.full(points.shape[1], 0.5), (0.1, 10.0), nu=2.5)
+    noisy = kernel + WhiteKernel(0.01, (1e-6, 0.25))
+    process = GaussianProcessRegressor(noisy, alpha=known / scale**2 + 1e-9, normalize_y=True)
+    with warnings.catch_warnings():  # a length at its limit: the dimension does not matter
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        process.fit(points, values)
+    process.kernel_ = process.kernel_.k1
+    return [trials[each].number for each in kept], points, process
 
 
-def _prospects(posterior: Posterior, chosen: int, space: Space) -> dict[str, float] | None:
+def _functions(process: Any, points: NDArray[Any]) -> NDArray[Any]:
+    """[points, DRAWS] possible accuracies, each draw a function."""
+    import numpy as np
+
+    mean, covariance = process.predict(points, return_cov=True)
+    values, vectors = np.linalg.eigh(covariance)
+    root = vectors * np.sqrt(values.clip(min=0))
+    draws = root @ np.random.default_rng(0).standard_normal((len(points), DRAWS))
+    return np.asarray(mean[:, None] + draws)
+
+
+def _prospects(process: Any, points: NDArray[Any], chosen: int, space: Space) -> dict[str, float] | None:
     """What MORE further trials would gain over the chosen one, and what all trials could, in accuracy.
 
     None where there are too few trials to tell.
@@ -182,14 +161,14 @@ def _prospects(posterior: Posterior, chosen: int, space: Space) -> dict[str, flo
     The trials are placed by Thompson sampling (Thompson, 1933), half of the draws place them and half judge them; the
     bound takes the best configuration of each draw.
     """
-    if len(posterior.numbers) < FORESEEING:
+    if len(points) < FORESEEING:
         return None
 
     import numpy as np
 
     rng = np.random.default_rng(0)
     places = np.array([_drawn(space, rng) for _ in range(PLACES)])
-    draws = posterior.drawn(np.concatenate([posterior.points[chosen : chosen + 1], places]))
+    draws = _functions(process, np.concatenate([points[chosen : chosen + 1], places]))
     gains = draws[1:] - draws[0]
     tried = gains[:, :MORE].argmax(axis=0)
     judged = gains[:, DRAWS // 2 :]

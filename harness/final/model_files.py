@@ -51,7 +51,8 @@ def write_description(
 ) -> None:
     """Write model.json: classes, preprocessing, configuration and test result, and whether that is these weights' own.
 
-    `weights` is the sha256 of those beside it.
+    `weights` is the sha256 of those beside it. Of tested ones the files are recorded; of others whatever lies there
+    whole will do.
     """
     from harness.data.augment import MEAN, STD
 
@@ -74,6 +75,11 @@ def write_description(
         "test": {key: getattr(tested, key) for key in ("seed", "correct", "total", "accuracy")},
     }
     replace_file(folder / DESCRIPTION, json.dumps(description, indent=2, ensure_ascii=False).encode())
+    if weights == tested.weights:
+        record_files(store, folder, WEIGHTS, DESCRIPTION)
+    elif recorded := store.facts().files:  # the tested ones are welcome, too, if somebody has a copy
+        others = {name: value for name, value in recorded.items() if name not in (WEIGHTS, DESCRIPTION)}
+        store.set_attribute("files", others)
 
 
 def has_model(folder: Path) -> bool:
@@ -89,31 +95,25 @@ def record_files(store: Store, folder: Path, *names: str) -> None:
     """
     if sqlite_file(store.url) is None:
         return
-    others = {name: value for name, value in _recorded(store).items() if name not in names}
+    others = {name: value for name, value in store.facts().files.items() if name not in names}
     here = {name: _sha256(folder / name) for name in names if (folder / name).is_file()}
     store.set_attribute("files", others | here)
 
 
-def forget_files(store: Store, *names: str) -> None:
-    """Keep no sha256 of these files: whatever lies there whole will do."""
-    if _recorded(store):
-        store.set_attribute("files", {name: value for name, value in _recorded(store).items() if name not in names})
-
-
 def is_recorded(store: Store, folder: Path, name: str) -> bool:
     """Whether a file of the model is there and, to the last bit, the one that was recorded."""
-    return name in _recorded(store) and (folder / name).is_file() and file_fault(store, folder, name) is None
+    return name in store.facts().files and file_fault(store, folder, name) is None
 
 
 def wrong_files(store: Store, folder: Path) -> list[tuple[str, str]]:
     """The final model's files that are missing or not as they were written: the name, and a clause that says so."""
-    found = {name: file_fault(store, folder, name) for name in sorted({WEIGHTS, DESCRIPTION, *_recorded(store)})}
+    found = {name: file_fault(store, folder, name) for name in sorted({WEIGHTS, DESCRIPTION, *store.facts().files})}
     return [(name, fault) for name, fault in found.items() if fault is not None]
 
 
 def file_fault(store: Store, folder: Path, name: str) -> str | None:
     """What is wrong with a file of the final model, in a clause that names it; None when nothing is known to be."""
-    path, recorded = folder / name, _recorded(store).get(name)
+    path, recorded = folder / name, store.facts().files.get(name)
     if not path.is_file():
         return f"{path} is missing"
     if recorded is not None:
@@ -126,10 +126,6 @@ def file_fault(store: Store, folder: Path, name: str) -> str | None:
     except Damaged as error:
         return str(error)
     return None
-
-
-def _recorded(store: Store) -> dict[str, str]:
-    return store.facts().files
 
 
 def _sha256(path: Path) -> str:
@@ -176,10 +172,15 @@ def is_untested(folder: Path) -> bool:
 
     MLflow is not given it: it has the tested one, or may still get it from the machine where that lies.
     """
+    return _holds_tested(folder) is False
+
+
+def _holds_tested(folder: Path) -> bool | None:
+    """Whether the model there is the one that was tested; None where none lies whole."""
     try:
-        return has_model(folder) and not is_tested(read_description(folder / DESCRIPTION))
+        return is_tested(read_description(folder / DESCRIPTION)) if has_model(folder) else None
     except Damaged:  # it is named elsewhere, and made again
-        return False
+        return None
 
 
 def check_folder(folder: Path, url: str, uid: str | None) -> None:
@@ -200,19 +201,11 @@ def check_folder(folder: Path, url: str, uid: str | None) -> None:
 def published(store: Store, model: Path) -> list[Path]:
     """The folders that lie with the study's own run in MLflow: of its report, and of its model if that was tested."""
     report = model.with_suffix(".report")
-    wanted = [report, model] if _is_whole(store, model) else [report]
+    wanted = [report, model] if store.has_final() and _holds_tested(model) else [report]
     return [folder for folder in wanted if folder.is_dir()]
 
 
 def is_registered(study: Study, store: Store, model: Path) -> bool:
     """Whether the model was given to MLflow's registry; what cannot be exported is not."""
-    wanted = study.final.publish and _is_whole(store, model) and (model / PROGRAM).is_file()
-    return wanted and store.facts().is_registered()
-
-
-def _is_whole(store: Store, model: Path) -> bool:
-    """Whether there is the model that was tested; one that is damaged is named elsewhere."""
-    try:
-        return store.has_final() and has_model(model) and is_tested(read_description(model / DESCRIPTION))
-    except Damaged:
-        return False
+    is_there = store.has_final() and _holds_tested(model) is True and (model / PROGRAM).is_file()
+    return study.final.publish and is_there and store.facts().is_registered()

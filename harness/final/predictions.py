@@ -6,19 +6,24 @@ which is the saved model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from harness.base.errors import InputError
 from harness.base.packing import unpack
-from harness.final.statistics import Bin, calibration_error, reliability, wilson
+from harness.final.statistics import calibration_error, reliability, wilson
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
 
 PAIRS = 12  # worst confusions that are shown, two pictures each
 MISTAKES = 24  # most confident ones that are shown
+SIDE = 96  # pixels of a picture at most
+QUALITY = 80  # of its JPEG: about 4 KB a photograph
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +41,7 @@ class Predictions:
         import numpy
 
         counts = numpy.zeros((len(self.classes), len(self.classes)), dtype=int)
-        for row in self.predicted:
-            numpy.add.at(counts, (self.labels, row), 1)
+        numpy.add.at(counts, (self.labels, self.predicted), 1)
         return counts
 
 
@@ -68,20 +72,13 @@ def per_class(found: Predictions) -> list[dict[str, Any]]:
     for number, name in enumerate(found.classes):
         correct, total = int(matrix[number, number]), int(matrix[number].sum())
         if total:
-            low, high = wilson(correct / seeds, total // seeds)
-            rows.append(
-                {
-                    "class": name,
-                    "correct": correct,
-                    "total": total,
-                    "accuracy": correct / total,
-                    "interval": [low, high],
-                }
-            )
+            interval = list(wilson(correct / seeds, total // seeds))
+            counted = {"class": name, "correct": correct, "total": total, "accuracy": correct / total}
+            rows.append(counted | {"interval": interval})
     return sorted(rows, key=lambda row: (row["accuracy"], row["class"]))
 
 
-def confusions(found: Predictions, most: int = PAIRS) -> list[dict[str, Any]]:
+def confusions(found: Predictions) -> list[dict[str, Any]]:
     """The pairs of classes that are confused most often, over all seeds.
 
     `image` is the number of a test image that was taken for the other class, the one with most confidence; `like` is
@@ -91,21 +88,19 @@ def confusions(found: Predictions, most: int = PAIRS) -> list[dict[str, Any]]:
 
     matrix = found.matrix
     apart = matrix * ~numpy.eye(len(matrix), dtype=bool)
-    order = numpy.argsort(-apart, axis=None, kind="stable")[:most]
-    pairs = []
-    for true, predicted in zip(*numpy.unravel_index(order, apart.shape), strict=True):
-        if apart[true, predicted]:
-            pairs.append(
-                {
-                    "class": found.classes[true],
-                    "predicted": found.classes[predicted],
-                    "count": int(apart[true, predicted]),
-                    "of": int(matrix[true].sum()),
-                    "image": _surest(found, int(true), int(predicted)),
-                    "like": _surest(found, int(predicted), int(predicted)),
-                }
-            )
-    return pairs
+    order = numpy.argsort(-apart, axis=None, kind="stable")[:PAIRS].tolist()
+    pairs = [divmod(place, len(matrix)) for place in order if apart.flat[place]]
+    return [
+        {
+            "class": found.classes[true],
+            "predicted": found.classes[predicted],
+            "count": int(apart[true, predicted]),
+            "of": int(matrix[true].sum()),
+            "image": _surest(found, true, predicted),
+            "like": _surest(found, predicted, predicted),
+        }
+        for true, predicted in pairs
+    ]
 
 
 def _surest(found: Predictions, true: int, predicted: int) -> int | None:
@@ -116,13 +111,13 @@ def _surest(found: Predictions, true: int, predicted: int) -> int | None:
     return int(confidence.argmax()) if chosen.any() else None
 
 
-def mistakes(found: Predictions, most: int = MISTAKES) -> list[dict[str, Any]]:
+def mistakes(found: Predictions) -> list[dict[str, Any]]:
     """The saved model's mistakes with the highest confidence; `image` is the number of the test image."""
     import numpy
 
     predicted, confidence = found.predicted[0], found.confidence[0]
     wrong = numpy.flatnonzero(predicted != found.labels)
-    order = wrong[numpy.argsort(-confidence[wrong], kind="stable")][:most]
+    order = wrong[numpy.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
     return [
         {
             "image": int(image),
@@ -141,16 +136,28 @@ def pictured(record: Mapping[str, Any]) -> list[int]:
     return sorted({image for image in [*pairs, *(each["image"] for each in mistakes(found))] if image is not None})
 
 
-def calibration(found: Predictions) -> list[Bin]:
-    """The reliability diagram's bins, over all seeds."""
-    return reliability(found.confidence.ravel(), (found.predicted == found.labels).ravel())
+def thumbnails(images: torch.Tensor, chosen: Sequence[int]) -> dict[str, str]:
+    """The chosen images of uint8 [N, side, side, 3] by number, each a JPEG of at most 96 x 96 pixels in base64.
+
+    They are kept in the storage, so that a report can show them without the data set.
+    """
+    from PIL import Image
+
+    small = {}
+    for number in chosen:
+        picture = Image.fromarray(images[number].numpy())
+        picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=QUALITY)
+        small[str(number)] = base64.b64encode(file.getvalue()).decode()
+    return small
 
 
 def described(record: Mapping[str, Any]) -> dict[str, Any]:
     """All of it, ready for JSON. `ece` is the expected calibration error over all `seeds`, a share."""
     found = from_record(record)
-    bins = calibration(found)
-    alone = reliability(found.confidence[0], found.predicted[0] == found.labels)
+    hits = found.predicted == found.labels
+    bins, alone = reliability(found.confidence.ravel(), hits.ravel()), reliability(found.confidence[0], hits[0])
     return {
         "per_class": per_class(found),
         "confusions": confusions(found),

@@ -1,6 +1,6 @@
 """What pruning saved and what it cost, by the pruned trials that were drawn at random and trained to their ends.
 
-Everything here works on learning curves and knows neither storages nor models; `harness.cli.audit` trains. Numpy and
+Everything here works on learning curves and knows neither storages nor models; `harness.study.audit` trains. Numpy and
 scipy are imported when something is computed.
 """
 
@@ -10,14 +10,12 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import takewhile
+from typing import Any
 
 from harness.base.seeds import derive_seed
 from harness.base.words import duration, percent
 from harness.final.statistics import CONFIDENCE
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 FEW = 10  # a rank correlation over fewer trials is called a hint
 LOST = -math.inf  # the end of a trial that diverged: below all others
@@ -55,8 +53,7 @@ def draw(numbers: Collection[int], fraction: float, seed: int, done: Collection[
 
 def _front(order: Sequence[int], done: Collection[int]) -> list[int]:
     """The part of the order before the first trial that is not done: a sample of that size."""
-    missing = next((place for place, number in enumerate(order) if number not in done), len(order))
-    return list(order[:missing])
+    return list(takewhile(lambda number: number in done, order))
 
 
 # -- what it says --------------------------------------------------------------------------------------------------
@@ -156,18 +153,13 @@ def rank_correlation(first: Sequence[float], second: Sequence[float], weights: S
     """
     import numpy
 
-    weight = numpy.asarray(weights, dtype=float)
-    one, other = (_ranks(numpy.asarray(each, dtype=float), weight) for each in (first, second))
-    spread = float(numpy.sqrt((weight @ one**2) * (weight @ other**2)))
-    return float((weight * one) @ other) / spread if spread > 1e-9 * weight.sum() else None
-
-
-def _ranks(values: NDArray[Any], weight: NDArray[Any]) -> NDArray[Any]:
-    """Weighted ranks float [N], less their mean."""
-    below = (values[None, :] < values[:, None]) @ weight
-    level = (values[None, :] == values[:, None]) @ weight
-    ranks: NDArray[Any] = below + level / 2
-    return ranks - (weight @ ranks) / weight.sum()
+    ranks = []
+    for values in (numpy.asarray(first), numpy.asarray(second)):
+        below, level = values < values[:, None], values == values[:, None]
+        ranks.append((below + level / 2) @ numpy.asarray(weights))
+    (one, both), (_, other) = numpy.cov(ranks, aweights=weights, ddof=0)
+    spread = math.sqrt(one * other)
+    return float(both / spread) if spread > 1e-9 else None
 
 
 # -- in words ------------------------------------------------------------------------------------------------------
@@ -175,9 +167,10 @@ def _ranks(values: NDArray[Any], weight: NDArray[Any]) -> NDArray[Any]:
 
 def audit_sentences(record: Mapping[str, Any]) -> list[str]:
     """An audit's record in a few sentences, for the command and the report."""
+    time, share = duration(record["saved"]["seconds"]), percent(record["saved"]["share"])
     return [
         _sample_sentence(record),
-        _saved_sentence(record),
+        f"Pruning saved {time}, {share} of what the search would have taken without it.",
         *_winner_sentences(record),
         *_rank_sentences(record),
         _repetition_sentence(record),
@@ -186,7 +179,7 @@ def audit_sentences(record: Mapping[str, Any]) -> list[str]:
 
 def _sample_sentence(record: Mapping[str, Any]) -> str:
     pruned, audited, missing = record["pruned"], record["audited"], record["asked"] - record["audited"]
-    were = "were" if pruned > 1 else "was"
+    were = _was(pruned)
     which = "all of them" if audited == pruned else f"{audited:,} of them, drawn at random,"
     which = "that one" if pruned == 1 else which
     text = f"Of {record['finished']:,} trials {pruned:,} {were} pruned; {which} {_was(audited)} trained to the end."
@@ -195,11 +188,6 @@ def _sample_sentence(record: Mapping[str, Any]) -> str:
 
 def _was(count: int) -> str:
     return "was" if count == 1 else "were"
-
-
-def _saved_sentence(record: Mapping[str, Any]) -> str:
-    time, share = duration(record["saved"]["seconds"]), percent(record["saved"]["share"])
-    return f"Pruning saved {time}, {share} of what the search would have taken without it."
 
 
 def _winner_sentences(record: Mapping[str, Any]) -> list[str]:

@@ -126,9 +126,8 @@ class Retraining:
         training = assemble(self.config, context.runtime, self._seed)
         if self._fit_on == "train+val":
             training = with_validation_images(training)
-        identity = identity_of(context.store.uid, self.key, self._seed, self.config)
+        identity = identity_of(context.store.uid, self.key, self._seed, self.config) | {"fit_on": self._fit_on}
         here = environment(context.runtime.device)
-        identity |= {"fit_on": self._fit_on}
         return Checkpoint(self._path, identity, training, here, check=context.store.check_lead)
 
 

@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from harness.base.words import percent
-from harness.config.final_result import Comparison, FinalResult
+from harness.config.final_result import FinalResult
 from harness.final.statistics import ALPHA
 from harness.store.ledger import openings
 from harness.store.store import Store
@@ -74,7 +74,11 @@ def _compared(store: Store) -> str:
         )
     if found is None or found.p is None:
         return "The best configuration was not compared with the base configuration on the test set."
-    sentence = comparison_sentence(found)
+    difference, low, high = (f"{100 * each:+.2f}" for each in (found.difference, found.low or 0.0, found.high or 0.0))
+    sentence = (
+        f"the test accuracy of the best less that of the base is {difference} points (95 % interval {low} to {high}, "
+        f"p = {found.p:.2g}), over {found.seeds} seeds of each and {found.images:,} test images"
+    )
     if found.p >= ALPHA:
         return f"No configuration is shown to be better than another: {sentence}."
     word = "better" if found.difference > 0 else "worse"
@@ -167,13 +171,4 @@ def final_sentence(final: FinalResult | None) -> str:
         f"{'s' * (seeds > 1)} on {images:,} test image{'s' * (images > 1)}; 95 % interval {percent(low)} to "
         f"{percent(high)}{spread}{averaged}), trial {final.trial} retrained on {final.fit_on}. "
         f"The test set was opened {times}."
-    )
-
-
-def comparison_sentence(found: Comparison) -> str:
-    """The difference of two configurations' accuracies, with its interval, and what it was measured on; a clause."""
-    difference, low, high = (f"{100 * each:+.2f}" for each in (found.difference, found.low or 0.0, found.high or 0.0))
-    return (
-        f"the test accuracy of the best less that of the base is {difference} points (95 % interval {low} to {high}, "
-        f"p = {found.p:.2g}), over {found.seeds} seeds of each and {found.images:,} test images"
     )

@@ -59,12 +59,12 @@ def compare(first: NDArray[Any], second: NDArray[Any]) -> Comparison:
     parts.append((float(by_image.var(ddof=1)) / images, images - 1))
     variance = sum(part for part, _ in parts)
     if variance == 0:  # every seed and every image says the same
-        p = 1.0 if difference == 0 else 0.0
-        return Comparison(difference=difference, low=difference, high=difference, p=p, seeds=seeds, images=images)
-    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
-    error = math.sqrt(variance)
-    half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * error
-    p = float(2 * stdtr(freedom, -abs(difference) / error))
+        half, p = 0.0, 1.0 if difference == 0 else 0.0
+    else:
+        freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+        error = math.sqrt(variance)
+        half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * error
+        p = float(2 * stdtr(freedom, -abs(difference) / error))
     low, high = difference - half, difference + half
     return Comparison(difference=difference, low=low, high=high, p=p, seeds=seeds, images=images)
 

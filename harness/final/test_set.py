@@ -26,24 +26,12 @@ from harness.config.final_result import FinalResult
 from harness.config.train import fingerprint
 from harness.data.duplicates import find
 from harness.data.splits import ImageSet, items_of, load_split, load_test
+from harness.final import model_files
 from harness.final.choice import record_choice, rerank
-from harness.final.model_files import (
-    CHECK_FILE,
-    DESCRIPTION,
-    WEIGHTS,
-    check_folder,
-    forget_files,
-    has_model,
-    is_recorded,
-    keep_check_images,
-    record_files,
-    save_model,
-    write_description,
-)
-from harness.final.predictions import pictured
+from harness.final.model_files import keep_check_images, record_files, save_model
+from harness.final.predictions import pictured, thumbnails
 from harness.final.retrain import Context, Retraining, threads_of
 from harness.final.statistics import balanced_accuracy, compare, selection_excess, wilson
-from harness.final.thumbnails import thumbnails
 from harness.store import ledger
 from harness.store.leases import LeaseLost
 from harness.store.store import POLL_SECONDS, Store, TrialRecord, wanted
@@ -95,16 +83,10 @@ def final_run(context: Context, folder: Path, reason: str | None = None) -> Iter
     chosen = store.chosen()
     if chosen is None:
         return
-    check_folder(folder, store.url, store.uid)
-    if store.has_final() and has_model(folder):
-        return
+    model_files.check_folder(folder, store.url, store.uid)
     if store.has_final():
-        if is_recorded(store, folder, WEIGHTS):  # only what says what they are is lost, and the storage knows it
-            weights = sha256_of(read_tensors(folder / WEIGHTS)[0])
-            write_description(store, folder, study.config(chosen.params), chosen, _result(store), weights)
-            record_files(store, folder, DESCRIPTION)
-        else:
-            yield from _make_again(context, chosen, folder)
+        if not model_files.has_model(folder):
+            yield from _mend(context, chosen, folder)
         return
     store.ledger()  # an edited one is named before hours of training
     _repair(context, chosen)
@@ -121,26 +103,27 @@ def final_run(context: Context, folder: Path, reason: str | None = None) -> Iter
         yield from retraining.end(metrics)
 
 
-def _make_again(context: Context, chosen: TrialRecord, folder: Path) -> Iterator[Event]:
-    """Train the lost model's seed once more, as it was trained before.
+def _mend(context: Context, chosen: TrialRecord, folder: Path) -> Iterator[Event]:
+    """Train the lost model's seed once more, as it was trained before, unless only model.json is lost.
 
     Where that gives other weights all the same, it is said, here and in model.json: the test result is not theirs.
     """
-    store = context.store
+    store, final = context.store, context.store.facts().final
+    assert final is not None
+    if model_files.is_recorded(store, folder, model_files.WEIGHTS):
+        weights = sha256_of(read_tensors(folder / model_files.WEIGHTS)[0])
+        config = context.study.config(chosen.params)
+        model_files.write_description(store, folder, config, chosen, final, weights)
+        return
     print(f"The model in {folder} is missing: its seed is trained again, the test set stays closed.", file=sys.stderr)
-    final = _result(store)
-    tested = final.per_seed[0]
-    environments = tested.environments
+    environments = final.per_seed[0].environments
     # Not logged: what MLflow shows of this seed is the training that was tested.
     seed = Retraining(context, "final", chosen, 0, logged=False)
     with threads_of(environments):
         yield from seed.train()
         training = seed.trained()
     save_model(store, folder, training, chosen, final)
-    if tested.weights == sha256_of(training.model.state_dict()):
-        record_files(store, folder, WEIGHTS, DESCRIPTION)
-    else:
-        forget_files(store, WEIGHTS, DESCRIPTION)  # the tested ones are welcome, too, if somebody has a copy
+    if final.per_seed[0].weights != sha256_of(training.model.state_dict()):
         differing = differences(environments[-1], seed.environments[-1]) if environments else ""
         print(
             f"The model in {folder} was trained again, and its weights are not those that were tested"
@@ -149,12 +132,6 @@ def _make_again(context: Context, chosen: TrialRecord, folder: Path) -> Iterator
             file=sys.stderr,
         )
     yield from seed.end()
-
-
-def _result(store: Store) -> FinalResult:
-    final = store.facts().final
-    assert final is not None
-    return final
 
 
 def _base_seeds(context: Context, chosen: TrialRecord) -> list[Retraining]:
@@ -232,7 +209,7 @@ def _open_test_set(
     store.check_lead()
     keep_check_images(folder, test)
     save_model(store, folder, saved, chosen, FinalResult.of(final))
-    record_files(store, folder, WEIGHTS, DESCRIPTION, CHECK_FILE)
+    record_files(store, folder, model_files.CHECK_FILE)
     store.set_as_leader({"ledger": lines, "final": final, **kept})
     # Nobody sees a test result before it is recorded.
     records = [result.record for result in (*results, *against)]
@@ -260,12 +237,9 @@ def _with_result(store: Store, final: FinalResult) -> list[ledger.Line]:
 
 def _duplicates(data: Dataset, test: ImageSet) -> dict[str, Any]:
     """The images that lie in more than one split."""
-    images = {
-        "train": load_split(data, "train", data.stored_size).images,
-        "val": load_split(data, "val", data.image_size).images,
-        "test": test.images,
-    }
-    splits: dict[SplitName, Any] = {split: (items_of(data, split), images[split]) for split in ("train", "val", "test")}
+    train, val = load_split(data, "train", data.stored_size), load_split(data, "val", data.image_size)
+    images: dict[SplitName, Any] = {"train": train.images, "val": val.images, "test": test.images}
+    splits: dict[SplitName, Any] = {split: (items_of(data, split), each) for split, each in images.items()}
     return find(data, splits, Path(data.cache))
 
 
@@ -292,8 +266,6 @@ def evaluated(retraining: Retraining, training: Training, images: ImageSet) -> T
 
 def selection(store: Store) -> dict[str, Any] | None:
     """What choosing the best of the complete trials adds to its validation score; None when that is not known."""
-    import numpy
-
     lasts = [trial.epochs[-1].val for trial in store.trials() if trial.state == "complete" and trial.epochs]
     known = [(val.hits, val.total) for val in lasts if val is not None and val.hits is not None]
     if len(known) < len(lasts) or len({total for _, total in known}) != 1:

@@ -8,33 +8,19 @@ import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 
 from harness.base.words import A_DAY_SECONDS, duration, percent
-from harness.config.events import (
-    Completed,
-    Diverged,
-    Elsewhere,
-    EpochEnded,
-    EpochResult,
-    Event,
-    Failed,
-    Pruned,
-    Reached,
-    TrialEnded,
-    TrialLost,
-    TrialOutcome,
-    TrialStarted,
-)
+from harness.config import events
+from harness.config.events import EpochEnded, EpochResult, TrialEnded, TrialStarted
 from harness.config.study import Study
 from harness.report.overview import in_short
-from harness.store.store import Store
+from harness.store.store import Store, wanted
 from harness.training import interrupt
 
 BAR_COLUMNS = 30  # at most; fewer in a narrow terminal
@@ -68,8 +54,6 @@ class Display:
         self._store = store
         self._console = console
         self._under_way: dict[str, TrialStarted] = {}  # by name
-        self._epoch_seconds: list[float] = []  # of the trials' epochs
-        self._trial_seconds: list[float] = []
         self._final_ratio = 1.0  # how much longer an epoch of the final run is, with the validation images trained on
         self._forecast = self._waiting = False  # whether it was said
         self._heard = False  # whether anything has happened
@@ -84,13 +68,11 @@ class Display:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._is_live:
             self._live.stop()
 
-    def show(self, event: Event) -> None:
+    def show(self, event: events.Event) -> None:
         self._heard = True
         match event:
             case TrialStarted():
@@ -101,18 +83,16 @@ class Display:
                 self._epoch_ended(event)
             case TrialEnded():
                 self._trial_ended(event)
-            case TrialLost():
+            case events.TrialLost():
                 self._under_way.pop(f"trial {event.number}", None)
                 self._say(f"trial {event.number} was taken up by another process, for this one did not move.")
-            case Elsewhere():
+            case events.Elsewhere():
                 if not self._waiting:
                     self._waiting = True
                     self._say(f"The final run is done by {event.by}; waiting for its end.")
 
     def _look(self) -> None:
         """What the storage knows, so that a resumed study starts with the times of before."""
-        from harness.store.store import wanted
-
         ended = [trial for trial in self._store.trials() if trial.state != "running"]
         self._finished, self._best = self._store.finished(), self._store.best()
         self._asked = wanted(self._study, self._store)
@@ -131,7 +111,7 @@ class Display:
     def _epoch_ended(self, event: EpochEnded) -> None:
         result, started = event.result, self._under_way.get(event.name)
         epochs = self._study.train.epochs if started is None else started.epochs
-        if started is not None and isinstance(started.progress, Reached):
+        if started is not None and isinstance(started.progress, events.Reached):
             started.progress.ended(result)
         if result.val or not self._epoch_seconds:
             self._epoch_seconds.append(result.seconds)
@@ -200,16 +180,13 @@ class Display:
 
     def _render(self) -> RenderableType:
         left, asked = self._left(), max(self._asked, self._finished)
-        rows: list[tuple[str, int, float, str]] = [("study", asked, self._finished, f"{self._finished}/{asked} trials")]
+        text, bar = Column(no_wrap=True), Column(max_width=BAR_COLUMNS)
+        grid = Table.grid(text, bar, text.copy(), padding=(0, 1))
+        grid.add_row("study", ProgressBar(asked, self._finished), f"{self._finished}/{asked} trials")
         for started in list(self._under_way.values()):
             progress, epochs = started.progress, started.epochs
             done = progress.epoch - 1 + progress.step / max(progress.steps, 1)
-            rows.append((started.name, epochs, done, f"epoch {min(progress.epoch, epochs)}/{epochs}"))
-        texts = max(len(name) for name, *_ in rows) + max(len(text) for *_, text in rows)
-        width = min(BAR_COLUMNS, max(self._console.width - texts - 3, 1))
-        grid = Table.grid(padding=(0, 1))
-        for name, total, done, text in rows:
-            grid.add_row(name, ProgressBar(total=total, completed=done, width=width), text)
+            grid.add_row(started.name, ProgressBar(epochs, done), f"epoch {min(progress.epoch, epochs)}/{epochs}")
         best = "none yet" if self._best is None else f"{self._best.value:.2%} (trial {self._best.number})"
         time = "time left …" if left is None else f"time left {duration(left)}" if left else "nearly done"
         last = f"best {best}   {time}"
@@ -252,25 +229,20 @@ def _place(started: TrialStarted) -> str:
     return f"goes on with epoch {progress.epoch}" if progress.epoch > 1 else "starts again with the same configuration"
 
 
-def _outcome(outcome: TrialOutcome) -> str:
+def _outcome(outcome: events.TrialOutcome) -> str:
     match outcome:
-        case Completed(value=value):
+        case events.Completed(value=value):
             return f"complete  val {value:.2%}"
-        case Pruned(epoch=epoch):
+        case events.Pruned(epoch=epoch):
             return f"pruned after epoch {epoch}"
-        case Diverged():
-            return f"diverged: {outcome.reason}"
-        case Failed(reason=reason):
-            return f"failed: {reason}"
+        case _:
+            return f"{outcome.state}: {outcome.reason}"
 
 
 def print_studies(rows: Sequence[Any]) -> None:
     """A table of `harness.api.Row`."""
-    table = Table(box=None, pad_edge=False, header_style="")
-    for name in ("study", "state"):
-        table.add_column(name)
-    for name in ("trials", "best", "test"):
-        table.add_column(name, justify="right")
+    numbers = [Column(name, justify="right") for name in ("trials", "best", "test")]
+    table = Table("study", "state", *numbers, box=None, pad_edge=False, header_style="")
     for row in rows:
         table.add_row(row.study, row.state, f"{row.finished}/{row.trials}", percent(row.best), percent(row.test))
     StudyConsole().print(table)

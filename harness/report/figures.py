@@ -7,27 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.store.records import TrialRecord
-
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 INK, SOFT, LINE = "var(--ink)", "var(--soft)", "var(--line)"
 PAPER, SURFACE = "var(--paper)", "var(--surface)"
 ACCENT, AMBER, BLUE, RED = "var(--accent)", "var(--amber)", "var(--blue)", "var(--red)"
-STATES = {
-    "complete": ACCENT,
-    "pruned": AMBER,
-    "diverged": RED,
-    "failed": RED,
-    "running": BLUE,
-    "interrupted": BLUE,
-}
+STATES = {"complete": ACCENT, "pruned": AMBER, "diverged": RED, "failed": RED, "running": BLUE, "interrupted": BLUE}
 SCALE = [[step / 4, f"var(--scale-{step})"] for step in range(5)]
 SHARE = ".2~%"  # as many digits as it needs
-# An axis of accuracies ends where they do; cliponaxis=False keeps the marks on its edges whole.
+# An axis of accuracies ends where they do.
 ACCURACIES = {"tickformat": SHARE, "minallowed": 0, "maxallowed": 1}
-PAIR = ("optim.base_lr", "optim.depth_lr_mult")
 HEIGHT = 360
 MARKS = 10  # at most, on an axis of whole numbers
 
@@ -42,13 +32,6 @@ class Plot:
     width: Literal["full", "half"] = "full"
     shape: Literal["plain", "square", "long"] = "plain"  # a long one scrolls sideways on a phone
 
-    @property
-    def json(self) -> str:
-        """The figure for a script element of a page."""
-        assert self.figure is not None
-        text: str = self.figure.to_json()
-        return text.replace("<", "\\u003c")
-
 
 def whole_numbers(first: int, last: int, room: float) -> dict[str, Any]:
     """An axis from `first` to `last`, `room` on both sides, marked at whole numbers; plotly marks halves too."""
@@ -57,13 +40,19 @@ def whole_numbers(first: int, last: int, room: float) -> dict[str, Any]:
     return {"range": [first - room, last + room], "tick0": 0, "dtick": step, "tickformat": "d"}
 
 
+def error_bars(spans: Sequence[tuple[float, float, float]], **style: Any) -> dict[str, Any]:
+    """Of values, each with the low and the high end of its interval."""
+    above, below = [high - value for value, _, high in spans], [value - low for value, low, _ in spans]
+    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, **style}
+
+
 def empty(height: int = HEIGHT, legend: bool = False, **layout: Any) -> Figure:
     """A figure in the report's style, without anything in it."""
     import plotly.graph_objects as go
 
-    figure = go.Figure()
+    whole = {"data": {"scatter": [{"cliponaxis": False}]}}  # marks on the edges
+    figure = go.Figure(layout={"template": whole})
     figure.update_layout(
-        template="none",
         height=height,
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
@@ -78,30 +67,4 @@ def empty(height: int = HEIGHT, legend: bool = False, **layout: Any) -> Figure:
     axis = {"gridcolor": LINE, "linecolor": LINE, "zeroline": False, "automargin": True}
     figure.update_xaxes(**axis, title={"standoff": 10, "font": {"size": 12.5}})
     figure.update_yaxes(**axis, title={"standoff": 10, "font": {"size": 12.5}})
-    return figure
-
-
-def table_of(complete: Sequence[TrialRecord]) -> Figure:
-    cells: dict[tuple[float, float], list[float]] = {}
-    for trial in complete:
-        cells.setdefault((trial.params[PAIR[0]], trial.params[PAIR[1]]), []).append(trial.value or 0.0)
-    columns, rows = (sorted({key[place] for key in cells}) for place in (0, 1))
-    means = {key: sum(values) / len(values) for key, values in cells.items()}
-    z = [[means.get((column, row)) for column in columns] for row in rows]
-    figure = empty(xaxis_title="base learning rate", yaxis_title="depth-LR multiplier")
-    figure.add_heatmap(
-        x=[f"{column:g}" for column in columns],
-        y=[f"{row:g}" for row in rows],
-        z=z,
-        text=[["" if value is None else f"{100 * value:.2f} %" for value in row] for row in z],
-        texttemplate="%{text}",
-        textfont={"size": 15},
-        colorscale=SCALE,
-        xgap=3,
-        ygap=3,
-        showscale=False,
-        hovertemplate="base LR %{x}, multiplier %{y}: %{text}<extra></extra>",
-    )
-    figure.update_xaxes(type="category", showgrid=False)
-    figure.update_yaxes(type="category", showgrid=False)
     return figure

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.final.predictions import calibration_sentence, from_record
-from harness.report.figures import ACCENT, ACCURACIES, INK, LINE, SOFT, Plot, empty
+from harness.report.figures import ACCENT, ACCURACIES, INK, LINE, SOFT, Plot, empty, error_bars
 
 FEW = 10  # predictions: with fewer, a bar says little
 NAMED = 20  # classes; with more, their names do not fit on the axes
@@ -21,30 +21,20 @@ def final_plots(record: Mapping[str, Any], tested: Mapping[str, Any]) -> list[Pl
 
 
 def _per_class(rows: Sequence[Mapping[str, Any]]) -> Plot:
-    figure = empty(height=300, yaxis=ACCURACIES)
+    figure = empty(height=300, xaxis_range=[-0.8, len(rows) - 0.2], yaxis=ACCURACIES)
     figure.add_scatter(
         # Names are escaped, for plotly reads tags in them.
         x=[html.escape(row["class"]) for row in rows],
         y=[row["accuracy"] for row in rows],
         mode="markers",
         marker={"color": ACCENT, "size": 8 if len(rows) <= NAMED else 6},
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": [row["interval"][1] - row["accuracy"] for row in rows],
-            "arrayminus": [row["accuracy"] - row["interval"][0] for row in rows],
-            "color": SOFT,
-            "thickness": 1,
-            "width": 0,
-        },
+        error_y=error_bars([(row["accuracy"], *row["interval"]) for row in rows], color=SOFT, thickness=1, width=0),
         customdata=[[row["correct"], row["total"], *row["interval"]] for row in rows],
         hovertemplate="%{x}: %{y:.1%} (%{customdata[0]} of %{customdata[1]}; 95 % interval "
         "%{customdata[2]:.0%} to %{customdata[3]:.0%})<extra></extra>",
-        cliponaxis=False,
     )
     # Labels are names, never numbers: folders may be called 1 to 102.
     figure.update_xaxes(type="category", showticklabels=len(rows) <= NAMED, showgrid=False, ticks="", tickangle=-40)
-    figure.update_xaxes(range=[-0.8, len(rows) - 0.2])
     perfect = sum(row["accuracy"] == 1 for row in rows)
     caption = (
         f"Test accuracy of each of the {len(rows)} classes, the worst first, {perfect} of them without a mistake; the "
@@ -55,26 +45,21 @@ def _per_class(rows: Sequence[Mapping[str, Any]]) -> Plot:
 
 def _confusion(record: Mapping[str, Any]) -> Plot:
     found = from_record(record)
-    matrix, names = found.matrix, [html.escape(name) for name in found.classes]
-    totals = matrix.sum(axis=1).tolist()
-    shares = [
-        [count / total if count else None for count in row] for row, total in zip(matrix.tolist(), totals, strict=True)
-    ]
-    figure = empty(height=560, xaxis={"title": "taken for"}, yaxis={"title": "is", "autorange": "reversed"})
+    matrix, names = found.matrix.tolist(), [html.escape(name) for name in found.classes]
+    axis = {"type": "category", "showticklabels": len(names) <= NAMED, "showgrid": False, "ticks": "", "mirror": True}
+    x, y = axis | {"title": "taken for", "tickangle": -50}, axis | {"title": "is", "autorange": "reversed"}
+    figure = empty(height=560, xaxis=x, yaxis=y)
     figure.add_heatmap(
         x=names,
         y=names,
-        z=shares,
-        customdata=matrix.tolist(),
+        z=[[count / sum(row) if count else None for count in row] for row in matrix],
+        customdata=matrix,
         zmin=0,
         zmax=1,
         colorscale=[[stop, f"var(--scale-{place})"] for place, stop in enumerate(STEPS)],
         colorbar={"tickformat": ".0%", "thickness": 10, "outlinewidth": 0, "tickfont": {"color": SOFT}},
         hovertemplate="%{y}<br>taken for %{x}<br>%{customdata} times, %{z:.1%}<extra></extra>",
     )
-    axis = {"type": "category", "showticklabels": len(names) <= NAMED, "showgrid": False, "ticks": ""}
-    figure.update_xaxes(**axis, mirror=True, tickangle=-50)
-    figure.update_yaxes(**axis, mirror=True)
     caption = (
         "Each row is a class and what its test images were taken for, in shares; on the diagonal it is right. "
         "Rare confusions are drawn stronger than they are."
@@ -84,19 +69,19 @@ def _confusion(record: Mapping[str, Any]) -> Plot:
 
 def _reliability(tested: Mapping[str, Any]) -> Plot:
     bins, seeds = tested["calibration"], tested["seeds"]
-    figure = empty(height=460, xaxis_title="confidence", yaxis_title="share that is right", bargap=0.08)
+    axis = {"range": [0, 1], "dtick": 0.2, "tickformat": ".0%"}
+    x, y = axis | {"title": "confidence"}, axis | {"title": "share that is right"}
+    figure = empty(height=460, xaxis=x, yaxis=y, margin_r=28)  # room for the last mark
+    middles = [(each["low"] + each["high"]) / 2 for each in bins]
+    shades = [0.35 if each["count"] >= FEW else 0.12 for each in bins]
     figure.add_scatter(
         x=[0, 1], y=[0, 1], mode="lines", line={"color": SOFT, "dash": "dot", "width": 1.5}, hoverinfo="skip"
     )
     figure.add_bar(
-        x=[(each["low"] + each["high"]) / 2 for each in bins],
+        x=middles,
         y=[each["accuracy"] for each in bins],
         width=[0.92 * (each["high"] - each["low"]) for each in bins],
-        marker={
-            "color": ACCENT,
-            "opacity": [0.35 if each["count"] >= FEW else 0.12 for each in bins],
-            "line": {"color": LINE},
-        },
+        marker={"color": ACCENT, "opacity": shades, "line": {"color": LINE}},
         hoverinfo="skip",
     )
     figure.add_scatter(
@@ -106,10 +91,9 @@ def _reliability(tested: Mapping[str, Any]) -> Plot:
         marker={"color": INK, "size": 9},
         customdata=[each["count"] for each in bins],
         hovertemplate="confidence %{x:.1%}, right %{y:.1%}<br>%{customdata:,} predictions<extra></extra>",
-        cliponaxis=False,
     )
     figure.add_scatter(  # not the bars' own text, which a bar without height does not show
-        x=[(each["low"] + each["high"]) / 2 for each in bins],
+        x=middles,
         y=[0.0 for _ in bins],
         mode="text",
         text=[f"{each['count']:,}" for each in bins],
@@ -117,9 +101,6 @@ def _reliability(tested: Mapping[str, Any]) -> Plot:
         textfont={"color": INK, "size": 11},
         hoverinfo="skip",
     )
-    figure.update_layout(margin_r=28)  # room for the last mark
-    figure.update_xaxes(range=[0, 1], dtick=0.2, tickformat=".0%")
-    figure.update_yaxes(range=[0, 1], dtick=0.2, tickformat=".0%")
     caption = (
         f"How often predictions of a confidence are right, {f'over all {seeds} seeds' if seeds > 1 else 'of seed 0'}: "
         f"on the dotted line, 80 % sure is right 80 times of 100. The numbers "

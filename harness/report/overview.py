@@ -11,17 +11,10 @@ from typing import TYPE_CHECKING, Any
 from harness.base.errors import masked
 from harness.base.files import sqlite_file
 from harness.base.words import duration
+from harness.config.final_result import FinalResult
+from harness.final import sentences
 from harness.final.predictions import described
 from harness.final.pruning_cost import audit_sentences
-from harness.final.sentences import (
-    choice_sentence,
-    conclusion,
-    prospect_sentence,
-    rerank_sentence,
-    selection_sentence,
-    test_sentence,
-    verdict,
-)
 from harness.store.ledger import seeds_of
 from harness.store.locks import holder
 from harness.store.store import Store, TrialRecord
@@ -32,57 +25,45 @@ if TYPE_CHECKING:
 
 def overview(name: str, store: Store, tracking: str) -> dict[str, Any]:
     """The study as one JSON object (`show --json`); the report shows the same numbers."""
-    best, chosen, final = store.best(), store.chosen(), _final(store)
+    best, chosen, facts = store.best(), store.chosen(), store.facts()
+    tested = None if facts.final is None else facts.predictions  # none where its end was mended from the ledger
     return {
         "study": name,
         "trials": counts(store),
         "best": None if best is None else {"number": best.number, "value": best.value, "params": best.params},
-        "conclusion": conclusion(store),
-        "final": final,
+        "conclusion": sentences.conclusion(store),
+        "final": None if facts.final is None else _final(facts.final),
         "chosen": None if chosen is None else chosen.number,
         "choice": store.choice(),
-        "rerank": _rerank(store),
+        "rerank": None if facts.rerank is None else _rerank(facts.rerank),
         "ledger": {"lines": store.ledger_lines(), "fault": store.ledger_fault()},
-        "duplicates": store.facts().duplicates,
-        "audit": store.facts().audit,
-        "test": None if final is None else _tested(store),
-        "cost": cost(trial_records(store), store.facts().definition or {}),
-        "runtime": store.facts().runtime,
+        "duplicates": facts.duplicates,
+        "audit": facts.audit,
+        "test": None if tested is None else described(tested),
+        "cost": cost(trial_records(store), facts.definition or {}),
+        "runtime": facts.runtime,
         "environment": store.environment(),
-        "command": store.facts().command,
+        "command": facts.command,
         "storage": masked(store.url),
         "tracking": masked(tracking),
     }
 
 
-def _final(store: Store) -> dict[str, Any] | None:
+def _final(final: FinalResult) -> dict[str, Any]:
     """The final result without the epochs and the line of the ledger, which stand elsewhere."""
-    if (final := store.facts().final) is None:
-        return None
-    shown = dataclasses.asdict(final)
+    shown: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(final)))
     del shown["ledger"]
     for result in filter(None, (shown, shown["base"])):
-        result["interval"] = list(result["interval"])
-        result["per_seed"] = [_without_epochs(seed) for seed in result["per_seed"]]
+        result["per_seed"] = _without_epochs(result["per_seed"])
     return shown
 
 
-def _tested(store: Store) -> dict[str, Any] | None:
-    """What the final run's predictions say; None where its end was cut off and mended from the ledger."""
-    predictions = store.facts().predictions
-    return None if predictions is None else described(predictions)
+def _rerank(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {**record, "results": {number: _without_epochs(found) for number, found in record["results"].items()}}
 
 
-def _rerank(store: Store) -> dict[str, Any] | None:
-    record = store.facts().rerank
-    if record is None:
-        return None
-    results = {number: [_without_epochs(each) for each in found] for number, found in record["results"].items()}
-    return record | {"results": results}
-
-
-def _without_epochs(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key != "epochs"}
+def _without_epochs(seeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in seed.items() if key != "epochs"} for seed in seeds]
 
 
 def subject(store: Store) -> TrialRecord | None:
@@ -95,9 +76,8 @@ def subject(store: Store) -> TrialRecord | None:
 
 def counts(store: Store) -> dict[str, int]:
     """Trials by state; one that has begun and is not finished is running, or interrupted when no process is there."""
-    counted = store.counts()
-    unfinished = {"running": 0, "interrupted": counted["running"]} if _abandoned(store) else {"interrupted": 0}
-    return counted | unfinished
+    states = ["failed" if trial.state == "diverged" else trial.state for trial in trial_records(store)]
+    return {state: states.count(state) for state in ("complete", "pruned", "failed", "running", "interrupted")}
 
 
 def state_of(store: Store) -> str:
@@ -142,9 +122,9 @@ def summary(name: str, store: Store, tracking: str) -> str:
         [
             *([] if fault is None else [f"warning   Do not trust this: {fault}."]),
             f"study     {name}: {', '.join(f'{number} {state}' for state, number in counted.items())}",
-            f"best      {verdict(store)}{params}",
+            f"best      {sentences.verdict(store)}{params}",
             *_chosen_line(store),
-            f"final     {test_sentence(store)}",
+            f"final     {sentences.test_sentence(store)}",
             *(f"          {line}" for line in _remarks(store)),
             *_audit_lines(store),
             f"runtime   {in_words(store.facts().runtime)}",
@@ -175,9 +155,10 @@ def in_short(params: Mapping[str, Any], whole_paths: bool = True) -> str:
 
 def _remarks(store: Store) -> list[str]:
     """What belongs to the final result."""
-    final = store.facts().final
-    chosen = [choice_sentence(store), prospect_sentence(store), rerank_sentence(store.facts().rerank)]
-    lines = chosen if final is None else [store.why_closed(), conclusion(store), *chosen, selection_sentence(final)]
+    final, again = store.facts().final, sentences.rerank_sentence(store.facts().rerank)
+    lines = [sentences.choice_sentence(store), sentences.prospect_sentence(store), again]
+    if final is not None:
+        lines = [store.why_closed(), sentences.conclusion(store), *lines, sentences.selection_sentence(final)]
     return [*filter(None, lines)]
 
 
@@ -219,16 +200,9 @@ def frame(store: Store) -> pandas.DataFrame:
     """One row a trial: number, state, value, epochs, seconds, reason, and each parameter."""
     import pandas
 
+    columns = ("number", "state", "value", "epochs", "seconds", "reason")
     rows = [
-        {
-            "number": trial.number,
-            "state": trial.state,
-            "value": trial.value,
-            "epochs": len(trial.curve),
-            "seconds": trial.seconds,
-            "reason": trial.reason,
-            **trial.params,
-        }
+        {name: getattr(trial, name) for name in columns} | {"epochs": len(trial.curve)} | trial.params
         for trial in trial_records(store)
     ]
     return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=["number", "state", "value"])

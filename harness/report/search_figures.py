@@ -7,32 +7,17 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from harness.report.figures import (
-    ACCENT,
-    ACCURACIES,
-    AMBER,
-    INK,
-    LINE,
-    PAIR,
-    SCALE,
-    SHARE,
-    SOFT,
-    STATES,
-    Plot,
-    empty,
-    table_of,
-    whole_numbers,
-)
-from harness.report.importance import importance_plot
+from harness.base.words import percent
+from harness.report.figures import ACCENT, ACCURACIES, INK, LINE, SCALE, SHARE, SOFT, STATES, Plot, empty, whole_numbers
 from harness.report.overview import subject
-from harness.report.parallel import parallel_coordinates
+from harness.report.parameters import importance_plot, parallel_coordinates
 from harness.store.store import Store, TrialRecord
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 ACCURACY = "validation accuracy"
-PREDICTED = "predicted end"
+PAIR = ("optim.base_lr", "optim.depth_lr_mult")
 ROOM = 0.6  # of a trial, beside the first and the last: half of a bar and a little
 GRID = 160  # steps a side of the contour; with few, it ends in stairs before it comes to the outermost trials
 BETWEEN = 6  # complete trials: with fewer, nothing is interpolated
@@ -57,11 +42,8 @@ def _history(trials: Sequence[TrialRecord]) -> Plot:
     complete = [trial for trial in trials if trial.value is not None]
     if not complete:
         return Plot(title=title, caption="No trial is complete yet.", width="half")
-    figure = empty(legend=True, xaxis_title="epochs trained so far", yaxis_title=ACCURACY)
-    figure.update_yaxes(ACCURACIES)
-    best: list[float] = []
-    for trial in complete:
-        best.append(max([*best[-1:], trial.value or 0.0]))
+    figure = empty(legend=True, xaxis_title="epochs trained so far", yaxis=ACCURACIES | {"title": ACCURACY})
+    best = list(accumulate((trial.value or 0.0 for trial in complete), max))
     epochs = accumulate(len(trial.curve) for trial in trials)
     spent = dict(zip((trial.number for trial in trials), epochs, strict=True))
     last = spent[trials[-1].number]
@@ -72,7 +54,6 @@ def _history(trials: Sequence[TrialRecord]) -> Plot:
         line={"color": INK, "width": 1.5, "shape": "hv"},
         name="best so far",
         hoverinfo="skip",
-        cliponaxis=False,
     )
     pruned = [trial for trial in trials if trial.state == "pruned" and trial.curve]
     for name, group, symbol in (("complete", complete, "circle"), ("pruned", pruned, "x-thin-open")):
@@ -80,17 +61,11 @@ def _history(trials: Sequence[TrialRecord]) -> Plot:
             figure.add_scatter(
                 x=[spent[trial.number] for trial in group],
                 customdata=[trial.number for trial in group],
-                y=[trial.value if trial.value is not None else list(trial.curve.values())[-1] for trial in group],
+                y=[_end(trial)[1] if trial.value is None else trial.value for trial in group],
                 mode="markers",
-                marker={
-                    "color": STATES[name],
-                    "size": 8,
-                    "symbol": symbol,
-                    "line": {"width": 2, "color": STATES[name]},
-                },
+                marker=_mark(STATES[name], symbol),
                 name=name,
                 hovertemplate=f"trial %{{customdata}}: %{{y:.2%}}<extra>{name}</extra>",
-                cliponaxis=False,
             )
     figure.update_xaxes(whole_numbers(0, last, room=0.02 * last))
     caption = "Each complete trial's accuracy after its last epoch, over the epochs of all trials, and the best so far"
@@ -98,67 +73,65 @@ def _history(trials: Sequence[TrialRecord]) -> Plot:
     return Plot(title=title, caption=caption + crosses, figure=figure, width="half")
 
 
-def _edge(colour: str) -> dict[str, Any]:
-    """What a cross is drawn with."""
-    return {"width": 2, "color": colour}
+def _mark(colour: str, symbol: str) -> dict[str, Any]:
+    return {"color": colour, "size": 8, "symbol": symbol, "line": {"width": 2, "color": colour}}
+
+
+def _end(trial: TrialRecord) -> tuple[int, float]:
+    """The last epoch that a trial has reported, and its accuracy."""
+    return list(trial.curve.items())[-1]
 
 
 def _learning_curves(trials: Sequence[TrialRecord], store: Store) -> Plot:
     title, begun = "Learning curves", [trial for trial in trials if trial.curve]
     if not begun:
         return Plot(title=title, caption="No trial has ended an epoch yet.", width="half")
-    figure = empty(legend=True, xaxis_title="epoch", yaxis_title=ACCURACY)
+    figure = empty(legend=True, xaxis_title="epoch", yaxis=ACCURACIES | {"title": ACCURACY})
     last = max(max(trial.curve) for trial in begun)
     figure.update_xaxes(whole_numbers(1, last, room=max(0.04 * (last - 1), 0.1)))
-    figure.update_yaxes(ACCURACIES)
     for state, colour in STATES.items():
         if group := [trial for trial in begun if trial.state == state]:
             _add_curves(figure, group, state, {"color": colour, "width": 1.2}, opacity=0.55)
     if (shown := subject(store)) is not None and shown.curve:
         word = "the best so far" if store.facts().final is None else "chosen"
         _add_curves(figure, [shown], f"trial {shown.number}, {word}", {"color": ACCENT, "width": 3.5})
-    if pruned := [trial for trial in begun if trial.state == "pruned"]:
-        _add_ends(figure, pruned, last, (store.facts().choice or {}).get("estimates") or {})
+    pruned = [trial for trial in begun if trial.state == "pruned"]
+    dotted = _add_ends(figure, pruned, last, (store.facts().choice or {}).get("estimates") or {})
+    if pruned:
         figure.add_scatter(
-            x=[max(trial.curve) for trial in pruned],
-            y=[trial.curve[max(trial.curve)] for trial in pruned],
+            x=[_end(trial)[0] for trial in pruned],
+            y=[_end(trial)[1] for trial in pruned],
             mode="markers",
-            marker={"symbol": "x-thin-open", "size": 8, "color": AMBER, "line": _edge(AMBER)},
+            marker=_mark(STATES["pruned"], "x-thin-open"),
             showlegend=False,
             hoverinfo="skip",
-            cliponaxis=False,
         )
     caption = f"{ACCURACY.capitalize()} of each trial after each epoch; a cross marks where a trial was pruned"
-    dotted = any(trace.name == PREDICTED for trace in figure.data)
     caption += ", the dotted line how it would have ended, with one standard deviation." if dotted else "."
     return Plot(title=title, caption=caption, figure=figure, width="half")
 
 
 def _add_ends(
     figure: Figure, pruned: Sequence[TrialRecord], last: int, estimates: Mapping[str, tuple[float, float]]
-) -> None:
-    """How stopped trials would have ended, as the process expects by which the choice was made."""
+) -> bool:
+    """How stopped trials would have ended, as the process expects by which the choice was made; False for none."""
     known = [trial for trial in pruned if str(trial.number) in estimates and max(trial.curve) < last]
-    if not known:
-        return
-    points: list[tuple[int, int | None, float | None, float | None]] = []
+    points: list[tuple[Any, ...]] = []
     for trial in known:
-        mean, deviation = estimates[str(trial.number)]
-        stopped = max(trial.curve)
-        points += [(trial.number, stopped, trial.curve[stopped], None), (trial.number, last, mean, deviation)]
-        points.append((trial.number, None, None, None))
-    figure.add_scatter(
-        x=[epoch for _, epoch, _, _ in points],
-        y=[value for _, _, value, _ in points],
-        error_y={"array": [deviation for *_, deviation in points], "width": 3, "thickness": 1},
-        customdata=[number for number, *_ in points],
-        mode="lines",
-        line={"color": AMBER, "width": 1.2, "dash": "dot"},
-        opacity=0.55,
-        name=PREDICTED,
-        hovertemplate="trial %{customdata}, predicted end: %{y:.2%}<extra></extra>",
-        cliponaxis=False,
-    )
+        points += [(*_end(trial), None), (last, *estimates[str(trial.number)]), (None, None, None)]
+    if known:
+        figure.add_scatter(
+            x=[epoch for epoch, _, _ in points],
+            y=[value for _, value, _ in points],
+            error_y={"array": [deviation for _, _, deviation in points], "width": 3, "thickness": 1},
+            customdata=[trial.number for trial in known for _ in range(3)],
+            mode="lines",
+            line={"color": STATES["pruned"], "width": 1.2, "dash": "dot"},
+            opacity=0.55,
+            name="predicted end",
+            hovertemplate="trial %{customdata}, predicted end: %{y:.2%}<extra></extra>",
+        )
+    return bool(known)
 
 
 def _add_curves(
@@ -176,7 +149,6 @@ def _add_curves(
         opacity=opacity,
         name=name,
         hovertemplate="trial %{customdata}, epoch %{x}: %{y:.2%}<extra></extra>",
-        cliponaxis=False,
     )
 
 
@@ -192,25 +164,23 @@ def _ladder(store: Store) -> Plot:
     values = definition | chosen.params
     rate, multiplier = values["optim.base_lr"], values["optim.depth_lr_mult"]
     names = [depth.rstrip(".") for depth in depths[values["optim.depth_by"]]]
-    rates = [rate * multiplier ** (len(names) - 1 - place) for place in range(len(names))]
-    moving = [(name, each) for name, each in zip(names, rates, strict=True) if each > 0]
-    frozen = [name for name, each in zip(names, rates, strict=True) if each == 0]
+    rates = {name: rate * multiplier ** (len(names) - 1 - place) for place, name in enumerate(names)}
+    moving = {name: each for name, each in rates.items() if each > 0}
+    frozen = [name for name, each in rates.items() if each == 0]
     figure = empty(height=max(90 + 34 * len(names), 280), xaxis_title="peak learning rate")
     figure.update_yaxes(categoryorder="array", categoryarray=names, range=[-0.5, len(names) - 0.5])
     figure.add_scatter(
-        x=[each for _, each in moving],
-        y=[name for name, _ in moving],
+        x=list(moving.values()),
+        y=list(moving),
         mode="lines+markers+text",
-        text=[f"{each:.1e}" for _, each in moving],
+        text=[f"{each:.1e}" for each in moving.values()],
         textposition="top center",
         textfont={"color": INK, "size": 11},
-        cliponaxis=False,
         line={"color": LINE, "width": 2},
         marker={"color": ACCENT, "size": 11},
         hovertemplate="%{y}: %{x:.3e}<extra></extra>",
     )
-    low, high = min(each for _, each in moving), max(each for _, each in moving)
-    _rates(figure, low / 2, high * 2)
+    _rates(figure, min(moving.values()) / 2, max(moving.values()) * 2)
     still = f" Frozen: {', '.join(frozen)}." if frozen else ""
     caption = (
         f"Trial {chosen.number}: the head learns at {rate:.3g}, and each depth below it at {multiplier:.3g} times the "
@@ -227,20 +197,42 @@ def _landscape(store: Store, trials: Sequence[TrialRecord]) -> Plot:
         return Plot(title=title, caption="It needs two complete trials that differ in both.")
     definition = store.facts().definition or {}
     if all(str(definition.get(f"space.{name}", "")).startswith("Choice") for name in PAIR):
-        return Plot(title=title, caption="The mean of the complete trials in each cell.", figure=table_of(complete))
+        return Plot(title=title, caption="The mean of the complete trials in each cell.", figure=_table(complete))
     figure = empty(height=420, xaxis_title="base learning rate", yaxis_title="depth-LR multiplier")
     drawn = [trial for trial in trials if set(PAIR) <= set(trial.params)]
     rates = [trial.params[PAIR[0]] for trial in drawn]
     _rates(figure, min(rates) / 1.2, max(rates) * 1.2)
-    between = len(complete) >= BETWEEN and _contour(figure, complete)
-    _add_dots(figure, drawn)
     caption = "A dot is a complete trial, a cross one that was pruned or failed."
-    colours = (
-        " The colours between the dots are interpolated on a fine grid; outside of them nothing is known."
-        if between
-        else ""
+    if len(complete) >= BETWEEN and _contour(figure, complete):
+        caption += " The colours between the dots are interpolated on a fine grid; outside of them nothing is known."
+    _add_dots(figure, drawn)
+    return Plot(title=title, caption=caption, figure=figure)
+
+
+def _table(complete: Sequence[TrialRecord]) -> Figure:
+    """The mean accuracy in each cell of a grid."""
+    import pandas
+
+    cells = pandas.DataFrame([trial.params | {"value": trial.value} for trial in complete])
+    means = cells.pivot_table("value", index=PAIR[1], columns=PAIR[0])
+    z = means.values.tolist()
+    axis = {"type": "category", "showgrid": False}
+    x, y = axis | {"title": "base learning rate"}, axis | {"title": "depth-LR multiplier"}
+    figure = empty(xaxis=x, yaxis=y)
+    figure.add_heatmap(
+        x=[f"{column:g}" for column in means.columns],
+        y=[f"{row:g}" for row in means.index],
+        z=z,
+        text=[["" if math.isnan(value) else percent(value) for value in row] for row in z],
+        texttemplate="%{text}",
+        textfont={"size": 15},
+        colorscale=SCALE,
+        xgap=3,
+        ygap=3,
+        showscale=False,
+        hovertemplate="base LR %{x}, multiplier %{y}: %{text}<extra></extra>",
     )
-    return Plot(title=title, caption=caption + colours, figure=figure)
+    return figure
 
 
 def _rates(figure: Figure, low: float, high: float) -> None:
@@ -281,11 +273,14 @@ def _contour(figure: Figure, complete: Sequence[TrialRecord]) -> bool:
 
 def _add_dots(figure: Figure, trials: Sequence[TrialRecord]) -> None:
     crosses = {"symbol": "x-thin-open", "size": 7, "color": SOFT, "line": {"width": 1.5, "color": SOFT}}
+    values = [trial.value for trial in trials if trial.value is not None]
+    equal = min(values) == max(values)  # plotly's own ends of equal ones lie below 0 and above 100 %
     dots = {
         "size": 11,
         "colorscale": SCALE,
         "line": {"width": 1.5, "color": INK},
-        **_ends([trial.value for trial in trials if trial.value is not None]),
+        "cmin": 0.0 if equal else min(values),
+        "cmax": 1.0 if equal else max(values),
         "colorbar": {"tickformat": SHARE, "thickness": 12, "outlinewidth": 0, "tickfont": {"color": SOFT}},
     }
     for whole in (False, True):
@@ -295,19 +290,10 @@ def _add_dots(figure: Figure, trials: Sequence[TrialRecord]) -> None:
             y=[trial.params[PAIR[1]] for trial in group],
             mode="markers",
             marker=dots | {"color": [trial.value for trial in group]} if whole else crosses,
-            text=[
-                f"trial {trial.number}: {f'{100 * trial.value:.2f} %' if trial.value is not None else trial.state}"
-                for trial in group
-            ],
+            text=[f"trial {trial.number}: {percent(trial.value) if whole else trial.state}" for trial in group],
             hovertemplate="%{text}<br>base LR %{x:.2e}<br>multiplier %{y:.2f}<extra></extra>",
             showlegend=False,
         )
-
-
-def _ends(values: Sequence[float]) -> dict[str, float]:
-    """Where the colours of accuracies end: plotly's own ends of equal ones lie below 0 and above 100 %."""
-    low, high = min(values), max(values)
-    return {"cmin": low, "cmax": high} if low < high else {"cmin": 0.0, "cmax": 1.0}
 
 
 def time_plot(trials: Sequence[TrialRecord]) -> Plot:
@@ -315,7 +301,7 @@ def time_plot(trials: Sequence[TrialRecord]) -> Plot:
     title, ended = "Time of each trial", [trial for trial in trials if trial.seconds is not None]
     if not ended:
         return Plot(title=title, caption="No trial has ended yet.")
-    figure = empty(height=280, legend=True, xaxis_title="trial", yaxis_title="seconds")
+    figure = empty(height=280, legend=True, barmode="overlay", xaxis_title="trial", yaxis_title="seconds")
     for state, colour in STATES.items():
         if group := [trial for trial in ended if trial.state == state]:
             figure.add_bar(
@@ -328,5 +314,4 @@ def time_plot(trials: Sequence[TrialRecord]) -> Plot:
                 hovertemplate=f"trial %{{x}}: %{{y:.1f}} s, %{{customdata}} epochs<extra>{state}</extra>",
             )
     figure.update_xaxes(whole_numbers(0, trials[-1].number, room=ROOM))
-    figure.update_layout(barmode="overlay")
     return Plot(title=title, caption="Training and validation together, by how the trial ended.", figure=figure)

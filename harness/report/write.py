@@ -10,36 +10,47 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness.base.files import replace_file
 from harness.base.words import duration, percent
 from harness.config.final_result import FinalResult
+from harness.final import sentences
 from harness.final.pruning_cost import audit_sentences
-from harness.final.sentences import (
-    all_equal,
-    choice_sentence,
-    prospect_sentence,
-    selection_sentence,
-    test_sentence,
-    verdict,
-)
 from harness.report.final_figures import final_plots
 from harness.report.overview import cost_sentences, frame, in_words, overview, subject, trial_records
-from harness.report.page import render
 from harness.report.search_figures import search_plots, time_plot
 from harness.store.store import Store, TrialRecord
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
 
 
 def write_report(name: str, store: Store, tracking: str, folder: Path) -> Path:
     """Write report.html and trials.csv into `folder`; returns the page's path. Raises Halt when there is no room."""
     written = folder / "report.html"
     replace_file(folder / "trials.csv", frame(store).to_csv(index=False).encode())
-    replace_file(written, render(_view(name, store, tracking)).encode())
+    replace_file(written, _rendered(_view(name, store, tracking)).encode())
     return written
+
+
+def _rendered(view: Mapping[str, Any]) -> str:
+    """The page that shows `view`; every text in it is escaped. plotly.js is in it once, fonts are none."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    loader = PackageLoader("harness.report")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"short": _short, "percent": percent, "duration": duration, "quote": shlex.quote}
+    # Nothing of a study is marked as safe but the figures, which escape what opens a tag.
+    return environment.get_template("report.html").render(**view, plotly=Markup(get_plotlyjs()))
+
+
+def _short(value: Any) -> str:
+    """A value of a table's cell; nothing for nothing."""
+    if value is None or value != value:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
@@ -49,37 +60,24 @@ def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
     return {
         "name": name,
         "seen": seen,
-        "leads": all_equal(store) or (final is not None and final.trial == 0),
-        "headline": _headline(seen, final),
-        "sentence": test_sentence(store),
-        "verdict": verdict(store),
-        "remarks": [*filter(None, (choice_sentence(store), prospect_sentence(store)))],
+        "leads": sentences.all_equal(store) or (final is not None and final.trial == 0),
+        "sentence": sentences.test_sentence(store),
+        "verdict": sentences.verdict(store),
+        "remarks": [*filter(None, (sentences.choice_sentence(store), sentences.prospect_sentence(store)))],
         "strip": None if final is None else _strip(final),
-        "facts": _facts(seen, final),
         "subject": about,
         "parameters": [] if about is None else _parameters(store, about, trials),
-        "commands": _commands(seen, about),
         "comparison": [] if final is None else _comparison(final, store.why_closed()),
         "search": search_plots(store, trials),
-        "tested": tested,
         "test": [] if tested is None else final_plots(store.facts().predictions or {}, tested),
         "thumbnails": store.facts().thumbnails,
         "cost": _cost(seen),
         "time": time_plot(trials),
         "failures": [trial for trial in trials if trial.state in ("failed", "diverged")],
-        "rerank": _rerank(seen["rerank"], trials),
+        "values": {trial.number: trial.value for trial in trials},
         "table": _table(store),
         "places": _places(seen),
     }
-
-
-def _headline(seen: Mapping[str, Any], final: FinalResult | None) -> tuple[str, str]:
-    """The number that people come for, and what it is."""
-    if final is not None:
-        return percent(final.accuracy), "test accuracy"
-    if seen["best"] is not None:
-        return percent(seen["best"]["value"]), "best validation accuracy so far"
-    return "–", "no trial is complete yet"
 
 
 def _strip(final: FinalResult) -> dict[str, Any]:
@@ -106,28 +104,6 @@ def _strip(final: FinalResult) -> dict[str, Any]:
     }
 
 
-def _facts(seen: Mapping[str, Any], final: FinalResult | None) -> list[tuple[str, str, str]]:
-    """The tiles under the headline: what, how much, and a word on it."""
-    counted, tested = seen["trials"], seen["test"]
-    states = ", ".join(f"{number:,} {state}" for state, number in counted.items() if number and state != "complete")
-    tiles = [
-        ("trials", f"{sum(counted.values()):,}", f"{counted['complete']:,} complete" + (f", {states}" * bool(states)))
-    ]
-    if seen["best"] is not None and final is not None:
-        tiles.append(("best validation", percent(seen["best"]["value"]), f"trial {seen['best']['number']}"))
-    if final is not None:
-        if final.balanced_accuracy is not None:
-            tiles.append(("balanced accuracy", percent(final.balanced_accuracy), "every class counts the same"))
-        if final.spread is not None:
-            tiles.append(("spread of the seeds", f"{100 * final.spread:.2f} points", "standard deviation"))
-        if tested is not None:
-            tiles.append(("calibration error", f"{100 * tested['ece_saved']:.2f} points", "of the saved model, seed 0"))
-        opened = final.test_openings
-        tiles.append(("test set opened", "once" if opened == 1 else f"{opened} times", "see the ledger"))
-    tiles.append(("time of the search", duration(seen["cost"]["seconds"]), f"{seen['cost']['epochs']:,} epochs"))
-    return tiles
-
-
 def _parameters(store: Store, about: TrialRecord, trials: Sequence[TrialRecord]) -> list[tuple[str, Any, Any, str]]:
     """Each searched field: its value in the trial, the base configuration's, and where it was searched."""
     base = next((trial.params for trial in trials if trial.number == 0), {})
@@ -135,24 +111,13 @@ def _parameters(store: Store, about: TrialRecord, trials: Sequence[TrialRecord])
     return [(name, value, base.get(name), _in_words(searched[name])) for name, value in about.params.items()]
 
 
-def _in_words(distribution: BaseDistribution) -> str:
+def _in_words(distribution: Any) -> str:
     """What was searched, as a person says it."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    from optuna.distributions import CategoricalDistribution
 
     if isinstance(distribution, CategoricalDistribution):
         return ", ".join(str(choice) for choice in distribution.choices)
-    assert isinstance(distribution, FloatDistribution | IntDistribution)
     return f"{distribution.low:g} to {distribution.high:g}" + (", logarithmic" if distribution.log else "")
-
-
-def _commands(seen: Mapping[str, Any], about: TrialRecord | None) -> list[tuple[str, str]]:
-    study = shlex.quote(seen["study"])
-    run = seen["command"] or f"python run_study.py --study {study} --trials {sum(seen['trials'].values())}"
-    lines = [("run the study, or go on with it", run)]
-    if about is not None:
-        words = "train this trial again and compare every epoch with the record"
-        lines.append((words, f"python -m harness reproduce {study} {about.number}"))
-    return lines
 
 
 def _comparison(final: FinalResult, why_closed: str | None) -> list[str]:
@@ -165,7 +130,8 @@ def _comparison(final: FinalResult, why_closed: str | None) -> list[str]:
             f"{percent(base.accuracy)} ({base.correct:,} correct of {base.total:,}: {seeds} "
             f"seed{'s' if seeds > 1 else ''})."
         )
-    lines.append(selection_sentence(final) or "What choosing the best adds to its validation score is not recorded.")
+    unknown = "What choosing the best adds to its validation score is not recorded."
+    lines.append(sentences.selection_sentence(final) or unknown)
     return lines if why_closed is None else [*lines, why_closed]
 
 
@@ -173,27 +139,6 @@ def _cost(seen: Mapping[str, Any]) -> list[str]:
     """Time, and what pruning saved of it; an audit says that and more."""
     spent, *saved = cost_sentences(seen["cost"])
     return [spent, *(saved if seen["audit"] is None else audit_sentences(seen["audit"]))]
-
-
-def _rerank(record: Mapping[str, Any] | None, trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
-    """A row a candidate: the score that the search saw, those of the fresh seeds, and whether it was chosen."""
-    if record is None:
-        return []
-    values = {trial.number: trial.value for trial in trials}
-    rows = []
-    for number in record["candidates"]:
-        fresh = [each["accuracy"] for each in record["results"].get(str(number), [])]
-        mean = sum(fresh) / len(fresh) if fresh else None
-        rows.append(
-            {
-                "trial": number,
-                "search": values.get(number),
-                "fresh": fresh,
-                "mean": mean,
-                "chosen": number == record["chosen"],
-            }
-        )
-    return rows
 
 
 def _table(store: Store) -> dict[str, Any]:
@@ -204,13 +149,8 @@ def _table(store: Store) -> dict[str, Any]:
     return {"columns": [str(column) for column in table.columns], "rows": rows.values.tolist()}
 
 
-def _places(seen: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _places(seen: Mapping[str, Any]) -> dict[str, str]:
     """Hardware, versions and places."""
-    environment = seen["environment"] or {}
-    where = [
-        ("runtime", in_words(seen["runtime"])),
-        *((key, str(value)) for key, value in environment.items()),
-        ("storage", seen["storage"]),
-        ("tracking", seen["tracking"]),
-    ]
-    return where if environment else [*where, ("versions", "not recorded")]
+    places = {"runtime": in_words(seen["runtime"]), **(seen["environment"] or {})}
+    places |= {"storage": seen["storage"], "tracking": seen["tracking"]}
+    return places if seen["environment"] else places | {"versions": "not recorded"}

@@ -6,7 +6,7 @@ import optuna
 import pytest
 from optuna.distributions import BaseDistribution, FloatDistribution
 
-from harness.report.importance import importances
+from harness.report.parameters import importances
 from tests.analytic import memory_study
 
 

@@ -23,11 +23,10 @@ from harness.config.events import Completed, Diverged, Pruned
 from harness.config.final_result import FinalResult
 from harness.config.space import Choice, Float
 from harness.config.study import Study
-from harness.final.predictions import pictured
+from harness.final.predictions import pictured, thumbnails
 from harness.final.pruning_cost import Course, audit_sentences, drawing_order, record
 from harness.final.sentences import final_sentence, verdict
 from harness.final.test_set import summary
-from harness.final.thumbnails import thumbnails
 from harness.report.figures import whole_numbers
 from harness.report.overview import frame, overview
 from harness.report.search_figures import search_plots

@@ -1,0 +1,200 @@
+"""Figures of the hyperparameters: how much each matters, and the lines from them to the accuracy.
+
+Importances have the spread that so few trials leave. Optuna's own parallel coordinates have their colours fixed, which
+a dark page cannot change.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from harness.base.words import percent
+from harness.report.figures import ACCENT, INK, PAPER, SOFT, Plot, empty, error_bars
+from harness.store.records import TrialRecord
+from harness.store.store import Store
+
+if TYPE_CHECKING:
+    import optuna
+    from plotly.graph_objects import Figure
+
+RESAMPLES = 100
+INTERVAL = (5, 95)  # percentiles
+FEW = 20  # complete trials: with fewer, importances are a hint at most
+# Groups of trials by value, the worst first: colour and opacity of their lines.
+LINES = ((SOFT, 0.3), (SOFT, 0.5), (ACCENT, 0.6), (ACCENT, 1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Importance:
+    """A parameter's share of the importance, and the 90 % interval over resampled trials."""
+
+    name: str
+    share: float
+    low: float
+    high: float
+
+
+def importances(study: optuna.Study, names: Sequence[str], seed: int = 0) -> list[Importance]:
+    """PED-ANOVA (Watanabe et al., 2023) of the complete trials, the most important parameter first.
+
+    The intervals are percentiles over bootstrap resamples of the trials (Efron and Tibshirani, 1993, chapter 13); a
+    resample in which all values are equal says nothing and is left out. Empty without two different values.
+    """
+    import numpy
+    import optuna
+
+    complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    if len({trial.value for trial in complete}) < 2:
+        return []
+    generator = numpy.random.default_rng(seed)
+    samples = []
+    for _ in range(RESAMPLES):
+        drawn = [complete[number] for number in generator.integers(len(complete), size=len(complete))]
+        if len({trial.value for trial in drawn}) > 1:
+            samples.append(_shares(drawn, names))
+    observed = _shares(complete, names)
+    ends = numpy.percentile(samples, INTERVAL, axis=0) if samples else [observed, observed]
+    found = [
+        Importance(name=name, share=share, low=min(float(low), share), high=max(float(high), share))
+        for name, share, low, high in zip(names, observed, *ends, strict=True)
+    ]
+    return sorted(found, key=lambda each: -each.share)
+
+
+def _shares(trials: Sequence[optuna.trial.FrozenTrial], names: Sequence[str]) -> list[float]:
+    import optuna
+
+    study = optuna.create_study(direction="maximize")
+    study.add_trials(trials)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = optuna.importance.get_param_importances(study, params=list(names))
+    return [float(found[name]) for name in names]
+
+
+def importance_plot(store: Store, complete: Sequence[TrialRecord]) -> Plot:
+    names = sorted(set.intersection(*(set(trial.params) for trial in complete)))
+    found = importances(store.optuna_study, names)[::-1] if names else []
+    if not found:
+        why = "Importances need two complete trials with different results."
+        return Plot(title="Importances", caption=why, width="half")
+    figure = empty(height=max(90 + 52 * len(found), 280), xaxis_tickformat=".0%", xaxis_range=[0, 1.04], bargap=0.5)
+    figure.add_bar(
+        x=[each.share for each in found],
+        y=[each.name for each in found],
+        orientation="h",
+        marker={"color": ACCENT, "opacity": 0.75},
+        error_x=error_bars([(each.share, each.low, each.high) for each in found], color=INK, thickness=1.3, width=5),
+        customdata=[[each.low, each.high] for each in found],
+        hovertemplate="%{y}: %{x:.0%}, %{customdata[0]:.0%} to %{customdata[1]:.0%}<extra></extra>",
+    )
+    hint = " With so few, take it as a hint at most." if len(complete) < FEW else ""
+    caption = (
+        f"Share of what separates the best trials from the others (PED-ANOVA over {len(complete)} complete trials). "
+        f"The lines span {INTERVAL[1] - INTERVAL[0]} % of the shares that trials drawn anew from these give.{hint}"
+    )
+    return Plot(title="Importances", caption=caption, figure=figure, width="half")
+
+
+# -- parallel coordinates -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """One parameter: where each trial lies on it, from 0 to 1, None where it has none, and what its marks say."""
+
+    name: str
+    places: list[float | None]
+    marks: dict[float, str]
+
+
+def parallel_coordinates(study: optuna.Study) -> Figure:
+    """A line a complete trial over its parameters and its value."""
+    import numpy
+    import optuna
+
+    trials = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    trials = sorted(trials, key=lambda trial: trial.value or 0.0)  # the best are drawn last
+    names = sorted({name for trial in trials for name in trial.params})
+    axes = [_parameter(name, trials) for name in names]
+    values = [trial.value or 0.0 for trial in trials]
+    axes.append(_numbers("validation accuracy", list(values), log=False, share=True))
+    figure = empty(height=380, margin={"l": 30, "r": 50, "t": 6, "b": 6})
+    groups = numpy.digitize(values, numpy.linspace(min(values), max(values), len(LINES) + 1)[1:-1])
+    for group in range(len(LINES)):
+        _add_lines(figure, axes, trials, numpy.flatnonzero(groups == group).tolist(), group)
+    _add_marks(figure, axes)
+    return figure
+
+
+def _add_lines(figure: Figure, axes: Sequence[Axis], trials: Sequence[Any], chosen: Sequence[int], group: int) -> None:
+    x: list[float | None] = []
+    y: list[float | None] = []
+    text: list[str] = []
+    for number in chosen:
+        x += [*range(len(axes)), None]
+        y += [*(axis.places[number] for axis in axes), None]
+        text += [f"trial {trials[number].number}: {percent(trials[number].value)}"] * (len(axes) + 1)
+    figure.add_scatter(
+        x=x,
+        y=y,
+        text=text,
+        mode="lines+markers",
+        line={"color": LINES[group][0], "width": 1.8},
+        marker={"size": 5},
+        opacity=LINES[group][1],
+        hovertemplate="%{text}<extra></extra>",
+    )
+
+
+def _add_marks(figure: Figure, axes: Sequence[Axis]) -> None:
+    for place, axis in enumerate(axes):
+        figure.add_annotation(
+            x=place, y=1.12, text=f"<b>{axis.name}</b>", showarrow=False, font={"color": INK, "size": 12}
+        )
+        for height, text in axis.marks.items():
+            figure.add_annotation(
+                x=place,
+                y=height,
+                text=text,
+                showarrow=False,
+                xanchor="left",
+                xshift=7,
+                font={"color": INK, "size": 11},
+                bgcolor=PAPER,
+                borderpad=1,
+            )
+    figure.update_xaxes(tickvals=list(range(len(axes))), range=[-0.4, len(axes) - 0.5])
+    figure.update_xaxes(showticklabels=False, showline=False, ticks="")
+    figure.update_yaxes(visible=False, range=[-0.06, 1.18])
+
+
+def _parameter(name: str, trials: Sequence[Any]) -> Axis:
+    from optuna.distributions import CategoricalDistribution
+
+    values = [trial.params.get(name) for trial in trials]
+    distribution = next(trial.distributions[name] for trial in trials if name in trial.distributions)
+    if not isinstance(distribution, CategoricalDistribution):
+        return _numbers(name, values, log=distribution.log, share=False)
+    options = list(distribution.choices)
+    heights = {option: place / max(len(options) - 1, 1) for place, option in enumerate(options)}
+    marks = {height: html.escape(str(option)) for option, height in heights.items()}
+    return Axis(name=name, places=[heights.get(value) for value in values], marks=marks)
+
+
+def _numbers(name: str, values: Sequence[float | None], log: bool, share: bool) -> Axis:
+    scaled = [math.log10(value) if log and value is not None else value for value in values]
+    known = [value for value in scaled if value is not None]
+    low, span = min(known), max(known) - min(known)
+    places = [None if value is None else (value - low) / (span or 1.0) for value in scaled]
+    marks = {}
+    for place in (0.0, 0.5, 1.0) if span else (0.0,):  # of equal values there is one
+        value = low + place * span
+        value = 10**value if log else value
+        marks[place] = f"{100 * value:.1f} %" if share else f"{value:.2g}"
+    return Axis(name=name, places=places, marks=marks)
