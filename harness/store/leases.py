@@ -16,6 +16,7 @@ from pathlib import Path
 
 import filelock
 import sqlalchemy
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
 from harness.base.processes import is_gone, name_of_this
@@ -33,9 +34,10 @@ TABLE = sqlalchemy.Table(
     sqlalchemy.Column("until", sqlalchemy.Double, nullable=False),  # seconds since 1970 by the database's clock
 )
 NOW = {
-    "sqlite": "((julianday('now') - 2440587.5) * 86400.0)",
-    "postgresql": "extract(epoch from clock_timestamp())",
+    "sqlite": sqlalchemy.literal_column("((julianday('now') - 2440587.5) * 86400.0)"),
+    "postgresql": sqlalchemy.literal_column("extract(epoch from clock_timestamp())"),
 }
+INSERT = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}  # that know of conflicts
 
 
 class LeaseLost(Exception):
@@ -89,9 +91,7 @@ class Leases:
             holder = _noted(self._engine, self._study).get(key)  # `holders` leaves out those that are gone
             if holder is None or not is_gone(holder):
                 return False
-            self._execute(
-                "DELETE FROM harness_leases WHERE study = :study AND key = :key AND owner = :gone", key, holder
-            )
+            self._delete(key=key, owner=holder)
             if not self._insert(key):
                 return False
         self._held[key] = began + self._seconds
@@ -100,15 +100,16 @@ class Leases:
         return True
 
     def _insert(self, key: str) -> bool:
-        return bool(
-            self._execute(
-                f"INSERT INTO harness_leases (study, key, owner, until) "
-                f"VALUES (:study, :key, :owner, {self._now} + :seconds) "
-                "ON CONFLICT (study, key) DO UPDATE SET owner = excluded.owner, until = excluded.until "
-                f"WHERE harness_leases.owner = excluded.owner OR harness_leases.until < {self._now}",
-                key,
-            )
+        until, free = self._now + self._seconds, TABLE.c.until < self._now
+        line = INSERT[self._engine.dialect.name](TABLE)
+        line = line.values(study=self._study, key=key, owner=self.owner, until=until)
+        line = line.on_conflict_do_update(
+            index_elements=["study", "key"],
+            set_={"owner": line.excluded.owner, "until": line.excluded.until},
+            where=(TABLE.c.owner == line.excluded.owner) | free,
         )
+        with self._engine.begin() as connection:
+            return bool(connection.execute(line).rowcount)
 
     def holder(self, key: str) -> str | None:
         """Who holds a key now, None when nobody does."""
@@ -139,17 +140,20 @@ class Leases:
     def release(self, key: str) -> None:
         """Let a key go, if this process holds it."""
         if key in self._held:
-            self._execute("DELETE FROM harness_leases WHERE study = :study AND key = :key AND owner = :owner", key)
+            self._delete(key=key, owner=self.owner)
             self._held.pop(key, None)  # not before: a database that was locked is asked again
 
     def clear(self) -> None:
         """Take away what anybody holds of this study: whoever held it is dead, or has outlived its coordinator."""
-        with self._engine.begin() as connection:
-            connection.execute(sqlalchemy.delete(TABLE).where(TABLE.c.study == self._study))
+        self._delete()
 
     def dismiss(self, owner: str) -> None:
         """Take away what an owner holds; it finds so when it renews or checks next."""
-        self._execute("DELETE FROM harness_leases WHERE study = :study AND owner = :gone", "", owner)
+        self._delete(owner=owner)
+
+    def _delete(self, **columns: str) -> None:
+        with self._engine.begin() as connection:
+            connection.execute(sqlalchemy.delete(TABLE).filter_by(study=self._study, **columns))
 
     def renew(self) -> None:
         """Move the time on of everything that is held."""
@@ -167,12 +171,9 @@ class Leases:
 
     def _renew(self, key: str, within: sqlalchemy.Connection | None = None) -> bool:
         began = _clock()
-        kept = self._execute(
-            f"UPDATE harness_leases SET until = {self._now} + :seconds "
-            f"WHERE study = :study AND key = :key AND owner = :owner",
-            key,
-            within=within,
-        )
+        mine = sqlalchemy.update(TABLE).filter_by(study=self._study, key=key, owner=self.owner)
+        with self._engine.begin() if within is None else contextlib.nullcontext(within) as connection:
+            kept = connection.execute(mine.values(until=self._now + self._seconds)).rowcount
         if not kept:
             self._held.pop(key, None)
         elif key in self._held:
@@ -191,12 +192,6 @@ class Leases:
             except SQLAlchemyError:
                 continue  # the time runs on; whoever works on it hears of the database's fault itself
 
-    def _execute(self, statement: str, key: str, gone: str = "", within: sqlalchemy.Connection | None = None) -> int:
-        values = {"study": self._study, "key": key, "owner": self.owner, "seconds": self._seconds, "gone": gone}
-        named = {name: value for name, value in values.items() if f":{name}" in statement}
-        with self._engine.begin() if within is None else contextlib.nullcontext(within) as connection:
-            return connection.execute(sqlalchemy.text(statement), named).rowcount
-
 
 def holders(engine: sqlalchemy.Engine, study: str) -> dict[str, str]:
     """Who holds what of a study now, by key; processes of this machine that are gone hold nothing."""
@@ -206,9 +201,9 @@ def holders(engine: sqlalchemy.Engine, study: str) -> dict[str, str]:
 
 
 def _noted(engine: sqlalchemy.Engine, study: str) -> dict[str, str]:
-    query = f"SELECT key, owner FROM harness_leases WHERE study = :study AND until >= {NOW[engine.dialect.name]}"
+    held = sqlalchemy.select(TABLE).where(TABLE.c.study == study, TABLE.c.until >= NOW[engine.dialect.name])
     with engine.connect() as connection:
-        return {row.key: row.owner for row in connection.execute(sqlalchemy.text(query), {"study": study})}
+        return {row.key: row.owner for row in connection.execute(held)}
 
 
 def make_table(engine: sqlalchemy.Engine) -> None:

@@ -173,9 +173,9 @@ class Store(StudyView):
         It is this process's until it is told, or the process is thought dead. Raises NoTrialFree when those that have
         ended and those that other workers are at make `at_most`.
         """
-        row, resumed = queue.take(study, self._study, self._engine, self._leases, at_most)
+        number, resumed = queue.take(study, self._study, self._engine, self._leases, at_most)
         trials = self._study.get_trials(deepcopy=False)
-        taken = trials[row.number]
+        taken = trials[number]
         try:
             if "seen" in taken.user_attrs:
                 seen = Snapshot.of(taken)
