@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import filelock
 import sqlalchemy
@@ -33,11 +34,11 @@ TABLE = sqlalchemy.Table(
     sqlalchemy.Column("owner", sqlalchemy.String(256), nullable=False),
     sqlalchemy.Column("until", sqlalchemy.Double, nullable=False),  # seconds since 1970 by the database's clock
 )
-NOW = {
+NOW: dict[str, sqlalchemy.ColumnElement[float]] = {
     "sqlite": sqlalchemy.literal_column("((julianday('now') - 2440587.5) * 86400.0)"),
     "postgresql": sqlalchemy.literal_column("extract(epoch from clock_timestamp())"),
 }
-INSERT = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}  # that know of conflicts
+INSERT: dict[str, Callable[..., Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 
 
 class LeaseLost(Exception):
@@ -95,19 +96,16 @@ class Leases:
             if not self._insert(key):
                 return False
         self._held[key] = began + self._seconds
-        if self._by_itself:
-            self._keep_renewing()
+        if self._by_itself and self._renewal is None:
+            self._renewal = renewing(self.renew, self._closed)
+            self._renewal.start()
         return True
 
     def _insert(self, key: str) -> bool:
-        until, free = self._now + self._seconds, TABLE.c.until < self._now
-        line = INSERT[self._engine.dialect.name](TABLE)
-        line = line.values(study=self._study, key=key, owner=self.owner, until=until)
-        line = line.on_conflict_do_update(
-            index_elements=["study", "key"],
-            set_={"owner": line.excluded.owner, "until": line.excluded.until},
-            where=(TABLE.c.owner == line.excluded.owner) | free,
-        )
+        ours = {"owner": self.owner, "until": self._now + self._seconds}
+        line = INSERT[self._engine.dialect.name](TABLE).values(study=self._study, key=key, **ours)
+        free = (TABLE.c.owner == self.owner) | (TABLE.c.until < self._now)
+        line = line.on_conflict_do_update(index_elements=["study", "key"], set_=ours, where=free)
         with self._engine.begin() as connection:
             return bool(connection.execute(line).rowcount)
 
@@ -180,17 +178,16 @@ class Leases:
             self._held[key] = began + self._seconds
         return bool(kept)
 
-    def _keep_renewing(self) -> None:
-        if self._renewal is None:
-            self._renewal = threading.Thread(target=self._work, name="leases", daemon=True)
-            self._renewal.start()
 
-    def _work(self) -> None:
-        while not self._closed.wait(RENEWAL_SECONDS):
-            try:
-                self.renew()
-            except SQLAlchemyError:
-                continue  # the time runs on; whoever works on it hears of the database's fault itself
+def renewing(renew: Callable[[], None], closed: threading.Event) -> threading.Thread:
+    """A thread that calls `renew` again and again until it is `closed`; not started yet."""
+
+    def work() -> None:
+        while not closed.wait(RENEWAL_SECONDS):
+            with contextlib.suppress(SQLAlchemyError):
+                renew()  # else the time runs on; whoever works on it hears of the database's fault itself
+
+    return threading.Thread(target=work, name="leases", daemon=True)
 
 
 def holders(engine: sqlalchemy.Engine, study: str) -> dict[str, str]:
