@@ -41,9 +41,8 @@ class OpenedFile:
 
     def check(self) -> None:
         """Raise Halt when the file was deleted, replaced or moved; its results are saved first, where that can be."""
-        opened = self._known if self._handle is None else os.fstat(self._handle)
         try:
-            if os.path.samestat(self._file.stat(), opened):
+            if os.path.samestat(self._file.stat(), self._known):
                 return
         except (FileNotFoundError, NotADirectoryError):
             pass

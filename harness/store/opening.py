@@ -17,14 +17,7 @@ from harness.base.errors import InputError
 from harness.base.files import sqlite_file
 from harness.config.find import Found, defines
 from harness.config.study import Study
-from harness.store.database import (
-    BUSY_TIMEOUT_SECONDS,
-    check_database,
-    connect,
-    dispose,
-    outlast,
-    setup_lock,
-)
+from harness.store.database import BUSY_TIMEOUT_SECONDS, check_database, connect, dispose, outlast, setup_lock
 from harness.store.leases import Leases, make_table
 from harness.store.locks import OpenedFile, free_name, study_lock
 from harness.store.store import Store
@@ -47,8 +40,7 @@ def open_store(
     begin = functools.partial(_begun, study, url, content)
     with study_lock(None if joining else file, study.name):
         storage, optuna_study = outlast(url, begin) if joining else begin()  # a server was there a moment ago
-        store = Store(url, optuna_study)
-        leases = Leases(storage.engine, store.uid, file)
+        leases = Leases(storage.engine, Store(url, optuna_study).uid, file)
         opened = None
         try:
             if file is not None and not joining:  # whoever held it before is gone, or works for one that is

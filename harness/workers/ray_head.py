@@ -20,6 +20,7 @@ from typing import Any, cast
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from harness.base.files import sqlite_file
 from harness.config.study import Study
 from harness.store.database import outlast
 from harness.store.leases import LeaseLost, renewing
@@ -56,12 +57,15 @@ class Head:
         self._messages: list[Message | Arrived] = []
         self._fetched = 0  # messages that the coordinator has, and that are no longer here
 
-    def open(self, config: WorkerConfig, place: Path, serving: bool) -> None:
-        """Load the study's file, whose classes messages may hold; if `serving`, its storage. `place`: the cwd."""
+    def open(self, config: WorkerConfig, place: Path) -> None:
+        """Load the study's file, whose classes messages may hold, and open its storage if no worker can.
+
+        `place` is the folder that the coordinator was started in.
+        """
         os.chdir(place)
         self._checkpoints = config.checkpoints
         self._study = config.study()
-        if serving:
+        if sqlite_file(config.url) is not None:
             self._store = self._kept.enter_context(open_store(self._study, config.url, joining=True))
 
     def arrive(self, number: int, owner: str, where: str) -> None:

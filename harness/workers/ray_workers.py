@@ -60,8 +60,7 @@ class RayWorkers(Crew):
         environment = {"env_vars": self._needs.environment()}
         options = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": environment}
         self._head = ray.remote(Head).options(**options).remote()
-        serving = sqlite_file(self._config.url) is not None
-        self._ask(self._head.open.remote(self._config, Path.cwd(), serving))
+        self._ask(self._head.open.remote(self._config, Path.cwd()))
         if (places := self._needs.places) < self._count:
             none = f"no room for a worker now, which takes {in_words(self._needs)}; they begin"
             some = f"room for {places} of {self._count} workers now; the others begin"
@@ -136,13 +135,10 @@ class RayWorkers(Crew):
             return
         self._arrived.add(message.number)
         if message.before is not None:
-            self._replaced(message, message.before)
-
-    def _replaced(self, arrived: Arrived, before: str) -> None:
-        self._store.leases.dismiss(before)  # nobody need wait until what it held runs out
-        again = "Workers die again and again; if memory is short on the nodes, give fewer --workers."
-        self._note_death(arrived.number, again)
-        print(f"Worker {arrived.number} died; Ray has started it again on {arrived.where}.", file=sys.stderr)
+            self._store.leases.dismiss(message.before)  # nobody need wait until what it held runs out
+            again = "Workers die again and again; if memory is short on the nodes, give fewer --workers."
+            self._note_death(message.number, again)
+            print(f"Worker {message.number} died; Ray has started it again on {message.where}.", file=sys.stderr)
 
     def _ended(self, task: Any, job: Job) -> bool:
         """Whether a task came to its end; it did not if something else than this process stopped it."""
