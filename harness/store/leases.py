@@ -13,11 +13,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import filelock
 import sqlalchemy
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
 from harness.base.processes import is_gone, name_of_this
@@ -38,7 +36,6 @@ NOW: dict[str, sqlalchemy.ColumnElement[float]] = {
     "sqlite": sqlalchemy.literal_column("((julianday('now') - 2440587.5) * 86400.0)"),
     "postgresql": sqlalchemy.literal_column("extract(epoch from clock_timestamp())"),
 }
-INSERT: dict[str, Callable[..., Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 
 
 class LeaseLost(Exception):
@@ -102,12 +99,15 @@ class Leases:
         return True
 
     def _insert(self, key: str) -> bool:
-        ours = {"owner": self.owner, "until": self._now + self._seconds}
-        line = INSERT[self._engine.dialect.name](TABLE).values(study=self._study, key=key, **ours)
-        free = (TABLE.c.owner == self.owner) | (TABLE.c.until < self._now)
-        line = line.on_conflict_do_update(index_elements=["study", "key"], set_=ours, where=free)
+        line = sqlalchemy.text(
+            "INSERT INTO harness_leases (study, key, owner, until) "
+            f"VALUES (:study, :key, :owner, {self._now} + :seconds) "
+            "ON CONFLICT (study, key) DO UPDATE SET owner = excluded.owner, until = excluded.until "
+            f"WHERE harness_leases.owner = excluded.owner OR harness_leases.until < {self._now}"
+        )
+        values = {"study": self._study, "key": key, "owner": self.owner, "seconds": self._seconds}
         with self._engine.begin() as connection:
-            return bool(connection.execute(line).rowcount)
+            return bool(connection.execute(line, values).rowcount)
 
     def holder(self, key: str) -> str | None:
         """Who holds a key now, None when nobody does."""
