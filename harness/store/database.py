@@ -65,15 +65,9 @@ class _Storage(optuna.storages.RDBStorage):
     """Optuna's, in which one attribute of a study that is no JSON does not keep the others from being read."""
 
     def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
-        try:
-            return super().get_study_user_attrs(study_id)
-        except ValueError:
-            names = ("study_id", "key", "value_json")
-            columns: list[sqlalchemy.ColumnClause[Any]] = [sqlalchemy.column(name) for name in names]
-            attributes = sqlalchemy.table("study_user_attributes", *columns).c
-            texts = sqlalchemy.select(attributes.key, attributes.value_json).where(attributes.study_id == study_id)
-            with self.engine.connect() as connection:
-                return {name: _read(text) for name, text in connection.execute(texts)}
+        texts = sqlalchemy.text("SELECT key, value_json FROM study_user_attributes WHERE study_id = :study")
+        with self.engine.connect() as connection:
+            return {name: _read(text) for name, text in connection.execute(texts, {"study": study_id})}
 
 
 def _read(text: str) -> Any:
@@ -83,8 +77,12 @@ def _read(text: str) -> Any:
         return Unreadable(text)
 
 
-def check_database(url: str) -> None:
-    """Raise InputError unless the URL can be opened and holds either nothing or Optuna's tables. Writes nothing."""
+def check_database(url: str) -> bool:
+    """Whether a study's tables are all there. To connect would make them, which looking must not.
+
+    A SQLite file that is not empty is taken to have them. Raises InputError unless the URL can be opened and holds
+    either nothing or Optuna's tables. Writes nothing.
+    """
     file = sqlite_file(url)
     if file is not None:
         if file.exists() and not file.is_file():
@@ -92,23 +90,32 @@ def check_database(url: str) -> None:
         if not file.exists() or file.stat().st_size == 0:
             if not file.parent.is_dir():
                 raise InputError(f"--storage {url!r}: there is no folder {file.parent}; make it first.")
-            return
-        _check_tables(url, *tables(file, "--storage"))
-        return
-    if sqlalchemy.engine.make_url(url).get_backend_name() != "postgresql":
+            return False
+        found = tables(file, "--storage")
+    else:
+        _check_server(url)
+        found = _tables_on_server(url)
+    # Any of Optuna's will do: a process may have been killed while it made them, and they are completed on opening.
+    if found and not OPTUNA_TABLES.intersection(found):
+        raise InputError(f"{url} is a database but not a study; give another --storage.")
+    return file is not None or LAST_TABLE in found
+
+
+def _check_server(url: str) -> None:
+    """Raise InputError unless the URL names a PostgreSQL database, whose driver is installed."""
+    parsed = sqlalchemy.engine.make_url(url)
+    if parsed.get_backend_name() != "postgresql":
         raise InputError(
             f"--storage {url!r}: a study lives in SQLite or PostgreSQL; write sqlite:///FILE or postgresql://..."
         )
     if url.partition("://")[2].partition("?")[0].count("@") > 1:  # else a part of it is taken for the host, and printed
         raise InputError(f"--storage {url!r} has more than one @; write %40 for one in the password.")
     check_driver(url, "--storage")
-    if (driver := sqlalchemy.engine.make_url(url).get_dialect().driver) not in POSTGRESQL_DRIVERS:
+    if (driver := parsed.get_dialect().driver) not in POSTGRESQL_DRIVERS:
         raise InputError(f"--storage {url!r} asks for the driver {driver}; write postgresql+psycopg://...")
-    parsed = sqlalchemy.engine.make_url(url)
     if not parsed.database and not {"dbname", "service"} & parsed.query.keys():
         # PostgreSQL would take the one that is called as the user is, which may be everybody's.
         raise InputError(f"--storage {url!r} names no database; write postgresql+psycopg://USER@HOST/DATABASE.")
-    _check_tables(url, *_tables_on_server(url))
 
 
 def _tables_on_server(url: str) -> list[str]:
@@ -120,35 +127,27 @@ def _tables_on_server(url: str) -> list[str]:
         raise _unopened(url, error) from error
 
 
-def has_tables(url: str) -> bool:
-    """Whether a study's tables are all there. To connect would make them, which looking must not.
-
-    A SQLite file that is not empty is taken to have them. Raises InputError when the database cannot be opened.
-    """
-    return sqlite_file(url) is not None or LAST_TABLE in _tables_on_server(url)
-
-
 def outlast(url: str, operation: Callable[[], T]) -> T:
     """What `operation` returns; waits while another program locks the database, or its server is away for some minutes.
 
     It may be cut off anywhere and called again. Raises Halt when the database fails.
     """
-    end = time.monotonic() + AWAY_SECONDS
     try:
-        return _waiting(url, operation, lambda why: why != AWAY or time.monotonic() < end)
+        return _waiting(url, operation, AWAY_SECONDS)
     except (StorageInternalError, SQLAlchemyError) as error:
         raise _failed(url, _cause(error)) from error
 
 
-def _waiting(url: str, operation: Callable[[], T], worth: Callable[[str], bool]) -> T:
-    """What `operation` returns; tries again while what keeps it from that may be over soon, and is `worth` it."""
+def _waiting(url: str, operation: Callable[[], T], away_seconds: float = 0.0) -> T:
+    """What `operation` returns; tries again while what keeps it from that may be over soon."""
+    end = time.monotonic() + away_seconds
     said = False
     while True:
         try:
             return operation()
         except (StorageInternalError, SQLAlchemyError, sqlite3.Error, filelock.Timeout, InputError) as error:
             why = _passing(url, error)
-            if why is None or not worth(why):
+            if why is None or (why == AWAY and time.monotonic() >= end):
                 raise
             if not said:
                 print(f"The database {masked(url)} {why}; waiting for it.", file=sys.stderr)
@@ -244,7 +243,7 @@ def tables(file: Path, option: str) -> list[str]:
             return [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
 
     try:
-        return _waiting(f"sqlite:///{file}", names, lambda why: why == LOCKED)
+        return _waiting(f"sqlite:///{file}", names)
     except sqlite3.Error as error:
         if file.is_file() and _no_room(str(error)):
             raise _failed(f"sqlite:///{file}", str(error)) from error
@@ -275,12 +274,6 @@ def check_writable(file: Path | None) -> None:
         raise InputError(f"{file} or its folder may not be written; change their permissions, or give --storage.")
 
 
-def _check_tables(url: str, *tables: str) -> None:
-    # Any of Optuna's will do: a process may have been killed while it made them, and they are completed on opening.
-    if tables and not OPTUNA_TABLES.intersection(tables):
-        raise InputError(f"{url} is a database but not a study; give another --storage.")
-
-
 def connect(url: str, *, writing: bool = True) -> optuna.storages.RDBStorage:
     """Optuna's storage at a URL. Without `writing` a SQLite file is left in the mode that it has.
 
@@ -288,12 +281,11 @@ def connect(url: str, *, writing: bool = True) -> optuna.storages.RDBStorage:
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     file = sqlite_file(url)
-    readable_only = file is not None and file.exists() and not may_write(file)
-    # SQLAlchemy decodes once, SQLite once more.
-    place = f"sqlite:///{_to_read(file).replace('%', '%25')}&uri=true" if file is not None and readable_only else url
+    place = url
+    if file is not None and file.exists() and not may_write(file):  # SQLAlchemy decodes once, SQLite once more
+        place = f"sqlite:///{_to_read(file).replace('%', '%25')}&uri=true"
     try:
-        engine_options = _engine_options(url)
-        storage = _waiting(url, lambda: _Storage(place, engine_kwargs=engine_options), lambda why: why == LOCKED)
+        storage = _waiting(url, lambda: _Storage(place, engine_kwargs=_engine_options(url)))
     except (SQLAlchemyError, ImportError, RuntimeError) as error:
         raise _unopened(url, error) from error
     if file is not None and writing:
@@ -333,10 +325,8 @@ def setup_lock(url: str) -> Iterator[None]:
         connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({SETTING_UP})"))
     except SQLAlchemyError as error:
         raise _unopened(url, error) from error
-    try:
+    with connection:  # whose end is that of the transaction, and with it of the lock
         yield
-    finally:
-        connection.close()  # which ends the transaction, and with it the lock
 
 
 def _set_pragmas(connection: Any, _record: Any) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,9 +32,9 @@ TABLE = sqlalchemy.Table(
     sqlalchemy.Column("owner", sqlalchemy.String(256), nullable=False),
     sqlalchemy.Column("until", sqlalchemy.Double, nullable=False),  # seconds since 1970 by the database's clock
 )
-NOW = {
-    "sqlite": "((julianday('now') - 2440587.5) * 86400.0)",
-    "postgresql": "extract(epoch from clock_timestamp())",
+NOW: dict[str, sqlalchemy.ColumnElement[float]] = {
+    "sqlite": sqlalchemy.literal_column("((julianday('now') - 2440587.5) * 86400.0)"),
+    "postgresql": sqlalchemy.literal_column("extract(epoch from clock_timestamp())"),
 }
 
 
@@ -89,26 +89,25 @@ class Leases:
             holder = _noted(self._engine, self._study).get(key)  # `holders` leaves out those that are gone
             if holder is None or not is_gone(holder):
                 return False
-            self._execute(
-                "DELETE FROM harness_leases WHERE study = :study AND key = :key AND owner = :gone", key, holder
-            )
+            self._delete(key=key, owner=holder)
             if not self._insert(key):
                 return False
         self._held[key] = began + self._seconds
-        if self._by_itself:
-            self._keep_renewing()
+        if self._by_itself and self._renewal is None:
+            self._renewal = renewing(self.renew, self._closed)
+            self._renewal.start()
         return True
 
     def _insert(self, key: str) -> bool:
-        return bool(
-            self._execute(
-                f"INSERT INTO harness_leases (study, key, owner, until) "
-                f"VALUES (:study, :key, :owner, {self._now} + :seconds) "
-                "ON CONFLICT (study, key) DO UPDATE SET owner = excluded.owner, until = excluded.until "
-                f"WHERE harness_leases.owner = excluded.owner OR harness_leases.until < {self._now}",
-                key,
-            )
+        line = sqlalchemy.text(
+            "INSERT INTO harness_leases (study, key, owner, until) "
+            f"VALUES (:study, :key, :owner, {self._now} + :seconds) "
+            "ON CONFLICT (study, key) DO UPDATE SET owner = excluded.owner, until = excluded.until "
+            f"WHERE harness_leases.owner = excluded.owner OR harness_leases.until < {self._now}"
         )
+        values = {"study": self._study, "key": key, "owner": self.owner, "seconds": self._seconds}
+        with self._engine.begin() as connection:
+            return bool(connection.execute(line, values).rowcount)
 
     def holder(self, key: str) -> str | None:
         """Who holds a key now, None when nobody does."""
@@ -139,17 +138,20 @@ class Leases:
     def release(self, key: str) -> None:
         """Let a key go, if this process holds it."""
         if key in self._held:
-            self._execute("DELETE FROM harness_leases WHERE study = :study AND key = :key AND owner = :owner", key)
+            self._delete(key=key, owner=self.owner)
             self._held.pop(key, None)  # not before: a database that was locked is asked again
 
     def clear(self) -> None:
         """Take away what anybody holds of this study: whoever held it is dead, or has outlived its coordinator."""
-        with self._engine.begin() as connection:
-            connection.execute(sqlalchemy.delete(TABLE).where(TABLE.c.study == self._study))
+        self._delete()
 
     def dismiss(self, owner: str) -> None:
         """Take away what an owner holds; it finds so when it renews or checks next."""
-        self._execute("DELETE FROM harness_leases WHERE study = :study AND owner = :gone", "", owner)
+        self._delete(owner=owner)
+
+    def _delete(self, **columns: str) -> None:
+        with self._engine.begin() as connection:
+            connection.execute(sqlalchemy.delete(TABLE).filter_by(study=self._study, **columns))
 
     def renew(self) -> None:
         """Move the time on of everything that is held."""
@@ -167,35 +169,25 @@ class Leases:
 
     def _renew(self, key: str, within: sqlalchemy.Connection | None = None) -> bool:
         began = _clock()
-        kept = self._execute(
-            f"UPDATE harness_leases SET until = {self._now} + :seconds "
-            f"WHERE study = :study AND key = :key AND owner = :owner",
-            key,
-            within=within,
-        )
+        mine = sqlalchemy.update(TABLE).filter_by(study=self._study, key=key, owner=self.owner)
+        with self._engine.begin() if within is None else contextlib.nullcontext(within) as connection:
+            kept = connection.execute(mine.values(until=self._now + self._seconds)).rowcount
         if not kept:
             self._held.pop(key, None)
         elif key in self._held:
             self._held[key] = began + self._seconds
         return bool(kept)
 
-    def _keep_renewing(self) -> None:
-        if self._renewal is None:
-            self._renewal = threading.Thread(target=self._work, name="leases", daemon=True)
-            self._renewal.start()
 
-    def _work(self) -> None:
-        while not self._closed.wait(RENEWAL_SECONDS):
-            try:
-                self.renew()
-            except SQLAlchemyError:
-                continue  # the time runs on; whoever works on it hears of the database's fault itself
+def renewing(renew: Callable[[], None], closed: threading.Event) -> threading.Thread:
+    """A thread that calls `renew` again and again until it is `closed`; not started yet."""
 
-    def _execute(self, statement: str, key: str, gone: str = "", within: sqlalchemy.Connection | None = None) -> int:
-        values = {"study": self._study, "key": key, "owner": self.owner, "seconds": self._seconds, "gone": gone}
-        named = {name: value for name, value in values.items() if f":{name}" in statement}
-        with self._engine.begin() if within is None else contextlib.nullcontext(within) as connection:
-            return connection.execute(sqlalchemy.text(statement), named).rowcount
+    def work() -> None:
+        while not closed.wait(RENEWAL_SECONDS):
+            with contextlib.suppress(SQLAlchemyError):
+                renew()  # else the time runs on; whoever works on it hears of the database's fault itself
+
+    return threading.Thread(target=work, name="leases", daemon=True)
 
 
 def holders(engine: sqlalchemy.Engine, study: str) -> dict[str, str]:
@@ -206,9 +198,9 @@ def holders(engine: sqlalchemy.Engine, study: str) -> dict[str, str]:
 
 
 def _noted(engine: sqlalchemy.Engine, study: str) -> dict[str, str]:
-    query = f"SELECT key, owner FROM harness_leases WHERE study = :study AND until >= {NOW[engine.dialect.name]}"
+    held = sqlalchemy.select(TABLE).where(TABLE.c.study == study, TABLE.c.until >= NOW[engine.dialect.name])
     with engine.connect() as connection:
-        return {row.key: row.owner for row in connection.execute(sqlalchemy.text(query), {"study": study})}
+        return {row.key: row.owner for row in connection.execute(held)}
 
 
 def make_table(engine: sqlalchemy.Engine) -> None:

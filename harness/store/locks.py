@@ -5,7 +5,7 @@ A process goes on writing into a file that was deleted or moved, and its results
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -41,9 +41,8 @@ class OpenedFile:
 
     def check(self) -> None:
         """Raise Halt when the file was deleted, replaced or moved; its results are saved first, where that can be."""
-        opened = self._known if self._handle is None else os.fstat(self._handle)
         try:
-            if os.path.samestat(self._file.stat(), opened):
+            if os.path.samestat(self._file.stat(), self._known):
                 return
         except (FileNotFoundError, NotADirectoryError):
             pass
@@ -71,28 +70,32 @@ class OpenedFile:
 
     def _rescued(self) -> str:
         """Write what was stored to a file beside the lost one; says so, and what to do."""
-        names = (f"{self._file.stem}.rescued{f'-{number}' if number else ''}.db" for number in range(1000))
-        target = next(path for name in names if not (path := self._file.with_name(name)).exists())
+        target = free_name(self._file, "rescued")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(target)) as copy:
                 self._connection.backup(copy)
         except (OSError, sqlite3.Error) as error:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 target.unlink(missing_ok=True)
             return f", and its results are lost ({error}); bring it back from a copy"
         return f"; its results were saved in {target}: give that file its name"
 
 
+def free_name(file: Path, word: str) -> Path:
+    """A name beside a study's file that no file has: STEM.WORD.db, or else STEM.WORD-1.db and so on."""
+    names = (f"{file.stem}.{word}{f'-{number}' if number else ''}.db" for number in itertools.count())
+    return next(path for name in names if not (path := file.with_name(name)).exists())
+
+
 def holder(file: Path | None) -> str | None:
     """The PID of the process that holds a SQLite study, None when nobody does."""
-    lock = None if file is None else Path(f"{file}.lock")
-    if file is None or lock is None or not lock.exists():
+    if file is None or not Path(f"{file}.lock").exists():
         return None
     if not may_write(file):  # then a lock cannot be tried, and the number that a holder leaves must do
         return _pid(file) if pid_file(file).exists() else None
     try:
-        with filelock.FileLock(lock, blocking=False):
+        with filelock.FileLock(f"{file}.lock", blocking=False):
             return None
     except filelock.Timeout:
         return _pid(file)
@@ -102,9 +105,8 @@ def pid_file(file: Path) -> Path:
     return Path(f"{file}.pid")
 
 
-def _pid(file: Path | None) -> str:
-    named = None if file is None else pid_file(file)
-    return named.read_text().strip() if named is not None and named.exists() else "unknown"
+def _pid(file: Path) -> str:
+    return pid_file(file).read_text().strip() if pid_file(file).exists() else "unknown"
 
 
 @contextmanager

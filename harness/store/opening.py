@@ -17,17 +17,9 @@ from harness.base.errors import InputError
 from harness.base.files import sqlite_file
 from harness.config.find import Found, defines
 from harness.config.study import Study
-from harness.store.database import (
-    BUSY_TIMEOUT_SECONDS,
-    check_database,
-    connect,
-    dispose,
-    has_tables,
-    outlast,
-    setup_lock,
-)
+from harness.store.database import BUSY_TIMEOUT_SECONDS, check_database, connect, dispose, outlast, setup_lock
 from harness.store.leases import Leases, make_table
-from harness.store.locks import OpenedFile, study_lock
+from harness.store.locks import OpenedFile, free_name, study_lock
 from harness.store.store import Store
 
 FORMAT = 1  # of what a study keeps beside Optuna's own; a change that old studies cannot follow makes it 2
@@ -45,17 +37,10 @@ def open_store(
     from `study` (naming the fields).
     """
     file = sqlite_file(url)
+    begin = functools.partial(_begun, study, url, content)
     with study_lock(None if joining else file, study.name):
-
-        def begin() -> tuple[optuna.storages.RDBStorage, optuna.Study]:
-            check_database(url)
-            with setup_lock(url):
-                storage = connect(url)
-                return storage, _begun(study, url, storage, content)
-
         storage, optuna_study = outlast(url, begin) if joining else begin()  # a server was there a moment ago
-        store = Store(url, optuna_study)
-        leases = Leases(storage.engine, store.uid, file)
+        leases = Leases(storage.engine, Store(url, optuna_study).uid, file)
         opened = None
         try:
             if file is not None and not joining:  # whoever held it before is gone, or works for one that is
@@ -70,46 +55,52 @@ def open_store(
 
 
 def _begun(
-    study: Study, url: str, storage: optuna.storages.RDBStorage, content: Mapping[str, str] | None
-) -> optuna.Study:
-    """The study in the storage, made if it is not there; its definition is kept or compared."""
-    create = functools.partial(
-        optuna.create_study,
-        storage=storage,
-        study_name=study.name,
-        direction="maximize",
-        pruner=study.pruner.of(study),
-        load_if_exists=True,
-    )
-    try:
-        optuna_study = outlast(url, create)
-        check_definition(study, Store(url, optuna_study), content)
-        outlast(url, lambda: make_table(storage.engine))
-    except BaseException:
-        dispose(storage)
-        raise
-    return optuna_study
+    study: Study, url: str, content: Mapping[str, str] | None
+) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
+    """The storage and the study in it, made if it is not there; its definition is kept or compared."""
+    check_database(url)
+    with setup_lock(url):
+        storage = connect(url)
+        create = functools.partial(
+            optuna.create_study,
+            storage=storage,
+            study_name=study.name,
+            direction="maximize",
+            pruner=study.pruner.of(study),
+            load_if_exists=True,
+        )
+        try:
+            optuna_study = outlast(url, create)
+            check_definition(study, Store(url, optuna_study), content)
+            outlast(url, lambda: make_table(storage.engine))
+        except BaseException:
+            dispose(storage)
+            raise
+        return storage, optuna_study
+
+
+class NotBegun(InputError):
+    """The database, if it is there, holds no study of this name."""
 
 
 @contextmanager
 def read_store(name: str, url: str, any_format: bool = False) -> Iterator[Store]:
-    """Open a study to look at it; it may be running. Raises InputError when there is none, or another format's.
+    """Open a study to look at it; it may be running. Raises NotBegun, and InputError when it has another format.
 
     Of `any_format` the name, the uid and who is at work can be known.
     """
     file = sqlite_file(url)
     if file is not None and not file.is_file():
-        raise InputError(f"Study {name!r} has no results yet ({file} does not exist); run it with --study {name}.")
+        raise NotBegun(f"Study {name!r} has no results yet ({file} does not exist); run it with --study {name}.")
     if file is not None and file.stat().st_size == 0:
-        raise InputError(
+        raise NotBegun(
             f"Study {name!r} has no results ({file} is empty); take the file from a copy if it held any, else run it "
             f"with --study {name}."
         )
-    check_database(url)
-    unknown = InputError(
+    unknown = NotBegun(
         f"{url} holds no study named {name!r}; it has not begun there: run it, or check --storage and the name."
     )
-    if not has_tables(url):
+    if not check_database(url):
         raise unknown
     storage = connect(url, writing=False)
     try:
@@ -130,21 +121,11 @@ def exists(name: str, url: str) -> bool:
 
     Raises InputError when it cannot be opened.
     """
-    file = sqlite_file(url)
-    if file is not None and (not file.is_file() or file.stat().st_size == 0):
-        return False
-    check_database(url)
-    if not has_tables(url):
-        return False
-    storage = connect(url, writing=False)
     try:
-        study = outlast(url, lambda: storage.get_study_id_from_name(name))
-        begun = outlast(url, lambda: "definition" in storage.get_study_user_attrs(study) or storage.get_n_trials(study))
-        return bool(begun)
-    except KeyError:
+        with read_store(name, url, any_format=True) as store:
+            return "definition" in store.attributes() or bool(store.trials())
+    except NotBegun:
         return False
-    finally:
-        dispose(storage)
 
 
 def begun_by(name: str, url: str) -> str | None:
@@ -277,12 +258,7 @@ def move_aside(name: str, url: str, *folders: Path) -> Path | None:
     if file is None or not file.exists():
         return None
     with study_lock(file, name):
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        target = next(
-            path
-            for number in range(1000)
-            if not (path := file.with_name(f"{file.stem}.{stamp}{f'-{number}' if number else ''}.db")).exists()
-        )
+        target = free_name(file, time.strftime("%Y%m%d-%H%M%S"))
         _gather(file)
         for folder in folders:
             if folder.exists():
@@ -304,7 +280,8 @@ def _gather(file: Path) -> None:
 
 def uid_of(name: str, url: str) -> str | None:
     """The uid of a study, None when it has not begun. Raises InputError when the storage cannot be opened."""
-    if not exists(name, url):
+    try:
+        with read_store(name, url, any_format=True) as store:
+            return store.uid or None
+    except NotBegun:
         return None
-    with read_store(name, url, any_format=True) as store:
-        return store.uid

@@ -17,7 +17,6 @@ from harness.base.keys import trial_key
 from harness.config.space import encode
 from harness.config.study import Study
 from harness.store.leases import Leases
-from harness.store.records import FINISHED
 
 UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
 STATE = sqlalchemy.column("state", sqlalchemy.Enum(TrialState, name="trialstate"))
@@ -39,8 +38,9 @@ class Row:
 
 def take(
     study: Study, of: optuna.Study, engine: sqlalchemy.Engine | None, held: Leases | None, at_most: int | None
-) -> tuple[Row, bool]:
-    """A trial that nobody else is at, for this process, and whether it was begun before; made if none is left over.
+) -> tuple[int, bool]:
+    """The number of a trial that nobody else is at, for this process, and whether it was begun before; made if none is
+    left over.
 
     `engine` is that of the storage of `of`, None for one in memory. Raises NoTrialFree.
     """
@@ -54,34 +54,30 @@ def take(
         free = [row for row in unfinished if trial_key(row.number) not in others]
         if at_most is not None and count - len(free) >= at_most:
             raise NoTrialFree
-        if not free:
-            return _made(of, engine, held, at_most), False
-        row = free[0]
+        row = free[0] if free else _made(of, engine, at_most)
         if held is not None:
-            _claim_left_behind(of, held, row)
+            _claim(of, engine, held, row)
         if row.state is TrialState.WAITING:
             of._storage.set_trial_state_values(row.trial_id, TrialState.RUNNING)
-        return row, row.state is TrialState.RUNNING
+        return row.number, bool(free) and row.state is TrialState.RUNNING
 
 
-def _claim_left_behind(of: optuna.Study, held: Leases, row: Row) -> None:
+def _claim(of: optuna.Study, engine: sqlalchemy.Engine | None, held: Leases, row: Row) -> None:
     if not held.claim(trial_key(row.number)):  # its holder has come back
         raise NoTrialFree
-    if of._storage.get_trial(row.trial_id).state in FINISHED:  # its holder was thought dead, and has just ended it
+    if row not in _look(of, engine)[1]:  # its holder was thought dead, and has just ended it
         held.release(trial_key(row.number))
         raise NoTrialFree
 
 
-def _made(of: optuna.Study, engine: sqlalchemy.Engine | None, held: Leases | None, at_most: int | None) -> Row:
+def _made(of: optuna.Study, engine: sqlalchemy.Engine | None, at_most: int | None) -> Row:
     trial_id = of._storage.create_new_trial(of._study_id)
-    number = _number(of, engine, trial_id)
-    if at_most is not None and number >= at_most:
+    row = next(each for each in _look(of, engine)[1] if each.trial_id == trial_id)
+    if at_most is not None and row.number >= at_most:
         # This process stood still inside until the server gave its place to another.
         of._storage.set_trial_state_values(trial_id, TrialState.WAITING)
         raise NoTrialFree
-    if held is not None:
-        held.claim(trial_key(number))
-    return Row(trial_id, number, TrialState.RUNNING)
+    return row
 
 
 def _look(of: optuna.Study, engine: sqlalchemy.Engine | None) -> tuple[int, list[Row]]:
@@ -96,12 +92,3 @@ def _look(of: optuna.Study, engine: sqlalchemy.Engine | None) -> tuple[int, list
         rows = connection.execute(sqlalchemy.select(TRIALS).where(open_ones).order_by(TRIALS.c.number)).all()
         count = connection.execute(sqlalchemy.select(sqlalchemy.func.count()).select_from(TRIALS).where(mine)).scalar()
     return count or 0, [Row(each.trial_id, each.number, each.state) for each in rows]
-
-
-def _number(of: optuna.Study, engine: sqlalchemy.Engine | None, trial_id: int) -> int:
-    if engine is None:
-        return of._storage.get_trial(trial_id).number
-    with engine.connect() as connection:
-        return int(
-            connection.execute(sqlalchemy.select(TRIALS.c.number).where(TRIALS.c.trial_id == trial_id)).scalar_one()
-        )

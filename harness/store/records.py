@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -66,8 +67,7 @@ class Snapshot:
     @staticmethod
     def of(trial: FrozenTrial) -> Snapshot:
         """What is kept with a trial; nothing is, if all lower numbers had ended."""
-        kept = trial.user_attrs.get("seen")
-        return Snapshot() if kept is None else Snapshot.from_dict(kept)
+        return Snapshot(**{name: tuple(numbers) for name, numbers in trial.user_attrs.get("seen", {}).items()})
 
     def history(self, trials: Sequence[FrozenTrial], number: int) -> list[FrozenTrial]:
         """The trials as they were known to trial `number`; of running and diverged ones the parameters alone."""
@@ -79,13 +79,6 @@ class Snapshot:
         running = [without_values(trial, TrialState.RUNNING) for trial in trials if trial.number in self.running]
         return sorted(known + running, key=lambda trial: trial.number)
 
-    def to_dict(self) -> dict[str, list[int]]:
-        return {"open": list(self.open), "running": list(self.running)}
-
-    @staticmethod
-    def from_dict(record: dict[str, list[int]]) -> Snapshot:
-        return Snapshot(tuple(record["open"]), tuple(record["running"]))
-
 
 def has_diverged(trial: FrozenTrial) -> bool:
     """Whether a trial, which is told as pruned, ended with a loss or gradient that was no number."""
@@ -94,19 +87,11 @@ def has_diverged(trial: FrozenTrial) -> bool:
 
 def without_values(trial: FrozenTrial, state: TrialState = TrialState.PRUNED) -> FrozenTrial:
     """A trial of which the parameters alone are shown; TPE puts a pruned one without values behind all others."""
-    return FrozenTrial(
-        number=trial.number,
-        state=state,
-        value=None,
-        datetime_start=trial.datetime_start,
-        datetime_complete=None if state is TrialState.RUNNING else trial.datetime_complete,
-        params=trial.params,
-        distributions=trial.distributions,
-        user_attrs={} if state is TrialState.RUNNING else trial.user_attrs,
-        system_attrs={},
-        intermediate_values={},
-        trial_id=trial._trial_id,
-    )
+    shown = copy.copy(trial)
+    shown.state, shown.value, shown.intermediate_values, shown.system_attrs = state, None, {}, {}
+    if state is TrialState.RUNNING:
+        shown.datetime_complete, shown.user_attrs = None, {}
+    return shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,10 +130,7 @@ class StudyFacts:
     @staticmethod
     def of(attributes: Mapping[str, Any]) -> StudyFacts:
         """Raises InputError when the final result is not whole."""
-        found = {name: value for name in NAMES if (value := attributes.get(name)) is not None}
+        found = {each.name: value for each in fields(StudyFacts) if (value := attributes.get(each.name)) is not None}
         if "final" in found:
             found["final"] = FinalResult.of(found["final"])
         return StudyFacts(**found)
-
-
-NAMES = tuple(each.name for each in fields(StudyFacts))

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 
 from harness.base.keys import trial_key
 from harness.base.processes import in_words
-from harness.config.events import Completed, Diverged, EpochResult, Failed, TrialOutcome
+from harness.config.events import Completed, Diverged, EpochResult, Failed, Pruned, TrialOutcome
 from harness.config.study import Study
 from harness.store import leases, ledger, queue
 from harness.store.leases import LeaseLost, Leases
@@ -34,6 +34,13 @@ SET_ATTRIBUTE = sqlalchemy.text(
     "INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (:study, :key, :value) "
     "ON CONFLICT (study_id, key) DO UPDATE SET value_json = excluded.value_json"
 )
+# A diverged trial is told as pruned: Optuna's samplers ignore failures and would try its region again.
+TOLD_AS = {
+    Completed: TrialState.COMPLETE,
+    Failed: TrialState.FAIL,
+    Pruned: TrialState.PRUNED,
+    Diverged: TrialState.PRUNED,
+}
 POLL_SECONDS = 0.5  # between two looks at what other processes are at
 
 
@@ -173,15 +180,15 @@ class Store(StudyView):
         It is this process's until it is told, or the process is thought dead. Raises NoTrialFree when those that have
         ended and those that other workers are at make `at_most`.
         """
-        row, resumed = queue.take(study, self._study, self._engine, self._leases, at_most)
+        number, resumed = queue.take(study, self._study, self._engine, self._leases, at_most)
         trials = self._study.get_trials(deepcopy=False)
-        taken = trials[row.number]
+        taken = trials[number]
         try:
             if "seen" in taken.user_attrs:
                 seen = Snapshot.of(taken)
             elif (seen := Snapshot.now(trials, taken.number, study.space)).open:  # kept before the first parameter is
                 self._check(taken.number)
-                self._study._storage.set_trial_user_attr(taken._trial_id, "seen", seen.to_dict())
+                self._study._storage.set_trial_user_attr(taken._trial_id, "seen", dataclasses.asdict(seen))
             history = seen.history(trials, taken.number)
             params = study.sampler.ask(study, self._study, taken._trial_id, taken.number, history)
         except (LeaseLost, UpdateFinishedTrialError) as error:  # this process stood still, and another one went on
@@ -269,20 +276,12 @@ class Store(StudyView):
             "outcome": described,
         }
         with self._ending(asked):
-            self._tell(asked, outcome, attributes)
+            for name, value in attributes.items():
+                self._study._storage.set_trial_user_attr(self._id(asked), name, value)
+            reached = outcome.value if isinstance(outcome, Completed) else None
+            self._study.tell(asked.number, reached, TOLD_AS[type(outcome)])
         if self._leases is not None:
             self._leases.release(trial_key(asked.number))
-
-    def _tell(self, asked: Asked, outcome: TrialOutcome, attributes: Mapping[str, Any]) -> None:
-        for name, value in attributes.items():
-            self._study._storage.set_trial_user_attr(self._id(asked), name, value)
-        if isinstance(outcome, Completed):
-            self._study.tell(asked.number, outcome.value)
-        elif isinstance(outcome, Failed):
-            self._study.tell(asked.number, state=TrialState.FAIL)
-        else:
-            # A diverged trial is told as pruned: Optuna's samplers ignore failures and would try its region again.
-            self._study.tell(asked.number, state=TrialState.PRUNED)
 
 
 def wanted(study: Study, store: Store) -> int:

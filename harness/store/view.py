@@ -106,13 +106,8 @@ class StudyView:
 
     def counts(self) -> dict[str, int]:
         """Trials by state; a diverged trial is a failed one here."""
-        states = [trial.state for trial in self.trials()]
-        return {
-            "complete": states.count("complete"),
-            "pruned": states.count("pruned"),
-            "failed": states.count("failed") + states.count("diverged"),
-            "running": states.count("running"),
-        }
+        named = ["failed" if trial.state == "diverged" else trial.state for trial in self.trials()]
+        return {state: named.count(state) for state in ("complete", "pruned", "failed", "running")}
 
     def best(self) -> TrialRecord | None:
         """The complete trial with the highest value, the earliest of equals."""

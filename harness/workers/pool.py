@@ -11,18 +11,17 @@ import multiprocessing
 import os
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
-from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from harness.base.environment import cores
 from harness.base.errors import INTERRUPTED, Halt, InputError
 from harness.base.files import sqlite_file
 from harness.config.events import EpochEnded, Event
-from harness.config.jobs import Job, Search, Train
+from harness.config.jobs import Job, Search
 from harness.training import interrupt
 from harness.workers.worker import Done, Message, Stopped, WorkerConfig, work
 
@@ -85,8 +84,45 @@ class _Worker:
             self.line.send(job)
 
 
-class Pool:
-    """The workers of one machine. Use it as a context manager; its end lets every training write its checkpoint."""
+class Crew:
+    """The workers of one coordinator. Use it as a context manager; its end lets every training write its checkpoint."""
+
+    def __init__(self, config: WorkerConfig, count: int, tell: Callable[[Event], None]) -> None:
+        """`tell` hears what the workers still say when they are stopped, and nobody asks for events any more."""
+        self._config, self._count, self._tell = config, count, tell
+        self._deaths: Counter[int] = Counter()  # by number, since anybody's last epoch: a node takes several along
+
+    def __enter__(self) -> Self:
+        return self
+
+    def search(self) -> Iterator[Event]:
+        return self.train([Search()] * self._count)
+
+    def train(self, jobs: Sequence[Job]) -> Iterator[Event]:
+        raise NotImplementedError
+
+    def _heard(self, message: Message) -> Iterator[Event]:
+        """What a worker says of its job. Raises what stops it for good."""
+        if isinstance(message, Stopped):
+            raise message.error
+        if isinstance(message, EpochEnded):
+            self._deaths.clear()
+        if not isinstance(message, Done):
+            yield message
+
+    def _heard_late(self, messages: Iterable[object]) -> None:
+        for message in messages:
+            if isinstance(message, Event):
+                self._tell(message)
+
+    def _note_death(self, number: int, too_many: str) -> None:
+        self._deaths[number] += 1
+        if self._deaths[number] > DEATHS_IN_A_ROW:
+            raise Halt(too_many)
+
+
+class Pool(Crew):
+    """The workers of one machine."""
 
     def __init__(
         self,
@@ -94,17 +130,10 @@ class Pool:
         environments: Sequence[Mapping[str, str]],
         tell: Callable[[Event], None] = lambda _: None,
     ) -> None:
-        """`tell` hears what the workers still say when they are stopped, and nobody asks for events any more."""
-        self._config, self._tell = config, tell
+        super().__init__(config, len(environments), tell)
         self._workers = [_Worker(config, number, each) for number, each in enumerate(environments)]
-        self._deaths: Counter[int] = Counter()  # by the worker's number, since anybody's last epoch
 
-    def __enter__(self) -> Pool:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Stop what is under way as Ctrl-C does."""
         if kind is KeyboardInterrupt and any(worker.job is not None for worker in self._workers):
             interrupt.notice()
@@ -115,9 +144,7 @@ class Pool:
                 with contextlib.suppress(OSError):
                     worker.line.send(None)
         for worker in self._workers:
-            for message in _rest(worker):
-                if not isinstance(message, Done | Stopped):
-                    self._tell(message)
+            self._heard_late(_rest(worker))
             worker.process.join(FAREWELL_SECONDS)
             if worker.process.is_alive():
                 worker.process.kill()
@@ -125,15 +152,9 @@ class Pool:
 
     @property
     def at_once(self) -> int:
-        return len(self._workers)
+        return self._count
 
-    def search(self) -> Iterator[Event]:
-        return self._do([Search()] * len(self._workers))
-
-    def train(self, jobs: Sequence[Train]) -> Iterator[Event]:
-        return self._do(jobs)
-
-    def _do(self, jobs: Sequence[Job]) -> Iterator[Event]:
+    def train(self, jobs: Sequence[Job]) -> Iterator[Event]:
         waiting = deque(jobs)
         while True:
             for worker in self._workers:
@@ -151,19 +172,9 @@ class Pool:
                     waiting.appendleft(worker.job)
                     self._replace(worker)
                 else:
-                    yield from self._heard(worker, message)
-
-    def _heard(self, worker: _Worker, message: Message) -> Iterator[Event]:
-        match message:
-            case Done():
-                worker.job = None
-            case Stopped():
-                worker.job = None
-                raise message.error
-            case _:
-                if isinstance(message, EpochEnded):
-                    self._deaths.clear()
-                yield message
+                    if isinstance(message, Done | Stopped):
+                        worker.job = None
+                    yield from self._heard(message)
 
     def _replace(self, dead: _Worker) -> None:
         dead.process.join()
@@ -171,13 +182,10 @@ class Pool:
         if code == INTERRUPTED:  # it was asked to stop, and so are the others
             raise KeyboardInterrupt
         how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        self._deaths[dead.number] += 1
-        if self._deaths[dead.number] > DEATHS_IN_A_ROW:
-            raise Halt(
-                f"Workers die again and again ({how}); with signal 9, memory may be short: give fewer --workers."
-            )
+        again = f"Workers die again and again ({how}); with signal 9, memory may be short: give fewer --workers."
+        self._note_death(dead.number, again)
         print(f"Worker {dead.number} died ({how}); another one takes its place.", file=sys.stderr)
-        self._workers[self._workers.index(dead)] = _Worker(self._config, dead.number, dead.environment)
+        self._workers[dead.number] = _Worker(self._config, dead.number, dead.environment)
 
 
 def _rest(worker: _Worker) -> Iterator[Message]:
@@ -192,13 +200,11 @@ def _rest(worker: _Worker) -> Iterator[Message]:
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
     """These environment variables for a process that is started inside."""
-    before = {name: os.environ.get(name) for name in values}
+    before = {name: os.environ[name] for name in values if name in os.environ}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in values:
+            del os.environ[name]
+        os.environ.update(before)

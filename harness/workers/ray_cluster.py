@@ -149,17 +149,17 @@ def needs(workers: int | None, per_gpu: int, device: str) -> Needs:
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if device == "cuda":
-        shares = [int(node["GPU"] * per_gpu) for node in nodes if node.get("GPU", 0) >= 1]
-        cores = [int(node.get("CPU", 0)) for node in nodes if node.get("GPU", 0) >= 1]
+    on_gpus = device == "cuda"
+    usable = [node for node in nodes if node.get("GPU" if on_gpus else "CPU", 0) >= 1]
+    cores = [int(node.get("CPU", 0)) for node in usable]
+    shares = [int(node["GPU"] * per_gpu) for node in usable] if on_gpus else cores  # how many workers a node may have
+    if on_gpus:
         each = max(1, min((core // share for core, share in zip(cores, shares, strict=True)), default=1))
-        places = sum(min(share, core // each) for core, share in zip(cores, shares, strict=True))
-        asked = Needs(workers=workers or max(1, places), cpus=each, gpus=1 / per_gpu, places=places)
     else:
-        cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
-        count = workers or max(1, len(cores))
-        each = _share(cores, count)
-        asked = Needs(workers=count, cpus=each, gpus=0, places=sum(core // each for core in cores))
+        each = _share(cores, workers or max(1, len(cores)))
+    places = sum(min(share, core // each) for core, share in zip(cores, shares, strict=True))
+    count = workers or max(1, places if on_gpus else len(cores))
+    asked = Needs(workers=count, cpus=each, gpus=1 / per_gpu if on_gpus else 0, places=places)
     if asked.places == 0 and workers is None:  # Ray does not tell whether an autoscaler would bring a node
         has = f"{sum(int(node.get('CPU', 0)) for node in nodes)} CPUs and {sum(node.get('GPU', 0) for node in nodes):g}"
         raise InputError(

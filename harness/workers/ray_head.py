@@ -11,8 +11,8 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,9 +20,10 @@ from typing import Any, cast
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from harness.base.files import sqlite_file
 from harness.config.study import Study
 from harness.store.database import outlast
-from harness.store.leases import RENEWAL_SECONDS, LeaseLost
+from harness.store.leases import LeaseLost, renewing
 from harness.store.opening import open_store
 from harness.store.store import Asked, Store
 from harness.workers.worker import Message, WorkerConfig
@@ -56,19 +57,22 @@ class Head:
         self._messages: list[Message | Arrived] = []
         self._fetched = 0  # messages that the coordinator has, and that are no longer here
 
-    def open(self, config: WorkerConfig, place: Path, serving: bool) -> None:
-        """Load the study's file, whose classes messages may hold; if `serving`, its storage. `place`: the cwd."""
+    def open(self, config: WorkerConfig, place: Path) -> None:
+        """Load the study's file, whose classes messages may hold, and open its storage if no worker can.
+
+        `place` is the folder that the coordinator was started in.
+        """
         os.chdir(place)
         self._checkpoints = config.checkpoints
         self._study = config.study()
-        if serving:
+        if sqlite_file(config.url) is not None:
             self._store = self._kept.enter_context(open_store(self._study, config.url, joining=True))
 
     def arrive(self, number: int, owner: str, where: str) -> None:
         """A worker begins; if another one had its number, that one is dead to us from here on."""
         before = self._owners.get(number)
         if before is not None:
-            self._forget(before)
+            self.leave(before)
         self._owners[number] = owner
         if self._store is not None:
             self._stores[owner] = self._store.of(owner)
@@ -76,7 +80,9 @@ class Head:
 
     def leave(self, owner: str) -> None:
         """A worker ends; what it holds is free."""
-        self._forget(owner)
+        store = self._stores.pop(owner, None)
+        if store is not None:
+            store.leases.close()
 
     def hear(self, owner: str, message: Message) -> None:
         if owner not in self._owners.values():
@@ -100,32 +106,28 @@ class Head:
         store = self._of(owner)
         outlast(store.url, store.leases.renew)
 
-    def ask(self, owner: str, at_most: int | None) -> Asked:
-        return self._of(owner).ask(self._study, at_most)
-
     def call(self, owner: str, method: str, *arguments: Any) -> Any:
-        """A method of the store, as this worker."""
-        return getattr(self._of(owner), method)(*arguments)
+        """A method of the store, as this worker; what is asked is asked for the study that is open here."""
+        study = (self._study,) if method == "ask" else ()
+        return getattr(self._of(owner), method)(*study, *arguments)
 
     def _of(self, owner: str) -> Store:
         if owner not in self._stores:
             raise Replaced
         return self._stores[owner]
 
-    def _forget(self, owner: str) -> None:
-        store = self._stores.pop(owner, None)
-        if store is not None:
-            store.leases.close()
 
+def answer(reference: Any, gone: Callable[[RayActorError], BaseException] = lambda _: KeyboardInterrupt()) -> Any:
+    """What the head answers, or raises. Without a head a worker stops as after Ctrl-C: its coordinator is gone.
 
-def answer(reference: Any) -> Any:
-    """What the head answers, or raises. Without a head a worker stops as after Ctrl-C: its coordinator is gone."""
+    `gone` is what else to raise then.
+    """
     try:
         return ray.get(reference)
     except RayTaskError as error:
         raise error.cause from None
-    except RayActorError:
-        raise KeyboardInterrupt from None
+    except RayActorError as error:
+        raise gone(error) from error
 
 
 class _Served:
@@ -146,10 +148,7 @@ class _Served:
         return cast(str, self.attributes()["uid"])
 
     def ask(self, study: Study, at_most: int | None = None) -> Asked:
-        try:
-            return cast(Asked, answer(self._head.ask.remote(self._owner, at_most)))
-        except Replaced:
-            raise KeyboardInterrupt from None
+        return cast(Asked, self._call("ask", at_most))
 
     def check(self, asked: Asked) -> None:
         if time.monotonic() - self._checked.get(asked.number, -CHECK_SECONDS) >= CHECK_SECONDS:
@@ -174,13 +173,10 @@ def served(head: Any, owner: str, url: str) -> Iterator[Store]:
     closed = threading.Event()
 
     def renew() -> None:
-        while not closed.wait(RENEWAL_SECONDS):
-            try:
-                ray.get(head.renew.remote(owner))
-            except RayError:
-                return  # whoever works on the trial hears of it by itself
+        with suppress(RayError):  # whoever works on the trial hears of it by itself
+            ray.get(head.renew.remote(owner))
 
-    threading.Thread(target=renew, name="leases", daemon=True).start()
+    renewing(renew, closed).start()
     try:
         yield cast(Store, _Served(head, owner, url))
     finally:

@@ -12,48 +12,45 @@ import socket
 import sys
 import tempfile
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import filelock
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
+from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from harness.base.errors import Halt, InputError, first_line
 from harness.base.files import replace_file, sqlite_file
 from harness.base.processes import name_of_this
-from harness.config.events import EpochEnded, Event
+from harness.config.events import Event
 from harness.config.jobs import Job, Search, Train
 from harness.final.retrain import KEYS, Context
 from harness.store.store import Store
 from harness.training import interrupt
 from harness.training.checkpoint import SUFFIX, remove
-from harness.workers.pool import DEATHS_IN_A_ROW, FAREWELL_SECONDS
+from harness.workers.pool import FAREWELL_SECONDS, Crew
 from harness.workers.ray_cluster import Needs, in_words
 from harness.workers.ray_head import Arrived, Head, Replaced, answer, served
-from harness.workers.worker import Done, Message, Stopped, WorkerConfig, context_of, do, opened
+from harness.workers.worker import Message, Stopped, WorkerConfig, context_of, do, opened
 
 POLL_SECONDS = 0.2  # between two looks at what the workers say
 
 
-class RayWorkers:
-    """The workers of one coordinator. Use it as a context manager; its end lets every training write its checkpoint."""
+class RayWorkers(Crew):
+    """The workers of one coordinator on a cluster."""
 
     def __init__(
         self, config: WorkerConfig, store: Store, needs: Needs, tell: Callable[[Event], None] = lambda _: None
     ) -> None:
-        """`tell` hears what the workers still say when they are stopped, and nobody asks for events any more."""
         device = "cuda" if needs.gpus else config.device  # a task sees the GPU that it was given, under no number
         data_root = None if config.data_root is None else str(Path(config.data_root).resolve())
-        self._config = dataclasses.replace(config, device=device, data_root=data_root)
-        self._store, self._needs, self._tell = store, needs, tell
+        super().__init__(dataclasses.replace(config, device=device, data_root=data_root), needs.workers, tell)
+        self._store, self._needs = store, needs
         self._begun = self._fetched = 0
-        self._deaths: Counter[int] = Counter()  # by the worker's number, since anyone's last epoch: nodes have several
         self._tasks: dict[Any, tuple[int, Job]] = {}  # Ray's reference -> the worker's number, what it is at
         self._arrived: set[int] = set()
         self._head: Any = None
@@ -63,21 +60,14 @@ class RayWorkers:
         environment = {"env_vars": self._needs.environment()}
         options = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": environment}
         self._head = ray.remote(Head).options(**options).remote()
-        serving = sqlite_file(self._config.url) is not None
-        self._ask(self._head.open.remote(self._config, Path.cwd(), serving))
-        places, workers = self._needs.places, self._needs.workers
-        if places < workers:
-            room = f"{places} of {workers} workers now; the others begin when there are nodes for them."
-            none = f"a worker now, which takes {in_words(self._needs)}; they begin when there are nodes for them."
-            print(
-                f"The Ray cluster has room for {room}" if places else f"The Ray cluster has no room for {none}",
-                file=sys.stderr,
-            )
+        self._ask(self._head.open.remote(self._config, Path.cwd()))
+        if (places := self._needs.places) < self._count:
+            none = f"no room for a worker now, which takes {in_words(self._needs)}; they begin"
+            some = f"room for {places} of {self._count} workers now; the others begin"
+            print(f"The Ray cluster has {some if places else none} when there are nodes for them.", file=sys.stderr)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Stop what is under way as Ctrl-C does."""
         left = list(self._tasks)
         if kind is KeyboardInterrupt and left:
@@ -87,27 +77,19 @@ class RayWorkers:
         until = time.monotonic() + FAREWELL_SECONDS
         while left and time.monotonic() < until:
             _, left = ray.wait(left, num_returns=len(left), timeout=POLL_SECONDS)
-            for message in self._messages():
-                if not isinstance(message, Arrived | Done | Stopped):
-                    self._tell(message)
+            self._heard_late(self._messages())
         for task in left:
             ray.cancel(task, force=True)
         ray.kill(self._head)
 
     @property
     def at_once(self) -> int:
-        return max(1, min(self._needs.workers, self._needs.places))
+        return max(1, min(self._count, self._needs.places))
 
-    def search(self) -> Iterator[Event]:
-        return self._do([Search()] * self._needs.workers)
-
-    def train(self, jobs: Sequence[Train]) -> Iterator[Event]:
-        return self._do(jobs)
-
-    def _do(self, jobs: Sequence[Job]) -> Iterator[Event]:
+    def train(self, jobs: Sequence[Job]) -> Iterator[Event]:
         waiting = deque(jobs)
         while waiting or self._tasks:
-            while waiting and len(self._tasks) < self._needs.workers:
+            while waiting and len(self._tasks) < self._count:
                 self._begin(waiting.popleft())
             ended, _ = ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=POLL_SECONDS)
             for message in self._messages():  # before it ended, a task has said all that it had to say
@@ -144,36 +126,19 @@ class RayWorkers:
         return messages
 
     def _ask(self, reference: Any) -> Any:
-        try:
-            return ray.get(reference)
-        except RayTaskError as error:
-            raise error.cause from None
-        except RayActorError as error:
-            raise Halt(
-                f"The Ray actor between the study and its workers died ({first_line(error)}); see Ray's logs."
-            ) from error
+        lost = "The Ray actor between the study and its workers died ({}); see Ray's logs."
+        return answer(reference, lambda error: Halt(lost.format(first_line(error))))
 
     def _heard(self, message: Message | Arrived) -> Iterator[Event]:
-        match message:
-            case Arrived():
-                self._arrived.add(message.number)
-                if message.before is not None:
-                    self._replaced(message, message.before)
-            case Done():
-                pass
-            case Stopped():
-                raise message.error
-            case _:
-                if isinstance(message, EpochEnded):
-                    self._deaths.clear()
-                yield message
-
-    def _replaced(self, arrived: Arrived, before: str) -> None:
-        self._store.leases.dismiss(before)  # nobody need wait until what it held runs out
-        self._deaths[arrived.number] += 1
-        if self._deaths[arrived.number] > DEATHS_IN_A_ROW:
-            raise Halt("Workers die again and again; if memory is short on the nodes, give fewer --workers.")
-        print(f"Worker {arrived.number} died; Ray has started it again on {arrived.where}.", file=sys.stderr)
+        if not isinstance(message, Arrived):
+            yield from super()._heard(message)
+            return
+        self._arrived.add(message.number)
+        if message.before is not None:
+            self._store.leases.dismiss(message.before)  # nobody need wait until what it held runs out
+            again = "Workers die again and again; if memory is short on the nodes, give fewer --workers."
+            self._note_death(message.number, again)
+            print(f"Worker {message.number} died; Ray has started it again on {message.where}.", file=sys.stderr)
 
     def _ended(self, task: Any, job: Job) -> bool:
         """Whether a task came to its end; it did not if something else than this process stopped it."""

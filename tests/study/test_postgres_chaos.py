@@ -17,7 +17,7 @@ import pytest
 
 from harness.base.errors import InputError
 from harness.base.processes import in_words
-from harness.store.database import has_tables
+from harness.store.database import check_database as has_tables
 from harness.store.opening import read_store
 from tests.conftest import PROJECT
 from tests.mlflow_server import Server
