@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -158,17 +158,10 @@ def _noting() -> Iterator[list[str]]:
 _others = warnings.showwarning
 
 
-def _note(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
+def _note(message: Warning | str, category: type[Warning], *where: Any, **named: Any) -> None:
     notes = getattr(_reading, "notes", None)
     if notes is None:
-        _others(message, category, filename, lineno, file, line)
+        _others(message, category, *where, **named)
     elif not issubclass(category, Image.DecompressionBombWarning):  # ours is the bound
         notes.append(" ".join(str(message).split()))
 
