@@ -19,17 +19,7 @@ from harness.config.events import EpochResult, Metrics
 from harness.config.train import TrainConfig
 from harness.training.interrupt import undivided
 from harness.training.optim import ParameterGroup, lr_factor, set_lr, set_training
-from harness.training.step import (
-    Runtime,
-    free_memory,
-    is_out_of_memory,
-    no_memory,
-    predict,
-    random_states,
-    seeded,
-    set_random_states,
-    train_step,
-)
+from harness.training.step import Runtime, halving, predict, random_states, seeded, set_random_states, train_step
 
 EVALUATION_BATCH = 128
 
@@ -223,17 +213,11 @@ def outputs_of(model: nn.Module, parts: Callable[[int], Iterable[Tensor]], runti
     When memory runs out, fewer images pass at once. Raises MemoryError when one image at a time is too much.
     """
     model.eval()
-    size = EVALUATION_BATCH
-    while True:
-        try:
-            return torch.cat([_predict(model, part, size, runtime) for part in parts(size)])
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if size == 1:
-                raise no_memory(error) from error
-        size //= 2
-        free_memory(runtime.device)
+
+    def attempt(size: int) -> Tensor:
+        return torch.cat([_predict(model, part, size, runtime) for part in parts(size)])
+
+    return halving(attempt, EVALUATION_BATCH, runtime.device)[0]
 
 
 def _predict(model: nn.Module, inputs: Tensor, size: int, runtime: Runtime) -> Tensor:
