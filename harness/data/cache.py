@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -30,6 +31,8 @@ from harness.base.environment import cores
 from harness.base.errors import Halt
 from harness.base.files import replace_file, replacing
 from harness.config.contracts import Dataset
+from harness.config.space import check_types
+from harness.config.train import check_sizes, location
 from harness.data.decoding import check_proportions, open_image, revision
 
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -191,8 +194,19 @@ def _header(shape: tuple[int, ...]) -> bytes:
     return header.getvalue()
 
 
+@dataclass(frozen=True, kw_only=True)
 class ImageFiles:
     """The part of a data set that all of those made of image files share: an item is the file's path."""
+
+    root: str = location("data")
+    image_size: int = 224
+    stored_size: int = 256
+    limit: int | None = None  # at most that many images per split, spread over the classes
+    cache: str = location("data/cache")
+
+    def __post_init__(self) -> None:
+        check_types(self, "data.")
+        check_sizes(self.image_size, self.stored_size, self.limit)
 
     def stamp(self, item: Path) -> str:
         stat = os.stat(item)

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from harness.base.errors import InputError
 from harness.config.contracts import SplitName
-from harness.config.space import check_types
-from harness.config.train import check_sizes, location
 from harness.data.cache import ImageFiles, content_hashes
 from harness.data.decoding import SUFFIXES
 from harness.data.layout import Layout, check_link, check_names, made_by_system, read_layout, read_names
@@ -29,16 +27,7 @@ class ImageFolder(ImageFiles):
     original notebook's cat_to_name.json does.
     """
 
-    root: str = location("data")
     names: str | None = None
-    image_size: int = 224
-    stored_size: int = 256
-    limit: int | None = None  # at most that many images per split, spread over the classes
-    cache: str = location("data/cache")
-
-    def __post_init__(self) -> None:
-        check_types(self, "data.")
-        check_sizes(self.image_size, self.stored_size, self.limit)
 
     def classes(self) -> tuple[str, ...]:
         folders = self._layout().classes
@@ -57,7 +46,7 @@ class ImageFolder(ImageFiles):
     def samples(self, split: SplitName) -> list[tuple[Path, int]]:
         """Raises InputError for a class without images in the split, and for what is in a class and no image."""
         layout = self._layout()
-        if layout.splits is None:
+        if not layout.splits:
             return self._shared(layout)[split]
         found = []
         for label, name in enumerate(layout.classes):
