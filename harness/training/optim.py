@@ -47,30 +47,29 @@ def parameter_groups(model: nn.Module, depths: Sequence[str], config: OptimConfi
     Of several prefixes that match the longest counts. Raises InputError when a prefix matches nothing or a parameter
     has no prefix: a mistake in the backbone's class.
     """
+    parameters = dict(model.named_parameters())
     found: dict[tuple[str, bool], list[str]] = {(depth, decays): [] for depth in depths for decays in (True, False)}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         depth = max((each for each in depths if name.startswith(each)), key=len, default=None)
         if depth is None:
             raise InputError(f"The parameter {name} lies at none of the depths {list(depths)}; add its prefix to them.")
         found[depth, _decays(model, name, parameter)].append(name)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    groups = []
-    for distance, depth in enumerate(reversed(depths)):
+    for depth in reversed(depths):
         if not (found[depth, True] or found[depth, False]):
             raise InputError(f"The depth {depth} matches no parameter; take it out of the backbone's depths.")
-        for decays in (True, False):
-            if names := found[depth, decays]:
-                groups.append(
-                    ParameterGroup(
-                        depth=depth.rstrip("."),
-                        distance=distance,
-                        lr=config.base_lr * config.depth_lr_mult**distance,
-                        weight_decay=config.weight_decay if decays else 0.0,
-                        names=tuple(names),
-                        count=sum(sizes[name] for name in names),
-                    )
-                )
-    return groups
+    return [
+        ParameterGroup(
+            depth=depth.rstrip("."),
+            distance=distance,
+            lr=config.base_lr * config.depth_lr_mult**distance,
+            weight_decay=config.weight_decay if decays else 0.0,
+            names=tuple(names),
+            count=sum(parameters[name].numel() for name in names),
+        )
+        for distance, depth in enumerate(reversed(depths))
+        for decays in (True, False)
+        if (names := found[depth, decays])
+    ]
 
 
 def _decays(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
