@@ -66,11 +66,9 @@ class Source(Protocol):
     def __len__(self) -> int: ...
     def batch(self, chosen: Tensor, config: TrainConfig, runtime: Runtime, generator: torch.Generator) -> Tensor:
         """Inputs of a training step for the chosen images [B], on the device; random draws are the generator's."""
-        ...
 
     def parts(self, size: int, runtime: Runtime) -> Iterable[Tensor]:
         """Inputs of an evaluation, on the device: all images in their order, `size` at a time, nothing random."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,12 +151,8 @@ def _train_batch(training: Training, batch: Tensor, generator: torch.Generator) 
 def _lr_factor(training: Training, step: int) -> float:
     """The schedule's factor at a step of the epoch that is under way."""
     config, progress = training.config, training.progress
-    return lr_factor(
-        step + (progress.epoch - 1) * progress.steps,
-        config.epochs * progress.steps,
-        config.optim.warmup_epochs * progress.steps,
-        config.optim.schedule,
-    )
+    done, steps = step + (progress.epoch - 1) * progress.steps, config.epochs * progress.steps
+    return lr_factor(done, steps, config.optim.warmup_epochs * progress.steps, config.optim.schedule)
 
 
 def _result(training: Training) -> EpochResult:
