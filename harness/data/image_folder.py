@@ -30,17 +30,15 @@ class ImageFolder(ImageFiles):
     names: str | None = None
 
     def classes(self) -> tuple[str, ...]:
-        folders = self._layout().classes
-        if self.names is None:
-            check_names(folders, folders, f"in {self.root}")
-            return folders
-        path = Path(self.root) / self.names
-        names = read_names(path)
-        missing = [folder for folder in folders if folder not in names]
-        if missing:
-            raise InputError(f"{path} names no class {missing[0]!r}; add it, or drop the file.")
-        shown = tuple(names[folder] for folder in folders)
-        check_names(shown, folders, f"by {path}")
+        shown = folders = self._layout().classes
+        where = f"in {self.root}"
+        if self.names is not None:
+            path = Path(self.root) / self.names
+            names, where = read_names(path), f"by {path}"
+            if missing := [folder for folder in folders if folder not in names]:
+                raise InputError(f"{path} names no class {missing[0]!r}; add it, or drop the file.")
+            shown = tuple(names[folder] for folder in folders)
+        check_names(shown, folders, where)
         return shown
 
     def samples(self, split: SplitName) -> list[tuple[Path, int]]:
@@ -61,7 +59,7 @@ class ImageFolder(ImageFiles):
         """What is left out, and nothing else says so."""
         layout = self._layout()
         said = [f"{folder} is left out, for it is the folder of no split." for folder in layout.beside]
-        for place in layout.places():
+        for place in (layout.root, *layout.splits.values()):
             if pictures := sorted(each for each in place.iterdir() if _is_picture(each)):
                 are, lie = ("pictures are", "they lie") if len(pictures) > 1 else ("picture is", "it lies")
                 said.append(f"{len(pictures)} {are} left out, such as {pictures[0]}, for {lie} in no class folder.")

@@ -39,10 +39,6 @@ class Layout:
     folders: Mapping[SplitName, Mapping[str, Path]]
     beside: tuple[Path, ...]  # folders beside those of the splits
 
-    def places(self) -> tuple[Path, ...]:
-        """The folders that hold class folders, or splits."""
-        return (self.root, *self.splits.values())
-
 
 def read_layout(root: Path, cache: Path) -> Layout:
     """Raises InputError when the folders of `root` are no classes, or their splits do not match."""
@@ -83,8 +79,7 @@ def _folders_in(folder: Path, cache: Path | None = None) -> list[Path]:
     inside = [each for each in sorted(folder.iterdir()) if not made_by_system(each.name)]
     for each in inside:
         check_link(each)
-    inside = [each for each in inside if each.is_dir()]
-    return [each for each in inside if cache is None or each.resolve() != cache.resolve()]
+    return [each for each in inside if each.is_dir() and (cache is None or each.resolve() != cache.resolve())]
 
 
 def _is_split(folders: Iterable[Path]) -> bool:
