@@ -59,14 +59,14 @@ def keyed(dataset: Dataset, items: Sequence[Any], sizes: Sequence[int]) -> dict[
     folder = Path(dataset.cache)
     # A file name may hold bytes that are no UTF-8; Python shows them as lone surrogates.
     stamps = [dataset.stamp(item).encode(errors="surrogatepass") for item in items]
-    remembered = {size: folder / f"{_digest([FORMAT, str(size)], stamps)}.key" for size in sizes}
+    remembered = {size: folder / f"{_digest(size, stamps)}.key" for size in sizes}
     before = {size: _remembered(file) for size, file in remembered.items()}
     found = {size: (key, images) for size, key in before.items() if key and (images := _open(folder, key)) is not None}
     missing = [size for size in sizes if size not in found]
     if missing:
         with ThreadPoolExecutor(WORKERS) as pool:
             contents = list(pool.map(lambda item: hashlib.sha256(dataset.content(item)).digest(), items))
-            keys = {size: _digest([FORMAT, str(size)], contents) for size in missing}
+            keys = {size: _digest(size, contents) for size in missing}
             # The same key again: it was found damaged just now.
             unmade = {size: key for size, key in keys.items() if key == before[size] or _open(folder, key) is None}
             if unmade:
@@ -109,9 +109,9 @@ def square(image: Image.Image, size: int) -> NDArray[np.uint8]:
     return np.asarray(image, dtype=np.uint8)
 
 
-def _digest(first: Sequence[str], rest: Sequence[bytes]) -> str:
-    digest = hashlib.sha256("\x1f".join(first).encode())
-    for part in rest:
+def _digest(size: int, parts: Sequence[bytes]) -> str:
+    digest = hashlib.sha256(f"{FORMAT}\x1f{size}".encode())
+    for part in parts:
         digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()[:32]
 
