@@ -83,9 +83,8 @@ def keep_freed_memory() -> None:
     a fifth of a training step of the tiny MaxViT on a CPU, two fifths of its validation. Left to the user if there are
     MALLOC_ variables, or another allocator is preloaded.
     """
-    if not sys.platform.startswith("linux") or "LD_PRELOAD" in os.environ:
-        return
-    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+    chosen = any(name.startswith(("LD_PRELOAD", "MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if chosen or not sys.platform.startswith("linux"):
         return
     library = ctypes.CDLL(None)
     if hasattr(library, "gnu_get_libc_version"):
