@@ -47,9 +47,8 @@ def parameter_groups(model: nn.Module, depths: Sequence[str], config: OptimConfi
     Of several prefixes that match the longest counts. Raises InputError when a prefix matches nothing or a parameter
     has no prefix: a mistake in the backbone's class.
     """
-    parameters = dict(model.named_parameters())
     found: dict[tuple[str, bool], list[str]] = {(depth, decays): [] for depth in depths for decays in (True, False)}
-    for name, parameter in parameters.items():
+    for name, parameter in model.named_parameters():
         depth = max((each for each in depths if name.startswith(each)), key=len, default=None)
         if depth is None:
             raise InputError(f"The parameter {name} lies at none of the depths {list(depths)}; add its prefix to them.")
@@ -64,7 +63,7 @@ def parameter_groups(model: nn.Module, depths: Sequence[str], config: OptimConfi
             lr=config.base_lr * config.depth_lr_mult**distance,
             weight_decay=config.weight_decay if decays else 0.0,
             names=tuple(names),
-            count=sum(parameters[name].numel() for name in names),
+            count=sum(model.get_parameter(name).numel() for name in names),
         )
         for distance, depth in enumerate(reversed(depths))
         for decays in (True, False)
@@ -87,10 +86,9 @@ def _decays(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
 
 def freeze(model: nn.Module, groups: Sequence[ParameterGroup]) -> None:
     """Take frozen parameters out of the gradient."""
-    parameters = dict(model.named_parameters())
     for group in groups:
         for name in group.names:
-            parameters[name].requires_grad_(not group.frozen)
+            model.get_parameter(name).requires_grad_(not group.frozen)
 
 
 def set_training(model: nn.Module, learner: nn.Module | None = None) -> None:
@@ -114,10 +112,9 @@ def _rest(module: nn.Module) -> None:
 
 def build_optimizer(model: nn.Module, groups: Sequence[ParameterGroup], config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW or Adam over the groups that train; each keeps its full rate as "peak_lr" for the schedule."""
-    parameters = dict(model.named_parameters())
     training = [
         {
-            "params": [parameters[name] for name in group.names],
+            "params": [model.get_parameter(name) for name in group.names],
             "lr": group.lr,
             "peak_lr": group.lr,
             "weight_decay": group.weight_decay,
