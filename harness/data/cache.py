@@ -17,7 +17,9 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ from harness.base.environment import cores
 from harness.base.errors import Halt
 from harness.base.files import replace_file, replacing
 from harness.config.contracts import Dataset
+from harness.config.space import check_types
+from harness.config.train import check_sizes, location
 from harness.data.decoding import check_proportions, open_image, revision
 
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -55,32 +59,27 @@ def keyed(dataset: Dataset, items: Sequence[Any], sizes: Sequence[int]) -> dict[
     folder = Path(dataset.cache)
     # A file name may hold bytes that are no UTF-8; Python shows them as lone surrogates.
     stamps = [dataset.stamp(item).encode(errors="surrogatepass") for item in items]
-    remembered = {size: folder / f"{_digest([FORMAT, str(size)], stamps)}.key" for size in sizes}
+    remembered = {size: folder / f"{_digest(size, stamps)}.key" for size in sizes}
     before = {size: _remembered(file) for size, file in remembered.items()}
-    opened = {size: images for size, key in before.items() if key and (images := _open(folder, key)) is not None}
-    keys = {size: before[size] for size in opened}
-    missing = [size for size in sizes if size not in opened]
+    found = {size: (key, images) for size, key in before.items() if key and (images := _open(folder, key)) is not None}
+    missing = [size for size in sizes if size not in found]
     if missing:
         with ThreadPoolExecutor(WORKERS) as pool:
             contents = list(pool.map(lambda item: hashlib.sha256(dataset.content(item)).digest(), items))
-            for size in missing:
-                key = keys[size] = _digest([FORMAT, str(size)], contents)
-                # The same key again: it was found damaged just now.
-                if key != before[size] and (images := _open(folder, key)) is not None:
-                    opened[size] = images
-            unmade = {size: keys[size] for size in missing if size not in opened}
+            keys = {size: _digest(size, contents) for size in missing}
+            # The same key again: it was found damaged just now.
+            unmade = {size: key for size, key in keys.items() if key == before[size] or _open(folder, key) is None}
             if unmade:
                 # Each image is decoded once, whatever the number of sizes.
                 squares = pool.map(lambda item: _squares(dataset, item, list(unmade)), items)
                 _write(folder, unmade, len(items), squares)
-    for size in missing:
-        if size not in opened:
-            if (images := _open(folder, keys[size])) is None:
-                text = f"The image cache {folder / keys[size]}.npy was written and cannot be read back; check the disk."
+        for size, key in keys.items():
+            if (images := _open(folder, key)) is None:
+                text = f"The image cache {folder / key}.npy was written and cannot be read back; check the disk."
                 raise OSError(text)
-            opened[size] = images
-        replace_file(remembered[size], keys[size].encode())
-    return {size: (keys[size], opened[size]) for size in sizes}
+            found[size] = key, images
+            replace_file(remembered[size], key.encode())
+    return found
 
 
 def _remembered(file: Path) -> str:
@@ -89,10 +88,10 @@ def _remembered(file: Path) -> str:
     return text if KEY.fullmatch(text) else ""
 
 
-def _squares(dataset: Dataset, item: Any, sizes: Sequence[int]) -> list[NDArray[np.uint8]]:
+def _squares(dataset: Dataset, item: Any, sizes: Sequence[int]) -> list[bytes]:
     image = dataset.open(item)
     check_proportions(item, *image.size, max(sizes))
-    return [square(image, size) for size in sizes]
+    return [square(image, size).tobytes() for size in sizes]
 
 
 def square(image: Image.Image, size: int) -> NDArray[np.uint8]:
@@ -110,9 +109,9 @@ def square(image: Image.Image, size: int) -> NDArray[np.uint8]:
     return np.asarray(image, dtype=np.uint8)
 
 
-def _digest(first: Sequence[str], rest: Sequence[bytes]) -> str:
-    digest = hashlib.sha256("\x1f".join(first).encode())
-    for part in rest:
+def _digest(size: int, parts: Sequence[bytes]) -> str:
+    digest = hashlib.sha256(f"{FORMAT}\x1f{size}".encode())
+    for part in parts:
         digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()[:32]
 
@@ -126,27 +125,26 @@ def _open(folder: Path, key: str) -> NDArray[np.uint8] | None:
     array, record = folder / f"{key}.npy", folder / f"{key}.json"
     if not (array.exists() and record.exists()):
         return None
-    known = _read_record(record)
+    known = _read(record)
     if known.get("file") != (file := _state(array)):
         if _checksum(array) != known.get("sha256"):
             print(f"The image cache {array} is damaged (its checksum is wrong) and is made again.", file=sys.stderr)
             return None
         with contextlib.suppress(Halt):  # where nothing can be written, the checksum is taken every time
-            _write_record(record, known | {"file": file})
+            replace_file(record, json.dumps(known | {"file": file}).encode())
     try:
         # Not `np.load`, which also opens zip archives and, if asked to, pickles.
-        images: NDArray[np.uint8] = np.lib.format.open_memmap(array, mode="r")
+        return np.lib.format.open_memmap(array, mode="r")
     except ValueError:
         print(f"The image cache {array} is no array of images and is made again.", file=sys.stderr)
         return None
-    return images
 
 
 def damaged(folder: Path) -> Iterator[Path]:
     """The arrays in a cache folder whose checksum is wrong; every one of them is read."""
     for array in sorted(folder.glob("*.npy")):
         record = array.with_suffix(".json")
-        if record.exists() and _checksum(array) != _read_record(record).get("sha256"):
+        if record.exists() and _checksum(array) != _read(record).get("sha256"):
             yield array
 
 
@@ -156,25 +154,21 @@ def _state(array: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def _checksum(array: Path) -> str:
-    with array.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _checksum(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _read_record(record: Path) -> dict[str, Any]:
-    """What is known of an array; nothing when the record cannot be read."""
+def _read(file: Path) -> dict[str, Any]:
+    """What a JSON object on disk says; nothing when it is not there, or no such file."""
     try:
-        known = json.loads(record.read_bytes())
-    except ValueError:
+        known = json.loads(file.read_bytes())
+    except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
 
 
-def _write_record(record: Path, known: dict[str, Any]) -> None:
-    replace_file(record, json.dumps(known).encode())
-
-
-def _write(folder: Path, keys: Mapping[int, str], count: int, rows: Iterator[Sequence[NDArray[np.uint8]]]) -> None:
+def _write(folder: Path, keys: Mapping[int, str], count: int, rows: Iterator[list[bytes]]) -> None:
     """Write an array a size and its record, each whole or not at all; a row is an image in every size.
 
     Raises Halt when there is no room.
@@ -184,23 +178,35 @@ def _write(folder: Path, keys: Mapping[int, str], count: int, rows: Iterator[Seq
     checksums = [hashlib.sha256() for _ in keys]
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(replacing(array)) for array in arrays]
-        for file, shape, checksum in zip(files, shapes, checksums, strict=True):
-            header = io.BytesIO()
-            np.lib.format.write_array_header_2_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            file.write(header.getvalue())
-            checksum.update(header.getvalue())
-        for row in rows:
-            for file, checksum, image in zip(files, checksums, row, strict=True):
-                pixels = image.tobytes()
-                file.write(pixels)
-                checksum.update(pixels)
+        for row in chain([[_header(shape) for shape in shapes]], rows):
+            for file, checksum, part in zip(files, checksums, row, strict=True):
+                file.write(part)
+                checksum.update(part)
     for array, shape, checksum in zip(arrays, shapes, checksums, strict=True):
         record = {"shape": shape, "sha256": checksum.hexdigest(), "file": _state(array)}
-        _write_record(array.with_suffix(".json"), record)
+        replace_file(array.with_suffix(".json"), json.dumps(record).encode())
 
 
+def _header(shape: tuple[int, ...]) -> bytes:
+    """What stands before the numbers in a file of NumPy."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_2_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageFiles:
     """The part of a data set that all of those made of image files share: an item is the file's path."""
+
+    root: str = location("data")
+    image_size: int = 224
+    stored_size: int = 256
+    limit: int | None = None  # at most that many images per split, spread over the classes
+    cache: str = location("data/cache")
+
+    def __post_init__(self) -> None:
+        check_types(self, "data.")
+        check_sizes(self.image_size, self.stored_size, self.limit)
 
     def stamp(self, item: Path) -> str:
         stat = os.stat(item)
@@ -224,28 +230,12 @@ def _real(folder: str) -> str:
 
 def content_hashes(stamps: Mapping[Path, str], kept: Path) -> dict[Path, str]:
     """The sha256 of every file, given a mark that changes when the file does; read if `kept` does not know the mark."""
-    known = _read(kept)
+    known = {stamp: digest for stamp, digest in _read(kept).items() if SHA256.fullmatch(str(digest))}
     unread = [file for file, stamp in stamps.items() if stamp not in known]
     with ThreadPoolExecutor(WORKERS) as pool:
-        known |= zip((stamps[file] for file in unread), pool.map(_sha256, unread), strict=True)
+        known |= zip((stamps[file] for file in unread), pool.map(_checksum, unread), strict=True)
     if unread:
         content = json.dumps({stamp: known[stamp] for stamp in stamps.values()}).encode()
         with contextlib.suppress(Halt):  # where nothing can be written, the files are read every time
             replace_file(kept, content)
     return {file: known[stamp] for file, stamp in stamps.items()}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _read(kept: Path) -> dict[str, str]:
-    """What a file of hashes says; nothing when it is not there, or no such file."""
-    try:
-        known = json.loads(kept.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(known, dict):
-        return {}
-    return {stamp: digest for stamp, digest in known.items() if SHA256.fullmatch(str(digest))}

@@ -12,41 +12,30 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import (  # each plugin registers its format; asked for one that is missing, Pillow would load them all
-    AvifImagePlugin,  # noqa: F401
-    BmpImagePlugin,  # noqa: F401
-    GifImagePlugin,  # noqa: F401
-    Image,
-    JpegImagePlugin,  # noqa: F401
-    MpoImagePlugin,  # noqa: F401
-    PngImagePlugin,
-    PpmImagePlugin,  # noqa: F401
-    TgaImagePlugin,  # noqa: F401
-    TiffImagePlugin,  # noqa: F401
-    UnidentifiedImageError,
-    WebPImagePlugin,  # noqa: F401
-)
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from harness.base.errors import InputError, first_line, shown
 from harness.data.kinds import CONVERT, HEAD, HEIC, IS_RAW, REPLACE, format_of, refusal
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")  # MPO is opened as JPEG
 # A file in a folder is taken for an image by its name; how it is read is decided by what is in it.
-SUFFIXES = frozenset(
-    [
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".png", ".apng", ".webp", ".avif", ".bmp", ".dib", ".gif"),
-        *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".heic", ".heif", ".hif"),
-    ]
-)
+SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".png", ".apng", ".webp", ".avif", ".bmp", ".dib", ".gif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".heic", ".heif", ".hif"),
+}
 MAX_PIXELS = 500_000_000  # a small file can claim more than memory holds; the largest cameras take 400 million
 WORKING_PIXELS = 100_000_000  # what has more is halved, quartered or divided by 8 on its way, one image at a time
 SHORT_SIDE = 1024  # pixels that an image so reduced keeps on its short side
 
+# Each plugin registers its format; asked for one that is missing, Pillow would load them all.
+for name in ("Avif", "Bmp", "Gif", "Jpeg", "Mpo", "Png", "Ppm", "Tga", "Tiff", "WebP"):
+    import_module(f"PIL.{name}ImagePlugin")
 Image.WARN_POSSIBLE_FORMATS = True  # where no plugin takes an image, those that tried say why
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow also looks at an image's parts, before it makes room for them
 # One colour profile or text may be as long as all of an image's together; Pillow's own bound is 1 MB for each.
@@ -158,17 +147,10 @@ def _noting() -> Iterator[list[str]]:
 _others = warnings.showwarning
 
 
-def _note(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
+def _note(message: Warning | str, category: type[Warning], *where: Any, **named: Any) -> None:
     notes = getattr(_reading, "notes", None)
     if notes is None:
-        _others(message, category, filename, lineno, file, line)
+        _others(message, category, *where, **named)
     elif not issubclass(category, Image.DecompressionBombWarning):  # ours is the bound
         notes.append(" ".join(str(message).split()))
 

@@ -55,12 +55,11 @@ def find(dataset: Dataset, images: dict[SplitName, tuple[Sequence[Any], torch.Te
     described = json.dumps([FORMAT, NEAR_BITS, NEAR_CORRELATION, place, names, contents]).encode(errors="surrogatepass")
     kept = cache / "duplicates" / f"{hashlib.sha256(described).hexdigest()[:32]}.json"
     if kept.is_file():
-        found: dict[str, Any] = json.loads(kept.read_text())
-        return found
+        return json.loads(kept.read_text())
     across = [pair for pair in _equal(contents) if place[pair[0]] != place[pair[1]]]
     squares = np.concatenate([grey(pixels) for _, pixels in images.values()])
     near = sorted({pair for pair in near_pairs(squares) if place[pair[0]] != place[pair[1]]} - set(across))
-    found = {"images": len(names)} | {
+    found: dict[str, Any] = {"images": len(names)} | {
         kind: [[names[first], names[second]] for first, second in pairs]
         for kind, pairs in (("exact", across), ("near", near))
     }

@@ -13,8 +13,6 @@ from typing import ClassVar
 
 from harness.base.errors import InputError
 from harness.config.contracts import SplitName
-from harness.config.space import check_types
-from harness.config.train import check_sizes, location
 from harness.data.cache import ImageFiles
 
 PHOTOGRAPH = re.compile(r"jpg/image_[0-9]{5}\.jpg")
@@ -31,15 +29,6 @@ class Flowers102(ImageFiles):
         "Photographs collected by Nilsback and Zisserman (2008) from the web and from their own; they have no clear "
         "licence and are for research."
     )
-    root: str = location("data")
-    image_size: int = 224
-    stored_size: int = 256
-    limit: int | None = None  # at most that many images per split, spread over the classes
-    cache: str = location("data/cache")
-
-    def __post_init__(self) -> None:
-        check_types(self, "data.")
-        check_sizes(self.image_size, self.stored_size, self.limit)
 
     def classes(self) -> tuple[str, ...]:
         from torchvision.datasets import Flowers102 as Source

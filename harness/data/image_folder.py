@@ -10,8 +10,6 @@ from pathlib import Path
 
 from harness.base.errors import InputError
 from harness.config.contracts import SplitName
-from harness.config.space import check_types
-from harness.config.train import check_sizes, location
 from harness.data.cache import ImageFiles, content_hashes
 from harness.data.decoding import SUFFIXES
 from harness.data.layout import Layout, check_link, check_names, made_by_system, read_layout, read_names
@@ -29,35 +27,24 @@ class ImageFolder(ImageFiles):
     original notebook's cat_to_name.json does.
     """
 
-    root: str = location("data")
     names: str | None = None
-    image_size: int = 224
-    stored_size: int = 256
-    limit: int | None = None  # at most that many images per split, spread over the classes
-    cache: str = location("data/cache")
-
-    def __post_init__(self) -> None:
-        check_types(self, "data.")
-        check_sizes(self.image_size, self.stored_size, self.limit)
 
     def classes(self) -> tuple[str, ...]:
-        folders = self._layout().classes
-        if self.names is None:
-            check_names(folders, folders, f"in {self.root}")
-            return folders
-        path = Path(self.root) / self.names
-        names = read_names(path)
-        missing = [folder for folder in folders if folder not in names]
-        if missing:
-            raise InputError(f"{path} names no class {missing[0]!r}; add it, or drop the file.")
-        shown = tuple(names[folder] for folder in folders)
-        check_names(shown, folders, f"by {path}")
+        shown = folders = self._layout().classes
+        where = f"in {self.root}"
+        if self.names is not None:
+            path = Path(self.root) / self.names
+            names, where = read_names(path), f"by {path}"
+            if missing := [folder for folder in folders if folder not in names]:
+                raise InputError(f"{path} names no class {missing[0]!r}; add it, or drop the file.")
+            shown = tuple(names[folder] for folder in folders)
+        check_names(shown, folders, where)
         return shown
 
     def samples(self, split: SplitName) -> list[tuple[Path, int]]:
         """Raises InputError for a class without images in the split, and for what is in a class and no image."""
         layout = self._layout()
-        if layout.splits is None:
+        if not layout.splits:
             return self._shared(layout)[split]
         found = []
         for label, name in enumerate(layout.classes):
@@ -72,7 +59,7 @@ class ImageFolder(ImageFiles):
         """What is left out, and nothing else says so."""
         layout = self._layout()
         said = [f"{folder} is left out, for it is the folder of no split." for folder in layout.beside]
-        for place in layout.places():
+        for place in (layout.root, *layout.splits.values()):
             if pictures := sorted(each for each in place.iterdir() if _is_picture(each)):
                 are, lie = ("pictures are", "they lie") if len(pictures) > 1 else ("picture is", "it lies")
                 said.append(f"{len(pictures)} {are} left out, such as {pictures[0]}, for {lie} in no class folder.")

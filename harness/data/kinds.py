@@ -11,76 +11,56 @@ OUT = "take it out"
 CONVERT = "convert it to JPEG or PNG, or take it out"
 NO_HEIF = f'it is {HEIC}; install its reader with pip install -e ".[heic]", or {CONVERT}'
 
-READ = {
-    b"\xff\xd8": "JPEG",
-    b"\x89PNG": "PNG",
-    b"BM": "BMP",
-    b"GIF8": "GIF",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"II+\0": "TIFF",
-    b"MM\0+": "TIFF",
-    **{b"P%d" % number: "PPM" for number in range(1, 7)},
-    b"Pf": "PPM",
+READ: dict[str, tuple[bytes, ...]] = {
+    "JPEG": (b"\xff\xd8",),
+    "PNG": (b"\x89PNG",),
+    "BMP": (b"BM",),
+    "GIF": (b"GIF8",),
+    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+    "PPM": (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf"),
 }
 # Of the container that HEIC and AVIF share with films.
 AVIF_BRANDS = {b"avif", b"avis"}
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 
 RAW, FILM = "a camera's raw file", "a film"
-OTHERS: tuple[tuple[int, bytes, str], ...] = (
-    (0, b"%!", "PostScript"),
-    (0, b"\xc5\xd0\xd3\xc6", "PostScript"),
-    (0, b"%PDF", "PDF"),
-    (0, b"8BPS", "a Photoshop file (PSD)"),
-    (0, b"gimp xcf", "a GIMP file (XCF)"),
-    (0, b"\xff\x0a", "JPEG XL"),
-    (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
-    (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
-    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
-    (0, b"II\xbc\x01", "JPEG XR"),
-    (0, b"\0\0\1\0", "an icon (ICO)"),
-    (0, b"icns", "an icon (ICNS)"),
-    (0, b"DDS ", "a texture (DDS)"),
-    (0, b"qoif", "QOI"),
-    (0, b"\x0a\x05\x01", "PCX"),
-    (0, b"\x01\xda", "SGI"),
-    (0, b"v/1\x01", "OpenEXR"),
-    (0, b"#?RADIANCE", "Radiance HDR"),
-    (0, b"SIMPLE  =", "FITS"),
-    (0, b"\x89HDF", "HDF5"),
-    (0, b"\x93NUMPY", "an array of NumPy"),
-    (0, b"\xd7\xcd\xc6\x9a", "a drawing (WMF)"),
-    (128, b"DICM", "DICOM"),
-    (8, b"CR\x02", RAW),
-    (0, b"IIRO", RAW),
-    (0, b"IIRS", RAW),
-    (0, b"MMOR", RAW),
-    (0, b"IIU\0", RAW),
-    (0, b"FUJIFILM", RAW),
-    (0, b"FOVb", RAW),
-    (0, b"\x1aE\xdf\xa3", FILM),
-    (8, b"AVI ", FILM),
-    (0, b"\0\0\1\xba", FILM),
-    (0, b"PK\x03\x04", "a ZIP archive"),
-    (0, b"Rar!", "a RAR archive"),
-    (0, b"7z\xbc\xaf", "a 7z archive"),
-    (0, b"\x1f\x8b", "a gzip archive"),
-    (257, b"ustar", "a tar archive"),
-    (0, b"\0\5\x16\7", "what macOS keeps beside a file (AppleDouble)"),
-    (0, b"\xd0\xcf\x11\xe0", "a Windows or Office file"),
-    (0, b"SQLite format", "a database"),
-    (0, b"\x7fELF", "a program"),
-    (0, b"MZ", "a program"),
-)
+APPLE_DOUBLE = "what macOS keeps beside a file (AppleDouble)"
+# Of what is not read the first bytes, and bytes farther inside of a file with their places.
+OTHERS: dict[str, tuple[bytes, ...]] = {
+    "PostScript": (b"%!", b"\xc5\xd0\xd3\xc6"),
+    "PDF": (b"%PDF",),
+    "a Photoshop file (PSD)": (b"8BPS",),
+    "a GIMP file (XCF)": (b"gimp xcf",),
+    "JPEG XL": (b"\xff\x0a", b"\0\0\0\x0cJXL "),
+    "JPEG 2000": (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"),
+    "JPEG XR": (b"II\xbc\x01",),
+    "an icon (ICO)": (b"\0\0\1\0",),
+    "an icon (ICNS)": (b"icns",),
+    "a texture (DDS)": (b"DDS ",),
+    "QOI": (b"qoif",),
+    "PCX": (b"\x0a\x05\x01",),
+    "SGI": (b"\x01\xda",),
+    "OpenEXR": (b"v/1\x01",),
+    "Radiance HDR": (b"#?RADIANCE",),
+    "FITS": (b"SIMPLE  =",),
+    "HDF5": (b"\x89HDF",),
+    "an array of NumPy": (b"\x93NUMPY",),
+    "a drawing (WMF)": (b"\xd7\xcd\xc6\x9a",),
+    RAW: (b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FUJIFILM", b"FOVb"),
+    FILM: (b"\x1aE\xdf\xa3", b"\0\0\1\xba"),
+    "a ZIP archive": (b"PK\x03\x04",),
+    "a RAR archive": (b"Rar!",),
+    "a 7z archive": (b"7z\xbc\xaf",),
+    "a gzip archive": (b"\x1f\x8b",),
+    APPLE_DOUBLE: (b"\0\5\x16\7",),
+    "a Windows or Office file": (b"\xd0\xcf\x11\xe0",),
+    "a database": (b"SQLite format",),
+    "a program": (b"\x7fELF", b"MZ"),
+}
+FARTHER = ((8, b"CR\x02", RAW), (8, b"AVI ", FILM), (128, b"DICM", "DICOM"), (257, b"ustar", "a tar archive"))
 LFS, DRAWING, PAGE = "a pointer of Git LFS", "a drawing (SVG)", "a web page (HTML)"
-REMEDIES = {
-    FILM: OUT,
-    "a program": OUT,
-    "a database": OUT,
-    "a Windows or Office file": OUT,
-    "what macOS keeps beside a file (AppleDouble)": OUT,
-    "an array of NumPy": OUT,
+NO_IMAGES = (FILM, APPLE_DOUBLE, "an array of NumPy", "a Windows or Office file", "a database", "a program")
+REMEDIES = dict.fromkeys(NO_IMAGES, OUT) | {
     LFS: "fetch the file itself with git lfs pull",
     DRAWING: CONVERT,
     PAGE: "save the picture itself",
@@ -98,7 +78,7 @@ def format_of(head: bytes) -> str:
         return HEIC if brands & HEIF_BRANDS and b"crx " not in brands else ""
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WebP"
-    return next((name for start, name in READ.items() if head.startswith(start)), "")
+    return next((name for name, starts in READ.items() if head.startswith(starts)), "")
 
 
 def refusal(head: bytes, found: str, heif: bool = False) -> str | None:
@@ -125,7 +105,8 @@ def refusal(head: bytes, found: str, heif: bool = False) -> str | None:
 def _other(head: bytes) -> str | None:
     if head[4:8] == b"ftyp" and not format_of(head):
         return RAW if head[8:12] == b"crx " else FILM
-    return next((name for place, start, name in OTHERS if head.startswith(start, place)), None)
+    inside = (name for place, start, name in FARTHER if head.startswith(start, place))
+    return next(inside, next((name for name, starts in OTHERS.items() if head.startswith(starts)), None))
 
 
 def _text(head: bytes) -> str | None:

@@ -34,14 +34,10 @@ class Layout:
     """The class folders of a root, by their names in Unicode's composed form (NFC)."""
 
     root: Path
-    splits: Mapping[SplitName, Path] | None  # the folder of each; None where class folders stand alone in the root
+    splits: Mapping[SplitName, Path]  # the folder of each; empty where class folders stand alone in the root
     classes: tuple[str, ...]  # in text order, as the notebook and torchvision number them: 1, 10, 100, 101, 2, ...
     folders: Mapping[SplitName, Mapping[str, Path]]
     beside: tuple[Path, ...]  # folders beside those of the splits
-
-    def places(self) -> tuple[Path, ...]:
-        """The folders that hold class folders, or splits."""
-        return (self.root, *(self.splits or {}).values())
 
 
 def read_layout(root: Path, cache: Path) -> Layout:
@@ -49,21 +45,13 @@ def read_layout(root: Path, cache: Path) -> Layout:
     if not root.is_dir():
         raise InputError(f"There is no folder {root}; give the one that holds the images with --data-root.")
     inside = _folders_in(root, cache)
-    splits = _splits(root, inside) if _is_split(inside) else None
-    if splits is None:
-        folders = _classes(root, inside)
-        return Layout(
-            root=root,
-            splits=None,
-            classes=tuple(sorted(folders)),
-            folders=dict.fromkeys(SPLIT_NAMES, folders),
-            beside=(),
-        )
+    splits = _splits(root, inside) if _is_split(inside) else {}
     every = {split: _classes(folder, _folders_in(folder, cache), split) for split, folder in splits.items()}
+    every = every or dict.fromkeys(SPLIT_NAMES, _classes(root, inside))
     for split, folder in splits.items():
         if extra := sorted(every[split].keys() - every["train"].keys()):
             raise InputError(_extra_class(folder, extra[0], every["train"]))
-    beside = tuple(each for each in inside if each not in splits.values())
+    beside = tuple(each for each in inside if splits and each not in splits.values())
     return Layout(root=root, splits=splits, classes=tuple(sorted(every["train"])), folders=every, beside=beside)
 
 
@@ -91,8 +79,7 @@ def _folders_in(folder: Path, cache: Path | None = None) -> list[Path]:
     inside = [each for each in sorted(folder.iterdir()) if not made_by_system(each.name)]
     for each in inside:
         check_link(each)
-    inside = [each for each in inside if each.is_dir()]
-    return [each for each in inside if cache is None or each.resolve() != cache.resolve()]
+    return [each for each in inside if each.is_dir() and (cache is None or each.resolve() != cache.resolve())]
 
 
 def _is_split(folders: Iterable[Path]) -> bool:

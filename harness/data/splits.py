@@ -202,11 +202,10 @@ def _select(dataset: Dataset, split: SplitName) -> tuple[list[Any], list[int]]:
 def _spread(samples: Any, limit: int, seed: int) -> list[tuple[Any, int]]:
     """`limit` samples: the first of every class in a seeded order, then the second of every class, and so on."""
     order = np.random.default_rng(seed).permutation(len(samples))
-    rank: dict[int, int] = {}
-    ranked = []
-    for index in order:
+    rank, ranked = Counter[int](), []
+    for index in order.tolist():
         label = samples[index][1]
-        ranked.append((rank.get(label, 0), label, int(index)))
-        rank[label] = rank.get(label, 0) + 1
+        ranked.append((rank[label], label, index))
+        rank[label] += 1
     chosen = sorted(index for _, _, index in sorted(ranked)[:limit])
     return [samples[index] for index in chosen]

@@ -9,11 +9,10 @@ from harness.base.seeds import derive_seed
 from harness.config.contracts import SplitName
 from harness.config.space import check_types
 from harness.config.train import check_sizes, location, require_count
+from harness.garden.species import DEMO_SPECIES, PRETRAINING_SPECIES, Species
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from harness.garden.species import Species
 
 
 class Seedling(NamedTuple):
@@ -46,8 +45,6 @@ class Garden:
         check_sizes(self.image_size, self.stored_size, self.limit)
 
     def _all(self) -> tuple[Species, ...]:
-        from harness.garden.species import DEMO_SPECIES, PRETRAINING_SPECIES
-
         return DEMO_SPECIES if self.species == "demo" else PRETRAINING_SPECIES
 
     def classes(self) -> tuple[str, ...]:

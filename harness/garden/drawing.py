@@ -17,30 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from harness.garden.species import (
-    BROWN,
-    CREAM,
-    GOLD,
-    GREEN,
-    LIME,
-    PLUM,
-    ROSE,
-    RUST,
-    SOOT,
-    VIOLET,
-    WHITE,
-    YELLOW,
-    Arrangement,
-    Centre,
-    Colour,
-    Shape,
-    Species,
-)
+from harness.garden.species import ROSE, VIOLET, WHITE, YELLOW, Arrangement, Centre, Colour, Shape, Species
 
 # Raise it whenever a pixel changes: caches and pretrained weights are keyed by it.
 DRAWING_VERSION = 1
 
 SUPERSAMPLING = 3
+
+GOLD, RUST, CREAM, PLUM = (246, 196, 60), (176, 104, 30), (255, 248, 214), (120, 24, 60)
+BROWN, SOOT, LIME, GREEN = (66, 40, 30), (46, 28, 21), (150, 176, 70), (84, 124, 60)
 
 Array = NDArray[np.float64]
 

@@ -39,15 +39,11 @@ class MaxViTT:
     bn_momentum: float = 0.1  # see `_norm`
 
     def __post_init__(self) -> None:
-        check_types(self, "backbone.")
-        check_head(self.hidden, self.dropout, self.stochastic_depth, self.bn_momentum)
+        check_fields(self)
 
     def check(self, image_size: int) -> None:
         # The attention partitions are 7 x 7 in each of four stages that halve a stem that halves: 7 * 2**5.
-        require(
-            image_size % 224 == 0,
-            f"data.image_size must be a multiple of 224 for MaxViTT, not {image_size}.",
-        )
+        require(image_size % 224 == 0, f"data.image_size must be a multiple of 224 for MaxViTT, not {image_size}.")
         if self.pretrained:
             _published_weights()
 
@@ -84,8 +80,7 @@ class TinyMaxViT:
     bn_momentum: float = 0.1
 
     def __post_init__(self) -> None:
-        check_types(self, "backbone.")
-        check_head(self.hidden, self.dropout, self.stochastic_depth, self.bn_momentum)
+        check_fields(self)
 
     def check(self, image_size: int) -> None:
         require(image_size % 64 == 0, f"data.image_size must be a multiple of 64 for TinyMaxViT, not {image_size}.")
@@ -120,14 +115,15 @@ class TinyMaxViT:
         return hashlib.sha256(TINY_WEIGHTS.read_bytes()).hexdigest()[:16] if self.pretrained else "none"
 
 
-def check_head(hidden: tuple[int, ...], dropout: float, stochastic_depth: float, bn_momentum: float) -> None:
+def check_fields(backbone: MaxViTT | TinyMaxViT) -> None:
+    check_types(backbone, "backbone.")
+    hidden, momentum = backbone.hidden, backbone.bn_momentum
     fits = all(1 <= width <= 1_000_000 for width in hidden)
     require(fits, f"backbone.hidden must list widths of at least 1 and at most 1,000,000, not {hidden}.")
-    require(0 <= dropout < 1, f"backbone.dropout must lie in 0..1, 1 excluded, not {dropout}.")
-    require(
-        0 <= stochastic_depth < 1, f"backbone.stochastic_depth must lie in 0..1, 1 excluded, not {stochastic_depth}."
-    )
-    require(0 < bn_momentum <= 1, f"backbone.bn_momentum must lie in 0..1, 0 excluded, not {bn_momentum}.")
+    for name in ("dropout", "stochastic_depth"):
+        value = getattr(backbone, name)
+        require(0 <= value < 1, f"backbone.{name} must lie in 0..1, 1 excluded, not {value}.")
+    require(0 < momentum <= 1, f"backbone.bn_momentum must lie in 0..1, 0 excluded, not {momentum}.")
 
 
 def with_head(model: Any, hidden: tuple[int, ...], dropout: float, classes: int) -> nn.Module:
@@ -142,8 +138,7 @@ def with_head(model: Any, hidden: tuple[int, ...], dropout: float, classes: int)
         layers += [nn.Linear(width, each), nn.ReLU(), nn.Dropout(dropout)]
         width = each
     model.classifier[-1] = nn.Sequential(*layers, nn.Linear(width, classes))
-    result: nn.Module = model
-    return result
+    return model
 
 
 def depth_prefixes(by: Literal["block", "layer"], layers: tuple[int, ...]) -> list[str]:

@@ -115,10 +115,6 @@ class Checkpoint:
         if record.get("identity") != self._identity:
             print(f"{self.path} belongs to another training; it is not used.", file=sys.stderr)
             return False
-        self._restore(tensors, record)
-        return True
-
-    def _restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         training, progress = self.training, self.training.progress
         training.model.load_state_dict(_part(tensors, "model"))
         if optimizer := _part(tensors, "optimizer"):  # a finished training keeps none
@@ -129,13 +125,13 @@ class Checkpoint:
         progress.random_states = _part(tensors, "random")
         self.seconds_before = record["training_seconds"]
         progress.trace = tensors["trace"].to(training.runtime.device)
-        before = record["environments"]
-        if progress.epoch > training.config.epochs or before[-1] == self.environments[0]:
-            self.environments = before
-            return
-        differing = differences(before[-1], self.environments[0])
-        print(f"{self.path.stem} goes on elsewhere ({differing}): its last bits may differ.", file=sys.stderr)
-        self.environments = [*before, *self.environments]
+        before, here = record["environments"], self.environments
+        self.environments = before
+        if progress.epoch <= training.config.epochs and before[-1] != here[0]:
+            differing = differences(before[-1], here[0])
+            print(f"{self.path.stem} goes on elsewhere ({differing}): its last bits may differ.", file=sys.stderr)
+            self.environments = [*before, *here]
+        return True
 
     def seconds(self) -> float:
         """Spent on this training so far, by all processes."""
@@ -147,7 +143,8 @@ class Checkpoint:
         try:
             yield
         except (KeyboardInterrupt, GeneratorExit):
-            self._save(None)  # a database that does not answer must not keep it; a lost lease costs no more than time
+            # A database that does not answer must not keep it; a lost lease costs no more than time.
+            self.save(checked=False)
             raise
 
     def after_batch(self) -> None:
@@ -155,11 +152,8 @@ class Checkpoint:
         if time.monotonic() - self._written >= self.training.config.checkpoint_seconds:
             self.save()
 
-    def save(self) -> None:
+    def save(self, checked: bool = True) -> None:
         """Write, unless the training is inside a batch or has not begun. Raises Halt when there is no room."""
-        self._save(self._check)
-
-    def _save(self, check: Callable[[], object] | None) -> None:
         training, progress = self.training, self.training.progress
         if not progress.whole or (progress.step == 0 and not progress.epochs):
             return
@@ -180,7 +174,7 @@ class Checkpoint:
             "training_seconds": self.seconds(),
             "environments": self.environments,
         }
-        write_tensors(self.path, tensors, record, check)
+        write_tensors(self.path, tensors, record, self._check if checked else None)
         self._written = time.monotonic()
 
 

@@ -185,13 +185,12 @@ def _read(path: Path, place: Mapping[str, Any]) -> Tensor | None:
         return None
     try:
         tensors, record = read_tensors(path)
-        if record == place:
-            return tensors["features"]
-        error: Exception = Damaged(f"{path} belongs to other images")
-    except Damaged as damaged:
-        error = damaged
-    print(f"{error}; these features are computed again.", file=sys.stderr)
-    return None
+        if record != place:
+            raise Damaged(f"{path} belongs to other images")
+        return tensors["features"]
+    except Damaged as error:
+        print(f"{error}; these features are computed again.", file=sys.stderr)
+        return None
 
 
 class _Work:
@@ -244,12 +243,7 @@ def frozen_body(config: TrainConfig, runtime: Runtime) -> FrozenBody:
 def _frozen_body(backbone: Backbone, classes: int, image_size: int, runtime: Runtime, folder: Path) -> FrozenBody:
     with seeded(derive_seed("frozen body"), runtime.device):
         model = runtime.place(backbone.build(classes, image_size))
-    return FrozenBody(model, _head(backbone), image_size, runtime, folder)
-
-
-def _head(backbone: Backbone) -> str:
-    """The name of the backbone's last submodule."""
-    return backbone.depths("block")[-1].rstrip(".")
+    return FrozenBody(model, backbone.depths("block")[-1].rstrip("."), image_size, runtime, folder)
 
 
 def features_to_train_on(config: TrainConfig, runtime: Runtime, split: Literal["train", "val"]) -> FeatureSet:

@@ -20,6 +20,7 @@ from typing import Any
 from harness.base.errors import INTERRUPTED
 
 NOTICE = "Stopping: the batch is finished first, then saved. Ctrl-C again stops at once."
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: the terminal was closed
 UNHEARD_SECONDS = 0.01  # until a request that was swallowed, or came inside an import, is made again
 
 
@@ -37,10 +38,9 @@ def install(*, quiet: bool = False) -> None:
     A process that is `quiet` has another one above it that says what there is to say.
     """
     _State.requested, _State.noticed = False, quiet
-    signal.signal(signal.SIGINT, _handle)
-    signal.signal(signal.SIGTERM, _handle)
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # `nohup` ignores it
-        signal.signal(signal.SIGHUP, _handle)  # the terminal was closed
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores it
+            signal.signal(number, _handle)
     sys.unraisablehook, sys.excepthook = _unraisable, _uncaught
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
@@ -51,8 +51,7 @@ def handled() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is _handle:
         yield
         return
-    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    before, hooks = {number: signal.getsignal(number) for number in numbers}, (sys.unraisablehook, sys.excepthook)
+    before, hooks = {number: signal.getsignal(number) for number in SIGNALS}, (sys.unraisablehook, sys.excepthook)
     install()
     try:
         yield

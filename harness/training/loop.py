@@ -19,17 +19,7 @@ from harness.config.events import EpochResult, Metrics
 from harness.config.train import TrainConfig
 from harness.training.interrupt import undivided
 from harness.training.optim import ParameterGroup, lr_factor, set_lr, set_training
-from harness.training.step import (
-    Runtime,
-    free_memory,
-    is_out_of_memory,
-    no_memory,
-    predict,
-    random_states,
-    seeded,
-    set_random_states,
-    train_step,
-)
+from harness.training.step import Runtime, halving, predict, random_states, seeded, set_random_states, train_step
 
 EVALUATION_BATCH = 128
 
@@ -76,11 +66,9 @@ class Source(Protocol):
     def __len__(self) -> int: ...
     def batch(self, chosen: Tensor, config: TrainConfig, runtime: Runtime, generator: torch.Generator) -> Tensor:
         """Inputs of a training step for the chosen images [B], on the device; random draws are the generator's."""
-        ...
 
     def parts(self, size: int, runtime: Runtime) -> Iterable[Tensor]:
         """Inputs of an evaluation, on the device: all images in their order, `size` at a time, nothing random."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,12 +151,8 @@ def _train_batch(training: Training, batch: Tensor, generator: torch.Generator) 
 def _lr_factor(training: Training, step: int) -> float:
     """The schedule's factor at a step of the epoch that is under way."""
     config, progress = training.config, training.progress
-    return lr_factor(
-        step + (progress.epoch - 1) * progress.steps,
-        config.epochs * progress.steps,
-        config.optim.warmup_epochs * progress.steps,
-        config.optim.schedule,
-    )
+    done, steps = step + (progress.epoch - 1) * progress.steps, config.epochs * progress.steps
+    return lr_factor(done, steps, config.optim.warmup_epochs * progress.steps, config.optim.schedule)
 
 
 def _result(training: Training) -> EpochResult:
@@ -223,17 +207,11 @@ def outputs_of(model: nn.Module, parts: Callable[[int], Iterable[Tensor]], runti
     When memory runs out, fewer images pass at once. Raises MemoryError when one image at a time is too much.
     """
     model.eval()
-    size = EVALUATION_BATCH
-    while True:
-        try:
-            return torch.cat([_predict(model, part, size, runtime) for part in parts(size)])
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if size == 1:
-                raise no_memory(error) from error
-        size //= 2
-        free_memory(runtime.device)
+
+    def attempt(size: int) -> Tensor:
+        return torch.cat([_predict(model, part, size, runtime) for part in parts(size)])
+
+    return halving(attempt, EVALUATION_BATCH, runtime.device)[0]
 
 
 def _predict(model: nn.Module, inputs: Tensor, size: int, runtime: Runtime) -> Tensor:

@@ -53,24 +53,22 @@ def parameter_groups(model: nn.Module, depths: Sequence[str], config: OptimConfi
         if depth is None:
             raise InputError(f"The parameter {name} lies at none of the depths {list(depths)}; add its prefix to them.")
         found[depth, _decays(model, name, parameter)].append(name)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    groups = []
-    for distance, depth in enumerate(reversed(depths)):
+    for depth in reversed(depths):
         if not (found[depth, True] or found[depth, False]):
             raise InputError(f"The depth {depth} matches no parameter; take it out of the backbone's depths.")
-        for decays in (True, False):
-            if names := found[depth, decays]:
-                groups.append(
-                    ParameterGroup(
-                        depth=depth.rstrip("."),
-                        distance=distance,
-                        lr=config.base_lr * config.depth_lr_mult**distance,
-                        weight_decay=config.weight_decay if decays else 0.0,
-                        names=tuple(names),
-                        count=sum(sizes[name] for name in names),
-                    )
-                )
-    return groups
+    return [
+        ParameterGroup(
+            depth=depth.rstrip("."),
+            distance=distance,
+            lr=config.base_lr * config.depth_lr_mult**distance,
+            weight_decay=config.weight_decay if decays else 0.0,
+            names=tuple(names),
+            count=sum(model.get_parameter(name).numel() for name in names),
+        )
+        for distance, depth in enumerate(reversed(depths))
+        for decays in (True, False)
+        if (names := found[depth, decays])
+    ]
 
 
 def _decays(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
@@ -88,10 +86,9 @@ def _decays(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
 
 def freeze(model: nn.Module, groups: Sequence[ParameterGroup]) -> None:
     """Take frozen parameters out of the gradient."""
-    parameters = dict(model.named_parameters())
     for group in groups:
         for name in group.names:
-            parameters[name].requires_grad_(not group.frozen)
+            model.get_parameter(name).requires_grad_(not group.frozen)
 
 
 def set_training(model: nn.Module, learner: nn.Module | None = None) -> None:
@@ -115,10 +112,9 @@ def _rest(module: nn.Module) -> None:
 
 def build_optimizer(model: nn.Module, groups: Sequence[ParameterGroup], config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW or Adam over the groups that train; each keeps its full rate as "peak_lr" for the schedule."""
-    parameters = dict(model.named_parameters())
     training = [
         {
-            "params": [parameters[name] for name in group.names],
+            "params": [model.get_parameter(name) for name in group.names],
             "lr": group.lr,
             "peak_lr": group.lr,
             "weight_decay": group.weight_decay,

@@ -6,21 +6,23 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.base.environment import cores
-from harness.base.errors import InputError
+from harness.base.errors import InputError, first_line
 
 # Graphs of one block: for training and for evaluation, for each batch size, and all blocks of a kind share their code.
 # At torch's own limit of 8 it would go on uncompiled without a word.
 GRAPHS = 64
+
+ResultT = TypeVar("ResultT")
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
@@ -69,10 +71,8 @@ class Runtime:
         channels_last = self.channels_last and images.ndim == 4  # pooled features have no channels
         return images.contiguous(memory_format=torch.channels_last) if channels_last else images
 
-    @contextlib.contextmanager
-    def autocast(self) -> Iterator[None]:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            yield
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
 
 @cache
@@ -83,9 +83,8 @@ def keep_freed_memory() -> None:
     a fifth of a training step of the tiny MaxViT on a CPU, two fifths of its validation. Left to the user if there are
     MALLOC_ variables, or another allocator is preloaded.
     """
-    if not sys.platform.startswith("linux") or "LD_PRELOAD" in os.environ:
-        return
-    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+    chosen = any(name.startswith(("LD_PRELOAD", "MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if chosen or not sys.platform.startswith("linux"):
         return
     library = ctypes.CDLL(None)
     if hasattr(library, "gnu_get_libc_version"):
@@ -195,22 +194,14 @@ def train_step(
 
     As many arguments as a step has parts; they are named at its two calls.
     """
-    size = min(micro_batch or len(labels), len(labels))
     states = random_states(runtime.device)
-    while True:
+
+    def attempt(size: int) -> tuple[Tensor, Tensor]:
         optimizer.zero_grad(set_to_none=True)
-        try:
-            loss, correct = accumulate_gradient(model, images, labels, runtime, label_smoothing, size)
-            break
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if size == 1:
-                raise no_memory(error) from error
-        # Not inside the except: the traceback holds the activations.
-        size = -(-size // 2)
-        free_memory(runtime.device)
         set_random_states(states, runtime.device)
+        return accumulate_gradient(model, images, labels, runtime, label_smoothing, size)
+
+    (loss, correct), size = halving(attempt, min(micro_batch or len(labels), len(labels)), runtime.device)
     norm = nn.utils.get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
     if clip_norm is not None:
         nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
@@ -233,26 +224,35 @@ def accumulate_gradient(
     return torch.stack(losses).sum(), torch.stack(hits).sum()
 
 
-def no_memory(error: BaseException) -> MemoryError:
-    """What to raise when even one image is too much."""
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return MemoryError(f"out of memory with one image at a time ({reason})")
+def halving(attempt: Callable[[int], ResultT], size: int, device: torch.device) -> tuple[ResultT, int]:
+    """What `attempt` gives for so many images at a time, or for half of them where memory runs out, and the number.
+
+    Raises MemoryError when one image at a time is too much.
+    """
+    while True:
+        try:
+            return attempt(size), size
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise MemoryError(f"out of memory with one image at a time ({first_line(error)})") from error
+        # Not inside the except: the traceback holds the activations.
+        size = -(-size // 2)
+        free_memory(device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch (on any device) found no memory; on a CPU and on MPS it says so in words only."""
     words = ("can't allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(each in str(error) for each in words)
-    )
+    said = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def free_memory(device: torch.device) -> None:
     """Give cached blocks back, so that smaller ones can be cut."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
