@@ -15,13 +15,15 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from harness.api import Result, rows
 from harness.base.errors import DONE, FAILED, INTERRUPTED, WRONG_INPUT, Halt, InputError, StudyFailed, no_room
 from harness.cli.arguments import build_parser
 from harness.config.find import find, find_home
 from harness.training import interrupt
+
+if TYPE_CHECKING:
+    from harness.api import Result
 
 # A place that a user named, or whose permissions a user can change.
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
@@ -88,10 +90,13 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _result(args: argparse.Namespace) -> Result:
+    from harness.api import Result
+
     return Result(find(args.study), args.storage, getattr(args, "tracking_uri", None))
 
 
 def _list(args: argparse.Namespace) -> int:
+    from harness.api import rows
     from harness.report.display import print_studies
 
     found = rows()

@@ -8,14 +8,10 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from harness.base.errors import DONE, FAILED, INTERRUPTED, Halt, masked, no_room
 from harness.config.options import RunOptions
 from harness.training import interrupt
-
-if TYPE_CHECKING:
-    pass
 
 
 def run(options: RunOptions, name: str) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import optuna
 from optuna.trial import FrozenTrial
@@ -14,9 +14,6 @@ from optuna.trial import FrozenTrial
 from harness.base.errors import InputError
 from harness.config import space as spaces
 from harness.config.train import FinalConfig, TrainConfig, plain, require, require_count, survives
-
-if TYPE_CHECKING:
-    pass
 
 
 class SamplerLike(Protocol):

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from harness.config.events import Event
+from harness.config.find import Found
 from harness.config.options import RunOptions
-
-if TYPE_CHECKING:
-    from harness.config.events import Event
-    from harness.config.find import Found
-    from harness.config.study import Study
-    from harness.report.display import StudyConsole
+from harness.config.study import Study
+from harness.report.display import StudyConsole
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from harness.base.environment import versions
 from harness.base.errors import InputError
+from harness.config.study import Study
 from harness.search import suggest
 from harness.store.database import outlast
 from harness.store.records import Snapshot
-
-if TYPE_CHECKING:
-    from harness.config.study import Study
-    from harness.store.store import Store
+from harness.store.store import Store
 
 RELEVANT = ("python", "optuna", "torch")  # of the versions that a study keeps; Optuna's Gaussian process uses torch
 
