@@ -69,7 +69,7 @@ def run(
     if found.study is study:
         start.check_own_process(workers, options.get("engine", "processes"))
     given = {"trials": trials, "workers": workers, "storage": storage, "tracking_uri": tracking_uri} | options
-    asked = RunOptions.from_program(given, command=_command(found.study.name, given))
+    asked = RunOptions.of(given, command=_command(found.study.name, given))
     if found.study is study and storage is None:
         found.file.parent.mkdir(parents=True, exist_ok=True)
     with interrupt.handled():
@@ -223,7 +223,7 @@ class Result:
 
         given = {"storage": self.url, "tracking_uri": self._tracking_uri} | options
         with interrupt.handled():
-            audit_study(RunOptions.from_program(given), self._found, fraction, seed)
+            audit_study(RunOptions.of(given), self._found, fraction, seed)
 
     def doctor(self, fix: bool = False) -> bool:
         """Print where storage, MLflow, checkpoints and processes disagree; with `fix`, mend it. Whether all is well."""

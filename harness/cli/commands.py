@@ -54,18 +54,16 @@ def main(arguments: Sequence[str], program: str = "python -m harness") -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        args = build_parser(program).parse_args(_with_command(arguments, program))
+        # `run_study.py` is `run` alone; its parser has no command to name.
+        args = build_parser(program).parse_args(arguments[1:] if program == "run_study.py" else arguments)
         code = COMMANDS[args.command](args)
         sys.stdout.flush()
     except BrokenPipeError:  # `show | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
-    except InputError as error:
+    except (InputError, Halt, StudyFailed) as error:
         print(f"error: {error}", file=sys.stderr)
-        return WRONG_INPUT
-    except (Halt, StudyFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
+        return WRONG_INPUT if isinstance(error, InputError) else FAILED
     except OSError as error:
         if error.errno not in UNUSABLE or error.filename is None:
             raise
@@ -77,16 +75,19 @@ def main(arguments: Sequence[str], program: str = "python -m harness") -> int:
     return code
 
 
-def _with_command(arguments: Sequence[str], program: str) -> list[str]:
-    """`run_study.py` is `run` alone; its parser has no command to name."""
-    return list(arguments[1:]) if program == "run_study.py" else list(arguments)
-
-
 def _run(args: argparse.Namespace) -> int:
-    from harness.cli.run import run
-    from harness.config.options import RunOptions
+    from harness.cli.run import lasting_command, resumable
 
-    return run(RunOptions.of(args), args.study)
+    def work() -> int:
+        from harness.config.options import RunOptions
+        from harness.report.display import StudyConsole
+        from harness.study import start
+
+        given = {option: value for option, value in vars(args).items() if option not in ("command", "study")}
+        start.run(RunOptions.of(given, lasting_command()), find(args.study), StudyConsole())
+        return DONE
+
+    return resumable(work)
 
 
 def _result(args: argparse.Namespace) -> Result:
@@ -101,7 +102,7 @@ def _list(args: argparse.Namespace) -> int:
 
     found = rows()
     if args.json:
-        print(json.dumps([dataclasses.asdict(row) for row in found], indent=2, ensure_ascii=_escaped()))
+        _print_json([dataclasses.asdict(row) for row in found])
     else:
         print_studies(found)
     return DONE
@@ -117,15 +118,16 @@ def _show(args: argparse.Namespace) -> int:
     if args.digest:
         print(result.digest())
     elif args.json:
-        print(json.dumps(result.overview(), indent=2, ensure_ascii=_escaped()))
+        _print_json(result.overview())
     else:
         print(result.summary())
     return DONE
 
 
-def _escaped() -> bool:
-    """Whether JSON is printed with its own escapes, for the terminal has not all signs."""
-    return (sys.stdout.encoding or "utf-8").lower() not in ("utf-8", "utf8")
+def _print_json(value: object) -> None:
+    """With JSON's own escapes where the terminal has not all signs."""
+    escaped = (sys.stdout.encoding or "utf-8").lower() not in ("utf-8", "utf8")
+    print(json.dumps(value, indent=2, ensure_ascii=escaped))
 
 
 def _report(args: argparse.Namespace) -> int:

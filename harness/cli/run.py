@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from harness.base.errors import DONE, FAILED, INTERRUPTED, Halt, masked, no_room
-from harness.config.options import RunOptions
+from harness.base.errors import FAILED, INTERRUPTED, Halt, masked, no_room
 from harness.training import interrupt
-
-
-def run(options: RunOptions, name: str) -> int:
-    """Run or resume the study called `name`; returns the exit code. Raises InputError for what a user can mend."""
-
-    def work() -> int:
-        from harness.config.find import find
-        from harness.report.display import StudyConsole
-        from harness.study import start
-
-        start.run(dataclasses.replace(options, command=_lasting_command()), find(name), StudyConsole())
-        return DONE
-
-    return resumable(work)
 
 
 def resumable(command: Callable[[], int]) -> int:
@@ -68,7 +52,7 @@ def _command() -> str:
     return shlex.join(map(masked, command))
 
 
-def _lasting_command() -> str:
+def lasting_command() -> str:
     """The same without a reason to open the test set again, which holds once."""
     words = shlex.split(_command())
     places = [place for place, word in enumerate(words) if word.startswith("--reopen-test")]

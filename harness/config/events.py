@@ -65,17 +65,8 @@ class EpochResult:
 
     @staticmethod
     def from_dict(record: dict[str, Any]) -> EpochResult:
-        val = record["val"]
-        return EpochResult(
-            epoch=record["epoch"],
-            lr=record["lr"],
-            train=Metrics(**record["train"]),
-            val=None if val is None else Metrics(**val),
-            seconds=record["seconds"],
-            grad_norm=record.get("grad_norm"),
-            diverged_step=record.get("diverged_step"),
-            micro_batch=record.get("micro_batch"),
-        )
+        val = None if record["val"] is None else Metrics(**record["val"])
+        return EpochResult(**record | {"train": Metrics(**record["train"]), "val": val})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial
 
 from harness.base.errors import InputError
 from harness.config import space as spaces
-from harness.config.train import FinalConfig, TrainConfig, plain, require, require_count, survives
+from harness.config.train import FinalConfig, TrainConfig, identity, plain, require, require_count, survives
 
 
 class SamplerLike(Protocol):
@@ -101,11 +101,7 @@ class Study:
         try:
             if path not in known:
                 raise spaces.unknown_field(path, known)
-            part, inner = _owner(self, path)
-            changed = spaces.replace(part, inner, spaces.parse(part, inner, text))
-            if part is self:
-                return changed
-            return dataclasses.replace(self, **{"final" if part is self.final else "train": changed})
+            return self._with(path, spaces.parse(*self._owner(path), text))
         except InputError as error:
             raise InputError(f"--set {spaces.shortened(setting)[1:-1]}: {error}") from error
 
@@ -114,15 +110,23 @@ class Study:
         return _in_any_order(self, list(stored.items()), lambda study, field: study._with_stored(*field))
 
     def _with_stored(self, path: str, value: Any) -> Study:
-        if path == "seed":
-            return dataclasses.replace(self, seed=value)
-        owner = self.final if path.startswith("final.") else self.train
-        inner = path.removeprefix("final.")
+        owner, inner = self._owner(path)
         if inner not in spaces.paths(owner) or plain(spaces.get(owner, inner)) == value:
             return self
-        changed = spaces.replace(owner, inner, tuple(value) if isinstance(value, list) else value)
-        part: Any = {"final" if owner is self.final else "train": changed}
-        return dataclasses.replace(self, **part)
+        return self._with(path, tuple(value) if isinstance(value, list) else value)
+
+    def _with(self, path: str, value: Any) -> Study:
+        owner, inner = self._owner(path)
+        changed: Any = spaces.replace(owner, inner, value)
+        if owner is self:
+            return changed
+        return dataclasses.replace(self, **{"final" if owner is self.final else "train": changed})
+
+    def _owner(self, path: str) -> tuple[Any, str]:
+        """The part of a study that a path of its definition leads into, and the path inside."""
+        if path.startswith("final."):
+            return self.final, path.removeprefix("final.")
+        return (self if path == "seed" else self.train), path
 
     def located(self, home: Path, data_root: str | None, device: str | None) -> Study:
         """This study with its folders made absolute: relative ones are taken from `home`, `data_root` from here."""
@@ -139,10 +143,9 @@ class Study:
 
     def definition(self) -> dict[str, Any]:
         """Everything that decides the results, flat and ready for JSON; `trials` is left out, for it may grow."""
-        flat = {path: plain(value) for path, value in spaces.leaves(self.train, identity_only=True)}
-        flat |= {f"space.{path}": repr(dimension) for path, dimension in self.space.items()}
-        flat |= {f"final.{path}": plain(value) for path, value in spaces.leaves(self.final, identity_only=True)}
-        return flat | {"sampler": repr(self.sampler), "pruner": repr(self.pruner), "seed": self.seed}
+        searched = {f"space.{path}": repr(dimension) for path, dimension in self.space.items()}
+        others = {"sampler": repr(self.sampler), "pruner": repr(self.pruner), "seed": self.seed}
+        return identity(self.train) | searched | identity(self.final, "final.") | others
 
 
 ChangeT = TypeVar("ChangeT")
@@ -161,11 +164,3 @@ def _in_any_order(study: Study, changes: Sequence[ChangeT], change: Callable[[St
             raise refused[0][1]
         changes = [each for each, _ in refused]
     return study
-
-
-def _owner(study: Study, path: str) -> tuple[Any, str]:
-    if path.startswith("final."):
-        return study.final, path.removeprefix("final.")
-    if path == "seed":
-        return study, path
-    return study.train, path

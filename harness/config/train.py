@@ -181,8 +181,12 @@ class FinalConfig:
 
 def fingerprint(config: TrainConfig) -> str:
     """Sixteen hexadecimal digits that stand for everything which decides a configuration's result."""
-    described = {path: plain(value) for path, value in spaces.leaves(config, identity_only=True)}
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def identity(config: Any, prefix: str = "") -> dict[str, Any]:
+    """What decides a configuration's result, flat and ready for JSON."""
+    return {path: plain(value) for path, value in spaces.leaves(config, prefix, identity_only=True)}
 
 
 def plain(value: Any) -> Any:

@@ -19,7 +19,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
 from harness.base.errors import InputError
-from harness.config.space import Choice, get, is_plain, label
+from harness.config.space import Choice, encode, is_plain
 from harness.search import suggest
 from harness.search.extrapolation import ExtrapolatingGPSampler
 
@@ -96,7 +96,7 @@ class Grid(_Asked):
             )
 
     def points(self, study: Study) -> list[dict[str, Any]]:
-        base = {path: label(get(study.train, path)) for path in study.space}
+        base = encode(study.space, study.train)
         labels = [dimension.labels for dimension in study.space.values() if isinstance(dimension, Choice)]
         points = [dict(zip(study.space, values, strict=True)) for values in itertools.product(*labels)]
         return [base, *(point for point in points if point != base)]
@@ -105,19 +105,12 @@ class Grid(_Asked):
         return _GridSampler(self.points(study))
 
 
-class _GridSampler(optuna.samplers.BaseSampler):
+class _GridSampler(optuna.samplers.RandomSampler):
     """The n-th trial takes the n-th point. Optuna's GridSampler keeps its own order and stops the study by itself."""
 
     def __init__(self, points: list[dict[str, Any]]) -> None:
+        super().__init__()
         self._points = points
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {}
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return {}
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
