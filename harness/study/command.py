@@ -10,6 +10,7 @@ from harness.config.events import Event
 from harness.config.find import Found
 from harness.config.options import RunOptions
 from harness.config.study import Study
+from harness.data.splits import prepare
 from harness.report.display import StudyConsole
 
 
@@ -31,3 +32,8 @@ class Command:
     def say(self, text: str) -> None:
         """A sentence for people, wrapped by their terminal."""
         self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def content_of(study: Study) -> dict[str, str]:
+    """Fingerprints of what a definition only names; the first time, the images are decoded for them."""
+    return {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}

@@ -18,7 +18,7 @@ from harness.config.events import Event
 from harness.config.find import Found
 from harness.config.options import RunOptions
 from harness.config.study import Study
-from harness.data.splits import prepare, remarks
+from harness.data.splits import remarks
 from harness.final import model_files
 from harness.report import overview
 from harness.report.display import StudyConsole
@@ -28,7 +28,7 @@ from harness.store import database, opening
 from harness.store.locks import holder
 from harness.store.store import Store, wanted
 from harness.study import coordinator, publish
-from harness.study.command import Command
+from harness.study.command import Command, content_of
 from harness.tracking.expected import expected_runs
 from harness.tracking.files import ARTIFACTS, lacking, move_in
 from harness.tracking.places import check_writable, tracker_for, uri_of
@@ -50,7 +50,7 @@ def run(
     begun, model = not options.fresh and opening.exists(study.name, url), command.beside(".model")
     if begun:
         # Without --data-root nothing says that the images are others; to look would take longer than the answer.
-        content = _prepare(study) if options.data_root else None
+        content = content_of(study) if options.data_root else None
         opening.compare(study, url, content)
         with opening.open_store(study, url, content) as store:
             model_files.check_folder(model, url, store.uid)
@@ -183,7 +183,7 @@ def _run_what_is_missing(command: Command, begun: bool) -> None:
     for image_size in study.image_sizes():
         study.train.backbone.check(image_size)
     with command.console.status("Looking at the images (the first time they are decoded and cached) …"):
-        content = _prepare(study)
+        content = content_of(study)
     tracker = tracker_for(options.tracking_uri, found.mlruns)
     if not begun:  # one that has begun goes on without MLflow, too
         tracker.check(study.name)
@@ -235,11 +235,6 @@ def _with_workers(options: RunOptions, named: str, device: str) -> RunOptions:
         count = options.workers or 1
         pool.surroundings(count, options.workers_per_gpu, device)
     return dataclasses.replace(options, workers=count)
-
-
-def _prepare(study: Study) -> dict[str, str]:
-    """Decode the images once and fingerprint what the definition only names."""
-    return {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
 
 
 def keep_imports() -> None:
