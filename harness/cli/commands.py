@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from harness.base.errors import DONE, FAILED, INTERRUPTED, WRONG_INPUT, Halt, InputError, StudyFailed, no_room
+from harness.base.errors import DONE, FAILED, INTERRUPTED, WRONG_INPUT, Halt, InputError, Told, no_room
 from harness.cli.arguments import build_parser
 from harness.config.find import find, find_home
 from harness.training import interrupt
@@ -61,9 +61,9 @@ def main(arguments: Sequence[str], program: str = "python -m harness") -> int:
     except BrokenPipeError:  # `show | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
-    except (InputError, Halt, StudyFailed) as error:
+    except Told as error:
         print(f"error: {error}", file=sys.stderr)
-        return WRONG_INPUT if isinstance(error, InputError) else FAILED
+        return error.code
     except OSError as error:
         if error.errno not in UNUSABLE or error.filename is None:
             raise

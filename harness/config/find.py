@@ -34,10 +34,8 @@ class Found:
 
     def beside(self, url: str, suffix: str) -> Path:
         """A folder that belongs to the results at `url`: beside a SQLite file, else beside the study file."""
-        file = sqlite_file(url)
-        return (
-            (self.file.parent / f"{self.study.name}{suffix}") if file is None else file.absolute().with_suffix(suffix)
-        )
+        file = sqlite_file(url) or self.file.with_name(f"{self.study.name}.db")
+        return file.absolute().with_suffix(suffix)
 
     def kept(self, url: str) -> list[Path]:
         """The files and folders of the study and its results at `url`, there or not, that nothing else may replace."""

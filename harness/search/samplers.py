@@ -6,9 +6,9 @@ would restart its stream when a study is resumed.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import itertools
+import pkgutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,22 +61,14 @@ class Sampler(_Asked):
 
     def build(self, study: Study, seed: int) -> optuna.samplers.BaseSampler:
         options = {**dict(self.options), "seed": seed}
-        built: optuna.samplers.BaseSampler
-        if self.name == "ExtrapolatingGPSampler":
-            built = call(ExtrapolatingGPSampler, self.name, options)
-        elif ":" in self.name:
-            built = call(_imported(self.name), self.name, options)
-        else:
-            built = make(optuna.samplers, self.name, "Sampler", options)
-        return built
+        if ":" in self.name:
+            return call(_imported(self.name), self.name, options)
+        return make(optuna.samplers, ExtrapolatingGPSampler, self.name, options)
 
 
 # Pruners that keep marks of their own in the storage, and could not repeat an uninterrupted study. A sampler that
 # could not is found by `harness.search.rehearsal`.
-NOT_RESUMABLE = {
-    "SuccessiveHalvingPruner": "asha()",
-    "HyperbandPruner": "asha()",
-}
+NOT_RESUMABLE = ("SuccessiveHalvingPruner", "HyperbandPruner")
 
 
 @dataclass(frozen=True)
@@ -120,9 +112,8 @@ class _GridSampler(optuna.samplers.RandomSampler):
 
 def _imported(name: str) -> Any:
     """The sampler's class of "package.module:Class"; raises InputError when there is none."""
-    module, _, kind = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), kind)
+        found = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"There is no sampler {name!r} ({error}); write package.module:Class.") from error
     if not (isinstance(found, type) and issubclass(found, optuna.samplers.BaseSampler)):
@@ -130,15 +121,16 @@ def _imported(name: str) -> Any:
     return found
 
 
-def make(module: Any, name: str, suffix: str, options: Mapping[str, Any]) -> Any:
+def make(module: Any, ours: type, name: str, options: Mapping[str, Any]) -> Any:
+    """A sampler or pruner of Optuna's `module`, or of our own class beside them."""
     if name in NOT_RESUMABLE:
-        raise InputError(f"{name} cannot be resumed as if it had not stopped; use {NOT_RESUMABLE[name]} instead.")
-    known = {each for each in vars(module) if each.endswith(suffix) and not each.startswith("Base")}
+        raise InputError(f"{name} cannot be resumed as if it had not stopped; use asha() instead.")
+    what = module.__name__.rpartition(".")[2].removesuffix("s")
+    theirs = {each for each in vars(module) if each.endswith(what.capitalize()) and not each.startswith("Base")}
+    known = [*sorted(theirs.difference(NOT_RESUMABLE)), ours.__name__]
     if name not in known:
-        ours = ["Asha"] if suffix == "Pruner" else ["ExtrapolatingGPSampler"]
-        names = ", ".join(sorted(known - NOT_RESUMABLE.keys()) + ours)
-        raise InputError(f"There is no {suffix.lower()} {name!r}; there are {names}.")
-    return call(getattr(module, name), name, options)
+        raise InputError(f"There is no {what} {name!r}; there are {', '.join(known)}.")
+    return call(ours if name == ours.__name__ else getattr(module, name), name, options)
 
 
 def check_options(name: str, options: Mapping[str, Any], or_else: str) -> None:

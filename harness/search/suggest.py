@@ -97,8 +97,7 @@ def _checked(sampler: optuna.samplers.BaseSampler, name: str) -> optuna.samplers
         return value
 
     def sample_relative(of: optuna.Study, trial: FrozenTrial, space: dict[str, BaseDistribution]) -> dict[str, Any]:
-        found: dict[str, Any] = _answer(name, trial.number, relative, of, trial, space)
-        return found
+        return _answer(name, trial.number, relative, of, trial, space)
 
     sampler.sample_independent = sample_independent  # type: ignore[method-assign, assignment]
     sampler.sample_relative = sample_relative  # type: ignore[method-assign, assignment]
