@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from harness.base.errors import DONE, FAILED, INTERRUPTED, WRONG_INPUT, Halt, InputError, Told, no_room
 from harness.cli.arguments import build_parser
+from harness.cli.run import lasting_command, resumable
 from harness.config.find import find, find_home
 from harness.training import interrupt
 
@@ -75,19 +76,15 @@ def main(arguments: Sequence[str], program: str = "python -m harness") -> int:
     return code
 
 
+@resumable
 def _run(args: argparse.Namespace) -> int:
-    from harness.cli.run import lasting_command, resumable
+    from harness.config.options import RunOptions
+    from harness.report.display import StudyConsole
+    from harness.study import start
 
-    def work() -> int:
-        from harness.config.options import RunOptions
-        from harness.report.display import StudyConsole
-        from harness.study import start
-
-        given = {option: value for option, value in vars(args).items() if option not in ("command", "study")}
-        start.run(RunOptions.of(given, lasting_command()), find(args.study), StudyConsole())
-        return DONE
-
-    return resumable(work)
+    given = {option: value for option, value in vars(args).items() if option not in ("command", "study")}
+    start.run(RunOptions.of(given, lasting_command()), find(args.study), StudyConsole())
+    return DONE
 
 
 def _result(args: argparse.Namespace) -> Result:
@@ -160,14 +157,10 @@ def _replay(args: argparse.Namespace) -> int:
     return DONE if _result(args).replay() else FAILED
 
 
+@resumable
 def _audit(args: argparse.Namespace) -> int:
-    from harness.cli.run import resumable
-
-    def work() -> int:
-        _result(args).audit(args.fraction, args.seed, data_root=args.data_root, device=args.device)
-        return DONE
-
-    return resumable(work)
+    _result(args).audit(args.fraction, args.seed, data_root=args.data_root, device=args.device)
+    return DONE
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -38,10 +38,6 @@ class PrunerLike(Protocol):
 
     @property
     def name(self) -> str: ...
-    def build(self, epochs: int, warmup_epochs: float) -> optuna.pruners.BasePruner:
-        """The pruner for trainings of so many epochs."""
-        ...
-
     def of(self, study: Study) -> optuna.pruners.BasePruner:
         """The pruner for a study's trainings. One with a method `rung(epoch)` is asked where that is true alone."""
         ...
@@ -72,7 +68,7 @@ class Study:
         require(
             hasattr(self.sampler, "check"), f'sampler must be tpe(), grid() or Sampler("NAME"), not {self.sampler!r}.'
         )
-        require(hasattr(self.pruner, "build"), f'pruner must be asha() or Pruner("NAME"), not {self.pruner!r}.')
+        require(hasattr(self.pruner, "of"), f'pruner must be asha() or Pruner("NAME"), not {self.pruner!r}.')
         for path, value in self.definition().items():
             require(
                 survives(value),
