@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial
 
 from harness.base.errors import InputError
+from harness.config.study import Study
 from harness.search.samplers import check_options, make
-
-if TYPE_CHECKING:
-    from harness.config.study import Study
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from harness.base.errors import InputError
 from harness.config.space import Choice, Dimension, Float
-from harness.config.study import PrunerLike, SamplerLike
+from harness.config.study import PrunerLike, SamplerLike, Study
 from harness.search import suggest
 from harness.search.history import ShownStudy
-
-if TYPE_CHECKING:
-    from harness.config.study import Study
 
 DRAWN = 10  # trials that Optuna's samplers draw at random
 MOST = 64  # a sampler that draws more than this is not rehearsed beyond them

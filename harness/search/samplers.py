@@ -12,7 +12,7 @@ import pkgutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -20,11 +20,9 @@ from optuna.trial import FrozenTrial
 
 from harness.base.errors import InputError
 from harness.config.space import Choice, encode, is_plain
+from harness.config.study import Study
 from harness.search import suggest
 from harness.search.extrapolation import ExtrapolatingGPSampler
-
-if TYPE_CHECKING:
-    from harness.config.study import Study
 
 
 class _Asked:
