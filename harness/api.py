@@ -66,8 +66,11 @@ def run(
     from harness.study import start
 
     found = _found(study, home)
-    if found.study is study:
-        start.check_own_process(workers, options.get("engine", "processes"))
+    if found.study is study and (workers != 1 or options.get("engine", "processes") != "processes"):
+        raise InputError(
+            "Workers load a study from its file, and this one was made by a program; give the name or the file of a "
+            "study, or workers=1."
+        )
     given = {"trials": trials, "workers": workers, "storage": storage, "tracking_uri": tracking_uri} | options
     asked = RunOptions.of(given, command=_command(found.study.name, given))
     if found.study is study and storage is None:

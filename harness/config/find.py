@@ -60,24 +60,21 @@ def find(name: str, home: Path | None = None) -> Found:
 
     Raises InputError when there is none, or its file is no study.
     """
-    if name.endswith(".py") or "/" in name:
-        file = Path(name).resolve()
-        if file.is_file() and file.suffix != ".py":
-            raise InputError(f"{file} is no study file; give the .py file that defines the study, or its name.")
-        if not file.is_file():
-            named = f"the name of a study ({', '.join(names(home))}) or " if names(home) else ""
+    is_path = name.endswith(".py") or "/" in name
+    file = Path(name).resolve() if is_path else (home or find_home()).resolve() / "studies" / f"{name}.py"
+    if file.is_file() and file.suffix != ".py":
+        raise InputError(f"{file} is no study file; give the .py file that defines the study, or its name.")
+    if not file.is_file():
+        there = ", ".join(names(home))
+        if is_path:
+            named = f"the name of a study ({there}) or " if there else ""
             raise InputError(f"There is no study file {file}; give {named}another file.")
-    else:
-        file = (home or find_home()).resolve() / "studies" / f"{name}.py"
-        if not file.is_file():
-            if not names(home):
-                raise InputError(
-                    f"There is no study {name!r}, nor any other in {file.parent}; go to the folder that holds "
-                    "studies/, or give the path to a study's file."
-                )
-            raise InputError(
-                f"There is no study {name!r}; there are {', '.join(names(home))}. A path to a file works too."
-            )
+        if there:
+            raise InputError(f"There is no study {name!r}; there are {there}. A path to a file works too.")
+        raise InputError(
+            f"There is no study {name!r}, nor any other in {file.parent}; go to the folder that holds studies/, or "
+            "give the path to a study's file."
+        )
     if not is_utf8(str(file)):
         raise InputError(f"The path {file} is no UTF-8 and cannot be recorded; rename it.")
     place = file.parent.parent if file.parent.name == "studies" else file.parent

@@ -62,9 +62,8 @@ class AugmentConfig:
         fits = 0 < low <= high < math.inf
         require(fits, f"augment.crop_ratio must satisfy 0 < low <= high and be finite, not {self.crop_ratio}.")
         require(0 <= self.flip <= 1, f"augment.flip is a probability between 0 and 1, not {self.flip}.")
-        require(0 <= self.rotation_degrees <= 180, "augment.rotation_degrees must lie between 0 and 180.")
-        for name in ("brightness", "contrast", "saturation"):
-            require(0 <= getattr(self, name) <= 1, f"augment.{name} must lie between 0 and 1.")
+        for name, most in (("rotation_degrees", 180), ("brightness", 1), ("contrast", 1), ("saturation", 1)):
+            require(0 <= getattr(self, name) <= most, f"augment.{name} must lie between 0 and {most}.")
         require(0 <= self.hue <= 0.5, "augment.hue must lie between 0 and 0.5 (half a turn of the colour circle).")
 
 

@@ -37,13 +37,10 @@ class Replayed:
         return self.stored == self.asked
 
     def line(self) -> str:
-        differing = [path for path in self.asked if self.stored.get(path) != self.asked[path]]
-        parts = [f"{path} is {_value(self.stored.get(path))}, asked again {self.asked[path]}" for path in differing]
+        stored = {path: self.stored.get(path, "missing") for path in self.asked}
+        differing = [path for path in self.asked if stored[path] != self.asked[path]]
+        parts = [f"{path} is {stored[path]}, asked again {self.asked[path]}" for path in differing]
         return f"trial {self.number}: {'; '.join(parts)}"
-
-
-def _value(stored: Any) -> str:
-    return "missing" if stored is None else str(stored)
 
 
 def replay(study: Study, trials: Sequence[FrozenTrial]) -> Iterator[Replayed]:

@@ -91,15 +91,6 @@ def _asked_for(
     return Command(options=options, found=found, study=study, url=url, console=console, hooks=hooks)
 
 
-def check_own_process(workers: int, engine: str) -> None:
-    """Raise InputError when a `Study` that has no file is to be trained by other processes."""
-    if workers != 1 or engine != "processes":
-        raise InputError(
-            "Workers load a study from its file, and this one was made by a program; give the name or the file of a "
-            "study, or workers=1."
-        )
-
-
 def _look_at_mlflow(command: Command, store: Store) -> None:
     """Write a finished study to a local MLflow whose files were deleted; one that was moved is told where it is."""
     study, model = command.study, command.beside(".model")
