@@ -32,9 +32,8 @@ class EpochResult:
     seconds: float  # training and validation together
     grad_norm: float | None = None  # the largest of the epoch's steps, before clipping; None before the first
     diverged_step: int | None = None  # the first step whose loss or gradient was no finite number, from 1
-    micro_batch: int | None = (
-        None  # images in one pass through the model at most; less than the batch when memory ran out
-    )
+    # Images in one pass through the model at most; less than the batch when memory ran out.
+    micro_batch: int | None = None
 
     def is_finite(self) -> bool:
         """Whether training and validation gave numbers."""

@@ -7,7 +7,6 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from harness.base.errors import InputError, is_utf8
@@ -101,7 +100,7 @@ def _load(file: Path) -> Study:
     spec = importlib.util.spec_from_file_location(f"study_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
-    module: ModuleType = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there, should the study define one
     try:
         spec.loader.exec_module(module)

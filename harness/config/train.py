@@ -122,9 +122,8 @@ class TrainConfig:
     batch_size: int = 34
     epochs: int = 15
     label_smoothing: float = 0.1
-    feature_views: int | None = (
-        None  # augmented views an image of which a frozen backbone's features are kept; None: none
-    )
+    # Augmented views an image of which a frozen backbone's features are kept; None: none.
+    feature_views: int | None = None
     checkpoint_seconds: float = location(60.0)  # time between two checkpoints of a training, at least
 
     def __post_init__(self) -> None:

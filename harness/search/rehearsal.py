@@ -93,11 +93,8 @@ def _judge(pruner: optuna.pruners.BasePruner, trial: FrozenTrial, others: list[F
     for epoch in range(1, EPOCHS + 1):
         trial.intermediate_values[epoch] = 1 / (trial.number + epoch)
         pruner.prune(shown, trial)
-    trial.state, trial.value, trial.datetime_complete = (
-        TrialState.COMPLETE,
-        1 / (trial.number + 1),
-        trial.datetime_start,
-    )
+    trial.state, trial.value = TrialState.COMPLETE, 1 / (trial.number + 1)
+    trial.datetime_complete = trial.datetime_start
 
 
 @contextmanager
