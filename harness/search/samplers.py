@@ -6,9 +6,9 @@ would restart its stream when a study is resumed.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
-import pkgutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -110,8 +110,9 @@ class _GridSampler(optuna.samplers.RandomSampler):
 
 def _imported(name: str) -> Any:
     """The sampler's class of "package.module:Class"; raises InputError when there is none."""
+    module, _, kind = name.partition(":")
     try:
-        found = pkgutil.resolve_name(name)
+        found = getattr(importlib.import_module(module), kind)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"There is no sampler {name!r} ({error}); write package.module:Class.") from error
     if not (isinstance(found, type) and issubclass(found, optuna.samplers.BaseSampler)):
