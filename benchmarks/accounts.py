@@ -22,7 +22,7 @@ PARTS: dict[
     "augmentation": {"harness.data.augment": ["augment"]},
     "validation": {"harness.training.loop": ["evaluate"], "harness.final.test_set": ["logits_of", "measure"]},
     "loop around the steps": {"harness.search.trial": ["fit"], "harness.final.retrain": ["fit"]},
-    "data: decoding and cache": {"harness.study.start": ["_prepare"]},
+    "data: decoding and cache": {"harness.study.start": ["content_of"]},
     "data: loading": {
         "harness.training.assemble": ["load_splits", "load_train_and_val"],
         "harness.final.test_set": ["load_test"],
@@ -51,7 +51,7 @@ PARTS: dict[
     "storage: ask": {"harness.store.store.Store": ["ask"]},
     "storage: report, prune": {"harness.store.store.Store": ["report", "should_prune"]},
     "storage: tell": {"harness.store.store.Store": ["tell"]},
-    "rehearsal of the sampler": {"harness.search.rehearsal": ["rehearse"]},
+    "rehearsal of the sampler": {"harness.study.start": ["rehearse"]},
     "MLflow: opening": {"harness.tracking.mlflow.MLflowTracker": ["check", "start"]},
     "MLflow: runs": {
         "harness.tracking.mlflow.MLflowTracker": ["run"],
@@ -64,7 +64,7 @@ PARTS: dict[
         "harness.tracking.expected": ["facts"],
         "harness.study.coordinator": ["_name_changes"],
     },
-    "report": {"harness.report.write": ["write_report"], "harness.report.overview": ["summary"]},
+    "report": {"harness.study.coordinator": ["write_report"], "harness.report.overview": ["summary"]},
     "saving the model": {"harness.final.test_set": ["save_model"], "harness.final.retrain": ["fingerprint"]},
     "publishing the model": {"harness.study.coordinator": ["describe_model", "register"]},
     "display": {"harness.report.display.Display": ["show", "__enter__", "__exit__"]},

@@ -1,31 +1,40 @@
 """What a Python program or a notebook calls: `harness.run`, `harness.open`, `harness.studies`.
 
-The command line is a thin layer over this module. What is large is imported when it is needed.
+The command line is a thin layer over this module. torch, MLflow and pandas are imported when they are needed.
 """
 
 from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.base.errors import masked
+from harness.base.errors import InputError, masked
+from harness.base.files import sqlite_url
 from harness.config import find as finding
+from harness.config.events import Event
+from harness.config.final_result import FinalResult
+from harness.config.find import Found
 from harness.config.options import RunOptions
+from harness.config.study import Study
+from harness.config.train import TrainConfig
+from harness.final.sentences import test_sentence
+from harness.report import overview
+from harness.report.write import write_report
+from harness.store.opening import as_begun, exists, read_store, url_of
+from harness.store.store import Store
+from harness.study.replay import replay_study
+from harness.tracking.places import uri_of
+from harness.training import interrupt
 
 if TYPE_CHECKING:
     import pandas
     from PIL import Image
 
-    from harness.config.events import Event
-    from harness.config.final_result import FinalResult
-    from harness.config.find import Found
-    from harness.config.study import Study
-    from harness.config.train import TrainConfig
     from harness.serving.predict import Guess, Predictor
-    from harness.store.store import Store
     from harness.study.reproduce import Reproduction
 
 
@@ -55,13 +64,15 @@ def run(
     """
     from harness.report.display import StudyConsole
     from harness.study import start
-    from harness.training import interrupt
 
     found = _found(study, home)
-    if found.study is study:
-        start.check_own_process(workers, options.get("engine", "processes"))
+    if found.study is study and (workers != 1 or options.get("engine", "processes") != "processes"):
+        raise InputError(
+            "Workers load a study from its file, and this one was made by a program; give the name or the file of a "
+            "study, or workers=1."
+        )
     given = {"trials": trials, "workers": workers, "storage": storage, "tracking_uri": tracking_uri} | options
-    asked = RunOptions.from_program(given, command=_command(found.study.name, given))
+    asked = RunOptions.of(given, command=_command(found.study.name, given))
     if found.study is study and storage is None:
         found.file.parent.mkdir(parents=True, exist_ok=True)
     with interrupt.handled():
@@ -91,8 +102,6 @@ def _command(name: str, given: Mapping[str, Any]) -> str:
 
 
 def _found(study: Study | str | Path, home: str | Path | None) -> Found:
-    from harness.config.study import Study
-
     if isinstance(study, Study):
         place = Path(home) if home is not None else Path.cwd()
         return finding.Found(study=study, file=place.resolve() / "studies" / f"{study.name}.py", home=place.resolve())
@@ -125,22 +134,16 @@ class Result:
     """What a study has found so far; every question is put to its storage anew."""
 
     def __init__(self, found: Found, storage: str | None = None, tracking_uri: str | None = None) -> None:
-        from harness.store.opening import url_of
-
         self.name = found.study.name
         self.url = url_of(found, storage)
         self._found, self._tracking_uri = found, tracking_uri
 
-    def store(self) -> Any:
+    def store(self) -> AbstractContextManager[Store]:
         """A context manager that opens the study's storage to look at it."""
-        from harness.store.opening import read_store
-
         return read_store(self.name, self.url)
 
     @property
     def tracking_uri(self) -> str:
-        from harness.tracking.places import uri_of
-
         return uri_of(self._tracking_uri, self._found.mlruns)
 
     @property
@@ -148,9 +151,9 @@ class Result:
         """None while no trial is complete."""
         with self.store() as store:
             trial = store.chosen() or store.best()
-            if trial is None:
+            if trial is None or trial.value is None:
                 return None
-            config = self._begun(store).config(trial.params)
+            config = as_begun(self._found.study, store).config(trial.params)
             return BestTrial(number=trial.number, value=trial.value, params=trial.params, config=config)
 
     @property
@@ -161,10 +164,8 @@ class Result:
 
     def trials(self) -> pandas.DataFrame:
         """A row for each trial: number, state, value, epochs, seconds, reason, and each parameter."""
-        from harness.report.overview import frame
-
         with self.store() as store:
-            return frame(store)
+            return overview.frame(store)
 
     def curves(self) -> pandas.DataFrame:
         """A row for each epoch of each trial: its losses and accuracies, learning rate and seconds."""
@@ -176,38 +177,28 @@ class Result:
 
     def summary(self) -> str:
         """The study in a few lines."""
-        from harness.report import overview
-
         with self.store() as store:
             return overview.summary(self.name, store, self.tracking_uri)
 
     def overview(self) -> dict[str, Any]:
         """Everything that is known, ready for JSON."""
-        from harness.report import overview
-
         with self.store() as store:
             return overview.overview(self.name, store, self.tracking_uri)
 
     def digest(self) -> str:
         """A sha256 of the results: equal ones, equal studies."""
-        from harness.report import overview
-
         with self.store() as store:
             return overview.digest(store)
 
     @property
     def report(self) -> Report:
         """The study's page as it is now, beside the study's file."""
-        from harness.final.sentences import test_sentence
-
         path = self.write_report()
         with self.store() as store:
             return Report(path, test_sentence(store))
 
     def write_report(self, folder: Path | None = None) -> Path:
         """Write report.html and trials.csv, and return the page's path. Raises Halt when there is no room."""
-        from harness.report.write import write_report
-
         with self.store() as store:
             return write_report(self.name, store, self.tracking_uri, folder or self._found.beside(self.url, ".report"))
 
@@ -226,19 +217,16 @@ class Result:
 
     def replay(self) -> bool:
         """Ask the sampler for every trial again, printing what differs; whether nothing does."""
-        from harness.study.replay import replay_study
-
         with self.store() as store:
-            return replay_study(self._begun(store), store)
+            return replay_study(as_begun(self._found.study, store), store)
 
     def audit(self, fraction: float = 0.1, seed: int = 0, **options: Any) -> None:
         """Train a part of the pruned trials to their ends, printing what pruning saved and cost."""
         from harness.study.audit import audit_study
-        from harness.training import interrupt
 
         given = {"storage": self.url, "tracking_uri": self._tracking_uri} | options
         with interrupt.handled():
-            audit_study(RunOptions.from_program(given), self._found, fraction, seed)
+            audit_study(RunOptions.of(given), self._found, fraction, seed)
 
     def doctor(self, fix: bool = False) -> bool:
         """Print where storage, MLflow, checkpoints and processes disagree; with `fix`, mend it. Whether all is well."""
@@ -251,11 +239,6 @@ class Result:
         from harness.serving.export import export_onnx
 
         export_onnx(self._found, self.url, Path(path))
-
-    def _begun(self, store: Store) -> Study:
-        from harness.store.opening import as_begun
-
-        return as_begun(self._found.study, store)
 
     def __repr__(self) -> str:
         return self.summary()
@@ -299,46 +282,37 @@ class Row:
 
     study: str
     state: str  # not begun, running, interrupted, finished, failed, or cannot be read
-    finished: int  # trials
-    trials: int  # asked for
-    best: float | None  # validation accuracy
-    test: float | None  # test accuracy
+    finished: int = 0  # trials
+    trials: int = 0  # asked for
+    best: float | None = None  # validation accuracy
+    test: float | None = None  # test accuracy
     note: str | None = None  # why it cannot be read
 
 
 def rows(home: str | Path | None = None) -> list[Row]:
     """The studies in `home`/studies, in order: those of files, and those that a program has run there."""
-    from harness.base.errors import InputError
-    from harness.base.files import sqlite_url
-    from harness.store.opening import url_of
-
     place = finding.find_home() if home is None else Path(home)
     files = {file.stem: file for file in (place / "studies").glob("*.db") if "." not in file.stem}
-    found, seen = [], set()
+    found = []
     for name in finding.names(place):
         try:
             each = finding.find(name, place)
             found.append(_row(each.study.name, url_of(each, None), each.study.trials))
-            seen.add(each.study.name)
         except InputError as error:
-            unread = {"state": "cannot be read", "note": str(error)}
-            found.append(Row(study=name, finished=0, trials=0, best=None, test=None, **unread))
-            seen.add(name)
+            found.append(Row(study=name, state="cannot be read", note=str(error)))
+    seen = {row.study for row in found}
     found += [_row(name, sqlite_url(file.resolve()), 0) for name, file in sorted(files.items()) if name not in seen]
     return found
 
 
 def _row(name: str, url: str, trials: int) -> Row:
-    from harness.report.overview import state_of
-    from harness.store.opening import exists, read_store
-
     if not exists(name, url):
-        return Row(study=name, state="not begun", finished=0, trials=trials, best=None, test=None)
+        return Row(study=name, state="not begun", trials=trials)
     with read_store(name, url) as store:
         best, final, facts = store.chosen() or store.best(), store.facts().final, store.facts()
         return Row(
             study=name,
-            state=state_of(store),
+            state=overview.state_of(store),
             finished=store.finished(),
             trials=facts.wanted or trials,
             best=None if best is None else best.value,

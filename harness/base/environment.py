@@ -95,12 +95,9 @@ def _quotas(root: Path) -> Iterator[float]:
 def git_commit() -> str:
     """The commit of this code, with "+changes" if the working tree differs, or "unknown"."""
     where = Path(__file__).resolve().parents[2]
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        commands = ["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]
-        commit, changes = (
-            subprocess.run(["git", *command], cwd=where, capture_output=True, text=True, check=True, timeout=10).stdout
-            for command in commands
-        )
+        done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return commit.strip() + ("+changes" if changes.strip() else "")
+    return done.stdout.strip()

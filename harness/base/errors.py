@@ -22,28 +22,33 @@ def is_utf8(text: str) -> bool:
     return not any(category(each) == "Cs" for each in text)
 
 
-class InputError(Exception):
+class Told(Exception):
+    """What a command ends with: a sentence for people, and an exit code."""
+
+    code = FAILED
+
+    def __init__(self, message: str) -> None:
+        super().__init__(masked(message))
+
+
+class InputError(Told):
     """Something a user can mend. The message is one clear sentence that says what to do instead; exit code 2."""
+
+    code = WRONG_INPUT
 
     def __init__(self, message: str) -> None:
         super().__init__(shown(masked(message)))
 
 
-class Halt(Exception):
+class Halt(Told):
     """A study cannot go on for a reason that lies outside it: no room on the disk, a database that broke.
 
     What is finished is kept, and the same command goes on once the reason is gone; exit code 1.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(masked(message))
 
-
-class StudyFailed(Exception):
+class StudyFailed(Told):
     """A study ended without a result, or with one that is not to be trusted; exit code 1."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(masked(message))
 
 
 def no_room(error: BaseException) -> bool:

@@ -141,13 +141,12 @@ def check_place(path: Path, option: str, suffix: str, kept: Iterable[Path]) -> N
 
 
 def _synchronise(folder: Path) -> None:
-    """Make a renaming in this folder last through a power cut; not every system knows how."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Make a renaming in this folder last through a power cut."""
+    descriptor = os.open(folder, os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sqlite_file(url: str) -> Path | None:

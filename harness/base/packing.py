@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+import numpy
+from numpy.typing import NDArray
 
 
 def pack(array: NDArray[Any]) -> str:
@@ -16,20 +16,14 @@ def pack(array: NDArray[Any]) -> str:
 
 def unpack(text: str, kind: str) -> NDArray[Any]:
     """The one-dimensional array that was packed; `kind` is numpy's name of its type, such as "uint16"."""
-    import numpy
-
     return numpy.frombuffer(base64.b64decode(text), dtype=numpy.dtype(kind).newbyteorder("<")).astype(kind)
 
 
 def pack_bits(flags: NDArray[Any]) -> str:
     """A bool array [N], eight to a byte."""
-    import numpy
-
     return base64.b64encode(numpy.packbits(flags).tobytes()).decode()
 
 
 def unpack_bits(text: str, count: int) -> NDArray[Any]:
     """The bool array [count] that was packed."""
-    import numpy
-
     return numpy.unpackbits(numpy.frombuffer(base64.b64decode(text), dtype=numpy.uint8), count=count).astype(bool)

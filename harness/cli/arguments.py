@@ -13,6 +13,8 @@ from harness.base.files import as_meant
 from harness.config.space import LARGEST, MOST_TRIALS, shortened
 
 MOST_WORKERS = 10_000  # a larger number is a slip of the keyboard
+DEVICE = "auto, cpu, cuda, cuda:1 or mps"
+IS = "(default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,11 +32,10 @@ def build_parser(program: str) -> argparse.ArgumentParser:
         parser.set_defaults(command="run")
         return parser
     parser = Parser(prog=program, description="Hyperparameter studies of image classifiers.")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
 
     def add(name: str, about: str, of_a_study: bool = True) -> argparse.ArgumentParser:
         command: argparse.ArgumentParser = commands.add_parser(name, help=about)
-        command.set_defaults(command=name)
         if of_a_study:
             command.add_argument("study", metavar="STUDY", help="a study's name or file")
         return command
@@ -50,51 +51,66 @@ def build_parser(program: str) -> argparse.ArgumentParser:
     report.add_argument("--output", metavar="DIR", type=_path, help="where to (default: studies/NAME.report)")
     reproduce = add("reproduce", "train a trial again and compare every epoch with the record")
     reproduce.add_argument("trial", metavar="N", type=_whole(0), help="the trial's number")
-    _add_data_and_device(reproduce)
-    _add_storage(add("replay", "ask the sampler for every trial again and compare with the record"))
-    _add_audit(add("audit", "train some pruned trials to their ends: what did pruning cost?"))
+    replay = add("replay", "ask the sampler for every trial again and compare with the record")
+    audit = add("audit", "train some pruned trials to their ends: what did pruning cost?")
+    audit.add_argument(
+        "--fraction", metavar="F", type=_fraction, default=0.1, help=f"of the pruned trials, at least {IS}"
+    )
+    audit.add_argument("--seed", metavar="N", type=_whole(0, LARGEST), default=0, help=f"of the drawing {IS}")
     doctor = add("doctor", "whether storage, MLflow, checkpoints and processes agree")
     doctor.add_argument("--fix", action="store_true", help="mend what disagrees; the storage is right")
     export = add("export", "write the final model as an ONNX file")
     export.add_argument("--onnx", metavar="FILE", type=_path, required=True, help="where to")
-    _add_storage(export)
-    for command in (show, report, reproduce, doctor):
-        _add_places(command)
+    for command in (reproduce, audit):
+        _add_shared(command, "--data-root", "--device")
+    for command in (show, report, reproduce, replay, audit, doctor, export):
+        _add_shared(command, "--storage")
+    for command in (show, report, reproduce, audit, doctor):
+        _add_shared(command, "--tracking-uri")
     _add_predict(add("predict", "what the saved model says about photographs"))
     _add_demo(add("demo", "open a page where the saved model names the flower in a photograph"))
     _add_ui(add("ui", "open the MLflow UI on the logged runs", of_a_study=False))
     return parser
 
 
+def _add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Options that mean the same wherever they are."""
+    options: dict[str, dict[str, Any]] = {
+        "--data-root": {"metavar": "DIR", "type": _recorded, "help": "the folder that holds the data set"},
+        "--device": {"help": f"{DEVICE} (default: what the study ran on)"},
+        "--storage": {
+            "metavar": "URL",
+            "type": _url,
+            "help": "the study's database (default: sqlite, beside the study file)",
+        },
+        "--tracking-uri": {
+            "metavar": "URI",
+            "type": _url,
+            "help": "an MLflow server or database (default: mlruns/mlflow.db)",
+        },
+    }
+    for name in names:
+        parser.add_argument(name, **options[name])
+
+
 def _add_ui(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tracking-uri", metavar="URI", type=_url, help="the MLflow database or server (default: mlruns/mlflow.db)"
-    )
+    add = parser.add_argument
+    add("--tracking-uri", metavar="URI", type=_url, help="the MLflow database or server (default: mlruns/mlflow.db)")
     _add_address(parser, 5000)
 
 
 def _add_address(parser: argparse.ArgumentParser, port: int) -> None:
-    parser.add_argument(
-        "--host", type=_recorded, default="127.0.0.1", help="address to listen on (default: %(default)s)"
-    )
-    parser.add_argument("--port", type=_whole(1, 65_535), default=port, help="port to listen on (default: %(default)s)")
-
-
-def _add_data_and_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data-root", metavar="DIR", type=_recorded, help="the folder that holds the data set")
-    parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps (default: what the study ran on)")
+    parser.add_argument("--host", type=_recorded, default="127.0.0.1", help=f"address to listen on {IS}")
+    parser.add_argument("--port", type=_whole(1, 65_535), default=port, help=f"port to listen on {IS}")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--study", metavar="NAME|FILE", default="flowers102", help="the study (default: %(default)s)")
-    parser.add_argument(
-        "--trials",
-        metavar="N",
-        type=_whole(1, MOST_TRIALS),
-        help="how many finished trials the study should have in all",
-    )
-    parser.add_argument("--data-root", metavar="DIR", type=_recorded, help="the folder that holds the data set")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--study", metavar="NAME|FILE", default="flowers102", help=f"the study {IS}")
+    trials = "how many finished trials the study should have in all"
+    add("--trials", metavar="N", type=_whole(1, MOST_TRIALS), help=trials)
+    _add_shared(parser, "--data-root")
+    add(
         "--set",
         metavar="PATH=VALUE",
         action="append",
@@ -102,91 +118,44 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="change a field of the base configuration, e.g. epochs=5, data.limit=204, optim.weight_decay=0.05, "
         "final.seeds=1; repeatable",
     )
-    parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps (default: what the study says, else auto)")
+    add("--device", help=f"{DEVICE} (default: what the study says, else auto)")
     _add_workers(parser)
-    parser.add_argument(
-        "--reopen-test",
-        metavar="REASON",
-        type=_recorded,
-        help="open the test set again for a better trial; the reason is kept in the ledger and shown in every report",
-    )
-    parser.add_argument("--fresh", action="store_true", help="move an existing study of this name aside and start anew")
-    _add_places(parser)
+    reason = "open the test set again for a better trial; the reason is kept in the ledger and shown in every report"
+    add("--reopen-test", metavar="REASON", type=_recorded, help=reason)
+    add("--fresh", action="store_true", help="move an existing study of this name aside and start anew")
+    _add_shared(parser, "--storage", "--tracking-uri")
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--workers",
-        metavar="N",
-        type=_whole(1, MOST_WORKERS),
-        default=0,
-        help="processes that train side by side, each with a GPU of its own or its share of the cores (default: 1; "
-        "with --engine ray one for each GPU of the cluster, without GPUs one for each node)",
+    add, count = parser.add_argument, _whole(1, MOST_WORKERS)
+    workers = (
+        "processes that train side by side, each with a GPU of its own or its share of the cores (default: 1; "
+        "with --engine ray one for each GPU of the cluster, without GPUs one for each node)"
     )
-    parser.add_argument(
-        "--workers-per-gpu",
-        metavar="N",
-        type=_whole(1, MOST_WORKERS),
-        default=1,
-        help="how many share a GPU (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--engine",
-        choices=["processes", "ray"],
-        default="processes",
-        help="where the workers run: processes of this machine, or tasks on a Ray cluster (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--ray-address",
-        metavar="auto|HOST:PORT",
-        type=_recorded,
-        help="with --engine ray: the cluster (default: auto, the one that this machine belongs to)",
-    )
+    add("--workers", metavar="N", type=count, default=0, help=workers)
+    add("--workers-per-gpu", metavar="N", type=count, default=1, help=f"how many share a GPU {IS}")
+    engine = f"where the workers run: processes of this machine, or tasks on a Ray cluster {IS}"
+    add("--engine", choices=["processes", "ray"], default="processes", help=engine)
+    cluster = "with --engine ray: the cluster (default: auto, the one that this machine belongs to)"
+    add("--ray-address", metavar="auto|HOST:PORT", type=_recorded, help=cluster)
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", metavar="IMAGE|DIR", nargs="+", type=_path, help="photographs, or folders of them")
-    parser.add_argument("--top", metavar="N", type=_whole(1), help="how many classes to show (default: 5)")
-    parser.add_argument(
-        "--csv", metavar="FILE", type=_path, help="write a table instead (-: to stdout): file, rank, class, probability"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
-    _add_storage(parser)
+    add = parser.add_argument
+    add("images", metavar="IMAGE|DIR", nargs="+", type=_path, help="photographs, or folders of them")
+    add("--top", metavar="N", type=_whole(1), help="how many classes to show (default: 5)")
+    table = "write a table instead (-: to stdout): file, rank, class, probability"
+    add("--csv", metavar="FILE", type=_path, help=table)
+    add("--device", default="auto", help=f"{DEVICE} {IS}")
+    _add_shared(parser, "--storage")
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     _add_address(parser, 7860)
-    parser.add_argument("--data-root", metavar="DIR", type=_recorded, help="the data set, for example photographs")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
-    _add_storage(parser)
-
-
-def _add_audit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--fraction",
-        metavar="F",
-        type=_fraction,
-        default=0.1,
-        help="of the pruned trials, at least (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", metavar="N", type=_whole(0, LARGEST), default=0, help="of the drawing (default: %(default)s)"
-    )
-    _add_data_and_device(parser)
-    _add_places(parser)
-
-
-def _add_storage(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--storage", metavar="URL", type=_url, help="the study's database (default: sqlite, beside the study file)"
-    )
-
-
-def _add_places(parser: argparse.ArgumentParser) -> None:
-    _add_storage(parser)
-    parser.add_argument(
-        "--tracking-uri", metavar="URI", type=_url, help="an MLflow server or database (default: mlruns/mlflow.db)"
-    )
+    add("--data-root", metavar="DIR", type=_recorded, help="the data set, for example photographs")
+    add("--device", default="auto", help=f"{DEVICE} {IS}")
+    _add_shared(parser, "--storage")
 
 
 def _given(text: str) -> str:

@@ -15,13 +15,16 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from harness.api import Result, rows
-from harness.base.errors import DONE, FAILED, INTERRUPTED, WRONG_INPUT, Halt, InputError, StudyFailed, no_room
+from harness.base.errors import DONE, FAILED, INTERRUPTED, WRONG_INPUT, Halt, InputError, Told, no_room
 from harness.cli.arguments import build_parser
+from harness.cli.run import lasting_command, resumable
 from harness.config.find import find, find_home
 from harness.training import interrupt
+
+if TYPE_CHECKING:
+    from harness.api import Result
 
 # A place that a user named, or whose permissions a user can change.
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
@@ -52,18 +55,16 @@ def main(arguments: Sequence[str], program: str = "python -m harness") -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        args = build_parser(program).parse_args(_with_command(arguments, program))
+        # `run_study.py` is `run` alone; its parser has no command to name.
+        args = build_parser(program).parse_args(arguments[1:] if program == "run_study.py" else arguments)
         code = COMMANDS[args.command](args)
         sys.stdout.flush()
     except BrokenPipeError:  # `show | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
-    except InputError as error:
+    except Told as error:
         print(f"error: {error}", file=sys.stderr)
-        return WRONG_INPUT
-    except (Halt, StudyFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
+        return error.code
     except OSError as error:
         if error.errno not in UNUSABLE or error.filename is None:
             raise
@@ -75,28 +76,30 @@ def main(arguments: Sequence[str], program: str = "python -m harness") -> int:
     return code
 
 
-def _with_command(arguments: Sequence[str], program: str) -> list[str]:
-    """`run_study.py` is `run` alone; its parser has no command to name."""
-    return list(arguments[1:]) if program == "run_study.py" else list(arguments)
-
-
+@resumable
 def _run(args: argparse.Namespace) -> int:
-    from harness.cli.run import run
     from harness.config.options import RunOptions
+    from harness.report.display import StudyConsole
+    from harness.study import start
 
-    return run(RunOptions.of(args), args.study)
+    given = {option: value for option, value in vars(args).items() if option not in ("command", "study")}
+    start.run(RunOptions.of(given, lasting_command()), find(args.study), StudyConsole())
+    return DONE
 
 
 def _result(args: argparse.Namespace) -> Result:
+    from harness.api import Result
+
     return Result(find(args.study), args.storage, getattr(args, "tracking_uri", None))
 
 
 def _list(args: argparse.Namespace) -> int:
+    from harness.api import rows
     from harness.report.display import print_studies
 
     found = rows()
     if args.json:
-        print(json.dumps([dataclasses.asdict(row) for row in found], indent=2, ensure_ascii=_escaped()))
+        _print_json([dataclasses.asdict(row) for row in found])
     else:
         print_studies(found)
     return DONE
@@ -112,15 +115,16 @@ def _show(args: argparse.Namespace) -> int:
     if args.digest:
         print(result.digest())
     elif args.json:
-        print(json.dumps(result.overview(), indent=2, ensure_ascii=_escaped()))
+        _print_json(result.overview())
     else:
         print(result.summary())
     return DONE
 
 
-def _escaped() -> bool:
-    """Whether JSON is printed with its own escapes, for the terminal has not all signs."""
-    return (sys.stdout.encoding or "utf-8").lower() not in ("utf-8", "utf8")
+def _print_json(value: object) -> None:
+    """With JSON's own escapes where the terminal has not all signs."""
+    escaped = (sys.stdout.encoding or "utf-8").lower() not in ("utf-8", "utf8")
+    print(json.dumps(value, indent=2, ensure_ascii=escaped))
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -153,14 +157,10 @@ def _replay(args: argparse.Namespace) -> int:
     return DONE if _result(args).replay() else FAILED
 
 
+@resumable
 def _audit(args: argparse.Namespace) -> int:
-    from harness.cli.run import resumable
-
-    def work() -> int:
-        _result(args).audit(args.fraction, args.seed, data_root=args.data_root, device=args.device)
-        return DONE
-
-    return resumable(work)
+    _result(args).audit(args.fraction, args.seed, data_root=args.data_root, device=args.device)
+    return DONE
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -2,53 +2,39 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shlex
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from harness.base.errors import DONE, FAILED, INTERRUPTED, Halt, masked, no_room
-from harness.config.options import RunOptions
+from harness.base.errors import FAILED, INTERRUPTED, Halt, masked, no_room
 from harness.training import interrupt
 
-if TYPE_CHECKING:
-    pass
 
+def resumable(command: Callable[[Namespace], int]) -> Callable[[Namespace], int]:
+    """A command that trains. One that was stopped says how to go on."""
 
-def run(options: RunOptions, name: str) -> int:
-    """Run or resume the study called `name`; returns the exit code. Raises InputError for what a user can mend."""
+    def work(args: Namespace) -> int:
+        interrupt.install()
+        _share_cores()
+        try:
+            return command(args)
+        except KeyboardInterrupt:
+            return _stopped(INTERRUPTED)
+        except Halt as error:
+            text = str(error)
+        except MemoryError as error:  # outside of a trial, which would have failed and let the next one try
+            text = f"{str(error) or 'out of memory'}; free some, or take another device."
+        except OSError as error:
+            if not no_room(error):
+                raise
+            text = f"{error.filename or 'A file'} cannot be written ({error.strerror}); make room."
+        print(f"error: {text}", file=sys.stderr)
+        return _stopped(FAILED)
 
-    def work() -> int:
-        from harness.config.find import find
-        from harness.report.display import StudyConsole
-        from harness.study import start
-
-        start.run(dataclasses.replace(options, command=_lasting_command()), find(name), StudyConsole())
-        return DONE
-
-    return resumable(work)
-
-
-def resumable(command: Callable[[], int]) -> int:
-    """Do a command that trains; returns its exit code. One that was stopped says how to go on."""
-    interrupt.install()
-    _share_cores()
-    try:
-        return command()
-    except KeyboardInterrupt:
-        return _stopped(INTERRUPTED)
-    except Halt as error:
-        print(f"error: {error}", file=sys.stderr)
-    except MemoryError as error:  # outside of a trial, which would have failed and let the next one try
-        print(f"error: {str(error) or 'out of memory'}; free some, or take another device.", file=sys.stderr)
-    except OSError as error:
-        if not no_room(error):
-            raise
-        print(f"error: {error.filename or 'A file'} cannot be written ({error.strerror}); make room.", file=sys.stderr)
-    return _stopped(FAILED)
+    return work
 
 
 def _stopped(code: int) -> int:
@@ -72,7 +58,7 @@ def _command() -> str:
     return shlex.join(map(masked, command))
 
 
-def _lasting_command() -> str:
+def lasting_command() -> str:
     """The same without a reason to open the test set again, which holds once."""
     words = shlex.split(_command())
     places = [place for place, word in enumerate(words) if word.startswith("--reopen-test")]

@@ -32,9 +32,8 @@ class EpochResult:
     seconds: float  # training and validation together
     grad_norm: float | None = None  # the largest of the epoch's steps, before clipping; None before the first
     diverged_step: int | None = None  # the first step whose loss or gradient was no finite number, from 1
-    micro_batch: int | None = (
-        None  # images in one pass through the model at most; less than the batch when memory ran out
-    )
+    # Images in one pass through the model at most; less than the batch when memory ran out.
+    micro_batch: int | None = None
 
     def is_finite(self) -> bool:
         """Whether training and validation gave numbers."""
@@ -65,17 +64,8 @@ class EpochResult:
 
     @staticmethod
     def from_dict(record: dict[str, Any]) -> EpochResult:
-        val = record["val"]
-        return EpochResult(
-            epoch=record["epoch"],
-            lr=record["lr"],
-            train=Metrics(**record["train"]),
-            val=None if val is None else Metrics(**val),
-            seconds=record["seconds"],
-            grad_norm=record.get("grad_norm"),
-            diverged_step=record.get("diverged_step"),
-            micro_batch=record.get("micro_batch"),
-        )
+        val = None if record["val"] is None else Metrics(**record["val"])
+        return EpochResult(**record | {"train": Metrics(**record["train"]), "val": val})
 
 
 @dataclass(frozen=True, kw_only=True)

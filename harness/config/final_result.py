@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from harness.base.errors import InputError
-
-if TYPE_CHECKING:
-    from pydantic import TypeAdapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,17 +101,11 @@ class FinalResult(TestResult):
     @staticmethod
     def of(stored: Mapping[str, Any]) -> FinalResult:
         """Of what the storage keeps. Raises InputError naming the fields that are missing or no such values."""
-        from pydantic import ValidationError
-
         try:  # by JSON, in which a list may be a tuple, and strictly, so that a text is no number
-            return _adapter().validate_json(json.dumps(stored), strict=True)
+            return READER.validate_json(json.dumps(stored), strict=True)
         except ValidationError as error:
             lacking = {str(each["loc"][0]) if each["loc"] else "per_seed": None for each in error.errors()}
             raise InputError(f"the study's 'final' does not say its {', '.join(lacking)}") from error
 
 
-@cache
-def _adapter() -> TypeAdapter[FinalResult]:
-    from pydantic import TypeAdapter  # 0.1 s, and --help does without
-
-    return TypeAdapter(FinalResult)
+READER = TypeAdapter(FinalResult)

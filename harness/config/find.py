@@ -7,7 +7,6 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from harness.base.errors import InputError, is_utf8
@@ -34,10 +33,8 @@ class Found:
 
     def beside(self, url: str, suffix: str) -> Path:
         """A folder that belongs to the results at `url`: beside a SQLite file, else beside the study file."""
-        file = sqlite_file(url)
-        return (
-            (self.file.parent / f"{self.study.name}{suffix}") if file is None else file.absolute().with_suffix(suffix)
-        )
+        file = sqlite_file(url) or self.file.with_name(f"{self.study.name}.db")
+        return file.absolute().with_suffix(suffix)
 
     def kept(self, url: str) -> list[Path]:
         """The files and folders of the study and its results at `url`, there or not, that nothing else may replace."""
@@ -62,24 +59,21 @@ def find(name: str, home: Path | None = None) -> Found:
 
     Raises InputError when there is none, or its file is no study.
     """
-    if name.endswith(".py") or "/" in name:
-        file = Path(name).resolve()
-        if file.is_file() and file.suffix != ".py":
-            raise InputError(f"{file} is no study file; give the .py file that defines the study, or its name.")
-        if not file.is_file():
-            named = f"the name of a study ({', '.join(names(home))}) or " if names(home) else ""
+    is_path = name.endswith(".py") or "/" in name
+    file = Path(name).resolve() if is_path else (home or find_home()).resolve() / "studies" / f"{name}.py"
+    if file.is_file() and file.suffix != ".py":
+        raise InputError(f"{file} is no study file; give the .py file that defines the study, or its name.")
+    if not file.is_file():
+        there = ", ".join(names(home))
+        if is_path:
+            named = f"the name of a study ({there}) or " if there else ""
             raise InputError(f"There is no study file {file}; give {named}another file.")
-    else:
-        file = (home or find_home()).resolve() / "studies" / f"{name}.py"
-        if not file.is_file():
-            if not names(home):
-                raise InputError(
-                    f"There is no study {name!r}, nor any other in {file.parent}; go to the folder that holds "
-                    "studies/, or give the path to a study's file."
-                )
-            raise InputError(
-                f"There is no study {name!r}; there are {', '.join(names(home))}. A path to a file works too."
-            )
+        if there:
+            raise InputError(f"There is no study {name!r}; there are {there}. A path to a file works too.")
+        raise InputError(
+            f"There is no study {name!r}, nor any other in {file.parent}; go to the folder that holds studies/, or "
+            "give the path to a study's file."
+        )
     if not is_utf8(str(file)):
         raise InputError(f"The path {file} is no UTF-8 and cannot be recorded; rename it.")
     place = file.parent.parent if file.parent.name == "studies" else file.parent
@@ -106,7 +100,7 @@ def _load(file: Path) -> Study:
     spec = importlib.util.spec_from_file_location(f"study_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
-    module: ModuleType = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there, should the study define one
     try:
         spec.loader.exec_module(module)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -29,15 +28,9 @@ class RunOptions:
     command: str | None = None  # what goes on with it, for people to read
 
     @staticmethod
-    def from_program(given: Mapping[str, Any], command: str | None = None) -> RunOptions:
-        """Those that a program names. Raises InputError for one that there is not."""
+    def of(given: Mapping[str, Any], command: str | None = None) -> RunOptions:
+        """Those that a command line or a program gives. Raises InputError for one that there is not."""
         known = {field.name for field in fields(RunOptions)} - {"command"}
         if unknown := sorted(set(given) - known):
             raise InputError(f"There is no option {unknown[0]!r}; there are {', '.join(sorted(known))}.")
         return RunOptions(**dict(given) | {"set": tuple(given.get("set", ())), "command": command})
-
-    @staticmethod
-    def of(args: argparse.Namespace) -> RunOptions:
-        """Those that a command has, of its parsed arguments."""
-        given = {field.name: getattr(args, field.name) for field in fields(RunOptions) if hasattr(args, field.name)}
-        return RunOptions(**given | {"set": tuple(given.get("set", ()))})

@@ -6,17 +6,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import optuna
 from optuna.trial import FrozenTrial
 
 from harness.base.errors import InputError
 from harness.config import space as spaces
-from harness.config.train import FinalConfig, TrainConfig, plain, require, require_count, survives
-
-if TYPE_CHECKING:
-    pass
+from harness.config.train import FinalConfig, TrainConfig, identity, plain, require, require_count, survives
 
 
 class SamplerLike(Protocol):
@@ -41,10 +38,6 @@ class PrunerLike(Protocol):
 
     @property
     def name(self) -> str: ...
-    def build(self, epochs: int, warmup_epochs: float) -> optuna.pruners.BasePruner:
-        """The pruner for trainings of so many epochs."""
-        ...
-
     def of(self, study: Study) -> optuna.pruners.BasePruner:
         """The pruner for a study's trainings. One with a method `rung(epoch)` is asked where that is true alone."""
         ...
@@ -75,7 +68,7 @@ class Study:
         require(
             hasattr(self.sampler, "check"), f'sampler must be tpe(), grid() or Sampler("NAME"), not {self.sampler!r}.'
         )
-        require(hasattr(self.pruner, "build"), f'pruner must be asha() or Pruner("NAME"), not {self.pruner!r}.')
+        require(hasattr(self.pruner, "of"), f'pruner must be asha() or Pruner("NAME"), not {self.pruner!r}.')
         for path, value in self.definition().items():
             require(
                 survives(value),
@@ -104,11 +97,7 @@ class Study:
         try:
             if path not in known:
                 raise spaces.unknown_field(path, known)
-            part, inner = _owner(self, path)
-            changed = spaces.replace(part, inner, spaces.parse(part, inner, text))
-            if part is self:
-                return changed
-            return dataclasses.replace(self, **{"final" if part is self.final else "train": changed})
+            return self._with(path, spaces.parse(*self._owner(path), text))
         except InputError as error:
             raise InputError(f"--set {spaces.shortened(setting)[1:-1]}: {error}") from error
 
@@ -117,15 +106,23 @@ class Study:
         return _in_any_order(self, list(stored.items()), lambda study, field: study._with_stored(*field))
 
     def _with_stored(self, path: str, value: Any) -> Study:
-        if path == "seed":
-            return dataclasses.replace(self, seed=value)
-        owner = self.final if path.startswith("final.") else self.train
-        inner = path.removeprefix("final.")
+        owner, inner = self._owner(path)
         if inner not in spaces.paths(owner) or plain(spaces.get(owner, inner)) == value:
             return self
-        changed = spaces.replace(owner, inner, tuple(value) if isinstance(value, list) else value)
-        part: Any = {"final" if owner is self.final else "train": changed}
-        return dataclasses.replace(self, **part)
+        return self._with(path, tuple(value) if isinstance(value, list) else value)
+
+    def _with(self, path: str, value: Any) -> Study:
+        owner, inner = self._owner(path)
+        changed: Any = spaces.replace(owner, inner, value)
+        if owner is self:
+            return changed
+        return dataclasses.replace(self, **{"final" if owner is self.final else "train": changed})
+
+    def _owner(self, path: str) -> tuple[Any, str]:
+        """The part of a study that a path of its definition leads into, and the path inside."""
+        if path.startswith("final."):
+            return self.final, path.removeprefix("final.")
+        return (self if path == "seed" else self.train), path
 
     def located(self, home: Path, data_root: str | None, device: str | None) -> Study:
         """This study with its folders made absolute: relative ones are taken from `home`, `data_root` from here."""
@@ -142,10 +139,9 @@ class Study:
 
     def definition(self) -> dict[str, Any]:
         """Everything that decides the results, flat and ready for JSON; `trials` is left out, for it may grow."""
-        flat = {path: plain(value) for path, value in spaces.leaves(self.train, identity_only=True)}
-        flat |= {f"space.{path}": repr(dimension) for path, dimension in self.space.items()}
-        flat |= {f"final.{path}": plain(value) for path, value in spaces.leaves(self.final, identity_only=True)}
-        return flat | {"sampler": repr(self.sampler), "pruner": repr(self.pruner), "seed": self.seed}
+        searched = {f"space.{path}": repr(dimension) for path, dimension in self.space.items()}
+        others = {"sampler": repr(self.sampler), "pruner": repr(self.pruner), "seed": self.seed}
+        return identity(self.train) | searched | identity(self.final, "final.") | others
 
 
 ChangeT = TypeVar("ChangeT")
@@ -164,11 +160,3 @@ def _in_any_order(study: Study, changes: Sequence[ChangeT], change: Callable[[St
             raise refused[0][1]
         changes = [each for each, _ in refused]
     return study
-
-
-def _owner(study: Study, path: str) -> tuple[Any, str]:
-    if path.startswith("final."):
-        return study.final, path.removeprefix("final.")
-    if path == "seed":
-        return study, path
-    return study.train, path

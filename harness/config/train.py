@@ -62,9 +62,8 @@ class AugmentConfig:
         fits = 0 < low <= high < math.inf
         require(fits, f"augment.crop_ratio must satisfy 0 < low <= high and be finite, not {self.crop_ratio}.")
         require(0 <= self.flip <= 1, f"augment.flip is a probability between 0 and 1, not {self.flip}.")
-        require(0 <= self.rotation_degrees <= 180, "augment.rotation_degrees must lie between 0 and 180.")
-        for name in ("brightness", "contrast", "saturation"):
-            require(0 <= getattr(self, name) <= 1, f"augment.{name} must lie between 0 and 1.")
+        for name, most in (("rotation_degrees", 180), ("brightness", 1), ("contrast", 1), ("saturation", 1)):
+            require(0 <= getattr(self, name) <= most, f"augment.{name} must lie between 0 and {most}.")
         require(0 <= self.hue <= 0.5, "augment.hue must lie between 0 and 0.5 (half a turn of the colour circle).")
 
 
@@ -123,9 +122,8 @@ class TrainConfig:
     batch_size: int = 34
     epochs: int = 15
     label_smoothing: float = 0.1
-    feature_views: int | None = (
-        None  # augmented views an image of which a frozen backbone's features are kept; None: none
-    )
+    # Augmented views an image of which a frozen backbone's features are kept; None: none.
+    feature_views: int | None = None
     checkpoint_seconds: float = location(60.0)  # time between two checkpoints of a training, at least
 
     def __post_init__(self) -> None:
@@ -181,8 +179,12 @@ class FinalConfig:
 
 def fingerprint(config: TrainConfig) -> str:
     """Sixteen hexadecimal digits that stand for everything which decides a configuration's result."""
-    described = {path: plain(value) for path, value in spaces.leaves(config, identity_only=True)}
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def identity(config: Any, prefix: str = "") -> dict[str, Any]:
+    """What decides a configuration's result, flat and ready for JSON."""
+    return {path: plain(value) for path, value in spaces.leaves(config, prefix, identity_only=True)}
 
 
 def plain(value: Any) -> Any:

@@ -47,7 +47,8 @@ class ExtrapolatingGPSampler(optuna.samplers.GPSampler):
 def _as_complete(study: optuna.Study) -> optuna.Study:
     trials = study.get_trials(deepcopy=False)
     ended = [trial for trial in trials if trial.state in ENDED]
-    values = dict(zip((trial.number for trial in ended), clipped(_predicted(ended)), strict=True))
+    predicted = extrapolated([trial.intermediate_values for trial in ended], [trial.value for trial in ended])
+    values = dict(zip((trial.number for trial in ended), clipped(predicted), strict=True))
     kept = set(thinned(sorted(values, key=lambda number: (-values[number], number))))
     shown = [_complete(trial, values[trial.number]) for trial in ended if trial.number in kept]
     return ShownStudy.of(study, shown + [trial for trial in trials if trial.state is TrialState.RUNNING])
@@ -60,10 +61,6 @@ def thinned(ranked: Sequence[int], most: int = MOST) -> list[int]:
     best, rest = ranked[: most // 2], ranked[most // 2 :]
     others = most - len(best)
     return [*best, *(rest[len(rest) * each // others] for each in range(others))]
-
-
-def _predicted(trials: Sequence[FrozenTrial]) -> list[float]:
-    return extrapolated([trial.intermediate_values for trial in trials], [trial.value for trial in trials])
 
 
 def _complete(trial: FrozenTrial, value: float) -> FrozenTrial:

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial
 
 from harness.base.errors import InputError
-from harness.search.samplers import call, check_options, make
-
-if TYPE_CHECKING:
-    from harness.config.study import Study
+from harness.config.study import Study
+from harness.search.samplers import check_options, make
 
 
 @dataclass(frozen=True)
@@ -42,14 +40,9 @@ class Pruner:
             name: value.build(epochs, warmup_epochs) if isinstance(value, Pruner) else value
             for name, value in self.options
         }
-        built: optuna.pruners.BasePruner
-        if self.name == "Asha":
-            if "first" in options:
-                options["min_epochs"] = first_rung(options.pop("first"), epochs, warmup_epochs)
-            built = call(Asha, self.name, options)
-        else:
-            built = make(optuna.pruners, self.name, "Pruner", options)
-        return built
+        if self.name == "Asha" and "first" in options:
+            options["min_epochs"] = first_rung(options.pop("first"), epochs, warmup_epochs)
+        return make(optuna.pruners, Asha, self.name, options)
 
     def of(self, study: Study) -> optuna.pruners.BasePruner:
         """The pruner for a study's trainings."""

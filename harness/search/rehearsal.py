@@ -10,19 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from harness.base.errors import InputError
 from harness.config.space import Choice, Dimension, Float
-from harness.config.study import PrunerLike, SamplerLike
+from harness.config.study import PrunerLike, SamplerLike, Study
 from harness.search import suggest
 from harness.search.history import ShownStudy
-
-if TYPE_CHECKING:
-    from harness.config.study import Study
 
 DRAWN = 10  # trials that Optuna's samplers draw at random
 MOST = 64  # a sampler that draws more than this is not rehearsed beyond them
@@ -97,11 +93,8 @@ def _judge(pruner: optuna.pruners.BasePruner, trial: FrozenTrial, others: list[F
     for epoch in range(1, EPOCHS + 1):
         trial.intermediate_values[epoch] = 1 / (trial.number + epoch)
         pruner.prune(shown, trial)
-    trial.state, trial.value, trial.datetime_complete = (
-        TrialState.COMPLETE,
-        1 / (trial.number + 1),
-        trial.datetime_start,
-    )
+    trial.state, trial.value = TrialState.COMPLETE, 1 / (trial.number + 1)
+    trial.datetime_complete = trial.datetime_start
 
 
 @contextmanager

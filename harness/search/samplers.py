@@ -12,19 +12,17 @@ import itertools
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
 from harness.base.errors import InputError
-from harness.config.space import Choice, get, is_plain, label
+from harness.config.space import Choice, encode, is_plain
+from harness.config.study import Study
 from harness.search import suggest
 from harness.search.extrapolation import ExtrapolatingGPSampler
-
-if TYPE_CHECKING:
-    from harness.config.study import Study
 
 
 class _Asked:
@@ -61,22 +59,14 @@ class Sampler(_Asked):
 
     def build(self, study: Study, seed: int) -> optuna.samplers.BaseSampler:
         options = {**dict(self.options), "seed": seed}
-        built: optuna.samplers.BaseSampler
-        if self.name == "ExtrapolatingGPSampler":
-            built = call(ExtrapolatingGPSampler, self.name, options)
-        elif ":" in self.name:
-            built = call(_imported(self.name), self.name, options)
-        else:
-            built = make(optuna.samplers, self.name, "Sampler", options)
-        return built
+        if ":" in self.name:
+            return call(_imported(self.name), self.name, options)
+        return make(optuna.samplers, ExtrapolatingGPSampler, self.name, options)
 
 
 # Pruners that keep marks of their own in the storage, and could not repeat an uninterrupted study. A sampler that
 # could not is found by `harness.search.rehearsal`.
-NOT_RESUMABLE = {
-    "SuccessiveHalvingPruner": "asha()",
-    "HyperbandPruner": "asha()",
-}
+NOT_RESUMABLE = ("SuccessiveHalvingPruner", "HyperbandPruner")
 
 
 @dataclass(frozen=True)
@@ -96,7 +86,7 @@ class Grid(_Asked):
             )
 
     def points(self, study: Study) -> list[dict[str, Any]]:
-        base = {path: label(get(study.train, path)) for path in study.space}
+        base = encode(study.space, study.train)
         labels = [dimension.labels for dimension in study.space.values() if isinstance(dimension, Choice)]
         points = [dict(zip(study.space, values, strict=True)) for values in itertools.product(*labels)]
         return [base, *(point for point in points if point != base)]
@@ -105,19 +95,12 @@ class Grid(_Asked):
         return _GridSampler(self.points(study))
 
 
-class _GridSampler(optuna.samplers.BaseSampler):
+class _GridSampler(optuna.samplers.RandomSampler):
     """The n-th trial takes the n-th point. Optuna's GridSampler keeps its own order and stops the study by itself."""
 
     def __init__(self, points: list[dict[str, Any]]) -> None:
+        super().__init__()
         self._points = points
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {}
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return {}
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -137,15 +120,16 @@ def _imported(name: str) -> Any:
     return found
 
 
-def make(module: Any, name: str, suffix: str, options: Mapping[str, Any]) -> Any:
+def make(module: Any, ours: type, name: str, options: Mapping[str, Any]) -> Any:
+    """A sampler or pruner of Optuna's `module`, or of our own class beside them."""
     if name in NOT_RESUMABLE:
-        raise InputError(f"{name} cannot be resumed as if it had not stopped; use {NOT_RESUMABLE[name]} instead.")
-    known = {each for each in vars(module) if each.endswith(suffix) and not each.startswith("Base")}
+        raise InputError(f"{name} cannot be resumed as if it had not stopped; use asha() instead.")
+    what = module.__name__.rpartition(".")[2].removesuffix("s")
+    theirs = {each for each in vars(module) if each.endswith(what.capitalize()) and not each.startswith("Base")}
+    known = [*sorted(theirs.difference(NOT_RESUMABLE)), ours.__name__]
     if name not in known:
-        ours = ["Asha"] if suffix == "Pruner" else ["ExtrapolatingGPSampler"]
-        names = ", ".join(sorted(known - NOT_RESUMABLE.keys()) + ours)
-        raise InputError(f"There is no {suffix.lower()} {name!r}; there are {names}.")
-    return call(getattr(module, name), name, options)
+        raise InputError(f"There is no {what} {name!r}; there are {', '.join(known)}.")
+    return call(ours if name == ours.__name__ else getattr(module, name), name, options)
 
 
 def check_options(name: str, options: Mapping[str, Any], or_else: str) -> None:

@@ -8,7 +8,7 @@ the same question can be put again (`harness.cli.replay`). A study with one work
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -20,11 +20,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from harness.base.errors import InputError, first_line
 from harness.base.seeds import derive_seed
 from harness.config.space import Choice, Dimension, Int
+from harness.config.study import Study
 from harness.search.history import ShownStudy
 from harness.store.records import has_diverged
-
-if TYPE_CHECKING:
-    from harness.config.study import Study
 
 
 class _Storage:
@@ -97,8 +95,7 @@ def _checked(sampler: optuna.samplers.BaseSampler, name: str) -> optuna.samplers
         return value
 
     def sample_relative(of: optuna.Study, trial: FrozenTrial, space: dict[str, BaseDistribution]) -> dict[str, Any]:
-        found: dict[str, Any] = _answer(name, trial.number, relative, of, trial, space)
-        return found
+        return _answer(name, trial.number, relative, of, trial, space)
 
     sampler.sample_independent = sample_independent  # type: ignore[method-assign, assignment]
     sampler.sample_relative = sample_relative  # type: ignore[method-assign, assignment]

@@ -13,17 +13,7 @@ from harness.base.environment import environment
 from harness.base.errors import Halt, no_room
 from harness.base.keys import trial_key
 from harness.base.seeds import derive_seed
-from harness.config.events import (
-    Completed,
-    Diverged,
-    EpochEnded,
-    Event,
-    Failed,
-    Pruned,
-    TrialEnded,
-    TrialOutcome,
-    TrialStarted,
-)
+from harness.config import events
 from harness.config.study import Study
 from harness.store.leases import LeaseLost
 from harness.store.store import Asked, Store
@@ -36,7 +26,7 @@ from harness.training.step import Runtime
 
 def evaluate_trial(
     study: Study, asked: Asked, store: Store, runtime: Runtime, checkpoints: Path
-) -> Generator[Event, None, TrialOutcome]:
+) -> Generator[events.Event, None, events.TrialOutcome]:
     """Train one configuration, yielding what happens; the generator's return value is the outcome, already told.
 
     An exception inside the trial is an outcome too (Failed). What stops the process is not: the trial is left to be
@@ -60,7 +50,7 @@ def evaluate_trial(
         if no_room(error):
             raise Halt(f"{error}; make room.") from error
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        outcome = Failed(reason=reason, traceback=traceback.format_exc())
+        outcome = events.Failed(reason=reason, traceback=traceback.format_exc())
     if checkpoint is None:
         store.tell(asked, outcome, [], time.monotonic() - start)
     else:
@@ -68,19 +58,19 @@ def evaluate_trial(
         with checkpoint.saved_when_stopped():
             store.tell(asked, outcome, epochs, checkpoint.seconds(), checkpoint.environments)
         remove(checkpoint.path)
-    yield TrialEnded(key=key, number=asked.number, params=asked.params, outcome=outcome)
+    yield events.TrialEnded(key=key, number=asked.number, params=asked.params, outcome=outcome)
     return outcome
 
 
 def _train(
     training: Training, asked: Asked, store: Store, checkpoint: Checkpoint
-) -> Generator[Event, None, TrialOutcome]:
+) -> Generator[events.Event, None, events.TrialOutcome]:
     key, name, last = trial_key(asked.number), f"trial {asked.number}", training.config.epochs
     checkpoint.restore()
     restored = tuple(training.progress.epochs)
     # Of those it went beyond: with other workers' results of since then the pruner might say otherwise.
     judged = restored if training.progress.step else restored[:-1]
-    yield TrialStarted(
+    yield events.TrialStarted(
         key=key,
         kind="trial",
         name=name,
@@ -100,13 +90,15 @@ def _train(
     with checkpoint.saved_when_stopped(), closing(fit(training, after_batch)) as results:
         for result in chain(restored, results):
             if not result.is_finite():
-                return Diverged(epoch=result.epoch, step=result.diverged_step, lr=result.lr, grad_norm=result.grad_norm)
+                return events.Diverged(
+                    epoch=result.epoch, step=result.diverged_step, lr=result.lr, grad_norm=result.grad_norm
+                )
             if result.val is None:
                 raise ValueError("A trial needs a validation split.")
             value = result.val.accuracy
             store.report(asked, result.epoch, value)
             if result not in restored:
-                yield EpochEnded(key=key, name=name, number=asked.number, result=result)
+                yield events.EpochEnded(key=key, name=name, number=asked.number, result=result)
             if result.epoch < last and result not in judged and store.should_prune(asked, result.epoch):
-                return Pruned(epoch=result.epoch)
-    return Completed(value=value)
+                return events.Pruned(epoch=result.epoch)
+    return events.Completed(value=value)

@@ -15,20 +15,19 @@ from harness.base.environment import environment
 from harness.base.errors import InputError
 from harness.base.files import sqlite_file
 from harness.base.keys import audit_key
-from harness.base.seeds import derive_seed
 from harness.config.events import EpochResult
 from harness.config.find import Found
 from harness.config.options import RunOptions
 from harness.config.study import Study
-from harness.data.splits import prepare
 from harness.final import pruning_cost as audit
 from harness.report.write import write_report
 from harness.store import opening
 from harness.store.store import Store, TrialRecord
-from harness.study.reproduce import Compared, explanation
+from harness.study.command import content_of
+from harness.study.reproduce import Compared, again, explanation
 from harness.study.start import keep_imports
 from harness.tracking.places import attached, tracker_at, uri_of
-from harness.training.assemble import assemble, decide_runtime
+from harness.training.assemble import decide_runtime
 from harness.training.checkpoint import SUFFIX, Checkpoint, identity_of, remove
 from harness.training.loop import fit
 from harness.training.step import Runtime
@@ -43,13 +42,12 @@ def audit_study(options: RunOptions, found: Found, fraction: float, seed: int) -
     with opening.read_store(study.name, url) as store:
         study = opening.as_begun(study, store)
         check_ended(study, store)
-        if not pruned(store):
+        trials, results, asked = sample(store, fraction, seed)
+        if not trials:
             print(f"Study {study.name!r} has no pruned trials: pruning saved nothing, and there is nothing to audit.")
             return
         runtime = decide_runtime(study.train, store.facts().runtime)
-        content = None
-        if missing(store, fraction, seed):
-            content = {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
+        content = None if results.keys() >= set(map(str, asked)) else content_of(study)
         opening.as_begun(study, store, content)
     if (risk := mounts.warning(sqlite_file(url))) is not None:
         print(f"Warning: {risk}", file=sys.stderr)
@@ -91,24 +89,11 @@ def check_ended(study: Study, store: Store) -> None:
         raise InputError(f"The final run of study {study.name!r} is missing; run the study to its end first.")
 
 
-def pruned(store: Store) -> dict[int, TrialRecord]:
-    """The pruned trials by number."""
-    return {trial.number: trial for trial in store.trials() if trial.state == "pruned"}
-
-
-def results_of(store: Store) -> dict[str, Any]:
-    """The trials that were audited so far, by number."""
-    return dict((store.facts().audit or {}).get("results", {}))
-
-
-def sample(store: Store, fraction: float, seed: int) -> list[int]:
-    """The pruned trials to audit, in the order in which they are trained."""
-    return audit.draw(pruned(store), fraction, seed, [int(number) for number in results_of(store)])
-
-
-def missing(store: Store, fraction: float, seed: int) -> list[int]:
-    """Those of them that are still to be trained."""
-    return [number for number in sample(store, fraction, seed) if str(number) not in results_of(store)]
+def sample(store: Store, fraction: float, seed: int) -> tuple[dict[int, TrialRecord], dict[str, Any], list[int]]:
+    """The pruned trials by number, the results of those audited so far, and all to audit in the order of training."""
+    pruned = {trial.number: trial for trial in store.trials() if trial.state == "pruned"}
+    results = dict((store.facts().audit or {}).get("results", {}))
+    return pruned, results, audit.draw(pruned, fraction, seed, [int(number) for number in results])
 
 
 def train(
@@ -118,8 +103,7 @@ def train(
 
     Only the study's attribute "audit" is written. Killed anywhere, it goes on to the same record.
     """
-    trials, results = pruned(store), results_of(store)
-    asked = sample(store, fraction, seed)
+    trials, results, asked = sample(store, fraction, seed)
     courses = [course(study, trial) for trial in store.trials()]
     for number in asked:
         path = checkpoints / f"{audit_key(number)}{SUFFIX}"
@@ -146,10 +130,9 @@ def _to_the_end(
     study: Study, trial: TrialRecord, store: Store, runtime: Runtime, path: Path
 ) -> Generator[str, None, dict[str, Any]]:
     """Train a pruned trial from its own seed; returns what is kept of it."""
-    config, seed = study.config(trial.params), derive_seed(study.seed, "trial", trial.number)
-    training = assemble(config, runtime, seed)
-    training.progress.micro_batch = trial.epochs[0].micro_batch
-    identity = identity_of(store.uid, audit_key(trial.number), seed, config)
+    training = again(study, trial, runtime)
+    config = training.config
+    identity = identity_of(store.uid, audit_key(trial.number), training.seed, config)
     checkpoint = Checkpoint(path, identity, training, environment(runtime.device))
     checkpoint.restore()
     now: list[EpochResult] = []
@@ -160,7 +143,7 @@ def _to_the_end(
                 break
             now.append(result)
             yield _line(trial, result, config.epochs)
-    same = len(now) >= len(trial.epochs) and all(_same(trial, result) for result in now)
+    same = len(now) >= len(trial.epochs) and all(_same(trial, result) is not False for result in now)
     return {
         "state": "complete" if len(now) == config.epochs else "diverged",
         "curve": [result.val.accuracy for result in now if result.val is not None],
@@ -169,15 +152,17 @@ def _to_the_end(
     }
 
 
-def _same(trial: TrialRecord, result: EpochResult) -> bool:
-    """Whether the epoch came out as it was recorded; one that was not run then does."""
+def _same(trial: TrialRecord, result: EpochResult) -> bool | None:
+    """Whether the epoch came out as it was recorded; None for one that was not run then."""
     if result.epoch > len(trial.epochs):
-        return True
+        return None
     return Compared(recorded=trial.epochs[result.epoch - 1], now=result).same
+
+
+WORDS = {True: "as recorded", False: "DIFFERENT from the record", None: "beyond the record"}
 
 
 def _line(trial: TrialRecord, result: EpochResult, epochs: int) -> str:
     assert result.val is not None, "a trial has a validation split"
-    known = result.epoch <= len(trial.epochs)
-    word = ("as recorded" if _same(trial, result) else "DIFFERENT from the record") if known else "beyond the record"
+    word = WORDS[_same(trial, result)]
     return f"trial {trial.number}  epoch {result.epoch}/{epochs}  val {result.val.accuracy:.2%}  {word}"

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from harness.config.events import Event
+from harness.config.find import Found
 from harness.config.options import RunOptions
-
-if TYPE_CHECKING:
-    from harness.config.events import Event
-    from harness.config.find import Found
-    from harness.config.study import Study
-    from harness.report.display import StudyConsole
+from harness.config.study import Study
+from harness.data.splits import prepare
+from harness.report.display import StudyConsole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,3 +32,8 @@ class Command:
     def say(self, text: str) -> None:
         """A sentence for people, wrapped by their terminal."""
         self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def content_of(study: Study) -> dict[str, str]:
+    """Fingerprints of what a definition only names; the first time, the images are decoded for them."""
+    return {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}

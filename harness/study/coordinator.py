@@ -9,15 +9,24 @@ from typing import TYPE_CHECKING
 
 from harness.base.environment import environment, versions
 from harness.base.errors import InputError, StudyFailed, masked
+from harness.base.processes import in_words
+from harness.config.jobs import Workers
+from harness.data.splits import SPLITS, items_of
+from harness.final.model_files import is_untested
+from harness.report import overview
+from harness.report.display import Display
+from harness.report.write import write_report
+from harness.store.store import Store, wanted
+from harness.study.command import Command
 from harness.study.publish import START, describe_model, register
+from harness.tracking import expected
+from harness.tracking.mlflow import MLflowTracker
+from harness.workers import pool, ray_cluster
+from harness.workers.worker import WorkerConfig
 
 if TYPE_CHECKING:
     import torch
 
-    from harness.config.jobs import Workers
-    from harness.store.store import Store
-    from harness.study.command import Command
-    from harness.tracking.mlflow import MLflowTracker
     from harness.training.step import Runtime
 
 # What helps when trials end without a result, by their state.
@@ -31,15 +40,13 @@ REMEDIES = {
 def run_study(command: Command, store: Store, tracker: MLflowTracker) -> None:
     """Run what the study lacks, to its published end. Raises StudyFailed when it ends without a result."""
     from harness.final.retrain import Context
-    from harness.report.display import Display
     from harness.search.loop import TooManyFailures
     from harness.study.stages import run as events_of
-    from harness.workers.pool import of_use
 
     options, study = command.options, command.study
     runtime = _begin(command, store, tracker)
     here, reason = options.engine == "processes", options.reopen_test
-    useful = of_use(options.workers, study, store, bool(reason)) if here else options.workers
+    useful = pool.of_use(options.workers, study, store, bool(reason)) if here else options.workers
     _say_what_begins(command, useful, store, runtime)
     failure = None
     with _workers(command, useful, store, tracker, runtime) as workers:
@@ -64,7 +71,6 @@ def run_study(command: Command, store: Store, tracker: MLflowTracker) -> None:
 
 def _begin(command: Command, store: Store, tracker: MLflowTracker) -> Runtime:
     """What must be settled before the first trial: how it is computed, and that MLflow has the study's run."""
-    from harness.tracking import expected
     from harness.training.assemble import decide_runtime
     from harness.training.features import keep_features
 
@@ -86,8 +92,6 @@ def _begin(command: Command, store: Store, tracker: MLflowTracker) -> Runtime:
 
 def _check_versions(store: Store) -> None:
     """Raise InputError when others work on the study with other versions: their trials could not be compared."""
-    from harness.base.processes import in_words
-
     known, here, others = store.facts().versions, versions(), store.active_workers()
     if others and known and known != here:
         names = [name for name in {**known, **here} if known.get(name) != here.get(name)]
@@ -100,10 +104,6 @@ def _check_versions(store: Store) -> None:
 
 
 def _say_what_begins(command: Command, useful: int, store: Store, runtime: Runtime) -> None:
-    from harness.data.splits import SPLITS, items_of
-    from harness.report import overview
-    from harness.store.store import wanted
-
     count, data = command.options.workers, command.study.train.data
     workers = f", {count} workers" if count > 1 else ""
     if useful < count:
@@ -120,11 +120,6 @@ def _say_what_begins(command: Command, useful: int, store: Store, runtime: Runti
 
 def _end(command: Command, store: Store, tracker: MLflowTracker, failure: Exception | None) -> None:
     """Write the report, describe and register the model, tell MLflow; unless another coordinator does."""
-    from harness.final.model_files import is_untested
-    from harness.report import overview
-    from harness.report.write import write_report
-    from harness.tracking import expected
-
     study, console = command.study, command.console
     store.check_file()
     done = failure is None and store.is_complete(study)  # by another coordinator, for which this one waited
@@ -167,8 +162,6 @@ def _workers(
     if (here and options.workers == 1) or (store.finished() >= study.trials and store.is_settled()):
         yield None
         return
-    from harness.workers.worker import WorkerConfig
-
     config = WorkerConfig(
         file=command.found.file,
         settings=options.set,
@@ -179,18 +172,15 @@ def _workers(
         checkpoints=command.beside(".checkpoints"),
     )
     if here:
-        from harness.workers.pool import Pool, surroundings
-
-        environments = surroundings(options.workers, options.workers_per_gpu, runtime.device.type)
-        with Pool(config, environments[:useful], tracker.show) as pool:
-            yield pool
+        environments = pool.surroundings(options.workers, options.workers_per_gpu, runtime.device.type)
+        with pool.Pool(config, environments[:useful], tracker.show) as processes:
+            yield processes
         return
-    from harness.workers.ray_cluster import in_words, needs
     from harness.workers.ray_workers import RayWorkers
 
-    asked = needs(options.workers, options.workers_per_gpu, runtime.device.type)
+    asked = ray_cluster.needs(options.workers, options.workers_per_gpu, runtime.device.type)
     text = f"Asking Ray for {asked.workers} worker{'s' if asked.workers > 1 else ''}"
-    command.say(f"{text}, {in_words(asked)} each; that takes some seconds.")
+    command.say(f"{text}, {ray_cluster.in_words(asked)} each; that takes some seconds.")
     with ExitStack() as kept:
         with command.console.status(f"{text} …"):
             workers = kept.enter_context(RayWorkers(config, store, asked, tracker.show))

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from harness.base.errors import InputError
 from harness.base.files import Damaged, sqlite_file
@@ -18,32 +17,17 @@ from harness.base.processes import in_words
 from harness.config.find import Found
 from harness.config.study import Study
 from harness.data.cache import damaged
-from harness.final.model_files import (
-    AGAIN,
-    CHECK_FILE,
-    DESCRIPTION,
-    WEIGHTS,
-    check_folder,
-    has_model,
-    is_recorded,
-    is_registered,
-    is_tested,
-    is_untested,
-    published,
-    read_description,
-    record_files,
-    wrong_files,
-)
+from harness.final import model_files
 from harness.final.predictions import from_record
 from harness.store.locks import holder, pid_file
 from harness.store.opening import as_begun, open_store, read_store
 from harness.store.store import Store
 from harness.study.stages import wanted_keys
+from harness.tracking.check import disagreements, model_missing
 from harness.tracking.expected import Finding, expected_runs, facts, study_metrics
+from harness.tracking.mlflow import MLflowTracker
+from harness.tracking.places import attached, tracker_for
 from harness.training.checkpoint import fingerprint, read_tensors, remove, stale
-
-if TYPE_CHECKING:
-    from harness.tracking.mlflow import MLflowTracker
 
 UNFINISHED = (
     "The study has not ended, and no process is at it: the same command goes on, and mends what was left behind."
@@ -55,25 +39,22 @@ def consult(found: Found, url: str, tracking_uri: str | None, fix: bool) -> bool
 
     Raises InputError when the study cannot be read, and with `fix` also while a process runs it.
     """
-    from harness.tracking.places import attached
-
     file = sqlite_file(url)
     study = found.study.located(found.home, None, None)
-    checkpoints, model = (found.beside(url, suffix) for suffix in (".checkpoints", ".model"))
     with read_store(study.name, url) as store:
         who = _who(store, file)
         if fix and who is not None:
             raise InputError(f"Study {study.name!r} is being run by {who}; wait for the end, then mend.")
         study = as_begun(study, store)
         tracker = attached(tracking_uri, found.mlruns, study, store)
-        findings = list(examine(study, store, tracker, checkpoints, model, who is not None))
+        findings = list(examine(study, store, tracker, found, who is not None))
         if file is not None and who is None and pid_file(file).exists():
             text = f"{pid_file(file)} names process {pid_file(file).read_text().strip()}, which is gone"
             findings.append(Finding(text, pid_file(file).unlink))
         for finding in findings:
             print(finding.text)
         if not findings:
-            print(_well(store, model, who is not None))
+            print(_well(store, found.beside(url, ".model"), who is not None))
         elif who is not None:
             print(f"The study is under way in {who}: MLflow may lag behind it; look again when it has ended.")
         elif not fix and not _was_published(store):
@@ -81,7 +62,7 @@ def consult(found: Found, url: str, tracking_uri: str | None, fix: bool) -> bool
     if not (fix and findings):
         return not findings
     with open_store(study, url) as store:
-        return _mend(study, store, found, tracking_uri, checkpoints, model)
+        return _mend(study, store, found, tracking_uri)
 
 
 def _who(store: Store, file: Path | None) -> str | None:
@@ -109,30 +90,29 @@ def _well(store: Store, model: Path, living: bool) -> str:
         said.append(
             f"{_several('trial', 'trials', waiting)} {goes} on when {'its turn comes' if living else 'the study does'}"
         )
-    if store.has_final() and is_untested(model):
+    if store.has_final() and model_files.is_untested(model):
         said.append(
             f"the model in {model} was trained again after the tested one, whose test result it shows, was lost"
         )
     return f"{'; '.join(said)}."
 
 
-def _mend(study: Study, store: Store, found: Found, tracking_uri: str | None, checkpoints: Path, model: Path) -> bool:
+def _mend(study: Study, store: Store, found: Found, tracking_uri: str | None) -> bool:
     """Mend everything that can be; whether nothing is left. The study must be held."""
-    from harness.tracking.places import tracker_for
-
     tracker = tracker_for(tracking_uri, found.mlruns)
     tracker.restore(study.name)
     tracker.start(study, store, facts(study, store.facts().runtime or {}, store.environment() or {}))
-    for finding in list(examine(study, store, tracker, checkpoints, model, living=False)):
+    for finding in list(examine(study, store, tracker, found, living=False)):
         if finding.mend is not None:
             finding.mend()
     if _was_published(store):
-        told = tracker.finish(study_metrics(store), published(store, model), "complete")
+        folders = model_files.published(store, found.beside(store.url, ".model"))
+        told = tracker.finish(study_metrics(store), folders, "complete")
     else:
         told = tracker.settle()
     if not told:
         print("MLflow did not take everything; run the doctor again when it answers.")
-    well = told and not list(examine(study, store, tracker, checkpoints, model, living=False))
+    well = told and not list(examine(study, store, tracker, found, living=False))
     print("Mended." if well else "Not all of it could be mended.")
     return well
 
@@ -143,15 +123,14 @@ def _was_published(store: Store) -> bool:
     return not running and store.facts().published == store.finished()
 
 
-def examine(
-    study: Study, store: Store, tracker: MLflowTracker | None, checkpoints: Path, model: Path, living: bool
-) -> Iterator[Finding]:
+def examine(study: Study, store: Store, tracker: MLflowTracker | None, found: Found, living: bool) -> Iterator[Finding]:
     """Every disagreement. While a process is `living` that runs the study, what is under way is left out.
 
     The tracker must be attached; None means that there is no MLflow database. Writes nothing; a finding's `mend` does.
     """
+    model = found.beside(store.url, ".model")
     if not living:
-        yield from _checkpoints(study, store, checkpoints)
+        yield from _checkpoints(study, store, found.beside(store.url, ".checkpoints"))
     if (wrong := store.ledger_fault()) is not None:
         yield Finding(f"In the storage, {wrong}: its test result is not to be trusted; take the storage from a copy")
     if (predictions := store.facts().predictions) is not None:
@@ -160,24 +139,20 @@ def examine(
         except InputError as error:
             yield Finding(f"In the storage: {error}")
     yield from _model(store, model)
-    yield from _images(Path(study.train.data.cache))
-    running = {trial_key(trial.number) for trial in store.trials() if trial.state == "running"}
+    for array in damaged(Path(study.train.data.cache)):  # all of it is read; a start takes unchanged files for whole
+        text = f"The image cache {array} is damaged (its checksum is wrong) and would be trained on"
+        yield Finding(text, partial(array.unlink, missing_ok=True))  # the next start makes it again
     expected = expected_runs(study, store)
-    if tracker is not None:
-        from harness.tracking.check import disagreements
-
-        metrics, folders = (study_metrics(store), published(store, model)) if _was_published(store) else ({}, [])
-        names = [folder.name for folder in folders]
-        yield from disagreements(tracker, expected, metrics, running, living, names)
-        yield from _registered(study, store, tracker, model)
-    elif expected:
-        yield Finding(f"MLflow has no database and lacks {len(expected)} runs")
-
-
-def _registered(study: Study, store: Store, tracker: MLflowTracker, model: Path) -> Iterator[Finding]:
-    from harness.tracking.check import model_missing
-
-    if is_registered(study, store, model) and model_missing(tracker, study.name):
+    if tracker is None:
+        if expected:
+            yield Finding(f"MLflow has no database and lacks {len(expected)} runs")
+        return
+    running = {trial_key(trial.number) for trial in store.trials() if trial.state == "running"}
+    metrics, folders = (
+        (study_metrics(store), model_files.published(store, model)) if _was_published(store) else ({}, [])
+    )
+    yield from disagreements(tracker, expected, metrics, running, living, [folder.name for folder in folders])
+    if model_files.is_registered(study, store, model) and model_missing(tracker, study.name):
         text = "MLflow's registry lacks the model; run the study again: it registers it again"
         yield Finding(text, partial(store.set_attribute, "registered", None))
 
@@ -196,51 +171,44 @@ def _checkpoints(study: Study, store: Store, folder: Path) -> Iterator[Finding]:
             yield Finding(f"{path} belongs to another study", partial(remove, path))
 
 
-def _images(cache: Path) -> Iterator[Finding]:
-    """Reads all of the image cache; a start takes an array for whole whose file has not changed."""
-    for array in damaged(cache):
-        text = f"The image cache {array} is damaged (its checksum is wrong) and would be trained on"
-        yield Finding(text, partial(array.unlink, missing_ok=True))  # the next start makes it again
-
-
 def _model(store: Store, folder: Path) -> Iterator[Finding]:
     final = store.facts().final
     if final is None or not store.has_final():
         return
     try:
-        check_folder(folder, store.url, store.uid)
+        model_files.check_folder(folder, store.url, store.uid)
     except InputError as error:
         yield Finding(str(error).rstrip("."))
         return
-    if not has_model(folder):
-        yield Finding(f"{folder} holds no model, but the final run is recorded; {AGAIN}")
+    if not model_files.has_model(folder):
+        yield Finding(f"{folder} holds no model, but the final run is recorded; {model_files.AGAIN}")
         return
-    wrong = wrong_files(store, folder)
+    wrong = model_files.wrong_files(store, folder)
     for name, fault in wrong:
-        if name == CHECK_FILE:
+        if name == model_files.CHECK_FILE:
             text = f"{fault}; it cannot be made again, and the registry's check takes validation images instead"
             yield Finding(text, partial(_give_up, store, folder / name))
         else:
-            yield Finding(f"{fault}; {AGAIN}", partial((folder / name).unlink, missing_ok=True))
-    weights, known = folder / WEIGHTS, final.per_seed[0].weights
-    if WEIGHTS in dict(wrong) or is_recorded(store, folder, WEIGHTS):
+            yield Finding(f"{fault}; {model_files.AGAIN}", partial((folder / name).unlink, missing_ok=True))
+    weights, known = folder / model_files.WEIGHTS, final.per_seed[0].weights
+    if model_files.WEIGHTS in dict(wrong) or model_files.is_recorded(store, folder, model_files.WEIGHTS):
         return
     there = fingerprint(read_tensors(weights)[0])
     # Weights that were trained again where other bits come out, and say so, are as good as this machine makes them.
     if there != known and not _says_so(folder, there):
-        yield Finding(f"{weights} holds other weights than the final run's; {AGAIN}", weights.unlink)
+        yield Finding(f"{weights} holds other weights than the final run's; {model_files.AGAIN}", weights.unlink)
 
 
 def _says_so(folder: Path, weights: str) -> bool:
     """Whether model.json says of weights with this sha256 that they are not the tested ones."""
     try:
-        description = read_description(folder / DESCRIPTION)
+        description = model_files.read_description(folder / model_files.DESCRIPTION)
     except Damaged:
         return False
-    return not is_tested(description) and bool(description["weights"].get("sha256") == weights)
+    return not model_files.is_tested(description) and bool(description["weights"].get("sha256") == weights)
 
 
 def _give_up(store: Store, path: Path) -> None:
     """Drop a file of the model that nothing can make again, and what is recorded of it."""
     path.unlink(missing_ok=True)
-    record_files(store, path.parent, path.name)
+    model_files.record_files(store, path.parent, path.name)

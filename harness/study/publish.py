@@ -6,21 +6,24 @@ import sys
 from typing import TYPE_CHECKING
 
 from harness.base.errors import InputError, masked
+from harness.final.model_files import PROGRAM, has_model, is_registered, published, record_files
+from harness.serving.card import CARD, write_card
+from harness.serving.export import write_program
+from harness.serving.registry import candidate, publish
+from harness.store.store import Store
+from harness.study.command import Command
+from harness.tracking import expected
+from harness.tracking.mlflow import MLflowTracker
 
 if TYPE_CHECKING:
     from harness.serving.model import SavedModel
-    from harness.store.store import Store
-    from harness.study.command import Command
-    from harness.tracking.mlflow import MLflowTracker
 
 START = "start"  # the key of what one coordinator at a time does at its start
 
 
 def write_again(command: Command, store: Store, tracker: MLflowTracker) -> None:
     """Tell an MLflow that has lost it everything of a finished study; nothing is trained, no image is needed for it."""
-    from harness.final.model_files import is_registered, published
     from harness.serving.model import load_saved
-    from harness.tracking import expected
 
     study, model = command.study, command.beside(".model")
     with store.exclusive(START):
@@ -34,9 +37,6 @@ def write_again(command: Command, store: Store, tracker: MLflowTracker) -> None:
 
 def describe_model(command: Command, store: Store) -> SavedModel | None:
     """Put the exported program and the card beside the final model; returns it if it is to be registered."""
-    from harness.final.model_files import PROGRAM, has_model, record_files
-    from harness.serving.card import CARD, write_card
-    from harness.serving.export import write_program
     from harness.serving.model import load_saved
 
     study, folder = command.study, command.beside(".model")
@@ -59,8 +59,6 @@ def describe_model(command: Command, store: Store) -> SavedModel | None:
 
 def register(command: Command, store: Store, tracker: MLflowTracker, model: SavedModel) -> bool:
     """Register the model in MLflow; whether that is done."""
-    from harness.serving.registry import candidate, publish
-
     with command.console.status("Registering the final model in MLflow, and checking it …"):
         done = publish(tracker, candidate(command.study.name, store, model), command.console.say)
     if done:

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from harness.base.environment import versions
 from harness.base.errors import InputError
+from harness.config.study import Study
 from harness.search import suggest
 from harness.store.database import outlast
 from harness.store.records import Snapshot
-
-if TYPE_CHECKING:
-    from harness.config.study import Study
-    from harness.store.store import Store
+from harness.store.store import Store
 
 RELEVANT = ("python", "optuna", "torch")  # of the versions that a study keeps; Optuna's Gaussian process uses torch
 
@@ -39,13 +37,10 @@ class Replayed:
         return self.stored == self.asked
 
     def line(self) -> str:
-        differing = [path for path in self.asked if self.stored.get(path) != self.asked[path]]
-        parts = [f"{path} is {_value(self.stored.get(path))}, asked again {self.asked[path]}" for path in differing]
+        stored = {path: self.stored.get(path, "missing") for path in self.asked}
+        differing = [path for path in self.asked if stored[path] != self.asked[path]]
+        parts = [f"{path} is {stored[path]}, asked again {self.asked[path]}" for path in differing]
         return f"trial {self.number}: {'; '.join(parts)}"
-
-
-def _value(stored: Any) -> str:
-    return "missing" if stored is None else str(stored)
 
 
 def replay(study: Study, trials: Sequence[FrozenTrial]) -> Iterator[Replayed]:

@@ -12,12 +12,12 @@ from harness.base.seeds import derive_seed
 from harness.config.events import EpochResult
 from harness.config.find import Found
 from harness.config.study import Study
-from harness.data.splits import prepare
 from harness.store import opening
 from harness.store.store import TrialRecord
+from harness.study.command import content_of
 from harness.training.assemble import assemble, decide_runtime
 from harness.training.checkpoint import differences
-from harness.training.loop import fit
+from harness.training.loop import Training, fit
 from harness.training.step import Runtime
 
 
@@ -48,11 +48,16 @@ def reproduce(study: Study, trial: TrialRecord, runtime: Runtime) -> Iterator[Co
         raise InputError(f"Trial {trial.number} is not finished; run the study to its end first.")
     if not trial.epochs:
         raise InputError(f"Trial {trial.number} has no recorded epoch to compare with ({trial.state}); take another.")
-    training = assemble(study.config(trial.params), runtime, derive_seed(study.seed, "trial", trial.number))
-    training.progress.micro_batch = trial.epochs[0].micro_batch
-    with closing(fit(training)) as results:
+    with closing(fit(again(study, trial, runtime))) as results:
         for recorded, now in zip(trial.epochs, results, strict=False):
             yield Compared(recorded=recorded, now=now)
+
+
+def again(study: Study, trial: TrialRecord, runtime: Runtime) -> Training:
+    """A trial's training as it began, and with as many images at once as passed then."""
+    training = assemble(study.config(trial.params), runtime, derive_seed(study.seed, "trial", trial.number))
+    training.progress.micro_batch = trial.epochs[0].micro_batch
+    return training
 
 
 class Reproduction:
@@ -85,8 +90,7 @@ def reproduction(found: Found, url: str, number: int, data_root: str | None, dev
             has = f"it has 0 to {max(trials)}" if trials else "it has none yet"
             raise InputError(f"Study {study.name!r} has no trial {number}; {has}.")
         runtime = decide_runtime(study.train, store.facts().runtime)
-        content = {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
-        opening.as_begun(study, store, content)
+        opening.as_begun(study, store, content_of(study))
     return Reproduction(study, trials[number], runtime)
 
 

@@ -8,19 +8,31 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from harness.base import mounts
 from harness.base.errors import InputError, is_utf8
-from harness.base.files import sqlite_path, sqlite_url
+from harness.base.files import sqlite_file, sqlite_path, sqlite_url
+from harness.base.processes import in_words
+from harness.config import space as spaces
+from harness.config.events import Event
 from harness.config.find import Found
 from harness.config.options import RunOptions
-from harness.study.command import Command
-
-if TYPE_CHECKING:
-    from harness.config.events import Event
-    from harness.config.study import Study
-    from harness.report.display import StudyConsole
-    from harness.store.store import Store
+from harness.config.study import Study
+from harness.data.splits import remarks
+from harness.final import model_files
+from harness.report import overview
+from harness.report.display import StudyConsole
+from harness.search.rehearsal import rehearse
+from harness.serving.card import CARD
+from harness.store import database, opening
+from harness.store.locks import holder
+from harness.store.store import Store, wanted
+from harness.study import coordinator, publish
+from harness.study.command import Command, content_of
+from harness.tracking.expected import expected_runs
+from harness.tracking.files import ARTIFACTS, lacking, move_in
+from harness.tracking.places import check_writable, tracker_for, uri_of
+from harness.workers import pool, ray_cluster
 
 
 def run(
@@ -30,12 +42,6 @@ def run(
 
     Raises InputError for what a user can mend, and StudyFailed when it ends without a result.
     """
-    from harness.final.model_files import check_folder
-    from harness.report import overview
-    from harness.store import opening
-    from harness.study.coordinator import check_result
-    from harness.tracking.places import uri_of
-
     command = _asked_for(options, found, console, hooks)
     study, url = command.study, command.url
     if options.fresh:
@@ -44,10 +50,10 @@ def run(
     begun, model = not options.fresh and opening.exists(study.name, url), command.beside(".model")
     if begun:
         # Without --data-root nothing says that the images are others; to look would take longer than the answer.
-        content = _prepare(study) if options.data_root else None
+        content = content_of(study) if options.data_root else None
         opening.compare(study, url, content)
         with opening.open_store(study, url, content) as store:
-            check_folder(model, url, store.uid)
+            model_files.check_folder(model, url, store.uid)
             if options.reopen_test:
                 _check_reopening(study, store)
             saved = _is_saved(study, store, model)
@@ -55,11 +61,11 @@ def run(
                 _look_at_mlflow(command, store)
                 console.say(f"Nothing is missing: {store.finished()} trials are finished (asked for: {study.trials}).")
                 console.say(overview.summary(study.name, store, uri_of(options.tracking_uri, found.mlruns)))
-                return check_result(store)
+                return coordinator.check_result(store)
     else:
         if options.reopen_test:
             raise InputError("--reopen-test: no test result of this study is known yet; leave it out.")
-        check_folder(model, url, opening.uid_of(study.name, url))
+        model_files.check_folder(model, url, opening.uid_of(study.name, url))
     _run_what_is_missing(command, begun)
 
 
@@ -67,12 +73,6 @@ def _asked_for(
     options: RunOptions, found: Found, console: StudyConsole, hooks: Sequence[Callable[[Event], object]]
 ) -> Command:
     """The study with what the options change of it; its database can be opened, or made."""
-    from harness.base import mounts
-    from harness.base.files import sqlite_file
-    from harness.config import space as spaces
-    from harness.store import database, opening
-    from harness.workers import ray_cluster
-
     if options.ray_address is not None and options.engine != "ray":
         raise InputError("--ray-address names a cluster for --engine ray; give that, too, or leave it out.")
     if options.engine == "ray":  # a finished study needs no cluster, but what is typed makes sense
@@ -91,22 +91,8 @@ def _asked_for(
     return Command(options=options, found=found, study=study, url=url, console=console, hooks=hooks)
 
 
-def check_own_process(workers: int, engine: str) -> None:
-    """Raise InputError when a `Study` that has no file is to be trained by other processes."""
-    if workers != 1 or engine != "processes":
-        raise InputError(
-            "Workers load a study from its file, and this one was made by a program; give the name or the file of a "
-            "study, or workers=1."
-        )
-
-
 def _look_at_mlflow(command: Command, store: Store) -> None:
     """Write a finished study to a local MLflow whose files were deleted; one that was moved is told where it is."""
-    from harness.final.model_files import is_registered, published
-    from harness.tracking.expected import expected_runs
-    from harness.tracking.files import ARTIFACTS, lacking, move_in
-    from harness.tracking.places import tracker_for, uri_of
-
     study, model = command.study, command.beside(".model")
     uri, mlruns = command.options.tracking_uri, command.found.mlruns
     file = sqlite_path(uri_of(uri, mlruns))
@@ -118,23 +104,16 @@ def _look_at_mlflow(command: Command, store: Store) -> None:
         file,
         store.uid,
         ["study", *(each.key for each in expected_runs(study, store))],
-        [folder.name for folder in published(store, model)],
-        study.name if is_registered(study, store, model) else None,
+        [folder.name for folder in model_files.published(store, model)],
+        study.name if model_files.is_registered(study, store, model) else None,
     )
     if lack is not None:
-        from harness.study.publish import write_again
-
         print(f"{lack} What is missing is written again.", file=sys.stderr)
-        write_again(command, store, tracker_for(uri, mlruns))
+        publish.write_again(command, store, tracker_for(uri, mlruns))
 
 
 def _check_nobody_at_work(study: Study, url: str) -> None:
     """Raise InputError when a process works on this study; one that has lost its coordinator does so for a while."""
-    from harness.base.files import sqlite_file
-    from harness.base.processes import in_words
-    from harness.store import opening
-    from harness.store.locks import holder
-
     file = sqlite_file(url)
     if file is not None and holder(file) is not None:
         return  # the command itself is, and named when its study would be moved
@@ -151,12 +130,9 @@ def _is_saved(study: Study, store: Store, folder: Path) -> bool:
     """Whether all that belongs to the final model is there, if there is one; a damaged file is named and removed."""
     if not store.has_final():
         return True
-    from harness.final.model_files import CHECK_FILE, PROGRAM, is_untested, wrong_files
-    from harness.serving.card import CARD
-
     whole = (folder / CARD).is_file()
-    for name, fault in wrong_files(store, folder):
-        if name == CHECK_FILE:  # made of test images, which are not looked at again for it
+    for name, fault in model_files.wrong_files(store, folder):
+        if name == model_files.CHECK_FILE:  # made of test images, which are not looked at again for it
             continue
         if (folder / name).exists():
             print(f"{fault}; it is made again.", file=sys.stderr)
@@ -164,9 +140,10 @@ def _is_saved(study: Study, store: Store, folder: Path) -> bool:
         whole = False
     if not whole:
         return False
-    if PROGRAM in (folder / CARD).read_text(encoding="utf-8", errors="replace") and not (folder / PROGRAM).is_file():
+    program, card = model_files.PROGRAM, (folder / CARD).read_text(encoding="utf-8", errors="replace")
+    if program in card and not (folder / program).is_file():
         return False
-    if not study.final.publish or is_untested(folder):
+    if not study.final.publish or model_files.is_untested(folder):
         return True
     return store.facts().is_registered()
 
@@ -184,13 +161,6 @@ def _check_reopening(study: Study, store: Store) -> None:
 
 
 def _run_what_is_missing(command: Command, begun: bool) -> None:
-    from harness.data.splits import remarks
-    from harness.report import overview
-    from harness.search.rehearsal import rehearse
-    from harness.store import opening
-    from harness.store.store import wanted
-    from harness.study.coordinator import run_study
-    from harness.tracking.places import check_writable, tracker_for
     from harness.training.step import find_device
 
     study, found, url = command.study, command.found, command.url
@@ -204,7 +174,7 @@ def _run_what_is_missing(command: Command, begun: bool) -> None:
     for image_size in study.image_sizes():
         study.train.backbone.check(image_size)
     with command.console.status("Looking at the images (the first time they are decoded and cached) …"):
-        content = _prepare(study)
+        content = content_of(study)
     tracker = tracker_for(options.tracking_uri, found.mlruns)
     if not begun:  # one that has begun goes on without MLflow, too
         tracker.check(study.name)
@@ -220,7 +190,7 @@ def _run_what_is_missing(command: Command, begun: bool) -> None:
             store.set_attribute("command", options.command)
             store.set_attribute("file", found.file.name)
             keep_imports()
-            run_study(command, store, tracker)
+            coordinator.run_study(command, store, tracker)
         except KeyboardInterrupt:
             tracker.interrupt()
             finished, asked = store.finished(), wanted(study, store)
@@ -250,23 +220,12 @@ def _with_workers(options: RunOptions, named: str, device: str) -> RunOptions:
             f"{device}; leave it out, --workers alone says how many there are."
         )
     if options.engine == "ray":
-        from harness.workers import ray_cluster
-
         ray_cluster.connect(options.ray_address)
         count = ray_cluster.needs(options.workers or None, options.workers_per_gpu, device).workers
     else:
-        from harness.workers.pool import surroundings
-
         count = options.workers or 1
-        surroundings(count, options.workers_per_gpu, device)
+        pool.surroundings(count, options.workers_per_gpu, device)
     return dataclasses.replace(options, workers=count)
-
-
-def _prepare(study: Study) -> dict[str, str]:
-    """Decode the images once and fingerprint what the definition only names."""
-    from harness.data.splits import prepare
-
-    return {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
 
 
 def keep_imports() -> None:
