@@ -49,7 +49,7 @@ def card(name: str, licence: str, store: Store, description: Mapping[str, Any], 
     facts, final = store.facts(), store.facts().final
     assert final is not None
     trial = next(each for each in store.trials() if each.number == final.trial)
-    kept, steps = facts.predictions, description["preprocessing"]
+    kept = facts.predictions
     remarks = [conclusion(store), selection_sentence(final), None if kept is None else _calibration(kept)]
     # What is not marked `plain` was written by this project, or checked: names of studies, fields and files.
     environment = Environment(
@@ -65,20 +65,17 @@ def card(name: str, licence: str, store: Store, description: Mapping[str, Any], 
         described=description,
         tested=is_tested(description),
         program=program,
-        steps=steps,
-        size=steps["centre_crop"],
+        steps=description["preprocessing"],
         final=final,
         sentence=final_sentence(final),
         remarks=[*filter(None, remarks)],
         trial=trial,
-        last=trial.epochs[-1],
         duplicates=facts.duplicates,
-        finished=store.finished(),
-        pruned=store.counts()["pruned"],
+        store=store,
         among=_among(store),
         openings=ledger.openings(store.ledger_lines()),
         worst=[] if kept is None else _worst_classes(kept, description["classes"]),
-        seed=None if kept is None else kept["seeds"][0]["seed"],
+        predictions=kept,
     )
 
 

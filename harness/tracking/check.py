@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from harness.tracking.client import KEY, PARENT, STATE, STATUS, STUDY, TRACEBACK, by_key
+from harness.tracking.client import KEY, PARENT, STATE, STATUS, STUDY, TRACEBACK
 from harness.tracking.expected import Expected, Finding
 from harness.tracking.files import elsewhere, local_folder
 from harness.tracking.library import StoreFault
@@ -26,92 +26,77 @@ def disagreements(
 ) -> Iterator[Finding]:
     """Where MLflow differs from what is expected of it.
 
-    `metrics` and `folders` are those of the study's own run, `running` the keys of unfinished trials.
+    `metrics` and `folders` are those of the study's own run, `running` the keys of unfinished trials. What is mended
+    here is dropped and written anew; the rest does any start or end of the tracker.
     """
-    if (text := tracker.deleted(tracker.study_name)) is not None:
+    if (text := tracker.deleted(tracker.study.name)) is not None:
         yield Finding(text)  # a start with --fix restores it first
         return
-
-    def later(operation: Callable[..., object], *arguments: object) -> Callable[[], None]:
-        return partial(tracker.tell, partial(operation, *arguments))
-
-    yield from _moved(tracker)
+    if tracker.file is not None and tracker.artifacts is not None:
+        for old in elsewhere(tracker.file, tracker.artifacts):
+            place = tracker.file.parent
+            yield Finding(f"MLflow looks for files in {local_folder(old)}, but its database lies in {place} now")
     runs = tracker.all_runs()
-    known = by_key(runs) | {run.data.tags[KEY]: run for run in runs if run.info.run_id == tracker.parent}
+    known, wanted = tracker.by_key(runs), {each.key: each for each in expected}
     for run in reversed(runs):
-        key = run.data.tags[KEY]
-        if run.info.run_id != known[key].info.run_id:
-            yield Finding(f"MLflow has a second run of {key}", later(tracker.delete, run))
-    wanted = {each.key: each for each in expected}
-    if STUDY not in known and (known or wanted):
-        yield Finding("MLflow lacks the study's own run")  # any start makes it
-    elif STUDY in known:
+        if run is not known[run.data.tags[KEY]]:
+            yield Finding(f"MLflow has a second run of {run.data.tags[KEY]}")
+    if STUDY in known:
         shown = known[STUDY].data.metrics
         for name in (name for name, value in metrics.items() if shown.get(name) != value):
-            yield Finding(f"MLflow lacks {name} of the study's own run")  # its end writes it
+            yield Finding(f"MLflow lacks {name} of the study's own run")
         for name in folders:
-            yield from _lacking(tracker, known[STUDY], name)  # its end writes it, too
-    for key, run in known.items():
-        parent = known[STUDY].info.run_id if STUDY in known else None
-        if parent and key != STUDY and run.data.tags.get(PARENT) != parent:
-            move = later(tracker.client.set_tag, run.info.run_id, PARENT, parent)
-            yield Finding(f"MLflow does not show {key} under the study's own run", move)
+            yield from _lacking(tracker, known[STUDY], name)
+        for key, run in known.items():
+            if key != STUDY and run.data.tags.get(PARENT) != known[STUDY].info.run_id:
+                yield Finding(f"MLflow does not show {key} under the study's own run")
+    elif known or wanted:
+        yield Finding("MLflow lacks the study's own run")
     for key, each in wanted.items():
-        yield from _compare(tracker, each, known.get(key))
+        if key in known:
+            yield from _compare(tracker, each, known[key])
+        else:
+            yield Finding(f"MLflow lacks the run of {key}")
     for key, run in known.items():
         if key in wanted or (living and run.info.status == "RUNNING"):
             continue
         if key.startswith("trial-") and key not in running:
-            yield Finding(f"MLflow has a run of {key}, which the storage does not know", later(tracker.delete, run))
+            yield Finding(f"MLflow has a run of {key}, which the storage does not know", _drop(tracker, run))
         elif run.info.status == "RUNNING":
-            kill = later(tracker.kill_run, run.info.run_id)
-            yield Finding(f"MLflow shows {key} as running, but no process runs it", kill)
+            yield Finding(f"MLflow shows {key} as running, but no process runs it")
 
 
-def _compare(tracker: MLflowTracker, wanted: Expected, run: Run | None) -> Iterator[Finding]:
-    if run is None:
-        yield Finding(f"MLflow lacks the run of {wanted.key}", partial(tracker.write, wanted))
-        return
-    series, write_anew = wanted.series(), partial(_write_anew, tracker, wanted, run)
-    # Of several entries at one step the latest counts: a trial may have begun anew, and the coordinator of the process
-    # that died may tell of it late.
-    found = {name: dict(tracker.history(run.info.run_id, name)) for name in series}
-    for name, shown in found.items():
-        if not shown.items() <= set(series[name]):
-            yield Finding(f"MLflow has other values of {name} for {wanted.key} than the storage", write_anew)
+def _compare(tracker: MLflowTracker, wanted: Expected, run: Run) -> Iterator[Finding]:
+    key = wanted.key
+    for name, values in wanted.series().items():
+        # Of several entries at one step the latest counts: a trial may have begun anew, and the coordinator of the
+        # process that died may tell of it late.
+        shown = dict(tracker.history(run.info.run_id, name))
+        if not shown.items() <= set(values):
+            yield Finding(f"MLflow has other values of {name} for {key} than the storage", _drop(tracker, run))
             return
-    for name, values in found.items():
-        if len(values) < len(series[name]):
-            text = f"MLflow has {name} of {wanted.key} at {len(values)} of {len(series[name])} steps"
-            # Whole epochs can be added; to one that is there in part nothing is added.
-            steps = [found[each].keys() for each in ("train_loss", "val_accuracy") if series[each]]
-            even = all(each == steps[0] for each in steps)
-            yield Finding(text, partial(tracker.write, wanted) if even else write_anew)
+        if len(shown) < len(values):
+            text = f"MLflow has {name} of {key} at {len(shown)} of {len(values)} steps"
+            yield Finding(text, _drop(tracker, run))
             return
     if wanted.traceback is not None:
-        yield from _lacking(tracker, run, TRACEBACK, partial(tracker.write, wanted))
-    said = run.info.status, run.data.tags.get(STATE)
-    if said != (STATUS[wanted.state], wanted.state):
-        text = f"MLflow shows {wanted.key} as {said[1] or said[0]}, but it is {wanted.state}"
-        yield Finding(text, partial(tracker.write, wanted))
+        yield from _lacking(tracker, run, TRACEBACK)
+    status, state = run.info.status, run.data.tags.get(STATE)
+    if (status, state) != (STATUS[wanted.state], wanted.state):
+        yield Finding(f"MLflow shows {key} as {state or status}, but it is {wanted.state}")
 
 
-def _moved(tracker: MLflowTracker) -> Iterator[Finding]:
-    file, artifacts = tracker.file, tracker.artifacts
-    if file is None or artifacts is None:
-        return
-    for old in elsewhere(file, artifacts):
-        yield Finding(f"MLflow looks for files in {local_folder(old)}, but its database lies in {file.parent} now")
+def _drop(tracker: MLflowTracker, run: Run) -> Callable[[], None]:
+    """What takes a run out; its tracker writes it anew at the end if the storage knows it."""
+    return partial(tracker.tell, partial(tracker.delete, run))
 
 
-def _lacking(
-    tracker: MLflowTracker, run: Run, name: str, mend: Callable[[], object] | None = None
-) -> Iterator[Finding]:
+def _lacking(tracker: MLflowTracker, run: Run, name: str) -> Iterator[Finding]:
     """A file or folder that should lie with a run."""
     key = run.data.tags[KEY]
     try:
-        if not tracker.has_file(run, name):
-            yield Finding(f"MLflow lacks {name} of {'the study' if key == STUDY else key}", mend)
+        if not tracker.has_file(run.info.run_id, name):
+            yield Finding(f"MLflow lacks {name} of {'the study' if key == STUDY else key}")
     except StoreFault as fault:
         yield Finding(f"MLflow's files of {key} cannot be looked at ({fault})")
 
@@ -122,8 +107,3 @@ def model_missing(tracker: MLflowTracker, name: str) -> bool:
     sources = [each.source for each in tracker.client.search_model_versions(query) if tracker.is_own(each.tags)]
     folders = [folder for each in sources if (folder := local_folder(each)) is not None]
     return not sources or (bool(folders) and not any(folder.is_dir() for folder in folders))
-
-
-def _write_anew(tracker: MLflowTracker, wanted: Expected, run: Run) -> None:
-    tracker.tell(partial(tracker.delete, run))
-    tracker.write(wanted)

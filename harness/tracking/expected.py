@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,13 @@ from harness.base.seeds import derive_seed
 from harness.config.events import EpochResult, Kind
 
 if TYPE_CHECKING:
-    from harness.config.final_result import SeedResult
+    from harness.config.final_result import TestResult
     from harness.config.study import Study
     from harness.config.train import TrainConfig
     from harness.store.store import Store
+
+
+KEYS = {"rerank": rerank_key, "final": final_key, "base": base_key}
 
 
 def trial_tags(study: Study, number: int) -> dict[str, str]:
@@ -39,9 +42,9 @@ class Expected:
     config: TrainConfig
     tags: dict[str, str]
     epochs: tuple[EpochResult, ...]
-    metrics: dict[str, float]  # besides those of the epochs, at the last epoch
-    state: str
-    traceback: str | None
+    metrics: dict[str, float] = field(default_factory=dict)  # besides those of the epochs, at the last epoch
+    state: str = "complete"
+    traceback: str | None = None
 
     def series(self) -> dict[str, list[tuple[int, float]]]:
         """The (step, value) pairs that tell whether a run is whole."""
@@ -59,7 +62,6 @@ def expected_runs(study: Study, store: Store) -> list[Expected]:
             config=study.config(trial.params),
             tags=trial_tags(study, trial.number),
             epochs=trial.epochs,
-            metrics={},
             state=trial.state,
             traceback=trial.traceback,
         )
@@ -68,39 +70,33 @@ def expected_runs(study: Study, store: Store) -> list[Expected]:
     ]
     return runs + [
         Expected(
-            key=key(trial, seed),
+            key=KEYS[kind](trial, seed),
             config=study.config(params[trial]),
             tags=retraining_tags(kind, trial, seed),
             epochs=tuple(map(EpochResult.from_dict, epochs)),
             metrics=metrics,
-            state="complete",
-            traceback=None,
         )
-        for kind, key, trial, seed, epochs, metrics in _retrainings(store)
+        for kind, trial, seed, epochs, metrics in _retrainings(store)
     ]
 
 
-_Recorded = tuple[Kind, Callable[[int, int], str], int, int, list[dict[str, Any]], dict[str, float]]
-
-
-def _retrainings(store: Store) -> Iterator[_Recorded]:
-    """Kind, key, trial, seed, epochs and test metrics of everything that was trained after the search and recorded."""
-    for number, results in ((store.facts().rerank or {}).get("results") or {}).items():
-        yield from (("rerank", rerank_key, int(number), each["seed"], each["epochs"], {}) for each in results)
-    if (final := store.facts().final) is not None:
-        yield from (("final", final_key, final.trial, *_of_seed(each)) for each in final.per_seed)
-        if (base := final.base) is not None:
-            yield from (("base", base_key, base.trial, *_of_seed(each)) for each in base.per_seed)
-
-
-def _of_seed(each: SeedResult) -> tuple[int, list[dict[str, Any]], dict[str, float]]:
-    metrics = {"test_accuracy": each.accuracy} | ({} if each.loss is None else {"test_loss": each.loss})
-    return each.seed, each.epochs, metrics
+def _retrainings(store: Store) -> Iterator[tuple[Kind, int, int, list[dict[str, Any]], dict[str, float]]]:
+    """Kind, trial, seed, epochs and test metrics of everything that was trained after the search and recorded."""
+    known = store.facts()
+    for number, results in ((known.rerank or {}).get("results") or {}).items():
+        yield from (("rerank", int(number), each["seed"], each["epochs"], {}) for each in results)
+    tested: dict[Kind, TestResult | None] = {"final": known.final, "base": known.final and known.final.base}
+    for kind, result in tested.items():
+        if result is None:
+            continue
+        for each in result.per_seed:
+            metrics = {"test_accuracy": each.accuracy} | ({} if each.loss is None else {"test_loss": each.loss})
+            yield kind, result.trial, each.seed, each.epochs, metrics
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A disagreement with the storage in words, and what mends it; None when only a run of the study does."""
+    """A disagreement with the storage in words, and what mends it; None when a start or an end of a run does."""
 
     text: str
     mend: Callable[[], object] | None = None

@@ -40,7 +40,10 @@ def make_database(file: Path, *, ours: bool = False) -> None:
         if not file.exists():
             _create_database(file)
         if ours:
-            _write_ahead(file)
+            # Our own stays in WAL mode: writing it is several times as fast, and readers (the UI) do not hold it up.
+            # Setting it fails while somebody else writes: then it is done next time.
+            with contextlib.suppress(sqlite3.OperationalError), closing(sqlite3.connect(file)) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")
 
 
 def _create_database(file: Path) -> None:
@@ -65,9 +68,8 @@ def _create_database(file: Path) -> None:
                 Path(f"{file}{suffix}").unlink(missing_ok=True)
             made.replace(file)
     except faults() as error:
-        raise Halt(
-            f"{file} cannot be made ({first_line(error)}); make room, or give another --tracking-uri."
-        ) from error
+        why = first_line(error)
+        raise Halt(f"{file} cannot be made ({why}); make room, or give another --tracking-uri.") from error
     finally:
         sqlalchemy.event.remove(sqlalchemy.Engine, "connect", _unsynchronised)
 
@@ -75,14 +77,6 @@ def _create_database(file: Path) -> None:
 def _unsynchronised(connection: Any, _record: Any) -> None:
     """Of each of some fifty migrations the disk need not know; the file is synchronised once, when it is whole."""
     connection.execute("PRAGMA synchronous=OFF")
-
-
-def _write_ahead(file: Path) -> None:
-    """Put our own database into WAL mode, in which it stays: writing it is several times as fast, and readers
-    (the UI) do not hold it up.
-    """
-    with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(file)) as connection:
-        connection.execute("PRAGMA journal_mode=WAL")  # fails while somebody else writes: then it is done next time
 
 
 def local_folder(uri: str | None) -> Path | None:

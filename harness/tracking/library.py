@@ -145,7 +145,7 @@ def faults() -> tuple[type[Exception], ...]:
     return *known, StoreFault, Deleted
 
 
-def is_refusal(error: Exception) -> bool:
+def is_refusal(error: BaseException) -> bool:
     """Whether MLflow answered, and the answer will be the same the next time."""
     return getattr(error, "error_code", None) in REFUSALS
 
@@ -155,9 +155,8 @@ def first_line(error: BaseException) -> str:
     if found := re.search(r"\[Errno -?\d+\] ([^\"')]+)", str(error)):
         return found[1]
     lines = (str(error).strip() or type(error).__name__).splitlines()
-    return next(
-        (line for line in lines if not line.startswith("(raised as a result of")), lines[0]
-    )  # SQLAlchemy's aside
+    # But for SQLAlchemy's aside.
+    return next((line for line in lines if not line.startswith("(raised as a result of")), lines[0])
 
 
 def let_commits_return() -> None:

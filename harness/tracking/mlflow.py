@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from harness.base.errors import InputError
 from harness.config.events import EpochEnded, Event, Failed, RetrainingEnded, TrialEnded, TrialStarted
 from harness.config.space import label, leaves
-from harness.tracking.client import STATE, STATUS, STUDY, TRACEBACK, UID
+from harness.tracking.client import STATE, STATUS, STUDY, TRACEBACK, UID, StudyClient
 from harness.tracking.expected import Expected, expected_runs, retraining_tags, trial_tags
 from harness.tracking.files import make_database, move_in
 from harness.tracking.library import (
@@ -29,7 +29,7 @@ from harness.tracking.library import (
     is_refusal,
     milliseconds,
 )
-from harness.tracking.writer import MLflowRun, MLflowWriter
+from harness.tracking.writer import MLflowRun
 
 if TYPE_CHECKING:
     from harness.config.study import Study
@@ -40,16 +40,11 @@ GROUPS = "parameter_groups.txt"
 TRAINING = "?workflowType=machine_learning"  # without it MLflow's pages are those for language models
 
 
-class MLflowTracker(MLflowWriter):
+class MLflowTracker(StudyClient):
     """Logs a study to an MLflow tracking server or database at `uri`.
 
     When MLflow goes away after the start, entries wait in order until it is back, or until the study's next start.
     """
-
-    def __init__(self, uri: str, artifacts: Path | None) -> None:
-        """`artifacts` is the folder for a local database's files; None leaves them to the server."""
-        super().__init__(uri, artifacts)
-        self._shown: dict[str, MLflowRun] = {}  # the runs of trainings under way, by key
 
     def check(self, name: str | None = None) -> None:
         """Raise InputError unless the server or database answers, and takes the study `name`; no run is made."""
@@ -57,10 +52,6 @@ class MLflowTracker(MLflowWriter):
             self.connect()
             if name is not None and (text := self.deleted(name)) is not None:
                 raise Deleted(text)
-
-    @property
-    def study_name(self) -> str:
-        return self._study.name
 
     def pages(self) -> list[tuple[str, str]]:
         """Each experiment's name, and where in MLflow's UI its runs are; once it is connected."""
@@ -73,38 +64,42 @@ class MLflowTracker(MLflowWriter):
         Raises InputError when MLflow cannot be reached or written, unless the study has begun: that goes on, and MLflow
         is told when it is back.
         """
-        self._study, self._store, self._tags = study, store, {UID: store.uid, **facts}
+        self.study, self._store, self._tags = study, store, {UID: store.uid, **facts}
+        self._shown: dict[str, MLflowRun] = {}  # the runs of trainings under way, by key
+        self._ended_as: str | None = None  # the study's own run, before this start
         self._behind = True
         self.flush()
-        try:
-            self._begin()
-        except faults() as error:
-            if is_refusal(error) or isinstance(error, Deleted) or not store.trials():
-                raise self._unusable(error) from error
-            self.tell(self._begin)
+        with self._as_input_error():
+            try:
+                self._begin()
+            except faults() as error:
+                if is_refusal(error) or isinstance(error, Deleted) or not store.trials():
+                    raise
+                self.tell(self._begin)
         self._catch_up()
 
     def _begin(self) -> None:
         self.connect()
         if self.file is not None and self.artifacts is not None:
             move_in(self.file, self.artifacts)
-        self._experiment = self._get_experiment(self._study.name)
+        self._experiment = self._get_experiment()
         self._runs = self.known_runs()
         if STUDY not in self._runs:
             self._restore_own_run()
         self._ended_as = self._runs[STUDY].data.tags.get(STATE) if STUDY in self._runs else None
-        self.parent = self.open_run(STUDY, {}, self._tags, self._study.name)
+        self.parent = self.open_run(STUDY, {}, self._tags)
 
     def _catch_up(self) -> bool:
         """Write what the storage has and MLflow lacks, once it answers; whether MLflow has taken everything."""
         done = self.flush()
         if done and self._behind:
             self._behind = False
-            self.synchronise(self._study, self._store)
+            self.synchronise(self.study, self._store)
             done = self.flush()
         if done and self._left:
-            self._next_file = 0.0
-            self._tell_left()
+            left, self._left = self._left, []
+            for operation in left:
+                self.tell_file(operation)
             done = self.flush() and not self._left
         return done
 
@@ -121,7 +116,7 @@ class MLflowTracker(MLflowWriter):
             self.connect()
             experiment = self.client.get_experiment_by_name(study.name)
             self._experiment = None if experiment is None else experiment.experiment_id
-            self._study, self._tags = study, {UID: store.uid}
+            self.study, self._tags = study, {UID: store.uid}
 
     def replace_folder(self, folder: Path) -> None:
         """Write a folder of the study's own run again, if there is that run. Raises InputError when MLflow does not."""
@@ -134,13 +129,12 @@ class MLflowTracker(MLflowWriter):
     def _as_input_error(self) -> Iterator[None]:
         try:
             yield
+        except Deleted as error:
+            raise InputError(f"{error}.") from error
         except faults() as error:
-            raise self._unusable(error) from error
-
-    def _unusable(self, error: Exception) -> InputError:
-        if isinstance(error, Deleted):
-            return InputError(f"{error}.")
-        return InputError(f"MLflow at {self.uri} cannot be used ({first_line(error)}); check --tracking-uri.")
+            raise InputError(
+                f"MLflow at {self.uri} cannot be used ({first_line(error)}); check --tracking-uri."
+            ) from error
 
     def run(self, key: str, config: TrainConfig, tags: Mapping[str, str]) -> MLflowRun:
         """A child run: the one with this key if there is one already, else a new one.
@@ -165,24 +159,27 @@ class MLflowTracker(MLflowWriter):
                 if key in self._shown:  # else its start was lost, as the study was stopped; `synchronise` adds it all
                     self._shown[key].epoch(event.result)
             case TrialEnded():
-                run = self._shown.pop(event.key) if event.key in self._shown else self._run_of(event, event.key)
+                run = self._run_of(event, event.key)
                 if isinstance(event.outcome, Failed):
                     run.text(event.outcome.traceback, TRACEBACK)
                 run.end(event.outcome.state)
             case RetrainingEnded():
-                run = self._shown.pop(event.key) if event.key in self._shown else self._run_of(event, event.key)
+                run = self._run_of(event, event.key)
                 for result in event.epochs:
                     run.epoch(result)
                 if event.metrics:
-                    run.metrics(event.metrics, self._study.config(event.params).epochs)
+                    run.metrics(event.metrics, self.study.config(event.params).epochs)
                 run.end("complete")
 
     def _run_of(self, event: TrialStarted | TrialEnded | RetrainingEnded, key: str) -> MLflowRun:
+        """The run of a training: the one that is shown already, which is taken out, else by its key."""
+        if (shown := self._shown.pop(key, None)) is not None:
+            return shown
         if isinstance(event, TrialEnded) or event.kind == "trial":
-            tags = trial_tags(self._study, event.number)
+            tags = trial_tags(self.study, event.number)
         else:
             tags = retraining_tags(event.kind, event.trial, event.number)
-        return self.run(key, self._study.config(event.params), tags)
+        return self.run(key, self.study.config(event.params), tags)
 
     def synchronise(self, study: Study, store: Store) -> None:
         """Make the runs of finished trials say what the storage says: add what is missing, close what is open."""
@@ -192,7 +189,7 @@ class MLflowTracker(MLflowWriter):
             if said != (STATUS[wanted.state], wanted.state):
                 self.write(wanted)
             elif run is not None and wanted.traceback is not None:
-                self.tell_file(functools.partial(self._add_traceback, run, wanted.traceback))
+                self.tell_file(functools.partial(self.add_file, run.info.run_id, TRACEBACK, wanted.traceback))
 
     def write(self, wanted: Expected) -> None:
         """Write a finished run whole; what it has already stays."""
@@ -207,14 +204,7 @@ class MLflowTracker(MLflowWriter):
 
     def settle(self) -> bool:
         """End the parent run as it had ended before this start, else as interrupted; whether MLflow has taken all."""
-        self.tell(self._settle)
-        return self._end(self.flush)
-
-    def _settle(self) -> None:
-        if self._ended_as in STATUS:
-            self.close_run(self.parent, self._ended_as)
-        else:
-            self.kill_run(self.parent)
+        return self.finish({}, [], self._ended_as if self._ended_as in STATUS else "interrupted")
 
     def finish(self, metrics: Mapping[str, float], artifacts: Iterable[Path], state: str) -> bool:
         """Write the study's own metrics and folders to the parent run and end it; whether MLflow has taken all."""
@@ -229,19 +219,15 @@ class MLflowTracker(MLflowWriter):
                 self.tell_file(functools.partial(self._log_folder, path))
         self.tell(self._close_leftovers)
         self.tell(lambda: self.close_run(self.parent, state))
-        self.tell(self._look)
         self._behind = True  # another coordinator may have died before it had told everything
         return self._end(self._catch_up)
-
-    def _look(self) -> None:
-        self._runs = self.known_runs()
 
     def _log_study(self, metrics: Mapping[str, float], now: int) -> None:
         """What the study's own run shows, at the number of its trials; a step later if a reopened test changed it."""
         shown = self.client.get_run(self.parent).data.metrics
         new = {name: value for name, value in metrics.items() if shown.get(name) != value}
         if new:
-            steps = {step + 1 for name in new for step in self.steps(self.parent, name)}
+            steps = {step + 1 for name in new for step, _ in self.history(self.parent, name)}
             trials = sum(key.startswith("trial-") for key in self.known_runs())
             self.log(self.parent, {max(steps | {trials}): (new, now)})
 
@@ -252,11 +238,11 @@ class MLflowTracker(MLflowWriter):
     def interrupt(self) -> None:
         """Write what waits and mark what is open as killed; a resumed study takes the same runs up again."""
         self.tell(self._kill_open)
-        self._end(self.flush)
+        self.leave()
 
     def _kill_open(self) -> None:
         for run_id in list(self._open):
-            self.kill_run(run_id)
+            self.close_run(run_id, "interrupted")
 
     def _log_folder(self, folder: Path) -> None:
         with artifact_store():

@@ -26,8 +26,8 @@ def tracker_for(given: str | None, folder: Path) -> MLflowTracker:
     if not given:
         return local_tracker(folder)
     tracker = tracker_at(given)
-    if (file := sqlite_path(given)) is not None:
-        make_database(file)
+    if tracker.file is not None:
+        make_database(tracker.file)
     return tracker
 
 
@@ -37,7 +37,7 @@ def attached(given: str | None, folder: Path, study: Study, store: Store) -> MLf
     file = sqlite_path(uri)
     if file is not None and not file.is_file():
         return None
-    tracker = tracker_at(given) if given else MLflowTracker(local_uri(folder), folder / ARTIFACTS)
+    tracker = tracker_at(uri)
     tracker.attach(study, store)
     return tracker
 
@@ -56,13 +56,13 @@ def tracker_at(uri: str) -> MLflowTracker:
     Raises InputError when the database's folder does not exist, the database is another program's, or the Python
     package is missing that speaks to it.
     """
-    file = sqlite_path(uri)
+    file, scheme = sqlite_path(uri), uri.partition(":")[0].partition("+")[0]
     if file is None:
-        if uri.partition(":")[0].partition("+")[0] not in SCHEMES:
+        if scheme not in SCHEMES:
             raise InputError(
                 f"--tracking-uri {uri} is no MLflow server or database; write http://HOST:PORT or sqlite:///FILE."
             )
-        if uri.partition(":")[0].partition("+")[0] in ("postgresql", "mysql", "mssql"):
+        if scheme in ("postgresql", "mysql", "mssql"):
             check_driver(uri, "--tracking-uri")
         return MLflowTracker(uri, None)
     if not file.parent.is_dir():
