@@ -65,6 +65,8 @@ def run(
     from harness.report.display import StudyConsole
     from harness.study import start
 
+    if on_event is not None and not callable(on_event):
+        raise InputError(f"on_event takes a function that is called with each event, not {on_event!r}.")
     found = _found(study, home)
     if found.study is study and (workers != 1 or options.get("engine", "processes") != "processes"):
         raise InputError(
@@ -263,12 +265,18 @@ class Model:
         `images` are files or Pillow images of any size. Raises InputError naming a file that is no image.
         """
         import torch
+        from PIL import Image
 
         from harness.serving.model import preprocess
 
-        size = self.predictor.saved.image_size
+        if isinstance(images, str | Path | Image.Image):
+            raise InputError("predict takes a list of photographs; put the one into brackets.")
         if not images:
             return []
+        for each in images:
+            if isinstance(each, str | Path) and not Path(each).is_file():
+                raise InputError(f"There is no file {each}.")
+        size = self.predictor.saved.image_size
         tensors = [
             self.predictor.photograph(Path(each)) if isinstance(each, str | Path) else preprocess([each], size)[0]
             for each in images

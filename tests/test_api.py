@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 import harness
-from harness.api import _command
+from harness.api import Model, _command
 from harness.base.errors import InputError
 from harness.cli.commands import main
 from harness.config.events import EpochEnded, Event, TrialEnded
 from harness.config.study import Study
 from harness.training import interrupt
 from tests.conftest import PROJECT
-from tests.small import small_study
+from tests.small import small_study, study_in
 
 
 def test_every_public_name_is_there_and_nothing_large_is_imported_for_it() -> None:
@@ -96,6 +96,42 @@ def _printed(capsys: pytest.CaptureFixture[str], *command: str) -> str:
     capsys.readouterr()
     assert main(list(command)) == 0
     return capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("mlruns")
+def test_workers_do_not_run_the_program_again(tmp_path: Path, image_cache: Path) -> None:
+    study_in(tmp_path, image_cache)
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import harness\n"
+        "print('the program')\n"
+        "result = harness.run('tiny', trials=2, workers=2, progress=False, on_event=lambda event: None)\n"
+        "print(len(result.trials()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        cwd=tmp_path,
+        env=dict(os.environ, PYTHONPATH=str(PROJECT)),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout.split("\n")) == (0, ["the program", "2", ""]), done.stderr
+
+
+def test_one_where_a_list_is_meant_is_refused(study: Study, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"write set=\['epochs=1'\]"):
+        harness.run(study, set="epochs=1", home=tmp_path)
+    with pytest.raises(InputError, match="put the one into brackets"):
+        Model(None).predict("photo.jpg")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"There is no file nowhere\.jpg"):
+        Model(None).predict(["nowhere.jpg"])  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_called_is_refused_before_anything_is_written(study: Study, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="on_event takes a function"):
+        harness.run(study, on_event="runs.csv", home=tmp_path)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

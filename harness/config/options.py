@@ -33,4 +33,6 @@ class RunOptions:
         known = {field.name for field in fields(RunOptions)} - {"command"}
         if unknown := sorted(set(given) - known):
             raise InputError(f"There is no option {unknown[0]!r}; there are {', '.join(sorted(known))}.")
+        if isinstance(given.get("set"), str):
+            raise InputError(f"set takes a list of settings; write set=[{given['set']!r}].")
         return RunOptions(**dict(given) | {"set": tuple(given.get("set", ())), "command": command})

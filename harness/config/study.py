@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,18 @@ class Study:
         if device is not None:
             train = dataclasses.replace(train, runtime=dataclasses.replace(train.runtime, device=device))
         return dataclasses.replace(self, train=train)
+
+    def has_default(self, path: str) -> bool:
+        """Whether a field of the definition has its class's default, which is what older studies had instead of it."""
+        if path not in identity(self.train) | identity(self.final, "final."):
+            return False
+        owner, inner = self._owner(path)
+        *folders, name = inner.split(".")
+        holder = functools.reduce(getattr, folders, owner)
+        for field in dataclasses.fields(holder):
+            if field.name == name and field.default is not dataclasses.MISSING:
+                return bool(plain(field.default) == plain(getattr(holder, name)))
+        return False
 
     def definition(self) -> dict[str, Any]:
         """Everything that decides the results, flat and ready for JSON; `trials` is left out, for it may grow."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from harness.base.errors import InputError
 from harness.base.words import percent
 from harness.config.final_result import FinalResult
+from harness.final.predictions import from_record
 from harness.final.statistics import ALPHA
 from harness.store.ledger import openings
 from harness.store.store import Store
+
+SHOWN = 3  # names in a sentence
 
 
 def verdict(store: Store) -> str:
@@ -135,10 +139,9 @@ def selection_sentence(final: FinalResult) -> str | None:
     if (found := final.selection) is None:
         return None
     return (
-        f"The best of the {found.candidates:,} trials that were complete when the test set was opened looks better "
-        f"on the {found.images:,} validation images than it is: by {100 * max(found.excess, 0):.2f} points, as "
-        f"they lie apart, by {100 * found.excess_if_equal:.2f} points if all were equally good (bootstrap over the "
-        "images)."
+        f"Selection bias: the highest of {found.candidates:,} validation accuracies, measured on {found.images:,} "
+        f"images, is about {100 * max(found.excess, 0):.2f} points too high (bootstrap over the images); were all "
+        f"configurations equally good, it would be {100 * found.excess_if_equal:.2f} points too high."
     )
 
 
@@ -153,7 +156,22 @@ def test_sentence(store: Store) -> str:
         )
     if final is None and (leader := store.leader()) is not None:
         return f"The final run is under way in {leader}. {final_sentence(None)}"
-    return final_sentence(final)
+    return " ".join(filter(None, (final_sentence(final), _untested(store))))
+
+
+def _untested(store: Store) -> str | None:
+    """Which classes the final result says nothing of, in a sentence; None when it is about all."""
+    if (record := store.facts().predictions) is None:
+        return None
+    try:
+        found = from_record(record)
+    except InputError:  # the report and `doctor` say so
+        return None
+    names = [name for number, name in enumerate(found.classes) if number not in found.labels]
+    if not names:
+        return None
+    listed = ", ".join(map(repr, names[:SHOWN])) + (" and others" if len(names) > SHOWN else "")
+    return f"It says nothing of {len(names)} of the {len(found.classes)} classes, which have no test image: {listed}."
 
 
 def final_sentence(final: FinalResult | None) -> str:

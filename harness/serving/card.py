@@ -17,7 +17,7 @@ from harness.base.packing import unpack
 from harness.base.words import percent
 from harness.final.model_files import is_tested
 from harness.final.predictions import calibration_sentence, described
-from harness.final.sentences import conclusion, final_sentence, selection_sentence
+from harness.final.sentences import conclusion, selection_sentence, test_sentence
 from harness.store import ledger
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def card(name: str, licence: str, store: Store, description: Mapping[str, Any], 
         program=program,
         steps=description["preprocessing"],
         final=final,
-        sentence=final_sentence(final),
+        sentence=test_sentence(store),
         remarks=[*filter(None, remarks)],
         trial=trial,
         duplicates=facts.duplicates,

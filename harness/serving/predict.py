@@ -24,7 +24,7 @@ from harness.data.cache import WORKERS
 from harness.data.decoding import SUFFIXES, check_proportions, open_image
 from harness.data.layout import made_by_system
 from harness.serving.model import SavedModel, load_saved, preprocess
-from harness.store.opening import as_begun, read_store, url_of
+from harness.store.opening import located, read_store, url_of
 from harness.training.loop import outputs_of
 from harness.training.step import Runtime, find_device
 
@@ -115,7 +115,7 @@ def predictor_of(found: Found, url: str, device: str, data_root: str | None = No
     """The saved model of the results at `url`, ready on a device. Raises InputError as `load_predictor` does."""
     where = find_device(device)
     with read_store(found.study.name, url) as store:
-        study = as_begun(found.study.located(found.home, data_root, None), store)
+        study = located(found, store, data_root)
         return Predictor(load_saved(study, store, found.beside(store.url, ".model")), where)
 
 

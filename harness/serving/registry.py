@@ -22,7 +22,7 @@ from harness.base.errors import Halt, masked
 from harness.base.keys import final_key
 from harness.data.splits import ImageSet, items_of, load_split
 from harness.final.model_files import CHECK_IMAGES
-from harness.final.sentences import final_sentence
+from harness.final.sentences import test_sentence
 from harness.serving.export import EXAMPLE_BATCH, disagreement, logits_of, weights_of
 from harness.tracking.client import UID
 from harness.tracking.library import artifact_store, faults, first_line, found_set, is_refusal, no_stray_folder
@@ -91,7 +91,7 @@ def candidate(name: str, store: Store, saved: SavedModel) -> Candidate:
         SCORE: repr(trial_accuracy(saved)),
         IMAGES: fingerprint,
     }
-    text = final_sentence(store.facts().final)
+    text = test_sentence(store)
     return Candidate(name=name, saved=saved, images=images, tags=tags, text=text)
 
 

@@ -91,11 +91,11 @@ def read_store(name: str, url: str, any_format: bool = False) -> Iterator[Store]
     """
     file = sqlite_file(url)
     if file is not None and not file.is_file():
-        raise NotBegun(f"Study {name!r} has no results yet ({file} does not exist); run it with --study {name}.")
+        raise NotBegun(f"Study {name!r} has no results yet ({file} does not exist); {_begin(name)}.")
     if file is not None and file.stat().st_size == 0:
         raise NotBegun(
-            f"Study {name!r} has no results ({file} is empty); take the file from a copy if it held any, else run it "
-            f"with --study {name}."
+            f"Study {name!r} has no results ({file} is empty); take the file from a copy if it held any, else "
+            f"{_begin(name)}."
         )
     unknown = NotBegun(
         f"{url} holds no study named {name!r}; it has not begun there: run it, or check --storage and the name."
@@ -164,10 +164,21 @@ def as_begun(study: Study, store: Store, content: Mapping[str, str] | None = Non
     """
     stored = store.facts().definition
     if stored is None:
-        raise InputError(f"Study {study.name!r} has not begun; run it with --study {study.name}.")
+        raise InputError(f"Study {study.name!r} has not begun; {_begin(study.name)}.")
     study = study.with_definition(stored)
     check_definition(study, store, content)
     return study
+
+
+def located(found: Found, store: Store, data_root: str | None = None, device: str | None = None) -> Study:
+    """The study as the storage knows it, with its folders absolute: images lie where its last start found them.
+
+    Raises InputError as `as_begun` does.
+    """
+    last = store.facts().data_root
+    if data_root is None and last is not None and Path(last).is_dir():
+        data_root = last
+    return as_begun(found.study.located(found.home, data_root, device), store)
 
 
 def check_format(name: str, store: Store) -> None:
@@ -206,6 +217,7 @@ def check_definition(study: Study, store: Store, content: Mapping[str, str] | No
         return
     check_format(study.name, store)
     unknown = {path for path in stored if path.startswith("content of ")} if content is None else set()
+    unknown |= {path for path in now if path not in stored and study.has_default(path)}  # there was no such field then
     differing = [path for path in {**stored, **now} if stored.get(path) != now.get(path) and path not in unknown]
     if differing:
         changes = "; ".join(_change(path, stored, now, study, store) for path in differing)
@@ -224,7 +236,9 @@ def _change(path: str, stored: Mapping[str, Any], now: Mapping[str, Any], study:
         return f"the images{f' in {root}' if root else ''} are others than when the study began{counted}"
     if path == "content of weights":
         return "the pretrained weights are others than when the study began"
-    return f"{path} was {stored.get(path)!r}, is {now.get(path)!r}"
+    if path not in stored:
+        return f"{path} is {now[path]!r}, and was not a field"
+    return f"{path} was {stored[path]!r}, " + (f"is {now[path]!r}" if path in now else "and is no field any more")
 
 
 def _count(study: Study) -> int:
@@ -240,6 +254,10 @@ def check_movable(url: str) -> None:
         raise InputError(
             "--fresh moves a SQLite file; on a server, give the new study a database of its own by --storage."
         )
+
+
+def _begin(name: str) -> str:
+    return f"run it with 'python run_study.py --study {name}'"
 
 
 def _anew(url: str) -> str:

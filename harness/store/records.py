@@ -107,6 +107,7 @@ class StudyFacts:
     # Of its last start
     file: str | None = None
     command: str | None = None
+    data_root: str | None = None  # where the images were, if it was said
     runtime: dict[str, Any] | None = None  # `Runtime.to_dict()`
     versions: dict[str, str] = field(default_factory=dict)
     wanted: int = 0  # trials

@@ -35,12 +35,11 @@ from harness.training.step import Runtime
 
 def audit_study(options: RunOptions, found: Found, fraction: float, seed: int) -> None:
     """Audit a study, or go on with it. Raises InputError for what a user can mend."""
-    study = found.study.located(found.home, options.data_root, options.device)
     url = opening.url_of(found, options.storage)
     if options.tracking_uri:
         tracker_at(options.tracking_uri)  # a URI that is none is named before anything is trained
-    with opening.read_store(study.name, url) as store:
-        study = opening.as_begun(study, store)
+    with opening.read_store(found.study.name, url) as store:
+        study = opening.located(found, store, options.data_root, options.device)
         check_ended(study, store)
         trials, results, asked = sample(store, fraction, seed)
         if not trials:

@@ -20,7 +20,7 @@ from harness.data.cache import damaged
 from harness.final import model_files
 from harness.final.predictions import from_record
 from harness.store.locks import holder, pid_file
-from harness.store.opening import as_begun, open_store, read_store
+from harness.store.opening import located, open_store, read_store
 from harness.store.store import Store
 from harness.study.stages import wanted_keys
 from harness.tracking.check import disagreements, model_missing
@@ -40,12 +40,10 @@ def consult(found: Found, url: str, tracking_uri: str | None, fix: bool) -> bool
     Raises InputError when the study cannot be read, and with `fix` also while a process runs it.
     """
     file = sqlite_file(url)
-    study = found.study.located(found.home, None, None)
-    with read_store(study.name, url) as store:
-        who = _who(store, file)
+    with read_store(found.study.name, url) as store:
+        study, who = located(found, store), _who(store, file)
         if fix and who is not None:
             raise InputError(f"Study {study.name!r} is being run by {who}; wait for the end, then mend.")
-        study = as_begun(study, store)
         tracker = attached(tracking_uri, found.mlruns, study, store)
         findings = list(examine(study, store, tracker, found, who is not None))
         if file is not None and who is None and pid_file(file).exists():

@@ -79,7 +79,8 @@ def replay_study(study: Study, store: Store) -> bool:
             differing.append(each.number)
             print(each.line(), flush=True)
     if not asked:
-        raise InputError(f"Study {study.name!r} has no trials yet; run it with --study {study.name}.")
+        run = f"python run_study.py --study {study.name}"
+        raise InputError(f"Study {study.name!r} has no trials yet; run it with '{run}'.")
     print(_conclusion(asked, differing, store.facts().versions))
     return not differing
 

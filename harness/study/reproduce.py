@@ -82,9 +82,8 @@ class Reproduction:
 
 def reproduction(found: Found, url: str, number: int, data_root: str | None, device: str | None) -> Reproduction:
     """A trial of the results at `url`. Raises InputError when there is none, or its images or weights are others."""
-    study = found.study.located(found.home, data_root, device)
-    with opening.read_store(study.name, url) as store:
-        study = opening.as_begun(study, store)
+    with opening.read_store(found.study.name, url) as store:
+        study = opening.located(found, store, data_root, device)
         trials = {trial.number: trial for trial in store.trials()}
         if number not in trials:
             has = f"it has 0 to {max(trials)}" if trials else "it has none yet"

@@ -189,6 +189,7 @@ def _run_what_is_missing(command: Command, begun: bool) -> None:
         try:
             store.set_attribute("command", options.command)
             store.set_attribute("file", found.file.name)
+            store.set_attribute("data_root", options.data_root and str(Path(options.data_root).resolve()))
             keep_imports()
             coordinator.run_study(command, store, tracker)
         except KeyboardInterrupt:

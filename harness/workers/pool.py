@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
+from types import ModuleType
 from typing import TYPE_CHECKING, Self
 
 from harness.base.environment import cores
@@ -74,7 +75,7 @@ class _Worker:
             target=work, args=(config, theirs), name=f"worker {number}", daemon=True
         )
         resource_tracker.ensure_running()  # starting it would let signals through again
-        with _environment(environment), interrupt.inherited_later():
+        with _environment(environment), interrupt.inherited_later(), _without_program():
             self.process.start()
         theirs.close()
 
@@ -195,6 +196,17 @@ def _rest(worker: _Worker) -> Iterator[Message]:
             yield worker.line.recv()
     except (EOFError, OSError):
         return
+
+
+@contextmanager
+def _without_program() -> Iterator[None]:
+    """Processes that are started inside do not run the program's file again, which may have started this study."""
+    program = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = program
 
 
 @contextmanager
