@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +45,7 @@ def logits_of(saved: SavedModel, images: Tensor) -> NDArray[numpy.float32]:
     import torch
 
     with torch.inference_mode():
-        logits: NDArray[numpy.float32] = saved.model(images).numpy()
-    return logits
+        return saved.model(images).numpy()
 
 
 def write_program(saved: SavedModel, path: Path) -> None:
@@ -66,9 +65,7 @@ def write_program(saved: SavedModel, path: Path) -> None:
     written = io.BytesIO()  # not to the file itself: torch hides from a full disk's message what is full
     torch.export.save(program, written, extra_files={WEIGHTS: weights})
     loaded = torch.export.load(written).module()
-    for images in _samples(saved):
-        with torch.inference_mode():
-            _compare(f"The exported program {path}", loaded(images).numpy(), logits_of(saved, images))
+    _check(f"The exported program {path}", saved, lambda images: loaded(images).detach().numpy())
     replace_file(path, written.getvalue())
 
 
@@ -113,19 +110,21 @@ def write_onnx(saved: SavedModel, path: Path) -> None:
     The file is there whole and checked, or not at all. Raises InputError when the model cannot be exported or
     onnxruntime gives other logits, Halt when the file cannot be written.
     """
+    import onnxruntime
+
     with replacing(path) as file:  # first of all, for exporting takes a minute
         file.write(_onnx(saved))
         file.flush()
-        _check_onnx(saved, Path(file.name), path)
+        session = onnxruntime.InferenceSession(file.name, providers=["CPUExecutionProvider"])
+        _check(f"The ONNX file {path}", saved, lambda images: session.run(["logits"], {"images": images.numpy()})[0])
 
 
 def preprocessing_of(saved: SavedModel) -> dict[str, str]:
     """What a user of the bare network must know, each entry as JSON: the ONNX file's metadata."""
-    described = {**saved.description["preprocessing"], "classes": saved.description["classes"]}
-    entries = {key: json.dumps(value, ensure_ascii=False) for key, value in described.items()}
     size = saved.image_size
     what = f"RGB, 0 to 1, minus mean, divided by std; float32 [batch, 3, {size}, {size}], with any batch"
-    return entries | {"input": json.dumps(what)}
+    described = {**saved.description["preprocessing"], "classes": saved.description["classes"], "input": what}
+    return {key: json.dumps(value, ensure_ascii=False) for key, value in described.items()}
 
 
 def _program(saved: SavedModel) -> ExportedProgram:
@@ -143,50 +142,29 @@ def _program(saved: SavedModel) -> ExportedProgram:
 def _onnx(saved: SavedModel) -> bytes:
     import torch
 
-    program = _program(saved)
+    program, batch = _program(saved), ({0: "batch"},)  # torch's own name for it would be something like s77
     try:
         made: Any = torch.onnx.export(
-            program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False
+            program, dynamo=True, input_names=["images"], output_names=["logits"], dynamic_shapes=batch, verbose=False
         )
     except Exception as error:  # an operator of the backbone may have no counterpart
         raise InputError(f"This model cannot be written as ONNX ({first_line(error)}).") from error
     made.model.metadata_props.update(preprocessing_of(saved))
-    proto = made.model_proto
-    _name_batch(proto.graph)
-    content: bytes = proto.SerializeToString()
-    return content
+    return bytes(made.model_proto.SerializeToString())
 
 
-def _name_batch(graph: Any) -> None:
-    """Call the free dimension of an ONNX graph `batch`; torch calls it something like s77, whatever it was named."""
-    symbol = re.escape(graph.input[0].type.tensor_type.shape.dim[0].dim_param)
-    for value in [*graph.input, *graph.output, *graph.value_info]:
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_param = re.sub(rf"\b{symbol}\b", "batch", dim.dim_param)
+def _check(what: str, saved: SavedModel, logits: Callable[[Tensor], NDArray[Any]]) -> None:
+    """Raise InputError when a program's logits are not the model's own.
 
-
-def _check_onnx(saved: SavedModel, written: Path, path: Path) -> None:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(written), providers=["CPUExecutionProvider"])
-    for images in _samples(saved):
-        (logits,) = session.run(["logits"], {"images": images.numpy()})
-        _compare(f"The ONNX file {path}", logits, logits_of(saved, images))
-
-
-def _samples(saved: SavedModel) -> list[Tensor]:
-    """Standard normal pixels, seeded, in several batch sizes."""
+    They are compared on standard normal pixels, seeded, in several batch sizes.
+    """
     import torch
 
     generator, size = torch.Generator().manual_seed(0), saved.image_size
-    return [torch.randn(count, 3, size, size, generator=generator) for count in BATCHES]
-
-
-def _compare(what: str, found: NDArray[Any], wanted: NDArray[Any]) -> None:
-    """Raise InputError when logits differ by more than the tolerance."""
-    if (wrong := disagreement(found, wanted)) is not None:
-        raise InputError(f"{what} {wrong}, and is not kept; use model.safetensors instead.")
+    for count in BATCHES:
+        images = torch.randn(count, 3, size, size, generator=generator)
+        if (wrong := disagreement(logits(images), logits_of(saved, images))) is not None:
+            raise InputError(f"{what} {wrong}, and is not kept; use model.safetensors instead.")
 
 
 def disagreement(found: NDArray[Any], wanted: NDArray[Any]) -> str | None:

@@ -36,15 +36,12 @@ class SavedModel:
     model: nn.Module  # float32 [B, 3, S, S], standardised, to logits float32 [B, classes]
     config: TrainConfig
     description: dict[str, Any]  # model.json
-    check_images: Tensor | None = (
-        None  # standardised test images, float32 [N, 3, S, S]; None when the opening left none
-    )
+    check_images: Tensor | None = None  # standardised test images, float32 [N, 3, S, S], if the opening left some
 
     @property
     def classes(self) -> Sequence[str]:
         """The names, by the number of their logit."""
-        names: list[str] = self.description["classes"]
-        return names
+        return self.description["classes"]
 
     @property
     def image_size(self) -> int:
@@ -57,6 +54,8 @@ def load_saved(study: Study, store: Store, folder: Path) -> SavedModel:
 
     Raises InputError when there is none yet, or it is damaged or not the one that was recorded.
     """
+    from harness.data.augment import normalise
+
     if not has_model(folder):
         raise InputError(f"{folder} holds no model{_why_missing(study, store)}")
     check_folder(folder, store.url, store.uid)
@@ -70,20 +69,16 @@ def load_saved(study: Study, store: Store, folder: Path) -> SavedModel:
         config = study.config(trials[description["trial"]].params)
     except (Damaged, ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(f"The model in {folder} cannot be read ({error}); {AGAIN}.") from error
-    model = without_pretrained(config.backbone).build(len(description["classes"]), config.data.image_size)
+    backbone: Any = config.backbone
+    if "pretrained" in {field.name for field in dataclasses.fields(backbone)}:  # weights that are replaced anyway
+        backbone = dataclasses.replace(backbone, pretrained=False)
+    model = backbone.build(len(description["classes"]), config.data.image_size)
     model.load_state_dict(tensors)
-    images = _check_images(folder / CHECK_FILE)
-    return SavedModel(model=model.eval(), config=config, description=description, check_images=images)
-
-
-def _check_images(path: Path) -> Tensor | None:
-    """The test images that the opening left beside the weights; a model whose folder was lost is made without them."""
-    from harness.data.augment import normalise
-
-    try:
-        return normalise(read_tensors(path)[0]["images"])
+    try:  # the test images that the opening left; a model whose folder was lost is made without them
+        images = normalise(read_tensors(folder / CHECK_FILE)[0]["images"])
     except Damaged:
-        return None
+        images = None
+    return SavedModel(model=model.eval(), config=config, description=description, check_images=images)
 
 
 def _why_missing(study: Study, store: Store) -> str:
@@ -93,12 +88,6 @@ def _why_missing(study: Study, store: Store) -> str:
     if (why := store.why_closed()) is not None:
         return f". {why}"
     return f": the final run of study {study.name!r} has not ended; run the study to its end."
-
-
-def without_pretrained(backbone: Any) -> Any:
-    """The backbone, to be built without weights that are replaced anyway."""
-    known = {field.name for field in dataclasses.fields(backbone)}
-    return dataclasses.replace(backbone, pretrained=False) if "pretrained" in known else backbone
 
 
 def preprocess(images: Sequence[Image.Image], size: int) -> Tensor:

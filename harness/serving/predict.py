@@ -84,15 +84,13 @@ class Predictor:
     def answers(self, files: Sequence[Path], count: int) -> Iterator[tuple[Path, Answer]]:
         """The guesses for every file, in their order; a batch is decoded while the model sees the one before."""
         with ThreadPoolExecutor(WORKERS) as pool:
-            batches = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
-            decoding = pool.map(self._decoded, batches[0] if batches else [])
-            for number, batch in enumerate(batches, 1):
+            decoding = pool.map(self._decoded, files[:BATCH])
+            for start in range(0, len(files), BATCH):
                 decoded = list(decoding)
-                if number < len(batches):
-                    decoding = pool.map(self._decoded, batches[number])
+                decoding = pool.map(self._decoded, files[start + BATCH : start + 2 * BATCH])
                 images = [each for each in decoded if isinstance(each, Tensor)]
                 guesses = iter(self.guesses(torch.stack(images), count) if images else [])
-                for file, each in zip(batch, decoded, strict=True):
+                for file, each in zip(files[start : start + BATCH], decoded, strict=True):
                     yield file, next(guesses) if isinstance(each, Tensor) else each
 
     def _decoded(self, path: Path) -> Tensor | InputError:

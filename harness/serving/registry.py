@@ -77,34 +77,24 @@ def candidate(name: str, store: Store, saved: SavedModel) -> Candidate:
     The check uses the test images that the opening left beside the weights; where they are lost, validation images, for
     it asks only whether two programs agree.
     """
+    from harness.data.augment import normalise
+
     fingerprint, images = store.facts().validation_images, saved.check_images
     if fingerprint is None or images is None:
         data = saved.config.data
         split = load_split(data, "val", data.image_size)
         fingerprint = validation_fingerprint(data, split)
         store.set_attribute("validation_images", fingerprint)
-        images = _validation_images(split) if images is None else images
+        if images is None:
+            images = normalise(split.images[:: max(1, len(split) // CHECK_IMAGES)][:CHECK_IMAGES])
     tags = {
         UID: store.uid,
         TRIAL: str(saved.description["trial"]),
         WEIGHTS: weights_of(saved),
-        SCORE: repr(trial_accuracy(saved)),
+        SCORE: repr(saved.description["trial_validation_accuracy"]),  # of the trial whose configuration it has
         IMAGES: fingerprint,
     }
-    text = test_sentence(store)
-    return Candidate(name=name, saved=saved, images=images, tags=tags, text=text)
-
-
-def trial_accuracy(saved: SavedModel) -> float:
-    """The validation accuracy of the trial whose configuration the model has."""
-    accuracy: float = saved.description["trial_validation_accuracy"]
-    return accuracy
-
-
-def _validation_images(split: ImageSet) -> Tensor:
-    from harness.data.augment import normalise
-
-    return normalise(split.images[:: max(1, len(split) // CHECK_IMAGES)][:CHECK_IMAGES])
+    return Candidate(name=name, saved=saved, images=images, tags=tags, text=test_sentence(store))
 
 
 def validation_fingerprint(data: Dataset, split: ImageSet) -> str:
@@ -155,6 +145,8 @@ def publish(tracker: MLflowTracker, wanted: Candidate, say: Callable[[str], obje
 
 def _logged(client: Any, run: Run, wanted: Candidate) -> LoggedModel:
     """The model in the study's experiment, whole; what a killed process left of one is dropped."""
+    from mlflow.entities import LoggedModelOutput
+
     experiment = run.info.experiment_id
     query = " AND ".join(f"tags.`{tag}` = '{wanted.tags[tag]}'" for tag in (UID, WEIGHTS))
     for known in client.search_logged_models([experiment], query):
@@ -169,7 +161,7 @@ def _logged(client: Any, run: Run, wanted: Candidate) -> LoggedModel:
         experiment, wanted.name, source_run_id=run.info.run_id, tags=dict(wanted.tags), model_type="classifier"
     )
     _upload(client, model, run, wanted)
-    _link(client, run, model)
+    client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=0)])  # the run's page shows it
     return client.finalize_logged_model(model.model_id, "READY")
 
 
@@ -217,13 +209,6 @@ def _write_model(folder: Path, model: LoggedModel, run: Run, saved: SavedModel) 
         )
     except RuntimeError as error:  # it was exported before: here only the writing can fail, and torch says it so
         raise Halt(f"{folder} cannot be written ({first_line(error)}); make room for temporary files.") from error
-
-
-def _link(client: Any, run: Run, model: LoggedModel) -> None:
-    """Show the model as the run's output."""
-    from mlflow.entities import LoggedModelOutput
-
-    client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=0)])
 
 
 def _measure(client: Any, tracker: MLflowTracker, model: LoggedModel, wanted: Candidate) -> None:
@@ -299,27 +284,24 @@ def _wrong(uri: str, logged: LoggedModel, wanted: Candidate) -> str | None:
 
 def _placed(client: Any, version: ModelVersion) -> str:
     """Give the alias to the version if it deserves it; in words, what became of it. Decided once for a version."""
-    if PLACE not in version.tags:
-        said = _decide(client, version)
+    said: str | None = version.tags.get(PLACE)
+    if said is None:
+        said = _why_not(client, version)
+        if said is None:
+            client.set_registered_model_alias(version.name, CHAMPION, version.version)
+            said = f"checked, became the {CHAMPION}"
         client.set_model_version_tag(version.name, version.version, PLACE, said)
-        return said
-    return version.tags[PLACE]
+    return said
 
 
-def _decide(client: Any, version: ModelVersion) -> str:
+def _why_not(client: Any, version: ModelVersion) -> str | None:
+    """Why the version does not get the alias; None when it has it, or nobody who is as good on the same images."""
     if version.tags[CHECK] != PASSED:
         return f"not promoted, for loaded in a process of its own it {version.tags[CHECK]}"
     number = client.get_registered_model(version.name).aliases.get(CHAMPION)
-    if number is not None and str(number) != str(version.version):
-        holder = client.get_model_version(version.name, number)
-        if (reason := _why_not(version, holder)) is not None:
-            return reason
-    client.set_registered_model_alias(version.name, CHAMPION, version.version)
-    return f"checked, became the {CHAMPION}"
-
-
-def _why_not(version: ModelVersion, holder: ModelVersion) -> str | None:
-    """Why the holder of the alias keeps it; None when the version is better on the same validation images."""
+    if number is None or str(number) == str(version.version):
+        return None
+    holder = client.get_model_version(version.name, number)
     stays = f"checked; version {holder.version} stays the {CHAMPION}"
     if holder.tags.get(IMAGES) != version.tags[IMAGES]:
         return f"{stays}, for it was measured on other validation images; give the alias by hand if you mean to"
