@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from harness.base import processes
 from harness.config import find as catalogue
 from harness.config.study import Study
 from harness.search.pruners import asha
@@ -57,7 +58,7 @@ def work(study: Study, store: Store, trials: int, pause: float) -> None:
 
 def main(url: str, machine: str, lease: str, pause: str) -> None:
     if machine != "here":
-        leases.here = lambda: f"{machine}/-"
+        processes.here = lambda: f"{machine}/-"
     patient(float(lease))
     study = searching()
     print("ready", flush=True)

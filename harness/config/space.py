@@ -275,8 +275,8 @@ def _check_path(config: Any, path: str) -> None:
 
 def unknown_field(path: str, known: list[str]) -> InputError:
     close = difflib.get_close_matches(path, known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"the fields are {', '.join(known)}."
-    return InputError(f"There is no field {path!r} in the configuration; {hint}")
+    hint = f"did you mean {close[0]}? The" if close else "the"
+    return InputError(f"There is no field {path!r} in the configuration; {hint} fields are {', '.join(known)}.")
 
 
 def check(space: Space, base: Any) -> None:

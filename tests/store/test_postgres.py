@@ -20,7 +20,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
-from harness.report import overview
+from harness.final import sentences
 from harness.store import database as databases
 from harness.store import leases, opening
 from harness.store import store as storage
@@ -296,8 +296,8 @@ def test_whoever_led_and_stood_still_does_not_open_the_test_set(database: str) -
         assert first.lead()
         assert not second.lead()
         led = f"The final run is under way in process {os.getpid()} on "
-        assert overview.test_sentence(second).startswith(led)
-        assert overview.test_sentence(first) == "The test set has not been opened.", "it knows what it does"
+        assert sentences.test_sentence(second).startswith(led)
+        assert sentences.test_sentence(first) == "The test set has not been opened.", "it knows what it does"
         first.check_lead()
         assert first._leases is not None
         first._leases._closed.set()  # its thread renews nothing, as when the process stands still

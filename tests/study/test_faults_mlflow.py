@@ -54,7 +54,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attempts follow each other sooner than in a study of hours, and give up sooner."""
     monkeypatch.setattr("harness.tracking.outbox.FIRST_PAUSE_SECONDS", 0.05)
     monkeypatch.setattr("harness.tracking.outbox.GATHERING_SECONDS", 0.01)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # on a busy machine a server answers after seconds
 
 
 def assert_whole(uri: str, study: Study, store: Store) -> None:
@@ -222,8 +222,9 @@ def test_what_the_server_took_is_not_written_twice_when_its_answer_is_lost(
 
 @pytest.mark.parametrize("after", [EpochEnded, TrialEnded], ids=["a metric", "a new run"])
 def test_what_the_server_takes_late_is_not_there_twice_in_the_end(
-    after: type[Event], proxy: Proxy, study: Study, tmp_path: Path, undisturbed: Any
+    after: type[Event], proxy: Proxy, study: Study, tmp_path: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # after which nobody waits for the answer
     tracker = MLflowTracker(proxy.uri, None)
 
     def delay() -> None:
