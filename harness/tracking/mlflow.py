@@ -1,4 +1,4 @@
-"""MLflow, the view that people browse. Nothing else imports mlflow.
+"""MLflow, the view that people browse: the tracker, which is shown a study's events.
 
 One parent run a study, one child run a trial and one a final seed, found again by tags after a restart. Runs are
 written through MlflowClient with explicit ids; the storage is the truth, and `synchronise` brings MLflow into line.
