@@ -206,13 +206,13 @@ def test_killed_while_the_database_is_made(tmp_path: Path) -> None:
         assert run_on(searching(), file, 1, epochs=EPOCHS) == expected, f"killed at write {number}"
 
 
-@pytest.mark.slow
-def test_killed_at_every_single_write_of_a_study(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.chaos), pytest.param(3, marks=pytest.mark.slow)])
+def test_killed_at_any_write_a_study_goes_on(step: int, tmp_path: Path) -> None:
     trials = 3
     expected = run_straight(searching(), tmp_path / "straight.db", trials, epochs=EPOCHS)
     number = 0
     while True:
-        number += 1
+        number += step
         file = tmp_path / f"{number}.db"
         with death_at_write(number):
             if run_on(searching(), file, trials, epochs=EPOCHS) is not None:

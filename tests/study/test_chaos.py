@@ -52,7 +52,6 @@ def test_killed_once_in_each_phase_a_study_ends_as_one_that_was_not(
     expected = left_alone(tmp_path / "alone", server, 3, sampler).result()
     chance = random.Random(seed)
     aims = [
-        aim("search", "batch", "SIGTERM", chance, latest=4),
         aim("checkpoint", "before the rename", "SIGKILL", chance),
         aim("tell", "before recording", "SIGTERM", chance),
         aim("search", "batch", "SIGKILL", chance, latest=4),
