@@ -30,6 +30,7 @@ class _State:
     swallowing = False  # Python swallows what is raised now
     put_off = False  # a request came inside an import, and is about to be made again
     noticed = False  # that it waits was said, or is said by another process
+    turn = 0  # a request that waits to be made again is one of this turn, or of nobody
 
 
 def install(*, quiet: bool = False) -> None:
@@ -37,7 +38,7 @@ def install(*, quiet: bool = False) -> None:
 
     A process that is `quiet` has another one above it that says what there is to say.
     """
-    _State.requested, _State.noticed = False, quiet
+    _State.requested, _State.noticed, _State.turn = False, quiet, _State.turn + 1
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores it
             signal.signal(number, _handle)
@@ -56,6 +57,7 @@ def handled() -> Iterator[None]:
     try:
         yield
     finally:
+        _State.turn += 1
         sys.unraisablehook, sys.excepthook = hooks
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -110,7 +112,7 @@ def _handle(number: int, frame: Any) -> None:
     if _is_importing(frame) and not at_once:
         _State.put_off = True
         # Not threading's: whatever was interrupted may hold its lock.
-        _thread.start_new_thread(_ask_again, (threading.get_ident(),))  # this is the main thread
+        _thread.start_new_thread(_ask_again, (threading.get_ident(), _State.turn))  # this is the main thread
         return
     raise KeyboardInterrupt
 
@@ -141,13 +143,14 @@ def _unraisable(fault: Any) -> None:
         return
     _State.swallowing = True
     # Not from here: it would be swallowed with the callback's own. To the main thread, for it may be waiting.
-    threading.Thread(target=_ask_again, args=(threading.main_thread().ident,)).start()
+    threading.Thread(target=_ask_again, args=(threading.main_thread().ident, _State.turn)).start()
     _State.requested = False
     _State.swallowing = False
 
 
-def _ask_again(main: int) -> None:
+def _ask_again(main: int, turn: int) -> None:
     time.sleep(UNHEARD_SECONDS)
     while _State.swallowing:  # on a busy machine, starting this thread takes longer than that
         time.sleep(UNHEARD_SECONDS)
-    signal.pthread_kill(main, signal.SIGTERM)
+    if turn == _State.turn:
+        signal.pthread_kill(main, signal.SIGTERM)

@@ -133,6 +133,20 @@ def test_a_request_inside_a_callback_whose_exceptions_python_swallows_is_heard_a
     assert "Traceback" not in said
 
 
+def test_a_request_that_waits_to_be_made_again_is_forgotten_with_the_run_that_it_was_for() -> None:
+    words, said = child("""
+import time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)
+interrupt.UNHEARD_SECONDS = 0.3
+with interrupt.handled():
+    interrupt._unraisable(types.SimpleNamespace(exc_type=KeyboardInterrupt))
+with interrupt.handled():
+    time.sleep(1)
+    print(interrupt.requested())
+""")
+    assert (words, said) == (["False"], "")
+
+
 def test_a_request_that_is_made_again_before_python_has_left_the_callback_is_not_lost() -> None:
     """On a busy machine, starting a thread takes long."""
     slow = """
