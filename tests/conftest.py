@@ -61,10 +61,15 @@ def make_study(cache: Path | str, **changes: Any) -> Study:
     return dataclasses.replace(study, **changes)
 
 
+# Files that take minutes of one core, which begin first.
+LONGEST = ("test_docs.py", "test_ray.py", "test_doctor.py", "test_main_job.py", "test_notebook.py", "test_chaos.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, so that at the end no core waits for one of them."""
+    """Files with slow tests come first, the longest before all, so that at the end no core waits for one of them."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (item.path not in slow, place.get(item.path.name, len(LONGEST))))
 
 
 @pytest.fixture(scope="session")
