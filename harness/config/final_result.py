@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from pydantic import TypeAdapter, ValidationError
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
 
 from harness.base.errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +103,17 @@ class FinalResult(TestResult):
     @staticmethod
     def of(stored: Mapping[str, Any]) -> FinalResult:
         """Of what the storage keeps. Raises InputError naming the fields that are missing or no such values."""
+        from pydantic import ValidationError
+
         try:  # by JSON, in which a list may be a tuple, and strictly, so that a text is no number
-            return READER.validate_json(json.dumps(stored), strict=True)
+            return _reader().validate_json(json.dumps(stored), strict=True)
         except ValidationError as error:
             lacking = {str(each["loc"][0]) if each["loc"] else "per_seed": None for each in error.errors()}
             raise InputError(f"the study's 'final' does not say its {', '.join(lacking)}") from error
 
 
-READER = TypeAdapter(FinalResult)
+@cache
+def _reader() -> TypeAdapter[FinalResult]:
+    from pydantic import TypeAdapter  # a tenth of a second, which a start and a worker do without
+
+    return TypeAdapter(FinalResult)
