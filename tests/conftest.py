@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from harness.search.pruners import no_pruning
 from harness.search.samplers import tpe
 from harness.tracking.library import found_set
 from harness.tracking.places import local_tracker
+from harness.training import interrupt
 from tests.postgres import database, postgres  # noqa: F401  (fixtures)
 from tests.ray_nodes import cluster  # noqa: F401  (a fixture)
 
@@ -72,6 +74,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (item.path not in slow, place.get(item.path.name, len(LONGEST))))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def signals_at_first() -> tuple[dict[int, Any], Any, Any]:
+    """Who hears of signals, and the two hooks that commands set too, before any test."""
+    handlers = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
+    return handlers, sys.unraisablehook, sys.excepthook
+
+
+@pytest.fixture(autouse=True)
+def signals(signals_at_first: tuple[dict[int, Any], Any, Any]) -> Iterator[None]:
+    """What a command in this process did to signals, and whether it was asked to stop, ends with its test."""
+    _put_back(*signals_at_first)  # a fixture of many tests may have run one
+    yield
+    _put_back(*signals_at_first)
+
+
+def _put_back(handlers: dict[int, Any], unraisable: Any, uncaught: Any) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    sys.unraisablehook, sys.excepthook = unraisable, uncaught
+    interrupt._State.requested = False
+
+
 @pytest.fixture(scope="session")
 def image_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache of drawn images for the whole run of the tests."""
@@ -106,13 +130,12 @@ def mlruns(tmp_path: Path, empty_mlflow: Path) -> Path:
 
 
 @pytest.fixture
-def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[CommandLine]:
+def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
     """`run --study tiny` in an empty folder, in this process."""
-    from tests.faulty import command_line
+    from tests.faulty import CommandLine
 
     monkeypatch.chdir(tmp_path)
-    with command_line(tmp_path, capsys) as line:
-        yield line
+    return CommandLine(tmp_path, capsys)
 
 
 @pytest.fixture(scope="session")
@@ -134,12 +157,9 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No network and no cached weights, whatever this machine has; the handler of SIGTERM is put back."""
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No network and no cached weights, whatever this machine has."""
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -145,17 +144,6 @@ class CommandLine:
         """How many trials are finished, and all that they came to."""
         with read_store("tiny", f"sqlite:///{self.place}/studies/tiny.db") as store:
             return store.finished(), everything(store)
-
-
-@contextmanager
-def command_line(place: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[CommandLine]:
-    """The command line in the working directory `place`; signals are handled as before afterwards."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield CommandLine(place, capsys)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 class Disk:

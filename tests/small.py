@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,17 +72,13 @@ Run = Callable[..., tuple[int, str, str]]  # of arguments; gives the exit code, 
 
 
 def command(name: str, capsys: pytest.CaptureFixture[str]) -> Run:
-    """A command on the study "tiny", in this process; signals are handled as before afterwards."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    """A command on the study "tiny", in this process."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         try:
             code = main([name, "tiny", *arguments])
         except SystemExit as ended:  # argparse's own way
             code = int(ended.code or 0)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
         said = capsys.readouterr()
         return code, said.out, said.err
 

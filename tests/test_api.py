@@ -183,17 +183,19 @@ def test_the_command_that_is_kept_has_no_password_and_nothing_that_holds_once() 
     assert said == f"harness.run('demo', trials=1, storage='{url.replace('secret', '***')}')"
 
 
-def test_handlers_that_are_there_already_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        interrupt.install()
-        with interrupt.handled():
-            interrupt._State.requested = True
-        assert interrupt.requested()
-        assert signal.getsignal(signal.SIGINT) is interrupt._handle
-    finally:
-        interrupt._State.requested = False
-        signal.signal(signal.SIGINT, before)
+def test_handlers_that_are_there_already_stay() -> None:
+    interrupt.install()
+    with interrupt.handled():
+        interrupt._State.requested = True
+    assert interrupt.requested()
+    assert signal.getsignal(signal.SIGINT) is interrupt._handle
+
+
+def test_a_request_to_stop_ends_with_what_it_stopped() -> None:
+    with pytest.raises(KeyboardInterrupt), interrupt.handled():
+        signal.raise_signal(signal.SIGINT)
+    with interrupt.undivided():  # as around each batch, whoever trains
+        pass
 
 
 def test_the_list_names_studies_that_cannot_be_read(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,7 +57,7 @@ def handled() -> Iterator[None]:
     try:
         yield
     finally:
-        _State.turn += 1
+        _State.requested, _State.turn = False, _State.turn + 1
         sys.unraisablehook, sys.excepthook = hooks
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -399,19 +399,19 @@ def test_a_study_runs_in_a_folder_of_any_name(name: str, study: Study, tmp_path:
 def test_every_command_works_in_a_folder_of_any_name(
     name: str, tmp_path: Path, empty_mlflow: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tests.faulty import command_line
+    from tests.faulty import CommandLine
 
     place = tmp_path / name
     (place / "mlruns").mkdir(parents=True)
     shutil.copy(empty_mlflow, place / "mlruns" / "mlflow.db")
     monkeypatch.chdir(place)
-    with command_line(place, capsys) as line:
-        arguments = ("--trials", "1", "--set", "final.publish=true")
-        said = line.run(*arguments).out
-        assert "became the champion" in said
-        assert f"MLFLOW_TRACKING_URI={shlex.quote(local_uri(place / 'mlruns'))} mlflow models serve" in said
-        assert "Nothing is missing" in line.run(*arguments).out
-        assert main(["show", "tiny"]) == main(["doctor", "tiny"]) == main(["report", "tiny"]) == 0
+    line = CommandLine(place, capsys)
+    arguments = ("--trials", "1", "--set", "final.publish=true")
+    said = line.run(*arguments).out
+    assert "became the champion" in said
+    assert f"MLFLOW_TRACKING_URI={shlex.quote(local_uri(place / 'mlruns'))} mlflow models serve" in said
+    assert "Nothing is missing" in line.run(*arguments).out
+    assert main(["show", "tiny"]) == main(["doctor", "tiny"]) == main(["report", "tiny"]) == 0
     assert [each.name for each in tmp_path.iterdir()] == [name]
     assert {each.name for each in place.iterdir()} == {"data", "mlruns", "studies"}
     moved = tmp_path / "moved" / name
@@ -419,11 +419,10 @@ def test_every_command_works_in_a_folder_of_any_name(
     place.rename(moved)
     utils._artifact_repos_cache.clear()  # another process would not know where the files of a run were
     monkeypatch.chdir(moved)
-    with command_line(moved, capsys) as line:
-        more = line.run("--trials", "2", "--set", "final.publish=true")
-        assert more.code == 0, more
-        assert "MLflow's database was moved" in more.err
-        assert main(["doctor", "tiny"]) == 0
+    more = CommandLine(moved, capsys).run("--trials", "2", "--set", "final.publish=true")
+    assert more.code == 0, more
+    assert "MLflow's database was moved" in more.err
+    assert main(["doctor", "tiny"]) == 0
     assert [each.name for each in tmp_path.iterdir()] == ["moved"]
     client = client_of(moved / "mlruns")
     version = client.get_model_version_by_alias("tiny", "champion")
