@@ -185,6 +185,8 @@ def main() -> None:
     parser.add_argument("keep", type=Path, help="a file of JSON lines; the drawn cache lies beside it")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--most", type=int, default=10**6, help="trainings in this run")
+    parser.add_argument("--beside", type=Path, action="append", default=[], help="what another process keeps")
+    parser.add_argument("--backwards", action="store_true", help="begin with the last, beside another process")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     if args.table:
@@ -193,13 +195,17 @@ def main() -> None:
     if not (SHARED / "flowers-102").is_dir():
         sys.exit(f"error: the photographs are not in {SHARED}.")
     torch.set_num_threads(args.threads)
-    done = {(each["configuration"], each["seed"]) for each in kept(args.keep)}
-    if TABLE.exists():
-        done |= set(zip((table := read_table()).configuration, table.seed, strict=True))
     start = base(args.keep.parent / "cache")
     known = [*configurations(), encode(SPACE, start)]
-    missing = [each for each in trainings() if each not in done][: args.most]
-    for number, seed in missing:
+    for _ in range(args.most):
+        files = [args.keep, *args.beside]
+        done = {(each["configuration"], each["seed"]) for file in files for each in kept(file)}
+        if TABLE.exists():
+            done |= set(zip((table := read_table()).configuration, table.seed, strict=True))
+        missing = [each for each in trainings() if each not in done]
+        if not missing:
+            break
+        number, seed = missing[-1 if args.backwards else 0]
         file = args.keep.parent / f"{number}-{seed}.safetensors"
         found = record(apply(SPACE, start, known[number]), seed, file)
         line = {"configuration": number, "seed": seed, "params": known[number], **found}

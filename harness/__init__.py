@@ -1,6 +1,6 @@
 """A hyperparameter-search harness for fine-tuning image classifiers: Optuna asks, torch trains, MLflow shows.
 
-Everything that a study file or a program needs is here, and is imported when it is named first.
+Exports every name that a study file or a program needs; each is imported on first access.
 """
 
 from importlib import import_module

@@ -5,7 +5,7 @@ import sys
 from harness.training import interrupt
 
 if __name__ == "__main__":
-    interrupt.install()  # before anything that takes time to import
+    interrupt.install()  # before the slow imports
     from harness.cli.commands import process
 
     process(sys.argv[1:])

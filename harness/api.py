@@ -1,6 +1,6 @@
-"""What a Python program or a notebook calls: `harness.run`, `harness.open`, `harness.studies`.
+"""The Python API: `harness.run`, `harness.open`, `harness.studies`.
 
-The command line is a thin layer over this module. torch, MLflow and pandas are imported when they are needed.
+The command line is a thin layer over this module. torch, MLflow and pandas are imported on first use.
 """
 
 from __future__ import annotations
@@ -50,28 +50,28 @@ def run(
     progress: bool = True,
     **options: Any,
 ) -> Result:
-    """Run a study, or what is missing of it, and return its result; called again, it does nothing, or goes on.
+    """Run or resume a study, and return its result; a finished study is not run again.
 
-    `study` is a `Study`, the name of one in `home`/studies, or a file. `trials` are those finished in all. `storage`
-    and `tracking_uri` are URLs of databases; by default they lie in `home`, which is the current folder. `on_event` is
-    called with every event (`harness.config.events`). `options` are the other fields of `RunOptions`, as the command
-    line has them: `set=["epochs=3"]`, `device`, `data_root`, `engine`, `fresh`, `reopen_test`.
+    `study` is a `Study`, the name of one in `home`/studies, or a file. `trials` is the total number of finished trials.
+    `storage` and `tracking_uri` are database URLs; both default to files in `home`, by default the current folder.
+    `on_event` is called with every event (`harness.config.events`). `options` are the other fields of `RunOptions`, as
+    on the command line: `set=["epochs=3"]`, `device`, `data_root`, `engine`, `fresh`, `reopen_test`.
 
     Ctrl-C, or a notebook's stop button, finishes the batch, writes a checkpoint, and raises KeyboardInterrupt. Raises
-    InputError for what a user can mend, Halt when the study cannot go on here, StudyFailed when no trial has a result.
+    InputError for user errors, Halt if the study cannot continue here, StudyFailed if no trial has a result.
 
-    As many arguments as the command has options that most studies need.
+    The named arguments are the options that most studies need.
     """
     from harness.report.display import StudyConsole
     from harness.study import start
 
     if on_event is not None and not callable(on_event):
-        raise InputError(f"on_event takes a function that is called with each event, not {on_event!r}.")
+        raise InputError(f"on_event must be a function that takes an event, not {on_event!r}.")
     found = _found(study, home)
     if found.study is study and (workers != 1 or options.get("engine", "processes") != "processes"):
         raise InputError(
-            "Workers load a study from its file, and this one was made by a program; give the name or the file of a "
-            "study, or workers=1."
+            "Workers load a study from its file, but this study has no file; give the name or the file of a study, or "
+            "workers=1."
         )
     given = {"trials": trials, "workers": workers, "storage": storage, "tracking_uri": tracking_uri} | options
     asked = RunOptions.of(given, command=_command(found.study.name, given))
@@ -83,21 +83,21 @@ def run(
 
 
 def open(study: Study | str | Path, storage: str | None = None, *, home: str | Path | None = None) -> Result:
-    """Look at a study, which may be running; nothing is written. Raises InputError when there is none."""
+    """Open a study read-only, even while it runs. Raises InputError if it does not exist."""
     result = Result(_found(study, home), storage)
     with result.store():
         return result
 
 
 def studies(home: str | Path | None = None) -> pandas.DataFrame:
-    """A row for each study in `home`/studies: its state, trials, best validation and test accuracy."""
+    """Return a row for each study in `home`/studies: its state, trials, best validation and test accuracy."""
     import pandas
 
     return pandas.DataFrame([asdict(row) for row in rows(home)])
 
 
 def _command(name: str, given: Mapping[str, Any]) -> str:
-    """The call that goes on with a study, for people to read: without passwords, and without what holds once."""
+    """Return the call that resumes a study, as text without passwords and one-time options."""
     lasting = {option: value for option, value in given.items() if option not in ("fresh", "reopen_test")}
     shown = "".join(f", {option}={value!r}" for option, value in lasting.items() if value is not None)
     return masked(f"harness.run({name!r}{shown})")
@@ -112,17 +112,17 @@ def _found(study: Study | str | Path, home: str | Path | None) -> Found:
 
 @dataclass(frozen=True, kw_only=True)
 class BestTrial:
-    """The trial that the final run retrains; before it is chosen, the complete one with the highest value."""
+    """The trial that the final run retrains; before the choice, the complete trial with the highest value."""
 
     number: int
-    value: float  # validation accuracy, a share
+    value: float  # validation accuracy, 0 to 1
     params: dict[str, Any]
     config: TrainConfig
 
 
 @dataclass(frozen=True)
 class Report:
-    """A study's page. In a notebook it shows the answer, and a link."""
+    """A study's report. In a notebook it shows the answer and a link."""
 
     path: Path
     answer: str
@@ -133,7 +133,7 @@ class Report:
 
 
 class Result:
-    """What a study has found so far; every question is put to its storage anew."""
+    """The results of a study so far; each access reads the storage again."""
 
     def __init__(self, found: Found, storage: str | None = None, tracking_uri: str | None = None) -> None:
         self.name = found.study.name
@@ -141,7 +141,7 @@ class Result:
         self._found, self._tracking_uri = found, tracking_uri
 
     def store(self) -> AbstractContextManager[Store]:
-        """A context manager that opens the study's storage to look at it."""
+        """Return a context manager that opens the study's storage read-only."""
         return read_store(self.name, self.url)
 
     @property
@@ -150,7 +150,7 @@ class Result:
 
     @property
     def best(self) -> BestTrial | None:
-        """None while no trial is complete."""
+        """The best trial; None until a trial is complete."""
         with self.store() as store:
             trial = store.chosen() or store.best()
             if trial is None or trial.value is None:
@@ -160,17 +160,17 @@ class Result:
 
     @property
     def final(self) -> FinalResult | None:
-        """None while the test set was not opened."""
+        """The test result; None until the test set is opened."""
         with self.store() as store:
             return store.facts().final
 
     def trials(self) -> pandas.DataFrame:
-        """A row for each trial: number, state, value, epochs, seconds, reason, and each parameter."""
+        """Return a row for each trial: number, state, value, epochs, seconds, reason, and each parameter."""
         with self.store() as store:
             return overview.frame(store)
 
     def curves(self) -> pandas.DataFrame:
-        """A row for each epoch of each trial: its losses and accuracies, learning rate and seconds."""
+        """Return a row for each epoch of each trial: its losses and accuracies, learning rate and seconds."""
         import pandas
 
         with self.store() as store:
@@ -178,52 +178,52 @@ class Result:
         return pandas.DataFrame([{"trial": number, "epoch": each.epoch, **each.metrics()} for number, each in epochs])
 
     def summary(self) -> str:
-        """The study in a few lines."""
+        """Return the study in a few lines."""
         with self.store() as store:
             return overview.summary(self.name, store, self.tracking_uri)
 
     def overview(self) -> dict[str, Any]:
-        """Everything that is known, ready for JSON."""
+        """Return all results, ready for JSON."""
         with self.store() as store:
             return overview.overview(self.name, store, self.tracking_uri)
 
     def digest(self) -> str:
-        """A sha256 of the results: equal ones, equal studies."""
+        """Return a sha256 of the results; equal studies have equal digests."""
         with self.store() as store:
             return overview.digest(store)
 
     @property
     def report(self) -> Report:
-        """The study's page as it is now, beside the study's file."""
+        """The study's current report, written beside the study file."""
         path = self.write_report()
         with self.store() as store:
             return Report(path, test_sentence(store))
 
     def write_report(self, folder: Path | None = None) -> Path:
-        """Write report.html and trials.csv, and return the page's path. Raises Halt when there is no room."""
+        """Write report.html and trials.csv, and return the page's path. Raises Halt if the disk is full."""
         with self.store() as store:
             return write_report(self.name, store, self.tracking_uri, folder or self._found.beside(self.url, ".report"))
 
     @property
     def model(self) -> Model:
-        """The final model, ready on the CPU. Raises InputError when there is none."""
+        """The final model, loaded on the CPU. Raises InputError if there is none."""
         from harness.serving.predict import predictor_of
 
         return Model(predictor_of(self._found, self.url, "cpu"))
 
     def reproduce(self, trial: int, *, data_root: str | None = None, device: str | None = None) -> Reproduction:
-        """A trial to train again: to be iterated over, epoch by epoch beside the record. Raises InputError for none."""
+        """Return an iterator that retrains a trial and compares each epoch. Raises InputError for an unknown trial."""
         from harness.study.reproduce import reproduction
 
         return reproduction(self._found, self.url, trial, data_root, device)
 
     def replay(self) -> bool:
-        """Ask the sampler for every trial again, printing what differs; whether nothing does."""
+        """Ask the sampler for every trial again and print the differences; return whether there are none."""
         with self.store() as store:
             return replay_study(as_begun(self._found.study, store), store)
 
     def audit(self, fraction: float = 0.1, seed: int = 0, **options: Any) -> None:
-        """Train a part of the pruned trials to their ends, printing what pruning saved and cost."""
+        """Train a fraction of the pruned trials to the last epoch; print what pruning saved and cost."""
         from harness.study.audit import audit_study
 
         given = {"storage": self.url, "tracking_uri": self._tracking_uri} | options
@@ -231,13 +231,13 @@ class Result:
             audit_study(RunOptions.of(given), self._found, fraction, seed)
 
     def doctor(self, fix: bool = False) -> bool:
-        """Print where storage, MLflow, checkpoints and processes disagree; with `fix`, mend it. Whether all is well."""
+        """Print, or `fix`, disagreements of storage, MLflow, checkpoints and processes. Return whether all agree."""
         from harness.study.doctor import consult
 
         return consult(self._found, self.url, self._tracking_uri, fix)
 
     def export_onnx(self, path: str | Path) -> None:
-        """Write the final model as one ONNX file. Raises InputError for what a user can mend."""
+        """Write the final model as one ONNX file. Raises InputError for user errors."""
         from harness.serving.export import export_onnx
 
         export_onnx(self._found, self.url, Path(path))
@@ -250,7 +250,7 @@ class Result:
 
 
 class Model:
-    """The final model, ready for photographs."""
+    """The final model, ready to predict."""
 
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
@@ -260,9 +260,9 @@ class Model:
         return self.predictor.saved.classes
 
     def predict(self, images: Sequence[str | Path | Image.Image], top: int = 5) -> list[list[Guess]]:
-        """The `top` likeliest classes of each photograph, the likeliest first, each with its `name` and `probability`.
+        """Return the `top` likeliest classes of each photograph, likeliest first, with `name` and `probability`.
 
-        `images` are files or Pillow images of any size. Raises InputError naming a file that is no image.
+        `images` are files or Pillow images of any size. Raises InputError naming a file that is not an image.
         """
         import torch
         from PIL import Image
@@ -270,7 +270,7 @@ class Model:
         from harness.serving.model import preprocess
 
         if isinstance(images, str | Path | Image.Image):
-            raise InputError("predict takes a list of photographs; put the one into brackets.")
+            raise InputError("predict takes a list of photographs; put the photograph into brackets.")
         if not images:
             return []
         for each in images:
@@ -286,7 +286,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A study in a list; accuracies are shares."""
+    """A study in a list; accuracies are 0 to 1."""
 
     study: str
     state: str  # not begun, running, interrupted, finished, failed, or cannot be read
@@ -298,7 +298,7 @@ class Row:
 
 
 def rows(home: str | Path | None = None) -> list[Row]:
-    """The studies in `home`/studies, in order: those of files, and those that a program has run there."""
+    """Return the studies in `home`/studies, in order: those with a file, then those that a program ran there."""
     place = finding.find_home() if home is None else Path(home)
     files = {file.stem: file for file in (place / "studies").glob("*.db") if "." not in file.stem}
     found = []

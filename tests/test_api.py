@@ -122,14 +122,14 @@ def test_workers_do_not_run_the_program_again(tmp_path: Path, image_cache: Path)
 def test_one_where_a_list_is_meant_is_refused(study: Study, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"write set=\['epochs=1'\]"):
         harness.run(study, set="epochs=1", home=tmp_path)
-    with pytest.raises(InputError, match="put the one into brackets"):
+    with pytest.raises(InputError, match="put the photograph into brackets"):
         Model(None).predict("photo.jpg")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"There is no file nowhere\.jpg"):
         Model(None).predict(["nowhere.jpg"])  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_called_is_refused_before_anything_is_written(study: Study, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="on_event takes a function"):
+    with pytest.raises(InputError, match="on_event must be a function"):
         harness.run(study, on_event="runs.csv", home=tmp_path)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 

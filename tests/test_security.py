@@ -194,7 +194,7 @@ def test_a_pickle_as_an_image_cache_is_made_again(
     # Whoever can write the array can write its checksum too.
     array.with_suffix(".json").write_text(json.dumps({"sha256": hashlib.sha256(bomb).hexdigest()}))
     assert np.array_equal(decoded(photos, [tmp_path / "a.png"], 4), before)
-    assert "is made again" in capsys.readouterr().err
+    assert "rebuilding it" in capsys.readouterr().err
     assert not trace.exists()
 
 

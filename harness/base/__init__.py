@@ -1,1 +1,1 @@
-"""Errors, seeds, files, versions, the wording of numbers: it knows nothing of studies."""
+"""Errors, seeds, files, versions, number formatting; independent of studies."""

@@ -1,4 +1,4 @@
-"""What a number was computed with: versions, device, cores, threads, and the commit of this code."""
+"""The environment of a result: versions, device, cores, threads, and the commit of this code."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-HARDWARE = ("device", "cuda", "cudnn", "driver")  # what `hardware` gives
+HARDWARE = ("device", "cuda", "cudnn", "driver")  # keys of `hardware`
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide what is computed and kept."""
+    """Return the versions of Python and of the packages that matter."""
     packages = ("torch", "torchvision", "optuna", "mlflow")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """All that may change the last bits of a number that is computed on this device, and the code's commit."""
+    """Return all that may change the last bits of a result on this device, and the code's commit."""
     import torch
 
     relevant = {key: value for key, value in versions().items() if key in ("torch", "torchvision")}
@@ -48,7 +48,7 @@ def hardware(device: torch.device) -> dict[str, str]:
 
 
 def driver(known: Path = Path("/proc/driver/nvidia/version")) -> str:
-    """The version of Nvidia's driver, which torch does not tell; "unknown" where Linux does not say it."""
+    """Return the version of Nvidia's driver, which torch does not report; "unknown" if not found."""
     text = known.read_text() if known.is_file() else ""
     found = re.search(r"^NVRM version:.*?\s(\d+\.\d+(\.\d+)*)\s", text, re.MULTILINE)
     return found[1] if found else "unknown"
@@ -63,25 +63,25 @@ def processor() -> str:
 
 
 def cores(root: Path = Path("/")) -> int:
-    """How many cores this process may use: those it may run on, and no more than a container's quota lets it have.
+    """Return the number of cores this process may use, limited by CPU affinity and a container's quota.
 
-    `root` is where the system's own files lie.
+    `root` is the root of the file system.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min([allowed, *(math.ceil(quota) for quota in _quotas(root))])
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """How many cores' time the control groups of this process have, and all groups around them, where it is limited.
+    """Yield the CPU quota, in cores, of each limited control group of this process and of its parents.
 
-    A container may see its own group as the topmost one and yet be told the host's path to it.
+    A container may see its own group as the root, although /proc gives the host's path to it.
     """
     known = root / "proc/self/cgroup"
     for line in known.read_text().splitlines() if known.is_file() else []:
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
-        top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")  # without controllers it is version 2
+        top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")  # no controllers: version 2
         for group in (PurePosixPath(path), *PurePosixPath(path).parents):
             place = top / group.relative_to("/")
             files = [place / "cpu.max"], [place / "cpu.cfs_quota_us", place / "cpu.cfs_period_us"]
@@ -93,7 +93,7 @@ def _quotas(root: Path) -> Iterator[float]:
 
 @cache
 def git_commit() -> str:
-    """The commit of this code, with "+changes" if the working tree differs, or "unknown"."""
+    """Return this code's commit, with "+changes" if the working tree differs, or "unknown"."""
     where = Path(__file__).resolve().parents[2]
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:

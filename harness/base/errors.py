@@ -1,4 +1,4 @@
-"""What ends a command with one sentence instead of a traceback, and the exit codes."""
+"""Exceptions that end a command with a message instead of a traceback, and exit codes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ SECRETS = re.compile(r"(?<=://)([^\s/@:]*:)\S*(?=@)|([?&](?:password|passwd|toke
 
 
 def masked(text: str) -> str:
-    """The text with *** for every password in a URL: what is printed and stored is read by others."""
+    """Replace every password in a URL with ***: others read what is printed and stored."""
     return SECRETS.sub(lambda found: f"{found[1] or found[2]}***", text)
 
 
 def is_utf8(text: str) -> bool:
-    """Whether the text can be written into a file; a name made of other bytes cannot."""
+    """Return whether the text is valid UTF-8; a file name may contain other bytes."""
     return not any(category(each) == "Cs" for each in text)
 
 
 class Told(Exception):
-    """What a command ends with: a sentence for people, and an exit code."""
+    """An exception that ends a command with a message and an exit code."""
 
     code = FAILED
 
@@ -32,7 +32,7 @@ class Told(Exception):
 
 
 class InputError(Told):
-    """Something a user can mend. The message is one clear sentence that says what to do instead; exit code 2."""
+    """A mistake that the user can fix. The message says what to do instead; exit code 2."""
 
     code = WRONG_INPUT
 
@@ -41,27 +41,27 @@ class InputError(Told):
 
 
 class Halt(Told):
-    """A study cannot go on for a reason that lies outside it: no room on the disk, a database that broke.
+    """A study cannot continue for an external reason: a full disk, a broken database.
 
-    What is finished is kept, and the same command goes on once the reason is gone; exit code 1.
+    Finished work is kept, and the same command resumes the study once the cause is fixed; exit code 1.
     """
 
 
 class StudyFailed(Told):
-    """A study ended without a result, or with one that is not to be trusted; exit code 1."""
+    """A study ended without a result, or with one that cannot be trusted; exit code 1."""
 
 
 def no_room(error: BaseException) -> bool:
-    """Whether the disk, the quota or the allowed file size is used up."""
+    """Return whether the disk, quota or file size limit is reached."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its type when it says nothing."""
+    """Return the first line of an error's message, or its type if it is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def shown(text: str) -> str:
-    """The text on one line of a terminal or a file: a name may hold bytes that are no UTF-8, which Python reads as lone
-    surrogates, line breaks, and signs that steer the terminal."""
+    """Escape a text for one line of a terminal or a file: a name may contain invalid UTF-8, which Python reads as lone
+    surrogates, line breaks, and control characters."""
     return "".join(each if each.isprintable() or category(each) == "Zs" else ascii(each)[1:-1] for each in text)

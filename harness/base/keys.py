@@ -1,4 +1,4 @@
-"""What each training of a study is called: in the storage's leases, in MLflow, and its checkpoint file."""
+"""Keys of a study's trainings, used by leases, MLflow runs and checkpoint files."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ def trial_key(number: int) -> str:
 
 
 def final_key(trial: int, seed_number: int) -> str:
-    """The best trial is part of it: an extended study may find a better one and retrain that."""
+    """Return the key of a final training; an extended study may retrain another trial."""
     return f"final-seed-{seed_number}-of-trial-{trial}"
 
 
 def base_key(trial: int, seed_number: int) -> str:
-    """The base configuration, trained as the best one is, to compare with."""
+    """Return the key of a training of the base configuration, for comparison."""
     return f"base-seed-{seed_number}-of-trial-{trial}"
 
 
 def rerank_key(trial: int, seed_number: int) -> str:
-    """One of the best few, trained from a fresh seed to choose among them."""
+    """Return the key of a training that reranks one of the best trials."""
     return f"rerank-seed-{seed_number}-of-trial-{trial}"
 
 
 def audit_key(trial: int) -> str:
-    """The name of the training that ends a pruned trial, as `harness.tracking.expected` names others."""
+    """Return the key of the training that completes a pruned trial."""
     return f"audit-of-trial-{trial}"

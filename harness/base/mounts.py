@@ -1,4 +1,4 @@
-"""Which file system a file lies on: SQLite's locks and its shared memory hold on one machine's own disks only."""
+"""Detect network file systems: SQLite's locks and shared memory work on local disks only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 MOUNTS = Path("/proc/self/mountinfo")
-# By Linux's names, those of FUSE without their `fuse.`; the last four are a host's folders in a virtual machine.
+# Linux's names, without the prefix `fuse.`; the last four are a host's folders in a virtual machine.
 NETWORK = {
     *("nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "coda", "sshfs", "davfs", "davfs2", "s3fs", "gcsfuse", "rclone"),
     *("lustre", "gpfs", "beegfs", "fhgfs", "ceph", "ceph-fuse", "cephfs", "glusterfs", "orangefs", "pvfs2", "panfs"),
@@ -17,7 +17,7 @@ NETWORK = {
 
 
 def file_system(path: Path, mountinfo: str) -> str | None:
-    """The type of the file system on which an absolute path lies, by the kernel's list of mounts; None if not known."""
+    """Return the file system type of an absolute path from the kernel's list of mounts; None if unknown."""
     found: tuple[int, str] | None = None
     for line in mountinfo.splitlines():
         before, separator, after = line.partition(" - ")
@@ -25,14 +25,14 @@ def file_system(path: Path, mountinfo: str) -> str | None:
         if not separator or len(fields) < 5:
             continue
         place = Path(_unescaped(fields[4]))
-        # The latest of two at one place hides the earlier one, such as an automounter's.
+        # A later mount hides an earlier one on the same path, such as an automounter's.
         if path.is_relative_to(place) and (found is None or len(place.parts) >= found[0]):
             found = len(place.parts), _unescaped(after.split(" ")[0])
     return None if found is None else found[1]
 
 
 def network_of(path: Path) -> str | None:
-    """The type of the file system of a file, there or not, if that is one of the network; else None."""
+    """Return the file system type of a path, which need not exist, if it is a network one; else None."""
     try:
         mountinfo = os.fsdecode(MOUNTS.read_bytes())
     except OSError:  # not Linux
@@ -42,16 +42,16 @@ def network_of(path: Path) -> str | None:
 
 
 def warning(file: Path | None) -> str | None:
-    """What may go wrong with a study in this SQLite file, and what to do, in a sentence; None when nothing is known."""
+    """Return a warning if a study in this SQLite file may lose results, with what to do; else None."""
     kind = None if file is None else network_of(file)
     if kind is None:
         return None
     return (
-        f"{file} lies on a network file system ({kind}), where SQLite's locks may not hold and results may be lost; "
+        f"{file} is on a network file system ({kind}), where SQLite's locks may fail and results may be lost; "
         "give --storage sqlite:////LOCAL/PATH.db on a local disk, or a PostgreSQL server for several machines."
     )
 
 
 def _unescaped(text: str) -> str:
-    r"""The kernel writes a space as \040, and so on: a byte in octal."""
+    r"""Decode the kernel's octal escapes, such as \040 for a space."""
     return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8) & 255]), os.fsencode(text)))

@@ -1,4 +1,4 @@
-"""Which process: named so that another one can tell, where it can be told, whether it is gone."""
+"""Process names, by which another process on the same machine can tell whether one is dead."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MARK = re.compile(r"\.([0-9a-f]{8})-(\d+)-(\d*)-[0-9a-f]{8}\.partial")
 
 
 def here() -> str:
-    """This machine since its start, and on it the processes among which a PID means something.
+    """Return an identifier of this machine, its current boot, and the PID namespace.
 
-    Machines may share their host's name, and the first PID namespace has the same number everywhere: only the boot's id
-    tells them apart. Where there is none, the address of the network card does, or else a random number, by which no
-    process is taken for dead.
+    Machines may share a host name, and the first PID namespace has the same number everywhere: only the boot id
+    tells them apart. Without one, the network card's address does, or else a random number, with which no
+    process counts as dead.
     """
     try:
         boot = BOOT.read_text().strip()
@@ -34,37 +34,37 @@ def here() -> str:
 
 
 def name_of_this() -> str:
-    """A new name for this process: its place, and when it began and a part of its own, for PIDs come again."""
+    """Return a new name for this process: machine, PID, start time and a random part, as PIDs recur."""
     pid = os.getpid()
     return f"{here()}/{pid} {_began(pid)}.{uuid.uuid4().hex[:8]}"
 
 
 def is_gone(name: str) -> bool:
-    """Whether it was a process of this machine that no longer lives; of others nothing is known."""
+    """Return whether `name` is a dead process of this machine; False for other machines."""
     place, _, process = name.rpartition("/")
     pid, _, rest = process.partition(" ")
     return place == here() and not _lives(int(pid), rest.rpartition(".")[0])
 
 
 def in_words(name: str) -> str:
-    """A process as people name it: `1234 on gpu-7`."""
+    """Format a process name: `1234 on gpu-7`."""
     place, _, process = name.rpartition("/")
     return f"{process.partition(' ')[0]} on {place.rsplit('/', 2)[0]}"
 
 
 def mark() -> str:
-    """An ending for the name of a file that this process is about to write, which nobody else gives."""
+    """Return a unique suffix for a temporary file of this process."""
     pid = os.getpid()
     return f".{_short(here())}-{pid}-{_began(pid)}-{uuid.uuid4().hex[:8]}.partial"
 
 
 def is_partial(name: str, of: str) -> bool:
-    """Whether a file of this name was to become the file `of`."""
+    """Return whether this is a temporary file of the file `of`."""
     return name.startswith(of) and (MARK.fullmatch(name, len(of)) is not None or name == f"{of}.partial")
 
 
 def is_abandoned(partial: Path) -> bool:
-    """Whether whoever wrote this file is dead; one of another machine is, when it has long written nothing."""
+    """Return whether the file's writer is dead; on another machine, whether it stopped writing long ago."""
     found = MARK.search(partial.name)
     if found is None:  # of an older version
         return True
@@ -81,20 +81,20 @@ def _short(place: str) -> str:
 
 
 def _lives(pid: int, began: str) -> bool:
-    """Whether a process lives that began then; an empty time is not known."""
+    """Return whether the process that began then lives; empty: unknown."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # somebody else's process
+        pass  # another user's process
     return not began or _began(pid) in ("", began)
 
 
 def _began(pid: int) -> str:
-    """When a process began, in the kernel's ticks since the boot; empty where that cannot be known."""
+    """Return when a process started, in kernel ticks since the boot; empty if unknown."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
         return ""
-    return stat.rpartition(b")")[2].split()[19].decode()  # the program's name, in brackets, may hold anything
+    return stat.rpartition(b")")[2].split()[19].decode()  # the program's name, in brackets, may be anything

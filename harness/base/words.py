@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Number formatting."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ A_DAY_SECONDS = 86_400
 
 
 def percent(share: float | None) -> str:
-    """A share as people read it; a dash where it is not known."""
+    """Format a share as a percentage; a dash if it is unknown."""
     return "–" if share is None else f"{100 * share:.2f} %"
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: 8.3 s, 4 min 10 s, 3 h 20 min, 2.5 days."""
+    """Format seconds: 8.3 s, 4 min 10 s, 3 h 20 min, 2.5 days."""
     if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     whole, minutes = round(seconds), round(seconds / 60)

@@ -1,1 +1,1 @@
-"""Commands, messages, exit codes."""
+"""Commands and exit codes."""

@@ -1,4 +1,4 @@
-"""The command line: commands, options, and what they may hold."""
+"""The command line: commands, options, and their types."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from harness.base.errors import is_utf8, shown
 from harness.base.files import as_meant
 from harness.config.space import LARGEST, MOST_TRIALS, shortened
 
-MOST_WORKERS = 10_000  # a larger number is a slip of the keyboard
+MOST_WORKERS = 10_000  # a larger number is a typo
 DEVICE = "auto, cpu, cuda, cuda:1 or mps"
 IS = "(default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
-    """One that takes no shortened options: a command is kept, and typed again by somebody else."""
+    """A parser without abbreviated options: commands are stored, and run again later."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
 
 
 def build_parser(program: str) -> argparse.ArgumentParser:
-    """The command line; `run_study.py` is `run` alone."""
+    """Return the parser; `run_study.py` is `run` alone."""
     if program == "run_study.py":
         parser = Parser(prog=program, description="Run or resume a hyperparameter study.")
         _add_run(parser)
@@ -41,47 +41,47 @@ def build_parser(program: str) -> argparse.ArgumentParser:
         return command
 
     _add_run(add("run", "run or resume a study (the same as run_study.py)", of_a_study=False))
-    listed = add("list", "every study here: its state, trials, best and test result", of_a_study=False)
+    listed = add("list", "list the studies here: state, trials, best and test result", of_a_study=False)
     listed.add_argument("--json", action="store_true", help="print a JSON list")
-    show = add("show", "what a study found so far")
+    show = add("show", "show a study's results")
     show.add_argument("--json", action="store_true", help="print one JSON object")
-    show.add_argument("--digest", action="store_true", help="print a sha256 of the results: equal ones, equal studies")
+    show.add_argument("--digest", action="store_true", help="print a sha256 of the results, to compare studies")
     show.add_argument("--groups", action="store_true", help="print the parameter groups of the base configuration")
     report = add("report", "write a study's report (HTML) and its trials (CSV)")
-    report.add_argument("--output", metavar="DIR", type=_path, help="where to (default: studies/NAME.report)")
+    report.add_argument("--output", metavar="DIR", type=_path, help="the folder (default: studies/NAME.report)")
     reproduce = add("reproduce", "train a trial again and compare every epoch with the record")
     reproduce.add_argument("trial", metavar="N", type=_whole(0), help="the trial's number")
     replay = add("replay", "ask the sampler for every trial again and compare with the record")
-    audit = add("audit", "train some pruned trials to their ends: what did pruning cost?")
+    audit = add("audit", "train some pruned trials to the end: what did pruning cost?")
     audit.add_argument(
-        "--fraction", metavar="F", type=_fraction, default=0.1, help=f"of the pruned trials, at least {IS}"
+        "--fraction", metavar="F", type=_fraction, default=0.1, help=f"minimum share of the pruned trials {IS}"
     )
-    audit.add_argument("--seed", metavar="N", type=_whole(0, LARGEST), default=0, help=f"of the drawing {IS}")
-    doctor = add("doctor", "whether storage, MLflow, checkpoints and processes agree")
-    doctor.add_argument("--fix", action="store_true", help="mend what disagrees; the storage is right")
+    audit.add_argument("--seed", metavar="N", type=_whole(0, LARGEST), default=0, help=f"seed of the sample {IS}")
+    doctor = add("doctor", "check that storage, MLflow, checkpoints and processes agree")
+    doctor.add_argument("--fix", action="store_true", help="repair what differs from the storage")
     export = add("export", "write the final model as an ONNX file")
-    export.add_argument("--onnx", metavar="FILE", type=_path, required=True, help="where to")
+    export.add_argument("--onnx", metavar="FILE", type=_path, required=True, help="the file")
     for command in (reproduce, audit):
         _add_shared(command, "--data-root", "--device")
     for command in (show, report, reproduce, replay, audit, doctor, export):
         _add_shared(command, "--storage")
     for command in (show, report, reproduce, audit, doctor):
         _add_shared(command, "--tracking-uri")
-    _add_predict(add("predict", "what the saved model says about photographs"))
+    _add_predict(add("predict", "classify photographs with the saved model"))
     _add_demo(add("demo", "open a page where the saved model names the flower in a photograph"))
     _add_ui(add("ui", "open the MLflow UI on the logged runs", of_a_study=False))
     return parser
 
 
 def _add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Options that mean the same wherever they are."""
+    """Add options that several commands share."""
     options: dict[str, dict[str, Any]] = {
         "--data-root": {"metavar": "DIR", "type": _recorded, "help": "the folder that holds the data set"},
-        "--device": {"help": f"{DEVICE} (default: what the study ran on)"},
+        "--device": {"help": f"{DEVICE} (default: the study's device)"},
         "--storage": {
             "metavar": "URL",
             "type": _url,
-            "help": "the study's database (default: sqlite, beside the study file)",
+            "help": "the study's database (default: SQLite beside the study file)",
         },
         "--tracking-uri": {
             "metavar": "URI",
@@ -107,7 +107,7 @@ def _add_address(parser: argparse.ArgumentParser, port: int) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--study", metavar="NAME|FILE", default="flowers102", help=f"the study {IS}")
-    trials = "how many finished trials the study should have in all"
+    trials = "total number of finished trials"
     add("--trials", metavar="N", type=_whole(1, MOST_TRIALS), help=trials)
     _add_shared(parser, "--data-root")
     add(
@@ -118,33 +118,33 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="change a field of the base configuration, e.g. epochs=5, data.limit=204, optim.weight_decay=0.05, "
         "final.seeds=1; repeatable",
     )
-    add("--device", help=f"{DEVICE} (default: what the study says, else auto)")
+    add("--device", help=f"{DEVICE} (default: the study's, else auto)")
     _add_workers(parser)
-    reason = "open the test set again for a better trial; the reason is kept in the ledger and shown in every report"
+    reason = "open the test set again for a better trial; the reason is recorded in the ledger and in every report"
     add("--reopen-test", metavar="REASON", type=_recorded, help=reason)
-    add("--fresh", action="store_true", help="move an existing study of this name aside and start anew")
+    add("--fresh", action="store_true", help="rename an existing study of this name and start a new one")
     _add_shared(parser, "--storage", "--tracking-uri")
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     add, count = parser.add_argument, _whole(1, MOST_WORKERS)
     workers = (
-        "processes that train side by side, each with a GPU of its own or its share of the cores (default: 1; "
-        "with --engine ray one for each GPU of the cluster, without GPUs one for each node)"
+        "parallel training processes, each with its own GPU or its share of the cores (default: 1; "
+        "with --engine ray one per GPU of the cluster, without GPUs one per node)"
     )
     add("--workers", metavar="N", type=count, default=0, help=workers)
-    add("--workers-per-gpu", metavar="N", type=count, default=1, help=f"how many share a GPU {IS}")
+    add("--workers-per-gpu", metavar="N", type=count, default=1, help=f"workers that share a GPU {IS}")
     engine = f"where the workers run: processes of this machine, or tasks on a Ray cluster {IS}"
     add("--engine", choices=["processes", "ray"], default="processes", help=engine)
-    cluster = "with --engine ray: the cluster (default: auto, the one that this machine belongs to)"
+    cluster = "with --engine ray: the cluster (default: auto, the cluster of this machine)"
     add("--ray-address", metavar="auto|HOST:PORT", type=_recorded, help=cluster)
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("images", metavar="IMAGE|DIR", nargs="+", type=_path, help="photographs, or folders of them")
-    add("--top", metavar="N", type=_whole(1), help="how many classes to show (default: 5)")
-    table = "write a table instead (-: to stdout): file, rank, class, probability"
+    add("--top", metavar="N", type=_whole(1), help="number of classes to show (default: 5)")
+    table = "write a CSV table instead (-: stdout): file, rank, class, probability"
     add("--csv", metavar="FILE", type=_path, help=table)
     add("--device", default="auto", help=f"{DEVICE} {IS}")
     _add_shared(parser, "--storage")
@@ -153,22 +153,22 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_address(parser, 7860)
-    add("--data-root", metavar="DIR", type=_recorded, help="the data set, for example photographs")
+    add("--data-root", metavar="DIR", type=_recorded, help="the data set, for example images")
     add("--device", default="auto", help=f"{DEVICE} {IS}")
     _add_shared(parser, "--storage")
 
 
 def _given(text: str) -> str:
-    """A blank text is a variable that was not set; the default would go elsewhere than was meant."""
+    """Refuse a blank text: it comes from an unset variable, and the default would not be what the user meant."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty; give a value or leave it out")
+        raise argparse.ArgumentTypeError("it is empty; give a value or omit it")
     return text
 
 
 def _recorded(text: str) -> str:
-    """A text that goes into records and messages."""
+    """Check a text that goes into records and messages."""
     if not is_utf8(_given(text)):
-        raise argparse.ArgumentTypeError(f"{shown(text)} is no UTF-8 and cannot be recorded; rename it")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not UTF-8 and cannot be stored; rename it")
     return text
 
 
@@ -181,10 +181,10 @@ def _path(text: str) -> Path:
 
 
 def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """What reads a whole number that is neither smaller nor larger."""
+    """Return a function that reads an integer from `low` to `high`."""
 
     def read(text: str) -> int:
-        # The length first: Python refuses to read a number of thousands of digits.
+        # Check the length first: Python refuses to parse thousands of digits.
         number = int(text) if len(text) <= 30 and re.fullmatch(r"\s*[+-]?[0-9]+\s*", text, re.ASCII) else None
         if number is None or number < low or (high is not None and number > high):
             least = "0 or more" if low == 0 else f"of at least {low}"

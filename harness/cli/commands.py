@@ -1,6 +1,6 @@
 """Commands, messages and exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted.
 
-torch is imported only by what trains; `--help` and `show` answer without it.
+Only commands that need torch import it; `--help` and `show` do not.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from harness.training import interrupt
 if TYPE_CHECKING:
     from harness.api import Result
 
-# A place that a user named, or whose permissions a user can change.
+# The user can change the path or its permissions.
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def process(arguments: Sequence[str], program: str = "python -m harness") -> NoReturn:
-    """Run a command as a process of its own, and end it.
+    """Run a command, and exit the process.
 
-    Garbage is not looked for among what is imported, which is none: for torch, torchvision, Optuna and MLflow that took
-    1.0 of 4.4 s at the start. Whoever trains calls `start.keep_imports` first. Nor is every object taken apart at the
-    end, 1.6 s, once what is registered for the exit is done.
+    Garbage collection is off during imports, which leave no garbage: with torch, torchvision, Optuna and MLflow it took
+    1.0 of 4.4 s. Commands that train call `start.keep_imports` first. After the exit handlers, `os._exit` skips the
+    teardown of all objects, which took 1.6 s.
     """
     gc.disable()
-    interrupt.install()  # also where SIGINT is ignored, as by a shell that starts a command in the background
+    interrupt.install()  # even if SIGINT is ignored, as in a shell's background commands
     code = main(arguments, program)
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -49,7 +49,7 @@ def process(arguments: Sequence[str], program: str = "python -m harness") -> NoR
 def main(arguments: Sequence[str], program: str = "python -m harness") -> int:
     """Run a command and return the exit code.
 
-    Where output has another encoding than UTF-8, what it has no sign for is printed as Python escapes it.
+    Characters that the output's encoding lacks are printed as Python escapes.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str], program: str = "python -m harness") -> int:
         args = build_parser(program).parse_args(arguments[1:] if program == "run_study.py" else arguments)
         code = COMMANDS[args.command](args)
         sys.stdout.flush()
-    except BrokenPipeError:  # `show | head`: the reader has seen enough
+    except BrokenPipeError:  # `show | head`: the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except Told as error:
@@ -122,7 +122,7 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _print_json(value: object) -> None:
-    """With JSON's own escapes where the terminal has not all signs."""
+    """Print JSON, in ASCII unless the terminal's encoding is UTF-8."""
     escaped = (sys.stdout.encoding or "utf-8").lower() not in ("utf-8", "utf8")
     print(json.dumps(value, indent=2, ensure_ascii=escaped))
 
@@ -136,7 +136,7 @@ def _report(args: argparse.Namespace) -> int:
     except Halt as error:
         if error.__cause__ is not None and no_room(error.__cause__):
             raise
-        raise InputError(f"{error} --output gives another folder.") from error
+        raise InputError(f"{error} Or give another --output.") from error
     print(page)
     print(page.with_name("trials.csv"))
     return DONE

@@ -1,4 +1,4 @@
-"""Commands that train: how they are stopped, and how they say what goes on."""
+"""Commands that train: stop them, and print the command that resumes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness.training import interrupt
 
 
 def resumable(command: Callable[[Namespace], int]) -> Callable[[Namespace], int]:
-    """A command that trains. One that was stopped says how to go on."""
+    """Wrap a command that trains: when it stops, print how to resume."""
 
     def work(args: Namespace) -> int:
         interrupt.install()
@@ -25,8 +25,8 @@ def resumable(command: Callable[[Namespace], int]) -> Callable[[Namespace], int]
             return _stopped(INTERRUPTED)
         except Halt as error:
             text = str(error)
-        except MemoryError as error:  # outside of a trial, which would have failed and let the next one try
-            text = f"{str(error) or 'out of memory'}; free some, or take another device."
+        except MemoryError as error:  # outside a trial, which would fail and let the next one run
+            text = f"{str(error) or 'out of memory'}; free memory, or use another device."
         except OSError as error:
             if not no_room(error):
                 raise
@@ -38,28 +38,28 @@ def resumable(command: Callable[[Namespace], int]) -> Callable[[Namespace], int]
 
 
 def _stopped(code: int) -> int:
-    """The command that goes on, as the last line; a password in it is the user's to fill in again."""
+    """Print the command that resumes, as the last line, with passwords masked; return the exit code."""
     from harness.report.display import StudyConsole
 
-    text = f"Go on with:\n{_command()}"
+    text = f"Resume with:\n{_command()}"
     try:
         print(text, file=sys.stderr if StudyConsole.left else sys.stdout, flush=True)
-    except BrokenPipeError:  # nobody reads stdout any more
+    except BrokenPipeError:  # stdout is closed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print(text, file=sys.stderr)
     return code
 
 
 def _command() -> str:
-    """What was typed, without what has been done and must not be done twice, and with the passwords hidden."""
+    """Return the command line, without options that must not run twice, and with passwords masked."""
     program, *arguments = sys.argv
-    started = ["-m", "harness"] if Path(program).name == "__main__.py" else [program]  # `python -m` gives that file
+    started = ["-m", "harness"] if Path(program).name == "__main__.py" else [program]  # argv[0] of `python -m`
     command = [Path(sys.executable).name, *started, *arguments]
     return shlex.join(map(masked, command))
 
 
 def lasting_command() -> str:
-    """The same without a reason to open the test set again, which holds once."""
+    """Return the command line without --reopen-test, which applies once."""
     words = shlex.split(_command())
     places = [place for place, word in enumerate(words) if word.startswith("--reopen-test")]
     for place in reversed(places):
@@ -68,10 +68,10 @@ def lasting_command() -> str:
 
 
 def _share_cores() -> None:
-    """Let waiting threads of GNU OpenMP sleep sooner; must come before torch is imported.
+    """Let waiting threads of GNU OpenMP sleep sooner; call it before torch is imported.
 
-    By default they spin for milliseconds, and two processes on the same cores keep each other from working: a step took
-    1.7 s, against 0.36 s with a thirtieth of the spinning and 0.09 s alone (benchmarks/RESULTS.md).
+    By default they spin for milliseconds, and two processes on the same cores block each other: a step took 1.7 s,
+    against 0.36 s with a thirtieth of the spinning and 0.09 s alone (benchmarks/RESULTS.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -1,1 +1,1 @@
-"""A study as data that checks itself, what may be plugged into it, and the events that a run yields."""
+"""Study definitions that validate themselves, protocols of their parts, and the events of a run."""

@@ -1,4 +1,4 @@
-"""What a data set and a backbone must offer."""
+"""Protocols of data sets and backbones."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ SplitName = Literal["train", "val", "test"]
 
 
 class Dataset(Protocol):
-    """What a data set must offer. See `harness.data.image_folder` for one; a new one is a file beside it.
+    """Protocol of data sets. See `harness.data.image_folder` for an example; add new ones beside it.
 
-    It may offer `remarks() -> list[str]`, sentences that are said once, when a study starts on it.
+    It may define `remarks() -> list[str]`, sentences that are printed once, when a study starts.
     """
 
     @property
-    def image_size(self) -> int: ...  # side of the square the model sees, pixels
+    def image_size(self) -> int: ...  # side of the model's input, pixels
     @property
     def stored_size(self) -> int: ...  # side of the cached training images; the margin is for crops
     @property
-    def limit(self) -> int | None: ...  # at most that many images per split
+    def limit(self) -> int | None: ...  # maximum images per split
     @property
     def cache(self) -> str: ...  # folder of the decoded images
-    def __hash__(self) -> int: ...  # frozen dataclasses have it; loaded splits are kept by it
+    def __hash__(self) -> int: ...  # frozen dataclasses have it; key of cached splits
     def classes(self) -> tuple[str, ...]: ...
     def samples(self, split: SplitName) -> Sequence[tuple[Any, int]]:
-        """(item, label) of every image of a split; an item is whatever `open` takes."""
+        """Return (item, label) of every image of a split; `open` takes an item."""
         ...
 
     def stamp(self, item: Any) -> str:
-        """A cheap mark that changes when the item does (path, bytes, time)."""
+        """Return a cheap stamp that changes with the item (path, bytes, time)."""
         ...
 
     def content(self, item: Any) -> bytes:
-        """The bytes that decide the item's pixels."""
+        """Return the bytes that decide the pixels."""
         ...
 
     def open(self, item: Any) -> Image.Image:
-        """The decoded image; raises InputError naming the file if it is none."""
+        """Decode the image. Raises InputError naming the file if it is invalid."""
         ...
 
 
 class Backbone(Protocol):
-    """What a model family must offer. See `harness.models.maxvit`."""
+    """Protocol of model families. See `harness.models.maxvit`."""
 
     def check(self, image_size: int) -> None:
-        """Raise InputError when the model cannot take images of this side, or its weights cannot be had."""
+        """Raise InputError if the model does not accept this image size or its weights are missing."""
         ...
 
     def build(self, classes: int, image_size: int) -> nn.Module:
@@ -58,9 +58,9 @@ class Backbone(Protocol):
         ...
 
     def depths(self, by: Literal["block", "layer"]) -> list[str]:
-        """Prefixes of parameter names from the first block to the head, one a depth; the longest that fits counts."""
+        """Return parameter name prefixes from the first block to the head, one per depth; the longest match counts."""
         ...
 
     def weights(self) -> str:
-        """A fingerprint of the pretrained weights, or "none": a study is not continued with others."""
+        """Return a fingerprint of the pretrained weights, or "none"; resuming with others is an error."""
         ...

@@ -1,4 +1,4 @@
-"""What training and trials give back: frozen records, standard library only."""
+"""Results and events of trials: frozen records, standard library only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Metrics:
     loss: float
     correct: int
     total: int
-    hits: str | None = field(default=None, compare=False)  # which images were right, packed, where kept
+    hits: str | None = field(default=None, compare=False)  # correct images as packed bits, if stored
 
     @property
     def accuracy(self) -> float:
@@ -31,17 +31,17 @@ class EpochResult:
     val: Metrics | None
     seconds: float  # training and validation together
     grad_norm: float | None = None  # the largest of the epoch's steps, before clipping; None before the first
-    diverged_step: int | None = None  # the first step whose loss or gradient was no finite number, from 1
-    # Images in one pass through the model at most; less than the batch when memory ran out.
+    diverged_step: int | None = None  # the first step, from 1, with a non-finite loss or gradient
+    # Maximum images per forward pass; less than the batch size after an out-of-memory error.
     micro_batch: int | None = None
 
     def is_finite(self) -> bool:
-        """Whether training and validation gave numbers."""
+        """Return whether the losses are finite."""
         losses = [self.train.loss] + ([] if self.val is None else [self.val.loss])
         return self.diverged_step is None and all(math.isfinite(loss) for loss in losses)
 
     def metrics(self) -> dict[str, float]:
-        """The flat names that MLflow and the report show."""
+        """Return the metrics that MLflow and the report show."""
         flat = {
             "train_loss": self.train.loss,
             "train_accuracy": self.train.accuracy,
@@ -59,7 +59,7 @@ class EpochResult:
         return asdict(self)
 
     def without_hits(self) -> EpochResult:
-        """The same without which images were right."""
+        """Return a copy without `hits`."""
         return self if self.val is None else replace(self, val=replace(self.val, hits=None))
 
     @staticmethod
@@ -70,7 +70,7 @@ class EpochResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Completed:
-    """The trial ran all its epochs; `value` is the validation accuracy of the last one."""
+    """The trial finished all epochs; `value` is the validation accuracy of the last one."""
 
     value: float
     state = "complete"
@@ -86,12 +86,12 @@ class Pruned:
 
 @dataclass(frozen=True, kw_only=True)
 class Diverged:
-    """A loss or a gradient was no longer a finite number, first at `step` of `epoch` (both from 1)."""
+    """A loss or gradient became non-finite, first at `step` of `epoch` (both from 1)."""
 
     epoch: int
     step: int | None = None  # None when only the validation loss was not finite
     lr: float | None = None  # the head's learning rate at that step
-    grad_norm: float | None = None  # the largest of the epoch's steps before it; None when it was the first
+    grad_norm: float | None = None  # the largest of the epoch's earlier steps; None at the first
 
     @property
     def reason(self) -> str:
@@ -105,7 +105,7 @@ class Diverged:
 
 @dataclass(frozen=True, kw_only=True)
 class Failed:
-    """An exception ended the trial; `reason` is its last line, `traceback` the whole of it."""
+    """An exception ended the trial; `reason` is its type and first line, `traceback` all of it."""
 
     reason: str
     traceback: str
@@ -115,36 +115,36 @@ class Failed:
 TrialOutcome = Completed | Pruned | Diverged | Failed
 
 
-# What a study yields. Each event can be pickled, once `TrialStarted.sendable` has been asked for.
+# Events of a study. All can be pickled; of `TrialStarted`, the copy that `sendable` returns.
 
 Kind = Literal["trial", "final", "base", "rerank"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialStarted:
-    """A trial, or a training after the search, begins or goes on with the epochs that it had already."""
+    """A trial, or a training after the search, starts, or resumes after its finished epochs."""
 
-    key: str | None  # of its run in MLflow (`harness.tracking.expected`); None: it is not logged
+    key: str | None  # of its MLflow run (`harness.tracking.expected`); None: not logged
     kind: Kind
     name: str  # "trial 3", "final seed 0"
-    number: int  # of the trial; after the search of the seed
-    trial: int  # whose configuration it is
+    number: int  # of the trial, or of the seed after the search
+    trial: int  # with this configuration
     params: dict[str, Any]
     epochs: int
     resumed: bool
-    groups: str | None  # the learning rate of each group of a trial's parameters, as a table
-    progress: Any  # `harness.training.loop.Progress`, which counts its steps while it runs, or `Reached`
+    groups: str | None  # table of a trial's parameter groups and learning rates
+    progress: Any  # a live `harness.training.loop.Progress`, or `Reached`
 
     def sendable(self) -> TrialStarted:
-        """The same for another process: of its progress, how far it is now."""
+        """Return a copy for another process, with a snapshot of the progress."""
         return replace(self, progress=Reached.of(self.progress))
 
 
 @dataclass
 class Reached:
-    """How far a training in another process is, as this one heard last; where it runs it has a `Progress`."""
+    """Last known progress of a training in another process, where it has a `Progress`."""
 
-    epoch: int  # under way, from 1
+    epoch: int  # current, from 1
     step: int
     steps: int
     epochs: list[EpochResult]
@@ -160,7 +160,7 @@ class Reached:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochEnded:
-    """An epoch of the running trial, or of the final run's seed, is over."""
+    """An epoch of a trial, or of a training after the search, ended."""
 
     key: str | None
     name: str
@@ -170,7 +170,7 @@ class EpochEnded:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialEnded:
-    """A trial has its outcome, and the storage knows it."""
+    """A trial ended, and its outcome is in the storage."""
 
     key: str
     number: int
@@ -180,7 +180,7 @@ class TrialEnded:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrainingEnded:
-    """The result of a training after the search is in the storage."""
+    """A training after the search ended; its result is stored."""
 
     key: str
     kind: Kind
@@ -188,19 +188,19 @@ class RetrainingEnded:
     trial: int
     params: dict[str, Any]
     epochs: tuple[EpochResult, ...]
-    metrics: dict[str, float]  # of the test set, where it was opened
+    metrics: dict[str, float]  # on the test set, if it was opened
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialLost:
-    """Another process has taken up the trial, for this one was thought dead."""
+    """Another process took over the trial, as this one seemed dead."""
 
     number: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Elsewhere:
-    """What comes after the search is done by another process, for whose end this one waits."""
+    """Another process runs the steps after the search; this one waits."""
 
     by: str  # machine and process
 

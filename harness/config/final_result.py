@@ -1,4 +1,4 @@
-"""The final result: what the chosen configuration, and the base, reach on the test set. Accuracies are shares."""
+"""The final result: test accuracy of the chosen configuration and of the base. Accuracies are shares."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedResult:
-    """One trained model on the test images; a result that was mended from the ledger lacks what has a default."""
+    """Test result of one trained model; a result restored from the ledger lacks the fields with a default."""
 
     seed: int
     correct: int
@@ -26,18 +26,18 @@ class SeedResult:
     balanced_accuracy: float | None = None
     loss: float | None = None
     epochs: list[dict[str, Any]] = field(default_factory=list)  # `EpochResult.to_dict` of each
-    environments: list[dict[str, str]] = field(default_factory=list)  # it was trained in, one after the other
+    environments: list[dict[str, str]] = field(default_factory=list)  # of the training, in order
 
 
 @dataclass(frozen=True, kw_only=True)
 class TestResult:
-    """A trial's configuration on the test images: over its seeds, and each one's.
+    """Test result of a trial's configuration, over all seeds and per seed.
 
-    `accuracy` is `correct` / `total`, which add up the seeds. `interval` is Wilson's, 95 %, and counts an image once.
+    `accuracy` is `correct` / `total`, summed over seeds. `interval` is Wilson's, 95 %, and counts each image once.
     `spread` is the standard deviation of the seeds' accuracies, None with one seed.
     """
 
-    __test__ = False  # for pytest: none of its tests
+    __test__ = False  # not a test class for pytest
 
     trial: int
     correct: int
@@ -50,17 +50,17 @@ class TestResult:
 
     def __post_init__(self) -> None:
         if not self.per_seed:
-            raise ValueError("without seeds")
+            raise ValueError("no seeds")
 
     @property
     def images(self) -> int:
-        """The test images; `total` counts them once a seed."""
+        """Number of test images; `total` counts them per seed."""
         return self.per_seed[0].total
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How far one configuration's accuracy is above another's, as shares; with one seed each, only the difference.
+    """Difference between two configurations' accuracies, as shares; with one seed each, without interval and p.
 
     `low` and `high` are the ends of the 95 % interval, `p` is two-sided.
     """
@@ -75,11 +75,11 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What choosing the best of several scores on the same images adds to the chosen one's score, as shares.
+    """Selection bias: how much choosing the best of several scores on the same images inflates it, as shares.
 
-    `excess` is the expected difference between the winner's score and its score on new images, given how far the
-    candidates lie apart; `excess_if_equal` is what it would be if all were equally good; `p_equal` is how often equally
-    good candidates would have put their best as far above their mean as it is.
+    `excess` is the expected difference between the winner's score and its score on new images, given the candidates'
+    spread; `excess_if_equal` is the same if all were equally good; `p_equal` is how often the best of equally
+    good candidates would be as far above their mean as observed.
     """
 
     candidates: int
@@ -91,29 +91,29 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class FinalResult(TestResult):
-    """The chosen configuration's test result, and what is known beside it."""
+    """Test result of the chosen configuration, compared with the base."""
 
     fit_on: Literal["train", "train+val"]
     test_openings: int
     base: TestResult | None
     comparison: Comparison | None  # of the chosen configuration with the base
     selection: Selection | None
-    ledger: str | None = None  # the hash of its line
+    ledger: str | None = None  # hash of its line
 
     @staticmethod
     def of(stored: Mapping[str, Any]) -> FinalResult:
-        """Of what the storage keeps. Raises InputError naming the fields that are missing or no such values."""
+        """Parse the stored result. Raises InputError naming the fields that are missing or invalid."""
         from pydantic import ValidationError
 
-        try:  # by JSON, in which a list may be a tuple, and strictly, so that a text is no number
+        try:  # as JSON, where a list may be a tuple, and strictly: a string is not a number
             return _reader().validate_json(json.dumps(stored), strict=True)
         except ValidationError as error:
             lacking = {str(each["loc"][0]) if each["loc"] else "per_seed": None for each in error.errors()}
-            raise InputError(f"the study's 'final' does not say its {', '.join(lacking)}") from error
+            raise InputError(f"the study's 'final' has no valid {', '.join(lacking)}") from error
 
 
 @cache
 def _reader() -> TypeAdapter[FinalResult]:
-    from pydantic import TypeAdapter  # a tenth of a second, which a start and a worker do without
+    from pydantic import TypeAdapter  # takes 0.1 s, which starts and workers avoid
 
     return TypeAdapter(FinalResult)

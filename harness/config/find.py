@@ -1,4 +1,4 @@
-"""Finding a study by its name or file, and where everything that belongs to it lies."""
+"""Find a study by its name or file, and the paths of its files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NO_STUDY = "defines no STUDY = Study(...)"
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A study and its places. `home` holds `studies/`, `mlruns/` and `data/`."""
+    """A study and its paths. `home` holds `studies/`, `mlruns/` and `data/`."""
 
     study: Study
     file: Path
@@ -32,12 +32,12 @@ class Found:
         return sqlite_url(self.file.parent / f"{self.study.name}.db")
 
     def beside(self, url: str, suffix: str) -> Path:
-        """A folder that belongs to the results at `url`: beside a SQLite file, else beside the study file."""
+        """Return a folder for the results at `url`: beside a SQLite file, else beside the study file."""
         file = sqlite_file(url) or self.file.with_name(f"{self.study.name}.db")
         return file.absolute().with_suffix(suffix)
 
     def kept(self, url: str) -> list[Path]:
-        """The files and folders of the study and its results at `url`, there or not, that nothing else may replace."""
+        """Return the files and folders of the study and its results at `url`, which nothing else may replace."""
         file = sqlite_file(url)
         beside = ("", "-wal", "-shm", "-journal", ".lock", ".pid")
         database = [] if file is None else [Path(f"{file}{suffix}") for suffix in beside]
@@ -49,45 +49,45 @@ class Found:
 
 
 def find_home() -> Path:
-    """The folder people work in: this one if it has studies/ or runs, else the project's own."""
+    """Return the working folder: the current one if it has studies/ or runs, else the project's."""
     here = Path.cwd()
     return here if (here / "studies").is_dir() or (here / "mlruns" / "mlflow.db").is_file() else PROJECT
 
 
 def find(name: str, home: Path | None = None) -> Found:
-    """The study called `name` in `home`/studies, or the one in the file `name`.
+    """Return the study `name` in `home`/studies, or the one in the file `name`.
 
-    Raises InputError when there is none, or its file is no study.
+    Raises InputError if there is none, or its file defines no study.
     """
     is_path = name.endswith(".py") or "/" in name
     file = Path(name).resolve() if is_path else (home or find_home()).resolve() / "studies" / f"{name}.py"
     if file.is_file() and file.suffix != ".py":
-        raise InputError(f"{file} is no study file; give the .py file that defines the study, or its name.")
+        raise InputError(f"{file} is not a study file; give the study's .py file or its name.")
     if not file.is_file():
         there = ", ".join(names(home))
         if is_path:
             named = f"the name of a study ({there}) or " if there else ""
             raise InputError(f"There is no study file {file}; give {named}another file.")
         if there:
-            raise InputError(f"There is no study {name!r}; there are {there}. A path to a file works too.")
+            raise InputError(f"There is no study {name!r}; choose from {there}, or give a path.")
         raise InputError(
             f"There is no study {name!r}, nor any other in {file.parent}; go to the folder that holds studies/, or "
-            "give the path to a study's file."
+            "give the path to a study file."
         )
     if not is_utf8(str(file)):
-        raise InputError(f"The path {file} is no UTF-8 and cannot be recorded; rename it.")
+        raise InputError(f"The path {file} is not UTF-8 and cannot be stored; rename it.")
     place = file.parent.parent if file.parent.name == "studies" else file.parent
     return Found(study=_load(file), file=file, home=home or place)
 
 
 def names(home: Path | None = None) -> list[str]:
-    """The studies that can be named, in order."""
+    """Return the names of the studies, sorted."""
     files = ((home or find_home()) / "studies").glob("*.py")
     return sorted(file.stem for file in files if not file.stem.startswith("_"))
 
 
 def defines(file: Path, name: str) -> bool:
-    """Whether a file defines the study called so; one that cannot be loaded, for it is being edited, is taken to."""
+    """Return whether a file defines the study `name`; True if it cannot be loaded, as while it is edited."""
     try:
         return _load(file).name == name
     except InputError as error:
@@ -101,7 +101,7 @@ def _load(file: Path) -> Study:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there, should the study define one
+    sys.modules[spec.name] = module  # dataclasses look their module up there, if the study defines any
     try:
         spec.loader.exec_module(module)
     except InputError as error:
@@ -114,7 +114,7 @@ def _load(file: Path) -> Study:
         line = error.lineno if isinstance(error, SyntaxError) else line
         reason = error.msg if isinstance(error, SyntaxError) else f"{type(error).__name__}: {error}".splitlines()[0]
         place = f"{file}, line {line}" if line else str(file)
-        raise InputError(f"{place}: {reason}; mend the study file.") from error
+        raise InputError(f"{place}: {reason}; fix the study file.") from error
     study = getattr(module, "STUDY", None)
     if not isinstance(study, Study):
         raise InputError(f"{file} {NO_STUDY}; see studies/demo.py for one.")

@@ -1,4 +1,4 @@
-"""What a coordinator has others do, and who they are."""
+"""Jobs of a coordinator, and its workers' protocol."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from harness.config.events import Event, Kind
 
 @dataclass(frozen=True)
 class Search:
-    """Evaluate trials until the study has as many as it asks for."""
+    """Evaluate trials until the study has enough of them."""
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train a trial's configuration again (`harness.final.retrain`); the trained weights stay in the checkpoint."""
+    """Retrain a trial's configuration (`harness.final.retrain`); the trained weights stay in the checkpoint."""
 
     kind: Kind
     trial: int
@@ -27,17 +27,17 @@ Job = Search | Train
 
 
 class Workers(Protocol):
-    """Who works for a coordinator: processes of this machine (`harness.workers.pool`), or of a cluster."""
+    """Protocol of workers: processes of this machine (`harness.workers.pool`) or of a cluster."""
 
     @property
     def at_once(self) -> int:
-        """How many there is room for, and so how many train side by side."""
+        """The number of workers, and so of parallel trainings."""
         ...
 
     def search(self) -> Iterator[Event]:
-        """Have the trials evaluated that the study lacks, yielding what happens."""
+        """Evaluate the trials that the study lacks, yielding events."""
         ...
 
     def train(self, jobs: Sequence[Train]) -> Iterator[Event]:
-        """Have these trained; each one's checkpoint lies with the coordinator's afterwards, if all went well."""
+        """Run these jobs, yielding events; on success, the coordinator then has each checkpoint."""
         ...

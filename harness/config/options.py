@@ -1,4 +1,4 @@
-"""What a run is asked for, by the command line or by a program."""
+"""Options of a run, from the command line or from Python."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from harness.base.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What the command `run` takes; `audit` takes some of it."""
+    """Options of the command `run`; `audit` takes some of them."""
 
-    trials: int | None = None  # finished ones in all; None: as many as the study asks for
+    trials: int | None = None  # total of finished trials; None: the study's `trials`
     set: tuple[str, ...] = ()  # PATH=VALUE
     data_root: str | None = None
     device: str | None = None
-    workers: int = 0  # 0: one, or on Ray as many as there is room for
+    workers: int = 0  # 0: one, or on Ray as many as fit
     workers_per_gpu: int = 1
     engine: Literal["processes", "ray"] = "processes"
     ray_address: str | None = None
@@ -25,14 +25,14 @@ class RunOptions:
     fresh: bool = False
     storage: str | None = None
     tracking_uri: str | None = None
-    command: str | None = None  # what goes on with it, for people to read
+    command: str | None = None  # resumes the run; shown to the user
 
     @staticmethod
     def of(given: Mapping[str, Any], command: str | None = None) -> RunOptions:
-        """Those that a command line or a program gives. Raises InputError for one that there is not."""
+        """Build the options from a mapping. Raises InputError for an unknown option."""
         known = {field.name for field in fields(RunOptions)} - {"command"}
         if unknown := sorted(set(given) - known):
-            raise InputError(f"There is no option {unknown[0]!r}; there are {', '.join(sorted(known))}.")
+            raise InputError(f"There is no option {unknown[0]!r}; choose from {', '.join(sorted(known))}.")
         if isinstance(given.get("set"), str):
             raise InputError(f"set takes a list of settings; write set=[{given['set']!r}].")
         return RunOptions(**dict(given) | {"set": tuple(given.get("set", ())), "command": command})

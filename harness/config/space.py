@@ -1,7 +1,7 @@
 """Paths into a configuration, and the search space over them.
 
 A configuration is a frozen dataclass of frozen dataclasses. A path such as `optim.base_lr` names one leaf field.
-`replace` is the only way a field is changed: the sampler, `--set` and the tests all pass through its checks.
+`replace` is the only way to change a field: the sampler, `--set` and the tests all use its checks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ConfigT = TypeVar("ConfigT")
 
-LARGEST = 2**63 - 1  # whole number, in a configuration; databases have none beyond
+LARGEST = 2**63 - 1  # integer in a configuration; databases cannot store larger ones
 MOST_TRIALS = 1_000_000
 
 
@@ -48,7 +48,7 @@ class Float:
 
 @dataclasses.dataclass(frozen=True)
 class Int:
-    """A whole number in [low, high], both included."""
+    """An integer in [low, high], both included."""
 
     low: int
     high: int
@@ -65,7 +65,7 @@ class Int:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One of some values. Optuna stores scalars only, so a tuple such as (1024, 512) travels as its label, 1024-512."""
+    """One of several values. Optuna stores scalars only, so a tuple such as (1024, 512) is stored as 1024-512."""
 
     options: tuple[Any, ...]
 
@@ -73,12 +73,12 @@ class Choice:
         if not isinstance(self.options, tuple | list):
             raise InputError(f"Choice takes its values as one tuple, such as Choice((64, 128)), not {self.options!r}.")
         if len(self.options) == 0:
-            raise InputError("Choice(()) offers nothing; list at least one value.")
+            raise InputError("Choice(()) is empty; list at least one value.")
         for option in self.options:
             if not is_plain(option) or isinstance(option, list | dict):
-                raise InputError(f"Choice cannot offer {option!r}; offer numbers, texts, None, or tuples of them.")
+                raise InputError(f"Choice cannot hold {option!r}; use numbers, strings, None, or tuples of them.")
         if len(set(self.labels)) != len(self.options):
-            raise InputError(f"Choice{self.options} offers the same value twice; list each value once.")
+            raise InputError(f"Choice{self.options} has the same value twice; list each value once.")
 
     def contains(self, value: Any) -> bool:
         return value in self.options
@@ -88,13 +88,13 @@ class Choice:
         return tuple(label(option) for option in self.options)
 
     def option(self, chosen: Any) -> Any:
-        """The value behind a label that came back from the storage."""
+        """Return the value of a label from the storage."""
         return self.options[self.labels.index(chosen)]
 
 
 Dimension = Float | Int | Choice
-# An Int's ends: the storage keeps floating-point numbers, which tell whole ones apart up to there. A Float's: so that
-# their difference is a number.
+# Bounds of an Int: the storage keeps floats, which are exact for integers up to there. Bounds of a Float: so that
+# their difference is finite.
 FARTHEST: dict[type, float] = {Int: 2**53, Float: 1e300}
 Space = Mapping[str, Dimension]
 
@@ -102,37 +102,37 @@ Space = Mapping[str, Dimension]
 def _check_range(dimension: Float | Int) -> None:
     for name in ("low", "high"):
         if isinstance(end := getattr(dimension, name), float):
-            object.__setattr__(dimension, name, float(end))  # numpy's have another text, which is kept and compared
+            object.__setattr__(dimension, name, float(end))  # numpy's have another repr, which is stored and compared
     low, high = dimension.low, dimension.high
     kind, wanted = (int, "whole numbers") if isinstance(dimension, Int) else (int | float, "numbers")
     if any(not isinstance(end, kind) or isinstance(end, bool) for end in (low, high)):
-        raise InputError(f"{dimension} must lie between two {wanted}.")
+        raise InputError(f"{dimension} needs {wanted} as bounds.")
     if not low < high:
-        raise InputError(f"{dimension} is an empty range; the first number must be the smaller one.")
+        raise InputError(f"{dimension} is an empty range; low must be less than high.")
     if not -FARTHEST[type(dimension)] <= low < high <= FARTHEST[type(dimension)]:
-        raise InputError(f"{shortened(dimension)} reaches too far, or without end; take numbers nearer to 0.")
+        raise InputError(f"{shortened(dimension)} is too wide or unbounded; use bounds nearer to 0.")
 
 
 def label(value: Any) -> Any:
-    """How Optuna and MLflow show a value: tuples as 1024-512, scalars as they are."""
+    """Format a value for Optuna and MLflow: a tuple as 1024-512, a scalar unchanged."""
     if isinstance(value, tuple):
         return "-".join(str(item) for item in value) if value else "none"
     return value
 
 
 def shortened(value: Any) -> str:
-    """A value as Python writes it, cut off where it would fill the screen."""
+    """Return a value's repr, truncated if it is long."""
     try:
         text = repr(value)
-    except ValueError:  # a number of more digits than Python writes
-        text = "a number of thousands of digits"
+    except ValueError:  # a number with more digits than Python writes
+        text = "a number with thousands of digits"
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value is read back as it was written: a number, a text, None, or a tuple, list or dict of them.
+    """Return whether a value's repr is stable: a number, string, None, or a tuple, list or dict of them.
 
-    Not what is only derived from one of these, such as numpy's numbers, whose text changes with its version.
+    False for subclasses of these, such as numpy's numbers, whose repr changes with its version.
     """
     if type(value) in (tuple, list):
         return all(is_plain(each) for each in value)
@@ -142,10 +142,10 @@ def is_plain(value: Any) -> bool:
 
 
 def leaves(config: Any, prefix: str = "", identity_only: bool = False) -> Iterator[tuple[str, Any]]:
-    """Every leaf of a configuration as (path, value), in the order of the definition.
+    """Yield every leaf of a configuration as (path, value), in the order of the definition.
 
-    A field that holds a dataclass is walked into; which class it holds is itself a leaf, `data.type` for example.
-    `identity_only` leaves out the fields that say where something lies or runs, not what is computed.
+    A field that holds a dataclass yields its leaves, and its class as a leaf of its own, `data.type` for example.
+    `identity_only` skips the fields that say where something lies or runs, not what is computed.
     """
     for field in dataclasses.fields(config):
         if identity_only and not field.metadata.get("identity", True):
@@ -164,7 +164,7 @@ def paths(config: Any) -> list[str]:
 
 
 def get(config: Any, path: str) -> Any:
-    """The value at a path. Raises InputError listing the right paths if there is none."""
+    """The value at a path. Raises InputError listing the valid paths if there is none."""
     _check_path(config, path)
     for name in path.split("."):
         config = getattr(config, name)
@@ -172,9 +172,9 @@ def get(config: Any, path: str) -> Any:
 
 
 def replace(config: ConfigT, path: str, value: Any) -> ConfigT:
-    """A copy of `config` with the field at `path` set to `value`, checked against the field's type and range.
+    """Return a copy of `config` with `path` set to `value`, checked against the field's type and range.
 
-    Raises InputError when the path does not exist (listing the right ones) or the value does not fit.
+    Raises InputError if the path does not exist (listing the valid ones) or the value is invalid.
     """
     _check_path(config, path)
     return _replace(config, path.split("."), value, path)
@@ -203,10 +203,10 @@ def _checked(owner: type, name: str, value: Any, path: str) -> Any:
 
 @functools.cache
 def _adapter(owner: type, name: str) -> tuple[Any, TypeAdapter[Any]]:
-    """A field's type, and what checks a value against it."""
-    from pydantic import ConfigDict, TypeAdapter  # 0.1 s, and --help does without
+    """Return a field's type and its validator."""
+    from pydantic import ConfigDict, TypeAdapter  # takes 0.1 s, which --help avoids
 
-    # This one hint alone: others of the class may name types that only the type checker imports.
+    # This hint alone: others of the class may name types that only the type checker imports.
     owner = next(each for each in owner.__mro__ if name in vars(each).get("__annotations__", {}))
     alone = {"__annotations__": {name: owner.__annotations__[name]}, "__module__": owner.__module__}
     hint = typing.get_type_hints(type(owner.__name__, (), alone))[name]
@@ -214,22 +214,22 @@ def _adapter(owner: type, name: str) -> tuple[Any, TypeAdapter[Any]]:
 
 
 def check_types(config: Any, prefix: str = "") -> None:
-    """Raise InputError unless each plain field (a number, text, tuple, ...) of a configuration holds what it says.
+    """Raise InputError unless each plain field (number, string, tuple, ...) of a configuration matches its type.
 
-    Fields that hold another configuration are left to it. The values stay as they are written.
+    Nested configurations check their own fields. Values are not converted.
     """
     for field in dataclasses.fields(config):
         if PLAIN.fullmatch(str(field.type)):
             _checked(type(config), field.name, getattr(config, field.name), prefix + field.name)
 
 
-# The written types of plain fields; SplitName and the like, which are names of others, are not among them.
+# Annotations of plain fields; aliases such as SplitName do not match.
 PLAIN = re.compile(r"(bool|int|float|str|None|Literal|tuple|[\[\]\s,|.]|\"[^\"]*\"|'[^']*')+")
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 
 
 def in_words(hint: Any) -> str:
-    """What a field takes, as a person says it."""
+    """Describe in words what a field accepts."""
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if kind is Literal:
         return " or ".join(str(each) for each in inner)
@@ -243,9 +243,9 @@ def in_words(hint: Any) -> str:
 
 
 def parse(config: Any, path: str, text: str) -> Any:
-    """The value that `--set PATH=TEXT` means: a JSON or Python literal, otherwise the text itself.
+    """Parse the value of `--set PATH=TEXT`: a JSON or Python literal, otherwise the text itself.
 
-    A single number for a field of several becomes a tuple of one, so that `backbone.hidden=512` works.
+    A single value for a tuple field becomes a tuple of one, so that `backbone.hidden=512` works.
     """
     value = _literal(text)
     current = get(config, path)
@@ -263,7 +263,7 @@ def _literal(text: str) -> Any:
         pass  # not JSON: perhaps a Python literal, such as 1024,512 or None
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # {[]: 1}, or brackets without end
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # {[]: 1}, or endless brackets
         return text
 
 
@@ -281,7 +281,7 @@ def unknown_field(path: str, known: list[str]) -> InputError:
 
 def check(space: Space, base: Any) -> None:
     """Raise InputError unless every path of the space exists in `base`, the base's own value lies in its range, and the
-    ends of the ranges fit the base, alone and any two of them together.
+    bounds of the ranges are valid in the base, alone and in pairs.
     """
     if not isinstance(space, Mapping) or not all(isinstance(path, str) for path in space):
         raise InputError(f"A study's space maps fields to ranges, such as {{'epochs': Int(2, 8)}}, not {space!r}.")
@@ -305,7 +305,7 @@ def check(space: Space, base: Any) -> None:
 
 
 def extremes(dimension: Dimension) -> tuple[Any, ...]:
-    """All options, or both ends, as the sampler would give them."""
+    """Return all options, or both bounds in the sampler's type."""
     if isinstance(dimension, Choice):
         return dimension.options
     kind = float if isinstance(dimension, Float) else int
@@ -313,12 +313,12 @@ def extremes(dimension: Dimension) -> tuple[Any, ...]:
 
 
 def encode(space: Space, config: Any) -> dict[str, Any]:
-    """The configuration's own values of the searched fields, as Optuna stores them."""
+    """Return the configuration's values of the searched fields, as Optuna stores them."""
     return {path: label(get(config, path)) for path in space}
 
 
 def apply(space: Space, base: ConfigT, params: Mapping[str, Any]) -> ConfigT:
-    """The configuration that stored parameters mean: `base` with each searched field replaced."""
+    """Apply stored parameters: return `base` with each searched field replaced."""
     for path, dimension in space.items():
         chosen = params[path]
         base = replace(base, path, dimension.option(chosen) if isinstance(dimension, Choice) else chosen)

@@ -1,4 +1,4 @@
-"""What a study is: a base configuration, the fields to vary, who chooses and who stops."""
+"""The definition of a study: base configuration, search space, sampler and pruner."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from harness.config.train import FinalConfig, TrainConfig, identity, plain, requ
 
 
 class SamplerLike(Protocol):
-    """Who chooses the next configuration. See `harness.search.samplers`."""
+    """Protocol of samplers. See `harness.search.samplers`."""
 
     @property
     def name(self) -> str: ...
     def check(self, study: Study) -> None:
-        """Raise InputError when a study cannot be searched by it."""
+        """Raise InputError if the sampler does not fit the study."""
         ...
 
     def build(self, study: Study, seed: int) -> optuna.samplers.BaseSampler: ...
     def ask(
         self, study: Study, of: optuna.Study, trial_id: int, number: int, history: list[FrozenTrial]
     ) -> dict[str, Any]:
-        """The parameters of a trial, written to the storage of `of`; `history` is what it is shown."""
+        """Suggest a trial's parameters from `history`, and write them to the storage of `of`."""
         ...
 
 
 class PrunerLike(Protocol):
-    """Who stops a trial. See `harness.search.pruners`."""
+    """Protocol of pruners. See `harness.search.pruners`."""
 
     @property
     def name(self) -> str: ...
     def of(self, study: Study) -> optuna.pruners.BasePruner:
-        """The pruner for a study's trainings. One with a method `rung(epoch)` is asked where that is true alone."""
+        """Build a study's pruner. If it has a method `rung(epoch)`, it is called only where that is true."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A search: a base configuration, the fields to vary, who chooses and who stops. The base is trial 0."""
+    """A search: base configuration, search space, sampler and pruner. The base is trial 0."""
 
     name: str
     train: TrainConfig
@@ -73,13 +73,13 @@ class Study:
         for path, value in self.definition().items():
             require(
                 survives(value),
-                f"{path} is {value!r}, which a study cannot keep and compare when it is resumed; use numbers, texts, "
+                f"{path} is {value!r}, which a study cannot store and compare on resume; use numbers, strings, "
                 "true, false, null, or tuples of them.",
             )
         self.sampler.check(self)
 
     def image_sizes(self) -> set[int]:
-        """The sides of the images that the model may be asked to take."""
+        """Return all image sizes that the model may get."""
         searched = self.space.get("data.image_size")
         return {self.train.data.image_size, *(spaces.extremes(searched) if searched is not None else ())}
 
@@ -88,7 +88,7 @@ class Study:
         return spaces.apply(self.space, self.train, params)
 
     def with_settings(self, settings: Sequence[str]) -> Study:
-        """This study with each "PATH=VALUE" applied to its base configuration, or to `final.*` or `seed`."""
+        """Apply each "PATH=VALUE" to the study's base configuration, or to `final.*` or `seed`."""
         return _in_any_order(self, settings, Study._with_setting)
 
     def _with_setting(self, setting: str) -> Study:
@@ -103,7 +103,7 @@ class Study:
             raise InputError(f"--set {spaces.shortened(setting)[1:-1]}: {error}") from error
 
     def with_definition(self, stored: Mapping[str, Any]) -> Study:
-        """This study with the base configuration, the final step and the seed of a stored definition."""
+        """Apply the base configuration, the final step and the seed of a stored definition."""
         return _in_any_order(self, list(stored.items()), lambda study, field: study._with_stored(*field))
 
     def _with_stored(self, path: str, value: Any) -> Study:
@@ -120,26 +120,26 @@ class Study:
         return dataclasses.replace(self, **{"final" if owner is self.final else "train": changed})
 
     def _owner(self, path: str) -> tuple[Any, str]:
-        """The part of a study that a path of its definition leads into, and the path inside."""
+        """Return the part of the study that a path belongs to, and the path inside it."""
         if path.startswith("final."):
             return self.final, path.removeprefix("final.")
         return (self if path == "seed" else self.train), path
 
     def located(self, home: Path, data_root: str | None, device: str | None) -> Study:
-        """This study with its folders made absolute: relative ones are taken from `home`, `data_root` from here."""
+        """Make the study's folders absolute: relative to `home`, `data_root` relative to the current folder."""
         data: Any = self.train.data
         changes = {"cache": str(home / data.cache)}
         if hasattr(data, "root"):
             changes["root"] = str(Path(data_root).resolve() if data_root else home / data.root)
         elif data_root is not None:
-            raise InputError(f"--data-root: {type(data).__name__} draws its own images and reads none; leave it out.")
+            raise InputError(f"--data-root: {type(data).__name__} draws its own images; leave the option out.")
         train = dataclasses.replace(self.train, data=dataclasses.replace(data, **changes))
         if device is not None:
             train = dataclasses.replace(train, runtime=dataclasses.replace(train.runtime, device=device))
         return dataclasses.replace(self, train=train)
 
     def has_default(self, path: str) -> bool:
-        """Whether a field of the definition has its class's default, which is what older studies had instead of it."""
+        """Return whether a field has its class's default, which is the value in older studies without the field."""
         if path not in identity(self.train) | identity(self.final, "final."):
             return False
         owner, inner = self._owner(path)
@@ -151,7 +151,7 @@ class Study:
         return False
 
     def definition(self) -> dict[str, Any]:
-        """Everything that decides the results, flat and ready for JSON; `trials` is left out, for it may grow."""
+        """Return everything that decides the results, flat, for JSON; without `trials`, which may grow."""
         searched = {f"space.{path}": repr(dimension) for path, dimension in self.space.items()}
         others = {"sampler": repr(self.sampler), "pruner": repr(self.pruner), "seed": self.seed}
         return identity(self.train) | searched | identity(self.final, "final.") | others
@@ -161,7 +161,7 @@ ChangeT = TypeVar("ChangeT")
 
 
 def _in_any_order(study: Study, changes: Sequence[ChangeT], change: Callable[[Study, ChangeT], Study]) -> Study:
-    """The study with all changes, of which one may need another first: a larger image a larger stored one."""
+    """Apply all changes in an order that works: a larger image needs a larger stored image first."""
     while changes:
         refused = []
         for each in changes:

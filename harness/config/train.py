@@ -1,7 +1,7 @@
-"""What a training is: frozen, keyword-only dataclasses that hold data and check themselves.
+"""Training configurations: frozen, keyword-only dataclasses that validate themselves.
 
-Fields marked `identity=False` say where something runs or lies, not what is computed; they may differ between the
-start of a study and its resumption.
+Fields marked `identity=False` say where something runs or lies, not what is computed; they may change when a study
+is resumed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from harness.config.contracts import Backbone, Dataset
 
 
 def location(default: Any) -> Any:
-    """A field that says where, not what: left out of a study's identity."""
+    """Define a field that is not part of a study's identity."""
     return field(default=default, metadata={"identity": False})
 
 
@@ -43,7 +43,7 @@ def check_sizes(image_size: int, stored_size: int, limit: int | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random changes of a training image, drawn for each image anew. Ranges follow torchvision's transforms."""
+    """Random augmentation, drawn anew for each training image. Ranges follow torchvision's transforms."""
 
     crop_scale: tuple[float, float] = (0.5, 1.0)  # share of the image's area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
@@ -69,7 +69,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimizer, its schedule, and how the learning rate falls with depth (`harness.training.optim`)."""
+    """The optimizer, its schedule, and the learning rate decay by depth (`harness.training.optim`)."""
 
     name: Literal["adamw", "adam"] = "adamw"
     base_lr: float
@@ -89,7 +89,7 @@ class OptimConfig:
             require(0 <= value < math.inf, f"optim.{name} must be a finite number of at least 0, not {value}.")
         fits = self.clip_norm is None or 0 < self.clip_norm < math.inf
         require(fits, f"optim.clip_norm must be greater than 0 and finite, or null, not {self.clip_norm}.")
-        # Adam adds the decay to the gradient and divides it by the gradient's size: not the decay that is asked for.
+        # Adam adds the decay to the gradient and divides it by the gradient's size: not the configured decay.
         require(
             self.name == "adamw" or self.weight_decay == 0,
             f"optim.name adam has no decoupled weight decay, and optim.weight_decay is or may become "
@@ -99,7 +99,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
-    """How a step runs. "auto" goes by a rule, "tune" by timing; decided once a study (`harness.training.runtime`)."""
+    """How a step runs. "auto" uses a rule, "tune" timing; decided once per study (`harness.training.runtime`)."""
 
     device: str = location("auto")  # auto, cpu, cuda, cuda:1, mps
     precision: Literal["auto", "tune", "fp32", "bf16"] = "auto"
@@ -112,7 +112,7 @@ class RuntimeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One complete, runnable training job: the base that a study's space perturbs."""
+    """One complete training job: the base that a study's space varies."""
 
     data: Dataset
     backbone: Backbone
@@ -122,9 +122,9 @@ class TrainConfig:
     batch_size: int = 34
     epochs: int = 15
     label_smoothing: float = 0.1
-    # Augmented views an image of which a frozen backbone's features are kept; None: none.
+    # Augmented views per image whose frozen features are cached; None: no features.
     feature_views: int | None = None
-    checkpoint_seconds: float = location(60.0)  # time between two checkpoints of a training, at least
+    checkpoint_seconds: float = location(60.0)  # minimum time between two checkpoints
 
     def __post_init__(self) -> None:
         spaces.check_types(self)
@@ -150,50 +150,50 @@ class TrainConfig:
             require(fits, f"feature_views must lie in 0..1000, or be null, not {self.feature_views}.")
             require(
                 self.optim.depth_lr_mult == 0,
-                "feature_views keeps the features of a frozen backbone, and optim.depth_lr_mult is or may become "
-                f"{self.optim.depth_lr_mult:g}: set it to 0 and take it out of the study's space, "
+                "feature_views needs a frozen backbone, but optim.depth_lr_mult is or may become "
+                f"{self.optim.depth_lr_mult:g}: set it to 0 and remove it from the study's space, "
                 "or leave feature_views null.",
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinalConfig:
-    """The step after the search: the best configuration retrained, and the test set opened."""
+    """The step after the search: retrain the best configuration and open the test set."""
 
     seeds: int = 3
     fit_on: Literal["train", "train+val"] = "train+val"
-    rerank: int = 0  # so many of the best are retrained on fresh seeds before one is chosen; 0: the search chooses
-    compare_base: bool = True  # train the base from the same seeds, too, and compare the two on the test set
+    rerank: int = 0  # number of best trials retrained on fresh seeds to choose one; 0: choose from the search
+    compare_base: bool = True  # train the base from the same seeds, too, and compare both on the test set
     publish: bool = location(True)  # export the final model, and register it in MLflow
 
     def __post_init__(self) -> None:
         spaces.check_types(self, "final.")
         require_count("final.seeds", self.seeds, 1000)
         fits = self.rerank == 0 or 2 <= self.rerank <= 1000
-        require(fits, f"final.rerank must be at least 2 and at most 1,000, or 0 for no second look, not {self.rerank}.")
+        require(fits, f"final.rerank must be at least 2 and at most 1,000, or 0 for no reranking, not {self.rerank}.")
 
     def trainings(self, trials: int) -> int:
-        """How many trainings come after a search of so many trials, at most."""
+        """Return the maximum number of trainings after a search of `trials`."""
         return self.seeds * (1 + self.compare_base + min(self.rerank, trials))
 
 
 def fingerprint(config: TrainConfig) -> str:
-    """Sixteen hexadecimal digits that stand for everything which decides a configuration's result."""
+    """Return sixteen hexadecimal digits that identify what decides a configuration's result."""
     return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def identity(config: Any, prefix: str = "") -> dict[str, Any]:
-    """What decides a configuration's result, flat and ready for JSON."""
+    """Return what decides a configuration's result, flat, for JSON."""
     return {path: plain(value) for path, value in spaces.leaves(config, prefix, identity_only=True)}
 
 
 def plain(value: Any) -> Any:
-    """As JSON gives it back, so that a stored definition compares equal to a fresh one."""
+    """Convert tuples to lists, as JSON does, to compare with a stored definition."""
     return [plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def survives(value: Any) -> bool:
-    """Whether JSON gives a value back as it was; not so objects, functions, sets, and what is not a number."""
+    """Return whether a value survives JSON; objects, functions, sets and NaN do not."""
     try:
         return bool(json.loads(json.dumps(value)) == value)
     except (TypeError, ValueError):

@@ -1,1 +1,1 @@
-"""Data sets, and the one way from their images to tensors (`harness.data.splits`)."""
+"""Data sets, and loading their images as tensors (`harness.data.splits`)."""

@@ -1,8 +1,8 @@
-"""Training images from stored ones, a whole batch at a time, on the training device.
+"""Augment stored images, a whole batch at a time, on the training device.
 
 Crop, flip and rotation of an image are one affine map, sampled once; brightness, contrast, saturation and hue are one
-3x3 matrix and an offset. Every image of a batch has its own. The numbers are drawn on the CPU from a named generator,
-so they are the same whatever device trains.
+3x3 matrix and an offset. Every image of a batch has its own. The numbers are drawn on the CPU from a given generator,
+so they are the same on every device.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ STD = (0.229, 0.224, 0.225)
 _YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 _LUMA = torch.tensor([0.299, 0.587, 0.114])
 
-# Stored pixels that a CPU core works on at a time: what they become (a few MB) stays in its cache. With whole batches
-# most of the time went into fresh memory: 90 ms for 32 photographs of 256 px on one core, 24 ms in parts.
+# Stored pixels that a CPU core processes at a time: the results (a few MB) stay in its cache. With whole batches,
+# allocating memory took most of the time: 90 ms for 32 photographs of 256 px on one core, 24 ms in parts.
 PIXELS = 2 * 256 * 256
 
 TRIES = 10  # as many as torchvision's RandomResizedCrop has
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] to float32 [B, 3, H, W], standardised with ImageNet's mean and deviation."""
+    """Standardise uint8 [B, H, W, 3] to float32 [B, 3, H, W] by ImageNet's mean and deviation."""
     mean, std, _ = _constants(images.device)
     return images.permute(0, 3, 1, 2).float().sub_(mean.unsqueeze(2) * 255).div_(std.unsqueeze(2) * 255)
 
@@ -41,7 +41,7 @@ def augment(images: Tensor, config: AugmentConfig, size: int, generator: torch.G
     count, device = len(images), images.device
     drawn = affine_maps(config, images.shape[1], count, generator), *colour_maps(config, count, generator)
     maps = torch.cat([part.flatten(1) for part in drawn], 1)
-    # One small transfer a batch, for which nothing waits: the driver has taken it when the call returns.
+    # One small asynchronous transfer per batch: the driver has copied it when the call returns.
     maps = maps.to(device, non_blocking=device.type == "cuda")
     out = torch.empty(count, 3, size, size, device=device)
     part = max(1, PIXELS // images[0, ..., 0].numel()) * torch.get_num_threads() if device.type == "cpu" else count
@@ -87,9 +87,9 @@ def _pixel_centres(size: int, device: torch.device) -> Tensor:
 
 
 def affine_maps(config: AugmentConfig, side: int, count: int, generator: torch.Generator) -> Tensor:
-    """One map [2, 3] an image from output to input coordinates, both in -1..1: crop and flip, then rotate.
+    """Return one map [2, 3] per image from output to input coordinates, in -1..1: crop, flip, rotate.
 
-    `side` is that of the stored images, in pixels.
+    `side` is the stored images' side, in pixels.
     """
     left, top, width, height = crops(config, side, count, generator)
     x, y = (2 * left + width) / side - 1, (2 * top + height) / side - 1
@@ -106,16 +106,15 @@ def affine_maps(config: AugmentConfig, side: int, count: int, generator: torch.G
 def crops(config: AugmentConfig, side: int, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
     """Left, top, width and height [count] of random crops of a square, in whole pixels.
 
-    They are drawn as by torchvision's RandomResizedCrop: of ten draws the first that fits is taken, and where none
-    does, the largest crop in the middle whose ratio is allowed. All ten are always drawn, so that the generator goes on
-    alike whatever fits.
+    Samples as torchvision's RandomResizedCrop does: the first of ten draws that fits, or else the largest centre crop
+    with an allowed ratio. All ten are always drawn, so that the generator always advances by the same amount.
     """
     draws = count, TRIES
     area = side**2 * _uniform(draws, *config.crop_scale, generator)
     ratio = torch.exp(_uniform(draws, math.log(config.crop_ratio[0]), math.log(config.crop_ratio[1]), generator))
     sizes = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()]).round()
     fits = ((sizes >= 1) & (sizes <= side)).all(0)
-    # The whole square has the ratio 1; one side is cut where that is not allowed.
+    # The whole square has the ratio 1; one side is cut if that is not allowed.
     middle = side * torch.tensor([min(1, config.crop_ratio[1]), 1 / max(1, config.crop_ratio[0])])
     first = sizes.gather(2, fits.int().argmax(1).expand(2, count).unsqueeze(2)).squeeze(2)
     chosen = fits.any(1)
@@ -126,7 +125,7 @@ def crops(config: AugmentConfig, side: int, count: int, generator: torch.Generat
 
 
 def colour_maps(config: AugmentConfig, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One matrix [3, 3] and one offset [3, 1] an image; the offset counts in units of the image's mean luma.
+    """Return one matrix [3, 3] and one offset [3, 1] per image, the offset in units of its mean luma.
 
     Brightness, contrast and saturation scale by a factor from 1 - x to 1 + x, hue turns by -x to +x of a circle.
     """

@@ -1,8 +1,8 @@
-"""Decode once: the images of a split as one uint8 array on disk, memory-mapped by every trial and process.
+"""Image cache: the images of a split as one uint8 array on disk, memory-mapped by every trial and process.
 
-An array is named by the content of its images and their side, written under a temporary name and renamed when whole.
-Its record holds its checksum and what its file was like when the checksum was last found right (size, times, inode):
-while that is so, opening reads nothing. A third, tiny file remembers which files (path, bytes, time) had which content,
+An array is named by a hash of its images and their size, written to a temporary file and renamed when complete.
+Its record holds its checksum and the file's attributes (size, times, inode) when the checksum was last verified: while
+they are unchanged, opening reads nothing. A third, tiny file maps image files (path, bytes, time) to their content,
 so that opening does not read the images again.
 """
 
@@ -36,28 +36,28 @@ from harness.config.train import check_sizes, location
 from harness.data.decoding import check_proportions, open_image, revision
 
 SHA256 = re.compile("[0-9a-f]{64}")
-KEY = re.compile("[0-9a-f]{32}")  # what `_digest` gives
-FORMAT = "1"  # raise it whenever the same images would give other arrays
-WORKERS = cores()  # Pillow releases the interpreter while it decodes and resizes
+KEY = re.compile("[0-9a-f]{32}")  # from `_digest`
+FORMAT = "1"  # increment when the same images give other arrays
+WORKERS = cores()  # Pillow releases the GIL while it decodes and resizes
 
 
 def decoded(dataset: Dataset, items: Sequence[Any], size: int) -> NDArray[np.uint8]:
-    """The items' images as a memory-mapped array [len(items), size, size, 3], decoded at the first call only.
+    """Return the images as a memory-mapped array [len(items), size, size, 3], decoded at the first call only.
 
-    Raises InputError naming the file when one is no readable image, or too narrow.
+    Raises InputError naming the file if it is not a readable image, or too narrow.
     """
     return keyed(dataset, items, [size])[size][1]
 
 
 def content_keys(dataset: Dataset, items: Sequence[Any], sizes: Sequence[int]) -> dict[int, str]:
-    """A name for the content of these images at each size; they are decoded if they are not yet, once for all sizes."""
+    """Return the cache key of these images at each size; decodes missing ones, once for all sizes."""
     return {size: key for size, (key, _) in keyed(dataset, items, sizes).items()}
 
 
 def keyed(dataset: Dataset, items: Sequence[Any], sizes: Sequence[int]) -> dict[int, tuple[str, NDArray[np.uint8]]]:
-    """What `content_keys` and `decoded` give, for the price of one of them."""
+    """Return keys and arrays, as `content_keys` and `decoded` do, at once."""
     folder = Path(dataset.cache)
-    # A file name may hold bytes that are no UTF-8; Python shows them as lone surrogates.
+    # A file name may contain invalid UTF-8, which Python reads as lone surrogates.
     stamps = [dataset.stamp(item).encode(errors="surrogatepass") for item in items]
     remembered = {size: folder / f"{_digest(size, stamps)}.key" for size in sizes}
     before = {size: _remembered(file) for size, file in remembered.items()}
@@ -67,7 +67,7 @@ def keyed(dataset: Dataset, items: Sequence[Any], sizes: Sequence[int]) -> dict[
         with ThreadPoolExecutor(WORKERS) as pool:
             contents = list(pool.map(lambda item: hashlib.sha256(dataset.content(item)).digest(), items))
             keys = {size: _digest(size, contents) for size in missing}
-            # The same key again: it was found damaged just now.
+            # The same key again: its array is damaged.
             unmade = {size: key for size, key in keys.items() if key == before[size] or _open(folder, key) is None}
             if unmade:
                 # Each image is decoded once, whatever the number of sizes.
@@ -75,7 +75,7 @@ def keyed(dataset: Dataset, items: Sequence[Any], sizes: Sequence[int]) -> dict[
                 _write(folder, unmade, len(items), squares)
         for size, key in keys.items():
             if (images := _open(folder, key)) is None:
-                text = f"The image cache {folder / key}.npy was written and cannot be read back; check the disk."
+                text = f"The image cache {folder / key}.npy was written but cannot be read back; check the disk."
                 raise OSError(text)
             found[size] = key, images
             replace_file(remembered[size], key.encode())
@@ -83,7 +83,7 @@ def keyed(dataset: Dataset, items: Sequence[Any], sizes: Sequence[int]) -> dict[
 
 
 def _remembered(file: Path) -> str:
-    """The key that a file holds; empty when there is none, or something else in it."""
+    """Return the key in a file; empty if the file is missing or invalid."""
     text = file.read_text(errors="replace") if file.is_file() else ""
     return text if KEY.fullmatch(text) else ""
 
@@ -95,7 +95,7 @@ def _squares(dataset: Dataset, item: Any, sizes: Sequence[int]) -> list[bytes]:
 
 
 def square(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """The centre square [size, size, 3], after the short side was resized to `size` with antialiased bicubics.
+    """Resize the short side to `size` (antialiased bicubic) and return the centre square [size, size, 3].
 
     This is the evaluation preset of the pretrained weights (torchvision's ImageClassification), rounding included.
     """
@@ -117,10 +117,10 @@ def _digest(size: int, parts: Sequence[bytes]) -> str:
 
 
 def _open(folder: Path, key: str) -> NDArray[np.uint8] | None:
-    """The array if it is there and whole, else None; a damaged one is named on stderr and will be made again.
+    """Return the array if it exists and is intact, else None; reports a damaged one on stderr.
 
-    Its checksum is taken when its file is another than at the last time, by size, times or inode. Bits that rot without
-    that are found by `damaged`, which reads everything.
+    Verifies the checksum if the file's size, times or inode have changed. Bit rot that leaves these unchanged is found
+    by `damaged`, which reads everything.
     """
     array, record = folder / f"{key}.npy", folder / f"{key}.json"
     if not (array.exists() and record.exists()):
@@ -128,20 +128,20 @@ def _open(folder: Path, key: str) -> NDArray[np.uint8] | None:
     known = _read(record)
     if known.get("file") != (file := _state(array)):
         if _checksum(array) != known.get("sha256"):
-            print(f"The image cache {array} is damaged (its checksum is wrong) and is made again.", file=sys.stderr)
+            print(f"The image cache {array} is damaged (its checksum is wrong); rebuilding it.", file=sys.stderr)
             return None
-        with contextlib.suppress(Halt):  # where nothing can be written, the checksum is taken every time
+        with contextlib.suppress(Halt):  # in a read-only folder, the checksum is verified every time
             replace_file(record, json.dumps(known | {"file": file}).encode())
     try:
         # Not `np.load`, which also opens zip archives and, if asked to, pickles.
         return np.lib.format.open_memmap(array, mode="r")
     except ValueError:
-        print(f"The image cache {array} is no array of images and is made again.", file=sys.stderr)
+        print(f"The image cache {array} is not an image array; rebuilding it.", file=sys.stderr)
         return None
 
 
 def damaged(folder: Path) -> Iterator[Path]:
-    """The arrays in a cache folder whose checksum is wrong; every one of them is read."""
+    """Yield the arrays in a cache folder whose checksum is wrong; reads all of them."""
     for array in sorted(folder.glob("*.npy")):
         record = array.with_suffix(".json")
         if record.exists() and _checksum(array) != _read(record).get("sha256"):
@@ -149,7 +149,7 @@ def damaged(folder: Path) -> Iterator[Path]:
 
 
 def _state(array: Path) -> list[int]:
-    """What differs once a file was written to, replaced or copied."""
+    """Return attributes that writing, replacing or copying changes."""
     stat = array.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
@@ -160,7 +160,7 @@ def _checksum(file: Path) -> str:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """What a JSON object on disk says; nothing when it is not there, or no such file."""
+    """Read a JSON object from a file; empty if the file is missing or invalid."""
     try:
         known = json.loads(file.read_bytes())
     except (OSError, ValueError):
@@ -169,9 +169,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _write(folder: Path, keys: Mapping[int, str], count: int, rows: Iterator[list[bytes]]) -> None:
-    """Write an array a size and its record, each whole or not at all; a row is an image in every size.
+    """Write an array and its record per size, each atomically; a row is an image in every size.
 
-    Raises Halt when there is no room.
+    Raises Halt if the disk is full.
     """
     shapes = [(count, size, size, 3) for size in keys]
     arrays = [folder / f"{key}.npy" for key in keys.values()]
@@ -188,7 +188,7 @@ def _write(folder: Path, keys: Mapping[int, str], count: int, rows: Iterator[lis
 
 
 def _header(shape: tuple[int, ...]) -> bytes:
-    """What stands before the numbers in a file of NumPy."""
+    """Return the header of a NumPy file."""
     header = io.BytesIO()
     np.lib.format.write_array_header_2_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     return header.getvalue()
@@ -196,12 +196,12 @@ def _header(shape: tuple[int, ...]) -> bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFiles:
-    """The part of a data set that all of those made of image files share: an item is the file's path."""
+    """Base of data sets of image files: an item is the file's path."""
 
     root: str = location("data")
     image_size: int = 224
     stored_size: int = 256
-    limit: int | None = None  # at most that many images per split, spread over the classes
+    limit: int | None = None  # maximum images per split, spread over the classes
     cache: str = location("data/cache")
 
     def __post_init__(self) -> None:
@@ -211,7 +211,7 @@ class ImageFiles:
     def stamp(self, item: Path) -> str:
         stat = os.stat(item)
         place = _real(os.path.dirname(item))
-        # The last number is raised when `revision` says more than before.
+        # Increment the last number when `revision` covers more files.
         return f"{place}/{item.name}\x1f{stat.st_size}\x1f{stat.st_mtime_ns}\x1f{stat.st_ino}\x1f2"
 
     def content(self, item: Path) -> bytes:
@@ -224,18 +224,18 @@ class ImageFiles:
 
 @lru_cache(maxsize=1024)
 def _real(folder: str) -> str:
-    """A folder's own path, links followed; for thousands of files at a time, that is slow."""
+    """Return a folder's real path; cached, since it is slow for thousands of files."""
     return os.path.realpath(folder)
 
 
 def content_hashes(stamps: Mapping[Path, str], kept: Path) -> dict[Path, str]:
-    """The sha256 of every file, given a mark that changes when the file does; read if `kept` does not know the mark."""
+    """Return every file's sha256, given a stamp that changes with the file; reads files with stamps not in `kept`."""
     known = {stamp: digest for stamp, digest in _read(kept).items() if SHA256.fullmatch(str(digest))}
     unread = [file for file, stamp in stamps.items() if stamp not in known]
     with ThreadPoolExecutor(WORKERS) as pool:
         known |= zip((stamps[file] for file in unread), pool.map(_checksum, unread), strict=True)
     if unread:
         content = json.dumps({stamp: known[stamp] for stamp in stamps.values()}).encode()
-        with contextlib.suppress(Halt):  # where nothing can be written, the files are read every time
+        with contextlib.suppress(Halt):  # in a read-only folder, the files are read every time
             replace_file(kept, content)
     return {file: known[stamp] for file, stamp in stamps.items()}

@@ -1,7 +1,7 @@
-"""Images that lie in more than one split: the same bytes, or nearly the same picture.
+"""Find images in more than one split: the same bytes, or nearly the same picture.
 
-A test image that was trained on is known, not recognised. Nothing is removed, for the official split is what others
-report on; the pairs are counted and named.
+A model may have memorised a test image that it was trained on. Nothing is removed, as others report on the official
+split; the pairs are counted and named.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from harness.data.layout import split_of
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 2  # raise it whenever the same images would give other pairs
+FORMAT = 2  # increment when the same images give other pairs
 SIDE = 32  # pixels of the grey square that is hashed
-LOW = 8  # so many low frequencies a side make the hash
-# Of the hash's 64 bits, and of the two grey squares. Looked at by eye on Oxford Flowers-102: the pairs just inside show
-# one flower twice, the first ones outside two flowers of a species.
+LOW = 8  # low frequencies per side in the hash
+# Differing bits of 64, and correlation of the grey squares. Checked by eye on Oxford Flowers-102: pairs just inside
+# show one flower twice, pairs just outside two flowers of a species.
 NEAR_BITS, NEAR_CORRELATION = 12, 0.92
 ROWS = 512  # hashes compared with all others at once
 
@@ -40,12 +40,12 @@ Pair = tuple[int, int]
 
 
 def find(dataset: Dataset, images: dict[SplitName, tuple[Sequence[Any], torch.Tensor]], cache: Path) -> dict[str, Any]:
-    """The pairs across splits; of every split the items and their images, uint8 [N, side, side, 3].
+    """Find the pairs across splits, given each split's items and images, uint8 [N, side, side, 3].
 
     `exact` pairs have the same bytes. `near` ones have perceptual hashes (pHash: the signs of the low cosine
     frequencies of a small grey image; Zauner, 2010) at most 12 of 64 bits apart, and grey images with a correlation of
-    at least 0.92: one photograph in two sizes, or two of one flower a moment apart. They are searched once for the
-    same images; the answer is kept in the folder `cache`.
+    at least 0.92: one photograph in two sizes, or two of one flower a moment apart. The result is cached in the
+    folder `cache`.
     """
     names = [_name(dataset, split, item) for split, (items, _) in images.items() for item in items]
     place = [split for split, (items, _) in images.items() for _ in items]
@@ -68,7 +68,7 @@ def find(dataset: Dataset, images: dict[SplitName, tuple[Sequence[Any], torch.Te
 
 
 def _name(dataset: Dataset, split: SplitName, item: Any) -> str:
-    """A file by its path in the data root, anything else by what it prints; and its split, if the path has none."""
+    """Return a file's path in the data root, or another item's text; with the split, unless the path has it."""
     root = getattr(dataset, "root", None)
     inside = root is not None and isinstance(item, Path) and item.is_relative_to(root)
     text = shown(item.relative_to(root).as_posix() if inside else str(item))
@@ -103,7 +103,7 @@ def hashes(squares: NDArray[np.float32]) -> NDArray[np.uint64]:
 
 
 def near_pairs(squares: NDArray[np.float32]) -> Iterator[Pair]:
-    """Pairs of grey squares [N, 32, 32] that show nearly the same."""
+    """Yield pairs of nearly equal grey squares [N, 32, 32]."""
     marks = hashes(squares)
     flat = squares.reshape(len(squares), -1)
     centred = flat - flat.mean(axis=1, keepdims=True)

@@ -20,9 +20,9 @@ PHOTOGRAPH = re.compile(r"jpg/image_[0-9]{5}\.jpg")
 
 @dataclass(frozen=True, kw_only=True)
 class Flowers102(ImageFiles):
-    """8,189 photographs of 102 species: 1,020 to train on, 1,020 to validate on, 6,149 to test on.
+    """8,189 photographs of 102 species: 1,020 for training, 1,020 for validation, 6,149 for testing.
 
-    `root` is the folder that holds torchvision's `flowers-102`; what is missing is downloaded and checked by its md5.
+    `root` is the folder that holds torchvision's `flowers-102`; missing files are downloaded and checked by md5.
     """
 
     licence: ClassVar[str] = (
@@ -36,11 +36,11 @@ class Flowers102(ImageFiles):
         return tuple(Source.classes)
 
     def samples(self, split: SplitName) -> list[tuple[Path, int]]:
-        """Raises InputError when the data are not there and cannot be downloaded, or a file is missing."""
+        """Return a split. Raises InputError if the data cannot be downloaded or a file is missing."""
         samples = _listing(self.root, split)
         for path, _ in samples:
             if not path.is_file():
-                raise InputError(f"{path} is missing; remove {path.parent.parent} and let it be downloaded again.")
+                raise InputError(f"{path} is missing; remove {path.parent.parent} to download it again.")
         return samples
 
 
@@ -55,7 +55,7 @@ def _listing(root: str, split: SplitName) -> list[tuple[Path, int]]:
             _download(folder)
         source = Source(root, split)
     except (OSError, RuntimeError, tarfile.TarError) as error:
-        for place in absent:  # they are made before anything is downloaded
+        for place in absent:  # created before the download
             with contextlib.suppress(OSError):
                 place.rmdir()
         raise InputError(
@@ -66,12 +66,12 @@ def _listing(root: str, split: SplitName) -> list[tuple[Path, int]]:
 
 
 def _complete(folder: Path) -> bool:
-    """Whether torchvision would find its files; it also checks the label files' md5 and fetches wrong ones again."""
+    """Return whether torchvision finds its files; it also checks the label files' md5 and refetches wrong ones."""
     return (folder / "jpg").is_dir() and all((folder / name).is_file() for name in ("imagelabels.mat", "setid.mat"))
 
 
 def _download(folder: Path) -> None:
-    """What torchvision's class would download, checked by its md5; the label files come last."""
+    """Download what torchvision's class would, checked by md5; the label files come last."""
     from torchvision.datasets import Flowers102 as Source
     from torchvision.datasets.utils import download_url
 
@@ -83,10 +83,10 @@ def _download(folder: Path) -> None:
 
 
 def _unpack(archive: Path) -> None:
-    """Write an archive's photographs beside it, and nothing else of it.
+    """Extract an archive's photographs beside it, and nothing else.
 
-    Not `extractall`: depending on the versions of Python and torchvision, that follows a member's path and links out of
-    the folder.
+    Not `extractall`: in some versions of Python and torchvision, it follows a member's path and links out of the
+    folder.
     """
     (archive.parent / "jpg").mkdir(exist_ok=True)
     with tarfile.open(archive) as members:

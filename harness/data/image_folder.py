@@ -1,4 +1,4 @@
-"""Folders of photographs, one folder a class."""
+"""Folders of photographs, one per class."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from harness.data.cache import ImageFiles, content_hashes
 from harness.data.decoding import SUFFIXES
 from harness.data.layout import Layout, check_link, check_names, made_by_system, read_layout, read_names
 
-BOUNDS: dict[SplitName, float] = {"train": 0.70, "val": 0.85, "test": 1.0}  # of a content's place between 0 and 1
+BOUNDS: dict[SplitName, float] = {"train": 0.70, "val": 0.85, "test": 1.0}  # of a content hash scaled to 0..1
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder(ImageFiles):
-    """Either the folders of train, validation and test, which hold class folders, or class folders alone.
+    """Either train, validation and test folders that hold class folders, or class folders alone.
 
-    The latter are split about 70 / 15 / 15, each photograph by its content alone: it stays in its split whatever it is
-    called, and whatever is added. So a class of few photographs may have none to validate or to test on. `names` is an
-    optional JSON file, in `root` unless absolute, that maps a class folder's name to the name shown to people, as the
+    The latter are split about 70 / 15 / 15, each photograph by its content alone: it stays in its split if it is
+    renamed or others are added. So a class of few photographs may have none for validation or testing. `names` is an
+    optional JSON file, in `root` unless absolute, that maps class folders to display names, as the
     original notebook's cat_to_name.json does.
     """
 
@@ -36,13 +36,13 @@ class ImageFolder(ImageFiles):
             path = Path(self.root) / self.names
             names, where = read_names(path), f"by {path}"
             if missing := [folder for folder in folders if folder not in names]:
-                raise InputError(f"{path} names no class {missing[0]!r}; add it, or drop the file.")
+                raise InputError(f"{path} lacks the class {missing[0]!r}; add it, or drop the file.")
             shown = tuple(names[folder] for folder in folders)
         check_names(shown, folders, where)
         return shown
 
     def samples(self, split: SplitName) -> list[tuple[Path, int]]:
-        """Raises InputError for a class without images in the split, and for what is in a class and no image."""
+        """Return a split. Raises InputError for a class without images in it, and for non-images in a class."""
         layout = self._layout()
         if not layout.splits:
             return self._shared(layout)[split]
@@ -56,20 +56,20 @@ class ImageFolder(ImageFiles):
         return found
 
     def remarks(self) -> list[str]:
-        """What is left out, and nothing else says so."""
+        """List what is ignored without an error."""
         layout = self._layout()
-        said = [f"{folder} is left out, for it is the folder of no split." for folder in layout.beside]
+        said = [f"{folder} is ignored: it belongs to no split." for folder in layout.beside]
         for place in (layout.root, *layout.splits.values()):
             if pictures := sorted(each for each in place.iterdir() if _is_picture(each)):
-                are, lie = ("pictures are", "they lie") if len(pictures) > 1 else ("picture is", "it lies")
-                said.append(f"{len(pictures)} {are} left out, such as {pictures[0]}, for {lie} in no class folder.")
+                are, lie = ("pictures are", "they are") if len(pictures) > 1 else ("picture is", "it is")
+                said.append(f"{len(pictures)} {are} ignored, such as {pictures[0]}: {lie} in no class folder.")
         return said
 
     def _layout(self) -> Layout:
         return read_layout(Path(self.root), Path(self.cache))
 
     def _shared(self, layout: Layout) -> dict[SplitName, list[tuple[Path, int]]]:
-        """The photographs of class folders that stand alone, each in the split that its content decides."""
+        """Split the photographs of class folders by their content."""
         folders = layout.folders["train"]
         labels = {file: label for label, name in enumerate(layout.classes) for file in _images(folders[name])}
         kept = hashlib.sha256(os.path.realpath(self.root).encode(errors="surrogatepass")).hexdigest()[:32]
@@ -80,26 +80,26 @@ class ImageFolder(ImageFiles):
         counts, trained = Counter(labels.values()), {label for _, label in parts["train"]}
         for label, name in enumerate(layout.classes):
             if label not in trained:
-                few = "none" if not counts[label] else f"only {counts[label]}, whose contents put them elsewhere"
+                few = "none" if not counts[label] else f"only {counts[label]}, all in other splits by content"
                 raise InputError(_no_images(name, "train", f"{folders[name]} holds {few}"))
         for split, part in parts.items():
             if not part:
                 raise InputError(
-                    f"Of the {len(labels)} pictures in {layout.root} none falls into the {split} split (70 / 15 / 15, "
-                    "by their contents); add some, or sort them into train/, valid/ and test/ yourself."
+                    f"None of the {len(labels)} pictures in {layout.root} falls into the {split} split (70 / 15 / 15 "
+                    "by content); add some, or sort them into train/, valid/ and test/ yourself."
                 )
         return parts
 
 
 def _split_of(digest: str) -> SplitName:
-    """The split of a file's content: a threshold, not a rank, so that no other file has a say."""
+    """Return the split of a content hash: a threshold, not a rank, independent of other files."""
     position = int(digest[:13], 16) / 16**13
     return next(split for split, bound in BOUNDS.items() if position < bound)
 
 
 def _no_images(name: str, split: SplitName, why: str) -> str:
     return (
-        f"Class {name!r} has no images in the {split} split ({why}); add some, or take the class's folder out of "
+        f"Class {name!r} has no images in the {split} split ({why}); add some, or remove the class's folder from "
         "all splits."
     )
 
@@ -113,11 +113,9 @@ def _images(folder: Path) -> list[Path]:
         if file.is_dir():
             raise InputError(_inner_folder(file, any(_is_picture(each) for each in files)))
         if file.suffix.lower() not in SUFFIXES:
-            raise InputError(
-                f"{file} is not an image by its name, and a class folder holds images only; is --data-root right?"
-            )
+            raise InputError(f"{file} has no image suffix, and a class folder holds images only; is --data-root right?")
         if not file.is_file():
-            raise InputError(f"{file} is no regular file, and a class folder holds images only; take it out.")
+            raise InputError(f"{file} is not a regular file, and a class folder holds images only; remove it.")
     return files
 
 
@@ -129,10 +127,10 @@ def _inner_folder(inner: Path, beside_pictures: bool) -> str:
     folder = inner.parent
     if beside_pictures:
         return (
-            f"{inner} is a folder inside of a class, and its pictures would be left out; "
-            f"move them up into {folder}, or take the folder out."
+            f"{inner} is a folder inside a class, and its pictures would be ignored; "
+            f"move them up into {folder}, or remove the folder."
         )
     return (
-        f"{folder} is taken for a class and holds folders, such as {inner.name!r}, but no pictures; a split's folder "
-        "is called train, valid or test, a class's holds its pictures itself, and --data-root names the folder above."
+        f"{folder} looks like a class but holds folders, such as {inner.name!r}, and no pictures; split folders are "
+        "called train, valid or test, class folders hold pictures, and --data-root is the folder above."
     )

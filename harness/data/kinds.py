@@ -1,14 +1,14 @@
-"""What a file is by its first bytes: an image that is read, or what else there is under the name of one."""
+"""Identify a file by its first bytes: a supported image, or another kind with an image's name."""
 
 from __future__ import annotations
 
 import codecs
 
-HEAD = 4096  # bytes that tell
+HEAD = 4096  # bytes to read
 HEIC = "HEIC"
-REPLACE = "replace it or take it out"
-OUT = "take it out"
-CONVERT = "convert it to JPEG or PNG, or take it out"
+REPLACE = "replace or remove it"
+OUT = "remove it"
+CONVERT = "convert it to JPEG or PNG, or remove it"
 NO_HEIF = f'it is {HEIC}; install its reader with pip install -e ".[heic]", or {CONVERT}'
 
 READ: dict[str, tuple[bytes, ...]] = {
@@ -19,13 +19,13 @@ READ: dict[str, tuple[bytes, ...]] = {
     "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
     "PPM": (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf"),
 }
-# Of the container that HEIC and AVIF share with films.
+# Brands in the container that HEIC, AVIF and videos use.
 AVIF_BRANDS = {b"avif", b"avis"}
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 
-RAW, FILM = "a camera's raw file", "a film"
-APPLE_DOUBLE = "what macOS keeps beside a file (AppleDouble)"
-# Of what is not read the first bytes, and bytes farther inside of a file with their places.
+RAW, FILM = "a camera's raw file", "a video"
+APPLE_DOUBLE = "a macOS metadata file (AppleDouble)"
+# The first bytes of unsupported kinds, and later bytes with their offsets.
 OTHERS: dict[str, tuple[bytes, ...]] = {
     "PostScript": (b"%!", b"\xc5\xd0\xd3\xc6"),
     "PDF": (b"%PDF",),
@@ -44,7 +44,7 @@ OTHERS: dict[str, tuple[bytes, ...]] = {
     "Radiance HDR": (b"#?RADIANCE",),
     "FITS": (b"SIMPLE  =",),
     "HDF5": (b"\x89HDF",),
-    "an array of NumPy": (b"\x93NUMPY",),
+    "a NumPy array": (b"\x93NUMPY",),
     "a drawing (WMF)": (b"\xd7\xcd\xc6\x9a",),
     RAW: (b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FUJIFILM", b"FOVb"),
     FILM: (b"\x1aE\xdf\xa3", b"\0\0\1\xba"),
@@ -58,8 +58,8 @@ OTHERS: dict[str, tuple[bytes, ...]] = {
     "a program": (b"\x7fELF", b"MZ"),
 }
 FARTHER = ((8, b"CR\x02", RAW), (8, b"AVI ", FILM), (128, b"DICM", "DICOM"), (257, b"ustar", "a tar archive"))
-LFS, DRAWING, PAGE = "a pointer of Git LFS", "a drawing (SVG)", "a web page (HTML)"
-NO_IMAGES = (FILM, APPLE_DOUBLE, "an array of NumPy", "a Windows or Office file", "a database", "a program")
+LFS, DRAWING, PAGE = "a Git LFS pointer", "a drawing (SVG)", "a web page (HTML)"
+NO_IMAGES = (FILM, APPLE_DOUBLE, "a NumPy array", "a Windows or Office file", "a database", "a program")
 REMEDIES = dict.fromkeys(NO_IMAGES, OUT) | {
     LFS: "fetch the file itself with git lfs pull",
     DRAWING: CONVERT,
@@ -69,7 +69,7 @@ IS_RAW = f"it is {RAW}; {CONVERT}"
 
 
 def format_of(head: bytes) -> str:
-    """The format of an image that is read, given the file's first bytes; empty for everything else."""
+    """Return the format of a supported image from the file's first bytes; empty for anything else."""
     if head[4:8] == b"ftyp":
         end = min(int.from_bytes(head[:4], "big"), len(head))
         brands = {head[8:12], *(head[place : place + 4] for place in range(16, end, 4))}
@@ -82,15 +82,15 @@ def format_of(head: bytes) -> str:
 
 
 def refusal(head: bytes, found: str, heif: bool = False) -> str | None:
-    """Why a file is not read and what to do, given its first bytes and its format if it has one; None: it is read.
+    """Return why a file is rejected and what to do, from its first bytes and format, if any; None if it is accepted.
 
-    HEIC is read where its reader is installed (`heif`).
+    HEIC is accepted if its reader is installed (`heif`).
     """
     if found == HEIC:
         return None if heif else NO_HEIF
     # A camera's raw file may look like a TIFF; and TGA has no signature.
     if found in ("", "TIFF", "TGA") and (name := _other(head)) is not None:
-        remedy = "unpack it, or take it out" if name.endswith("archive") else REMEDIES.get(name, CONVERT)
+        remedy = "unpack it, or remove it" if name.endswith("archive") else REMEDIES.get(name, CONVERT)
         return f"it is {name}; {remedy}"
     if found:
         return None
@@ -98,7 +98,7 @@ def refusal(head: bytes, found: str, heif: bool = False) -> str | None:
         return f"it is empty; {REPLACE}"
     if not any(head):
         return f"it begins with zeros only, as an interrupted copy does; {REPLACE}"
-    name = _text(head) or "of no kind that is known"
+    name = _text(head) or "of an unknown kind"
     return f"it is {name}; {REMEDIES.get(name, REPLACE)}"
 
 
@@ -110,7 +110,7 @@ def _other(head: bytes) -> str | None:
 
 
 def _text(head: bytes) -> str | None:
-    """What kind of text it is, if it is text."""
+    """Return the kind of text, None for binary."""
     try:
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(head).strip()
     except UnicodeDecodeError:

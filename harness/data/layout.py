@@ -1,4 +1,4 @@
-"""How a folder of photographs is laid out: which folders are splits, which are classes, and what is neither."""
+"""The layout of a folder of photographs: which folders are splits, which are classes, and which neither."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from unicodedata import category, normalize
 from harness.base.errors import InputError, is_utf8, shown
 from harness.config.contracts import SplitName
 
-# What people call the folders of splits, in any case, also as "training_set" or "test-images".
 LONGEST = 255  # characters of a class name; no folder's name is longer
+# Names of split folders, in any case, also as "training_set" or "test-images".
 SPLIT_NAMES: dict[SplitName, tuple[str, ...]] = {
     "train": ("train", "training"),
     "val": ("valid", "val", "validation", "dev"),
@@ -22,7 +22,7 @@ SPLIT_NAMES: dict[SplitName, tuple[str, ...]] = {
 }
 PURPOSES: dict[SplitName, str] = {"train": "training", "val": "validation", "test": "testing"}
 ENDING = "(?:[-_ ]?(?:set|data|images?))?"
-# What systems and programs put among a person's folders and files; hidden ones are theirs, too.
+# Files and folders that systems and programs create; hidden ones count, too.
 SYSTEM_FILES = {
     *("__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"),
     *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"),
@@ -34,14 +34,14 @@ class Layout:
     """The class folders of a root, by their names in Unicode's composed form (NFC)."""
 
     root: Path
-    splits: Mapping[SplitName, Path]  # the folder of each; empty where class folders stand alone in the root
+    splits: Mapping[SplitName, Path]  # empty if the root holds class folders itself
     classes: tuple[str, ...]  # in text order, as the notebook and torchvision number them: 1, 10, 100, 101, 2, ...
     folders: Mapping[SplitName, Mapping[str, Path]]
     beside: tuple[Path, ...]  # folders beside those of the splits
 
 
 def read_layout(root: Path, cache: Path) -> Layout:
-    """Raises InputError when the folders of `root` are no classes, or their splits do not match."""
+    """Read a layout. Raises InputError if `root` has no classes or its splits do not match."""
     if not root.is_dir():
         raise InputError(f"There is no folder {root}; give the one that holds the images with --data-root.")
     inside = _folders_in(root, cache)
@@ -56,7 +56,7 @@ def read_layout(root: Path, cache: Path) -> Layout:
 
 
 def split_of(folder: str) -> SplitName | None:
-    """The split that a folder of this name holds, as people call them."""
+    """Return the split that a folder's name stands for, if any."""
     for split, names in SPLIT_NAMES.items():
         if re.fullmatch(f"(?:{'|'.join(names)}){ENDING}", folder.strip().casefold()):
             return split
@@ -64,18 +64,18 @@ def split_of(folder: str) -> SplitName | None:
 
 
 def made_by_system(name: str) -> bool:
-    """Whether a file or folder of this name is hidden, or one that systems make without being asked."""
+    """Return whether a file or folder of this name is hidden or created by the system."""
     return name.startswith(".") or name.casefold() in SYSTEM_FILES
 
 
 def check_link(path: Path) -> None:
-    """Raise InputError for a link to nothing: what it stood for would be missing without a word."""
+    """Raise InputError for a broken link: its target would be silently missing."""
     if path.is_symlink() and not path.exists():
-        raise InputError(f"{path} is a link to {path.readlink()}, which is not there; mend or remove the link.")
+        raise InputError(f"{path} is a link to {path.readlink()}, which is missing; fix or remove the link.")
 
 
 def _folders_in(folder: Path, cache: Path | None = None) -> list[Path]:
-    """The folders in a folder, without what is passed over and our own cache."""
+    """Return the folders in a folder, except the system's and our own cache."""
     inside = [each for each in sorted(folder.iterdir()) if not made_by_system(each.name)]
     for each in inside:
         check_link(each)
@@ -83,24 +83,24 @@ def _folders_in(folder: Path, cache: Path | None = None) -> list[Path]:
 
 
 def _is_split(folders: Iterable[Path]) -> bool:
-    """Whether folders beside each other are those of splits, and not classes of which one is called `train`."""
+    """Return whether sibling folders are splits, and not classes of which one is called `train`."""
     named = {folder: split_of(folder.name) for folder in folders}
     found = {split for split in named.values() if split is not None}
     if len(found) > 1 or (named and None not in named.values()):
         return True
-    # A class folder holds pictures, a split class folders.
+    # A split holds folders, a class holds pictures.
     return any(split == "train" and _folders_in(folder) for folder, split in named.items())
 
 
 def _splits(root: Path, inside: list[Path]) -> dict[SplitName, Path]:
-    """The folder of every split. Raises InputError when one has none, or two."""
+    """Return each split's folder. Raises InputError if one has none, or two."""
     splits: dict[SplitName, Path] = {}
     for folder in inside:
         split = split_of(folder.name)
         if split is not None and (other := splits.setdefault(split, folder)) != folder:
             raise InputError(
-                f"{root} has two folders for {PURPOSES[split]}, {other.name!r} and {folder.name!r}; put their pictures "
-                "together, or take one of them out."
+                f"{root} has two folders for {PURPOSES[split]}, {other.name!r} and {folder.name!r}; merge them, or "
+                "remove one."
             )
     _check_apart(splits.values(), "both would be a split")
     if missing := [split for split in SPLIT_NAMES if split not in splits]:
@@ -112,8 +112,8 @@ def _incomplete(root: Path, splits: Mapping[SplitName, Path], missing: list[Spli
     held = _listed(splits[split] for split in SPLIT_NAMES if split in splits)
     names = {split: ", ".join(f"{name}/" for name in SPLIT_NAMES[split]) for split in missing}
     wanted = " nor ".join(f"for {PURPOSES[split]} ({names[split]})" for split in missing)
-    text = f"{root} has {held}, taken for {'splits' if len(splits) > 1 else 'a split'}, and no folder {wanted}"
-    text += f", only {_listed(others)}; rename {held} if it is no split, or" if others else ";"
+    text = f"{root} has {held}, read as {'splits' if len(splits) > 1 else 'a split'}, but no folder {wanted}"
+    text += f", only {_listed(others)}; rename {held} if it is not a split, or" if others else ";"
     text += f" add {'it' if len(missing) == 1 else 'them'}"
     if "train" in splits and _folders_in(splits["train"]):
         text += f", or give {splits['train']} alone with --data-root: it is split 70 / 15 / 15 by the pictures' content"
@@ -126,14 +126,14 @@ def _listed(folders: Iterable[Path], most: int = 3) -> str:
 
 
 def _classes(place: Path, folders: list[Path], split: SplitName | None = None) -> dict[str, Path]:
-    """Class folders by their names in NFC. Raises InputError when they are none, too few, or not to be told apart."""
+    """Return class folders by their NFC names. Raises InputError if there are too few, or their names are ambiguous."""
     found: dict[str, Path] = {}
     for folder in folders:
         check_text(folder.name, f"The name of the folder {folder}")
         if (other := found.setdefault(normalize("NFC", folder.name), folder)) != folder:
             raise InputError(
-                f"{place} has two folders of one name, in two forms of Unicode, {told_apart(other.name, folder.name)}; "
-                "put their pictures together."
+                f"{place} has two folders with one name in two Unicode forms, {told_apart(other.name, folder.name)}; "
+                "merge them."
             )
     _check_apart(folders, "every picture would be in two classes")
     if split is not None and not found:
@@ -144,20 +144,20 @@ def _classes(place: Path, folders: list[Path], split: SplitName | None = None) -
 
 
 def _check_apart(folders: Iterable[Path], why: str) -> None:
-    """Raise InputError when two folders are one, by a link."""
+    """Raise InputError if two folders are one, by a link."""
     seen: dict[Path, Path] = {}
     for folder in folders:
         if (other := seen.setdefault(folder.resolve(), folder)) != folder:
-            raise InputError(f"{other} and {folder} are the same folder, by a link, and {why}; take one of them out.")
+            raise InputError(f"{other} and {folder} are the same folder, by a link, and {why}; remove one of them.")
 
 
 def _no_classes(place: Path, split: SplitName) -> str:
-    text = f"{place} is taken for the {PURPOSES[split]} split and holds no class folders"
+    text = f"{place} is read as the {PURPOSES[split]} split but holds no class folders"
     if split == "train":
-        return f"{text}; put the pictures of each class into a folder of its own there, {place / 'NAME OF THE CLASS'}."
+        return f"{text}; put the pictures of each class into its own folder there, {place / 'NAME OF THE CLASS'}."
     return (
-        f"{text}, so that nothing says what is right for its pictures; put them into class folders like those for "
-        f"training. If their classes are not known, give the training folder alone with --data-root: it is split "
+        f"{text}, so its pictures have no labels; put them into class folders like those for "
+        f"training. If their classes are unknown, give the training folder alone with --data-root: it is split "
         "70 / 15 / 15 by the pictures' content."
     )
 
@@ -177,42 +177,42 @@ def _extra_class(folder: Path, name: str, known: Mapping[str, Path]) -> str:
 
 
 def check_text(text: str, what: str) -> None:
-    """Raise InputError unless `text`, which is `what`, can be written into every file and shown on one line."""
+    """Raise InputError unless `text`, described by `what`, can be stored anywhere and shown on one line."""
     if not is_utf8(text):
-        raise InputError(f"{what} is no UTF-8 ({shown(text)}), and could not be written into results; rename it.")
+        raise InputError(f"{what} is not UTF-8 ({shown(text)}) and cannot be written into results; rename it.")
     if any(category(each) in ("Cc", "Zl", "Zp") for each in text):
         raise InputError(f"{what} has a line break or another control character ({shown(text)}); rename it.")
     if len(text) > LONGEST:
         raise InputError(f"{what} has {len(text):,} characters ({shown(text[:20])} …); give one of at most {LONGEST}.")
     if not look(text):
-        raise InputError(f"{what} is blank; give it a name that can be read.")
+        raise InputError(f"{what} is blank; give it a readable name.")
 
 
 def check_names(names: Sequence[str], keys: Sequence[str], where: str) -> None:
-    """Raise InputError unless every class has a name of its own. Their `keys` are what a user knows them by."""
+    """Raise InputError unless all class names differ. `keys` are the names that the user knows."""
     seen: dict[str, str] = {}
     for name, key in zip(names, keys, strict=True):
         check_text(name, f"The name of class {key!r} {where}")
         if (other := seen.setdefault(look(name), key)) != key:
             raise InputError(
-                f"The classes {told_apart(other, key)} would both be shown as {name!r} {where}; give each a name of "
-                "its own, or make them one class."
+                f"The classes {told_apart(other, key)} would both be shown as {name!r} {where}; give them different "
+                "names, or merge them."
             )
 
 
 def look(name: str) -> str:
-    """What is seen of a name: composed, without signs that have no width, blanks as one space."""
+    """Return what is visible of a name: composed, no zero-width characters, blanks as one space."""
     return " ".join("".join(each for each in normalize("NFC", name) if category(each) != "Cf").split())
 
 
 def told_apart(one: str, other: str) -> str:
-    """Both names, with escapes where only the form of Unicode differs; quotes show the other differences."""
+    """Quote both names; with escapes if only their Unicode forms differ."""
     quoted = ascii if normalize("NFC", one) == normalize("NFC", other) else repr
     return f"{quoted(one)} and {quoted(other)}"
 
 
 def read_names(path: Path) -> dict[str, str]:
-    """The names that a JSON file gives to class folders, both in NFC. Raises InputError when it is none, or unclear."""
+    """Read class folders' names from a JSON file, both in NFC. Raises InputError if it is invalid or ambiguous."""
     try:
         names: Any = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_each_once)
     except (OSError, ValueError, RecursionError) as error:
@@ -223,7 +223,7 @@ def read_names(path: Path) -> dict[str, str]:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object with its keys in NFC; `json` alone takes the last of two values of one key."""
+    """Build a JSON object with NFC keys; `json` alone keeps the last of two values of one key."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         composed = normalize("NFC", key)

@@ -1,4 +1,4 @@
-"""From a data set to tensors: the splits a search may see, and, apart from them, the test split."""
+"""Load a data set as tensors: the splits for the search, and, separately, the test split."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
-SHARE_OF_DEVICE = 1 / 4  # of its free memory may hold images
+SHARE_OF_DEVICE = 1 / 4  # of its free memory, for images
 
 
 class Runtime(Protocol):
-    """What `harness.training.step.Runtime` is to images: a device, and the memory format of a batch."""
+    """Protocol of `harness.training.step.Runtime`: a device, and the memory format of a batch."""
 
     @property
     def device(self) -> torch.device: ...
@@ -42,36 +42,36 @@ class ImageSet:
 
     images: torch.Tensor
     labels: torch.Tensor
-    key: str = ""  # names the images' content in the cache; empty when they are of several splits
+    key: str = ""  # cache key of the images; empty if they are of several splits
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def stored(self, chosen: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """The chosen images, int64 [B], as they are stored: uint8 [B, side, side, 3] on the device."""
+        """Return the chosen images, int64 [B], as stored: uint8 [B, side, side, 3] on the device."""
         # index_select copies whole images; images[chosen] goes byte by byte, which takes four times as long.
         return self.images.index_select(0, chosen.to(self.images.device)).to(device)
 
     def batch(
         self, chosen: torch.Tensor, config: TrainConfig, runtime: Runtime, generator: torch.Generator
     ) -> torch.Tensor:
-        """The chosen images [B] as a training step takes them: augmented anew, float32 [B, 3, H, W] on the device."""
+        """Return the chosen images [B] for a training step: augmented anew, float32 [B, 3, H, W] on the device."""
         from harness.data.augment import augment
 
         stored = self.stored(chosen, runtime.device)
         return runtime.move(augment(stored, config.augment, config.data.image_size, generator))
 
     def parts(self, size: int, runtime: Runtime) -> Iterator[torch.Tensor]:
-        """All images as an evaluation takes them, `size` at a time: float32 [size, 3, H, W] on the device."""
+        """Yield all images for an evaluation, `size` at a time: float32 [size, 3, H, W] on the device."""
         from harness.data.augment import normalise
 
         for part in self.images.split(size):
             yield normalise(part.to(runtime.device))
 
     def on(self, device: torch.device) -> ImageSet:
-        """These images kept on a CUDA device if they fit there comfortably; otherwise as they are.
+        """Move these images to a CUDA device if they fit there comfortably; else return them unchanged.
 
-        The maps of each batch are then all that is sent to the device in an epoch.
+        An epoch then sends only each batch's maps to the device.
         """
         import torch
 
@@ -82,31 +82,31 @@ class ImageSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """What the search may see. There is no test field on purpose; see `load_test`."""
+    """The splits for the search; without test split on purpose, see `load_test`."""
 
     classes: tuple[str, ...]
     train: ImageSet  # at the stored size, with a margin for crops
-    val: ImageSet  # at the size the model sees
+    val: ImageSet  # at the model's input size
 
 
 def fits(size_bytes: int, free_bytes: int) -> bool:
-    """Whether data leave enough of a device's free memory to the training."""
+    """Return whether data leave enough free device memory for training."""
     return size_bytes <= free_bytes * SHARE_OF_DEVICE
 
 
 def prepare(dataset: Dataset) -> str:
-    """Decode every image that a study will need, the test images too, so that a bad file is named before the start.
+    """Decode every image that a study needs, test images too, so that a bad file is reported before the start.
 
-    Returns a fingerprint of all of them with their labels. Raises InputError when the data are not there, a class is
-    missing from a split, or a file is no image.
+    Returns a fingerprint of all images and labels. Raises InputError if the data are missing, a class is
+    missing from a split, or a file is not an image.
     """
-    check_names(dataset.classes(), dataset.classes(), "by the data set")
+    check_names(dataset.classes(), dataset.classes(), "in the data set")
     try:
         Path(dataset.cache).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         if no_room(error):
             raise
-        raise InputError(f"data.cache {dataset.cache} cannot be made ({error.strerror}); name a folder.") from error
+        raise InputError(f"data.cache {dataset.cache} cannot be created ({error.strerror}); give a folder.") from error
     digest = hashlib.sha256()
     sizes: dict[SplitName, list[int]] = {
         "train": [dataset.stored_size],
@@ -122,7 +122,7 @@ def prepare(dataset: Dataset) -> str:
 
 
 def remarks(dataset: Dataset) -> list[str]:
-    """What a user should know about the data before a start: what is left out, and which classes are not measured."""
+    """Return remarks about the data before a start: ignored files, and classes that are missing from a split."""
     said, classes = list(getattr(dataset, "remarks", list)()), dataset.classes()
     counts = {split: Counter(label for _, label in dataset.samples(split)) for split in SPLITS}
     every = sum(counts.values(), Counter())
@@ -130,13 +130,13 @@ def remarks(dataset: Dataset) -> list[str]:
         if absent := [label for label in range(len(classes)) if label not in counts[split]]:
             said.append(
                 f"{len(absent)} of {len(classes)} classes have no image in the {split} split, which does not measure "
-                f"them ({classes[absent[0]]!r} has {every[absent[0]]} in all); add some."
+                f"them ({classes[absent[0]]!r} has {every[absent[0]]} in total); add some."
             )
     return [shown(each) for each in said]
 
 
 def count(dataset: Dataset) -> int:
-    """How many images a study uses, of all splits."""
+    """Count the images of a study, of all splits."""
     return sum(len(_select(dataset, split)[0]) for split in SPLITS)
 
 
@@ -149,17 +149,17 @@ def load_splits(dataset: Dataset) -> Splits:
 
 
 def load_split(dataset: Dataset, split: Literal["train", "val"], size: int) -> ImageSet:
-    """One split of the search at a given side."""
+    """Load one split of the search at a size."""
     return _load(dataset, split, size)
 
 
 def items_of(dataset: Dataset, split: SplitName) -> list[Any]:
-    """What the images of a split are decoded from, in their order."""
+    """Return the items of a split's images, in order."""
     return _select(dataset, split)[0]
 
 
 def load_train_and_val(dataset: Dataset) -> ImageSet:
-    """Both splits as one training set, for the final run."""
+    """Load both as one training set, for the final run."""
     import torch
 
     train, val = (_load(dataset, split, dataset.stored_size) for split in ("train", "val"))
@@ -167,7 +167,7 @@ def load_train_and_val(dataset: Dataset) -> ImageSet:
 
 
 def load_test(dataset: Dataset) -> ImageSet:
-    """The test split. Only `harness.final.test_set` calls this, once the search is over; a test checks it."""
+    """Load the test split. Only `harness.final.test_set` calls it, once the search is over; a test checks it."""
     return _load(dataset, "test", dataset.image_size)
 
 
@@ -188,11 +188,11 @@ def _select(dataset: Dataset, split: SplitName) -> tuple[list[Any], list[int]]:
     """The items and labels of a split, `dataset.limit` of them at most, spread evenly over the classes."""
     samples = dataset.samples(split)
     present = {label for _, label in samples}
-    # What was never seen cannot be learned; a class that is not measured is named by `remarks`.
+    # Every class needs training images; `remarks` names a class that is not measured.
     if not samples or (split == "train" and len(present) < len(dataset.classes())):
         absent = next(name for label, name in enumerate(dataset.classes()) if label not in present)
         raise InputError(
-            f"Class {absent!r} has no images in the {split} split; add some, or take the class out of the data set."
+            f"Class {absent!r} has no images in the {split} split; add some, or remove the class from the data set."
         )
     if dataset.limit is not None and dataset.limit < len(samples):
         samples = _spread(samples, dataset.limit, derive_seed("limit", split))

@@ -1,1 +1,1 @@
-"""From the chosen configuration to a test accuracy that can be believed."""
+"""Choose a configuration, retrain it, and measure its test accuracy."""

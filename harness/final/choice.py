@@ -1,8 +1,8 @@
-"""Which of the trials is handed out: the one with the best lower bound, not the one with the best luck.
+"""Choose a trial by its lower bound, not by its highest value.
 
-The highest of many validation accuracies is high by chance, too. A Gaussian process over all trials takes each for a
-measurement with the noise of its validation images, and weighs it against its neighbours. The trial whose posterior
-mean minus one standard deviation is highest is chosen; a difference that is less than an image goes to the base.
+The highest of many validation accuracies is partly luck. A Gaussian process over all trials treats each as a
+measurement with the noise of its validation images, and smooths it over its neighbours. The trial with the highest
+posterior mean minus one standard deviation is chosen; the base wins if it is less than an image below.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
     from harness.store.store import Store
 
 MOST = 300  # trials that the process is fitted to (`harness.search.extrapolation.thinned`)
-FEWEST = 4  # with fewer a fit says nothing
-FORESEEING = 20  # with fewer a process hopes for much from where it has not been
+FEWEST = 4  # with fewer, nothing is fitted
+FORESEEING = 20  # with fewer, a process overestimates unexplored regions
 MORE = 10  # trials whose gain is estimated
 DRAWS, PLACES = 200, 500  # of the posterior, at so many configurations
 
 
 def record_choice(study: Study, store: Store) -> None:
-    """Choose among the trials that there are, once."""
+    """Choose among the current trials, once."""
     if not (study.final.rerank or store.choice()):
         store.set_as_leader({"choice": choose(store.trials(), study.space)})
 
 
 def rerank(context: Context) -> Iterator[Event]:
-    """Retrain the best `final.rerank` configurations on `final.seeds` fresh seeds each, and record which is chosen.
+    """Retrain the best `final.rerank` configurations on `final.seeds` fresh seeds each, and record the choice.
 
-    Each training is recorded as it ends, so none is done twice. Nothing happens when no choice is asked for.
+    Each training is recorded as it ends, so none is done twice. Does nothing if `final.rerank` is 0.
     """
     study, store = context.study, context.store
     candidates = store.candidates(study.final.rerank)
@@ -62,22 +62,22 @@ def rerank(context: Context) -> Iterator[Event]:
         yield from retraining.train()
         training = retraining.trained()
         val = training.progress.epochs[-1].val
-        assert val is not None, "a choice is made by the validation images"
+        assert val is not None, "reranking needs validation images"
         counted = {"correct": val.correct, "total": val.total, "accuracy": val.accuracy}
         results.setdefault(str(retraining.trial.number), []).append(retraining.record(training) | counted)
         store.set_as_leader({"rerank": {"candidates": numbers, "results": results, "chosen": None}})
         yield from retraining.end()
-    # Equal means: the one that the search liked better, which comes first.
+    # Of equal means, the one that the search ranked higher, which comes first.
     chosen = max(numbers, key=lambda number: statistics.fmean(each["accuracy"] for each in results[str(number)]))
     store.set_as_leader({"rerank": {"candidates": numbers, "results": results, "chosen": chosen}})
 
 
 def choose(trials: Sequence[TrialRecord], space: Space) -> dict[str, Any] | None:
-    """The choice as the storage keeps it; None where no trial is complete.
+    """Return the choice as a record for the storage; None if no trial is complete.
 
     `trial` is the chosen one, `highest` the one with the highest value, `trials` how many had ended. `estimates` are
     [mean, standard deviation] of each trial's final validation accuracy by its number, and `more` what further trials
-    would bring (`_prospects`); None where no process was fitted.
+    would gain (`_prospects`); None if no process was fitted.
     """
     candidates = [trial for trial in trials if trial.state == "complete"]
     if not candidates:
@@ -105,13 +105,13 @@ def choose(trials: Sequence[TrialRecord], space: Space) -> dict[str, Any] | None
 
 
 def _fitted(trials: Sequence[TrialRecord], space: Space) -> tuple[list[int], NDArray[Any], Any] | None:
-    """Numbers and coordinates of finished trials, and a Gaussian process over their final validation accuracies.
+    """Return numbers and coordinates of finished trials, and a Gaussian process over their final accuracies.
 
-    None where they are too few, or all alike.
+    None if they are too few, or all alike.
 
-    A Matérn kernel of order 5/2 with a length for each dimension, by maximum likelihood (Rasmussen & Williams, 2006,
-    chapters 4 and 5); the noise is that of the validation images, a binomial variance, and what else the trials show.
-    What it predicts is the accuracy itself, without the noise.
+    A Matérn kernel of order 5/2 with a length scale per dimension, by maximum likelihood (Rasmussen & Williams, 2006,
+    chapters 4 and 5); the noise is the binomial variance of the validation images plus a fitted part.
+    It predicts the accuracy itself, without noise.
     """
     import numpy as np
     from sklearn.exceptions import ConvergenceWarning
@@ -119,8 +119,8 @@ def _fitted(trials: Sequence[TrialRecord], space: Space) -> tuple[list[int], NDA
     from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
     ends = extrapolated([trial.curve for trial in trials], [trial.value for trial in trials])
-    ends = clipped(ends, share=1.0)  # the best may lie close together, and the base well below
-    # What may be chosen comes first, and the highest of it always stays.
+    ends = clipped(ends, share=1.0)  # the best may be close together, and the base far below
+    # Candidates come first, and the highest of them always stays.
     ranked = sorted(range(len(trials)), key=lambda n: (trials[n].number != 0, trials[n].value is None, -ends[n]))
     kept = sorted(thinned(ranked, MOST))
     if len(kept) < FEWEST or not space:
@@ -135,7 +135,7 @@ def _fitted(trials: Sequence[TrialRecord], space: Space) -> tuple[list[int], NDA
     kernel = ConstantKernel(1.0, (0.1, 10.0)) * Matern(np.full(points.shape[1], 0.5), (0.1, 10.0), nu=2.5)
     noisy = kernel + WhiteKernel(0.01, (1e-6, 0.25))
     process = GaussianProcessRegressor(noisy, alpha=known / scale**2 + 1e-9, normalize_y=True)
-    with warnings.catch_warnings():  # a length at its limit: the dimension does not matter
+    with warnings.catch_warnings():  # a length scale at its limit: an irrelevant dimension
         warnings.simplefilter("ignore", ConvergenceWarning)
         process.fit(points, values)
     process.kernel_ = process.kernel_.k1
@@ -143,7 +143,7 @@ def _fitted(trials: Sequence[TrialRecord], space: Space) -> tuple[list[int], NDA
 
 
 def _functions(process: Any, points: NDArray[Any]) -> NDArray[Any]:
-    """[points, DRAWS] possible accuracies, each draw a function."""
+    """Draw accuracies [points, DRAWS] from the posterior."""
     import numpy as np
 
     mean, covariance = process.predict(points, return_cov=True)
@@ -154,11 +154,11 @@ def _functions(process: Any, points: NDArray[Any]) -> NDArray[Any]:
 
 
 def _prospects(process: Any, points: NDArray[Any], chosen: int, space: Space) -> dict[str, float] | None:
-    """What MORE further trials would gain over the chosen one, and what all trials could, in accuracy.
+    """Return the accuracy that MORE trials would gain over the chosen one, and a bound for any number.
 
-    None where there are too few trials to tell.
+    None if there are too few trials.
 
-    The trials are placed by Thompson sampling (Thompson, 1933), half of the draws place them and half judge them; the
+    Thompson sampling (Thompson, 1933) places the trials by one half of the draws, the other half evaluates them; the
     bound takes the best configuration of each draw.
     """
     if len(points) < FORESEEING:
@@ -188,13 +188,13 @@ def _drawn(space: Space, rng: Any) -> list[float]:
 
 
 def _images(trial: TrialRecord) -> float:
-    """The validation images that a trial was measured on; without end where nothing is known of them."""
+    """Return the number of validation images of a trial; infinity if it is unknown."""
     val = trial.epochs[-1].val if trial.epochs else None
     return math.inf if val is None else val.total
 
 
 def _point(space: Space, params: dict[str, Any]) -> list[float]:
-    """A configuration as coordinates between 0 and 1; a choice has one for each of its options."""
+    """Return a configuration's coordinates in 0..1; a choice has one for each of its options."""
     found: list[float] = []
     for path, dimension in space.items():
         value = params.get(path)

@@ -1,4 +1,4 @@
-"""The final run's model as files: writing them, and knowing whether they are those that were written."""
+"""The final model's files: write them, and verify that they have not changed."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from harness.training.loop import Training
 
 WEIGHTS, DESCRIPTION, PROGRAM = "model.safetensors", "model.json", "model.pt2"
-CHECK_FILE = "check.safetensors"  # test images as the cache holds them: `images` uint8 [N, S, S, 3]
-AGAIN = "run the study again: it makes what is lost again, and the test set stays closed"
-CHECK_IMAGES = 5  # another number than an exported program's example, so that the batch size is seen to be free
+CHECK_FILE = "check.safetensors"  # test images as in the cache: `images` uint8 [N, S, S, 3]
+AGAIN = "run the study again: it restores lost files, and the test set stays closed"
+CHECK_IMAGES = 5  # unlike an exported program's example, to check that the batch size is free
 
 
 def keep_check_images(folder: Path, test: ImageSet) -> None:
-    """Lay a few test images, spread over the classes, beside the weights: programs made of the model are checked on
-    them later, and the test set need not be read again for that."""
+    """Save a few test images, spread over the classes, beside the weights: exported programs are checked on
+    them later, without reading the test set again."""
     from harness.training.checkpoint import write_tensors
 
     step = max(1, len(test) // CHECK_IMAGES)
@@ -49,10 +49,10 @@ def save_model(store: Store, folder: Path, training: Training, chosen: TrialReco
 def write_description(
     store: Store, folder: Path, config: TrainConfig, chosen: TrialRecord, final: FinalResult, weights: str
 ) -> None:
-    """Write model.json: classes, preprocessing, configuration and test result, and whether that is these weights' own.
+    """Write model.json: classes, preprocessing, configuration and test result, and whether these weights were tested.
 
-    `weights` is the sha256 of those beside it. Of tested ones the files are recorded; of others whatever lies there
-    whole will do.
+    `weights` is the sha256 of those beside it. The files of tested weights are recorded; of others any intact
+    file will do.
     """
     from harness.data.augment import MEAN, STD
 
@@ -77,20 +77,20 @@ def write_description(
     replace_file(folder / DESCRIPTION, json.dumps(description, indent=2, ensure_ascii=False).encode())
     if weights == tested.weights:
         record_files(store, folder, WEIGHTS, DESCRIPTION)
-    elif recorded := store.facts().files:  # the tested ones are welcome, too, if somebody has a copy
+    elif recorded := store.facts().files:  # a copy of the tested ones is valid, too
         others = {name: value for name, value in recorded.items() if name not in (WEIGHTS, DESCRIPTION)}
         store.set_attribute("files", others)
 
 
 def has_model(folder: Path) -> bool:
-    """Whether the final run's model lies whole in its folder; it is written as these two files, in this order."""
+    """Return whether the final run's model is complete; it is written as these two files, in this order."""
     return (folder / WEIGHTS).is_file() and (folder / DESCRIPTION).is_file()
 
 
 def record_files(store: Store, folder: Path, *names: str) -> None:
-    """Keep the sha256 of files of the model's folder as they are now; of one that is not there, keep none.
+    """Store the current sha256 of files of the model's folder; drop that of a missing file.
 
-    For a study on a server nothing is kept: each machine has a folder of its own, and weights of its own to the last
+    Nothing is stored for a study on a server: each machine has its own folder, with weights of its own to the last
     bits.
     """
     if sqlite_file(store.url) is None:
@@ -101,24 +101,24 @@ def record_files(store: Store, folder: Path, *names: str) -> None:
 
 
 def is_recorded(store: Store, folder: Path, name: str) -> bool:
-    """Whether a file of the model is there and, to the last bit, the one that was recorded."""
+    """Return whether a file of the model exists and is the one that was recorded."""
     return name in store.facts().files and file_fault(store, folder, name) is None
 
 
 def wrong_files(store: Store, folder: Path) -> list[tuple[str, str]]:
-    """The final model's files that are missing or not as they were written: the name, and a clause that says so."""
+    """Return the final model's files that are missing or have changed: names, and clauses that say so."""
     found = {name: file_fault(store, folder, name) for name in sorted({WEIGHTS, DESCRIPTION, *store.facts().files})}
     return [(name, fault) for name, fault in found.items() if fault is not None]
 
 
 def file_fault(store: Store, folder: Path, name: str) -> str | None:
-    """What is wrong with a file of the final model, in a clause that names it; None when nothing is known to be."""
+    """Return a clause that names what is wrong with a file of the final model; None if no fault is known."""
     path, recorded = folder / name, store.facts().files.get(name)
     if not path.is_file():
         return f"{path} is missing"
     if recorded is not None:
         return None if _sha256(path) == recorded else f"{path} is damaged (its checksum is wrong)"
-    try:  # of studies on a server none is kept
+    try:  # a study on a server stores none
         if name == WEIGHTS:
             check_tensors(path)
         elif name == DESCRIPTION:
@@ -147,46 +147,46 @@ DESCRIBED = {
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """The final model's model.json. Raises Damaged when it is no JSON, or without what every one of them says."""
+    """Read the final model's model.json. Raises Damaged if it is not JSON, or lacks a field."""
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise Damaged(f"{path} is damaged ({error})") from error
     if not isinstance(description, dict):
-        raise Damaged(f"{path} is damaged (it is no JSON object)")
+        raise Damaged(f"{path} is damaged (it is not a JSON object)")
     lacking = [name for name, kind in DESCRIBED.items() if not isinstance(description.get(name), kind)]
     if not lacking and description["fit_on"] not in ("train", "train+val"):
         lacking = ["fit_on"]
     if lacking:
-        raise Damaged(f"{path} is damaged (it does not say the model's {', '.join(lacking)})")
+        raise Damaged(f"{path} is damaged (it lacks the model's {', '.join(lacking)})")
     return description
 
 
 def is_tested(description: Mapping[str, Any]) -> bool:
-    """Whether a model.json calls the weights beside it the tested ones."""
+    """Return whether model.json marks its weights as the tested ones."""
     return bool(description["weights"].get("tested"))
 
 
 def is_untested(folder: Path) -> bool:
-    """Whether the model there was trained again, to other bits than those that were tested.
+    """Return whether the model was retrained, with other bits than the tested one.
 
-    MLflow is not given it: it has the tested one, or may still get it from the machine where that lies.
+    It is not logged to MLflow, which has the tested one, or may still get it from another machine.
     """
     return _holds_tested(folder) is False
 
 
 def _holds_tested(folder: Path) -> bool | None:
-    """Whether the model there is the one that was tested; None where none lies whole."""
+    """Return whether the model is the tested one; None if there is no complete one."""
     try:
         return is_tested(read_description(folder / DESCRIPTION)) if has_model(folder) else None
-    except Damaged:  # it is named elsewhere, and made again
+    except Damaged:  # reported elsewhere, and restored
         return None
 
 
 def check_folder(folder: Path, url: str, uid: str | None) -> None:
-    """Raise InputError when the model in `folder` is not that of the study at `url`; its `uid` is None until it begins.
+    """Raise InputError if the model in `folder` is not that of the study at `url`; its `uid` is None until it begins.
 
-    Studies of one name in several databases have their folders in one place.
+    Studies of one name in several databases share a folder.
     """
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
@@ -199,13 +199,13 @@ def check_folder(folder: Path, url: str, uid: str | None) -> None:
 
 
 def published(store: Store, model: Path) -> list[Path]:
-    """The folders that lie with the study's own run in MLflow: of its report, and of its model if that was tested."""
+    """Return the folders logged to the study's own MLflow run: its report, and its model if that was tested."""
     report = model.with_suffix(".report")
     wanted = [report, model] if store.has_final() and _holds_tested(model) else [report]
     return [folder for folder in wanted if folder.is_dir()]
 
 
 def is_registered(study: Study, store: Store, model: Path) -> bool:
-    """Whether the model was given to MLflow's registry; what cannot be exported is not."""
+    """Return whether the model is registered in MLflow; one that cannot be exported is not."""
     is_there = store.has_final() and _holds_tested(model) is True and (model / PROGRAM).is_file()
     return study.final.publish and is_there and store.facts().is_registered()

@@ -1,6 +1,6 @@
-"""What the stored predictions of the final run say: classes, confusions, confident mistakes, calibration.
+"""Analysis of the final run's predictions: classes, confusions, confident mistakes, calibration.
 
-Several seeds are counted together, as the final accuracy counts them; the mistakes that are shown are those of seed 0,
+All seeds are counted together, as in the final accuracy; the mistakes shown are those of seed 0,
 which is the saved model.
 """
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-PAIRS = 12  # worst confusions that are shown, two pictures each
-MISTAKES = 24  # most confident ones that are shown
-SIDE = 96  # pixels of a picture at most
+PAIRS = 12  # worst confusions shown, two pictures each
+MISTAKES = 24  # most confident ones shown
+SIDE = 96  # maximum pixels of a picture
 QUALITY = 80  # of its JPEG: about 4 KB a photograph
 
 
@@ -37,7 +37,7 @@ class Predictions:
 
     @property
     def matrix(self) -> NDArray[Any]:
-        """How often each class (row) was taken for each class (column), over all seeds: int [C, C]."""
+        """Confusion matrix, true classes in rows, predicted in columns, over all seeds: int [C, C]."""
         import numpy
 
         counts = numpy.zeros((len(self.classes), len(self.classes)), dtype=int)
@@ -46,9 +46,9 @@ class Predictions:
 
 
 def from_record(record: Mapping[str, Any]) -> Predictions:
-    """The storage's attribute "predictions", unpacked.
+    """Unpack the storage's attribute "predictions".
 
-    Raises InputError when they are not what a final run keeps.
+    Raises InputError if they are damaged.
     """
     import numpy
 
@@ -61,12 +61,14 @@ def from_record(record: Mapping[str, Any]) -> Predictions:
         if len(names) < count or not predicted.shape == confidence.shape == (len(predicted), len(labels)):
             raise ValueError(f"{len(labels)} labels of {len(names)} classes do not fit")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"The study's 'predictions' are damaged ({error}); take the storage from a copy.") from error
+        raise InputError(
+            f"The study's 'predictions' are damaged ({error}); restore the storage from a backup."
+        ) from error
     return Predictions(labels=labels, predicted=predicted, confidence=confidence, classes=tuple(names))
 
 
 def per_class(found: Predictions) -> list[dict[str, Any]]:
-    """Each class's accuracy, over all seeds, the worst class first; the interval counts an image once."""
+    """Return each class's accuracy over all seeds, the worst first; the interval counts an image once."""
     matrix, seeds = found.matrix, len(found.predicted)
     rows = []
     for number, name in enumerate(found.classes):
@@ -79,10 +81,10 @@ def per_class(found: Predictions) -> list[dict[str, Any]]:
 
 
 def confusions(found: Predictions) -> list[dict[str, Any]]:
-    """The pairs of classes that are confused most often, over all seeds.
+    """Return the pairs of classes that are confused most often, over all seeds.
 
-    `image` is the number of a test image that was taken for the other class, the one with most confidence; `like` is
-    one of the other class that was recognised with most confidence, None when none was.
+    `image` is the number of the test image that was most confidently taken for the other class; `like` is
+    the one of the other class that was most confidently recognised, None if none was.
     """
     import numpy
 
@@ -112,7 +114,7 @@ def _surest(found: Predictions, true: int, predicted: int) -> int | None:
 
 
 def mistakes(found: Predictions) -> list[dict[str, Any]]:
-    """The saved model's mistakes with the highest confidence; `image` is the number of the test image."""
+    """Return the saved model's most confident mistakes; `image` is the number of the test image."""
     import numpy
 
     predicted, confidence = found.predicted[0], found.confidence[0]
@@ -130,16 +132,16 @@ def mistakes(found: Predictions) -> list[dict[str, Any]]:
 
 
 def pictured(record: Mapping[str, Any]) -> list[int]:
-    """The test images that a report shows, given the attribute "predictions"."""
+    """Return the test images that a report shows; `record` is "predictions"."""
     found = from_record(record)
     pairs = [each[key] for each in confusions(found) for key in ("image", "like")]
     return sorted({image for image in [*pairs, *(each["image"] for each in mistakes(found))] if image is not None})
 
 
 def thumbnails(images: torch.Tensor, chosen: Sequence[int]) -> dict[str, str]:
-    """The chosen images of uint8 [N, side, side, 3] by number, each a JPEG of at most 96 x 96 pixels in base64.
+    """Return chosen images of uint8 [N, side, side, 3] by number, as base64 JPEGs of at most 96 x 96 pixels.
 
-    They are kept in the storage, so that a report can show them without the data set.
+    The storage keeps them, so that a report can show them without the data set.
     """
     from PIL import Image
 
@@ -154,7 +156,7 @@ def thumbnails(images: torch.Tensor, chosen: Sequence[int]) -> dict[str, str]:
 
 
 def described(record: Mapping[str, Any]) -> dict[str, Any]:
-    """All of it, ready for JSON. `ece` is the expected calibration error over all `seeds`, a share."""
+    """Return the analysis for JSON. `ece` is the expected calibration error over all `seeds`, a share."""
     found = from_record(record)
     hits = found.predicted == found.labels
     bins, alone = reliability(found.confidence.ravel(), hits.ravel()), reliability(found.confidence[0], hits[0])
@@ -170,7 +172,7 @@ def described(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def calibration_sentence(tested: Mapping[str, Any]) -> str:
-    """Whose calibration error is which, for the report and the model card; `tested` is what `described` gives."""
+    """State the calibration errors, for the report and the model card; `tested` comes from `described`."""
     every = f", {100 * tested['ece']:.2f} points over all {tested['seeds']} seeds" if tested["seeds"] > 1 else ""
     return (
         "Expected calibration error on the test images (Guo et al., 2017): "

@@ -1,6 +1,6 @@
-"""What pruning saved and what it cost, by the pruned trials that were drawn at random and trained to their ends.
+"""What pruning saved and what it cost, from pruned trials that were drawn at random and trained to the end.
 
-Everything here works on learning curves and knows neither storages nor models; `harness.study.audit` trains. Numpy and
+The functions take learning curves, and are independent of storages and models; `harness.study.audit` trains. Numpy and
 scipy are imported when something is computed.
 """
 
@@ -18,18 +18,18 @@ from harness.base.words import duration, percent
 from harness.final.statistics import CONFIDENCE
 
 FEW = 10  # a rank correlation over fewer trials is called a hint
-LOST = -math.inf  # the end of a trial that diverged: below all others
+LOST = -math.inf  # the final value of a diverged trial: below all others
 
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
-    """A trial as the audit sees it: how far it was to go, how far it went, and how long that took."""
+    """A trial in an audit: the planned epochs, the trained ones, and how long they took."""
 
     number: int
-    state: str  # complete, pruned, or another, of which only the time counts
+    state: str  # complete, pruned, or another, where only the time counts
     epochs: int  # planned
     curve: tuple[float, ...]  # validation accuracy after each epoch that was trained
-    seconds: float  # all of it
+    seconds: float  # in total
     epoch_seconds: float  # an epoch, on average
 
 
@@ -37,14 +37,14 @@ class Course:
 
 
 def drawing_order(numbers: Collection[int], seed: int) -> list[int]:
-    """The trials in a random order, each as likely at each place; it depends on the numbers and the seed alone."""
+    """Return the trials in a uniformly random order, which depends on the numbers and the seed alone."""
     return sorted(numbers, key=lambda number: (derive_seed("audit", seed, number), number))
 
 
 def draw(numbers: Collection[int], fraction: float, seed: int, done: Collection[int] = ()) -> list[int]:
     """The trials to audit: the first of the drawing order, at least `fraction` of all and at least one.
 
-    A larger fraction extends the sample of a smaller one. Those that are `done` at the front of the order stay in it.
+    A larger fraction extends the sample of a smaller one. Those `done` at the front of the order stay in it.
     """
     order = drawing_order(numbers, seed)
     count = max(1, math.ceil(fraction * len(order) - 1e-9))  # 0.07 * 100 is a little more than 7
@@ -56,16 +56,16 @@ def _front(order: Sequence[int], done: Collection[int]) -> list[int]:
     return list(takewhile(lambda number: number in done, order))
 
 
-# -- what it says --------------------------------------------------------------------------------------------------
+# -- the record ----------------------------------------------------------------------------------------------------
 
 
 def record(trials: Sequence[Course], results: Mapping[str, Mapping[str, Any]], asked: int, seed: int) -> dict[str, Any]:
-    """What the storage keeps of an audit and `show --json` shows; `asked` is the size of the sample when it is whole.
+    """Return an audit's record for the storage and `show --json`; `asked` is the size of the whole sample.
 
     `better` and what follows from it (`share_better`, `interval`) are lower bounds: the winner's value was selected as
-    the highest, so it looks better than it is, and those of the audited trials were not.
-    `results` are the audited trials by number: each one's whole "curve", which is shorter than planned when the trial
-    diverged. Only the front of the drawing order counts, for it alone is a random sample. Raises ValueError when no
+    the highest, so it is biased upwards, and those of the audited trials were not.
+    `results` are the audited trials by number: each one's whole "curve", which is shorter than planned if the trial
+    diverged. Only the front of the drawing order counts, as it alone is a random sample. Raises ValueError if no
     trial is complete, or the first one of the order is not audited.
     """
     complete = [trial for trial in trials if trial.state == "complete"]
@@ -104,10 +104,10 @@ def _end(curve: Sequence[float], epochs: int) -> float:
 
 
 def share_interval(found: int, sample: int, population: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `population`, when `found` of a random `sample` of it belong to the share.
+    """Return the 95 % interval of a share of `population`, if `found` of a random `sample` belong to it.
 
     Exact and equal-tailed by the hypergeometric distribution (Wright, "Exact confidence bounds when sampling from small
-    finite universes", 1991): all totals of which what was found is no surprise. With the whole population as the
+    finite universes", 1991): all totals that neither tail rejects. With the whole population as the
     sample, both ends are the share itself.
     """
     import numpy
@@ -122,7 +122,7 @@ def share_interval(found: int, sample: int, population: int) -> tuple[float, flo
 
 
 def saved(trials: Sequence[Course]) -> dict[str, float]:
-    """The time of the epochs that pruned trials did not run, at each one's own pace, and its share of the search."""
+    """Return the time of the epochs that pruned trials skipped, at each one's own pace, and its share of the search."""
     seconds = sum((each.epochs - len(each.curve)) * each.epoch_seconds for each in trials if each.state == "pruned")
     whole = seconds + sum(trial.seconds for trial in trials)
     return {"seconds": seconds, "hours": seconds / 3600, "share": seconds / whole if whole else 0.0}
@@ -131,7 +131,7 @@ def saved(trials: Sequence[Course]) -> dict[str, float]:
 def _correlations(
     complete: Sequence[Course], pruned: Sequence[Course], audited: Mapping[int, Sequence[float]]
 ) -> list[dict[str, Any]]:
-    """Of every epoch but the last: how the ranks after it agree with those at the end, and how many stopped there."""
+    """Return, per epoch but the last, the correlation of its ranks with the final ones, and how many stopped."""
     weight = len(pruned) / len(audited)
     known: list[tuple[int, Sequence[float], float]] = [(trial.epochs, trial.curve, 1.0) for trial in complete]
     known += [(trial.epochs, audited[trial.number], weight) for trial in pruned if trial.number in audited]
@@ -147,9 +147,9 @@ def _correlations(
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float], weights: Sequence[float]) -> float | None:
-    """Spearman's rank correlation (1904), in which each pair counts as often as its weight says; ties share a rank.
+    """Return Spearman's rank correlation (1904) of weighted pairs; ties share a rank.
 
-    Whole weights give what repeating the pairs would give. None when one of the two does not vary.
+    Integer weights are equivalent to repeated pairs. None if one of the two is constant.
     """
     import numpy
 
@@ -162,11 +162,11 @@ def rank_correlation(first: Sequence[float], second: Sequence[float], weights: S
     return float(both / spread) if spread > 1e-9 else None
 
 
-# -- in words ------------------------------------------------------------------------------------------------------
+# -- sentences -----------------------------------------------------------------------------------------------------
 
 
 def audit_sentences(record: Mapping[str, Any]) -> list[str]:
-    """An audit's record in a few sentences, for the command and the report."""
+    """Describe an audit's record, for the command and the report."""
     time, share = duration(record["saved"]["seconds"]), percent(record["saved"]["share"])
     return [
         _sample_sentence(record),
@@ -183,7 +183,7 @@ def _sample_sentence(record: Mapping[str, Any]) -> str:
     which = "all of them" if audited == pruned else f"{audited:,} of them, drawn at random,"
     which = "that one" if pruned == 1 else which
     text = f"Of {record['finished']:,} trials {pruned:,} {were} pruned; {which} {_was(audited)} trained to the end."
-    return f"{text} {missing:,} more {_was(missing)} asked for; the same command goes on." if missing > 0 else text
+    return f"{text} {missing:,} more {_was(missing)} requested; run the same command again." if missing > 0 else text
 
 
 def _was(count: int) -> str:
@@ -200,10 +200,10 @@ def _winner_sentences(record: Mapping[str, Any]) -> list[str]:
     first = (
         f"{record['better']:,} of the {record['audited']:,} would have beaten the winner, trial {winner['trial']} with "
         f"a validation accuracy of {percent(winner['value'])}{too}: {share}. That is a lower "
-        "bound, for the winner's value was selected as the highest and looks better than it is."
+        "bound: the winner's value was selected as the highest, so it is biased upwards."
     )
     if best["value"] is None:
-        return [first, "None of them came to its end: all diverged."]
+        return [first, "None of them finished: all diverged."]
     diverged = f"; {record['diverged']:,} diverged" if record["diverged"] else ""
     return [first, f"The best of them, trial {best['trial']}, reached {percent(best['value'])}{diverged}."]
 
@@ -215,12 +215,12 @@ def _rank_sentences(record: Mapping[str, Any]) -> list[str]:
     found = ", ".join(f"{each['rho']:.2f} after epoch {each['epoch']}" for each in rungs)
     fewest = min(each["trials"] for each in rungs)
     hint = f" That is a hint only, from {fewest:,} trials." if fewest < FEW else ""
-    return [f"Where trials were pruned, the rank correlation with the end (Spearman) is {found}.{hint}"]
+    return [f"At pruning epochs, the rank correlation with final values (Spearman) is {found}.{hint}"]
 
 
 def _repetition_sentence(record: Mapping[str, Any]) -> str:
     results = sorted(record["results"].items(), key=lambda item: int(item[0]))
     unequal = [f"trial {number} ({each['explanation'].rstrip('.')})" for number, each in results if not each["same"]]
     if unequal:
-        return f"Not repeated to the last bit, so that other draws were trained on: {'; '.join(unequal)}."
+        return f"Not repeated to the last bit, so other random draws were used: {'; '.join(unequal)}."
     return f"{'Each of them' if len(results) > 1 else 'It'} repeated its recorded epochs to the last bit."

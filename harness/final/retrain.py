@@ -1,4 +1,4 @@
-"""A trial's configuration trained again from a seed of its own: to be tested, to be compared with, or to be chosen."""
+"""Retrain a trial's configuration from another seed, for the test, the comparison or the choice."""
 
 from __future__ import annotations
 
@@ -28,38 +28,38 @@ KEYS = {"final": final_key, "base": base_key, "rerank": rerank_key}
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What every retraining of a study needs."""
+    """Context of a study's retrainings."""
 
     study: Study
     store: Store
     runtime: Runtime
     checkpoints: Path
-    workers: Workers | None = None  # who trains for this process; None: it trains itself
+    workers: Workers | None = None  # train for this process; None: it trains itself
 
     def ahead(self, retrainings: Sequence[Retraining]) -> Iterator[Event]:
-        """Have the workers train these side by side, if there are any; each is then found trained."""
+        """Have the workers, if any, train these in parallel; `train` then has nothing left to do."""
         if self.workers is not None:
             yield from self.workers.train([Train(each.kind, each.trial.number, each.number) for each in retrainings])
 
 
 class Retraining:
-    """One training; its last checkpoint stays, with the trained weights, until `end`.
+    """One training; its last checkpoint, with the trained weights, stays until `end`.
 
     The base configuration is trained from the final run's seeds, so that equal configurations give equal weights.
     """
 
     def __init__(self, context: Context, kind: Kind, trial: TrialRecord, number: int, logged: bool = True) -> None:
-        """`logged`: whether what happens is for MLflow, too."""
+        """`logged`: whether to log the events to MLflow."""
         self.kind, self.trial, self.number, self.logged = kind, trial, number, logged
         self.config = context.study.config(trial.params)
         self.key = KEYS[kind](trial.number, number)
-        # Of the training, once `trained` has read it: its epochs, and what it was computed with.
+        # Set by `trained`: the training's epochs, and the environments it ran in.
         self.epochs: tuple[EpochResult, ...] = ()
         self.environments: Sequence[Mapping[str, str]] = ()
         self._context = context
         self._path = context.checkpoints / f"{self.key}{SUFFIX}"
         self._seed = derive_seed(context.study.seed, "rerank" if kind == "rerank" else "final", number)
-        # A choice is made by the validation images, so nothing is trained on them before it.
+        # Reranking compares on the validation images, so it must not train on them.
         self._fit_on = "train" if kind == "rerank" else context.study.final.fit_on
 
     def train(self) -> Iterator[Event]:
@@ -90,16 +90,16 @@ class Retraining:
             checkpoint.save()
 
     def trained(self) -> Training:
-        """The trained model, from its checkpoint. Raises Halt when that was damaged in the meantime."""
+        """Restore the trained model from its checkpoint. Raises Halt if that is missing or damaged."""
         checkpoint = self._checkpoint()
         if not checkpoint.restore():
-            raise Halt(f"The trained weights {self._path} are gone or damaged; the same command trains them again.")
+            raise Halt(f"The trained weights {self._path} are missing or damaged; run the same command again.")
         self.environments = checkpoint.environments
         self.epochs = tuple(result.without_hits() for result in checkpoint.training.progress.epochs)
         return checkpoint.training
 
     def record(self, training: Training) -> dict[str, Any]:
-        """What the storage keeps of the training: the weights' sha256, what they were computed with, every epoch."""
+        """Return the training's record for the storage: the weights' sha256, environments, and every epoch."""
         return {
             "seed": self.number,
             "weights": fingerprint(training.model.state_dict()),
@@ -108,7 +108,7 @@ class Retraining:
         }
 
     def end(self, metrics: Mapping[str, float] = {}) -> Iterator[Event]:
-        """Say what came of it and drop the checkpoint; to be called when the result is recorded."""
+        """Yield the end event and remove the checkpoint; call it once the result is recorded."""
         if self.logged:
             yield RetrainingEnded(
                 key=self.key,
@@ -133,9 +133,9 @@ class Retraining:
 
 @contextmanager
 def threads_of(environments: Sequence[Mapping[str, str]]) -> Iterator[None]:
-    """As many of torch's threads as a training had, for on a CPU their number decides its last bits.
+    """Use as many torch threads as a training did, since on a CPU their number decides the last bits.
 
-    They are left as they are when that is not known, or it went on with another number.
+    The number does not change if it is unknown or varied.
     """
     known, before = {each.get("threads") for each in environments}, torch.get_num_threads()
     number = known.pop() if len(known) == 1 else None

@@ -1,4 +1,4 @@
-"""What a search and its final run found, in sentences."""
+"""Sentences about a search and its final run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHOWN = 3  # names in a sentence
 
 
 def verdict(store: Store) -> str:
-    """One sentence about the search: does the best trial beat the base configuration, trial 0?"""
+    """State whether the best trial beats the base configuration, trial 0."""
     best = store.best()
     if best is None:
         return "No trial is complete yet."
@@ -25,7 +25,7 @@ def verdict(store: Store) -> str:
     sentence = f"Best is trial {best.number} with a validation accuracy of {percent(best.value)}"
     if best.number != 0 and (chosen := store.chosen()) is not None and chosen.number == 0:
         return (
-            f"The base configuration, trial 0, is the answer, with a validation accuracy of {percent(chosen.value)}: "
+            f"The base configuration, trial 0, was chosen, with a validation accuracy of {percent(chosen.value)}: "
             f"no trial is shown to beat it (trial {best.number} has the highest, {percent(best.value)})."
         )
     if best.number == 0:
@@ -37,22 +37,22 @@ def verdict(store: Store) -> str:
 
 
 def all_equal(store: Store) -> bool:
-    """Whether there are several finished trials, and all have the same configuration."""
+    """Return whether several trials are finished and all have the same configuration."""
     params = [trial.params for trial in store.trials() if trial.state != "running"]
     return len(params) > 1 and all(each == params[0] for each in params)
 
 
 def conclusion(store: Store) -> str:
-    """Whether any configuration is shown to be better than another, in a sentence.
+    """State whether any configuration is shown to be better than another.
 
-    Of a study that has gone on since the test set was opened, it says that it is of that moment.
+    If the study has continued since the test set was opened, the sentence refers to that moment.
     """
     sentence, when = _compared(store), _when(store)
     return f"{when}: {sentence[0].lower()}{sentence[1:]}" if when else sentence
 
 
 def _when(store: Store) -> str | None:
-    """When what the final result says was known; None when that is now."""
+    """Return the moment that the final result refers to; None for now."""
     final = store.facts().final
     selection = None if final is None else final.selection
     if selection is not None and selection.candidates != store.counts()["complete"]:
@@ -67,20 +67,20 @@ def _compared(store: Store) -> str:
         return f"No configuration is better than another: all {store.finished()} trials have the same one."
     final = store.facts().final
     if final is None:
-        return "Whether the best configuration is better than the base is not known before the test set is opened."
+        return "The best configuration is compared with the base only once the test set is opened."
     if final.trial == 0:
         return "No configuration is shown to be better than another: the base configuration itself was chosen."
     base, found = final.base, final.comparison
     if base is not None and len(base.per_seed) == 1:
         return (
-            "No configuration is shown to be better than another: with one seed of the base, how far seeds lie apart "
-            "is not known; final.seeds of 2 or more would tell."
+            "No configuration is shown to be better than another: with one seed of the base, the spread of seeds "
+            "is unknown; set final.seeds to 2 or more."
         )
     if found is None or found.p is None:
         return "The best configuration was not compared with the base configuration on the test set."
     difference, low, high = (f"{100 * each:+.2f}" for each in (found.difference, found.low or 0.0, found.high or 0.0))
     sentence = (
-        f"the test accuracy of the best less that of the base is {difference} points (95 % interval {low} to {high}, "
+        f"the test accuracy of the best minus that of the base is {difference} points (95 % interval {low} to {high}, "
         f"p = {found.p:.2g}), over {found.seeds} seeds of each and {found.images:,} test images"
     )
     if found.p >= ALPHA:
@@ -90,19 +90,19 @@ def _compared(store: Store) -> str:
 
 
 def prospect_sentence(store: Store) -> str | None:
-    """What further trials would bring, in a sentence; None where that is not known."""
+    """State the expected gain of further trials; None if it is unknown."""
     more = (store.choice() or {}).get("more")
     if more is None:
         return None
     gain, bound = (f"{100 * more[name]:.2f}" for name in ("gain", "bound"))
     return (
-        f"{more['trials']} more trials would bring about {gain} points of validation accuracy, and any number of them "
-        f"about {bound} at most, by what the trials so far show."
+        f"Based on the trials so far, {more['trials']} more would gain about {gain} points of validation accuracy, and "
+        f"any number of them about {bound} at most."
     )
 
 
 def choice_sentence(store: Store) -> str | None:
-    """Why this trial was chosen, with the highest value beside it; None where that needs no word."""
+    """Explain the choice of the trial, and name the highest value; None without estimates."""
     record = store.choice()
     if record is None or record["estimates"] is None:
         return None
@@ -114,18 +114,18 @@ def choice_sentence(store: Store) -> str | None:
         return f"{percent(mean)} ± {100 * deviation:.2f} points"
 
     name = f"Trial {chosen}" if chosen else "The base configuration, trial 0,"
-    said = f"{name} was chosen: weighed against its neighbours it comes to {estimated(chosen)}"
+    said = f"{name} was chosen: smoothed over its neighbours, its estimate is {estimated(chosen)}"
     if chosen == highest:
         return f"{said}, and no trial has a lower bound that is {'higher' if chosen else 'an image higher'}."
     bound = "without a lower bound that is higher" if chosen else "with no lower bound that is an image higher"
     return (
-        f"{said}; trial {highest} has the highest measured value, {percent(values[highest])}, and comes to "
+        f"{said}; trial {highest} has the highest measured value, {percent(values[highest])}, and an estimate of "
         f"{estimated(highest)}, {bound}."
     )
 
 
 def rerank_sentence(record: dict[str, Any] | None) -> str | None:
-    """How the second look at the best ended, in a sentence; None when there was none."""
+    """Describe the reranking of the best trials; None if there was none."""
     if record is None or record["chosen"] is None:
         return None
     found = {number: [each["accuracy"] for each in record["results"][str(number)]] for number in record["candidates"]}
@@ -135,47 +135,47 @@ def rerank_sentence(record: dict[str, Any] | None) -> str | None:
 
 
 def selection_sentence(final: FinalResult) -> str | None:
-    """By how much the best validation score flatters, in a sentence; None when that is not known."""
+    """State by how much the best validation score is biased; None if it is unknown."""
     if (found := final.selection) is None:
         return None
     return (
         f"Selection bias: the highest of {found.candidates:,} validation accuracies, measured on {found.images:,} "
-        f"images, is about {100 * max(found.excess, 0):.2f} points too high (bootstrap over the images); were all "
-        f"configurations equally good, it would be {100 * found.excess_if_equal:.2f} points too high."
+        f"images, is about {100 * max(found.excess, 0):.2f} points too high (bootstrap over the images); if all "
+        f"configurations were equally good, it would be {100 * found.excess_if_equal:.2f} points too high."
     )
 
 
 def test_sentence(store: Store) -> str:
-    """The final result, or what has become of the test set without one, in a sentence or two."""
+    """State the final result or, without one, the state of the test set."""
     opened = openings(store.ledger_lines())
     final = store.facts().final
     if final is None and opened:
         return (
-            f"The test set was opened for trial {opened[-1]['trial']}, and no result is recorded yet: the study's "
-            "command goes on."
+            f"The test set was opened for trial {opened[-1]['trial']}, but no result is recorded yet; run the study "
+            "again."
         )
     if final is None and (leader := store.leader()) is not None:
-        return f"The final run is under way in {leader}. {final_sentence(None)}"
+        return f"The final run is running in {leader}. {final_sentence(None)}"
     return " ".join(filter(None, (final_sentence(final), _untested(store))))
 
 
 def _untested(store: Store) -> str | None:
-    """Which classes the final result says nothing of, in a sentence; None when it is about all."""
+    """Name the classes that the final result does not cover; None if it covers all."""
     if (record := store.facts().predictions) is None:
         return None
     try:
         found = from_record(record)
-    except InputError:  # the report and `doctor` say so
+    except InputError:  # the report and `doctor` say it
         return None
     names = [name for number, name in enumerate(found.classes) if number not in found.labels]
     if not names:
         return None
     listed = ", ".join(map(repr, names[:SHOWN])) + (" and others" if len(names) > SHOWN else "")
-    return f"It says nothing of {len(names)} of the {len(found.classes)} classes, which have no test image: {listed}."
+    return f"It does not cover {len(names)} of the {len(found.classes)} classes, which have no test image: {listed}."
 
 
 def final_sentence(final: FinalResult | None) -> str:
-    """The final result in one sentence, with what it was measured on."""
+    """State the final result, and what it was measured on."""
     if final is None:
         return "The test set has not been opened."
     low, high = final.interval
@@ -183,7 +183,7 @@ def final_sentence(final: FinalResult | None) -> str:
     spread = "" if final.spread is None else f", standard deviation {100 * final.spread:.2f} points over the seeds"
     balanced = final.balanced_accuracy
     averaged = "" if balanced is None else f"; balanced over the classes {percent(balanced)}"
-    times = "once" if opened == 1 else f"{opened} times, so this number is no longer untouched by selection"
+    times = "once" if opened == 1 else f"{opened} times, so selection may have biased this number"
     return (
         f"Test accuracy {percent(final.accuracy)} ({final.correct:,} correct of {final.total:,}: {seeds} seed"
         f"{'s' * (seeds > 1)} on {images:,} test image{'s' * (images > 1)}; 95 % interval {percent(low)} to "

@@ -1,6 +1,6 @@
-"""How far a number can be trusted: intervals, comparisons, what choosing the best of many adds, calibration.
+"""Statistics of results: intervals, comparisons, selection bias, calibration.
 
-Everything here works on counts and arrays and knows neither studies nor models. Numpy and scipy are imported when
+The functions take counts and arrays, and are independent of studies and models. Numpy and scipy are imported when
 something is computed.
 """
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
-ALPHA = 0.05  # a difference with a larger p-value is not called one
+ALPHA = 0.05  # a difference with a larger p-value is not significant
 RESAMPLES = 2000
 BINS = 10
 
 
 def wilson(correct: float, total: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, 1927). `correct` may be a mean over seeds, which is no whole number."""
+    """Return the 95 % interval of a share (Wilson, 1927). `correct` may be a mean over seeds, not an integer."""
     z2 = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) ** 2
     share = correct / total
     middle = (share + z2 / (2 * total)) / (1 + z2 / total)
@@ -33,20 +33,20 @@ def wilson(correct: float, total: int) -> tuple[float, float]:
 
 
 def balanced_accuracy(labels: NDArray[Any], predicted: NDArray[Any]) -> float:
-    """The mean over the classes that occur in `labels` [N] of each one's accuracy."""
+    """Return the mean accuracy per class, over the classes in `labels` [N]."""
     import numpy
 
     return float(numpy.mean([(predicted[labels == label] == label).mean() for label in numpy.unique(labels)]))
 
 
 def compare(first: NDArray[Any], second: NDArray[Any]) -> Comparison:
-    """Two configurations by their hits, bool [seeds, images] each, on the same images.
+    """Compare two configurations by their hits, bool [seeds, images] each, on the same images.
 
-    Both the seeds and the images are a sample. The variance of the difference of the mean hits has three parts: that
+    Seeds and images are samples. The variance of the difference of the mean hits has three parts: that
     of each configuration's seeds, and that of the images, each with the mean of its hits over the seeds (Owen, "The
     pigeonhole bootstrap", 2007). Student's t has the degrees of freedom of Welch (1947) and Satterthwaite (1946).
-    The images are taken in pairs; the seeds are not, for that would leave half of the degrees of freedom, with which
-    the error is not held (benchmarks/false_claims.py). Where a seed does the same to both, this is on the safe side.
+    The images are paired; the seeds are not, since that would leave half of the degrees of freedom and exceed
+    the error rate (benchmarks/false_claims.py). If a seed affects both alike, this is conservative.
     """
     from scipy.special import stdtr, stdtrit  # Student's t: its distribution function, and the inverse
 
@@ -58,7 +58,7 @@ def compare(first: NDArray[Any], second: NDArray[Any]) -> Comparison:
     parts = [(float(hits.mean(axis=1).var(ddof=1)) / seeds, seeds - 1) for hits in (first, second)]
     parts.append((float(by_image.var(ddof=1)) / images, images - 1))
     variance = sum(part for part, _ in parts)
-    if variance == 0:  # every seed and every image says the same
+    if variance == 0:  # all seeds and all images agree
         half, p = 0.0, 1.0 if difference == 0 else 0.0
     else:
         freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
@@ -72,8 +72,8 @@ def compare(first: NDArray[Any], second: NDArray[Any]) -> Comparison:
 def selection_excess(hits: NDArray[Any], seed: int = 0, resamples: int = RESAMPLES) -> Selection | None:
     """Bootstrap over images (Efron and Tibshirani, 1993, chapter 17: optimism) of hits, bool [candidates, images].
 
-    Each resample of the images chooses its own winner; how much better that winner looks there than on all images is
-    the excess. Candidates are resampled together, so what they have in common is kept. None with fewer than two.
+    Each resample of the images chooses its own winner; the excess is how much better that winner scores there than on
+    all images. Candidates are resampled together, which keeps their correlation. None with fewer than two.
     """
     import numpy
 
@@ -111,7 +111,7 @@ class Bin:
 
 
 def reliability(confidence: NDArray[Any], hits: NDArray[Any], bins: int = BINS) -> list[Bin]:
-    """Confidence of the predicted class [N] against how often it is right, in bins of equal width; empty ones left out.
+    """Return confidence of the predicted class [N] against accuracy, in bins of equal width, without empty ones.
 
     The reliability diagram of Guo et al., "On Calibration of Modern Neural Networks" (2017).
     """
@@ -132,6 +132,6 @@ def reliability(confidence: NDArray[Any], hits: NDArray[Any], bins: int = BINS) 
 
 
 def calibration_error(bins: Sequence[Bin]) -> float:
-    """The expected calibration error (Guo et al., 2017): the bins' gaps, weighted by how many predictions they hold."""
+    """Return the expected calibration error (Guo et al., 2017): the bins' gaps, weighted by their predictions."""
     total = sum(each.count for each in bins)
     return sum(each.count * abs(each.accuracy - each.confidence) for each in bins) / total

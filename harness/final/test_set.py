@@ -1,6 +1,6 @@
-"""The final run: the chosen configuration retrained on several seeds, then the test set opened, once.
+"""The final run: retrain the chosen configuration on several seeds, then open the test set, once.
 
-All seeds are trained before the first test image is looked at, and which of them is saved as the model is decided
+All seeds are trained before the first test image is read, and the saved model is fixed
 beforehand (seed 0), so nothing is chosen by the test set. Every opening is written to the ledger before it happens.
 """
 
@@ -45,9 +45,9 @@ if TYPE_CHECKING:
 
 
 def after_search(context: Context, model_folder: Path, reason: str | None) -> Generator[Event, None, bool]:
-    """Choose, retrain and test, as the one process that does; another one waits, lest that process dies.
+    """Choose, retrain and test in one process; any other waits, in case that one dies.
 
-    Returns False, with nothing done, when another command has come that asks for more trials.
+    Returns False, with nothing done, if another command has asked for more trials.
     """
     store = context.store
     waited = False
@@ -73,11 +73,11 @@ def after_search(context: Context, model_folder: Path, reason: str | None) -> Ge
 def final_run(context: Context, folder: Path, reason: str | None = None) -> Iterator[Event]:
     """Retrain the chosen configuration, open the test set, save the model in `folder`, record the result.
 
-    A seed that was trained before an interruption is not trained again, for its last checkpoint stays until the result
-    is recorded. When the result is there and only the weights are lost, their seed is trained once more, and the test
-    set stays closed. It also stays closed when it was opened for another trial and no `reason` is given. Does nothing
-    when no trial is complete. Raises LeaseLost, with nothing recorded, when another process does this by now, and
-    InputError when the model in `folder` is another study's.
+    A seed that was trained before an interruption is not trained again: its last checkpoint stays until the result
+    is recorded. If the result exists and only the weights are lost, their seed is retrained, and the test
+    set stays closed. It also stays closed if it was opened for another trial and no `reason` is given. Does nothing
+    if no trial is complete. Raises LeaseLost, with nothing recorded, if another process has taken over, and
+    InputError if the model in `folder` is another study's.
     """
     study, store = context.study, context.store
     chosen = store.chosen()
@@ -88,7 +88,7 @@ def final_run(context: Context, folder: Path, reason: str | None = None) -> Iter
         if not model_files.has_model(folder):
             yield from _mend(context, chosen, folder)
         return
-    store.ledger()  # an edited one is named before hours of training
+    store.ledger()  # raises before hours of training if it was edited
     _repair(context, chosen)
     if reason is None and (why := store.why_closed()) is not None:
         print(why, file=sys.stderr)
@@ -104,9 +104,9 @@ def final_run(context: Context, folder: Path, reason: str | None = None) -> Iter
 
 
 def _mend(context: Context, chosen: TrialRecord, folder: Path) -> Iterator[Event]:
-    """Train the lost model's seed once more, as it was trained before, unless only model.json is lost.
+    """Retrain the lost model's seed as it was trained before, unless only model.json is lost.
 
-    Where that gives other weights all the same, it is said, here and in model.json: the test result is not theirs.
+    If the weights differ nevertheless, stderr and model.json say so: the test result is not theirs.
     """
     store, final = context.store, context.store.facts().final
     assert final is not None
@@ -115,9 +115,9 @@ def _mend(context: Context, chosen: TrialRecord, folder: Path) -> Iterator[Event
         config = context.study.config(chosen.params)
         model_files.write_description(store, folder, config, chosen, final, weights)
         return
-    print(f"The model in {folder} is missing: its seed is trained again, the test set stays closed.", file=sys.stderr)
+    print(f"The model in {folder} is missing: retraining its seed; the test set stays closed.", file=sys.stderr)
     environments = final.per_seed[0].environments
-    # Not logged: what MLflow shows of this seed is the training that was tested.
+    # Not logged: MLflow shows the tested training of this seed.
     seed = Retraining(context, "final", chosen, 0, logged=False)
     with threads_of(environments):
         yield from seed.train()
@@ -126,8 +126,8 @@ def _mend(context: Context, chosen: TrialRecord, folder: Path) -> Iterator[Event
     if final.per_seed[0].weights != sha256_of(training.model.state_dict()):
         differing = differences(environments[-1], seed.environments[-1]) if environments else ""
         print(
-            f"The model in {folder} was trained again, and its weights are not those that were tested"
-            f"{f' ({differing})' if differing else ''}; its test result is theirs. To have the same bits, copy "
+            f"The model in {folder} was retrained, and its weights differ from the tested ones"
+            f"{f' ({differing})' if differing else ''}; the test result is not its own. For the same bits, copy "
             f"{folder.name} from the machine that trained it first.",
             file=sys.stderr,
         )
@@ -135,8 +135,7 @@ def _mend(context: Context, chosen: TrialRecord, folder: Path) -> Iterator[Event
 
 
 def _base_seeds(context: Context, chosen: TrialRecord) -> list[Retraining]:
-    """The base configuration's trainings to compare with, from the same seeds; none where it is the chosen one, or did
-    not train."""
+    """Return the base's trainings from the same seeds, for comparison; none if it was chosen or did not train."""
     final, base = context.study.final, next(trial for trial in context.store.trials() if trial.number == 0)
     comparable = chosen.number != 0 and base.state in ("complete", "pruned")
     seeds = final.seeds if final.compare_base and comparable else 0
@@ -144,9 +143,9 @@ def _base_seeds(context: Context, chosen: TrialRecord) -> list[Retraining]:
 
 
 def _repair(context: Context, chosen: TrialRecord) -> None:
-    """Have the final result say what the ledger does, as far as its line goes, where the two were written apart.
+    """Restore the final result from the ledger's line, as far as that goes, if only the line was written.
 
-    For the trial that is chosen the opening goes on, and gives the whole of it.
+    For the chosen trial the opening resumes instead, and gives the full result.
     """
     store, lines = context.store, ledger.results(context.store.ledger())
     known = store.facts().final
@@ -154,14 +153,14 @@ def _repair(context: Context, chosen: TrialRecord) -> None:
         return
     seeds = [seed | {"accuracy": seed["correct"] / seed["total"]} for seed in lines[-1]["seeds"]]
     about = {"trial": lines[-1]["trial"], "fit_on": context.study.final.fit_on, "ledger": lines[-1]["hash"]}
-    about |= {"base": None, "comparison": None, "selection": None}  # the line does not say them
+    about |= {"base": None, "comparison": None, "selection": None}  # not in the line
     opened = len(ledger.openings(store.ledger()))
     store.set_as_leader({"final": summary(seeds) | about | {"test_openings": opened}})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tested:
-    """What one trained model makes of the test images; arrays are [N]."""
+    """Results of one trained model on the test images; arrays are [N]."""
 
     record: dict[str, Any]  # for the storage
     hits: NDArray[Any]
@@ -205,29 +204,29 @@ def _open_test_set(
     }
     lines = _with_result(store, FinalResult.of(final))
     final["ledger"] = lines[-1]["hash"]
-    # What can fail comes first, and then, all at once, the ledger's line and what it is about.
+    # What can fail comes first; then the ledger's line and the result are written at once.
     store.check_lead()
     keep_check_images(folder, test)
     save_model(store, folder, saved, chosen, FinalResult.of(final))
     record_files(store, folder, model_files.CHECK_FILE)
     store.set_as_leader({"ledger": lines, "final": final, **kept})
-    # Nobody sees a test result before it is recorded.
+    # No test result is shown before it is recorded.
     records = [result.record for result in (*results, *against)]
     return [{"test_accuracy": each["accuracy"], "test_loss": each["loss"]} for each in records]
 
 
 def _write_opening(store: Store, chosen: TrialRecord, configuration: str, reason: str | None) -> None:
-    """A line of the ledger, unless a process that died has written it and the opening only goes on."""
+    """Add the opening to the ledger, unless a process that died has, and this one resumes it."""
     lines = store.ledger()
     if not lines or lines[-1]["trial"] != chosen.number:
         if lines and lines[-1]["event"] == ledger.OPENED and reason is None:
-            reason = f"the opening for trial {lines[-1]['trial']} was cut off before its result was recorded"
+            reason = f"the opening for trial {lines[-1]['trial']} ended before its result was recorded"
         entry = {"event": ledger.OPENED, "trial": chosen.number, "configuration": configuration, "reason": reason}
         store.add_to_ledger(_now() | entry)
 
 
 def _with_result(store: Store, final: FinalResult) -> list[ledger.Line]:
-    """The ledger with the result's line, once; it is not written yet."""
+    """Return the ledger with the result's line, once; writes nothing."""
     entry = {"event": ledger.RESULT, "trial": final.trial, "seeds": ledger.seeds_of(final)}
     lines = store.ledger()
     if {key: lines[-1].get(key) for key in entry} == entry:
@@ -236,7 +235,7 @@ def _with_result(store: Store, final: FinalResult) -> list[ledger.Line]:
 
 
 def _duplicates(data: Dataset, test: ImageSet) -> dict[str, Any]:
-    """The images that lie in more than one split."""
+    """Find images that are in more than one split."""
     train, val = load_split(data, "train", data.stored_size), load_split(data, "val", data.image_size)
     images: dict[SplitName, Any] = {"train": train.images, "val": val.images, "test": test.images}
     splits: dict[SplitName, Any] = {split: (items_of(data, split), each) for split, each in images.items()}
@@ -248,7 +247,7 @@ def _now() -> dict[str, str]:
 
 
 def evaluated(retraining: Retraining, training: Training, images: ImageSet) -> Tested:
-    """What a trained model makes of images that it has not seen."""
+    """Evaluate a trained model on images of the test set."""
     logits = logits_of(training.learner, evaluation_of(training, images), training.runtime).cpu()
     metrics = measure(logits, images.labels)
     probability, predicted = (each.numpy() for each in torch.softmax(logits, dim=1).max(dim=1))
@@ -265,7 +264,7 @@ def evaluated(retraining: Retraining, training: Training, images: ImageSet) -> T
 
 
 def selection(store: Store) -> dict[str, Any] | None:
-    """What choosing the best of the complete trials adds to its validation score; None when that is not known."""
+    """Estimate the selection bias of the best complete trial's validation score; None if it is unknown."""
     lasts = [trial.epochs[-1].val for trial in store.trials() if trial.state == "complete" and trial.epochs]
     known = [(val.hits, val.total) for val in lasts if val is not None and val.hits is not None]
     if len(known) < len(lasts) or len({total for _, total in known}) != 1:
@@ -275,7 +274,7 @@ def selection(store: Store) -> dict[str, Any] | None:
 
 
 def summary(per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean, spread and interval of the seeds' test results.
+    """Return mean, spread and interval of the test results.
 
     `correct` and `total` add up the seeds, so accuracy is correct / total. The interval (Wilson, 1927) counts each
     test image once: several seeds on the same images are not more images.

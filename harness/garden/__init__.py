@@ -1,1 +1,1 @@
-"""The offline demo: drawn flowers, and how the tiny MaxViT's weights are made of them."""
+"""The offline demo: drawn flowers, and the tiny MaxViT's pretraining on them."""

@@ -25,9 +25,9 @@ class Seedling(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Garden:
-    """Drawn flowers of `species`; every image is made from its split, species and number alone."""
+    """Drawn flowers of `species`; an image depends only on its split, species and number."""
 
-    licence: ClassVar[str] = "Drawn by this program; nobody else has rights in them."
+    licence: ClassVar[str] = "Drawn by this program; no third party has rights in them."
     species: Literal["demo", "pretraining"] = "demo"
     train_per_class: int = 15
     val_per_class: int = 15
@@ -35,7 +35,7 @@ class Garden:
     seed: int = 0
     image_size: int = 64
     stored_size: int = 72
-    limit: int | None = None  # at most that many images per split, spread over the classes
+    limit: int | None = None  # maximum images per split, spread over the classes
     cache: str = location("data/cache")
 
     def __post_init__(self) -> None:

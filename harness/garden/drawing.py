@@ -1,8 +1,8 @@
 """Flowers drawn with Pillow: an offline, deterministic data set for fine-grained classification.
 
 A species is a combination of petal count, petal shape, colour, centre and arrangement. Many species share most of
-these, so no single attribute (colour least of all) tells them apart. A picture shows one plant of a species under its
-own conditions: background, light, viewing angle, distance, irregular growth, things in front, sensor noise.
+these, so no single attribute (colour least of all) tells them apart. A picture shows one plant of a species under
+random conditions: background, light, viewing angle, distance, irregular growth, things in front, sensor noise.
 
 Lengths are in one of three units. Flower units: the petals of a flower reach to 1. Picture units: the picture is 1
 wide. Canvas pixels: pixels of the supersampled drawing, `SUPERSAMPLING` of which make one pixel of the picture.
@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from harness.garden.species import ROSE, VIOLET, WHITE, YELLOW, Arrangement, Centre, Colour, Shape, Species
 
-# Raise it whenever a pixel changes: caches and pretrained weights are keyed by it.
+# Increment when a pixel changes: it is part of the keys of caches and weights.
 DRAWING_VERSION = 1
 
 SUPERSAMPLING = 3
@@ -72,7 +72,7 @@ CIRCLE = _polar(tau * np.arange(20) / 20)
 
 @dataclass(frozen=True)
 class _Pose:
-    """Where a thing lies on the canvas: a matrix and an offset, taking its own units to canvas pixels."""
+    """An affine map from an object's own units to canvas pixels: a matrix and an offset."""
 
     matrix: Array
     offset: Array
@@ -81,12 +81,12 @@ class _Pose:
         return points @ self.matrix.T + self.offset
 
     def moved(self, x: float, y: float, scale: float, squeeze: float = 1.0) -> "_Pose":
-        """The pose of a part at x, y that is `scale` times as large, flattened along y by `squeeze`."""
+        """Return the pose of a part at x, y, `scale` times as large and flattened along y by `squeeze`."""
         return _Pose(self.matrix * (scale, scale * squeeze), self(np.array((x, y))))
 
 
 def _shade(colour: Colour, factor: float, alpha: int = 255) -> tuple[int, int, int, int]:
-    """The colour made darker (factor below 1) or paler (above 1: mixed with white)."""
+    """Make the colour darker (factor below 1) or paler (above 1: mixed with white)."""
     if factor > 1:
         red, green, blue = (round(255 - (255 - part) * (2 - min(factor, 2.0))) for part in colour)
     else:
@@ -95,7 +95,7 @@ def _shade(colour: Colour, factor: float, alpha: int = 255) -> tuple[int, int, i
 
 
 class _Scene:
-    """One picture in the making: the canvas, its random numbers, and the direction (an angle) light comes from."""
+    """One picture being drawn: the canvas, its random generator, and the angle of the light."""
 
     def __init__(self, rng: np.random.Generator, canvas: Image.Image) -> None:
         self.rng = rng
@@ -107,7 +107,7 @@ class _Scene:
         self.pen.polygon(points.ravel().tolist(), fill=colour)
 
     def greenery(self, outline: Array, start: Array, angle: float, length: float, width: float) -> None:
-        """A bent leaf or blade from `start`, `length` long (picture units); `width` scales that of its outline."""
+        """Draw a bent leaf or blade from `start`, `length` long (picture units); `width` scales that of its outline."""
         rng, side = self.rng, self.canvas.width
         green = (int(rng.uniform(50, 120)), int(rng.uniform(105, 165)), int(rng.uniform(35, 80)))
         x, y = outline[:, 0], outline[:, 1]
@@ -146,7 +146,7 @@ def _ring(scene: _Scene, species: Species, pose: _Pose, length: float, phase: fl
     wide = length * (5 / count) ** 0.75 * (1 + rng.normal(0, 0.07, count))
     # Three nested outlines for each petal: its rim, its body, and a glow towards the tip.
     inset, shrink = np.array(((0.0, 1.0), (0.05, 0.87), (0.38, 0.5))).T[:, :, None, None]
-    # A petal lies along x, bends aside in y, and is then turned to its place about the middle.
+    # A petal lies along x, bends in y, and is then rotated around the middle.
     x = (inset + shrink * outline[:, 0]) * long[:, None]
     y = shrink * outline[:, 1] * wide[:, None] + rng.normal(0, 0.07, count)[:, None] * x * x
     turn_x, turn_y = np.cos(angle)[:, None], np.sin(angle)[:, None]
@@ -162,7 +162,7 @@ def _ring(scene: _Scene, species: Species, pose: _Pose, length: float, phase: fl
 
 
 def _centre(scene: _Scene, species: Species, pose: _Pose, phase: float) -> None:
-    """The middle of a flower, as its species has it; `phase` is that of the petals."""
+    """Draw the middle of a flower of its species; `phase` is that of the petals."""
     if species.centre is Centre.STARRED:
         corners = np.arange(2.0 * species.petals)
         star = _polar(phase + corners * pi / species.petals, np.where(corners % 2 == 0, 0.48, 0.15))
@@ -176,7 +176,7 @@ def _centre(scene: _Scene, species: Species, pose: _Pose, phase: float) -> None:
 
 
 def _cluster(scene: _Scene, species: Species, pose: _Pose) -> None:
-    """Six small flowers about a seventh, each turned its own way."""
+    """Draw six small flowers around a seventh, each rotated."""
     rng = scene.rng
     places = _polar(rng.uniform(0, tau) + tau * np.arange(6) / 6, 0.62)
     for x, y in np.concatenate([places, np.zeros((1, 2))]) + rng.normal(0, 0.04, (7, 2)):
@@ -186,14 +186,14 @@ def _cluster(scene: _Scene, species: Species, pose: _Pose) -> None:
 
 
 def _bell_tube(scene: _Scene, colour: Colour, pose: _Pose) -> None:
-    """A tube from its green foot at y = -1.2 to its mouth about the origin, paler along the middle."""
+    """Draw a tube from its green foot at y = -1.2 to its mouth at the origin, paler in the middle."""
     for width, height, tone in ((1.0, 1.0, 0.6), (0.75, 0.96, 0.82), (0.25, 0.85, 0.98)):
         scene.fill(pose(TUBE * (width, height) + ((1 - width) * 0.2, 0)), _shade(colour, tone))
     scene.fill(pose(CIRCLE * (0.2, 0.16) + (0, -1.22)), (*GREEN, 255))
 
 
 def _flower(scene: _Scene, species: Species, pose: _Pose) -> None:
-    """The whole flower head, about 1 flower unit in radius, turned by its pose."""
+    """Draw the flower head, about 1 flower unit in radius, rotated by its pose."""
     if species.arrangement is Arrangement.CLUSTER:
         _cluster(scene, species, pose)
         return
@@ -214,7 +214,7 @@ def _flower(scene: _Scene, species: Species, pose: _Pose) -> None:
 
 
 def _plant(scene: _Scene, species: Species) -> None:
-    """Stem, leaves, the flower in some position, and now and then something in front of it."""
+    """Draw stem, leaves, the flower at random, and sometimes something in front of it."""
     rng, side = scene.rng, scene.canvas.width
     middle = rng.uniform(0.4, 0.6, 2)
     radius = rng.uniform(0.29, 0.43)
@@ -230,7 +230,7 @@ def _plant(scene: _Scene, species: Species) -> None:
     scene.fill(_Pose(tilt * radius * side, shadow)(CIRCLE * 0.75), (10, 20, 10, 60))
     _flower(scene, species, _Pose(tilt @ _rotation(heading) * radius * side, middle * side))
     if rng.random() < 0.5:
-        # A blade or leaf crosses the flower off its middle: it hides a petal or two, never the whole.
+        # A blade or leaf crosses the flower off its middle: it hides a petal or two, never all.
         side_angle = rng.uniform(0, tau)
         across = np.array((cos(side_angle), sin(side_angle)))
         start = middle + across * radius * rng.uniform(0.35, 0.9) - _rotation(pi / 2) @ across * 0.75
@@ -239,7 +239,7 @@ def _plant(scene: _Scene, species: Species) -> None:
 
 
 def _photograph(rng: np.random.Generator, image: Image.Image) -> Image.Image:
-    """Exposure, warmth, dappled and directional light, focus and sensor noise, for an image of final size."""
+    """Add exposure, warmth, dappled and directional light, blur and sensor noise to an image of final size."""
     size = image.width
     if rng.random() < 0.3:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.004, 0.011) * size))
@@ -255,7 +255,7 @@ def _photograph(rng: np.random.Generator, image: Image.Image) -> Image.Image:
 
 
 def draw(species: Species, seed: int, size: int) -> Image.Image:
-    """A square RGB image, `size` x `size` pixels; the same arguments always give the same pixels."""
+    """Draw an RGB image, `size` x `size` pixels; the same arguments always give the same pixels."""
     digest = hashlib.sha256(f"{species.name}/{seed}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
     side = size * SUPERSAMPLING

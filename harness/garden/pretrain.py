@@ -1,7 +1,7 @@
-"""Make the tiny MaxViT's pretrained weights: `python -m harness.garden.pretrain`, about fifteen minutes on two cores.
+"""Pretrain the tiny MaxViT: `python -m harness.garden.pretrain`, about fifteen minutes on two cores.
 
-It learns 64 drawn species that the demo never shows, with the same `assemble` and `fit` as every trial. Weights are
-stored in float16, all but the vectors (norms, biases, running statistics), and without the class layer.
+It learns 64 drawn species that are not in the demo, with the same `assemble` and `fit` as every trial. Weights are
+stored in float16, except vectors (norms, biases, running statistics), and without the class layer.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ Arrangement = StrEnum(
 
 @dataclass(frozen=True)
 class Species:
-    """What all plants of one kind share; `petals` counts the petals of one ring."""
+    """The traits of a species; `petals` is the number of petals in one ring."""
 
     name: str
     petals: int
@@ -52,14 +52,14 @@ DEMO_SPECIES: tuple[Species, ...] = (
 
 
 def _pretraining_species() -> Iterator[Species]:
-    """32 pairs of sisters that differ in one attribute, so that telling them apart teaches counts, shapes, centres."""
+    """Yield 32 pairs of species that differ in one attribute, which teaches counts, shapes and centres."""
     palette = {
         "violet": VIOLET, "pearl": WHITE, "saffron": YELLOW, "pink": ROSE,
         "azure": BLUE, "copper": ORANGE, "scarlet": CRIMSON, "lilac": LILAC,
     }  # fmt: skip
     nouns = ("campion", "speedwell", "windflower", "milkwort", "cranesbill", "gentian", "mallow", "betony")
     counts, shapes, centres = (4, 5, 6, 7, 8), tuple(Shape), tuple(Centre)
-    arrangements = (*Arrangement, Arrangement.SINGLE)  # the single ring shows most, so it comes twice as often
+    arrangements = (*Arrangement, Arrangement.SINGLE)  # a single ring shows most, so it is twice as frequent
     for pair in range(32):
         row, column = divmod(pair, 8)
         adjective, colour = tuple(palette.items())[column]

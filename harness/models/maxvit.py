@@ -1,6 +1,6 @@
 """MaxViT (Tu et al., 2022) from torchvision: the published MaxViT-T, and a tiny one for the demo and the tests.
 
-Nothing here imports torch before a model is built, so that reading a study stays quick.
+Nothing here imports torch before a model is built, so that a study loads quickly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from harness.config.train import require
 if TYPE_CHECKING:
     from torch import nn
 
-# The published file, for the message when it is missing: torch checks the hash's beginning after a download.
+# The published file, for error messages; torch checks the first digits of the hash after a download.
 WEIGHTS_FILE = "maxvit_t-bc5ab103.pth"
 WEIGHTS_BYTES = 124_538_661
 WEIGHTS_TENSORS = 582
@@ -42,19 +42,19 @@ class MaxViTT:
         check_fields(self)
 
     def check(self, image_size: int) -> None:
-        # The attention partitions are 7 x 7 in each of four stages that halve a stem that halves: 7 * 2**5.
+        # Attention partitions are 7 x 7, and the stem and four stages halve the size: 7 * 2**5.
         require(image_size % 224 == 0, f"data.image_size must be a multiple of 224 for MaxViTT, not {image_size}.")
         if self.pretrained:
             _published_weights()
 
     def build(self, classes: int, image_size: int) -> nn.Module:
-        """Parameters are drawn from torch's global generator where they are not pretrained."""
+        """Build the model; parameters without pretrained weights use torch's global generator."""
         from torchvision.models import maxvit_t
 
         from harness.models.stochastic_depth import replace_stochastic_depth
 
         model = maxvit_t(weights=None, input_size=(image_size, image_size), norm_layer=_norm(self.bn_momentum))
-        replace_stochastic_depth(model, self.stochastic_depth / 0.2)  # `maxvit_t` takes no other than its own 0.2
+        replace_stochastic_depth(model, self.stochastic_depth / 0.2)  # `maxvit_t` accepts only its own 0.2
         if self.pretrained:
             model.load_state_dict(_published_weights())
         return with_head(model, self.hidden, self.dropout, classes)
@@ -70,7 +70,7 @@ class MaxViTT:
 class TinyMaxViT:
     """The same class with three blocks of one layer: 0.4 M parameters for 64 x 64 pixels.
 
-    Its pretrained weights ship with the project; `python -m harness.garden.pretrain` makes them again.
+    Its pretrained weights ship with the project; `python -m harness.garden.pretrain` recreates them.
     """
 
     pretrained: bool = True
@@ -85,10 +85,10 @@ class TinyMaxViT:
     def check(self, image_size: int) -> None:
         require(image_size % 64 == 0, f"data.image_size must be a multiple of 64 for TinyMaxViT, not {image_size}.")
         if self.pretrained:
-            require(TINY_WEIGHTS.is_file(), f"{TINY_WEIGHTS} is missing; make it with `{MAKE}`.")
+            require(TINY_WEIGHTS.is_file(), f"{TINY_WEIGHTS} is missing; create it with `{MAKE}`.")
 
     def build(self, classes: int, image_size: int) -> nn.Module:
-        """Parameters are drawn from torch's global generator where they are not pretrained."""
+        """Build the model; parameters without pretrained weights use torch's global generator."""
         from torchvision.models.maxvit import MaxVit
 
         from harness.models.stochastic_depth import replace_stochastic_depth
@@ -152,8 +152,8 @@ def depth_prefixes(by: Literal["block", "layer"], layers: tuple[int, ...]) -> li
 def _norm(momentum: float) -> Any:
     """BatchNorm as torchvision builds it, but with our momentum.
 
-    Its 0.01 was meant for long pretraining: in 30 steps an epoch it would replace a quarter of ImageNet's statistics,
-    and the first validations, which decide about pruning, would be measured on stale ones.
+    torchvision's 0.01 is for long pretraining: an epoch of 30 steps would replace a quarter of ImageNet's statistics,
+    and the first validations, which decide about pruning, would use stale ones.
     """
     from torch import nn
 
@@ -161,7 +161,7 @@ def _norm(momentum: float) -> Any:
 
 
 def _published_weights() -> dict[str, Any]:
-    """The checkpoint from torch's hub cache, downloaded if it is not there. Raises InputError if it cannot be had."""
+    """Return the checkpoint from torch's hub cache, downloaded if missing. Raises InputError if that fails."""
     from urllib.error import URLError
 
     import torch
@@ -169,34 +169,34 @@ def _published_weights() -> dict[str, Any]:
 
     place = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
     wanted = f"{place} ({WEIGHTS_BYTES:,} bytes, sha256 {WEIGHTS_SHA256})"
-    # torchvision's own path calls torch.load without weights_only; a pickle that executes has no place here.
+    # By default torchvision calls torch.load without weights_only, which can execute code.
     weights = MaxVit_T_Weights.IMAGENET1K_V1
     try:
         state: dict[str, Any] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (URLError, TimeoutError, ConnectionError) as error:
         raise InputError(
-            f"The pretrained weights are missing and cannot be downloaded ({error}); put the file {wanted} there, "
+            f"The pretrained weights are missing and cannot be downloaded ({error}); save the file as {wanted}, "
             "or train from scratch with --set backbone.pretrained=false."
         ) from error
-    # A damaged pickle ends in whatever its first wrong byte happens to mean.
+    # A damaged pickle can raise any exception.
     except Exception as error:
-        raise InputError(f"The weights file is damaged ({error}); remove it and put {wanted} there.") from error
+        raise InputError(f"The weights file is damaged ({error}); replace it with {wanted}.") from error
     if not isinstance(state, dict) or "classifier.5.weight" not in state or len(state) != WEIGHTS_TENSORS:
-        raise InputError(f"The weights file holds another model; remove it and put {wanted} there.")
+        raise InputError(f"The weights file holds another model; replace it with {wanted}.")
     return state
 
 
 def load_tiny_weights(model: nn.Module) -> None:
-    """Fill everything but the class layer from the shipped file. Stored as float16; it trains in float32."""
+    """Load all but the class layer from the shipped file, stored as float16, trained in float32."""
     from safetensors.torch import load_file
 
     state = {name: tensor.float() for name, tensor in load_file(TINY_WEIGHTS).items()}
     absent = model.load_state_dict(state, strict=False)
     unexpected = [name for name in absent.missing_keys if not is_rebuilt(name)]
     if unexpected or absent.unexpected_keys:
-        raise InputError(f"{TINY_WEIGHTS} does not fit the model; make it again with `{MAKE}`.")
+        raise InputError(f"{TINY_WEIGHTS} does not fit the model; recreate it with `{MAKE}`.")
 
 
 def is_rebuilt(name: str) -> bool:
-    """The class layer is replaced; index tables and counters are made by the model itself."""
+    """Return whether a tensor is not loaded: the class layer, an index table or a counter."""
     return name.startswith("classifier.5.") or name.endswith(("relative_position_index", "num_batches_tracked"))

@@ -8,9 +8,9 @@ from torchvision.ops import StochasticDepth as _StochasticDepth
 
 
 class StochasticDepth(nn.Module):
-    """torchvision's, image by image; another probability does not make torch compile the model again.
+    """torchvision's per-image version; another probability does not trigger recompilation.
 
-    torchvision keeps the probability as a number, which compiled code holds for a constant.
+    torchvision stores the probability as a number, which compiled code treats as a constant.
     """
 
     survival_rate: Tensor
@@ -22,7 +22,7 @@ class StochasticDepth(nn.Module):
         self.register_buffer("survival_rate", torch.tensor(1 - p), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Zero the whole of some images of [B, ...], and scale up the others."""
+        """Zero some images of [B, ...] entirely, and scale up the others."""
         if not (self.training and self.acts):
             return x
         noise = torch.bernoulli(self.survival_rate.expand(x.shape[0])) / self.survival_rate
@@ -33,7 +33,7 @@ class StochasticDepth(nn.Module):
 
 
 def replace_stochastic_depth(model: nn.Module, factor: float) -> None:
-    """Put ours in the place of each of torchvision's, its probability times `factor`."""
+    """Replace torchvision's modules with ours, their probability times `factor`."""
     for parent in list(model.modules()):
         for name, module in parent.named_children():
             if isinstance(module, _StochasticDepth):

@@ -1,1 +1,1 @@
-"""What the storage says, to people: lines, JSON, tables, one HTML page."""
+"""Reports from the storage: text, JSON, tables, one HTML page."""

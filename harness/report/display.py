@@ -1,4 +1,4 @@
-"""What a person sees while a study runs: a live display in a terminal, plain lines elsewhere."""
+"""Progress of a running study: a live display in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BAR_COLUMNS = 30  # at most; fewer in a narrow terminal
 
 
 class StudyConsole(Console):
-    """A console whose reader may leave (`| head`, a `tee` that Ctrl-C ended): the study goes on without it."""
+    """A console whose pipe may close (`| head`, a `tee` stopped by Ctrl-C): the study continues without it."""
 
     left = False
 
@@ -35,7 +35,7 @@ class StudyConsole(Console):
         super().__init__(markup=False, quiet=quiet)  # a trial's error may hold any brackets
 
     def say(self, text: str) -> None:
-        """Print lines as they are, whatever the terminal's width."""
+        """Print lines unwrapped."""
         if not self.quiet:
             print(text)
 
@@ -45,20 +45,20 @@ class StudyConsole(Console):
 
 
 class Display:
-    """Shows the events of a study. Use it as a context manager."""
+    """Show the events of a study, as a context manager."""
 
     def __init__(self, study: Study, store: Store, console: Console, workers: int = 1, reopening: bool = False) -> None:
-        """`workers` is how many train side by side; `reopening`, whether the test set is to be opened again."""
+        """`workers` is the number of parallel trainings; `reopening`, whether the test set is opened again."""
         self._study = study
         self._workers, self._reopening = workers, reopening
         self._store = store
         self._console = console
         self._under_way: dict[str, TrialStarted] = {}  # by name
-        self._final_ratio = 1.0  # how much longer an epoch of the final run is, with the validation images trained on
-        self._forecast = self._waiting = False  # whether it was said
-        self._heard = False  # whether anything has happened
-        self._begun = 0  # trainings after the search, those that were done before this process among them
-        self._compares = study.final.compare_base  # whether the base is trained, too
+        self._final_ratio = 1.0  # length of a final run's epoch, with the validation images, relative to a trial's
+        self._forecast = self._waiting = False  # whether the line was printed
+        self._heard = False  # whether an event has arrived
+        self._begun = 0  # number of started trainings after the search, including earlier processes'
+        self._compares = study.final.compare_base  # whether the base is trained too
         self._look()
         self._is_live = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
@@ -78,21 +78,21 @@ class Display:
             case TrialStarted():
                 self._begins(event)
                 if event.resumed:
-                    self._say(f"{event.name} was interrupted; it {_place(event)}.")
+                    self._say(f"{event.name} was interrupted and {_place(event)}.")
             case EpochEnded():
                 self._epoch_ended(event)
             case TrialEnded():
                 self._trial_ended(event)
             case events.TrialLost():
                 self._under_way.pop(f"trial {event.number}", None)
-                self._say(f"trial {event.number} was taken up by another process, for this one did not move.")
+                self._say(f"Another process took over trial {event.number}, because this one stalled.")
             case events.Elsewhere():
                 if not self._waiting:
                     self._waiting = True
-                    self._say(f"The final run is done by {event.by}; waiting for its end.")
+                    self._say(f"The final run is running in {event.by}; waiting for its end.")
 
     def _look(self) -> None:
-        """What the storage knows, so that a resumed study starts with the times of before."""
+        """Read the storage, so that a resumed study starts with the earlier times."""
         ended = [trial for trial in self._store.trials() if trial.state != "running"]
         self._finished, self._best = self._store.finished(), self._store.best()
         self._asked = wanted(self._study, self._store)
@@ -104,7 +104,7 @@ class Display:
             self._compare_sizes(epochs[-1])
 
     def _compare_sizes(self, result: EpochResult) -> None:
-        """Of the training and validation images of a trial's epoch."""
+        """Set the ratio from the training and validation images of a trial's epoch."""
         if result.val and self._study.final.fit_on == "train+val":
             self._final_ratio = 1 + result.val.total / result.train.total
 
@@ -136,10 +136,10 @@ class Display:
         )
 
     def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=not self._console.is_terminal)  # else cut inside words
+        self._console.print(text, highlight=False, soft_wrap=not self._console.is_terminal)  # no wraps in pipes
 
     def _left(self) -> float | None:
-        """Estimated seconds until the end, from the trials so far; None before the first epoch."""
+        """Return the estimated seconds until the end, from the trials so far; None before the first epoch."""
         if not self._epoch_seconds:
             return None
         epoch = statistics.fmean(self._epoch_seconds)
@@ -150,13 +150,13 @@ class Display:
         return side_by_side(search, self._workers) + side_by_side(after, self._workers)
 
     def _seconds(self, trials: bool, missing: int, each: float) -> list[float]:
-        """What is left of each of the `missing` trials, or trainings after the search; those under way come first."""
+        """Return the remaining seconds of each of the `missing` trials, or later trainings; running ones first."""
         under_way = [started for started in list(self._under_way.values()) if _is_trial(started.name) == trials]
         spent = [sum(result.seconds for result in started.progress.epochs) for started in under_way]
         return [max(each - seconds, 0.0) for seconds in spent] + [each] * (missing - len(spent))
 
     def _begins(self, event: TrialStarted) -> None:
-        """Count it; after the search one begins after the other, and those before it that did not begin were done."""
+        """Count a training; after the search they start in order, so earlier ones that did not start are done."""
         if not _is_trial(event.name) and event.name not in self._under_way:
             looks, seeds = self._second_looks(), self._study.final.seeds
             kind = event.name.partition(" ")[0]
@@ -167,10 +167,10 @@ class Display:
         self._under_way[event.name] = event
 
     def _trainings(self) -> int:
-        """How many trainings after the search have not ended: second looks at the best, its seeds, and the base's."""
+        """Return the number of unfinished trainings after the search: reranking, the best's seeds, the base's."""
         under_way = sum(not _is_trial(name) for name in list(self._under_way))
         if self._settled and not self._reopening:
-            return under_way  # at most a lost model's seed: the test set was opened
+            return under_way  # at most the seed of a lost model: the test is done
         all_of_them = self._second_looks() + self._study.final.seeds * (1 + self._compares)
         return all_of_them - self._begun + under_way
 
@@ -196,7 +196,7 @@ class Display:
 
 
 def side_by_side(seconds: Iterable[float], workers: int) -> float:
-    """How long trainings take that take so many seconds each, begun in this order by whichever worker is free."""
+    """Return the total time of trainings with these seconds each, started in order by the first free worker."""
     ends = [0.0] * workers  # a heap
     for each in seconds:
         heapq.heapreplace(ends, ends[0] + each)
@@ -208,25 +208,25 @@ def _is_trial(name: str) -> bool:
 
 
 def forecast(epoch_seconds: float, left: float, pruning_known: bool) -> str:
-    """What the first epoch says about what is left of the study, in seconds both."""
-    aside = "" if pruning_known else ", pruning aside"
-    text = f"An epoch takes {duration(epoch_seconds)} here: about {duration(left)} are left{aside}."
+    """Return the forecast after the first epoch; both times are in seconds."""
+    aside = "" if pruning_known else ", without pruning"
+    text = f"An epoch takes {duration(epoch_seconds)} here: about {duration(left)} left{aside}."
     if left > A_DAY_SECONDS:
         text += (
-            " That is more than a day. Quicker: a GPU, fewer --trials, fewer epochs (--set epochs=5), fewer images "
-            "(--set data.limit=510), or a frozen backbone."
+            " That is more than a day. To save time: a GPU, fewer --trials, fewer epochs (--set epochs=5), fewer "
+            "images (--set data.limit=510), or a frozen backbone."
         )
     return text
 
 
 def _place(started: TrialStarted) -> str:
-    """Where an interrupted training goes on."""
+    """Return where an interrupted training resumes."""
     progress = started.progress
     if progress.step and progress.step == progress.steps:
-        return f"goes on with the end of epoch {progress.epoch}"
+        return f"resumes at the end of epoch {progress.epoch}"
     if progress.step:
-        return f"goes on in epoch {progress.epoch} after {progress.step} of {progress.steps} batches"
-    return f"goes on with epoch {progress.epoch}" if progress.epoch > 1 else "starts again with the same configuration"
+        return f"resumes in epoch {progress.epoch} after {progress.step} of {progress.steps} batches"
+    return f"resumes with epoch {progress.epoch}" if progress.epoch > 1 else "restarts with the same configuration"
 
 
 def _outcome(outcome: events.TrialOutcome) -> str:
@@ -240,7 +240,7 @@ def _outcome(outcome: events.TrialOutcome) -> str:
 
 
 def print_studies(rows: Sequence[Any]) -> None:
-    """A table of `harness.api.Row`."""
+    """Print a table of `harness.api.Row`."""
     numbers = [Column(name, justify="right") for name in ("trials", "best", "test")]
     table = Table("study", "state", *numbers, box=None, pad_edge=False, header_style="")
     for row in rows:

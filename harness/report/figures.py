@@ -1,4 +1,4 @@
-"""What all figures of a report have in common. Colours are CSS variables; the page gives them light and dark values."""
+"""Shared parts of a report's figures. Colours are CSS variables; the page gives them light and dark values."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ PAPER, SURFACE = "var(--paper)", "var(--surface)"
 ACCENT, AMBER, BLUE, RED = "var(--accent)", "var(--amber)", "var(--blue)", "var(--red)"
 STATES = {"complete": ACCENT, "pruned": AMBER, "diverged": RED, "failed": RED, "running": BLUE, "interrupted": BLUE}
 SCALE = [[step / 4, f"var(--scale-{step})"] for step in range(5)]
-SHARE = ".2~%"  # as many digits as it needs
-# An axis of accuracies ends where they do.
+SHARE = ".2~%"  # percent without trailing zeros
+# Limit an axis of accuracies to 0 and 1.
 ACCURACIES = {"tickformat": SHARE, "minallowed": 0, "maxallowed": 1}
 HEIGHT = 360
 MARKS = 10  # at most, on an axis of whole numbers
@@ -24,7 +24,7 @@ MARKS = 10  # at most, on an axis of whole numbers
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """A figure with what it is called and what one sees on it; without a figure the caption says why."""
+    """A figure with title and caption; without a figure the caption says why."""
 
     title: str
     caption: str
@@ -34,23 +34,23 @@ class Plot:
 
 
 def whole_numbers(first: int, last: int, room: float) -> dict[str, Any]:
-    """An axis from `first` to `last`, `room` on both sides, marked at whole numbers; plotly marks halves too."""
+    """Return an axis from `first` to `last` with `room` on both sides and integer ticks; plotly adds halves."""
     steps = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
     step = next(step for step in steps if last - first < MARKS * step)
     return {"range": [first - room, last + room], "tick0": 0, "dtick": step, "tickformat": "d"}
 
 
 def error_bars(spans: Sequence[tuple[float, float, float]], **style: Any) -> dict[str, Any]:
-    """Of values, each with the low and the high end of its interval."""
+    """Return error bars for values, each with the low and high end of its interval."""
     above, below = [high - value for value, _, high in spans], [value - low for value, low, _ in spans]
     return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, **style}
 
 
 def empty(height: int = HEIGHT, legend: bool = False, **layout: Any) -> Figure:
-    """A figure in the report's style, without anything in it."""
+    """Return an empty figure in the report's style."""
     import plotly.graph_objects as go
 
-    whole = {"data": {"scatter": [{"cliponaxis": False}]}}  # marks on the edges
+    whole = {"data": {"scatter": [{"cliponaxis": False}]}}  # do not clip markers on the edges
     figure = go.Figure(layout={"template": whole})
     figure.update_layout(
         height=height,

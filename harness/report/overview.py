@@ -1,4 +1,4 @@
-"""What the storage says, as one object, in a few lines, and as a table. Nothing is computed from anywhere else."""
+"""The storage's content as one JSON object, as a summary, and as a table, without other sources."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 def overview(name: str, store: Store, tracking: str) -> dict[str, Any]:
-    """The study as one JSON object (`show --json`); the report shows the same numbers."""
+    """Return the study as one JSON object (`show --json`); the report shows the same numbers."""
     best, chosen, facts = store.best(), store.chosen(), store.facts()
-    tested = None if facts.final is None else facts.predictions  # none where its end was mended from the ledger
+    tested = None if facts.final is None else facts.predictions  # None if the result was restored from the ledger
     return {
         "study": name,
         "trials": counts(store),
@@ -50,7 +50,7 @@ def overview(name: str, store: Store, tracking: str) -> dict[str, Any]:
 
 
 def _final(final: FinalResult) -> dict[str, Any]:
-    """The final result without the epochs and the line of the ledger, which stand elsewhere."""
+    """Return the final result without its epochs and ledger line, which are elsewhere."""
     shown: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(final)))
     del shown["ledger"]
     for result in filter(None, (shown, shown["base"])):
@@ -67,7 +67,7 @@ def _without_epochs(seeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def subject(store: Store) -> TrialRecord | None:
-    """The trial that a report is about: the one that was tested; before that the chosen one, or the best so far."""
+    """Return the trial of the report: the tested one; before the test, the chosen one or the best so far."""
     final = store.facts().final
     if final is None:
         return store.chosen() or store.best()
@@ -75,13 +75,13 @@ def subject(store: Store) -> TrialRecord | None:
 
 
 def counts(store: Store) -> dict[str, int]:
-    """Trials by state; one that has begun and is not finished is running, or interrupted when no process is there."""
+    """Return the number of trials by state; an unfinished one is running, or interrupted if no process runs it."""
     states = ["failed" if trial.state == "diverged" else trial.state for trial in trial_records(store)]
     return {state: states.count(state) for state in ("complete", "pruned", "failed", "running", "interrupted")}
 
 
 def state_of(store: Store) -> str:
-    """Running, interrupted, finished, or failed: with all its trials, and none of them complete."""
+    """Return running, interrupted, finished, or failed (all trials ended, and none is complete)."""
     if not _abandoned(store):
         return "running"
     if store.finished() < (store.facts().wanted or 1) or not store.is_settled():
@@ -90,20 +90,20 @@ def state_of(store: Store) -> str:
 
 
 def finished_of(finished: int, asked: int) -> str:
-    """How far the search is: a study may have more trials than a command asks for."""
+    """Return the search's progress; a study may have more trials than a command asks for."""
     if finished > asked:
         return f"{finished} trials finished (asked for: {asked})"
     return f"{finished} of {asked} trials finished"
 
 
 def _abandoned(store: Store) -> bool:
-    """Whether no process works on this study."""
+    """Return whether no process works on this study."""
     file = sqlite_file(store.url)
     return not store.active_workers() if file is None else holder(file) is None
 
 
 def trial_records(store: Store) -> list[TrialRecord]:
-    """All trials, the interrupted ones under that name."""
+    """Return all trials, with abandoned ones as interrupted."""
     trials = store.trials()
     if not any(trial.state == "running" for trial in trials) or not _abandoned(store):
         return trials
@@ -111,7 +111,7 @@ def trial_records(store: Store) -> list[TrialRecord]:
 
 
 def summary(name: str, store: Store, tracking: str) -> str:
-    """The study in a few lines (`show`)."""
+    """Return the study in a few lines (`show`)."""
     counted = counts(store)
     del counted["running" if counted["interrupted"] else "interrupted"]
     chosen = store.chosen()
@@ -135,9 +135,9 @@ def summary(name: str, store: Store, tracking: str) -> str:
 
 
 def _chosen_line(store: Store) -> list[str]:
-    """The configuration that was chosen, if it is another than the one with the highest value."""
+    """Return the lines of the chosen configuration, if it is not the one with the highest value."""
     chosen, best = store.chosen(), store.best()
-    if chosen is None or best is None or chosen.number in (0, best.number):  # of the base the line above tells
+    if chosen is None or best is None or chosen.number in (0, best.number):  # the line above names the base
         return []
     how = "by its lower bound" if store.facts().rerank is None else "on fresh seeds"
     params = [f"          {in_short(chosen.params)}"] if chosen.params else []
@@ -145,7 +145,7 @@ def _chosen_line(store: Store) -> list[str]:
 
 
 def in_short(params: Mapping[str, Any], whole_paths: bool = True) -> str:
-    """Values by name on one line; of a path into a configuration the last part alone where space is short."""
+    """Return names and values on one line, with only the last part of each path if not `whole_paths`."""
     shown = [
         (path if whole_paths else path.rsplit(".", 1)[-1], f"{value:.4g}" if isinstance(value, float) else value)
         for path, value in params.items()
@@ -154,7 +154,7 @@ def in_short(params: Mapping[str, Any], whole_paths: bool = True) -> str:
 
 
 def _remarks(store: Store) -> list[str]:
-    """What belongs to the final result."""
+    """Return the remarks on the final result."""
     final, again = store.facts().final, sentences.rerank_sentence(store.facts().rerank)
     lines = [sentences.choice_sentence(store), sentences.prospect_sentence(store), again]
     if final is not None:
@@ -163,14 +163,14 @@ def _remarks(store: Store) -> list[str]:
 
 
 def _audit_lines(store: Store) -> list[str]:
-    """What an audit found, if there was one."""
+    """Return an audit's findings, if there was one."""
     record = store.facts().audit
     lines = [] if record is None else audit_sentences(record)
     return [f"{'' if number else 'audit':<10}{line}" for number, line in enumerate(lines)]
 
 
 def in_words(runtime: dict[str, Any] | None) -> str:
-    """The decided runtime as a person says it."""
+    """Return the decided runtime as text."""
     if runtime is None:
         return "not decided yet"
     layout = "channels last" if runtime["channels_last"] else "channels first"
@@ -179,10 +179,10 @@ def in_words(runtime: dict[str, Any] | None) -> str:
 
 
 def digest(store: Store) -> str:
-    """A sha256 over what two runs of the same study must agree on.
+    """Return a sha256 of what two runs of the same study must agree on.
 
-    Trial numbers, parameters, states, values and intermediate values, and each final seed's result and weights. Times
-    and places are left out.
+    It covers trial numbers, parameters, states, values and intermediate values, and each final seed's result and
+    weights, without times and paths.
     """
     final = store.facts().final
     content = {
@@ -197,7 +197,7 @@ def digest(store: Store) -> str:
 
 
 def frame(store: Store) -> pandas.DataFrame:
-    """One row a trial: number, state, value, epochs, seconds, reason, and each parameter."""
+    """Return a row per trial: number, state, value, epochs, seconds, reason, and each parameter."""
     import pandas
 
     columns = ("number", "state", "value", "epochs", "seconds", "reason")
@@ -209,10 +209,10 @@ def frame(store: Store) -> pandas.DataFrame:
 
 
 def cost(trials: Sequence[TrialRecord], definition: Mapping[str, Any]) -> dict[str, Any]:
-    """Seconds and epochs of the search; `saved_seconds` is what the epochs that pruning left out would have taken.
+    """Return seconds and epochs of the search; `saved_seconds` estimates the time of the epochs that pruning saved.
 
-    Each at the mean of its own trial's epochs. `saved_share` is their part of what the search would have taken without
-    pruning. Trials that have not ended count with the epochs that are recorded, which are none before they end.
+    Each pruned epoch counts the mean of its trial's epochs. `saved_share` is relative to the search's time without
+    pruning. Unfinished trials have no recorded epochs yet.
     """
     spent = sum(trial.seconds or 0.0 for trial in trials)
     left_out, saved = 0, 0.0
@@ -233,12 +233,11 @@ def cost(trials: Sequence[TrialRecord], definition: Mapping[str, Any]) -> dict[s
 
 
 def cost_sentences(found: Mapping[str, Any]) -> list[str]:
-    """The same in words."""
+    """Return the cost as sentences."""
     lines = [f"The trials took {duration(found['seconds'])} for {found['epochs']:,} epochs."]
     if found["pruned"]:
         lines.append(
-            f"Pruning ended {found['pruned']:,} of them early and left out {found['epochs_not_run']:,} epochs, about "
-            f"{duration(found['saved_seconds'])}: {100 * found['saved_share']:.0f} % of what the search would "
-            "have taken."
+            f"Pruning ended {found['pruned']:,} of them early and saved {found['epochs_not_run']:,} epochs, about "
+            f"{duration(found['saved_seconds'])}: {100 * found['saved_share']:.0f} % of the search's time without it."
         )
     return lines

@@ -1,7 +1,7 @@
-"""Figures of the hyperparameters: how much each matters, and the lines from them to the accuracy.
+"""Figures of the hyperparameters: importances and parallel coordinates.
 
-Importances have the spread that so few trials leave. Optuna's own parallel coordinates have their colours fixed, which
-a dark page cannot change.
+Importances have intervals, because trials are few. Optuna's own parallel coordinates have fixed colours, which a dark
+page cannot change.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 RESAMPLES = 100
 INTERVAL = (5, 95)  # percentiles
-FEW = 20  # complete trials: with fewer, importances are a hint at most
-# Groups of trials by value, the worst first: colour and opacity of their lines.
+FEW = 20  # complete trials: with fewer, importances are only a hint
+# Groups of trials by value, worst first: colour and opacity of their lines.
 LINES = ((SOFT, 0.3), (SOFT, 0.5), (ACCENT, 0.6), (ACCENT, 1.0))
 
 
@@ -40,10 +40,10 @@ class Importance:
 
 
 def importances(study: optuna.Study, names: Sequence[str], seed: int = 0) -> list[Importance]:
-    """PED-ANOVA (Watanabe et al., 2023) of the complete trials, the most important parameter first.
+    """Return PED-ANOVA importances (Watanabe et al., 2023) of the complete trials, most important first.
 
-    The intervals are percentiles over bootstrap resamples of the trials (Efron and Tibshirani, 1993, chapter 13); a
-    resample in which all values are equal says nothing and is left out. Empty without two different values.
+    The intervals are percentiles over bootstrap resamples of the trials (Efron and Tibshirani, 1993, chapter 13),
+    without resamples whose values are all equal. Empty unless two values differ.
     """
     import numpy
     import optuna
@@ -93,10 +93,10 @@ def importance_plot(store: Store, complete: Sequence[TrialRecord]) -> Plot:
         customdata=[[each.low, each.high] for each in found],
         hovertemplate="%{y}: %{x:.0%}, %{customdata[0]:.0%} to %{customdata[1]:.0%}<extra></extra>",
     )
-    hint = " With so few, take it as a hint at most." if len(complete) < FEW else ""
+    hint = " With so few trials, this is only a hint." if len(complete) < FEW else ""
     caption = (
-        f"Share of what separates the best trials from the others (PED-ANOVA over {len(complete)} complete trials). "
-        f"The lines span {INTERVAL[1] - INTERVAL[0]} % of the shares that trials drawn anew from these give.{hint}"
+        f"Importance for separating the best trials from the others (PED-ANOVA, {len(complete)} complete trials). "
+        f"The lines are {INTERVAL[1] - INTERVAL[0]} % bootstrap intervals over the trials.{hint}"
     )
     return Plot(title="Importances", caption=caption, figure=figure, width="half")
 
@@ -106,7 +106,7 @@ def importance_plot(store: Store, complete: Sequence[TrialRecord]) -> Plot:
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """One parameter: where each trial lies on it, from 0 to 1, None where it has none, and what its marks say."""
+    """One parameter: each trial's position, from 0 to 1 or None, and the tick labels."""
 
     name: str
     places: list[float | None]
@@ -114,12 +114,12 @@ class Axis:
 
 
 def parallel_coordinates(study: optuna.Study) -> Figure:
-    """A line a complete trial over its parameters and its value."""
+    """Draw a line per complete trial over its parameters and its value."""
     import numpy
     import optuna
 
     trials = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-    trials = sorted(trials, key=lambda trial: trial.value or 0.0)  # the best are drawn last
+    trials = sorted(trials, key=lambda trial: trial.value or 0.0)  # draw the best last
     names = sorted({name for trial in trials for name in trial.params})
     axes = [_parameter(name, trials) for name in names]
     values = [trial.value or 0.0 for trial in trials]
@@ -193,7 +193,7 @@ def _numbers(name: str, values: Sequence[float | None], log: bool, share: bool) 
     low, span = min(known), max(known) - min(known)
     places = [None if value is None else (value - low) / (span or 1.0) for value in scaled]
     marks = {}
-    for place in (0.0, 0.5, 1.0) if span else (0.0,):  # of equal values there is one
+    for place in (0.0, 0.5, 1.0) if span else (0.0,):  # equal values need one tick
         value = low + place * span
         value = 10**value if log else value
         marks[place] = f"{100 * value:.1f} %" if share else f"{value:.2g}"

@@ -1,4 +1,4 @@
-"""Figures of the search: how it went, what each trial learned, what matters, and where the good trials lie."""
+"""Figures of the search: history, learning curves, importances, and landscape of the trials."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 ACCURACY = "validation accuracy"
 PAIR = ("optim.base_lr", "optim.depth_lr_mult")
-ROOM = 0.6  # of a trial, beside the first and the last: half of a bar and a little
-GRID = 160  # steps a side of the contour; with few, it ends in stairs before it comes to the outermost trials
-BETWEEN = 6  # complete trials: with fewer, nothing is interpolated
+ROOM = 0.6  # margin beside the first and last trial: half a bar and a little
+GRID = 160  # steps per side of the contour; with few, its edge is a staircase short of the outer trials
+BETWEEN = 6  # complete trials: with fewer, do not interpolate
 
 
 def search_plots(store: Store, trials: Sequence[TrialRecord]) -> list[Plot]:
-    """Every figure of the search; where there is none yet, the caption says why."""
+    """Return all figures of the search; if one has no data yet, its caption says why."""
     complete = [trial for trial in trials if trial.state == "complete"]
     plots = [_history(trials), _learning_curves(trials, store)]
     if not complete:
         return plots
     plots += [importance_plot(store, complete), _ladder(store), _landscape(store, trials)]
     if len(complete) > 1 and complete[0].params:
-        caption = "A line a complete trial, from its parameters to its accuracy; the stronger its colour, the better."
+        caption = "A line per complete trial, from its parameters to its accuracy; a stronger colour is better."
         figure = parallel_coordinates(store.optuna_study)
         plots.append(Plot(title="Parallel coordinates", caption=caption, figure=figure, shape="long"))
     return plots
@@ -78,14 +78,14 @@ def _mark(colour: str, symbol: str) -> dict[str, Any]:
 
 
 def _end(trial: TrialRecord) -> tuple[int, float]:
-    """The last epoch that a trial has reported, and its accuracy."""
+    """Return the last reported epoch of a trial, and its accuracy."""
     return list(trial.curve.items())[-1]
 
 
 def _learning_curves(trials: Sequence[TrialRecord], store: Store) -> Plot:
     title, begun = "Learning curves", [trial for trial in trials if trial.curve]
     if not begun:
-        return Plot(title=title, caption="No trial has ended an epoch yet.", width="half")
+        return Plot(title=title, caption="No trial has finished an epoch yet.", width="half")
     figure = empty(legend=True, xaxis_title="epoch", yaxis=ACCURACIES | {"title": ACCURACY})
     last = max(max(trial.curve) for trial in begun)
     figure.update_xaxes(whole_numbers(1, last, room=max(0.04 * (last - 1), 0.1)))
@@ -107,14 +107,14 @@ def _learning_curves(trials: Sequence[TrialRecord], store: Store) -> Plot:
             hoverinfo="skip",
         )
     caption = f"{ACCURACY.capitalize()} of each trial after each epoch; a cross marks where a trial was pruned"
-    caption += ", the dotted line how it would have ended, with one standard deviation." if dotted else "."
+    caption += ", a dotted line its predicted end, with one standard deviation." if dotted else "."
     return Plot(title=title, caption=caption, figure=figure, width="half")
 
 
 def _add_ends(
     figure: Figure, pruned: Sequence[TrialRecord], last: int, estimates: Mapping[str, tuple[float, float]]
 ) -> bool:
-    """How stopped trials would have ended, as the process expects by which the choice was made; False for none."""
+    """Draw the ends of pruned trials as the choice's Gaussian process predicts; return whether there are any."""
     known = [trial for trial in pruned if str(trial.number) in estimates and max(trial.curve) < last]
     points: list[tuple[Any, ...]] = []
     for trial in known:
@@ -137,7 +137,7 @@ def _add_ends(
 def _add_curves(
     figure: Figure, trials: Sequence[TrialRecord], name: str, line: dict[str, Any], opacity: float = 1.0
 ) -> None:
-    """All of them as one trace with gaps, so that the legend names the state once."""
+    """Draw trials as one trace with gaps, so that the legend names the state once."""
     points = [(trial.number, epoch, value) for trial in trials for epoch, value in [*trial.curve.items(), (None, None)]]
     figure.add_scatter(
         x=[epoch for _, epoch, _ in points],
@@ -156,7 +156,7 @@ def _add_curves(
 
 
 def _ladder(store: Store) -> Plot:
-    """The peak rate of every depth in the chosen configuration: base_lr * depth_lr_mult ** distance from the head."""
+    """Draw the peak learning rate per depth, chosen trial: base_lr * depth_lr_mult ** distance from the head."""
     title, chosen = "Learning rate over depth", subject(store)
     definition, depths = store.facts().definition or {}, store.facts().depths
     if depths is None or chosen is None:
@@ -183,18 +183,18 @@ def _ladder(store: Store) -> Plot:
     _rates(figure, min(moving.values()) / 2, max(moving.values()) * 2)
     still = f" Frozen: {', '.join(frozen)}." if frozen else ""
     caption = (
-        f"Trial {chosen.number}: the head learns at {rate:.3g}, and each depth below it at {multiplier:.3g} times the "
-        f"rate of the one above.{still}"
+        f"Trial {chosen.number}: the head's learning rate is {rate:.3g}, and each depth below has {multiplier:.3g} "
+        f"times the rate of the one above.{still}"
     )
     return Plot(title=title, caption=caption, figure=figure, width="half")
 
 
 def _landscape(store: Store, trials: Sequence[TrialRecord]) -> Plot:
-    """Validation accuracy over base LR and multiplier: a table for a grid, a contour between the dots otherwise."""
+    """Draw validation accuracy over base LR and multiplier: a table for a grid, else a contour with dots."""
     title = "Base learning rate against depth-LR multiplier"
     complete = [trial for trial in trials if trial.value is not None and set(PAIR) <= set(trial.params)]
     if len(complete) < 2:
-        return Plot(title=title, caption="It needs two complete trials that differ in both.")
+        return Plot(title=title, caption="This needs two complete trials that differ in both.")
     definition = store.facts().definition or {}
     if all(str(definition.get(f"space.{name}", "")).startswith("Choice") for name in PAIR):
         return Plot(title=title, caption="The mean of the complete trials in each cell.", figure=_table(complete))
@@ -202,15 +202,15 @@ def _landscape(store: Store, trials: Sequence[TrialRecord]) -> Plot:
     drawn = [trial for trial in trials if set(PAIR) <= set(trial.params)]
     rates = [trial.params[PAIR[0]] for trial in drawn]
     _rates(figure, min(rates) / 1.2, max(rates) * 1.2)
-    caption = "A dot is a complete trial, a cross one that was pruned or failed."
+    caption = "A dot is a complete trial, a cross a pruned or failed one."
     if len(complete) >= BETWEEN and _contour(figure, complete):
-        caption += " The colours between the dots are interpolated on a fine grid; outside of them nothing is known."
+        caption += " The colours between the dots are interpolated on a fine grid."
     _add_dots(figure, drawn)
     return Plot(title=title, caption=caption, figure=figure)
 
 
 def _table(complete: Sequence[TrialRecord]) -> Figure:
-    """The mean accuracy in each cell of a grid."""
+    """Draw the mean accuracy in each cell of a grid."""
     import pandas
 
     cells = pandas.DataFrame([trial.params | {"value": trial.value} for trial in complete])
@@ -236,14 +236,14 @@ def _table(complete: Sequence[TrialRecord]) -> Figure:
 
 
 def _rates(figure: Figure, low: float, high: float) -> None:
-    """A logarithmic axis of learning rates with few marks."""
+    """Set a logarithmic axis of learning rates with few ticks."""
     step: Any = 1 if high > 100 * low else "D2"
     ends = [math.log10(low), math.log10(high)]
     figure.update_xaxes(type="log", dtick=step, tickformat=".0e", range=ends)
 
 
 def _contour(figure: Figure, complete: Sequence[TrialRecord]) -> bool:
-    """Linear interpolation inside of the hull of the trials; False when they lie on a line."""
+    """Draw a linear interpolation inside the trials' convex hull; return False if they are collinear."""
     import numpy
     from scipy.interpolate import griddata
     from scipy.spatial import QhullError
@@ -274,7 +274,7 @@ def _contour(figure: Figure, complete: Sequence[TrialRecord]) -> bool:
 def _add_dots(figure: Figure, trials: Sequence[TrialRecord]) -> None:
     crosses = {"symbol": "x-thin-open", "size": 7, "color": SOFT, "line": {"width": 1.5, "color": SOFT}}
     values = [trial.value for trial in trials if trial.value is not None]
-    equal = min(values) == max(values)  # plotly's own ends of equal ones lie below 0 and above 100 %
+    equal = min(values) == max(values)  # plotly's range for equal values extends below 0 and above 100 %
     dots = {
         "size": 11,
         "colorscale": SCALE,
@@ -297,7 +297,7 @@ def _add_dots(figure: Figure, trials: Sequence[TrialRecord]) -> None:
 
 
 def time_plot(trials: Sequence[TrialRecord]) -> Plot:
-    """How long each trial took."""
+    """Draw the time of each trial."""
     title, ended = "Time of each trial", [trial for trial in trials if trial.seconds is not None]
     if not ended:
         return Plot(title=title, caption="No trial has ended yet.")
@@ -308,10 +308,10 @@ def time_plot(trials: Sequence[TrialRecord]) -> Plot:
                 x=[trial.number for trial in group],
                 y=[trial.seconds for trial in group],
                 customdata=[len(trial.epochs) for trial in group],
-                width=0.75,  # plotly's own is as wide as the widest gap between two of a state
+                width=0.75,  # plotly's default grows with the gaps between trials of a state
                 marker={"color": colour, "opacity": 0.8},
                 name=state,
                 hovertemplate=f"trial %{{x}}: %{{y:.1f}} s, %{{customdata}} epochs<extra>{state}</extra>",
             )
     figure.update_xaxes(whole_numbers(0, trials[-1].number, room=ROOM))
-    return Plot(title=title, caption="Training and validation together, by how the trial ended.", figure=figure)
+    return Plot(title=title, caption="Training and validation time, by the trial's state.", figure=figure)

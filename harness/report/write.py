@@ -1,7 +1,6 @@
-"""A study's report: one page that needs nothing else, and its trials as a table.
+"""A study's report: one self-contained page, and its trials as a table.
 
-Every number on the page is one of `overview.overview`, which `show --json` prints; what is drawn comes from the same
-storage.
+Every number on the page comes from `overview.overview`, which `show --json` prints; the figures use the same storage.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from harness.store.store import Store, TrialRecord
 
 
 def write_report(name: str, store: Store, tracking: str, folder: Path) -> Path:
-    """Write report.html and trials.csv into `folder`; returns the page's path. Raises Halt when there is no room."""
+    """Write report.html and trials.csv into `folder`; return the page's path. Raises Halt if the disk is full."""
     written = folder / "report.html"
     replace_file(folder / "trials.csv", frame(store).to_csv(index=False).encode())
     replace_file(written, _rendered(_view(name, store, tracking)).encode())
@@ -32,7 +31,7 @@ def write_report(name: str, store: Store, tracking: str, folder: Path) -> Path:
 
 
 def _rendered(view: Mapping[str, Any]) -> str:
-    """The page that shows `view`; every text in it is escaped. plotly.js is in it once, fonts are none."""
+    """Render `view` as a page with all text escaped, one copy of plotly.js, and no fonts."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
@@ -42,19 +41,19 @@ def _rendered(view: Mapping[str, Any]) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"short": _short, "percent": percent, "duration": duration, "quote": shlex.quote}
-    # Nothing of a study is marked as safe but the figures, which escape what opens a tag.
+    # Of a study, only the figures are marked as safe, and they escape "<".
     return environment.get_template("report.html").render(**view, plotly=Markup(get_plotlyjs()))
 
 
 def _short(value: Any) -> str:
-    """A value of a table's cell; nothing for nothing."""
+    """Return a table cell's text; empty for None and NaN."""
     if value is None or value != value:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
-    """Everything that the page's template shows."""
+    """Return the variables of the page's template."""
     seen, trials = overview(name, store, tracking), trial_records(store)
     final, tested, about = store.facts().final, seen["test"], subject(store)
     return {
@@ -81,11 +80,11 @@ def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
 
 
 def _strip(final: FinalResult) -> dict[str, Any]:
-    """Interval, seeds and base on one line, as shares of its width."""
+    """Return positions of interval, seeds and base on the strip, in percent of its width."""
     (low, high), base = final.interval, final.base
     seeds = [seed.accuracy for seed in final.per_seed]
     points = [low, high, *seeds, *([] if base is None else [base.accuracy])]
-    # From one ten percent to another, so that nobody takes the ends for an interval.
+    # The ends are multiples of 10 %, so that they do not look like an interval.
     first = min(math.floor(10 * min(points)), 9)
     last = max(math.ceil(10 * max(points)), first + 1)
     start, end = first / 10, last / 10
@@ -105,14 +104,14 @@ def _strip(final: FinalResult) -> dict[str, Any]:
 
 
 def _parameters(store: Store, about: TrialRecord, trials: Sequence[TrialRecord]) -> list[tuple[str, Any, Any, str]]:
-    """Each searched field: its value in the trial, the base configuration's, and where it was searched."""
+    """Return each searched field: its value in the trial, in the base configuration, and its search range."""
     base = next((trial.params for trial in trials if trial.number == 0), {})
     searched = store.optuna_study.get_trials(deepcopy=False)[about.number].distributions
     return [(name, value, base.get(name), _in_words(searched[name])) for name, value in about.params.items()]
 
 
 def _in_words(distribution: Any) -> str:
-    """What was searched, as a person says it."""
+    """Return a search range as text."""
     from optuna.distributions import CategoricalDistribution
 
     if isinstance(distribution, CategoricalDistribution):
@@ -121,28 +120,28 @@ def _in_words(distribution: Any) -> str:
 
 
 def _comparison(final: FinalResult, why_closed: str | None) -> list[str]:
-    """What is known of the best configuration beside the base, and of the best score beside the truth."""
+    """Return sentences on the base configuration's result, and on the bias of the best score."""
     lines = []
     if (base := final.base) is not None:
         seeds = len(base.per_seed)
         lines.append(
-            f"The base configuration, trial {base.trial}, trained as the best one was, reaches "
+            f"The base configuration, trial {base.trial}, trained in the same way, reaches "
             f"{percent(base.accuracy)} ({base.correct:,} correct of {base.total:,}: {seeds} "
             f"seed{'s' if seeds > 1 else ''})."
         )
-    unknown = "What choosing the best adds to its validation score is not recorded."
+    unknown = "The selection bias of the best validation score is not recorded."
     lines.append(sentences.selection_sentence(final) or unknown)
     return lines if why_closed is None else [*lines, why_closed]
 
 
 def _cost(seen: Mapping[str, Any]) -> list[str]:
-    """Time, and what pruning saved of it; an audit says that and more."""
+    """Return the search's time, and what pruning saved; an audit replaces the latter."""
     spent, *saved = cost_sentences(seen["cost"])
     return [spent, *(saved if seen["audit"] is None else audit_sentences(seen["audit"]))]
 
 
 def _table(store: Store) -> dict[str, Any]:
-    """All trials, the reasons last, without the columns in which nothing stands."""
+    """Return the table of all trials, reasons last, without empty columns."""
     table = frame(store).dropna(axis="columns", how="all")
     table = table[sorted(table.columns, key=lambda column: column == "reason")]
     rows = table.astype(object).where(table.notna(), None)
@@ -150,7 +149,7 @@ def _table(store: Store) -> dict[str, Any]:
 
 
 def _places(seen: Mapping[str, Any]) -> dict[str, str]:
-    """Hardware, versions and places."""
+    """Return hardware, versions and locations."""
     places = {"runtime": in_words(seen["runtime"]), **(seen["environment"] or {})}
     places |= {"storage": seen["storage"], "tracking": seen["tracking"]}
     return places if seen["environment"] else places | {"versions": "not recorded"}

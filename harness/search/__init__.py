@@ -1,1 +1,1 @@
-"""Which configuration is next, how it is evaluated, and when it stops."""
+"""Samplers, pruners, and the evaluation of trials."""

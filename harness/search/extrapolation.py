@@ -1,8 +1,8 @@
-"""A Gaussian process that sees how stopped trainings would have ended.
+"""A Gaussian process sampler that also uses pruned trials.
 
-Optuna's GPSampler looks at complete trials alone, and pruning leaves few of them. Here every trial that was stopped
-counts as complete, with its learning curve extrapolated: its last value, and for each stretch between two epochs at
-which trials were stopped the median gain of those that went through it. A median of few is drawn towards zero.
+Optuna's GPSampler uses complete trials only, and pruning leaves few of them. Here every pruned trial counts as
+complete, with its learning curve extrapolated: its last value, plus for each interval between two epochs at which
+trials stopped the median gain of the trials that passed it. A median of few is shrunk towards zero.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 PRIOR_TRIALS = 2  # a median gain of k trials counts k / (k + PRIOR_TRIALS)
 CLIP = 4.0  # times the distance from the best to the median of the better half
 MOST = 200  # trials that the process is fitted to
-PRELIMINARY, LOCAL = 512, 4  # points where the acquisition is looked at, and searches from the best of them
+PRELIMINARY, LOCAL = 512, 4  # points to evaluate the acquisition at, and local searches from the best of them
 
 
 class ExtrapolatingGPSampler(optuna.samplers.GPSampler):
@@ -32,7 +32,7 @@ class ExtrapolatingGPSampler(optuna.samplers.GPSampler):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        # With Optuna's 2,048 and 10 a question takes a third longer (benchmarks/RESULTS.md).
+        # With Optuna's 2,048 and 10, a suggestion takes a third longer (benchmarks/RESULTS.md).
         self._n_preliminary_samples, self._n_local_search = PRELIMINARY, LOCAL
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -55,7 +55,7 @@ def _as_complete(study: optuna.Study) -> optuna.Study:
 
 
 def thinned(ranked: Sequence[int], most: int = MOST) -> list[int]:
-    """At most so many of what is ranked: the better half of them the best, the others spread over the rest."""
+    """Keep at most `most` of a ranking: half of them the best, the others spread over the rest."""
     if len(ranked) <= most:
         return list(ranked)
     best, rest = ranked[: most // 2], ranked[most // 2 :]
@@ -70,9 +70,9 @@ def _complete(trial: FrozenTrial, value: float) -> FrozenTrial:
 
 
 def extrapolated(curves: Sequence[Mapping[int, float]], values: Sequence[float | None]) -> list[float]:
-    """The final value of each trial, predicted where there is none yet; NaN where no number was reported.
+    """Return each trial's final value, extrapolated if it has none; NaN if it reported no number.
 
-    `curves` are values by epoch, `values` the final ones. The last epoch is the last that any of them has reached.
+    `curves` are values by epoch, `values` the final ones. The last epoch is the last that any trial has reached.
     """
     curves = [{epoch: value for epoch, value in curve.items() if not np.isnan(value)} for curve in curves]
     last = [max(curve, default=None) for curve in curves]
@@ -93,7 +93,7 @@ def extrapolated(curves: Sequence[Mapping[int, float]], values: Sequence[float |
 
 
 def clipped(values: Sequence[float], share: float = 0.5) -> list[float]:
-    """Values far below the best moved up, so that the worst do not decide the scale; NaN becomes the worst.
+    """Raise values far below the best, so that the worst do not set the scale; NaN becomes the worst.
 
     Far is CLIP times the distance from the best to the median of the best `share` of them.
     """
@@ -101,6 +101,6 @@ def clipped(values: Sequence[float], share: float = 0.5) -> list[float]:
     if not known:
         return [0.0] * len(values)
     spread = known[0] - median(known[: math.ceil(share * len(known))])
-    # The best may lie close together by chance: what is better than the median keeps its value.
+    # The best may be close together by chance: values above the median do not change.
     floor = max(known[-1], min(known[0] - CLIP * spread, median(known))) if spread > 0 else known[-1]
     return [floor if np.isnan(value) else max(value, floor) for value in values]

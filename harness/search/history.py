@@ -1,4 +1,4 @@
-"""The trials that a sampler or pruner is shown, whatever a storage holds."""
+"""An Optuna study with given trials, for samplers and pruners."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 
 class ShownStudy(optuna.Study):
-    """A study that shows these trials."""
+    """A study with given trials."""
 
     shown: list[FrozenTrial]
 
     @classmethod
     def of(cls, study: optuna.Study, trials: list[FrozenTrial], **changes: object) -> ShownStudy:
-        """Like `study`, with other trials, and with attributes of its own in `changes`."""
+        """Copy `study`, with other trials and the attributes in `changes`."""
         made = cls.__new__(cls)
         made.__setstate__({key: value for key, value in study.__dict__.items() if key != "_thread_local"} | changes)
         made.shown = trials

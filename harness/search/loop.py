@@ -1,4 +1,4 @@
-"""A study: the search (ask, evaluate, tell, until enough trials are finished), then the final run."""
+"""The search of a study: ask, evaluate, tell, until enough trials are finished."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ FAILURES_IN_A_ROW = 3
 
 
 class TooManyFailures(Exception):
-    """Several trials in a row ended with an exception: the fault is not in the hyperparameters."""
+    """Several trials in a row ended with an exception, so the hyperparameters are not the cause."""
 
 
 def search(study: Study, store: Store, runtime: Runtime, checkpoints: Path) -> Iterator[Event]:
-    """Run the trials that are missing from those `wanted`, yielding what happens.
+    """Run trials until there are as many as `wanted`, yielding events.
 
     Raises TooManyFailures after three failed trials in a row.
     """
@@ -32,7 +32,7 @@ def search(study: Study, store: Store, runtime: Runtime, checkpoints: Path) -> I
             asked = store.ask(study, at_most=count)
             outcome = yield from evaluate_trial(study, asked, store, runtime, checkpoints)
         except NoTrialFree:
-            time.sleep(POLL_SECONDS)  # somebody who is at one of them may die
+            time.sleep(POLL_SECONDS)  # a worker of a running trial may die
             continue
         except LeaseLost:
             yield TrialLost(number=asked.number)

@@ -1,6 +1,6 @@
-"""Who stops a trial: Optuna's pruners by name, and successive halving.
+"""Pruners: Optuna's by name, and successive halving.
 
-They are described by data in a study file and built anew, as samplers are.
+They are data in a study file and built anew, as samplers are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from harness.search.samplers import check_options, make
 class Pruner:
     """An Optuna pruner: the name of its class and its arguments, e.g. Pruner("MedianPruner", n_warmup_steps=5).
 
-    One that asks another one takes it as an argument: Pruner("PatientPruner", wrapped_pruner=asha(), patience=2).
+    A pruner that wraps another takes it as an argument: Pruner("PatientPruner", wrapped_pruner=asha(), patience=2).
     """
 
     name: str
@@ -35,7 +35,7 @@ class Pruner:
         self.build(epochs=1, warmup_epochs=0)
 
     def build(self, epochs: int, warmup_epochs: float) -> optuna.pruners.BasePruner:
-        """The pruner for trainings of so many epochs; shares of a training are told in epochs from here on."""
+        """Build the pruner for trainings of `epochs` epochs; converts a share of a training to epochs."""
         options: dict[str, Any] = {
             name: value.build(epochs, warmup_epochs) if isinstance(value, Pruner) else value
             for name, value in self.options
@@ -45,12 +45,12 @@ class Pruner:
         return make(optuna.pruners, Asha, self.name, options)
 
     def of(self, study: Study) -> optuna.pruners.BasePruner:
-        """The pruner for a study's trainings."""
+        """Build the pruner for a study."""
         return self.build(study.train.epochs, study.train.optim.warmup_epochs)
 
 
 def first_rung(share: float, epochs: int, warmup_epochs: float) -> int:
-    """The epoch of the first rung at a share of the training: not before epoch 2, nor within the warm-up."""
+    """Return the epoch of the first rung at a share of the training: at least 2, and after the warm-up."""
     if not isinstance(share, float) or not 0 < share < 1:
         raise InputError(f"asha needs first between 0 and 1, a share of the epochs, not {share!r}.")
     return max(round(share * epochs), 2, math.floor(warmup_epochs) + 1)
@@ -59,10 +59,10 @@ def first_rung(share: float, epochs: int, warmup_epochs: float) -> int:
 class Asha(optuna.pruners.BasePruner):
     """Asynchronous successive halving (Li et al., 2020, "A System for Massively Parallel Hyperparameter Tuning").
 
-    Rungs stand at epochs min_epochs * reduction**k. A trial goes on beyond a rung when its value there is among the
+    Rungs are at epochs min_epochs * reduction**k. A trial continues beyond a rung if its value there is among the
     best 1/reduction of all trials that have reached the rung. The decisions are those of Optuna's
-    SuccessiveHalvingPruner, but computed from the reported values alone: no marks are written into the storage, so a
-    trial that was killed between a mark and its verdict is judged again in the same way.
+    SuccessiveHalvingPruner, but computed from the reported values alone: no state is written into the storage, so a
+    trial that was killed at a rung gets the same decision again.
     """
 
     def __init__(self, min_epochs: int = 5, reduction: int = 2) -> None:

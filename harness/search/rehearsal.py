@@ -1,8 +1,7 @@
-"""A study's sampler and pruner at work in memory, before anything is trained.
+"""Run a study's sampler and pruner in memory, before any training.
 
-Optuna looks at some arguments only when it needs them: n_startup_trials="x" is found at the first question, others
-after the trials that are drawn at random. And a study that is resumed asks a new sampler: it has to answer as the one
-before it would have.
+Optuna checks some arguments only when it uses them: n_startup_trials="x" fails at the first suggestion, others
+after the random trials. A resumed study also builds a new sampler, which has to suggest the same as the one before.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from harness.search import suggest
 from harness.search.history import ShownStudy
 
 DRAWN = 10  # trials that Optuna's samplers draw at random
-MOST = 64  # a sampler that draws more than this is not rehearsed beyond them
+MOST = 64  # a sampler with more random trials is not rehearsed beyond them
 EPOCHS = 3
-FEW = 4  # trials, or configurations, of which nothing is concluded
-MANY = 1000  # configurations among which none should come twice
+FEW = 4  # trials, or configurations: too few for a conclusion
+MANY = 1000  # configurations, among which none should repeat
 
 
 def rehearse(study: Study) -> None:
-    """Ask for trials, each of them twice, and judge them, as the study will.
+    """Ask for each trial twice and call the pruner, as the study will.
 
-    Raises InputError when the sampler or the pruner cannot work, or the sampler answers one question in two ways or
+    Raises InputError if the sampler or the pruner fails, or the sampler is not deterministic or
     repeats itself.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -44,9 +43,9 @@ def rehearse(study: Study) -> None:
             trial, again = (_asked(study, pruner, number, trials) for _ in range(2))
         if trial.params != again.params:
             raise InputError(
-                f"{study.sampler.name} does not answer the same question twice in the same way (trial {number}: "
-                f"{trial.params}, then {again.params}), so a study could not be resumed; make it depend on nothing "
-                "but its seed and the trials that it is shown."
+                f"{study.sampler.name} is not deterministic (trial {number}: "
+                f"{trial.params}, then {again.params}), so a study could not be resumed; make it depend "
+                "only on its seed and the trials that it gets."
             )
         with _blaming(study.pruner):
             _judge(pruner, trial, trials)
@@ -55,29 +54,29 @@ def rehearse(study: Study) -> None:
 
 
 def _check_repetition(study: Study, trials: list[FrozenTrial]) -> None:
-    """Raise InputError when a sampler repeats itself: it notes elsewhere what it has tried, and starts from there.
+    """Raise InputError if a sampler repeats itself, because it keeps its state outside the trials.
 
-    `trials` are those after the base. Of a space with few configurations, some may well come twice.
+    `trials` are those after the base. In a space with few configurations, some may repeat.
     """
     different = {tuple(trial.params.items()) for trial in trials}
     size = math.prod(map(_values, study.space.values()))
     if len(trials) >= FEW and size > FEW and len(different) <= (len(trials) / 2 if size > MANY else 1):
         raise InputError(
             f"{study.sampler.name} suggests {len(different)} different "
-            f"configuration{'s' if len(different) > 1 else ''} for {len(trials)} trials: what it has tried it keeps "
-            "where a resumed study does not look; use tpe(), gp(), or grid() for a list of points."
+            f"configuration{'s' if len(different) > 1 else ''} for {len(trials)} trials: it keeps its state "
+            "where a resumed study cannot read it; use tpe(), gp(), or grid() for a list of points."
         )
 
 
 def _values(dimension: Dimension) -> float:
-    """How many values it has."""
+    """The number of values."""
     if isinstance(dimension, Float):
         return math.inf
     return len(dimension.options) if isinstance(dimension, Choice) else dimension.high - dimension.low + 1
 
 
 def _asked(study: Study, pruner: optuna.pruners.BasePruner, number: int, trials: list[FrozenTrial]) -> FrozenTrial:
-    """A running trial with its parameters, in a storage of its own."""
+    """Return a running trial with its parameters, in its own storage."""
     memory = optuna.create_study(direction="maximize", pruner=pruner)
     for _ in range(number + 1):  # so that the last one has this number
         trial_id = memory._storage.create_new_trial(memory._study_id)
@@ -88,7 +87,7 @@ def _asked(study: Study, pruner: optuna.pruners.BasePruner, number: int, trials:
 
 
 def _judge(pruner: optuna.pruners.BasePruner, trial: FrozenTrial, others: list[FrozenTrial]) -> None:
-    """Have the trial report, and end it as complete, whatever the pruner says."""
+    """Report values to the pruner, then end the trial as complete in any case."""
     shown = ShownStudy.of(optuna.create_study(direction="maximize", pruner=pruner), [*others, trial])
     for epoch in range(1, EPOCHS + 1):
         trial.intermediate_values[epoch] = 1 / (trial.number + epoch)
@@ -106,6 +105,4 @@ def _blaming(part: SamplerLike | PrunerLike) -> Iterator[None]:
     except Exception as error:
         options = ", ".join(f"{name}={value!r}" for name, value in getattr(part, "options", ()))
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(
-            f"{part.name}({options}) cannot work on this study ({reason}); correct its arguments."
-        ) from error
+        raise InputError(f"{part.name}({options}) fails on this study ({reason}); correct its arguments.") from error

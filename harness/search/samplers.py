@@ -1,6 +1,6 @@
-"""Who chooses the next configuration and who stops a trial: Optuna's samplers and pruners by name, and two of our own.
+"""Samplers: Optuna's by name, and two of our own.
 
-Both are described by data in a study file and built anew for every question, because a seeded sampler that lives on
+They are data in a study file and built anew for every suggestion, because a long-lived seeded sampler
 would restart its stream when a study is resumed.
 """
 
@@ -26,7 +26,7 @@ from harness.search.extrapolation import ExtrapolatingGPSampler
 
 
 class _Asked:
-    """What every description of a sampler can do."""
+    """Base class of sampler descriptions."""
 
     def ask(
         self, study: Study, of: optuna.Study, trial_id: int, number: int, history: list[FrozenTrial]
@@ -38,7 +38,7 @@ class _Asked:
 class Sampler(_Asked):
     """An Optuna sampler: the name of its class and its arguments, e.g. Sampler("TPESampler", n_startup_trials=5).
 
-    Any other class with Optuna's interface that takes a seed is given as Sampler("package.module:Class", ...).
+    For another class with Optuna's interface and an argument seed, write Sampler("package.module:Class", ...).
     """
 
     name: str
@@ -64,14 +64,14 @@ class Sampler(_Asked):
         return make(optuna.samplers, ExtrapolatingGPSampler, self.name, options)
 
 
-# Pruners that keep marks of their own in the storage, and could not repeat an uninterrupted study. A sampler that
-# could not is found by `harness.search.rehearsal`.
+# Pruners that keep state in the storage, and cannot repeat an uninterrupted study. `harness.search.rehearsal` finds
+# samplers that cannot.
 NOT_RESUMABLE = ("SuccessiveHalvingPruner", "HyperbandPruner")
 
 
 @dataclass(frozen=True)
 class Grid(_Asked):
-    """Every combination of a space of choices, once: trial 0 is the base, then the others in order."""
+    """Every combination of a space of choices, once: trial 0 is the base, the others follow in order."""
 
     name: ClassVar[str] = "grid"
 
@@ -96,7 +96,7 @@ class Grid(_Asked):
 
 
 class _GridSampler(optuna.samplers.RandomSampler):
-    """The n-th trial takes the n-th point. Optuna's GridSampler keeps its own order and stops the study by itself."""
+    """A sampler of the n-th point for trial n. Optuna's GridSampler has its own order and stops the study itself."""
 
     def __init__(self, points: list[dict[str, Any]]) -> None:
         super().__init__()
@@ -109,50 +109,50 @@ class _GridSampler(optuna.samplers.RandomSampler):
 
 
 def _imported(name: str) -> Any:
-    """The sampler's class of "package.module:Class"; raises InputError when there is none."""
+    """Import the sampler "package.module:Class". Raises InputError if there is none."""
     module, _, kind = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), kind)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"There is no sampler {name!r} ({error}); write package.module:Class.") from error
     if not (isinstance(found, type) and issubclass(found, optuna.samplers.BaseSampler)):
-        raise InputError(f"{name} is no sampler; give a class that is derived from optuna.samplers.BaseSampler.")
+        raise InputError(f"{name} is not a sampler; give a subclass of optuna.samplers.BaseSampler.")
     return found
 
 
 def make(module: Any, ours: type, name: str, options: Mapping[str, Any]) -> Any:
-    """A sampler or pruner of Optuna's `module`, or of our own class beside them."""
+    """Build a sampler or pruner of Optuna's `module`, or of our class `ours`."""
     if name in NOT_RESUMABLE:
-        raise InputError(f"{name} cannot be resumed as if it had not stopped; use asha() instead.")
+        raise InputError(f"{name} would not resume reproducibly; use asha() instead.")
     what = module.__name__.rpartition(".")[2].removesuffix("s")
     theirs = {each for each in vars(module) if each.endswith(what.capitalize()) and not each.startswith("Base")}
     known = [*sorted(theirs.difference(NOT_RESUMABLE)), ours.__name__]
     if name not in known:
-        raise InputError(f"There is no {what} {name!r}; there are {', '.join(known)}.")
+        raise InputError(f"There is no {what} {name!r}; choose from {', '.join(known)}.")
     return call(ours if name == ours.__name__ else getattr(module, name), name, options)
 
 
 def check_options(name: str, options: Mapping[str, Any], or_else: str) -> None:
-    """Raise InputError unless a resumed study can tell that these are its options, by their text."""
+    """Raise InputError unless a resumed study can compare these options, by their repr."""
     if not isinstance(name, str):
-        raise InputError(f"A sampler or pruner is given by its name, a text, not {name!r}.")
+        raise InputError(f"A sampler or pruner is given by its name, a string, not {name!r}.")
     for option, value in options.items():
         if not is_plain(value):
             raise InputError(
-                f"{name} cannot take {option}={value!r}, for a resumed study could not tell whether it is the same; "
-                f"give a number, a text, a list of them{or_else}, or leave {option} out."
+                f"{name} cannot take {option}={value!r}, as a resumed study could not compare it; "
+                f"give a number, a string, a list of them{or_else}, or leave {option} out."
             )
 
 
 def call(kind: Any, name: str, options: Mapping[str, Any]) -> Any:
     try:
-        with warnings.catch_warnings():  # who names it need not be told with a line of its source
+        with warnings.catch_warnings():  # the user chose the class by its name
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return kind(**options)
     except (TypeError, ValueError, ImportError) as error:
         given = {option: value for option, value in options.items() if option != "seed"}  # the seed is the study's
-        hint = "give its class an argument seed" if "seed" in str(error) else "correct its arguments"
-        raise InputError(f"{name} cannot be made with {given}: {str(error).rstrip('.')}; {hint}.") from error
+        hint = "add an argument seed to its class" if "seed" in str(error) else "correct its arguments"
+        raise InputError(f"{name} cannot be built with {given}: {str(error).rstrip('.')}; {hint}.") from error
 
 
 def tpe(**options: Any) -> Sampler:
@@ -161,7 +161,7 @@ def tpe(**options: Any) -> Sampler:
 
 
 def gp(**options: Any) -> Sampler:
-    """Optuna's Gaussian process, shown how stopped trials would have ended (`harness.search.extrapolation`)."""
+    """Optuna's Gaussian process, with pruned trials extrapolated (`harness.search.extrapolation`)."""
     return Sampler("ExtrapolatingGPSampler", **options)
 
 

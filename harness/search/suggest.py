@@ -1,8 +1,8 @@
-"""What a sampler is shown when it is asked for a configuration, and asking it.
+"""Ask a sampler for a configuration, given a history of trials.
 
-Several workers ask at different moments, so every question comes with what was known then: the trials with a lower
-number that had ended, and the parameters of those that were running. Which ones that were is kept with the trial, and
-the same question can be put again (`harness.cli.replay`). A study with one worker has seen all lower numbers.
+Several workers ask at different times, so every suggestion has its own history: the trials with a lower
+number that had ended, and the parameters of those that were running. Their numbers are stored with the trial, so
+that the suggestion can be repeated (`harness.study.replay`). With one worker, all lower numbers are in the history.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from harness.store.records import has_diverged
 
 
 class _Storage:
-    """A storage without what samplers note for others: what a suggestion has seen is its history alone.
+    """A storage without samplers' system attributes: a suggestion depends on its history alone.
 
-    Optuna's genetic algorithms note the parents of a generation; they find the same ones again in the history. Other
-    samplers note the parameters that they are about to write; a running trial is shown when it has them all.
+    Optuna's genetic algorithms store the parents of a generation; they find the same ones again in the history. Other
+    samplers store parameters before they write them; a running trial is in the history once it has them all.
     """
 
     def __init__(self, storage: optuna.storages.BaseStorage) -> None:
@@ -50,26 +50,26 @@ class _Storage:
 
 
 def ask(study: Study, of: optuna.Study, trial_id: int, number: int, history: list[FrozenTrial]) -> dict[str, Any]:
-    """The parameters of a trial, written to the storage of `of`; what it has already stays.
+    """Suggest a trial's parameters and write them to the storage of `of`; existing ones stay.
 
-    The sampler is made anew for every question, seeded from the study's seed, the trial's number and the question. It
-    therefore answers the same after a kill as without one. It is not told how trials end, for it sees that in the
-    history the next time; some of Optuna's would stop the study then.
+    The sampler is built anew for every parameter, seeded from the study's seed, the trial's number and the path. It
+    therefore suggests the same after a kill as without one. Its `after_trial` is not called: it finds results in the
+    history, and some of Optuna's samplers would stop the study there.
     """
     shown = ShownStudy.of(of, history, _storage=_Storage(of._storage))
     shown.sampler = _sampler(study, derive_seed(study.seed, "ask", number), history)
     trial = optuna.Trial(shown, trial_id)
-    # Optuna draws jointly sampled parameters at the first question; have it drawn now, whatever was asked before.
+    # Optuna samples joint parameters at the first suggestion; do it now, whatever was suggested before.
     _ = trial.relative_params
     for path, dimension in study.space.items():
-        # A fresh stream for each parameter: a process may die between two of them.
+        # A fresh stream for each parameter: a process may die between two.
         shown.sampler = _sampler(study, derive_seed(study.seed, "ask", number, path), history)
         _suggest(trial, path, dimension)
     return dict(trial.params)
 
 
 def _suggest(trial: optuna.Trial, path: str, dimension: Dimension) -> Any:
-    """Have the study's sampler choose a value of one dimension."""
+    """Have the study's sampler suggest a value of a dimension."""
     if isinstance(dimension, Choice):
         return trial.suggest_categorical(path, dimension.labels)
     if isinstance(dimension, Int):
@@ -78,9 +78,9 @@ def _suggest(trial: optuna.Trial, path: str, dimension: Dimension) -> Any:
 
 
 def _checked(sampler: optuna.samplers.BaseSampler, name: str) -> optuna.samplers.BaseSampler:
-    """The sampler with its answers checked, which Optuna does of those that it draws jointly alone.
+    """Check a sampler's suggestions; Optuna does this only for jointly sampled ones.
 
-    What it raises or suggests comes out as InputError; Optuna's and the database's own errors stay what they are.
+    Its errors and invalid suggestions become InputError; Optuna's and the database's own errors do not.
     """
     independent, relative = sampler.sample_independent, sampler.sample_relative
 
@@ -91,7 +91,7 @@ def _checked(sampler: optuna.samplers.BaseSampler, name: str) -> optuna.samplers
         except (ValueError, TypeError):
             fits = False
         if not fits:
-            raise InputError(f"{name} suggests {value!r} for {path}, which is outside of {distribution}; mend it.")
+            raise InputError(f"{name} suggests {value!r} for {path}, which is outside of {distribution}; fix it.")
         return value
 
     def sample_relative(of: optuna.Study, trial: FrozenTrial, space: dict[str, BaseDistribution]) -> dict[str, Any]:
@@ -111,13 +111,13 @@ def _answer(name: str, number: int, question: Callable[..., Any], *about: Any) -
         if ":" not in name:  # Optuna's own: the rehearsal says which argument is wrong
             raise
         raise InputError(
-            f"{name} failed when it was asked for trial {number} ({type(error).__name__}: {first_line(error)}); mend "
-            "the sampler, and the same command goes on."
+            f"{name} failed when asked for trial {number} ({type(error).__name__}: {first_line(error)}); fix "
+            "the sampler and run the same command again."
         ) from error
 
 
 def _sampler(study: Study, seed: int, history: list[FrozenTrial]) -> optuna.samplers.BaseSampler:
-    """The study's sampler, made anew. TPE takes the best tenth of the trials for good, but none that diverged."""
+    """Build the study's sampler. TPE counts the best tenth of the trials as good, but none that diverged."""
     sampler = _checked(study.sampler.build(study, seed), study.sampler.name)
     if isinstance(sampler, optuna.samplers.TPESampler):
         ended = [trial for trial in history if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]

@@ -1,4 +1,4 @@
-"""The one place where an Optuna trial meets training."""
+"""Evaluate an Optuna trial by training it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from harness.training.step import Runtime
 def evaluate_trial(
     study: Study, asked: Asked, store: Store, runtime: Runtime, checkpoints: Path
 ) -> Generator[events.Event, None, events.TrialOutcome]:
-    """Train one configuration, yielding what happens; the generator's return value is the outcome, already told.
+    """Train one configuration, yielding events; the generator returns the outcome, already stored.
 
-    An exception inside the trial is an outcome too (Failed). What stops the process is not: the trial is left to be
-    taken up again, from a checkpoint when there was time to write one. So is what breaks the ground under all trials
-    (Halt), and what another process does now (LeaseLost).
+    An exception inside the trial is an outcome, too (Failed). What stops the process is not: the trial is resumed
+    later, from a checkpoint if there was time to write one. Neither is a fault that affects all trials (Halt), nor a
+    takeover by another process (LeaseLost).
     """
     start = time.monotonic()
     config, key = study.config(asked.params), trial_key(asked.number)
@@ -68,7 +68,7 @@ def _train(
     key, name, last = trial_key(asked.number), f"trial {asked.number}", training.config.epochs
     checkpoint.restore()
     restored = tuple(training.progress.epochs)
-    # Of those it went beyond: with other workers' results of since then the pruner might say otherwise.
+    # Epochs it went beyond: with newer results of other workers the pruner might decide otherwise.
     judged = restored if training.progress.step else restored[:-1]
     yield events.TrialStarted(
         key=key,

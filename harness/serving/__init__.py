@@ -1,1 +1,1 @@
-"""The final model as files, and what answers with it."""
+"""The final model: files, registry, predictions, web pages."""

@@ -1,6 +1,6 @@
-"""The model card (Mitchell et al., "Model Cards for Model Reporting", 2019) that lies beside the weights.
+"""The model card (Mitchell et al., "Model Cards for Model Reporting", 2019), beside the weights.
 
-Everything in it comes from the storage and from model.json, so equal results give an equal card.
+Its content comes from the storage and model.json, so equal results give an equal card.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("card.md.j2")
-UNKNOWN_LICENCE = "Nothing is recorded about the licence of these images; ask who took them before passing on."
+UNKNOWN_LICENCE = "The licence of these images is not recorded; ask their authors before you share them."
 WORST_CLASSES = 5
 
 
 def write_card(name: str, data: Dataset, store: Store, folder: Path, program: str | None) -> None:
-    """Write the card of the final model in `folder`, unless it says the same already.
+    """Write the card of the final model in `folder`, unless it is up to date.
 
-    `program` is the name of the exported program beside it, None when there is none. Raises Halt when there is no room.
+    `program` is the name of the exported program beside it, None if there is none. Raises Halt if the disk is full.
     """
     description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     text = card(name, getattr(data, "licence", UNKNOWN_LICENCE), store, description, program).encode()
@@ -43,7 +43,7 @@ def write_card(name: str, data: Dataset, store: Store, folder: Path, program: st
 
 
 def card(name: str, licence: str, store: Store, description: Mapping[str, Any], program: str | None) -> str:
-    """The card in Markdown; `description` is what model.json says."""
+    """Return the card as Markdown; `description` is the content of model.json."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     facts, final = store.facts(), store.facts().final
@@ -51,7 +51,7 @@ def card(name: str, licence: str, store: Store, description: Mapping[str, Any], 
     trial = next(each for each in store.trials() if each.number == final.trial)
     kept = facts.predictions
     remarks = [conclusion(store), selection_sentence(final), None if kept is None else _calibration(kept)]
-    # What is not marked `plain` was written by this project, or checked: names of studies, fields and files.
+    # Values without the `plain` filter come from this project, or are checked: names of studies, fields and files.
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE.parent),
         undefined=StrictUndefined,
@@ -80,22 +80,19 @@ def card(name: str, licence: str, store: Store, description: Mapping[str, Any], 
 
 
 def _calibration(kept: Mapping[str, Any]) -> str:
-    """How far confidence is to be believed, in the words of the report."""
-    return (
-        f"{calibration_sentence(described(kept))} That is how far the highest probability is from how often such "
-        "answers are right."
-    )
+    """Return the report's calibration sentence with an explanation."""
+    return f"{calibration_sentence(described(kept))} This is the mean gap between confidence and accuracy."
 
 
 def _among(store: Store) -> str:
-    """How the trial was chosen, as a part of a sentence."""
+    """Return how the trial was chosen, as a clause."""
     if (second := store.facts().rerank) is not None:
-        return f" among the best {len(second['candidates'])}, trained again from fresh seeds"
+        return f" among the best {len(second['candidates'])}, retrained from fresh seeds"
     return " by the lower bound of its estimate from all of them" if (store.choice() or {}).get("estimates") else ""
 
 
 def _worst_classes(kept: Mapping[str, Any], classes: Sequence[str]) -> list[tuple[str, int, int]]:
-    """The classes that the saved model finds least often, each with its hits and images; none when it finds all."""
+    """Return the classes with the lowest test accuracy, with correct and total images; perfect classes are omitted."""
     import numpy
 
     labels = unpack(kept["labels"], "uint16")
@@ -106,7 +103,7 @@ def _worst_classes(kept: Mapping[str, Any], classes: Sequence[str]) -> list[tupl
 
 
 def _plain(text: str) -> str:
-    """What somebody wrote, as Markdown that shows it as it stands: on one line, without tags, links or emphasis."""
+    """Escape a user's text for Markdown: one line, without tags, links or emphasis."""
     signs = re.sub(r"([\\`*_\[\]|~])", r"\\\1", " ".join(text.split()))
     return html.escape(signs, quote=False)
 

@@ -1,8 +1,8 @@
-"""A page for people: drop a photograph, press Submit, see what the saved model takes it for.
+"""The demo page: drop a photograph, press Submit, see the saved model's prediction.
 
-The page is Gradio's. Nothing leaves the machine: no analytics, no fonts or scripts from elsewhere (the browser is told
-to refuse them), and the photographs lie in a temporary folder that goes with the page. It answers for files in that
-folder only; Gradio alone would fetch URLs and, on a page that is mounted like this one, copy any file of the machine.
+Gradio renders the page. Nothing leaves the machine: no analytics, no external fonts or scripts (a policy makes the
+browser refuse them), and uploads are in a temporary folder that is deleted at the end. The page accepts files of that
+folder only; Gradio alone would fetch URLs and, on a mounted page like this one, copy any file of the machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 EXAMPLES = 8
 EXAMPLE_PIXELS = 384  # drawn flowers are drawn at this size, photographs reduced to it
 LARGEST_FILE = "50mb"
-# What the browser may load, and from where: this server. Gradio's page has its scripts and styles inline.
+# The browser may load from this server only. Gradio's scripts and styles are inline.
 POLICY = "default-src 'self' 'unsafe-inline' data: blob:; frame-ancestors 'none'"
 CSS = """
 .gradio-container { width: 100%; max-width: 960px !important; margin: 0 auto !important; }
@@ -40,19 +40,19 @@ CSS = """
 
 
 def check_installed() -> None:
-    """Raise InputError when Gradio is missing."""
+    """Raise InputError if Gradio is missing."""
     if importlib.util.find_spec("gradio") is None:
         raise InputError('The demo page needs Gradio; install it with pip install -e ".[demo]".')
 
 
 def serve(predictor: Predictor, host: str, port: int) -> None:
-    """Show the page at http://host:port until the process is interrupted."""
+    """Serve the page at http://host:port until the process is interrupted."""
     with tempfile.TemporaryDirectory(prefix="flower-demo-") as folder:
         import uvicorn
 
         app = build_app(predictor, Path(folder))
         print(f"The page opens at http://{host}:{port} (Ctrl-C ends it).", flush=True)
-        # A browser keeps a connection open as long as it shows the page; one second is enough to take leave.
+        # A browser keeps its connection open while it shows the page; wait one second for it.
         config = uvicorn.Config(
             app,
             host=host,
@@ -65,8 +65,8 @@ def serve(predictor: Predictor, host: str, port: int) -> None:
 
 
 def build_app(predictor: Predictor, folder: Path) -> FastAPI:
-    """The page as an application; the photographs that it is given lie in `folder`."""
-    # Both are read when Gradio is imported.
+    """Return the page as an application; uploads go to `folder`."""
+    # Gradio reads both at import.
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder)}
     import gradio
     from fastapi import FastAPI, HTTPException
@@ -92,7 +92,7 @@ def build_app(predictor: Predictor, folder: Path) -> FastAPI:
 
 
 def write_examples(predictor: Predictor, folder: Path) -> list[Path]:
-    """A few validation images of the study as files in `folder`, each of another class; none where the data are not."""
+    """Write validation images of different classes to `folder`; return the files, none if the data are missing."""
     config: Any = predictor.saved.config
     data = dataclasses.replace(config.data, stored_size=max(EXAMPLE_PIXELS, config.data.stored_size))
     files: list[Path] = []
@@ -105,12 +105,12 @@ def write_examples(predictor: Predictor, folder: Path) -> list[Path]:
             image.save(folder / f"example {label + 1}.png")
             files.append(folder / f"example {label + 1}.png")
     except InputError as error:
-        print(f"The page has {len(files) or 'no'} examples: {error}", file=sys.stderr)
+        print(f"The page shows {len(files) or 'no'} examples: {error}", file=sys.stderr)
     return files
 
 
 def theme() -> gradio.Theme:
-    """Gradio's look in the system's own fonts: named ones would be fetched from elsewhere."""
+    """Return Gradio's theme with system fonts: named fonts would be downloaded."""
     import gradio
 
     return gradio.themes.Soft(
@@ -118,7 +118,7 @@ def theme() -> gradio.Theme:
         neutral_hue="slate",
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
-    ).set(  # Darker than by default: white letters on the button, and coloured ones on white, should be easy to read.
+    ).set(  # darker than the default, for readable white text on the button and coloured text on white
         body_background_fill="*neutral_50",
         button_primary_background_fill="*primary_700",
         button_primary_background_fill_dark="*primary_700",
@@ -129,7 +129,7 @@ def theme() -> gradio.Theme:
 
 
 def uploaded(values: Any, folder: Path) -> bool:
-    """Whether all files that an event of the page is called with lie in `folder`; a URL never does."""
+    """Return whether all files in an event's values are in `folder`; a URL never is."""
     if isinstance(values, dict):
         path = values.get("path")
         if path is not None and not (isinstance(path, str) and Path(path).resolve().is_relative_to(folder.resolve())):
@@ -139,14 +139,14 @@ def uploaded(values: Any, folder: Path) -> bool:
 
 
 def build_page(predictor: Predictor, examples: Sequence[Path], folder: Path) -> gradio.Blocks:
-    """The page, ready to be served; uploaded files lie in `folder`."""
+    """Return the page, ready to serve; uploads are in `folder`."""
     import gradio
 
     class Page(gradio.Blocks):
         def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
-            """Called with what came in, before Gradio fetches or copies a file."""
+            """Check the inputs before Gradio fetches or copies a file."""
             if not uploaded(inputs, folder):
-                raise gradio.Error("This page answers for files only that were uploaded to it.", print_exception=False)
+                raise gradio.Error("This page accepts uploaded files only.", print_exception=False)
             super().validate_inputs(block_fn, inputs)
 
     with Page(title="Which flower is this?", analytics_enabled=False) as blocks:
@@ -161,7 +161,7 @@ def build_page(predictor: Predictor, examples: Sequence[Path], folder: Path) -> 
                     height=360,
                     elem_id="photograph",
                 )
-                # Gradio would open the file first and answer a damaged one in words of its own.
+                # Gradio would open the file first and report a damaged one itself.
                 photograph.preprocess = lambda payload: payload and payload.path
                 with gradio.Row():
                     clear = gradio.Button("Clear", min_width=100)
@@ -178,17 +178,17 @@ def build_page(predictor: Predictor, examples: Sequence[Path], folder: Path) -> 
 
 
 def heading(description: Mapping[str, Any]) -> str:
-    """The page's first lines, given what model.json says: the saved seed's numbers as they stand in the model card."""
+    """Return the page's heading from model.json: the saved seed's numbers, as in the model card."""
     test = description["test"]
     return (
         "# Which flower is this?\n\nDrop an image of a flower and press Submit. The model knows "
-        f"{len(description['classes'])} kinds; trained from seed {test['seed']}, it was right on {test['correct']:,} "
-        f"of the {test['total']:,} test images ({percent(test['accuracy'])})."
+        f"{len(description['classes'])} classes; trained from seed {test['seed']}, it was right on "
+        f"{test['correct']:,} of the {test['total']:,} test images ({percent(test['accuracy'])})."
     )
 
 
 def note_of(description: Mapping[str, Any]) -> str:
-    """What the examples are to the model."""
+    """Return whether the model was trained on the examples."""
     seen = {
         "train": "the model was not trained on them.",
         "train+val": "the model was trained on them too, so it does better on them than on other images.",
@@ -197,11 +197,11 @@ def note_of(description: Mapping[str, Any]) -> str:
 
 
 def _answering(predictor: Predictor) -> Callable[[str | None], tuple[dict[str, float] | None, str]]:
-    """What Submit does with the path of an uploaded image: the probabilities to show, and a sentence."""
+    """Return Submit's function: the path of an upload to probabilities and a message."""
 
     def answer(path: str | None) -> tuple[dict[str, float] | None, str]:
         if path is None:
-            return None, _sentence("There is no image yet; drop one, or choose an example.")
+            return None, _sentence("There is no image yet; drop one, or select an example.")
         try:
             image = predictor.photograph(Path(path))
         except InputError as error:
@@ -213,5 +213,5 @@ def _answering(predictor: Predictor) -> Callable[[str | None], tuple[dict[str, f
 
 
 def _sentence(text: str) -> str:
-    """The text for Markdown, which takes every punctuation mark after a backslash as it is."""
+    """Escape the punctuation of a text for Markdown."""
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)

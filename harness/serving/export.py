@@ -1,7 +1,7 @@
-"""The final model in formats that need nothing of this project: a program of torch.export, and ONNX.
+"""Export the final model to formats that do not need this project: a torch.export program, and ONNX.
 
-Both take standardised images, float32 [B, 3, S, S] with any B, and give logits, float32 [B, classes]; both are compared
-with the model that they were made from before they get their name.
+Both take standardised images, float32 [B, 3, S, S] with any B, and return logits, float32 [B, classes]; both are
+compared with the original model before they are saved.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
     from harness.config.find import Found
     from harness.serving.model import SavedModel
 
-WEIGHTS = "weights.sha256"  # an entry of the archive: the fingerprint of the weights that it was made of
+WEIGHTS = "weights.sha256"  # the archive's entry with the fingerprint of its weights
 TOLERANCE = 1e-4  # of a logit
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-BATCHES = (1, 3)  # a program whose batch size is not free fails with one of them
-EXAMPLE_BATCH = 2  # torch.export takes a size of 1 for a constant
+BATCHES = (1, 3)  # a program with a fixed batch size fails with one of them
+EXAMPLE_BATCH = 2  # torch.export treats a size of 1 as a constant
 
 
 def weights_of(saved: SavedModel) -> str:
-    """The sha256 of the weights, the same as in the final result's record."""
+    """Return the sha256 of the weights, as in the final result's record."""
     from harness.training.checkpoint import fingerprint
 
     return fingerprint(saved.model.state_dict())
 
 
 def logits_of(saved: SavedModel, images: Tensor) -> NDArray[numpy.float32]:
-    """What the model itself says of standardised images, float32 [B, 3, S, S]: float32 [B, classes]."""
+    """Return the model's logits, float32 [B, classes], for standardised images, float32 [B, 3, S, S]."""
     import torch
 
     with torch.inference_mode():
@@ -49,11 +49,11 @@ def logits_of(saved: SavedModel, images: Tensor) -> NDArray[numpy.float32]:
 
 
 def write_program(saved: SavedModel, path: Path) -> None:
-    """Write the model as a program of torch.export to `path`, unless it is there with these weights already.
+    """Write the model as a torch.export program to `path`, unless it exists with the same weights.
 
-    `torch.export.load` reads it without executing code of its own: graph, weights and shapes are JSON and plain bytes,
-    and the example input, which torch would pickle, is left out. Raises InputError when the model cannot be exported or
-    the program gives other logits, Halt when there is no room.
+    `torch.export.load` reads it without executing code from the file: graph, weights and shapes are JSON and plain
+    bytes, and the example input, which torch would pickle, is omitted. Raises InputError if the model cannot be
+    exported or the program gives other logits, Halt if the disk is full.
     """
     import torch
 
@@ -62,7 +62,7 @@ def write_program(saved: SavedModel, path: Path) -> None:
         return
     program = _program(saved)
     program.example_inputs = None
-    written = io.BytesIO()  # not to the file itself: torch hides from a full disk's message what is full
+    written = io.BytesIO()  # not the file itself: torch's error for a full disk does not name the disk
     torch.export.save(program, written, extra_files={WEIGHTS: weights})
     loaded = torch.export.load(written).module()
     _check(f"The exported program {path}", saved, lambda images: loaded(images).detach().numpy())
@@ -70,7 +70,7 @@ def write_program(saved: SavedModel, path: Path) -> None:
 
 
 def program_weights(path: Path) -> str | None:
-    """The fingerprint of the weights that the program was made of; None when there is no such program."""
+    """Return the fingerprint of a program's weights; None if there is no program."""
     try:
         with zipfile.ZipFile(path) as archive:
             entry = next((name for name in archive.namelist() if name.endswith(WEIGHTS)), None)
@@ -80,7 +80,7 @@ def program_weights(path: Path) -> str | None:
 
 
 def export_onnx(found: Found, url: str, path: Path) -> None:
-    """Write the model of a study's final run as ONNX to `path`. Raises InputError for what a user can mend."""
+    """Write the model of a study's final run as ONNX to `path`. Raises InputError for user errors."""
     check_packages()
     check_place(path, "--onnx", ".onnx", found.kept(url))
     from harness.serving.model import load_saved
@@ -94,25 +94,25 @@ def export_onnx(found: Found, url: str, path: Path) -> None:
     except Halt as error:
         if error.__cause__ is not None and no_room(error.__cause__):
             raise
-        raise InputError(f"{error} --onnx takes another file.") from error
+        raise InputError(f"{error} Or give another --onnx.") from error
 
 
 def check_packages() -> None:
-    """Raise InputError unless what ONNX needs is installed."""
+    """Raise InputError unless ONNX's packages are installed."""
     absent = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if absent:
-        raise InputError(f'ONNX needs {" and ".join(absent)}; install what is missing with pip install -e ".[onnx]".')
+        raise InputError(f'ONNX needs {" and ".join(absent)}; install with pip install -e ".[onnx]".')
 
 
 def write_onnx(saved: SavedModel, path: Path) -> None:
-    """Write the model as one ONNX file, with input `images` and output `logits`; classes and preprocessing lie in it.
+    """Write the model as one ONNX file with input `images`, output `logits`, and classes and preprocessing as metadata.
 
-    The file is there whole and checked, or not at all. Raises InputError when the model cannot be exported or
-    onnxruntime gives other logits, Halt when the file cannot be written.
+    The file is written atomically, after a check. Raises InputError if the model cannot be exported or onnxruntime
+    gives other logits, Halt if the file cannot be written.
     """
     import onnxruntime
 
-    with replacing(path) as file:  # first of all, for exporting takes a minute
+    with replacing(path) as file:  # first, because exporting takes a minute
         file.write(_onnx(saved))
         file.flush()
         session = onnxruntime.InferenceSession(file.name, providers=["CPUExecutionProvider"])
@@ -120,7 +120,7 @@ def write_onnx(saved: SavedModel, path: Path) -> None:
 
 
 def preprocessing_of(saved: SavedModel) -> dict[str, str]:
-    """What a user of the bare network must know, each entry as JSON: the ONNX file's metadata."""
+    """Return the ONNX file's metadata: how to use the network, each entry as JSON."""
     size = saved.image_size
     what = f"RGB, 0 to 1, minus mean, divided by std; float32 [batch, 3, {size}, {size}], with any batch"
     described = {**saved.description["preprocessing"], "classes": saved.description["classes"], "input": what}
@@ -135,28 +135,28 @@ def _program(saved: SavedModel) -> ExportedProgram:
     try:
         with torch.no_grad():
             return torch.export.export(saved.model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    except Exception as error:  # the exporter runs the backbone's own code, which may fail in any way
-        raise InputError(f"This model cannot be exported by torch ({first_line(error)}).") from error
+    except Exception as error:  # the exporter runs the backbone's code, which may raise any error
+        raise InputError(f"torch cannot export this model ({first_line(error)}).") from error
 
 
 def _onnx(saved: SavedModel) -> bytes:
     import torch
 
-    program, batch = _program(saved), ({0: "batch"},)  # torch's own name for it would be something like s77
+    program, batch = _program(saved), ({0: "batch"},)  # torch's own name would be something like s77
     try:
         made: Any = torch.onnx.export(
             program, dynamo=True, input_names=["images"], output_names=["logits"], dynamic_shapes=batch, verbose=False
         )
-    except Exception as error:  # an operator of the backbone may have no counterpart
-        raise InputError(f"This model cannot be written as ONNX ({first_line(error)}).") from error
+    except Exception as error:  # ONNX may lack an operator of the backbone
+        raise InputError(f"torch cannot export this model to ONNX ({first_line(error)}).") from error
     made.model.metadata_props.update(preprocessing_of(saved))
     return bytes(made.model_proto.SerializeToString())
 
 
 def _check(what: str, saved: SavedModel, logits: Callable[[Tensor], NDArray[Any]]) -> None:
-    """Raise InputError when a program's logits are not the model's own.
+    """Raise InputError if a program's logits differ from the model's.
 
-    They are compared on standard normal pixels, seeded, in several batch sizes.
+    They are compared on seeded standard normal pixels, in several batch sizes.
     """
     import torch
 
@@ -164,15 +164,15 @@ def _check(what: str, saved: SavedModel, logits: Callable[[Tensor], NDArray[Any]
     for count in BATCHES:
         images = torch.randn(count, 3, size, size, generator=generator)
         if (wrong := disagreement(logits(images), logits_of(saved, images))) is not None:
-            raise InputError(f"{what} {wrong}, and is not kept; use model.safetensors instead.")
+            raise InputError(f"{what} {wrong}, and is not saved; use model.safetensors instead.")
 
 
 def disagreement(found: NDArray[Any], wanted: NDArray[Any]) -> str | None:
-    """How logits differ from the model's own, in words; None when by no more than the tolerance."""
+    """Return how logits differ from the model's, as a clause; None if within the tolerance."""
     import numpy
 
     if found.shape != wanted.shape:
         return f"gives logits of shape {list(found.shape)} instead of {list(wanted.shape)}"
     apart = float(numpy.abs(found - wanted).max())
-    # Not `apart > TOLERANCE`, which no NaN is.
-    return None if apart <= TOLERANCE else f"gives logits that are {apart:.2g} away from the model's own"
+    # Not `apart > TOLERANCE`, which is False for NaN.
+    return None if apart <= TOLERANCE else f"gives logits that differ by {apart:.2g} from the model's"

@@ -1,4 +1,4 @@
-"""The final run's model, read back from its folder: ready to predict, to be exported, to be published."""
+"""Load the final run's model from its folder, to predict, export or publish it."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from harness.training.checkpoint import read_tensors
 
 @dataclass(frozen=True, kw_only=True)
 class SavedModel:
-    """A trained model in evaluation mode, in fp32 on the CPU, and what must be known to use it."""
+    """A trained model in evaluation mode, in fp32 on the CPU, with its configuration and description."""
 
     model: nn.Module  # float32 [B, 3, S, S], standardised, to logits float32 [B, classes]
     config: TrainConfig
     description: dict[str, Any]  # model.json
-    check_images: Tensor | None = None  # standardised test images, float32 [N, 3, S, S], if the opening left some
+    check_images: Tensor | None = None  # standardised test images, float32 [N, 3, S, S], if the final run saved some
 
     @property
     def classes(self) -> Sequence[str]:
-        """The names, by the number of their logit."""
+        """The class names, by logit index."""
         return self.description["classes"]
 
     @property
@@ -50,9 +50,9 @@ class SavedModel:
 
 
 def load_saved(study: Study, store: Store, folder: Path) -> SavedModel:
-    """The model that the study's final run left in `folder`; `study` is as it was begun (`opening.as_begun`).
+    """Load the model of the study's final run from `folder`; `study` has its stored settings (`opening.as_begun`).
 
-    Raises InputError when there is none yet, or it is damaged or not the one that was recorded.
+    Raises InputError if there is none yet, it is damaged, or it differs from the record.
     """
     from harness.data.augment import normalise
 
@@ -70,11 +70,11 @@ def load_saved(study: Study, store: Store, folder: Path) -> SavedModel:
     except (Damaged, ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(f"The model in {folder} cannot be read ({error}); {AGAIN}.") from error
     backbone: Any = config.backbone
-    if "pretrained" in {field.name for field in dataclasses.fields(backbone)}:  # weights that are replaced anyway
+    if "pretrained" in {field.name for field in dataclasses.fields(backbone)}:  # the weights are replaced anyway
         backbone = dataclasses.replace(backbone, pretrained=False)
     model = backbone.build(len(description["classes"]), config.data.image_size)
     model.load_state_dict(tensors)
-    try:  # the test images that the opening left; a model whose folder was lost is made without them
+    try:  # the final run's test images; a retrained model has none
         images = normalise(read_tensors(folder / CHECK_FILE)[0]["images"])
     except Damaged:
         images = None
@@ -82,7 +82,7 @@ def load_saved(study: Study, store: Store, folder: Path) -> SavedModel:
 
 
 def _why_missing(study: Study, store: Store) -> str:
-    """What became of the model whose folder is empty, and what to do: the end of a sentence that names the folder."""
+    """Return why the folder has no model, and the remedy, as the end of a sentence."""
     if store.has_final():
         return f", though the final run of study {study.name!r} has ended; {AGAIN}."
     if (why := store.why_closed()) is not None:
@@ -91,10 +91,10 @@ def _why_missing(study: Study, store: Store) -> str:
 
 
 def preprocess(images: Sequence[Image.Image], size: int) -> Tensor:
-    """Photographs of any size as the model takes them: standardised, float32 [B, 3, size, size].
+    """Return photographs of any size as model inputs: standardised, float32 [B, 3, size, size].
 
     The same steps as for validation and test images: the centre square of the image, resized to `size` on its short
-    side with antialiased bicubics.
+    side with antialiased bicubic interpolation.
     """
     import numpy as np
     import torch

@@ -1,4 +1,4 @@
-"""What a study's saved model says about photographs: the likeliest classes and their probabilities."""
+"""Classify photographs with a study's saved model: the likeliest classes and their probabilities."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from harness.store.opening import located, read_store, url_of
 from harness.training.loop import outputs_of
 from harness.training.step import Runtime, find_device
 
-BATCH = 32  # photographs that pass the model while the next ones are decoded
+BATCH = 32  # photographs per batch; the next ones are decoded meanwhile
 TOP = 5
-STDOUT = Path("-")  # the table goes there
+STDOUT = Path("-")  # write the table to stdout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +41,13 @@ class Guess:
     probability: float
 
 
-Answer = list[Guess] | InputError  # the likeliest class first; or why there is none
+Answer = list[Guess] | InputError  # the likeliest class first; or why the file was skipped
 
 
 class Predictor:
-    """A saved model ready for photographs: in fp32 on one device, whatever the study trained with.
+    """A saved model on one device, in fp32 whatever the study's precision.
 
-    A study in fp32 gives the same probabilities but for rounding (1e-4); one in bf16 differs in the third digit.
+    A study in fp32 gives the same probabilities up to rounding (1e-4); one in bf16 differs in the third digit.
     """
 
     def __init__(self, saved: SavedModel, device: torch.device) -> None:
@@ -56,25 +56,25 @@ class Predictor:
         self._model = self._runtime.place(saved.model)
 
     def photograph(self, path: Path) -> Tensor:
-        """An image file of any size, mode and orientation as the model takes it, float32 [3, S, S].
+        """Return an image file of any size, mode and orientation as model input, float32 [3, S, S].
 
-        Raises InputError naming the file when it is no image, damaged, or too large or too narrow to be decoded safely.
+        Raises InputError naming the file if it is not an image, damaged, or too large or too narrow to decode safely.
         """
         image = open_image(path)
         check_proportions(path, *image.size, self.saved.image_size)
         return preprocess([image], self.saved.image_size)[0]
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """Of every class, float32 [B, classes], for images [B, 3, S, S] as `photograph` gives them.
+        """Return class probabilities, float32 [B, classes], for images [B, 3, S, S] from `photograph`.
 
-        Raises MemoryError when the device has no room for one image.
+        Raises MemoryError if the device has no room for one image.
         """
         device = self._runtime.device
         logits = outputs_of(self._model, lambda size: (part.to(device) for part in images.split(size)), self._runtime)
         return torch.softmax(logits, dim=1).cpu()
 
     def guesses(self, images: Tensor, count: int) -> list[list[Guess]]:
-        """The `count` likeliest classes of each image [B, 3, S, S], the likeliest first, the earlier of equals."""
+        """Return the `count` likeliest classes of each image [B, 3, S, S], likeliest first, the earlier of equals."""
         values, labels = self.probabilities(images).sort(dim=1, descending=True, stable=True)
         return [
             [Guess(name=self.saved.classes[label], probability=value) for value, label in zip(*each, strict=True)]
@@ -82,7 +82,7 @@ class Predictor:
         ]
 
     def answers(self, files: Sequence[Path], count: int) -> Iterator[tuple[Path, Answer]]:
-        """The guesses for every file, in their order; a batch is decoded while the model sees the one before."""
+        """Yield the guesses for every file, in order; a batch is decoded while the model runs the previous one."""
         with ThreadPoolExecutor(WORKERS) as pool:
             decoding = pool.map(self._decoded, files[:BATCH])
             for start in range(0, len(files), BATCH):
@@ -101,16 +101,16 @@ class Predictor:
 
 
 def load_predictor(name: str, storage_url: str | None, device: str, data_root: str | None = None) -> Predictor:
-    """The saved model of the study called `name`, or in that file, ready on a device.
+    """Load the saved model of the study `name`, or of that file, on a device.
 
-    Raises InputError when there is no such study, model or device.
+    Raises InputError if there is no such study, model or device.
     """
     found = find(name)
     return predictor_of(found, url_of(found, storage_url), device, data_root)
 
 
 def predictor_of(found: Found, url: str, device: str, data_root: str | None = None) -> Predictor:
-    """The saved model of the results at `url`, ready on a device. Raises InputError as `load_predictor` does."""
+    """Load the saved model of the study at `url` on a device. Raises InputError as `load_predictor` does."""
     where = find_device(device)
     with read_store(found.study.name, url) as store:
         study = located(found, store, data_root)
@@ -118,30 +118,30 @@ def predictor_of(found: Found, url: str, device: str, data_root: str | None = No
 
 
 def top(count: int | None, classes: int) -> int:
-    """How many classes to show. Raises InputError when the model knows fewer."""
+    """Return the number of classes to show. Raises InputError if the model knows fewer."""
     if count is not None and count > classes:
-        raise InputError(f"--top {count}: the model knows {classes} classes; give at most that many.")
+        raise InputError(f"--top {count}: the model knows {classes} classes; give at most {classes}.")
     return min(TOP, classes) if count is None else count
 
 
 def find_images(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """The files named, and those in the folders named and below that are images by their name, in order.
+    """Return the given files and, in order, all files below the given folders with an image suffix.
 
-    Then the files there that are none by their name; hidden ones and what systems make is not looked at. Raises
-    InputError when a path is not there or no image is found, and OSError when a folder cannot be read.
+    Also return the other files there; hidden and system files are ignored. Raises InputError if a path does not exist
+    or no image is found, and OSError if a folder cannot be read.
     """
     found: list[Path] = []
     left_out: list[Path] = []
     for path in paths:
         if path.is_dir():
             for file in _in_folder(path):
-                # A pipe would be waited for; a link to nothing is named when it is read.
+                # A pipe would block; reading reports a broken link.
                 image = file.suffix.lower() in SUFFIXES and (file.is_file() or file.is_symlink())
                 (found if image else left_out).append(file)
         elif path.exists():
             found.append(path)
         else:
-            raise InputError(f"There is no file or folder {path}; give photographs, or folders that hold some.")
+            raise InputError(f"There is no file or folder {path}; give photographs, or folders of photographs.")
     if not found:
         folders = ", ".join(map(str, paths))
         raise InputError(f"{folders} holds no images ({' '.join(sorted(SUFFIXES))}); give photographs or a folder.")
@@ -155,7 +155,7 @@ def _in_folder(folder: Path) -> Iterator[Path]:
 
 
 def _refuse(error: OSError) -> NoReturn:
-    raise error  # os.walk would leave the folder out without a word
+    raise error  # os.walk would silently skip the folder
 
 
 def predict(
@@ -163,11 +163,10 @@ def predict(
 ) -> bool:
     """Print the guesses for every file, or write them to `table` as CSV: file, rank, class, probability.
 
-    The table's name is printed, unless it is STDOUT. Returns whether every file has its guesses; those that could not
-    be read, and those that were `left_out` by their names, are named on stderr. Raises Halt when the table cannot be
-    written.
+    The table's name is printed, unless it is STDOUT. Returns whether every file has its guesses; unreadable files, and
+    those `left_out` by their names, are listed on stderr. Raises Halt if the table cannot be written.
     """
-    # Answers that scroll by in a terminal show the progress themselves, and a bar would get between them.
+    # Answers in a terminal show the progress themselves, and a bar would interrupt them.
     quiet = not sys.stderr.isatty() or (table in (None, STDOUT) and sys.stdout.isatty())
     columns = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True, markup=False)
@@ -181,7 +180,7 @@ def predict(
         for file, answer in bar.track(predictor.answers(files, count), total=len(files)):
             if isinstance(answer, InputError):
                 damaged += 1
-                console.out(f"{shown(str(answer))} It is skipped.", highlight=False)
+                console.out(f"{shown(str(answer))} Skipping it.", highlight=False)
             else:
                 yield file, answer
 
@@ -197,10 +196,10 @@ def predict(
     if damaged:
         console.out(f"{damaged} of {len(files)} files could not be read.", highlight=False)
     for other in left_out:
-        why = "no regular file" if other.suffix.lower() in SUFFIXES else "no image by its name"
-        console.out(f"{shown(str(other))} is {why}. It is left out.", highlight=False)
+        why = "not a regular file" if other.suffix.lower() in SUFFIXES else "not an image by its name"
+        console.out(f"{shown(str(other))} is {why}. Skipping it.", highlight=False)
     if left_out:
-        console.out(f"Left out: {len(left_out)} of {len(files) + len(left_out)} files.", highlight=False)
+        console.out(f"Skipped: {len(left_out)} of {len(files) + len(left_out)} files.", highlight=False)
     return not damaged and not left_out
 
 

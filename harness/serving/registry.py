@@ -1,7 +1,7 @@
-"""The final model in MLflow: logged with the study's own run, registered under the study's name, checked, promoted.
+"""Publish the final model in MLflow: log it with the study's run, register it under the study's name, check, promote.
 
-Each step looks first at what MLflow has already, by the tags below: the same study registers nothing twice, and one
-that was killed anywhere goes on with the step that is missing.
+Each step first checks what MLflow has, by the tags below: a study registers nothing twice, and a killed one resumes
+with the missing step.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ if TYPE_CHECKING:
 
 CHAMPION = "champion"
 WEIGHTS, TRIAL = "harness.weights", "harness.trial"
-# The score is the searched trial's: the final model may have trained on the validation images.
+# The score is the searched trial's: the final model may be trained on the validation images.
 SCORE, IMAGES = "harness.validation_accuracy", "harness.validation_images"
-CHECK, PLACE = "harness.check", "harness.place"  # written last: the step before it is done
-VERSIONS = "mlflow.modelVersions"  # MLflow's own: what the logged model's page shows as its registered versions
+CHECK, PLACE = "harness.check", "harness.place"  # each written after its step
+VERSIONS = "mlflow.modelVersions"  # MLflow's own tag: the registered versions on the logged model's page
 MEASURED = ("val_accuracy", "test_accuracy", "test_loss")  # of the run that trained the model
 PASSED = "passed"
 SERVE = "mlflow models serve -m models:/{}@champion --env-manager local"
 CHECK_SECONDS = 600
 
-# In a process that knows nothing of this project, and of torch what MLflow imports.
+# Runs in a process without this project, and with torch only as far as MLflow imports it.
 CHECKER = """
 import sys
 
@@ -62,20 +62,20 @@ numpy.save(sys.argv[3], model.predict(numpy.load(sys.argv[2], allow_pickle=False
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """The final model, and what MLflow is told of it."""
+    """The final model, and its data for MLflow."""
 
     name: str  # of the study, and of the registered model
     saved: SavedModel
-    images: Tensor  # standardised float32 [N, 3, S, S], to be checked with
+    images: Tensor  # standardised float32 [N, 3, S, S], for the check
     tags: Mapping[str, str]
     text: str
 
 
 def candidate(name: str, store: Store, saved: SavedModel) -> Candidate:
-    """What is to be registered. The test split is not loaded: it is opened once, by the final run.
+    """Return the model to register. The test split is not loaded: only the final run opens it, once.
 
-    The check uses the test images that the opening left beside the weights; where they are lost, validation images, for
-    it asks only whether two programs agree.
+    The check uses the test images that the final run saved beside the weights; if they are lost, validation images,
+    because it only compares two programs.
     """
     from harness.data.augment import normalise
 
@@ -98,9 +98,9 @@ def candidate(name: str, store: Store, saved: SavedModel) -> Candidate:
 
 
 def validation_fingerprint(data: Dataset, split: ImageSet) -> str:
-    """Sixteen hexadecimal digits for the validation images, whatever their side, their labels and the classes' names.
+    """Return 16 hexadecimal digits of the validation images (at any size), their labels and the class names.
 
-    Scores are compared only when these are equal.
+    Scores are compared only if these are equal.
     """
     digest = hashlib.sha256("\x1f".join(data.classes()).encode())
     for item, label in zip(items_of(data, "val"), split.labels.tolist(), strict=True):
@@ -109,12 +109,12 @@ def validation_fingerprint(data: Dataset, split: ImageSet) -> str:
 
 
 def publish(tracker: MLflowTracker, wanted: Candidate, say: Callable[[str], object] = print) -> bool:
-    """Log, register, check and promote the model; whether MLflow has taken it. Prints what came of it.
+    """Log, register, check and promote the model, and print the outcome; return whether MLflow accepted it.
 
-    The alias `champion` goes to it when it passed the check and there is no champion, or one whose trial's accuracy on
-    the same validation images is lower; the test images have no say. A champion that was measured on other validation
-    images stays: the two cannot be compared, and whoever serves the champion should not get another by a smaller trial
-    run. The tracker must have written the study's own run. What MLflow refuses for good is named and left out.
+    It becomes the `champion` if it passes the check and there is no champion, or one whose trial's accuracy on the same
+    validation images is lower; test images do not count. A champion with other validation images stays: the two are not
+    comparable, and a smaller trial run should not replace a served model. The tracker must have written the study's own
+    run. What MLflow refuses permanently is reported and skipped.
     """
     client = tracker.client
     try:
@@ -137,14 +137,14 @@ def publish(tracker: MLflowTracker, wanted: Candidate, say: Callable[[str], obje
             say(f"serve     MLFLOW_TRACKING_URI={where} {other}{SERVE.format(wanted.name)}")
     except faults() as error:
         if not is_refusal(error):
-            print(f"MLflow at {masked(tracker.uri)} did not take the model ({first_line(error)}).", file=sys.stderr)
+            print(f"MLflow at {masked(tracker.uri)} did not accept the model ({first_line(error)}).", file=sys.stderr)
             return False
-        print(f"MLflow refuses the model, and it is left out: {first_line(error)}", file=sys.stderr)
+        print(f"MLflow refuses the model, which is skipped: {first_line(error)}", file=sys.stderr)
     return True
 
 
 def _logged(client: Any, run: Run, wanted: Candidate) -> LoggedModel:
-    """The model in the study's experiment, whole; what a killed process left of one is dropped."""
+    """Return the complete logged model of the study's experiment; delete partial ones of killed processes."""
     from mlflow.entities import LoggedModelOutput
 
     experiment = run.info.experiment_id
@@ -153,7 +153,7 @@ def _logged(client: Any, run: Run, wanted: Candidate) -> LoggedModel:
         if known.status == "READY":
             with artifact_store():
                 whole = bool(client.list_logged_model_artifacts(known.model_id))
-            if not whole:  # somebody deleted its files
+            if not whole:  # its files were deleted
                 _upload(client, known, run, wanted)
             return known
         client.delete_logged_model(known.model_id)
@@ -161,7 +161,7 @@ def _logged(client: Any, run: Run, wanted: Candidate) -> LoggedModel:
         experiment, wanted.name, source_run_id=run.info.run_id, tags=dict(wanted.tags), model_type="classifier"
     )
     _upload(client, model, run, wanted)
-    client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=0)])  # the run's page shows it
+    client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=0)])  # for the run's page
     return client.finalize_logged_model(model.model_id, "READY")
 
 
@@ -173,10 +173,9 @@ def _upload(client: Any, model: LoggedModel, run: Run, wanted: Candidate) -> Non
 
 
 def _write_model(folder: Path, model: LoggedModel, run: Run, saved: SavedModel) -> None:
-    """MLflow's own format: a program of torch.export, its signature, and an example (grey, nobody's photographs).
+    """Write MLflow's format: a torch.export program, its signature, and an example (grey images).
 
-    MLflow reads it without unpickling anything but tensors; told MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false, it makes
-    sure of that.
+    MLflow unpickles only tensors to read it; MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false enforces that.
     """
     import mlflow.pytorch
     import numpy
@@ -203,19 +202,19 @@ def _write_model(folder: Path, model: LoggedModel, run: Run, saved: SavedModel) 
             mlflow_model=described,
             signature=signature,
             input_example=numpy.zeros((EXAMPLE_BATCH, 3, size, size), kind),
-            # Named, for otherwise MLflow starts a process to find them out.
+            # Given, because otherwise MLflow starts a process to infer them.
             pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", f"numpy=={numpy.__version__}"],
             serialization_format="pt2",
         )
-    except RuntimeError as error:  # it was exported before: here only the writing can fail, and torch says it so
+    except RuntimeError as error:  # it was exported before: only writing can fail, with this torch error
         raise Halt(f"{folder} cannot be written ({first_line(error)}); make room for temporary files.") from error
 
 
 def _measure(client: Any, tracker: MLflowTracker, model: LoggedModel, wanted: Candidate) -> None:
-    """Show the results of the run that trained the model, with the model too.
+    """Link the metrics of the run that trained the model to the model.
 
-    The study's own run has the mean over the seeds. The entries keep their times: the run, which has them, takes none
-    twice.
+    The study's own run has the mean over the seeds. The entries keep their timestamps, so the run does not get
+    duplicates.
     """
     from mlflow.entities import Metric
 
@@ -229,7 +228,7 @@ def _measure(client: Any, tracker: MLflowTracker, model: LoggedModel, wanted: Ca
 
 
 def _registered(client: Any, run: Run, logged: LoggedModel, wanted: Candidate) -> ModelVersion:
-    """The version of the registered model that is this model, made if it is not there."""
+    """Return this model's version of the registered model, created if missing."""
     query = f"name = '{wanted.name}'"
     if not client.search_registered_models(query):
         client.create_registered_model(wanted.name)
@@ -238,7 +237,7 @@ def _registered(client: Any, run: Run, logged: LoggedModel, wanted: Candidate) -
             return version
     return client.create_model_version(
         wanted.name,
-        logged.artifact_location,  # not models:/ID, which a local registry looks for in the default database
+        logged.artifact_location,  # not models:/ID, which a local registry resolves in the default database
         run.info.run_id,
         tags=dict(wanted.tags),
         description=wanted.text,
@@ -247,7 +246,7 @@ def _registered(client: Any, run: Run, logged: LoggedModel, wanted: Candidate) -
 
 
 def _show_registered(client: Any, model_id: str, version: ModelVersion) -> None:
-    """Name the version on the logged model's page, as MLflow's `register_model` does; a server has done it already."""
+    """Add the version to the logged model's page, as MLflow's `register_model` does; servers do it themselves."""
     known = json.loads(client.get_logged_model(model_id).tags.get(VERSIONS, "[]"))
     if (version.name, str(version.version)) not in {(each["name"], str(each["version"])) for each in known}:
         entry = {"name": version.name, "version": str(version.version)}
@@ -255,9 +254,9 @@ def _show_registered(client: Any, model_id: str, version: ModelVersion) -> None:
 
 
 def _wrong(uri: str, logged: LoggedModel, wanted: Candidate) -> str | None:
-    """What is wrong with the model as MLflow keeps it; None when a new process gets the same logits from it.
+    """Return what is wrong with the stored model; None if a new process gets the same logits from it.
 
-    Raises what MLflow raises when it does not hand the model out.
+    Raises MLflow's error if the model cannot be downloaded.
     """
     import mlflow.artifacts
     import numpy
@@ -269,7 +268,7 @@ def _wrong(uri: str, logged: LoggedModel, wanted: Candidate) -> str | None:
         images, logits = Path(place) / "images.npy", Path(place) / "logits.npy"
         numpy.save(images, wanted.images.numpy())
         command = [sys.executable, "-I", "-c", CHECKER, str(folder), str(images), str(logits)]
-        # MLflow would look for a model on the CPU on the first GPU; and nothing but tensors may be unpickled.
+        # MLflow would load a CPU model on the first GPU; and only tensors may be unpickled.
         settings = {"MLFLOW_DEFAULT_PREDICTION_DEVICE": "cpu", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
         try:
             done = subprocess.run(
@@ -283,7 +282,7 @@ def _wrong(uri: str, logged: LoggedModel, wanted: Candidate) -> str | None:
 
 
 def _placed(client: Any, version: ModelVersion) -> str:
-    """Give the alias to the version if it deserves it; in words, what became of it. Decided once for a version."""
+    """Give the alias to the version if it is better; return the outcome as text. Decided once per version."""
     said: str | None = version.tags.get(PLACE)
     if said is None:
         said = _why_not(client, version)
@@ -295,16 +294,16 @@ def _placed(client: Any, version: ModelVersion) -> str:
 
 
 def _why_not(client: Any, version: ModelVersion) -> str | None:
-    """Why the version does not get the alias; None when it has it, or nobody who is as good on the same images."""
+    """Return why the version does not get the alias; None if it has it, or no other is as good on the same images."""
     if version.tags[CHECK] != PASSED:
-        return f"not promoted, for loaded in a process of its own it {version.tags[CHECK]}"
+        return f"not promoted, because in a new process it {version.tags[CHECK]}"
     number = client.get_registered_model(version.name).aliases.get(CHAMPION)
     if number is None or str(number) == str(version.version):
         return None
     holder = client.get_model_version(version.name, number)
     stays = f"checked; version {holder.version} stays the {CHAMPION}"
     if holder.tags.get(IMAGES) != version.tags[IMAGES]:
-        return f"{stays}, for it was measured on other validation images; give the alias by hand if you mean to"
+        return f"{stays}, because its validation images differ; set the alias by hand to promote this one"
     mine, theirs = float(version.tags[SCORE]), float(holder.tags[SCORE])
     if mine > theirs:
         return None

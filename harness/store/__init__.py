@@ -1,1 +1,1 @@
-"""One study in one database, and who works on it."""
+"""One study in one database, and the leases of its workers."""

@@ -1,7 +1,7 @@
-"""Databases: what their URLs mean, opening them, and holding one against a second process.
+"""Databases: check their URLs, open them, retry, and lock them during setup.
 
 SQLite runs in WAL mode with synchronous=NORMAL: a killed process loses nothing, and readers (a dashboard, `show`) do
-not block the writer. After a power cut the last few committed lines may be missing, never a broken file.
+not block the writer. A power cut may lose the last few commits, but never breaks the file.
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ from harness.base.files import sqlite_file
 
 T = TypeVar("T")
 
-# A read that Ctrl-C ends closes its connection, and then its cursor: the second is no news, and has a traceback.
+# Ctrl-C during a read closes the connection, then its cursor: the pool logs a harmless traceback.
 logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
 
 BUSY_TIMEOUT_SECONDS = 60
-CONNECT_SECONDS = 10  # for a database server to answer
-AWAY_SECONDS, RETRY_SECONDS = 300.0, 2.0  # how long a server may be away, and between two attempts
-IDLE_SECONDS = 30  # after which a server takes its locks from a process that stands still
-# The modules that SQLAlchemy asks for, and the packages to install where those are called otherwise.
+CONNECT_SECONDS = 10  # connection timeout
+AWAY_SECONDS, RETRY_SECONDS = 300.0, 2.0  # how long a server may be unreachable; time between two attempts
+IDLE_SECONDS = 30  # after which a server releases the locks of a stalled process
+# The modules that SQLAlchemy imports, and the packages that provide them.
 DRIVERS = {"psycopg2": "psycopg2-binary", "psycopg": "'psycopg[binary]'", "MySQLdb": "mysqlclient"}
-POSTGRESQL_DRIVERS = ("psycopg", "psycopg2")  # both are libpq, whose settings are given here
-# What PostgreSQL and its client say, and what there is to do; of a failed connection nothing but the text is known.
+POSTGRESQL_DRIVERS = ("psycopg", "psycopg2")  # both take the libpq settings used here
+# Error texts of PostgreSQL and its client, with remedies; a failed connection gives nothing but the text.
 REMEDIES = {
     "password authentication failed": "check the user and the password",
     "no password supplied": "give the password in the URL, in PGPASSWORD or in ~/.pgpass",
     "resolve host": "check the host's name",
     "Connection refused": "check host and port, and that the server is running",
-    "No such file or directory": "check the folder of its socket, and that the server is running",
-    "timeout expired": "check host and port, and that the server can be reached from here",
+    "No such file or directory": "check the socket's folder, and that the server is running",
+    "timeout expired": "check host and port, and that the server is reachable from here",
     "too many clients": "raise its max_connections, or start fewer workers",
-    "permission denied": "let this user make tables in it",
+    "permission denied": "let this user create tables in it",
 }
-SETTING_UP = 7_283_911  # the number of PostgreSQL's advisory lock
-CONFLICTS = ("40001", "40P01")  # PostgreSQL's serialization failure and deadlock: the same again will do
+SETTING_UP = 7_283_911  # the key of PostgreSQL's advisory lock
+CONFLICTS = ("40001", "40P01")  # PostgreSQL's serialization failure and deadlock: a retry helps
 OPTUNA_TABLES = {"studies", "study_directions", "trials", "version_info"}
-LAST_TABLE = "alembic_version"  # that Optuna makes
+LAST_TABLE = "alembic_version"  # Optuna creates it last
 
 
 class Unreadable(str):
-    """The text of an attribute that should be JSON and is not: somebody edited it."""
+    """The text of an attribute that is not valid JSON, such as after an edit."""
 
 
 class _Storage(optuna.storages.RDBStorage):
-    """Optuna's, in which one attribute of a study that is no JSON does not keep the others from being read."""
+    """Optuna's storage, but an attribute that is not valid JSON does not block reading the others."""
 
     def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
         texts = sqlalchemy.text("SELECT key, value_json FROM study_user_attributes WHERE study_id = :study")
@@ -78,48 +78,48 @@ def _read(text: str) -> Any:
 
 
 def check_database(url: str) -> bool:
-    """Whether a study's tables are all there. To connect would make them, which looking must not.
+    """Return whether all of a study's tables exist; connecting through Optuna would create them.
 
-    A SQLite file that is not empty is taken to have them. Raises InputError unless the URL can be opened and holds
+    A SQLite file that is not empty counts as having them. Raises InputError unless the URL can be opened and holds
     either nothing or Optuna's tables. Writes nothing.
     """
     file = sqlite_file(url)
     if file is not None:
         if file.exists() and not file.is_file():
-            raise InputError(f"--storage {url!r}: {file} is no file; give another.")
+            raise InputError(f"--storage {url!r}: {file} is not a file; give another.")
         if not file.exists() or file.stat().st_size == 0:
             if not file.parent.is_dir():
-                raise InputError(f"--storage {url!r}: there is no folder {file.parent}; make it first.")
+                raise InputError(f"--storage {url!r}: there is no folder {file.parent}; create it first.")
             return False
         found = tables(file, "--storage")
     else:
         _check_server(url)
         found = _tables_on_server(url)
-    # Any of Optuna's will do: a process may have been killed while it made them, and they are completed on opening.
+    # One of Optuna's tables is enough: a process may die while it creates them, and opening creates the rest.
     if found and not OPTUNA_TABLES.intersection(found):
         raise InputError(f"{url} is a database but not a study; give another --storage.")
     return file is not None or LAST_TABLE in found
 
 
 def _check_server(url: str) -> None:
-    """Raise InputError unless the URL names a PostgreSQL database, whose driver is installed."""
+    """Raise InputError unless the URL names a PostgreSQL database and its driver is installed."""
     parsed = sqlalchemy.engine.make_url(url)
     if parsed.get_backend_name() != "postgresql":
         raise InputError(
-            f"--storage {url!r}: a study lives in SQLite or PostgreSQL; write sqlite:///FILE or postgresql://..."
+            f"--storage {url!r}: a study needs SQLite or PostgreSQL; write sqlite:///FILE or postgresql://..."
         )
-    if url.partition("://")[2].partition("?")[0].count("@") > 1:  # else a part of it is taken for the host, and printed
-        raise InputError(f"--storage {url!r} has more than one @; write %40 for one in the password.")
+    if url.partition("://")[2].partition("?")[0].count("@") > 1:  # a part of the password would be printed as the host
+        raise InputError(f"--storage {url!r} has more than one @; write %40 for an @ in the password.")
     check_driver(url, "--storage")
     if (driver := parsed.get_dialect().driver) not in POSTGRESQL_DRIVERS:
-        raise InputError(f"--storage {url!r} asks for the driver {driver}; write postgresql+psycopg://...")
+        raise InputError(f"--storage {url!r} names the driver {driver}; write postgresql+psycopg://...")
     if not parsed.database and not {"dbname", "service"} & parsed.query.keys():
-        # PostgreSQL would take the one that is called as the user is, which may be everybody's.
+        # PostgreSQL would use the database named after the user, which may be shared.
         raise InputError(f"--storage {url!r} names no database; write postgresql+psycopg://USER@HOST/DATABASE.")
 
 
 def _tables_on_server(url: str) -> list[str]:
-    """The names of the tables in a server's database. Raises InputError when it cannot be opened."""
+    """Return the table names of a server's database. Raises InputError if it cannot be opened."""
     try:
         engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=_connect_args(url))
         return sqlalchemy.inspect(engine).get_table_names()
@@ -128,9 +128,9 @@ def _tables_on_server(url: str) -> list[str]:
 
 
 def outlast(url: str, operation: Callable[[], T]) -> T:
-    """What `operation` returns; waits while another program locks the database, or its server is away for some minutes.
+    """Return what `operation` returns; retry while another program locks the database or its server does not answer.
 
-    It may be cut off anywhere and called again. Raises Halt when the database fails.
+    `operation` may be interrupted anywhere and called again. Raises Halt if the database fails.
     """
     try:
         return _waiting(url, operation, AWAY_SECONDS)
@@ -139,7 +139,7 @@ def outlast(url: str, operation: Callable[[], T]) -> T:
 
 
 def _waiting(url: str, operation: Callable[[], T], away_seconds: float = 0.0) -> T:
-    """What `operation` returns; tries again while what keeps it from that may be over soon."""
+    """Return what `operation` returns; retry while the error is transient."""
     end = time.monotonic() + away_seconds
     said = False
     while True:
@@ -152,18 +152,18 @@ def _waiting(url: str, operation: Callable[[], T], away_seconds: float = 0.0) ->
             if not said:
                 print(f"The database {masked(url)} {why}; waiting for it.", file=sys.stderr)
                 said = True
-            if why != LOCKED:  # for a lock SQLite has waited already
+            if why != LOCKED:  # SQLite itself waits for a lock
                 time.sleep(RETRY_SECONDS)
 
 
 LOCKED, AWAY = "is locked by another program", "does not answer"
-# What is said by a server that restarts, to somebody who connects.
+# Error texts on connecting to a restarting server.
 RESTARTS = ("Connection refused", "timeout expired", "No such file", "too many clients", "starting up", "shutting down")
 
 
 def _passing(url: str, error: BaseException) -> str | None:
-    """What may be over soon: a lock, a server that is away, or two transactions in each other's way; else None."""
-    if isinstance(error, filelock.Timeout):  # of `Leases.exclusive`, in which each waits for the database
+    """Return the reason if an error is transient: a lock, an unreachable server, a conflict; else None."""
+    if isinstance(error, filelock.Timeout):  # of `Leases.exclusive`, whose holder waits for the database
         return LOCKED
     cause, inner = _cause(error), _inner(error)
     if isinstance(inner, InputError):
@@ -172,58 +172,58 @@ def _passing(url: str, error: BaseException) -> str | None:
         return LOCKED if "locked" in cause else None
     if _no_room(cause):
         return None
-    if isinstance(error, InputError):  # it could not be opened, perhaps for good
+    if isinstance(error, InputError):  # it could not be opened, perhaps permanently
         return AWAY if any(words in cause for words in RESTARTS) else None
     if getattr(getattr(inner, "orig", None), "sqlstate", None) in CONFLICTS:
-        return "has two writers in each other's way"
+        return "has conflicting writers"
     return AWAY if isinstance(inner, OperationalError | InterfaceError) else None
 
 
 def _inner(error: BaseException) -> BaseException:
-    """What SQLAlchemy raised; Optuna wraps it, and so do we when a database cannot be opened."""
+    """Return SQLAlchemy's error, which Optuna wraps, as `_unopened` does."""
     wraps = isinstance(error, StorageInternalError | InputError) and isinstance(error.__cause__, SQLAlchemyError)
     return error.__cause__ if wraps and error.__cause__ is not None else error
 
 
 def _cause(error: BaseException) -> str:
-    """What the database itself said."""
+    """Return the database's own message."""
     error = _inner(error)
     return first_line(getattr(error, "orig", None) or error)
 
 
 def _failed(url: str, cause: str) -> Halt:
-    mend = "make room" if _no_room(cause) else "mend that"
-    return Halt(f"The database {url} failed ({cause}); {mend}, nothing finished is lost.")
+    remedy = "make room" if _no_room(cause) else "fix that"
+    return Halt(f"The database {url} failed ({cause}); {remedy}. Finished trials are kept.")
 
 
 def _no_room(cause: str) -> bool:
-    """SQLite's words for it, the second when its shared memory or a file's size finds none; and PostgreSQL's."""
+    """Return whether SQLite (the second text for shared memory or file sizes) or PostgreSQL reports a full disk."""
     return any(words in cause for words in ("disk is full", "disk I/O error", "No space left"))
 
 
 def _unopened(url: str, error: BaseException) -> Exception:
-    """What to raise when a database cannot be opened: no room is no fault of the URL."""
+    """Return the error for a database that cannot be opened: Halt for a full disk, else InputError."""
     cause = _cause(error)
     if _no_room(cause):
         return _failed(url, cause)
     missing = re.search('FATAL: +database "(.*)" does not exist', cause)
-    remedy = f"make it with `{_createdb(url, missing[1])}`" if missing else "check the URL"
+    remedy = f"create it with `{_createdb(url, missing[1])}`" if missing else "check the URL"
     remedy = next((each for words, each in REMEDIES.items() if words in cause), remedy)
     return InputError(f"--storage {url!r} cannot be opened: {cause.rstrip('.')}; {remedy}.")
 
 
 def _createdb(url: str, name: str) -> str:
-    """The command that makes a database on the server of a URL; what the URL leaves out, libpq finds in its own way."""
+    """Return the command that creates a database on a URL's server; libpq's defaults fill what the URL omits."""
     parsed = sqlalchemy.engine.make_url(url)
     named = {"-h": parsed.host, "-p": parsed.port, "-U": parsed.username}
-    asked = {"-h": "host", "-p": "port", "-U": "user"}  # what a URL's query may say of them
+    asked = {"-h": "host", "-p": "port", "-U": "user"}  # their names in a URL's query
     found = {option: parsed.query.get(asked[option]) or value for option, value in named.items()}
     words = [word for option, value in found.items() if isinstance(value, str | int) for word in (option, str(value))]
     return shlex.join(["createdb", *words, name])
 
 
 def check_driver(url: str, option: str) -> None:
-    """Raise InputError when the Python package that speaks to a database server is missing; `option` gave the URL."""
+    """Raise InputError if the Python driver of a database server is missing; `option` gave the URL."""
     try:
         sqlalchemy.create_engine(url).dispose()
     except ModuleNotFoundError as error:
@@ -236,7 +236,7 @@ def check_driver(url: str, option: str) -> None:
 
 
 def tables(file: Path, option: str) -> list[str]:
-    """The names of the tables in a SQLite file. Raises InputError when it is none; `option` named it."""
+    """Return the table names of a SQLite file. Raises InputError if it is not one; `option` named it."""
 
     def names() -> list[str]:
         with closing(sqlite3.connect(_to_read(file), uri=True, timeout=BUSY_TIMEOUT_SECONDS)) as connection:
@@ -247,42 +247,42 @@ def tables(file: Path, option: str) -> list[str]:
     except sqlite3.Error as error:
         if file.is_file() and _no_room(str(error)):
             raise _failed(f"sqlite:///{file}", str(error)) from error
-        # Of a killed study in a read-only folder, the log can be read by nobody.
-        remedy = f"give another {option}" if may_write(file) else "copy its folder to where it may be written"
+        # SQLite cannot read the log of a killed study in a read-only folder.
+        remedy = f"give another {option}" if may_write(file) else "copy its folder to a writable place"
         raise InputError(f"{file} cannot be opened as a database ({error}); {remedy}.") from error
 
 
 def _to_read(file: Path) -> str:
-    """SQLite's own URI for reading a file.
+    """Return SQLite's URI for reading a file.
 
-    Even a reader in WAL mode makes files beside the database. It does not when the database is called immutable, and
-    it is as long as there is no log beside it: whoever writes has one.
+    In WAL mode even a reader creates files beside the database, unless the URI says immutable. That is safe while
+    there is no log beside the database: every writer has one.
     """
     place = f"{file.resolve().as_uri()}?mode=ro"
     return place if Path(f"{file.resolve()}-wal").exists() else f"{place}&immutable=1"
 
 
 def may_write(file: Path) -> bool:
-    """Whether this process may change a file and its folder."""
-    file = file.resolve()  # SQLite's own files lie beside what a link leads to
+    """Return whether this process may write a file and its folder."""
+    file = file.resolve()  # SQLite's own files are beside a link's target
     return os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)
 
 
 def check_writable(file: Path | None) -> None:
-    """Raise InputError when a study in this file could not be run."""
+    """Raise InputError unless a study can run in this file."""
     if file is not None and not (may_write(file) if file.exists() else os.access(file.parent, os.W_OK)):
-        raise InputError(f"{file} or its folder may not be written; change their permissions, or give --storage.")
+        raise InputError(f"{file} or its folder is not writable; change their permissions, or give --storage.")
 
 
 def connect(url: str, *, writing: bool = True) -> optuna.storages.RDBStorage:
-    """Optuna's storage at a URL. Without `writing` a SQLite file is left in the mode that it has.
+    """Return Optuna's storage at a URL. Without `writing`, a SQLite file keeps its journal mode.
 
-    Raises InputError when the URL cannot be opened, Halt when there is no room for what opening writes.
+    Raises InputError if the URL cannot be opened, Halt if the disk is full.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     file = sqlite_file(url)
     place = url
-    if file is not None and file.exists() and not may_write(file):  # SQLAlchemy decodes once, SQLite once more
+    if file is not None and file.exists() and not may_write(file):  # SQLAlchemy decodes the URI, then SQLite does
         place = f"sqlite:///{_to_read(file).replace('%', '%25')}&uri=true"
     try:
         storage = _waiting(url, lambda: _Storage(place, engine_kwargs=_engine_options(url)))
@@ -290,19 +290,19 @@ def connect(url: str, *, writing: bool = True) -> optuna.storages.RDBStorage:
         raise _unopened(url, error) from error
     if file is not None and writing:
         sqlalchemy.event.listen(storage.engine, "connect", _set_pragmas)
-        storage.engine.dispose()  # connections made before the listener are given back
+        storage.engine.dispose()  # close connections made before the listener
     return storage
 
 
 def _engine_options(url: str) -> dict[str, Any]:
     if sqlite_file(url) is not None:
         return {"connect_args": {"timeout": BUSY_TIMEOUT_SECONDS}}
-    # A worker keeps one connection; a lock, and the thread that renews leases, take another one for a moment.
+    # A worker keeps one connection; a lock and the thread that renews leases briefly use another.
     return {"connect_args": _connect_args(url), "pool_pre_ping": True, "pool_size": 1, "max_overflow": 3}
 
 
 def _connect_args(url: str) -> dict[str, Any]:
-    """Settings of a connection to a server; what the URL itself says of them stays."""
+    """Return connection settings for a server; those in the URL take precedence."""
     given = sqlalchemy.engine.make_url(url).query
     options = f"{given.get('options', '')} -c idle_in_transaction_session_timeout={IDLE_SECONDS}s"
     ours = {"connect_timeout": CONNECT_SECONDS, "application_name": "harness"}
@@ -311,9 +311,9 @@ def _connect_args(url: str) -> dict[str, Any]:
 
 @contextmanager
 def setup_lock(url: str) -> Iterator[None]:
-    """One process at a time on a database server, whatever its study: tables and studies are made here.
+    """Lock a database server for all studies while tables and studies are created.
 
-    On SQLite the study's own lock does that. Raises InputError when the server cannot be reached.
+    On SQLite the study's own lock does that. Raises InputError if the server cannot be reached.
     """
     if sqlite_file(url) is not None:
         yield
@@ -325,7 +325,7 @@ def setup_lock(url: str) -> Iterator[None]:
         connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({SETTING_UP})"))
     except SQLAlchemyError as error:
         raise _unopened(url, error) from error
-    with connection:  # whose end is that of the transaction, and with it of the lock
+    with connection:  # closing it ends the transaction, and with it the lock
         yield
 
 

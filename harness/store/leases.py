@@ -1,8 +1,8 @@
-"""Leases: which process works on what, agreed upon in the study's own database.
+"""Leases in the study's database: which process works on which trial.
 
-A lease is a line (study, key, owner, until). Who claims a key that nobody holds, or whose holder has let the time pass,
-holds it; a thread moves the time on while the process lives. The database decides, by its own clock, so machines whose
-clocks differ agree. A holder on this machine whose process is gone is not waited for.
+A lease is a row (study, key, owner, until). A process can claim a key that is free or whose lease has expired; a thread
+renews the lease while the process lives. The database's clock decides, so machines with different clocks agree. The
+lease of a dead process on this machine counts as expired.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from harness.base.processes import is_gone, name_of_this
 
-LEASE_SECONDS = 45.0  # a dead worker is noticed after at most that long
+LEASE_SECONDS = 45.0  # a dead worker is noticed within this time
 RENEWAL_SECONDS = 10.0
-EXCLUSIVE_SECONDS = 60.0  # somebody asking for a trial takes some milliseconds
+EXCLUSIVE_SECONDS = 60.0  # asking for a trial takes some milliseconds
 
 TABLE = sqlalchemy.Table(
     "harness_leases",
@@ -39,11 +39,11 @@ NOW: dict[str, sqlalchemy.ColumnElement[float]] = {
 
 
 class LeaseLost(Exception):
-    """This process was thought dead, and another has taken up what it was working on."""
+    """The lease expired, and another process has taken over the trial."""
 
 
 class Leases:
-    """What one process holds of a study."""
+    """The leases of one process on a study."""
 
     def __init__(
         self,
@@ -53,26 +53,26 @@ class Leases:
         seconds: float = LEASE_SECONDS,
         owner: str | None = None,
     ):
-        """`study` is its uid; `file` the database's, None for a server. The table must exist (`make_table`).
+        """`study` is its uid; `file` is the database file, None for a server. The table must exist (`make_table`).
 
-        An `owner` is a process elsewhere, by its name, that reaches the database through this one, and calls `renew`.
+        `owner` names a remote process that reaches the database through this one, and calls `renew` itself.
         """
         self.owner = owner or name_of_this()
         self._by_itself = owner is None
         self._engine, self._study, self._file, self._seconds = engine, study, file, seconds
         self._now = NOW[engine.dialect.name]
         self._exclusive = None if file is None else filelock.FileLock(f"{file}.queue.lock")
-        self._held: dict[str, float] = {}  # key -> until when surely, by this process's clock
+        self._held: dict[str, float] = {}  # key -> earliest expiry, by this process's clock
         self._renewal: threading.Thread | None = None
         self._closed = threading.Event()
 
     def of(self, owner: str) -> Leases:
-        """What a process elsewhere holds, which reaches the database through this one."""
+        """Return the leases of a remote process that reaches the database through this one."""
         return Leases(self._engine, self._study, self._file, self._seconds, owner)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Where one process at a time takes the next trial; it is free again when the process dies."""
+        """Lock the choice of the next trial to one process; the lock is released if the process dies."""
         if self._exclusive is not None:
             with self._exclusive.acquire(timeout=EXCLUSIVE_SECONDS):
                 yield
@@ -83,10 +83,10 @@ class Leases:
                 yield
 
     def claim(self, key: str) -> bool:
-        """Take a key that is free, or is held already by this process; whether it is held now."""
+        """Claim a key that is free, or that this process holds; return whether it holds the key now."""
         began = _clock()
         if not self._insert(key):
-            holder = _noted(self._engine, self._study).get(key)  # `holders` leaves out those that are gone
+            holder = _noted(self._engine, self._study).get(key)  # `holders` omits dead processes
             if holder is None or not is_gone(holder):
                 return False
             self._delete(key=key, owner=holder)
@@ -110,43 +110,43 @@ class Leases:
             return bool(connection.execute(line, values).rowcount)
 
     def holder(self, key: str) -> str | None:
-        """Who holds a key now, None when nobody does."""
+        """Return the owner of a key, None if it is free."""
         return self.holders().get(key)
 
     def holders(self) -> dict[str, str]:
-        """Who holds what of this study now, by key; processes of this machine that are gone hold nothing."""
+        """Return the owners of this study's leases by key, without dead processes of this machine."""
         return {key: owner for key, owner in _noted(self._engine, self._study).items() if not is_gone(owner)}
 
     def others(self) -> dict[str, str]:
-        """What other processes hold now."""
+        """Return the leases of other processes."""
         return {key: owner for key, owner in self.holders().items() if owner != self.owner}
 
     def check(self, key: str) -> None:
-        """Raise LeaseLost unless this process holds the key. Asks the database only when its own clock is in doubt."""
+        """Raise LeaseLost unless this process holds the key. Queries the database only near the lease's expiry."""
         if _clock() < self._held.get(key, 0.0) - RENEWAL_SECONDS / 2:
             return
         self.confirm(key)
 
     def confirm(self, key: str, within: sqlalchemy.Connection | None = None) -> None:
-        """Raise LeaseLost unless the database says that this process holds the key.
+        """Raise LeaseLost unless this process holds the key by the database.
 
-        What is written `within` the same transaction is written while it does: who wants the key waits for its end.
+        `within` a transaction, the process keeps the key until its end: other claims wait.
         """
         if not self._renew(key, within):
             raise LeaseLost(key)
 
     def release(self, key: str) -> None:
-        """Let a key go, if this process holds it."""
+        """Release a key, if this process holds it."""
         if key in self._held:
             self._delete(key=key, owner=self.owner)
-            self._held.pop(key, None)  # not before: a database that was locked is asked again
+            self._held.pop(key, None)  # last: a locked database is retried
 
     def clear(self) -> None:
-        """Take away what anybody holds of this study: whoever held it is dead, or has outlived its coordinator."""
+        """Delete all leases of this study: their owners are dead, or have outlived their coordinator."""
         self._delete()
 
     def dismiss(self, owner: str) -> None:
-        """Take away what an owner holds; it finds so when it renews or checks next."""
+        """Delete an owner's leases; it notices at its next renewal or check."""
         self._delete(owner=owner)
 
     def _delete(self, **columns: str) -> None:
@@ -154,16 +154,16 @@ class Leases:
             connection.execute(sqlalchemy.delete(TABLE).filter_by(study=self._study, **columns))
 
     def renew(self) -> None:
-        """Move the time on of everything that is held."""
+        """Renew all leases of this process."""
         for key in list(self._held):
             self._renew(key)
 
     def close(self) -> None:
-        """Let everything go."""
+        """Release all leases."""
         self._closed.set()
         if self._renewal is not None:
             self._renewal.join()
-        with contextlib.suppress(SQLAlchemyError):  # then they run out by themselves
+        with contextlib.suppress(SQLAlchemyError):  # then they expire
             for key in list(self._held):
                 self.release(key)
 
@@ -180,19 +180,19 @@ class Leases:
 
 
 def renewing(renew: Callable[[], None], closed: threading.Event) -> threading.Thread:
-    """A thread that calls `renew` again and again until it is `closed`; not started yet."""
+    """Return a thread, not started, that calls `renew` repeatedly until `closed` is set."""
 
     def work() -> None:
         while not closed.wait(RENEWAL_SECONDS):
             with contextlib.suppress(SQLAlchemyError):
-                renew()  # else the time runs on; whoever works on it hears of the database's fault itself
+                renew()  # else the lease runs on; the trial's own writes raise the database's error
 
     return threading.Thread(target=work, name="leases", daemon=True)
 
 
 def holders(engine: sqlalchemy.Engine, study: str) -> dict[str, str]:
-    """Who holds what of a study now, by key; processes of this machine that are gone hold nothing."""
-    if not sqlalchemy.inspect(engine).has_table(TABLE.name):  # a start was cut off before it was made
+    """Return the owners of a study's leases by key, without dead processes of this machine."""
+    if not sqlalchemy.inspect(engine).has_table(TABLE.name):  # an interrupted start did not create it
         return {}
     return {key: owner for key, owner in _noted(engine, study).items() if not is_gone(owner)}
 
@@ -204,10 +204,10 @@ def _noted(engine: sqlalchemy.Engine, study: str) -> dict[str, str]:
 
 
 def make_table(engine: sqlalchemy.Engine) -> None:
-    """Make the table of leases, if it is not there."""
+    """Create the table of leases if it does not exist."""
     TABLE.create(engine, checkfirst=True)
 
 
 def _clock() -> float:
-    """Seconds that also pass while the machine sleeps, where the system has such a clock."""
+    """Return seconds, including the machine's sleep where the system has such a clock."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

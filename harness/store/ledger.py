@@ -1,7 +1,7 @@
-"""The ledger of a study: every opening of the test set, each line chained to the one before by its hash.
+"""The ledger of a study: every opening of the test set, a hash chain of lines.
 
-A line that was edited, taken out or moved breaks the chain from there on. What lies in the same file can always be
-made anew from the beginning by somebody who means to; the chain is against accidents and small improvements.
+An edited, removed or moved line breaks the chain from there on. The chain guards against accidents and small
+"improvements", not against a user who rebuilds the whole ledger, which is in the same file.
 """
 
 from __future__ import annotations
@@ -19,54 +19,54 @@ Line = dict[str, Any]
 
 
 def appended(lines: Sequence[Line], uid: str, entry: Line) -> list[Line]:
-    """The ledger with one more line. `uid` is the study's; its first line is chained to it."""
+    """Return the ledger with one more line. The first line is chained to `uid`, the study's."""
     line = {"line": len(lines) + 1, **entry, "previous": lines[-1]["hash"] if lines else _sha256(uid)}
     return [*lines, line | {"hash": _hash(line)}]
 
 
 def fault(lines: Any, uid: str, known: str | None = None) -> str | None:
-    """What is wrong with a ledger, in a sentence; None when every line is as it was written.
+    """Return what is wrong with a ledger, as a clause; None if no line was changed.
 
-    `lines` is what the storage holds in its place, whatever that is.
-    `known` is the hash of a line that must be among them: the one that the final result was written with.
+    `lines` is the stored value, of any type. `known` is the hash of a line that must exist: the line that was written
+    with the final result.
     """
     if not isinstance(lines, list):
-        return "the test ledger is not as it was written, a list of lines"
+        return "the test ledger was changed: it is not a list of lines"
     previous = _sha256(uid)
     for number, line in enumerate(lines, 1):
         placed = isinstance(line, dict) and line.get("line") == number and line.get("previous") == previous
         if not placed or line.get("hash") != _hash(line):
-            return f"line {number} of the test ledger is not as it was written"
+            return f"line {number} of the test ledger was changed"
         previous = line["hash"]
     if known is not None and known not in {line["hash"] for line in lines}:
-        return f"the test ledger ends after line {len(lines)}, and the final result was written with another one"
+        return f"the test ledger ends after line {len(lines)}, and the final result's line is missing"
     return None
 
 
 def difference(lines: Sequence[Line], final: FinalResult) -> str | None:
-    """How a final result differs from its line, in words; None when it does not, or has none.
+    """Return how a final result differs from its ledger line; None if they agree, or it has no line.
 
-    Counts and weights of the seeds are in the line, and what is shown must follow from them.
+    The line holds the counts and weights of each seed, and the final result must follow from them.
     """
     line = next((line for line in lines if line["hash"] == final.ledger), None)
     if line is None:
         return None
     if line["event"] != RESULT:
-        return f"the final result names line {line['line']} of the test ledger, which is none of a result"
+        return f"the final result names line {line['line']} of the test ledger, which is not a result"
     correct, total = (sum(seed[key] for seed in line["seeds"]) for key in ("correct", "total"))
     shown = final.correct, final.total, final.accuracy, final.trial
     if seeds_of(final) == line["seeds"] and shown == (correct, total, correct / total, line["trial"]):
         return None
-    return f"the final result is not the one that line {line['line']} of the test ledger says"
+    return f"the final result differs from line {line['line']} of the test ledger"
 
 
 def seeds_of(final: FinalResult) -> list[dict[str, Any]]:
-    """What the line of a result says of its seeds."""
+    """Return the seeds as a result's ledger line stores them."""
     return [{key: getattr(seed, key) for key in ("seed", "correct", "total", "weights")} for seed in final.per_seed]
 
 
 def readable(lines: Any) -> list[Line]:
-    """The lines that can be shown: those that hold what an opening or a result does. `fault` names the others."""
+    """Return the lines with the fields of an opening or a result. `fault` names the others."""
     return [line for line in lines if _is_line(line)] if isinstance(lines, list) else []
 
 
@@ -84,12 +84,12 @@ def _is_line(line: Any) -> bool:
 
 
 def openings(lines: Sequence[Line]) -> list[Line]:
-    """The lines that opened the test set."""
+    """Return the lines that opened the test set."""
     return [line for line in lines if line["event"] == OPENED]
 
 
 def results(lines: Sequence[Line]) -> list[Line]:
-    """The lines that say a result of an opening."""
+    """Return the lines that record a result."""
     return [line for line in lines if line["event"] == RESULT]
 
 

@@ -1,6 +1,6 @@
-"""A SQLite study's file while the study runs: who holds it, and whether it still lies where it was opened.
+"""A SQLite study's file while the study runs: lock it, and check that it was not moved or deleted.
 
-A process goes on writing into a file that was deleted or moved, and its results are gone when it ends.
+A process can still write to a deleted or moved file, but its results are lost when it ends.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from harness.base.files import replace_file
 from harness.store.database import check_writable, may_write
 
 BUSY_SECONDS = 10.0
-LOCK_SECONDS = 0.3  # `show` takes the lock for a moment to see whether anybody holds it
+LOCK_SECONDS = 0.3  # `show` briefly takes the lock to see whether it is free
 
 
 class OpenedFile:
-    """The file as it was opened. `check` is cheap; whoever runs a study calls it often."""
+    """The file as it was opened. `check` is cheap, to be called often."""
 
     def __init__(self, file: Path) -> None:
         self._file = file.absolute()
-        # A pool would make new connections to whatever lies at that path. This one reads at once, and has the log open.
+        # A pool would reconnect to whatever file has that path. This connection reads now, which opens the log.
         self._connection = sqlite3.connect(file, timeout=BUSY_SECONDS, check_same_thread=False)
         self._connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
-        # With O_PATH, for to close a file that was opened otherwise would drop SQLite's locks on it.
+        # O_PATH, because closing a file opened otherwise would drop SQLite's locks on it.
         self._handle = os.open(file, os.O_PATH) if hasattr(os, "O_PATH") else None
         self._known = file.stat()
 
@@ -40,36 +40,36 @@ class OpenedFile:
             os.close(self._handle)
 
     def check(self) -> None:
-        """Raise Halt when the file was deleted, replaced or moved; its results are saved first, where that can be."""
+        """Raise Halt if the file was deleted, replaced or moved; save its results first, if possible."""
         try:
             if os.path.samestat(self._file.stat(), self._known):
                 return
         except (FileNotFoundError, NotADirectoryError):
             pass
-        except OSError:  # the disk does not answer, and whoever writes to it hears of that
+        except OSError:  # the disk does not answer: the next write raises that
             return
         now = self._whereabouts()
         if now is not None:
-            text = f"was moved to {now} while the study ran, with all results; move it back"
+            text = f"was moved to {now} while the study ran, with all results; move it back and"
         else:
             text = f"was deleted or replaced while the study ran{self._rescued()}"
-        raise Halt(f"The study's database {self._file} {text}, and the same command goes on.")
+        raise Halt(f"The study's database {self._file} {text} run the same command.")
 
     def _whereabouts(self) -> Path | None:
-        """Where the file lies now, whole; None when it has no name any more, or that cannot be known."""
+        """Return the file's current path, with the log written into it; None if it has none or it is unknown."""
         if self._handle is None or os.fstat(self._handle).st_nlink == 0:
             return None
         try:
             now = Path(os.readlink(f"/proc/self/fd/{self._handle}"))
             if not os.path.samestat(now.stat(), os.fstat(self._handle)):
                 return None
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()  # the log may lie elsewhere
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()  # the log may be elsewhere
         except (OSError, sqlite3.Error):
             return None
         return now
 
     def _rescued(self) -> str:
-        """Write what was stored to a file beside the lost one; says so, and what to do."""
+        """Copy the results to a file beside the lost one; return what happened and what to do."""
         target = free_name(self._file, "rescued")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -78,21 +78,21 @@ class OpenedFile:
         except (OSError, sqlite3.Error) as error:
             with suppress(OSError):
                 target.unlink(missing_ok=True)
-            return f", and its results are lost ({error}); bring it back from a copy"
-        return f"; its results were saved in {target}: give that file its name"
+            return f", and its results are lost ({error}); restore it from a backup and"
+        return f"; its results were saved in {target}: rename that file to {self._file.name} and"
 
 
 def free_name(file: Path, word: str) -> Path:
-    """A name beside a study's file that no file has: STEM.WORD.db, or else STEM.WORD-1.db and so on."""
+    """Return an unused path beside a study's file: STEM.WORD.db, or else STEM.WORD-1.db and so on."""
     names = (f"{file.stem}.{word}{f'-{number}' if number else ''}.db" for number in itertools.count())
     return next(path for name in names if not (path := file.with_name(name)).exists())
 
 
 def holder(file: Path | None) -> str | None:
-    """The PID of the process that holds a SQLite study, None when nobody does."""
+    """Return the PID of the process that holds a SQLite study, None if it is free."""
     if file is None or not Path(f"{file}.lock").exists():
         return None
-    if not may_write(file):  # then a lock cannot be tried, and the number that a holder leaves must do
+    if not may_write(file):  # the lock cannot be tried: rely on the holder's PID file
         return _pid(file) if pid_file(file).exists() else None
     try:
         with filelock.FileLock(f"{file}.lock", blocking=False):
@@ -111,12 +111,12 @@ def _pid(file: Path) -> str:
 
 @contextmanager
 def study_lock(file: Path | None, name: str) -> Iterator[None]:
-    """Hold the study's lock file. The lock goes with the process, however it ends; the PID beside it is a courtesy."""
+    """Hold the study's lock file, which the system releases when the process ends; the PID file is informative."""
     if file is None:
         yield
         return
     if not file.parent.is_dir():
-        raise InputError(f"--storage: there is no folder {file.parent}; make it first.")
+        raise InputError(f"--storage: there is no folder {file.parent}; create it first.")
     check_writable(file)
     lock, pid = filelock.FileLock(f"{file}.lock"), pid_file(file)
     try:
@@ -131,6 +131,6 @@ def study_lock(file: Path | None, name: str) -> Iterator[None]:
         replace_file(pid, f"{os.getpid()}\n".encode())
         yield
     finally:
-        with suppress(OSError):  # the folder may be gone by now, or read-only; what is lost with it was said
+        with suppress(OSError):  # the folder may be gone or read-only; `check` reports the loss
             pid.unlink(missing_ok=True)
         lock.release()

@@ -1,4 +1,4 @@
-"""Opening a study's storage: to run it, held and compared with its definition, or to look at it."""
+"""Open a study's storage: to run it, locked and checked against its definition, or read-only."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from harness.store.leases import Leases, make_table
 from harness.store.locks import OpenedFile, free_name, study_lock
 from harness.store.store import Store
 
-FORMAT = 1  # of what a study keeps beside Optuna's own; a change that old studies cannot follow makes it 2
+FORMAT = 1  # of the attributes that a study adds to Optuna's; raise it with an incompatible change
 
 
 @contextmanager
 def open_store(
     study: Study, url: str, content: Mapping[str, str] | None = None, *, joining: bool = False
 ) -> Iterator[Store]:
-    """Open a study for running, and hold it: a second process on the same SQLite study is refused.
+    """Open a study to run it, and lock it: a second process on the same SQLite study is refused.
 
-    One that is `joining` works for the process that holds it. `content` are fingerprints of what the definition only
-    names, the images and the pretrained weights; None skips their comparison. Raises InputError when the database
-    cannot be opened or is none of ours, when another process holds the study, and when the stored definition differs
-    from `study` (naming the fields).
+    A process that is `joining` works for the lock's holder. `content` are fingerprints of the images and the pretrained
+    weights, which the definition only names; None skips their comparison. Raises InputError if the database cannot be
+    opened or is another program's, if another process holds the study, or if the stored definition differs from
+    `study` (naming the fields).
     """
     file = sqlite_file(url)
     begin = functools.partial(_begun, study, url, content)
     with study_lock(None if joining else file, study.name):
-        storage, optuna_study = outlast(url, begin) if joining else begin()  # a server was there a moment ago
+        storage, optuna_study = outlast(url, begin) if joining else begin()  # a worker's server was up a moment ago
         leases = Leases(storage.engine, Store(url, optuna_study).uid, file)
         opened = None
         try:
-            if file is not None and not joining:  # whoever held it before is gone, or works for one that is
+            if file is not None and not joining:  # earlier owners are dead, or work for a dead coordinator
                 outlast(url, leases.clear)
                 opened = OpenedFile(file)
             yield Store(url, optuna_study, engine=storage.engine, leases=leases, file=opened)
@@ -57,7 +57,7 @@ def open_store(
 def _begun(
     study: Study, url: str, content: Mapping[str, str] | None
 ) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
-    """The storage and the study in it, made if it is not there; its definition is kept or compared."""
+    """Return the storage and its study, created if missing, with its definition stored or compared."""
     check_database(url)
     with setup_lock(url):
         storage = connect(url)
@@ -80,26 +80,24 @@ def _begun(
 
 
 class NotBegun(InputError):
-    """The database, if it is there, holds no study of this name."""
+    """The database does not exist, or has no study of this name."""
 
 
 @contextmanager
 def read_store(name: str, url: str, any_format: bool = False) -> Iterator[Store]:
-    """Open a study to look at it; it may be running. Raises NotBegun, and InputError when it has another format.
+    """Open a study read-only; it may be running. Raises NotBegun, and InputError if it has another format.
 
-    Of `any_format` the name, the uid and who is at work can be known.
+    With `any_format`, only the name, the uid and the active workers are reliable.
     """
     file = sqlite_file(url)
     if file is not None and not file.is_file():
         raise NotBegun(f"Study {name!r} has no results yet ({file} does not exist); {_begin(name)}.")
     if file is not None and file.stat().st_size == 0:
         raise NotBegun(
-            f"Study {name!r} has no results ({file} is empty); take the file from a copy if it held any, else "
+            f"Study {name!r} has no results ({file} is empty); restore the file from a backup if it had any, else "
             f"{_begin(name)}."
         )
-    unknown = NotBegun(
-        f"{url} holds no study named {name!r}; it has not begun there: run it, or check --storage and the name."
-    )
+    unknown = NotBegun(f"{url} holds no study named {name!r}; run it first, or check --storage and the name.")
     if not check_database(url):
         raise unknown
     storage = connect(url, writing=False)
@@ -117,9 +115,9 @@ def read_store(name: str, url: str, any_format: bool = False) -> Iterator[Store]
 
 
 def exists(name: str, url: str) -> bool:
-    """Whether the storage holds this study already, with a definition or trials: a start may have been cut off before.
+    """Return whether the storage has this study with a definition or trials; an interrupted start leaves neither.
 
-    Raises InputError when it cannot be opened.
+    Raises InputError if the storage cannot be opened.
     """
     try:
         with read_store(name, url, any_format=True) as store:
@@ -129,21 +127,21 @@ def exists(name: str, url: str) -> bool:
 
 
 def begun_by(name: str, url: str) -> str | None:
-    """The name of the study file that a study was last run from, None when there is no such study.
+    """Return the name of the file that a study was last run from, None if there is no such study.
 
-    Of one that no command has run it is the file that is called as the study is.
+    For a study that no command has run, this is NAME.py.
     """
     try:
         with read_store(name, url, any_format=True) as store:
             return store.attributes().get("file") or f"{name}.py"
-    except InputError:  # there is no such study, and whoever wants it says so
+    except InputError:  # there is no such study; the caller reports that
         return None
 
 
 def url_of(found: Found, storage: str | None) -> str:
-    """The database of a study's results: `storage` if that is given, else the one beside the study file.
+    """Return the URL of a study's database: `storage` if given, else the file beside the study file.
 
-    Raises InputError when the study in there is that of another study file, which is there and has the same name: one
+    Raises InputError if the database's study was run from another existing study file that defines the same name: one
     of the two is a copy.
     """
     name, url = found.study.name, storage or found.storage_url
@@ -157,21 +155,21 @@ def url_of(found: Found, storage: str | None) -> str:
 
 
 def as_begun(study: Study, store: Store, content: Mapping[str, str] | None = None) -> Study:
-    """The study as the storage knows it: settings given on the command line at its start are put back.
+    """Return the study with the stored settings, including those from its first command line.
 
-    `content` are fingerprints as in `open_store`. Raises InputError when the study's file says something else today
-    that no setting can.
+    `content` are fingerprints as in `open_store`. Raises InputError if the study file has changed in a way that no
+    setting can.
     """
     stored = store.facts().definition
     if stored is None:
-        raise InputError(f"Study {study.name!r} has not begun; {_begin(study.name)}.")
+        raise InputError(f"Study {study.name!r} has not started; {_begin(study.name)}.")
     study = study.with_definition(stored)
     check_definition(study, store, content)
     return study
 
 
 def located(found: Found, store: Store, data_root: str | None = None, device: str | None = None) -> Study:
-    """The study as the storage knows it, with its folders absolute: images lie where its last start found them.
+    """Return the study with the stored settings and absolute folders; images are where its last start found them.
 
     Raises InputError as `as_begun` does.
     """
@@ -182,31 +180,31 @@ def located(found: Found, store: Store, data_root: str | None = None, device: st
 
 
 def check_format(name: str, store: Store) -> None:
-    """Raise InputError for a study that has begun and is kept in another format."""
+    """Raise InputError if a study has started and has another format."""
     known = store.attributes()
     if "definition" in known and known.get("format") != FORMAT:
         raise InputError(
             f"Study {name!r} in {store.url} was written by another version of the harness (format "
-            f"{known.get('format') or 0}, this one reads {FORMAT}); open it with that version, or "
+            f"{known.get('format') or 0}, this version reads {FORMAT}); open it with that version, or "
             f"{_anew(store.url)}."
         )
 
 
 def compare(study: Study, url: str, content: Mapping[str, str] | None) -> None:
-    """Raise InputError unless `study` continues the one in the storage, which exists. Writes nothing, nor locks."""
+    """Raise InputError unless `study` continues the stored study, which must exist. Takes no lock, writes nothing."""
     with read_store(study.name, url) as store:
         if store.facts().definition is not None or store.trials():
             check_definition(study, store, content)
 
 
 def check_definition(study: Study, store: Store, content: Mapping[str, str] | None) -> None:
-    """Keep the definition at the first start; at every later one, refuse a study that would not continue it."""
+    """Store the definition at the first start; later, raise InputError for a study with another definition."""
     now = study.definition() | {f"content of {name}": value for name, value in (content or {}).items()}
     stored = store.facts().definition
     if stored is None:
         if store.trials():
             raise InputError(
-                f"Study {study.name!r} in {store.url} was begun by another program; "
+                f"Study {study.name!r} in {store.url} was started by another program; "
                 "give another --storage, or rename the study."
             )
         store.set_attribute("format", FORMAT)
@@ -217,42 +215,42 @@ def check_definition(study: Study, store: Store, content: Mapping[str, str] | No
         return
     check_format(study.name, store)
     unknown = {path for path in stored if path.startswith("content of ")} if content is None else set()
-    unknown |= {path for path in now if path not in stored and study.has_default(path)}  # there was no such field then
+    unknown |= {path for path in now if path not in stored and study.has_default(path)}  # a new field
     differing = [path for path in {**stored, **now} if stored.get(path) != now.get(path) and path not in unknown]
     if differing:
         changes = "; ".join(_change(path, stored, now, study, store) for path in differing)
-        command = store.facts().command  # the settings of the last start, which had the same definition
+        command = store.facts().command  # of the last start, which had the same definition
         raise InputError(
-            f"Study {study.name!r} was begun with another definition ({changes}); its results could not be compared. "
-            f"Change it back, or {_anew(store.url)}." + (f" It was run with: {command}" if command else "")
+            f"Study {study.name!r} was started with another definition ({changes}); the results would not be "
+            f"comparable. Change it back, or {_anew(store.url)}." + (f" It was run with: {command}" if command else "")
         )
 
 
 def _change(path: str, stored: Mapping[str, Any], now: Mapping[str, Any], study: Study, store: Store) -> str:
-    """What is other than at the study's start, in a clause."""
+    """Return how a field differs from the study's start, as a clause."""
     if path == "content of data":
         root, then = getattr(study.train.data, "root", None), store.facts().images
         counted = "" if then is None else f" ({then} then, {_count(study)} now)"
-        return f"the images{f' in {root}' if root else ''} are others than when the study began{counted}"
+        return f"the images{f' in {root}' if root else ''} differ from those at the start{counted}"
     if path == "content of weights":
-        return "the pretrained weights are others than when the study began"
+        return "the pretrained weights differ from those at the start"
     if path not in stored:
         return f"{path} is {now[path]!r}, and was not a field"
-    return f"{path} was {stored[path]!r}, " + (f"is {now[path]!r}" if path in now else "and is no field any more")
+    return f"{path} was {stored[path]!r}, " + (f"is {now[path]!r}" if path in now else "and is no longer a field")
 
 
 def _count(study: Study) -> int:
-    """Of all images of a study."""
+    """Return the number of images of a study."""
     from harness.data.splits import count
 
     return count(study.train.data)
 
 
 def check_movable(url: str) -> None:
-    """Raise InputError when a study at this URL could not be moved aside: on a server others may be at work on it."""
+    """Raise InputError if a study at this URL cannot be renamed: on a server other processes may use it."""
     if sqlite_file(url) is None:
         raise InputError(
-            "--fresh moves a SQLite file; on a server, give the new study a database of its own by --storage."
+            "--fresh renames a SQLite file; on a server, give the new study its own database with --storage."
         )
 
 
@@ -262,14 +260,14 @@ def _begin(name: str) -> str:
 
 def _anew(url: str) -> str:
     if sqlite_file(url) is None:
-        return "give the new study a database of its own with --storage"
-    return "start anew with --fresh (the old study is kept under another name)"
+        return "give the new study its own database with --storage"
+    return "start a new one with --fresh (the old study is kept under another name)"
 
 
 def move_aside(name: str, url: str, *folders: Path) -> Path | None:
-    """Give an existing study, and the folders beside it, another name (`--fresh`); nothing is deleted.
+    """Rename an existing study and the folders beside it (`--fresh`); nothing is deleted.
 
-    Returns the new file, None if there was none.
+    Returns the new file, None if there is no study.
     """
     file = sqlite_file(url)
     check_movable(url)
@@ -286,18 +284,18 @@ def move_aside(name: str, url: str, *folders: Path) -> Path | None:
 
 
 def _gather(file: Path) -> None:
-    """Bring all of a study into the one file that is renamed. Raises InputError while another program is at it."""
+    """Write a study's log into the file to rename. Raises InputError while another program uses it."""
     try:
         with closing(sqlite3.connect(file, timeout=BUSY_TIMEOUT_SECONDS)) as connection:
             (busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     except sqlite3.OperationalError:
         busy = True
     if busy:
-        raise InputError(f"--fresh: another program reads or writes {file}; end it, and try again.")
+        raise InputError(f"--fresh: another program reads or writes {file}; stop it and try again.")
 
 
 def uid_of(name: str, url: str) -> str | None:
-    """The uid of a study, None when it has not begun. Raises InputError when the storage cannot be opened."""
+    """Return a study's uid, None if it has not started. Raises InputError if the storage cannot be opened."""
     try:
         with read_store(name, url, any_format=True) as store:
             return store.uid or None

@@ -1,7 +1,7 @@
-"""Which trial a worker takes next: one that was left behind, else a new one, and never one too many.
+"""Choose a worker's next trial: an abandoned one, else a new one, and never one too many.
 
-Workers do this one at a time (`Leases.exclusive`). What is done meanwhile is what the others wait for: a few
-short statements, however many trials there are.
+Workers do this one at a time (`Leases.exclusive`), and the others wait meanwhile: it takes a few short statements,
+however many trials there are.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ TRIALS = sqlalchemy.table("trials", *map(sqlalchemy.column, ("trial_id", "number
 
 
 class NoTrialFree(Exception):
-    """Every trial that the study asks for has ended, or another worker is at it; in a moment one may be free."""
+    """Every requested trial has ended or is running on another worker; one may become free soon."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A trial as the storage lists it: its id there, its number in the study, its state."""
+    """A trial as the storage lists it: its id, its number in the study, its state."""
 
     trial_id: int
     number: int
@@ -39,13 +39,12 @@ class Row:
 def take(
     study: Study, of: optuna.Study, engine: sqlalchemy.Engine | None, held: Leases | None, at_most: int | None
 ) -> tuple[int, bool]:
-    """The number of a trial that nobody else is at, for this process, and whether it was begun before; made if none is
-    left over.
+    """Claim a free trial, created if none is left over; return its number and whether it was running before.
 
     `engine` is that of the storage of `of`, None for one in memory. Raises NoTrialFree.
     """
     with contextlib.nullcontext() if held is None else held.exclusive():
-        # In this order: who ends a trial lets go of it afterwards, so one of the two tells of it.
+        # Leases first: a worker ends its trial before it releases the lease, so one of the two queries sees it.
         others = {} if held is None else held.others()
         count, unfinished = _look(of, engine)
         if not count:
@@ -63,9 +62,9 @@ def take(
 
 
 def _claim(of: optuna.Study, engine: sqlalchemy.Engine | None, held: Leases, row: Row) -> None:
-    if not held.claim(trial_key(row.number)):  # its holder has come back
+    if not held.claim(trial_key(row.number)):  # its owner has returned
         raise NoTrialFree
-    if row not in _look(of, engine)[1]:  # its holder was thought dead, and has just ended it
+    if row not in _look(of, engine)[1]:  # its stalled owner has just ended it
         held.release(trial_key(row.number))
         raise NoTrialFree
 
@@ -74,14 +73,14 @@ def _made(of: optuna.Study, engine: sqlalchemy.Engine | None, at_most: int | Non
     trial_id = of._storage.create_new_trial(of._study_id)
     row = next(each for each in _look(of, engine)[1] if each.trial_id == trial_id)
     if at_most is not None and row.number >= at_most:
-        # This process stood still inside until the server gave its place to another.
+        # This process stalled here until the server gave its lock to another.
         of._storage.set_trial_state_values(trial_id, TrialState.WAITING)
         raise NoTrialFree
     return row
 
 
 def _look(of: optuna.Study, engine: sqlalchemy.Engine | None) -> tuple[int, list[Row]]:
-    """How many trials there are, and those that have not ended, by number; Optuna would read all that they have."""
+    """Return the number of trials, and the unfinished ones by number; Optuna would read all their data."""
     if engine is None:
         trials = of.get_trials(deepcopy=False)
         kept = [Row(each._trial_id, each.number, each.state) for each in trials if each.state in UNFINISHED]

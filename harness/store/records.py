@@ -1,4 +1,4 @@
-"""What the storage keeps: of a trial, of what a trial was shown, and of the whole study."""
+"""Records of the storage: a trial, its history snapshot, and the study's attributes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
-    """A trial as the storage knows it, in the project's words."""
+    """A trial as the storage has it."""
 
     number: int
     state: str  # complete, pruned, diverged, failed, running
@@ -32,7 +32,7 @@ class TrialRecord:
 
 
 def record_of(trial: FrozenTrial) -> TrialRecord:
-    """What Optuna keeps of a trial, in our words."""
+    """Return the record of an Optuna trial."""
     states = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
     outcome = trial.user_attrs.get("outcome", {})
     finished = trial.state in FINISHED
@@ -52,25 +52,25 @@ def record_of(trial: FrozenTrial) -> TrialRecord:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What was not known of the lower numbers: `open` had not ended, and of those `running` had their parameters."""
+    """Trials with lower numbers at a suggestion: `open` had not ended, and of those `running` had parameters."""
 
     open: tuple[int, ...] = ()
     running: tuple[int, ...] = ()
 
     @staticmethod
     def now(trials: Sequence[FrozenTrial], number: int, space: Iterable[str]) -> Snapshot:
-        """What can be known at this moment to trial `number`."""
+        """Return the current snapshot for trial `number`."""
         lower = [trial for trial in trials if trial.number < number and trial.state not in FINISHED]
         running = [trial.number for trial in lower if all(path in trial.params for path in space)]
         return Snapshot(tuple(trial.number for trial in lower), tuple(running))
 
     @staticmethod
     def of(trial: FrozenTrial) -> Snapshot:
-        """What is kept with a trial; nothing is, if all lower numbers had ended."""
+        """Return the snapshot stored with a trial; none is stored if all lower numbers had ended."""
         return Snapshot(**{name: tuple(numbers) for name, numbers in trial.user_attrs.get("seen", {}).items()})
 
     def history(self, trials: Sequence[FrozenTrial], number: int) -> list[FrozenTrial]:
-        """The trials as they were known to trial `number`; of running and diverged ones the parameters alone."""
+        """Return the history for trial `number`; running and diverged trials have parameters only."""
         known = [
             without_values(trial) if has_diverged(trial) else trial
             for trial in trials
@@ -81,12 +81,12 @@ class Snapshot:
 
 
 def has_diverged(trial: FrozenTrial) -> bool:
-    """Whether a trial, which is told as pruned, ended with a loss or gradient that was no number."""
+    """Return whether a trial, stored as pruned, ended with a non-finite loss or gradient."""
     return trial.state is TrialState.PRUNED and trial.user_attrs.get("outcome", {}).get("state") == "diverged"
 
 
 def without_values(trial: FrozenTrial, state: TrialState = TrialState.PRUNED) -> FrozenTrial:
-    """A trial of which the parameters alone are shown; TPE puts a pruned one without values behind all others."""
+    """Return a copy with parameters only; TPE ranks a pruned trial without values last."""
     shown = copy.copy(trial)
     shown.state, shown.value, shown.intermediate_values, shown.system_attrs = state, None, {}, {}
     if state is TrialState.RUNNING:
@@ -96,22 +96,22 @@ def without_values(trial: FrozenTrial, state: TrialState = TrialState.PRUNED) ->
 
 @dataclass(frozen=True, kw_only=True)
 class StudyFacts:
-    """As they stand in the storage; a default for what is not known yet."""
+    """The study's attributes in the storage, with defaults for missing ones."""
 
-    # Of its start
+    # First start
     uid: str = ""
     format: int = 0
     definition: dict[str, Any] | None = None  # `Study.definition()`, and fingerprints of images and weights
     images: int | None = None
     depths: dict[str, list[str]] | None = None  # prefixes of parameter names by "block" and by "layer"
-    # Of its last start
+    # Last start
     file: str | None = None
     command: str | None = None
-    data_root: str | None = None  # where the images were, if it was said
+    data_root: str | None = None  # the folder of the images, if given
     runtime: dict[str, Any] | None = None  # `Runtime.to_dict()`
     versions: dict[str, str] = field(default_factory=dict)
     wanted: int = 0  # trials
-    # Of what comes after the search
+    # After the search
     choice: dict[str, Any] | None = None  # `harness.final.choice.choose`
     rerank: dict[str, Any] | None = None  # `harness.final.choice.rerank`
     final: FinalResult | None = None
@@ -120,17 +120,17 @@ class StudyFacts:
     duplicates: dict[str, Any] | None = None  # `harness.data.duplicates`
     audit: dict[str, Any] | None = None  # `harness.final.pruning_cost.record`
     files: dict[str, str] = field(default_factory=dict)  # the sha256 of the model's files
-    published: int | None = None  # trials that had ended when MLflow was told everything
-    registered: int | None = None  # the trial whose model MLflow's registry has
-    validation_images: str | None = None  # their fingerprint, once the registry was told
+    published: int | None = None  # number of finished trials when MLflow had everything
+    registered: int | None = None  # the trial whose model is in MLflow's registry
+    validation_images: str | None = None  # their fingerprint, once computed for the registry
 
     def is_registered(self) -> bool:
-        """Whether MLflow's registry was given the model of the final result."""
+        """Return whether MLflow's registry has the model of the final result."""
         return self.final is not None and self.registered == self.final.trial
 
     @staticmethod
     def of(attributes: Mapping[str, Any]) -> StudyFacts:
-        """Raises InputError when the final result is not whole."""
+        """Return the attributes as a record. Raises InputError if the final result is incomplete."""
         found = {each.name: value for each in fields(StudyFacts) if (value := attributes.get(each.name)) is not None}
         if "final" in found:
             found["final"] = FinalResult.of(found["final"])

@@ -1,4 +1,4 @@
-"""A study's Optuna storage: asking for trials, telling how they end, alone or with others. It is the truth."""
+"""A study's Optuna storage, the source of truth: ask for trials, report, tell, with one or more workers."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from harness.store.records import Snapshot
 from harness.store.records import TrialRecord as TrialRecord
 from harness.store.view import StudyView, outlasting
 
-FINAL = "final"  # the key of what comes after the search
+FINAL = "final"  # the lease key of the final run
 SET_ATTRIBUTE = sqlalchemy.text(
     "INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (:study, :key, :value) "
     "ON CONFLICT (study_id, key) DO UPDATE SET value_json = excluded.value_json"
 )
-# A diverged trial is told as pruned: Optuna's samplers ignore failures and would try its region again.
+# Optuna is told that a diverged trial is pruned: its samplers ignore failures and would try the region again.
 TOLD_AS = {
     Completed: TrialState.COMPLETE,
     Failed: TrialState.FAIL,
     Pruned: TrialState.PRUNED,
     Diverged: TrialState.PRUNED,
 }
-POLL_SECONDS = 0.5  # between two looks at what other processes are at
+POLL_SECONDS = 0.5  # between two attempts to claim a key
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A trial that is to be evaluated: new, or left behind by a process that died."""
+    """A trial to evaluate: new, or abandoned by a dead process."""
 
     number: int
     params: dict[str, Any]
@@ -54,7 +54,7 @@ class Asked:
 
 
 class Store(StudyView):
-    """One study in an Optuna storage, to work on. Made by `open_store` (to run) or `read_store` (to look)."""
+    """One study in an Optuna storage, made by `open_store` (to run) or `read_store` (read-only)."""
 
     def __init__(
         self,
@@ -65,36 +65,36 @@ class Store(StudyView):
         leases: Leases | None = None,
         file: OpenedFile | None = None,
     ) -> None:
-        """Without `leases` nobody else may work on the study; `engine` tells who does. `file` is looked after."""
+        """Without `leases`, no other process may work on the study. `engine` finds workers; `file` is checked."""
         super().__init__(url, optuna_study, as_of_now)
         self._engine = engine
         self._leases = leases
         self._file = file
         self._leads = False
-        self._curves: dict[int, dict[int, float]] = {}  # of the trials asked for: accuracy by epoch, as it is stored
+        self._curves: dict[int, dict[int, float]] = {}  # of this process's trials: stored accuracy by epoch
 
     # -- several processes ----------------------------------------------------------------------------------------
 
     @property
     def leases(self) -> Leases:
-        """What this process holds of the study; a store that is only looked at has none."""
+        """The leases of this process; a read-only store has none."""
         assert self._leases is not None
         return self._leases
 
     def of(self, owner: str) -> Store:
-        """This study as a process elsewhere works on it through this one, with leases of its own."""
+        """Return this study for a remote process that works through this one, with its own leases."""
         return Store(self.url, self._study, engine=self._engine, leases=self.leases.of(owner))
 
     @outlasting
     def active_workers(self) -> dict[str, str]:
-        """What other processes are at now: the owner (machine, process) by trial, or "final"."""
+        """Return the leases of other processes: the owner (machine, process) by trial key or "final"."""
         if self._leases is not None:
             return self._leases.others()
         return {} if self._engine is None else leases.holders(self._engine, self.uid)
 
     @contextlib.contextmanager
     def exclusive(self, key: str) -> Iterator[None]:
-        """One process at a time; waits for another one that is inside."""
+        """Hold a key; wait while another process holds it."""
         while not self._claim(key):
             time.sleep(POLL_SECONDS)
         try:
@@ -112,28 +112,28 @@ class Store(StudyView):
             self._leases.release(key)
 
     def lead(self) -> bool:
-        """Whether what comes after the search is this process's to do; it stays so until the store is closed."""
+        """Claim the final run, until the store is closed; return whether this process leads it."""
         self._leads = self._claim(FINAL)
         return self._leads
 
     def follow(self) -> None:
-        """Leave what comes after the search to others again."""
+        """Release the final run."""
         self._leads = False
         self._release(FINAL)
 
     @outlasting
     def check_lead(self) -> None:
-        """Raise LeaseLost when this process led, and another one does now, for this one was thought dead."""
+        """Raise LeaseLost if this process led the final run, and another one has taken it over."""
         if self._leases is not None and self._leads:
             self._leases.confirm(FINAL)
 
     def leader(self) -> str | None:
-        """Which other process does what comes after the search, for people to read; None when none does."""
+        """Return the name of the other process that leads the final run; None if there is none."""
         owner = self.active_workers().get(FINAL)
         return None if owner is None else f"process {in_words(owner)}"
 
     def check_file(self) -> None:
-        """Raise Halt when the study's file was deleted, replaced or moved while this process runs it."""
+        """Raise Halt if the study's file was deleted, replaced or moved while this process runs it."""
         if self._file is not None:
             self._file.check()
 
@@ -146,10 +146,10 @@ class Store(StudyView):
 
     @outlasting
     def set_as_leader(self, values: Mapping[str, Any]) -> None:
-        """Write attributes of the study, all of them or none.
+        """Write attributes of the study in one transaction.
 
-        Raises LeaseLost, with nothing written, when this process led, and another one does now. In memory, where no
-        other process is, they are written one after the other.
+        Raises LeaseLost, with nothing written, if this process led and another one does now. In memory, without other
+        processes, they are written one after the other.
         """
         if self._engine is None:
             for name, value in values.items():
@@ -157,7 +157,7 @@ class Store(StudyView):
         else:
             with self._engine.begin() as connection:
                 if self._leads:
-                    self.leases.confirm(FINAL, connection)  # first: from here on nobody else writes or leads
+                    self.leases.confirm(FINAL, connection)  # first: it blocks other leaders until the commit
                 rows = [
                     {"study": self._study._study_id, "key": name, "value": json.dumps(value)}
                     for name, value in values.items()
@@ -166,19 +166,19 @@ class Store(StudyView):
         self._attributes = None
 
     def extended_ledger(self, entry: Line) -> list[Line]:
-        """The ledger with one more line, not written yet. Raises InputError when a line is not as it was written."""
+        """Return the ledger with one more line, not written yet. Raises InputError if a line was changed."""
         return ledger.appended(self.ledger(), self.uid, entry)
 
     def add_to_ledger(self, entry: Line) -> None:
-        """Write a line, as the leader."""
+        """Append a line, as the leader."""
         self.set_as_leader({"ledger": self.extended_ledger(entry)})
 
     @outlasting
     def ask(self, study: Study, at_most: int | None = None) -> Asked:
-        """The next trial to evaluate: an interrupted one first, under its own number and parameters, else a new one.
+        """Return the next trial to evaluate: an interrupted one with its number and parameters, else a new one.
 
-        It is this process's until it is told, or the process is thought dead. Raises NoTrialFree when those that have
-        ended and those that other workers are at make `at_most`.
+        This process holds its lease until `tell`, or until it expires. Raises NoTrialFree if the finished trials and
+        those of other workers make `at_most`.
         """
         number, resumed = queue.take(study, self._study, self._engine, self._leases, at_most)
         trials = self._study.get_trials(deepcopy=False)
@@ -186,19 +186,19 @@ class Store(StudyView):
         try:
             if "seen" in taken.user_attrs:
                 seen = Snapshot.of(taken)
-            elif (seen := Snapshot.now(trials, taken.number, study.space)).open:  # kept before the first parameter is
+            elif (seen := Snapshot.now(trials, taken.number, study.space)).open:  # stored before the first parameter
                 self._check(taken.number)
                 self._study._storage.set_trial_user_attr(taken._trial_id, "seen", dataclasses.asdict(seen))
             history = seen.history(trials, taken.number)
             params = study.sampler.ask(study, self._study, taken._trial_id, taken.number, history)
-        except (LeaseLost, UpdateFinishedTrialError) as error:  # this process stood still, and another one went on
+        except (LeaseLost, UpdateFinishedTrialError) as error:  # this process stalled, and another one took over
             raise NoTrialFree from error
         self._curves[taken.number] = dict(taken.intermediate_values)
         return Asked(number=taken.number, params=params, resumed=resumed)
 
     @outlasting
     def check(self, asked: Asked) -> None:
-        """Raise LeaseLost when another process has taken up this trial, for this one was thought dead."""
+        """Raise LeaseLost if another process has taken over this trial."""
         self._check(asked.number)
 
     def _check(self, number: int) -> None:
@@ -207,9 +207,9 @@ class Store(StudyView):
 
     @contextlib.contextmanager
     def _ending(self, asked: Asked) -> Iterator[None]:
-        """Raise LeaseLost when a trial has ended by another process.
+        """Raise LeaseLost if another process has ended the trial.
 
-        By this one it has when it is told again, for the database's answer was lost.
+        If this process has, the database's answer was lost and `tell` is repeated.
         """
         try:
             yield
@@ -225,8 +225,8 @@ class Store(StudyView):
     def report(self, asked: Asked, epoch: int, value: float) -> None:
         """Record the validation accuracy after an epoch.
 
-        An epoch that is redone with another result replaces the one before, so that the trial's curve, epochs and value
-        agree, and is named on stderr: the trial went on where the same steps give other bits.
+        A repeated epoch with another result replaces the old one, so that the trial's curve, epochs and value agree.
+        It is named on stderr: the trial resumed where the same steps give other bits.
         """
         self.check(asked)
         curve = self._curves[asked.number]
@@ -234,17 +234,17 @@ class Store(StudyView):
         if known == value:
             return
         if known is not None:
-            text = f"Trial {asked.number} gives {value:.4f} in the redone epoch {epoch}, not {known:.4f} as before"
-            print(f"{text}; from here on it is not the uninterrupted trial.", file=sys.stderr)
+            text = f"Trial {asked.number} gives {value:.4f} in the repeated epoch {epoch}, not {known:.4f} as before"
+            print(f"{text}; it now differs from the uninterrupted trial.", file=sys.stderr)
         with self._ending(asked):
             self._study._storage.set_trial_intermediate_value(self._id(asked), epoch, value)
         curve[epoch] = value
 
     @outlasting
     def should_prune(self, asked: Asked, epoch: int) -> bool:
-        """The pruner's verdict after `epoch`; an epoch that an earlier process went beyond was judged then."""
+        """Return whether to prune after `epoch`; False for an epoch that an earlier process passed."""
         pruner = self._study.pruner
-        # At the rungs of one that names them alone: who asks it reads all trials.
+        # A pruner with rungs is asked at its rungs only: asking reads all trials.
         here = getattr(pruner, "rung", lambda _: not isinstance(pruner, optuna.pruners.NopPruner))
         if epoch != max(self._curves[asked.number], default=None) or not here(epoch):
             return False
@@ -259,12 +259,12 @@ class Store(StudyView):
         seconds: float,
         environments: Sequence[Mapping[str, str]] = (),
     ) -> None:
-        """End a trial. What belongs to it is written before its state, so a finished trial is always whole.
+        """End a trial. Its attributes are written before its state, so a finished trial is always complete.
 
-        `environments` are those that it was trained in, one after the other (`harness.base.environment`).
+        `environments` are those that it was trained in, in order (`harness.base.environment`).
         """
         self.check(asked)
-        # Which images the last epoch has right says what choosing among trials is worth; of the others nobody asks it.
+        # The final run's statistics need the correct images of the last epoch only.
         kept = [*(each.without_hits() for each in epochs[:-1]), *epochs[-1:]]
         described = dataclasses.asdict(outcome) | {"state": outcome.state}
         if isinstance(outcome, Diverged):
@@ -285,5 +285,5 @@ class Store(StudyView):
 
 
 def wanted(study: Study, store: Store) -> int:
-    """How many finished trials there should be: the most that a command asks for that works on the study."""
+    """Return the requested number of finished trials: the maximum over the commands that run the study."""
     return max(study.trials, store.facts().wanted)

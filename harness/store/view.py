@@ -1,4 +1,4 @@
-"""A study as its storage has it, to look at."""
+"""A read-only view of a study's storage."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ ViewT = TypeVar("ViewT", bound="StudyView")
 
 
 def outlasting(method: Callable[Concatenate[ViewT, P], T]) -> Callable[Concatenate[ViewT, P], T]:
-    """A method that waits while another program locks the database. Raises Halt when the database fails.
+    """Make a method retry while another program locks the database, and raise Halt if the database fails.
 
-    Each of these methods may be cut off anywhere and called again, for a process may die anywhere in it.
+    Each of these methods may be interrupted anywhere and called again, because a process may die anywhere in it.
     """
 
     @functools.wraps(method)
@@ -39,9 +39,9 @@ def outlasting(method: Callable[Concatenate[ViewT, P], T]) -> Callable[Concatena
 
 
 class StudyView:
-    """What is known of one study in an Optuna storage.
+    """One study in an Optuna storage, read-only.
 
-    `as_of_now`: everything is read once, so that what is shown of a running study fits together.
+    `as_of_now`: everything is read once, for a consistent view of a running study.
     """
 
     def __init__(self, url: str, optuna_study: optuna.Study, as_of_now: bool = False) -> None:
@@ -52,38 +52,38 @@ class StudyView:
         self._trials: list[FrozenTrial] | None = None
 
     def check_file(self) -> None:
-        """Raise Halt when the database is not where it was opened."""
+        """Raise Halt if the database was moved or deleted."""
 
     @property
     def optuna_study(self) -> optuna.Study:
-        """For Optuna's own plots and importances."""
+        """The Optuna study, for Optuna's plots and importances."""
         return self._study
 
     @outlasting
     def attributes(self) -> dict[str, Any]:
-        """The study's user attributes. Raises InputError when one is no JSON.
+        """Return the study's user attributes. Raises InputError if one is not JSON.
 
-        But for the ledger, whose text is then given as it is: its fault is named beside what is else known.
+        A ledger that is not JSON is returned as text: `ledger_fault` reports it.
         """
         if self._attributes is None or not self._as_of_now:
             self._attributes = self._study.user_attrs
         for name, value in self._attributes.items():
             if isinstance(value, Unreadable) and name != "ledger":
-                raise InputError(f"In {self.url}, the study's {name!r} is no JSON; take the storage from a copy.")
+                raise InputError(f"In {self.url}, the study's {name!r} is not JSON; restore the storage from a backup.")
         return self._attributes
 
     @property
     def uid(self) -> str:
-        """Which study this is, whatever else it keeps; empty before it has begun."""
+        """The study's unique id; empty before its first start."""
         return self.attributes().get("uid", "")
 
     def facts(self) -> StudyFacts:
-        """What is known of the whole study. Raises InputError when something of it is no JSON, or not whole."""
+        """Return the study's attributes. Raises InputError if one is not JSON, or incomplete."""
         attributes = self.attributes()
         try:
             return StudyFacts.of(attributes)
         except InputError as error:
-            raise InputError(f"In {self.url}, {error}; take the storage from a copy.") from error
+            raise InputError(f"In {self.url}, {error}; restore the storage from a backup.") from error
 
     def _all_trials(self) -> list[FrozenTrial]:
         if self._trials is None or not self._as_of_now:
@@ -96,32 +96,32 @@ class StudyView:
 
     @outlasting
     def trials(self) -> list[TrialRecord]:
-        """All trials that have begun, by number."""
+        """Return all trials that have started, by number."""
         waiting = TrialState.WAITING
         return [record_of(trial) for trial in self._all_trials() if trial.state is not waiting]
 
     def environment(self) -> dict[str, str] | None:
-        """What the last trial that has ended was computed with (`harness.base.environment`)."""
+        """Return the environment of the last finished trial (`harness.base.environment`)."""
         return next((trial.environments[-1] for trial in reversed(self.trials()) if trial.environments), None)
 
     def counts(self) -> dict[str, int]:
-        """Trials by state; a diverged trial is a failed one here."""
+        """Return the number of trials by state; diverged trials count as failed."""
         named = ["failed" if trial.state == "diverged" else trial.state for trial in self.trials()]
         return {state: named.count(state) for state in ("complete", "pruned", "failed", "running")}
 
     def best(self) -> TrialRecord | None:
-        """The complete trial with the highest value, the earliest of equals."""
+        """Return the complete trial with the highest value, the earliest of equals."""
         return next(iter(self.candidates(1)), None)
 
     def candidates(self, count: int) -> list[TrialRecord]:
-        """The complete trials with the highest values, at most `count`, the best first, the earliest of equals."""
+        """Return at most `count` complete trials with the highest values, best first, the earliest of equals."""
         complete = [trial for trial in self.trials() if trial.state == "complete"]
         return sorted(complete, key=lambda trial: (-(trial.value or 0.0), trial.number))[:count]
 
     def chosen(self) -> TrialRecord | None:
-        """The trial that the final run retrains, as `harness.final.choice` chose it; before, the best.
+        """Return the trial that the final run retrains, as `harness.final.choice` chose it; before that, the best.
 
-        None before there is one, and while a second look is under way.
+        None if there is none, and while the best trials are reranked.
         """
         record = self.facts().rerank
         if record is None:
@@ -133,27 +133,27 @@ class StudyView:
         return next((trial for trial in candidates if trial.number == record["chosen"]), None)
 
     def choice(self) -> dict[str, Any] | None:
-        """What `harness.final.choice` has chosen, and why; None before, and when trials have ended since."""
+        """Return the record of `harness.final.choice`; None before the choice, and if trials have ended since."""
         record: dict[str, Any] | None = self.facts().choice
         return record if record is not None and record["trials"] == self.finished() else None
 
     def has_final(self) -> bool:
-        """Whether the final result is there and belongs to the chosen trial."""
+        """Return whether the chosen trial has a final result."""
         final, chosen = self.facts().final, self.chosen()
         return final is not None and chosen is not None and final.trial == chosen.number
 
     def ledger(self) -> list[Line]:
-        """The openings of the test set and their results. Raises InputError when a line is not as it was written."""
+        """Return the openings of the test set and their results. Raises InputError if a line was changed."""
         if (wrong := self.ledger_fault()) is not None:
-            raise InputError(f"In {self.url}, {wrong}; the test set stays closed. Take the storage from a copy.")
+            raise InputError(f"In {self.url}, {wrong}; the test set stays closed. Restore the storage from a backup.")
         return self.attributes().get("ledger") or []
 
     def ledger_lines(self) -> list[Line]:
-        """What can be shown of the ledger, whether or not it has a fault."""
+        """Return the readable lines of the ledger, even if it has a fault."""
         return ledger.readable(self.attributes().get("ledger"))
 
     def ledger_fault(self) -> str | None:
-        """What is wrong with the test ledger, in a sentence; None when nothing is."""
+        """Return what is wrong with the test ledger, as a clause; None if nothing is."""
         final, lines = self.facts().final, self.attributes().get("ledger")
         lines = [] if lines is None else lines
         known = None if final is None else final.ledger
@@ -161,16 +161,16 @@ class StudyView:
         return fault if fault is not None or final is None else ledger.difference(lines, final)
 
     def opened_for(self) -> int | None:
-        """The trial whose test result was recorded last, by the ledger if there is one; None while none was."""
+        """Return the trial of the last recorded test result, by the ledger if there is one; None if there is none."""
         final, found = self.facts().final, ledger.results(self.ledger_lines())
         if found:
             return int(found[-1]["trial"])
         return None if final is None else final.trial
 
     def needs_reason(self) -> bool:
-        """Whether a test result is known of another trial than the one that is chosen now.
+        """Return whether the known test result is of another trial than the chosen one.
 
-        An opening that was cut off before its result was recorded goes on without one.
+        An opening that was interrupted before its result was recorded resumes without a reason.
         """
         opened, chosen = self.opened_for(), self.chosen()
         if opened is None or chosen is None or opened == chosen.number:
@@ -179,22 +179,22 @@ class StudyView:
         return not lines or lines[-1]["trial"] != chosen.number
 
     def why_closed(self) -> str | None:
-        """Why the test set stays closed, and what opens it, in a sentence; None when it need not."""
+        """Return why the test set stays closed, and how to open it; None if it may be opened."""
         chosen = self.chosen()
         if chosen is None or not self.needs_reason():
             return None
         return (
-            f"Trial {chosen.number} is chosen by the validation images now, and the test result of trial "
-            f"{self.opened_for()} is known; the test set stays closed, for a number chosen after looking is no test. "
-            'To open it again all the same, add --reopen-test "why" to the command.'
+            f"The validation images now choose trial {chosen.number}, but the test result of trial "
+            f"{self.opened_for()} is known; the test set stays closed, because a second test would be biased. "
+            'To open it again anyway, add --reopen-test "why" to the command.'
         )
 
     def is_complete(self, study: Study) -> bool:
-        """Whether nothing is missing: the trials, the final result, and their publication in MLflow."""
+        """Return whether the trials, the final result, and their publication in MLflow are complete."""
         enough = self.finished() >= study.trials and self.facts().published == self.finished()
         return enough and self.is_settled()
 
     def is_settled(self) -> bool:
-        """Whether nothing comes after the search, unless somebody gives a reason to open the test set again."""
+        """Return whether nothing is left after the search, except to open the test set again for a reason."""
         outgrown = self.facts().choice is not None and self.choice() is None
         return self.best() is None or (not outgrown and (self.has_final() or self.needs_reason()))

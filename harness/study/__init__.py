@@ -1,1 +1,1 @@
-"""A study from its first trial to its published end."""
+"""Run a study from its first trial to the published model."""

@@ -1,4 +1,4 @@
-"""The `audit` command: pruned trials, drawn at random, are trained to their ends with nobody to stop them."""
+"""The `audit` command: train randomly drawn pruned trials to the last epoch, without a pruner."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from harness.training.step import Runtime
 
 
 def audit_study(options: RunOptions, found: Found, fraction: float, seed: int) -> None:
-    """Audit a study, or go on with it. Raises InputError for what a user can mend."""
+    """Audit a study, or resume its audit. Raises InputError for user errors."""
     url = opening.url_of(found, options.storage)
     if options.tracking_uri:
-        tracker_at(options.tracking_uri)  # a URI that is none is named before anything is trained
+        tracker_at(options.tracking_uri)  # refuse a wrong URI before training
     with opening.read_store(found.study.name, url) as store:
         study = opening.located(found, store, options.data_root, options.device)
         check_ended(study, store)
         trials, results, asked = sample(store, fraction, seed)
         if not trials:
-            print(f"Study {study.name!r} has no pruned trials: pruning saved nothing, and there is nothing to audit.")
+            print(f"Study {study.name!r} has no pruned trials; there is nothing to audit.")
             return
         runtime = decide_runtime(study.train, store.facts().runtime)
         content = None if results.keys() >= set(map(str, asked)) else content_of(study)
@@ -63,7 +63,7 @@ def audit_study(options: RunOptions, found: Found, fraction: float, seed: int) -
 
 
 def _write_report(study: Study, store: Store, found: Found, tracking_uri: str | None) -> None:
-    """Write the study's report again, and the copy in MLflow if there is one. Raises Halt when there is no room."""
+    """Rewrite the study's report, and its copy in MLflow if there is one. Raises Halt if the disk is full."""
     folder = found.beside(store.url, ".report")
     page = write_report(study.name, store, uri_of(tracking_uri, found.mlruns), folder)
     print(f"report    {page}", flush=True)
@@ -71,12 +71,12 @@ def _write_report(study: Study, store: Store, found: Found, tracking_uri: str | 
         tracker = attached(tracking_uri, found.mlruns, study, store)
         if tracker is not None:
             tracker.replace_folder(folder)
-    except InputError as error:  # the audit is none the worse
-        print(f"{error} The report there lacks this audit; the same command writes it, and trains nothing again.")
+    except InputError as error:  # the audit itself is complete
+        print(f"{error} The report there lacks this audit; run the same command to write it, without training.")
 
 
 def check_ended(study: Study, store: Store) -> None:
-    """Raise InputError unless the study has come to its end, and has a winner."""
+    """Raise InputError unless the study is complete and has a best trial."""
     under_way = [trial.number for trial in store.trials() if trial.state == "running"]
     if under_way:
         raise InputError(
@@ -89,7 +89,7 @@ def check_ended(study: Study, store: Store) -> None:
 
 
 def sample(store: Store, fraction: float, seed: int) -> tuple[dict[int, TrialRecord], dict[str, Any], list[int]]:
-    """The pruned trials by number, the results of those audited so far, and all to audit in the order of training."""
+    """Return the pruned trials by number, the results of those audited, and the numbers to audit in order."""
     pruned = {trial.number: trial for trial in store.trials() if trial.state == "pruned"}
     results = dict((store.facts().audit or {}).get("results", {}))
     return pruned, results, audit.draw(pruned, fraction, seed, [int(number) for number in results])
@@ -98,9 +98,9 @@ def sample(store: Store, fraction: float, seed: int) -> tuple[dict[int, TrialRec
 def train(
     study: Study, store: Store, runtime: Runtime, checkpoints: Path, fraction: float, seed: int
 ) -> Generator[str, None, None]:
-    """Train what the sample lacks, yielding a line an epoch, and record each trial as it ends.
+    """Train the sample's missing trials, yield a line per epoch, and record each trial at its end.
 
-    Only the study's attribute "audit" is written. Killed anywhere, it goes on to the same record.
+    Writes the study's attribute "audit" only. Killed anywhere, it resumes to the same record.
     """
     trials, results, asked = sample(store, fraction, seed)
     courses = [course(study, trial) for trial in store.trials()]
@@ -114,7 +114,7 @@ def train(
 
 
 def course(study: Study, trial: TrialRecord) -> audit.Course:
-    """What the audit needs of a trial."""
+    """Return the audit's data of a trial."""
     return audit.Course(
         number=trial.number,
         state=trial.state,
@@ -128,7 +128,7 @@ def course(study: Study, trial: TrialRecord) -> audit.Course:
 def _to_the_end(
     study: Study, trial: TrialRecord, store: Store, runtime: Runtime, path: Path
 ) -> Generator[str, None, dict[str, Any]]:
-    """Train a pruned trial from its own seed; returns what is kept of it."""
+    """Train a pruned trial from its own seed; return its record."""
     training = again(study, trial, runtime)
     config = training.config
     identity = identity_of(store.uid, audit_key(trial.number), training.seed, config)
@@ -152,7 +152,7 @@ def _to_the_end(
 
 
 def _same(trial: TrialRecord, result: EpochResult) -> bool | None:
-    """Whether the epoch came out as it was recorded; None for one that was not run then."""
+    """Return whether the epoch equals the record; None for an epoch that was not run then."""
     if result.epoch > len(trial.epochs):
         return None
     return Compared(recorded=trial.epochs[result.epoch - 1], now=result).same

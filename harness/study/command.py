@@ -1,4 +1,4 @@
-"""What a process was asked to do with a study, and who is shown what happens."""
+"""A request to run a study: its options, study, console and callbacks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from harness.report.display import StudyConsole
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """`study` is that of `found` with what the `options` change of it; `hooks` are called with its events."""
+    """`study` is that of `found`, changed by `options`; `hooks` are called with its events."""
 
     options: RunOptions
     found: Found
@@ -26,14 +26,14 @@ class Command:
     hooks: Sequence[Callable[[Event], object]] = ()
 
     def beside(self, suffix: str) -> Path:
-        """A folder that belongs to the study's results."""
+        """Return a folder of the study's results."""
         return self.found.beside(self.url, suffix)
 
     def say(self, text: str) -> None:
-        """A sentence for people, wrapped by their terminal."""
+        """Print a sentence; the terminal wraps it."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
 
 def content_of(study: Study) -> dict[str, str]:
-    """Fingerprints of what a definition only names; the first time, the images are decoded for them."""
+    """Return fingerprints of the images and weights; the first call decodes the images."""
     return {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}

@@ -1,4 +1,4 @@
-"""The coordinator: begins a study that is open, has it run by itself or by workers, shows it, and publishes its end."""
+"""The coordinator: start an open study, run it alone or with workers, show progress, publish the result."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
     from harness.training.step import Runtime
 
-# What helps when trials end without a result, by their state.
+# Remedies for trials without a result, by state.
 REMEDIES = {
-    "failed": "The tracebacks are in MLflow and in the report: mend the cause.",
-    "diverged": "Against diverging, search lower learning rates, warm up longer, or clip gradients (optim.clip_norm).",
-    "pruned": "Against pruning, take a pruner that spares more trials, or no_pruning().",
+    "failed": "Fix the cause: the tracebacks are in MLflow and in the report.",
+    "diverged": "Against divergence, search lower learning rates, warm up longer, or clip gradients (optim.clip_norm).",
+    "pruned": "Against pruning, use a less aggressive pruner, or no_pruning().",
 }
 
 
 def run_study(command: Command, store: Store, tracker: MLflowTracker) -> None:
-    """Run what the study lacks, to its published end. Raises StudyFailed when it ends without a result."""
+    """Run the study's missing parts, and publish. Raises StudyFailed if it ends without a result."""
     from harness.final.retrain import Context
     from harness.search.loop import TooManyFailures
     from harness.study.stages import run as events_of
@@ -70,7 +70,7 @@ def run_study(command: Command, store: Store, tracker: MLflowTracker) -> None:
 
 
 def _begin(command: Command, store: Store, tracker: MLflowTracker) -> Runtime:
-    """What must be settled before the first trial: how it is computed, and that MLflow has the study's run."""
+    """Prepare the first trial: decide the runtime, store it, and open the study's MLflow run."""
     from harness.training.assemble import decide_runtime
     from harness.training.features import keep_features
 
@@ -81,17 +81,17 @@ def _begin(command: Command, store: Store, tracker: MLflowTracker) -> Runtime:
         store.set_attribute("wanted", max(among_others, study.trials))
         runtime = decide_runtime(study.train, store.facts().runtime, study.trials)
         store.set_attribute("runtime", runtime.to_dict())
-        store.set_attribute("published", None)  # until this start has told MLflow everything
+        store.set_attribute("published", None)  # until MLflow has everything of this start
         store.set_attribute("depths", {by: study.train.backbone.depths(by) for by in ("block", "layer")})
         if options.engine == "processes" and options.workers == 1 and store.finished() < study.trials:
-            _name_changes(store, runtime.device)  # workers' shares of the cores are the same from run to run
+            _name_changes(store, runtime.device)  # workers keep their shares of the cores between runs
         keep_features(study.train, runtime, with_validation=study.final.fit_on == "train+val")
         tracker.start(study, store, expected.facts(study, runtime.to_dict(), environment(runtime.device)))
     return runtime
 
 
 def _check_versions(store: Store) -> None:
-    """Raise InputError when others work on the study with other versions: their trials could not be compared."""
+    """Raise InputError if other processes run the study with other versions: trials would not be comparable."""
     known, here, others = store.facts().versions, versions(), store.active_workers()
     if others and known and known != here:
         names = [name for name in {**known, **here} if known.get(name) != here.get(name)]
@@ -107,25 +107,25 @@ def _say_what_begins(command: Command, useful: int, store: Store, runtime: Runti
     count, data = command.options.workers, command.study.train.data
     workers = f", {count} workers" if count > 1 else ""
     if useful < count:
-        workers = f", {useful} of {count} workers, for the others there is nothing to do"
+        workers = f", {useful} of {count} workers, the others have nothing to do"
     images = "/".join(f"{len(items_of(data, split)):,}" for split in SPLITS)
     command.say(
         f"Study {command.study.name}: {overview.finished_of(store.finished(), wanted(command.study, store))}, "
-        f"{len(data.classes()):,} classes, {images} images to train, choose and test, "
+        f"{len(data.classes()):,} classes, {images} training, validation and test images, "
         f"{overview.in_words(runtime.to_dict())}{workers}"
     )
     if runtime.compiled:
-        command.say("The model is compiled in its first steps; that takes minutes, once a process.")
+        command.say("The first steps compile the model; that takes minutes, once per process.")
 
 
 def _end(command: Command, store: Store, tracker: MLflowTracker, failure: Exception | None) -> None:
-    """Write the report, describe and register the model, tell MLflow; unless another coordinator does."""
+    """Write the report, the model card and MLflow, and register the model, unless another coordinator does."""
     study, console = command.study, command.console
     store.check_file()
-    done = failure is None and store.is_complete(study)  # by another coordinator, for which this one waited
+    done = failure is None and store.is_complete(study)  # another coordinator did it while this one waited
     if done or not store.lead():
         if done:
-            tracker.finish(expected.study_metrics(store), [], "complete")  # where each has an MLflow of its own
+            tracker.finish(expected.study_metrics(store), [], "complete")  # coordinators may have their own MLflow
         else:
             tracker.leave()
         console.say(overview.summary(study.name, store, tracker.uri))
@@ -143,9 +143,7 @@ def _end(command: Command, store: Store, tracker: MLflowTracker, failure: Except
     if told:
         store.set_attribute("published", store.finished())
     else:
-        console.say(
-            f"MLflow at {masked(tracker.uri)} lacks a part of this; the same command writes it when MLflow is back."
-        )
+        console.say(f"MLflow at {masked(tracker.uri)} is incomplete; run the same command when it is back.")
     console.say(overview.summary(study.name, store, tracker.uri))
     console.say(f"report    {report_folder / 'report.html'}")
     store.check_file()
@@ -156,7 +154,7 @@ def _end(command: Command, store: Store, tracker: MLflowTracker, failure: Except
 def _workers(
     command: Command, useful: int, store: Store, tracker: MLflowTracker, runtime: Runtime
 ) -> Iterator[Workers | None]:
-    """Who trains for this process; None when it does so itself, or nothing is left to train."""
+    """Yield the workers; None if this process trains alone, or nothing is left to train."""
     options, study = command.options, command.study
     here = options.engine == "processes"
     if (here and options.workers == 1) or (store.finished() >= study.trials and store.is_settled()):
@@ -180,7 +178,7 @@ def _workers(
 
     asked = ray_cluster.needs(options.workers, options.workers_per_gpu, runtime.device.type)
     text = f"Asking Ray for {asked.workers} worker{'s' if asked.workers > 1 else ''}"
-    command.say(f"{text}, {ray_cluster.in_words(asked)} each; that takes some seconds.")
+    command.say(f"{text}, {ray_cluster.in_words(asked)} each; this takes some seconds.")
     with ExitStack() as kept:
         with command.console.status(f"{text} …"):
             workers = kept.enter_context(RayWorkers(config, store, asked, tracker.show))
@@ -188,37 +186,37 @@ def _workers(
 
 
 def _name_changes(store: Store, device: torch.device) -> None:
-    """Say what is other than when the last trial ended and may change the last bits from here on."""
+    """Print the differences from the last trial's environment, which may change the last bits."""
     from harness.training.checkpoint import differences
 
     before = store.environment()
     if before and (found := differences(before, environment(device))):
-        print(f"Since the last trial, {found}: from here on the last bits may differ.", file=sys.stderr)
+        print(f"Since the last trial, {found}: the last bits may differ from here on.", file=sys.stderr)
 
 
 def check_result(store: Store, failure: Exception | None = None) -> None:
-    """Raise StudyFailed for a study with all its trials that has no complete one, or no whole ledger."""
+    """Raise StudyFailed if a finished study has no complete trial, or a damaged ledger."""
     if failure is not None:
         raise StudyFailed(str(failure)) from failure
     if (fault := store.ledger_fault()) is not None:
-        text = f"In {store.url}, {fault}; the test result is not to be trusted."
-        raise StudyFailed(f"{text} Take the storage from a copy.")
+        text = f"In {store.url}, {fault}; do not trust the test result."
+        raise StudyFailed(f"{text} Restore the storage from a backup.")
     if store.best() is None:
         raise StudyFailed(_no_result(store))
 
 
 def _no_result(store: Store) -> str:
-    """Why no trial is complete, and what helps, in the words of what happened."""
-    last = {trial.state: trial for trial in store.trials()}  # of each kind
+    """Return why no trial is complete, and the remedies."""
+    last = {trial.state: trial for trial in store.trials()}  # of each state
     states = [trial.state for trial in store.trials()]
     if len(last) > 1:
         counted = ", ".join(f"{states.count(state)} {state}" for state in last)
     else:
         counted = f"{'all ' * (len(states) > 1)}{len(states)} {states[0]}"
-    told = "; ".join(f"trial {trial.number}: {trial.reason}" for trial in last.values() if trial.reason)
+    reasons = "; ".join(f"trial {trial.number}: {trial.reason}" for trial in last.values() if trial.reason)
     remedies = " ".join(remedy for state, remedy in REMEDIES.items() if state in last)
-    what = f"{counted} ({told})" if told else counted
+    what = f"{counted} ({reasons})" if reasons else counted
     return (
-        f"No trial is complete: {what}. {remedies} Then start anew with --fresh, or try further ones with a larger "
-        "--trials."
+        f"No trial is complete: {what}. {remedies} Then start a new study with --fresh, or run more trials with a "
+        "larger --trials."
     )

@@ -1,7 +1,7 @@
-"""Whether storage, MLflow, checkpoints, model and processes agree, and mending it when they do not.
+"""The `doctor` command: check that storage, MLflow, checkpoints, model and processes agree, and repair them.
 
-The storage is the truth: MLflow is brought into line with it, files that no training will read are dropped. A result
-is never touched.
+The storage is the source of truth: MLflow is synchronized with it, and unused files are deleted. Results are never
+changed.
 """
 
 from __future__ import annotations
@@ -29,21 +29,19 @@ from harness.tracking.mlflow import MLflowTracker
 from harness.tracking.places import attached, tracker_for
 from harness.training.checkpoint import fingerprint, read_tensors, remove, stale
 
-UNFINISHED = (
-    "The study has not ended, and no process is at it: the same command goes on, and mends what was left behind."
-)
+UNFINISHED = "The study has not ended, and no process runs it; run the same command to resume and repair it."
 
 
 def consult(found: Found, url: str, tracking_uri: str | None, fix: bool) -> bool:
-    """Print each disagreement in a line, and mend it if asked to; whether all is well now.
+    """Print each disagreement on a line, repair it with `fix`, and return whether all agree now.
 
-    Raises InputError when the study cannot be read, and with `fix` also while a process runs it.
+    Raises InputError if the study cannot be read, and with `fix` also while a process runs it.
     """
     file = sqlite_file(url)
     with read_store(found.study.name, url) as store:
         study, who = located(found, store), _who(store, file)
         if fix and who is not None:
-            raise InputError(f"Study {study.name!r} is being run by {who}; wait for the end, then mend.")
+            raise InputError(f"Study {study.name!r} is being run by {who}; wait for its end, then repair it.")
         tracker = attached(tracking_uri, found.mlruns, study, store)
         findings = list(examine(study, store, tracker, found, who is not None))
         if file is not None and who is None and pid_file(file).exists():
@@ -54,7 +52,7 @@ def consult(found: Found, url: str, tracking_uri: str | None, fix: bool) -> bool
         if not findings:
             print(_well(store, found.beside(url, ".model"), who is not None))
         elif who is not None:
-            print(f"The study is under way in {who}: MLflow may lag behind it; look again when it has ended.")
+            print(f"The study is running in {who}, and MLflow may lag behind; check again after it ends.")
         elif not fix and not _was_published(store):
             print(UNFINISHED)
     if not (fix and findings):
@@ -64,7 +62,7 @@ def consult(found: Found, url: str, tracking_uri: str | None, fix: bool) -> bool
 
 
 def _who(store: Store, file: Path | None) -> str | None:
-    """The processes that work on a study, as people name them; None when there are none."""
+    """Return the names of the processes that run a study; None if there are none."""
     if file is not None:
         pid = holder(file)
         return None if pid is None else f"process {pid}"
@@ -73,7 +71,7 @@ def _who(store: Store, file: Path | None) -> str | None:
 
 
 def _several(one: str, more: str, names: Sequence[str]) -> str:
-    """`trial 3`, `trials 3, 4 and 5`."""
+    """Return a text such as `trial 3` or `trials 3, 4 and 5`."""
     *rest, last = names
     return f"{more} {', '.join(rest)} and {last}" if rest else f"{one} {last}"
 
@@ -82,21 +80,19 @@ def _well(store: Store, model: Path, living: bool) -> str:
     owners, numbers = store.active_workers(), [trial.number for trial in store.trials() if trial.state == "running"]
     said = [f"Storage, MLflow, checkpoints and processes agree on {store.finished()} finished trials"]
     held = {number: owners[trial_key(number)] for number in numbers if trial_key(number) in owners}
-    said += [f"trial {number} is under way in process {in_words(owner)}" for number, owner in held.items()]
+    said += [f"trial {number} is running in process {in_words(owner)}" for number, owner in held.items()]
     if waiting := [str(number) for number in numbers if number not in held]:
-        goes = "goes" if len(waiting) == 1 else "go"
+        verb = "resumes" if len(waiting) == 1 else "resume"
         said.append(
-            f"{_several('trial', 'trials', waiting)} {goes} on when {'its turn comes' if living else 'the study does'}"
+            f"{_several('trial', 'trials', waiting)} {verb} when {'a worker is free' if living else 'the study does'}"
         )
     if store.has_final() and model_files.is_untested(model):
-        said.append(
-            f"the model in {model} was trained again after the tested one, whose test result it shows, was lost"
-        )
+        said.append(f"the model in {model} was retrained after the tested one was lost, and shows its test result")
     return f"{'; '.join(said)}."
 
 
 def _mend(study: Study, store: Store, found: Found, tracking_uri: str | None) -> bool:
-    """Mend everything that can be; whether nothing is left. The study must be held."""
+    """Repair all that can be repaired; return whether all agree. The study must be locked."""
     tracker = tracker_for(tracking_uri, found.mlruns)
     tracker.restore(study.name)
     tracker.start(study, store, facts(study, store.facts().runtime or {}, store.environment() or {}))
@@ -109,20 +105,20 @@ def _mend(study: Study, store: Store, found: Found, tracking_uri: str | None) ->
     else:
         told = tracker.settle()
     if not told:
-        print("MLflow did not take everything; run the doctor again when it answers.")
+        print("MLflow is incomplete; run the doctor again when it answers.")
     well = told and not list(examine(study, store, tracker, found, living=False))
-    print("Mended." if well else "Not all of it could be mended.")
+    print("Repaired." if well else "Some disagreements remain.")
     return well
 
 
 def _was_published(store: Store) -> bool:
-    """Whether the study's last run came to its end, whatever number of trials it was asked for."""
+    """Return whether the study's last run ended, whatever number of trials it was asked for."""
     running = any(trial.state == "running" for trial in store.trials())
     return not running and store.facts().published == store.finished()
 
 
 def examine(study: Study, store: Store, tracker: MLflowTracker | None, found: Found, living: bool) -> Iterator[Finding]:
-    """Every disagreement. While a process is `living` that runs the study, what is under way is left out.
+    """Yield every disagreement. While a process runs the study (`living`), skip running trials.
 
     The tracker must be attached; None means that there is no MLflow database. Writes nothing; a finding's `mend` does.
     """
@@ -130,16 +126,16 @@ def examine(study: Study, store: Store, tracker: MLflowTracker | None, found: Fo
     if not living:
         yield from _checkpoints(study, store, found.beside(store.url, ".checkpoints"))
     if (wrong := store.ledger_fault()) is not None:
-        yield Finding(f"In the storage, {wrong}: its test result is not to be trusted; take the storage from a copy")
+        yield Finding(f"In the storage, {wrong}; do not trust the test result; restore the storage from a backup")
     if (predictions := store.facts().predictions) is not None:
         try:
             from_record(predictions)
         except InputError as error:
             yield Finding(f"In the storage: {error}")
     yield from _model(store, model)
-    for array in damaged(Path(study.train.data.cache)):  # all of it is read; a start takes unchanged files for whole
-        text = f"The image cache {array} is damaged (its checksum is wrong) and would be trained on"
-        yield Finding(text, partial(array.unlink, missing_ok=True))  # the next start makes it again
+    for array in damaged(Path(study.train.data.cache)):  # reads all of it; a start trusts unchanged files
+        text = f"The image cache {array} is damaged (its checksum is wrong)"
+        yield Finding(text, partial(array.unlink, missing_ok=True))  # the next start writes it again
     expected = expected_runs(study, store)
     if tracker is None:
         if expected:
@@ -151,19 +147,19 @@ def examine(study: Study, store: Store, tracker: MLflowTracker | None, found: Fo
     )
     yield from disagreements(tracker, expected, metrics, running, living, [folder.name for folder in folders])
     if model_files.is_registered(study, store, model) and model_missing(tracker, study.name):
-        text = "MLflow's registry lacks the model; run the study again: it registers it again"
+        text = "MLflow's registry lacks the model; run the study again to register it"
         yield Finding(text, partial(store.set_attribute, "registered", None))
 
 
 def _checkpoints(study: Study, store: Store, folder: Path) -> Iterator[Finding]:
     useless = stale(folder, wanted_keys(study, store))
     for path in useless:
-        yield Finding(f"{path} is left over: nothing will read it", partial(remove, path))
+        yield Finding(f"{path} is left over and unused", partial(remove, path))
     for path in sorted(path for path in folder.glob("*") if path.is_file() and path not in useless):
         try:
             identity = read_tensors(path)[1].get("identity", {})
         except Damaged as error:
-            yield Finding(f"{error}; its training would start again", partial(remove, path))
+            yield Finding(f"{error}; its training would restart", partial(remove, path))
             continue
         if identity.get("study") != store.uid:
             yield Finding(f"{path} belongs to another study", partial(remove, path))
@@ -184,7 +180,7 @@ def _model(store: Store, folder: Path) -> Iterator[Finding]:
     wrong = model_files.wrong_files(store, folder)
     for name, fault in wrong:
         if name == model_files.CHECK_FILE:
-            text = f"{fault}; it cannot be made again, and the registry's check takes validation images instead"
+            text = f"{fault}; it cannot be written again, and the registry's check uses validation images instead"
             yield Finding(text, partial(_give_up, store, folder / name))
         else:
             yield Finding(f"{fault}; {model_files.AGAIN}", partial((folder / name).unlink, missing_ok=True))
@@ -192,13 +188,13 @@ def _model(store: Store, folder: Path) -> Iterator[Finding]:
     if model_files.WEIGHTS in dict(wrong) or model_files.is_recorded(store, folder, model_files.WEIGHTS):
         return
     there = fingerprint(read_tensors(weights)[0])
-    # Weights that were trained again where other bits come out, and say so, are as good as this machine makes them.
+    # Retrained weights with other bits, marked as such, are as good as this machine can train.
     if there != known and not _says_so(folder, there):
-        yield Finding(f"{weights} holds other weights than the final run's; {model_files.AGAIN}", weights.unlink)
+        yield Finding(f"{weights} differs from the final run's weights; {model_files.AGAIN}", weights.unlink)
 
 
 def _says_so(folder: Path, weights: str) -> bool:
-    """Whether model.json says of weights with this sha256 that they are not the tested ones."""
+    """Return whether model.json marks weights with this sha256 as not the tested ones."""
     try:
         description = model_files.read_description(folder / model_files.DESCRIPTION)
     except Damaged:
@@ -207,6 +203,6 @@ def _says_so(folder: Path, weights: str) -> bool:
 
 
 def _give_up(store: Store, path: Path) -> None:
-    """Drop a file of the model that nothing can make again, and what is recorded of it."""
+    """Delete a file of the model that cannot be written again, and its record."""
     path.unlink(missing_ok=True)
     model_files.record_files(store, path.parent, path.name)

@@ -1,4 +1,4 @@
-"""The end of a study: its model described and registered, and MLflow told what it lacks."""
+"""The end of a study: describe and register its model, and complete MLflow."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from harness.tracking.mlflow import MLflowTracker
 if TYPE_CHECKING:
     from harness.serving.model import SavedModel
 
-START = "start"  # the key of what one coordinator at a time does at its start
+START = "start"  # the lease key for starting: one coordinator at a time
 
 
 def write_again(command: Command, store: Store, tracker: MLflowTracker) -> None:
-    """Tell an MLflow that has lost it everything of a finished study; nothing is trained, no image is needed for it."""
+    """Write a finished study to MLflow again; this trains nothing and needs no images."""
     from harness.serving.model import load_saved
 
     study, model = command.study, command.beside(".model")
@@ -32,11 +32,11 @@ def write_again(command: Command, store: Store, tracker: MLflowTracker) -> None:
     if told and is_registered(study, store, model):
         told = register(command, store, tracker, load_saved(study, store, model))
     if not told:
-        command.say(f"MLflow at {masked(tracker.uri)} does not take all of it; the same command tries again.")
+        command.say(f"MLflow at {masked(tracker.uri)} is incomplete; run the same command to try again.")
 
 
 def describe_model(command: Command, store: Store) -> SavedModel | None:
-    """Put the exported program and the card beside the final model; returns it if it is to be registered."""
+    """Write the exported program and the model card; return the model if it is to be registered."""
     from harness.serving.model import load_saved
 
     study, folder = command.study, command.beside(".model")
@@ -49,8 +49,8 @@ def describe_model(command: Command, store: Store) -> SavedModel | None:
             with command.console.status("Exporting the final model …"):
                 write_program(saved, folder / PROGRAM)
             model, program = saved, PROGRAM
-        except InputError as error:  # a backbone that torch cannot export; the result is none the worse
-            print(f"{error} It is kept as weights, and not registered in MLflow.", file=sys.stderr)
+        except InputError as error:  # a backbone that torch cannot export; the result is still valid
+            print(f"{error} It is saved as weights only, and not registered in MLflow.", file=sys.stderr)
             store.set_attribute("registered", saved.description["trial"])
     write_card(study.name, study.train.data, store, folder, program)
     record_files(store, folder, CARD, PROGRAM)
@@ -58,8 +58,8 @@ def describe_model(command: Command, store: Store) -> SavedModel | None:
 
 
 def register(command: Command, store: Store, tracker: MLflowTracker, model: SavedModel) -> bool:
-    """Register the model in MLflow; whether that is done."""
-    with command.console.status("Registering the final model in MLflow, and checking it …"):
+    """Register the model in MLflow; return whether that succeeded."""
+    with command.console.status("Registering and checking the final model in MLflow …"):
         done = publish(tracker, candidate(command.study.name, store, model), command.console.say)
     if done:
         store.set_attribute("registered", model.description["trial"])

@@ -1,7 +1,7 @@
-"""Asking again for every suggestion of a study, each with the history that it had seen.
+"""The `replay` command: ask the sampler again for every suggestion of a study, each with its own history.
 
-A parallel search is no worse understood than a serial one: what was known at each question is kept with the trial
-(`harness.search.suggest`), and sampler, seed and history give the same parameters again. Nothing is written.
+This works for parallel searches too: each trial stores the history of its suggestion (`harness.search.suggest`), and
+sampler, seed and history give the same parameters again. Nothing is written.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from harness.store.database import outlast
 from harness.store.records import Snapshot
 from harness.store.store import Store
 
-RELEVANT = ("python", "optuna", "torch")  # of the versions that a study keeps; Optuna's Gaussian process uses torch
+RELEVANT = ("python", "optuna", "torch")  # of the stored versions; Optuna's Gaussian process uses torch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replayed:
-    """A trial's suggestion as it is stored, and as the sampler gives it today."""
+    """A trial's suggestion as stored, and as the sampler gives it now."""
 
     number: int
     stored: dict[str, Any]
@@ -39,15 +39,15 @@ class Replayed:
     def line(self) -> str:
         stored = {path: self.stored.get(path, "missing") for path in self.asked}
         differing = [path for path in self.asked if stored[path] != self.asked[path]]
-        parts = [f"{path} is {stored[path]}, asked again {self.asked[path]}" for path in differing]
+        parts = [f"{path} is {stored[path]}, replayed {self.asked[path]}" for path in differing]
         return f"trial {self.number}: {'; '.join(parts)}"
 
 
 def replay(study: Study, trials: Sequence[FrozenTrial]) -> Iterator[Replayed]:
-    """Ask for all trials again, by number. Of one that is not complete or pruned, what it has is compared.
+    """Ask for all trials again, by number. For trials neither complete nor pruned, compare the existing parameters.
 
-    `trials` are all of the study's. A process may have died while it asked, and the trial has a part of its parameters
-    until it is taken up, or was told as failed with that part.
+    `trials` are all of the study's. If a process died while it asked, its trial has a part of its parameters until a
+    worker resumes it, or failed with that part.
     """
     memory = optuna.create_study(direction="maximize", pruner=study.pruner.of(study))
     for trial in sorted(trials, key=lambda each: each.number):
@@ -62,15 +62,15 @@ def replay(study: Study, trials: Sequence[FrozenTrial]) -> Iterator[Replayed]:
 
 
 def _as_new(trial: FrozenTrial) -> FrozenTrial:
-    """The trial as it was before the question; the first of a study is given its parameters beforehand."""
+    """Return the trial as it was before the suggestion; a study's first trial has fixed parameters."""
     given = {key: value for key, value in trial.system_attrs.items() if key == "fixed_params"}
     return optuna.trial.create_trial(state=TrialState.RUNNING, system_attrs=given)
 
 
 def replay_study(study: Study, store: Store) -> bool:
-    """Print each suggestion that differs, and a closing sentence; whether none does.
+    """Print each suggestion that differs, and a conclusion; return whether none does.
 
-    Raises InputError when nothing has been asked for yet.
+    Raises InputError if there are no suggestions yet.
     """
     asked, differing = 0, []
     for each in replay(study, outlast(store.url, lambda: store.optuna_study.get_trials(deepcopy=False))):
@@ -87,12 +87,10 @@ def replay_study(study: Study, store: Store) -> bool:
 
 def _conclusion(asked: int, differing: Sequence[int], known: dict[str, str] | None) -> str:
     if not differing:
-        return f"All {asked} suggestions are asked again and the same." if asked > 1 else "The suggestion is the same."
+        return f"All {asked} suggestions are the same when replayed." if asked > 1 else "The suggestion is the same."
     text = f"{len(differing)} of {asked} suggestions differ"
     if len(differing) > 1:
-        text += f", the first is trial {differing[0]}'s; what was asked later may have seen it"
+        text += f", first that of trial {differing[0]}; later ones may depend on it"
     here = versions()
     other = [f"{name} was {known[name]}, is {here[name]}" for name in RELEVANT if known and known[name] != here[name]]
-    return (
-        f"{text}. The study ran with other versions ({', '.join(other)}), and samplers change." if other else f"{text}."
-    )
+    return f"{text}. The study ran with other versions ({', '.join(other)}); samplers change." if other else f"{text}."

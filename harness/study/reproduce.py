@@ -1,4 +1,4 @@
-"""Training a trial again, and holding every epoch against the record."""
+"""The `reproduce` command: retrain a trial, and compare every epoch with the record."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from harness.training.step import Runtime
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """An epoch as it was recorded, and as it came out now."""
+    """An epoch as recorded, and as retrained."""
 
     recorded: EpochResult
     now: EpochResult
@@ -33,9 +33,9 @@ class Compared:
         return (self.recorded.train, self.recorded.val, self.recorded.lr) == (self.now.train, self.now.val, self.now.lr)
 
     def line(self) -> str:
-        """Recorded and new numbers side by side."""
+        """Return recorded and new numbers side by side."""
         then, now = self.recorded, self.now
-        digits = ".6f" if self.same else ""  # all of them where six would look the same
+        digits = ".6f" if self.same else ""  # all digits where six might look the same
         words = [f"epoch {then.epoch}", f"loss {then.train.loss:{digits}} {now.train.loss:{digits}}"]
         if then.val is not None and now.val is not None:
             words.append(f"val {then.val.accuracy:.2%} {now.val.accuracy:.2%}")
@@ -43,28 +43,28 @@ class Compared:
 
 
 def reproduce(study: Study, trial: TrialRecord, runtime: Runtime) -> Iterator[Compared]:
-    """Train the trial's recorded epochs again from its seed. Raises InputError when none was recorded."""
+    """Retrain the trial's recorded epochs from its seed. Raises InputError if there are none."""
     if trial.state == "running":
         raise InputError(f"Trial {trial.number} is not finished; run the study to its end first.")
     if not trial.epochs:
-        raise InputError(f"Trial {trial.number} has no recorded epoch to compare with ({trial.state}); take another.")
+        raise InputError(f"Trial {trial.number} has no recorded epochs to compare ({trial.state}); take another trial.")
     with closing(fit(again(study, trial, runtime))) as results:
         for recorded, now in zip(trial.epochs, results, strict=False):
             yield Compared(recorded=recorded, now=now)
 
 
 def again(study: Study, trial: TrialRecord, runtime: Runtime) -> Training:
-    """A trial's training as it began, and with as many images at once as passed then."""
+    """Return a trial's training at its start, with the recorded micro-batch size."""
     training = assemble(study.config(trial.params), runtime, derive_seed(study.seed, "trial", trial.number))
     training.progress.micro_batch = trial.epochs[0].micro_batch
     return training
 
 
 class Reproduction:
-    """A recorded trial, trained again as it is iterated over."""
+    """A recorded trial, retrained by iteration."""
 
     def __init__(self, study: Study, trial: TrialRecord, runtime: Runtime) -> None:
-        self.trial, self.same = trial, True  # whether every epoch so far is
+        self.trial, self.same = trial, True  # whether all epochs so far are the same
         self._study, self._runtime = study, runtime
 
     def __iter__(self) -> Iterator[Compared]:
@@ -73,7 +73,7 @@ class Reproduction:
             yield each
 
     def verdict(self) -> str:
-        """How it came out, in a sentence, and why it may differ."""
+        """Return the outcome in a sentence, and why it may differ."""
         if not self.same:
             return f"Trial {self.trial.number} is not reproduced. {explanation(self.trial, self._runtime)}"
         count = f"{len(self.trial.epochs)} epochs" if len(self.trial.epochs) > 1 else "1 epoch"
@@ -81,7 +81,7 @@ class Reproduction:
 
 
 def reproduction(found: Found, url: str, number: int, data_root: str | None, device: str | None) -> Reproduction:
-    """A trial of the results at `url`. Raises InputError when there is none, or its images or weights are others."""
+    """Return a trial of the study at `url`. Raises InputError if it does not exist, or images or weights differ."""
     with opening.read_store(found.study.name, url) as store:
         study = opening.located(found, store, data_root, device)
         trials = {trial.number: trial for trial in store.trials()}
@@ -94,21 +94,21 @@ def reproduction(found: Found, url: str, number: int, data_root: str | None, dev
 
 
 def explanation(trial: TrialRecord, runtime: Runtime) -> str:
-    """Why the numbers may differ: what was another version, device or number of threads then."""
+    """Return why the numbers may differ: another version, device or number of threads."""
     here = environment(runtime.device)
     found = [text for each in trial.environments if (text := differences(each, here))]
     if any(each.micro_batch != trial.epochs[0].micro_batch for each in trial.epochs):
-        found.append("memory ran out in the middle of it, and fewer images passed at once from there on")
+        found.append("the trial ran out of memory, and used a smaller micro-batch from there on")
     if len(trial.environments) > 1:
-        found.append("the trial was interrupted and went on elsewhere")
+        found.append("the trial was interrupted and resumed elsewhere")
     if not found:
-        return "Versions, device, threads and commit are those of then; uncommitted code or the machine differs."
+        return "Versions, device, threads and commit are the same; uncommitted code or the machine differs."
     return "Different from then: " + "; ".join(found) + "." + _remedy(trial, here)
 
 
 def _remedy(trial: TrialRecord, here: Mapping[str, str]) -> str:
-    """What trains with as many threads as then; workers that share the cores have fewer than one process alone."""
+    """Return how to train with the same number of threads; workers have fewer than a single process."""
     threads = {each.get("threads", here["threads"]) for each in trial.environments}
     if len(threads) != 1 or threads == {here["threads"]}:
         return ""
-    return f" Set OMP_NUM_THREADS={threads.pop()} to train with as many threads as then."
+    return f" Set OMP_NUM_THREADS={threads.pop()} to train with the same number of threads."

@@ -1,4 +1,4 @@
-"""A study from its first trial to its test result, whatever of it is there already."""
+"""Run a study from its first trial to its test result, or resume it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from harness.training.checkpoint import SUFFIX, remove, stale
 
 
 def run(context: Context, model_folder: Path, reason: str | None = None) -> Generator[Event, None, None]:
-    """Whatever the study still lacks, yielding what happens. Closing the generator stops it.
+    """Run the study's missing parts, and yield events. Closing the generator stops it.
 
-    `reason` is why the test set may be opened for another trial than before.
+    `reason` allows opening the test set for another trial than before.
     """
     study, store, checkpoints = context.study, context.store, context.checkpoints
     if not store.active_workers():
         for path in stale(checkpoints, wanted_keys(study, store)):
-            remove(path)  # its process died between recording the result and this
+            remove(path)  # its process died after recording the result
     done = False
     while not done:
         if context.workers is None:
@@ -32,18 +32,18 @@ def run(context: Context, model_folder: Path, reason: str | None = None) -> Gene
             yield from context.workers.search()
         done = yield from after_search(context, model_folder, reason)
     for path in left_over(study, store, checkpoints):
-        remove(path)  # of what another machine took up and ended
+        remove(path)  # of trainings that another machine took over and ended
 
 
 def left_over(study: Study, store: Store, folder: Path) -> list[Path]:
-    """The whole checkpoints that nobody will read any more. One that is being written meanwhile is not among them."""
-    files = list(folder.glob(f"*{SUFFIX}"))  # before it is asked what is under way
+    """Return the unused checkpoints, without those that are being written."""
+    files = list(folder.glob(f"*{SUFFIX}"))  # list the files before asking which trials are running
     wanted = wanted_keys(study, store)
     return [path for path in files if path.stem not in wanted]
 
 
 def wanted_keys(study: Study, store: Store) -> set[str]:
-    """The trainings whose checkpoints will be read: of interrupted trials, audits, and what comes after the search."""
+    """Return the keys of trainings whose checkpoints are needed: interrupted trials, audits, and the final run."""
     keys = {trial_key(trial.number) for trial in store.trials() if trial.state == "running"}
     audited = (store.facts().audit or {}).get("results", {})
     pruned = [trial.number for trial in store.trials() if trial.state == "pruned"]

@@ -1,4 +1,4 @@
-"""Starting a study: check everything, open and hold it, have what is missing run."""
+"""Start a study: check all inputs, open and lock it, and run its missing parts."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from harness.workers import pool, ray_cluster
 def run(
     options: RunOptions, found: Found, console: StudyConsole, hooks: Sequence[Callable[[Event], object]] = ()
 ) -> None:
-    """Run or resume a study, whose events `hooks` are called with.
+    """Run or resume a study; call `hooks` with its events.
 
-    Raises InputError for what a user can mend, and StudyFailed when it ends without a result.
+    Raises InputError for user errors, and StudyFailed if it ends without a result.
     """
     command = _asked_for(options, found, console, hooks)
     study, url = command.study, command.url
@@ -49,7 +49,7 @@ def run(
         _check_nobody_at_work(study, url)
     begun, model = not options.fresh and opening.exists(study.name, url), command.beside(".model")
     if begun:
-        # Without --data-root nothing says that the images are others; to look would take longer than the answer.
+        # Without --data-root, assume the same images: to check them would take longer than to answer.
         content = content_of(study) if options.data_root else None
         opening.compare(study, url, content)
         with opening.open_store(study, url, content) as store:
@@ -64,7 +64,7 @@ def run(
                 return coordinator.check_result(store)
     else:
         if options.reopen_test:
-            raise InputError("--reopen-test: no test result of this study is known yet; leave it out.")
+            raise InputError("--reopen-test: this study has no test result yet; omit the option.")
         model_files.check_folder(model, url, opening.uid_of(study.name, url))
     _run_what_is_missing(command, begun)
 
@@ -72,17 +72,17 @@ def run(
 def _asked_for(
     options: RunOptions, found: Found, console: StudyConsole, hooks: Sequence[Callable[[Event], object]]
 ) -> Command:
-    """The study with what the options change of it; its database can be opened, or made."""
+    """Return the study, changed by the options; check that its database can be opened or created."""
     if options.ray_address is not None and options.engine != "ray":
-        raise InputError("--ray-address names a cluster for --engine ray; give that, too, or leave it out.")
-    if options.engine == "ray":  # a finished study needs no cluster, but what is typed makes sense
+        raise InputError("--ray-address needs --engine ray; give both, or omit the option.")
+    if options.engine == "ray":  # even if a finished study needs no cluster
         ray_cluster.check_address(options.ray_address)
     study = found.study.with_settings(options.set).located(found.home, options.data_root, options.device)
     if options.trials is not None:
         study = dataclasses.replace(study, trials=options.trials)
     for path, value in spaces.leaves(study.train):
         if not is_utf8(json.dumps(value, ensure_ascii=False, default=str)):
-            raise InputError(f"{path} is {value}, which is no UTF-8 and cannot be recorded; rename it.")
+            raise InputError(f"{path} is {value}, which is not UTF-8 and cannot be stored; rename it.")
     url = opening.url_of(found, options.storage)
     database.check_database(url)
     database.check_writable(sqlite_file(url))
@@ -92,11 +92,11 @@ def _asked_for(
 
 
 def _look_at_mlflow(command: Command, store: Store) -> None:
-    """Write a finished study to a local MLflow whose files were deleted; one that was moved is told where it is."""
+    """Write a finished study to a local MLflow whose files were deleted; update the paths of a moved one."""
     study, model = command.study, command.beside(".model")
     uri, mlruns = command.options.tracking_uri, command.found.mlruns
     file = sqlite_path(uri_of(uri, mlruns))
-    if file is None:  # a server's files are the server's; `doctor` asks it
+    if file is None:  # a server: `doctor` checks it
         return
     if file.is_file():
         move_in(file, file.parent / ARTIFACTS)
@@ -108,34 +108,34 @@ def _look_at_mlflow(command: Command, store: Store) -> None:
         study.name if model_files.is_registered(study, store, model) else None,
     )
     if lack is not None:
-        print(f"{lack} What is missing is written again.", file=sys.stderr)
+        print(f"{lack} Writing what is missing.", file=sys.stderr)
         publish.write_again(command, store, tracker_for(uri, mlruns))
 
 
 def _check_nobody_at_work(study: Study, url: str) -> None:
-    """Raise InputError when a process works on this study; one that has lost its coordinator does so for a while."""
+    """Raise InputError if a process works on this study; orphaned workers do so for a while."""
     file = sqlite_file(url)
     if file is not None and holder(file) is not None:
-        return  # the command itself is, and named when its study would be moved
+        return  # a command runs it: renaming the study raises InputError
     if opening.exists(study.name, url):
         with opening.read_store(study.name, url, any_format=True) as store:
             others = sorted(map(in_words, set(store.active_workers().values())))
         if others:
             raise InputError(
-                f"--fresh: process {others[0]} works on study {study.name!r}; wait for its end, or end it first."
+                f"--fresh: process {others[0]} works on study {study.name!r}; wait for its end, or stop it first."
             )
 
 
 def _is_saved(study: Study, store: Store, folder: Path) -> bool:
-    """Whether all that belongs to the final model is there, if there is one; a damaged file is named and removed."""
+    """Return whether the final model's files are complete, if there is one; report and remove damaged files."""
     if not store.has_final():
         return True
     whole = (folder / CARD).is_file()
     for name, fault in model_files.wrong_files(store, folder):
-        if name == model_files.CHECK_FILE:  # made of test images, which are not looked at again for it
+        if name == model_files.CHECK_FILE:  # holds test images, which are not read again for it
             continue
         if (folder / name).exists():
-            print(f"{fault}; it is made again.", file=sys.stderr)
+            print(f"{fault}; writing it again.", file=sys.stderr)
             (folder / name).unlink()
         whole = False
     if not whole:
@@ -149,14 +149,14 @@ def _is_saved(study: Study, store: Store, folder: Path) -> bool:
 
 
 def _check_reopening(study: Study, store: Store) -> None:
-    """Raise InputError when there is nothing that the test set could be opened again for."""
+    """Raise InputError if there is no reason to open the test set again."""
     store.ledger()
     if store.opened_for() is None:
-        raise InputError("--reopen-test: no test result of this study is known yet; leave it out.")
+        raise InputError("--reopen-test: this study has no test result yet; omit the option.")
     if store.finished() >= study.trials and store.has_final():
         raise InputError(
-            f"--reopen-test: trial {store.opened_for()}, for which the test set was opened, is still the one that is "
-            "chosen, and would give the same number; leave it out, or ask for more --trials."
+            f"--reopen-test: the chosen trial {store.opened_for()} is already tested, and would give the same number; "
+            "omit the option, or ask for more --trials."
         )
 
 
@@ -173,18 +173,18 @@ def _run_what_is_missing(command: Command, begun: bool) -> None:
     study.train.data.samples("train")
     for image_size in study.image_sizes():
         study.train.backbone.check(image_size)
-    with command.console.status("Looking at the images (the first time they are decoded and cached) …"):
+    with command.console.status("Checking the images (the first run decodes and caches them) …"):
         content = content_of(study)
     tracker = tracker_for(options.tracking_uri, found.mlruns)
-    if not begun:  # one that has begun goes on without MLflow, too
+    if not begun:  # a resumed study continues without MLflow
         tracker.check(study.name)
     for line in remarks(study.train.data):
         print(line, file=sys.stderr)
     if options.fresh:
         moved = opening.move_aside(study.name, url, *map(command.beside, (".model", ".checkpoints", ".report")))
         if moved is not None:
-            command.say(f"The old study is now {moved}; look at it with --storage {sqlite_url(moved)}.")
-        sys.argv = [word for word in sys.argv if word != "--fresh"]  # from here on the same command goes on
+            command.say(f"The old study is now {moved}; open it with --storage {sqlite_url(moved)}.")
+        sys.argv = [word for word in sys.argv if word != "--fresh"]  # the printed command resumes the new study
     with opening.open_store(study, url, content) as store:
         try:
             store.set_attribute("command", options.command)
@@ -206,19 +206,19 @@ def _run_what_is_missing(command: Command, begun: bool) -> None:
 
 
 def _with_workers(options: RunOptions, named: str, device: str) -> RunOptions:
-    """The options with as many workers as there are to be.
+    """Return the options with the resolved number of workers.
 
-    Raises InputError when there is no room for them on the `device` named so.
+    Raises InputError if the `device`, given as `named`, has no room for them.
     """
     if named.startswith("cuda:") and (options.engine == "ray" or (options.workers or 1) > 1):
         raise InputError(
-            f"--device {named} names one GPU, and workers get one each; give --device cuda, and choose among several "
-            "with CUDA_VISIBLE_DEVICES."
+            f"--device {named} names one GPU, but each worker gets its own; give --device cuda, and select GPUs with "
+            "CUDA_VISIBLE_DEVICES."
         )
     if device != "cuda" and options.workers_per_gpu > 1:
         raise InputError(
-            f"--workers-per-gpu {options.workers_per_gpu} lets workers share a GPU, and this study is computed on "
-            f"{device}; leave it out, --workers alone says how many there are."
+            f"--workers-per-gpu {options.workers_per_gpu} lets workers share a GPU, but this study is computed on "
+            f"{device}; omit the option, and give --workers only."
         )
     if options.engine == "ray":
         ray_cluster.connect(options.ray_address)
@@ -230,7 +230,7 @@ def _with_workers(options: RunOptions, named: str, device: str) -> RunOptions:
 
 
 def keep_imports() -> None:
-    """Turn garbage collection on for what comes from here on; `commands.process` starts without it."""
+    """Freeze the imported objects and turn garbage collection on; `commands.process` starts without it."""
     if not gc.isenabled():
         gc.freeze()
         gc.enable()

@@ -1,1 +1,1 @@
-"""MLflow, one consumer of events among others."""
+"""Log a study to MLflow, one consumer of its events."""

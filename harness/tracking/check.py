@@ -1,4 +1,4 @@
-"""Where MLflow differs from what the storage says, and what mends it."""
+"""Find and repair differences between MLflow and the storage."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def disagreements(
     living: bool,
     folders: Sequence[str] = (),
 ) -> Iterator[Finding]:
-    """Where MLflow differs from what is expected of it.
+    """Yield the differences between MLflow and the expected runs.
 
-    `metrics` and `folders` are those of the study's own run, `running` the keys of unfinished trials. What is mended
-    here is dropped and written anew; the rest does any start or end of the tracker.
+    `metrics` and `folders` are those of the study's own run, `running` the keys of unfinished trials. A finding's
+    `mend` deletes a run to write it again; the tracker's start or end repairs the rest.
     """
     if (text := tracker.deleted(tracker.study.name)) is not None:
-        yield Finding(text)  # a start with --fix restores it first
+        yield Finding(text)  # `doctor --fix` restores it first
         return
     if tracker.file is not None and tracker.artifacts is not None:
         for old in elsewhere(tracker.file, tracker.artifacts):
             place = tracker.file.parent
-            yield Finding(f"MLflow looks for files in {local_folder(old)}, but its database lies in {place} now")
+            yield Finding(f"MLflow looks for files in {local_folder(old)}, but its database is now in {place}")
     runs = tracker.all_runs()
     known, wanted = tracker.by_key(runs), {each.key: each for each in expected}
     for run in reversed(runs):
@@ -61,7 +61,7 @@ def disagreements(
         if key in wanted or (living and run.info.status == "RUNNING"):
             continue
         if key.startswith("trial-") and key not in running:
-            yield Finding(f"MLflow has a run of {key}, which the storage does not know", _drop(tracker, run))
+            yield Finding(f"MLflow has a run of {key}, which is not in the storage", _drop(tracker, run))
         elif run.info.status == "RUNNING":
             yield Finding(f"MLflow shows {key} as running, but no process runs it")
 
@@ -69,8 +69,8 @@ def disagreements(
 def _compare(tracker: MLflowTracker, wanted: Expected, run: Run) -> Iterator[Finding]:
     key = wanted.key
     for name, values in wanted.series().items():
-        # Of several entries at one step the latest counts: a trial may have begun anew, and the coordinator of the
-        # process that died may tell of it late.
+        # The latest of several entries at a step counts: a trial may have restarted, and the coordinator of the dead
+        # process may log it late.
         shown = dict(tracker.history(run.info.run_id, name))
         if not shown.items() <= set(values):
             yield Finding(f"MLflow has other values of {name} for {key} than the storage", _drop(tracker, run))
@@ -87,22 +87,22 @@ def _compare(tracker: MLflowTracker, wanted: Expected, run: Run) -> Iterator[Fin
 
 
 def _drop(tracker: MLflowTracker, run: Run) -> Callable[[], None]:
-    """What takes a run out; its tracker writes it anew at the end if the storage knows it."""
+    """Return a function that deletes a run; the tracker writes it again at its end if it is in the storage."""
     return partial(tracker.tell, partial(tracker.delete, run))
 
 
 def _lacking(tracker: MLflowTracker, run: Run, name: str) -> Iterator[Finding]:
-    """A file or folder that should lie with a run."""
+    """Yield a finding if a run lacks an artifact."""
     key = run.data.tags[KEY]
     try:
         if not tracker.has_file(run.info.run_id, name):
             yield Finding(f"MLflow lacks {name} of {'the study' if key == STUDY else key}")
     except StoreFault as fault:
-        yield Finding(f"MLflow's files of {key} cannot be looked at ({fault})")
+        yield Finding(f"MLflow's files of {key} cannot be listed ({fault})")
 
 
 def model_missing(tracker: MLflowTracker, name: str) -> bool:
-    """Whether the registry has no version of the registered model `name` that is this study's, or not its files."""
+    """Return whether the registry lacks this study's version of the model `name`, or its files."""
     query = f"name = '{name}'"
     sources = [each.source for each in tracker.client.search_model_versions(query) if tracker.is_own(each.tags)]
     folders = [folder for each in sources if (folder := local_folder(each)) is not None]

@@ -1,6 +1,6 @@
-"""A study's runs in MLflow: found by their tags, opened, written, closed. Each operation may be repeated.
+"""A study's runs in MLflow: find them by tags, open, write, close. Each operation may be repeated.
 
-Nobody waits for MLflow: what is told is written by a thread, run by run.
+A thread writes the entries, run by run, so that training does not wait for MLflow.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 
 STATUS = {"complete": "FINISHED", "pruned": "KILLED", "diverged": "FAILED", "failed": "FAILED", "interrupted": "KILLED"}
 UID, KEY, STATE = "harness.study_uid", "harness.key", "harness.state"
-STUDY, PARENT = "study", "mlflow.parentRunId"  # the key of a study's own run, and the tag that its children carry
+STUDY, PARENT = "study", "mlflow.parentRunId"  # the key of a study's own run, and the tag of its children
 TRACEBACK = "traceback.txt"
-EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}  # the UI calls it one of model training
+EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}  # model training, in the UI
 
 
 class StudyClient:
-    """What is done to the runs of one study, by MlflowClient with explicit ids.
+    """The runs of one study, written by MlflowClient with explicit run ids.
 
-    What it is told is done by a thread that waits while MLflow is away.
+    A thread does the operations, and waits while MLflow is unreachable.
     """
 
     study: Study
@@ -58,13 +58,13 @@ class StudyClient:
         self._experiment: str | None = None
         self._tags: Mapping[str, str] = {}  # of every run of the study
         self._open: set[str] = set()
-        self._runs: dict[str, Run] | None = {}  # by key; None when that must be asked
+        self._runs: dict[str, Run] | None = {}  # by key; None if unknown
         self._said: set[str] = set()
-        self._left: list[Callable[[], object]] = []  # files that the artifact store did not take, to be tried again
+        self._left: list[Callable[[], object]] = []  # failed artifact uploads, to be retried
         self._outbox = WriterThread(Outbox(lambda text: print(text, file=sys.stderr), f"MLflow at {masked(uri)}"))
 
     def connect(self) -> None:
-        """Open the client; raises what MLflow raises when it does not answer."""
+        """Open the client. Raises MLflow's error if it does not answer."""
         from mlflow import MlflowClient
 
         quiet()
@@ -77,39 +77,39 @@ class StudyClient:
             self._inode = self.file.stat().st_ino
 
     def is_own(self, tags: Mapping[str, str]) -> bool:
-        """Whether these are the tags of something of this study's."""
+        """Return whether tags belong to this study."""
         return tags.get(UID) == self._tags[UID]
 
     def deleted(self, name: str) -> str | None:
-        """What there is to do when the experiment of this name was deleted in MLflow's pages; None when it was not."""
+        """Return how to restore the experiment of this name if it was deleted in MLflow; None if it was not."""
         found = self.client.get_experiment_by_name(name)
         if found is None or found.lifecycle_stage == "active":
             return None
         return (
-            f"The experiment {name!r} was deleted in MLflow; restore it, with all its runs, by `python -m harness "
-            f"doctor {name} --fix`, or by `MLFLOW_TRACKING_URI={self.uri} mlflow experiments restore --experiment-id "
+            f"The experiment {name!r} was deleted in MLflow; restore it and its runs with `python -m harness doctor "
+            f"{name} --fix`, or with `MLFLOW_TRACKING_URI={self.uri} mlflow experiments restore --experiment-id "
             f"{found.experiment_id}`"
         )
 
     def has_file(self, run_id: str, name: str) -> bool:
-        """Whether a file or folder lies with a run. Raises StoreFault when its store does not say."""
+        """Return whether a run has an artifact. Raises StoreFault if the artifact store fails."""
         with artifact_store():
             return any(each.path == name for each in self.client.list_artifacts(run_id))
 
     def add_file(self, run_id: str, name: str, text: str) -> None:
-        """Have a file lie with a run; one that lies there stays."""
+        """Add an artifact to a run, unless it exists."""
         if not self.has_file(run_id, name):
             with artifact_store():
                 self.client.log_text(run_id, text, name)
 
     def flush(self) -> bool:
-        """Wait until everything told is written, or MLflow does not answer; whether MLflow has taken everything."""
+        """Wait until all entries are written, or MLflow does not answer; return whether all are written."""
         return self._outbox.flush()
 
     def tell(self, operation: Callable[[], object]) -> None:
-        """Have it done soon, or when MLflow is back, after everything told before.
+        """Queue an operation; a thread runs it soon, or when MLflow is back, in order.
 
-        What MLflow refuses for good is named and left out.
+        Entries that MLflow rejects permanently are reported and skipped.
         """
 
         def attempt() -> None:
@@ -123,14 +123,12 @@ class StudyClient:
                         raise Deleted(text) from error
                     raise
             except StoreFault as fault:
-                self.say(
-                    f"MLflow's files cannot be written ({fault}). The study goes on; they are tried again at its end."
-                )
+                self.say(f"MLflow's files cannot be written ({fault}). The study goes on, and tries again at its end.")
             except BaseException as error:
                 if is_refusal(error):
-                    self.say(f"MLflow refuses an entry and it is left out: {first_line(error)}")
+                    self.say(f"MLflow refuses an entry, which is skipped: {first_line(error)}")
                     return
-                self._runs = None  # cut off in the middle: whether a run was made must be asked
+                self._runs = None  # interrupted: a run may have been created
                 if isinstance(error, faults()):
                     raise Away(first_line(error)) from error
                 raise
@@ -138,7 +136,7 @@ class StudyClient:
         self._outbox.add(attempt)
 
     def tell_file(self, operation: Callable[[], object]) -> None:
-        """The same for a file. When its store does not take one, that and those after it hold nothing else up."""
+        """Queue an artifact upload. If the store fails, this and later uploads wait without blocking the rest."""
 
         def attempt() -> None:
             if self._left:
@@ -153,13 +151,13 @@ class StudyClient:
         self.tell(attempt)
 
     def say(self, text: str) -> None:
-        """On stderr, once."""
+        """Print to stderr, once."""
         if text not in self._said:
             self._said.add(text)
             print(masked(text), file=sys.stderr)
 
     def runs(self) -> dict[str, Run]:
-        """This study's runs by key, as far as they are known without asking."""
+        """Return this study's runs by key, cached if known."""
         if self._runs is None:
             self._runs = self.known_runs()
         return self._runs
@@ -175,10 +173,10 @@ class StudyClient:
             run = self.runs()[key] = self.client.create_run(self._experiment, tags=every, run_name=name)
         else:
             self.client.update_run(run.info.run_id, status="RUNNING")
-            # Of the study's own run, the command, the versions and the rest are those of the last start.
+            # The tags of the study's own run are those of the last start.
             changed = tags if key == STUDY else {STATE: "running"}
             self._log_each(run.info.run_id, "tags", [RunTag(tag, text) for tag, text in changed.items()])
-        # Parameters cannot be changed; where something lies may be another place today.
+        # Logged parameters cannot be changed, although paths may differ now.
         new = {path: value for path, value in params.items() if path not in run.data.params}
         if new:
             entries = [Param(path, fitted(value, LONGEST_PARAM)) for path, value in new.items()]
@@ -187,14 +185,14 @@ class StudyClient:
         return str(run.info.run_id)
 
     def _log_each(self, run_id: str, kind: str, entries: Sequence[Param | RunTag]) -> None:
-        """Write parameters or tags in one request; where that is refused, the one that is refused alone is left out."""
+        """Write parameters or tags in one request; if it is refused, skip only the refused entries."""
         try:
             self.client.log_batch(run_id, **{kind: entries})
         except faults() as error:
             if not is_refusal(error) or self.client.get_run(run_id).info.lifecycle_stage != "active":
                 raise
             if len(entries) == 1:
-                self.say(f"MLflow refuses {kind[:-1]} {entries[0].key}, and it is left out: {first_line(error)}")
+                self.say(f"MLflow refuses {kind[:-1]} {entries[0].key}, which is skipped: {first_line(error)}")
                 return
             half = len(entries) // 2
             self._log_each(run_id, kind, entries[:half])
@@ -210,14 +208,14 @@ class StudyClient:
         self._runs = None
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
-        """Step and value of every entry, in the order of their times."""
+        """Return step and value of every entry, ordered by time."""
         entries = sorted(self.client.get_metric_history(run_id, metric), key=lambda each: each.timestamp)
         return [(each.step, each.value) for each in entries]
 
     def log(self, run_id: str, steps: Mapping[int, tuple[Mapping[str, float], int]]) -> None:
-        """Write values by step, in one request; beside them the time in milliseconds when they were told.
+        """Write values by step, with their timestamps in milliseconds, in one request.
 
-        MLflow knows an entry that comes twice, however late, by its time.
+        MLflow recognizes a repeated entry, however late, by its timestamp.
         """
         from mlflow.entities import Metric
 
@@ -227,7 +225,7 @@ class StudyClient:
         self.client.log_batch(run_id, metrics=metrics)
 
     def _restore_own_run(self) -> None:
-        """Have a deleted run of the study back; those of trials are written again from the storage."""
+        """Restore the study's own run if it was deleted; trials are written again from the storage."""
         from mlflow.entities import ViewType
 
         query = f"tags.`{UID}` = '{self._tags[UID]}' and tags.`{KEY}` = '{STUDY}'"
@@ -240,10 +238,10 @@ class StudyClient:
             self.client.restore_run(self.parent)
 
     def _close_leftovers(self) -> None:
-        """A seed of an earlier final run, killed before the study was extended and found a better trial.
+        """Close the open runs of an earlier final run, killed before the study was extended and found a better trial.
 
-        And a second run with the same key, made by a request that the server took after it was given up; and the
-        children of an own run that is lost.
+        Also delete duplicates of a key, from requests that succeeded after their timeout, and adopt the children of a
+        lost parent run.
         """
         runs = self.all_runs()
         kept = self.by_key(runs)
@@ -260,7 +258,7 @@ class StudyClient:
         self._runs = kept
 
     def _is_lost(self) -> bool:
-        """Whether the database's file is not there any more, or another one; what is written to it reaches nobody."""
+        """Return whether the database's file was deleted or replaced; writes to it would be lost."""
         if self.file is None or not self._inode:
             return False
         return not self.file.exists() or self.file.stat().st_ino != self._inode
@@ -275,11 +273,11 @@ class StudyClient:
         return str(self.client.create_experiment(name, artifact_location=location, tags=EXPERIMENT))
 
     def known_runs(self) -> dict[str, Run]:
-        """This study's runs by key."""
+        """Return this study's runs by key."""
         return self.by_key(self.all_runs())
 
     def by_key(self, newest_first: Iterable[Run]) -> dict[str, Run]:
-        """One run for each key: of several, the one that is open, else one that has ended, and of those the oldest."""
+        """Return one run per key: of several, the open parent run, else an ended one, and of those the oldest."""
 
         def rank(run: Run) -> tuple[bool, bool]:
             return run.info.run_id == self.parent, run.info.status != "RUNNING"
@@ -287,7 +285,7 @@ class StudyClient:
         return {run.data.tags[KEY]: run for run in sorted(newest_first, key=rank)}  # the last one stays
 
     def all_runs(self) -> list[Run]:
-        """Newest first."""
+        """Return all runs of this study, newest first."""
         if self._experiment is None:
             return []
         query = f"tags.`{UID}` = '{self._tags[UID]}'"

@@ -1,4 +1,4 @@
-"""What each run of a study is called, and what a finished one should hold, wherever it is logged."""
+"""The expected runs of a study: their names and contents, for any tracker."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ def retraining_tags(kind: Kind, trial: int, seed_number: int) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What the storage says that a finished run in MLflow should hold."""
+    """The expected content of a finished run in MLflow, from the storage."""
 
     key: str
     config: TrainConfig
     tags: dict[str, str]
     epochs: tuple[EpochResult, ...]
-    metrics: dict[str, float] = field(default_factory=dict)  # besides those of the epochs, at the last epoch
+    metrics: dict[str, float] = field(default_factory=dict)  # at the last epoch, besides its own
     state: str = "complete"
     traceback: str | None = None
 
     def series(self) -> dict[str, list[tuple[int, float]]]:
-        """The (step, value) pairs that tell whether a run is whole."""
+        """Return the (step, value) pairs that a complete run has."""
         series = {"train_loss": [(each.epoch, each.train.loss) for each in self.epochs]}
         series["val_accuracy"] = [(each.epoch, each.val.accuracy) for each in self.epochs if each.val is not None]
         return series | {name: [(self.config.epochs, value)] for name, value in self.metrics.items()}
 
 
 def expected_runs(study: Study, store: Store) -> list[Expected]:
-    """The run of every finished trial, and of everything that was trained and recorded after the search."""
+    """Return the runs of all finished trials and of all recorded trainings after the search."""
     params = {trial.number: trial.params for trial in store.trials()}
     runs = [
         Expected(
@@ -81,7 +81,7 @@ def expected_runs(study: Study, store: Store) -> list[Expected]:
 
 
 def _retrainings(store: Store) -> Iterator[tuple[Kind, int, int, list[dict[str, Any]], dict[str, float]]]:
-    """Kind, trial, seed, epochs and test metrics of everything that was trained after the search and recorded."""
+    """Yield kind, trial, seed, epochs and test metrics of all recorded trainings after the search."""
     known = store.facts()
     for number, results in ((known.rerank or {}).get("results") or {}).items():
         yield from (("rerank", int(number), each["seed"], each["epochs"], {}) for each in results)
@@ -96,21 +96,21 @@ def _retrainings(store: Store) -> Iterator[tuple[Kind, int, int, list[dict[str, 
 
 @dataclass(frozen=True)
 class Finding:
-    """A disagreement with the storage in words, and what mends it; None when a start or an end of a run does."""
+    """A disagreement with the storage, and its repair; None if the start or end of a run repairs it."""
 
     text: str
     mend: Callable[[], object] | None = None
 
 
 def study_metrics(store: Store) -> dict[str, float]:
-    """What the study's own run shows."""
+    """Return the metrics of the study's own run."""
     final, best = store.facts().final, store.best()
     metrics = {} if best is None or best.value is None else {"best_val_accuracy": best.value}
     return metrics if final is None else metrics | {"test_accuracy": final.accuracy}
 
 
 def facts(study: Study, runtime: Mapping[str, Any], environment: Mapping[str, str] = {}) -> dict[str, str]:
-    """Tags that say how and with what a study ran; of the `environment`, its device and what drives it."""
+    """Return tags for how and with what a study ran; of the `environment`, the device and its drivers."""
     return {
         **{f"version.{name}": version for name, version in versions().items()},
         "harness.seed": str(study.seed),

@@ -1,6 +1,6 @@
-"""The local MLflow database as what it is, a SQLite file: where it says that files lie, and whether a study is in it.
+"""The local MLflow database as a SQLite file: update its artifact paths, and check whether it has a study.
 
-Both are asked at every start, also of a finished study, for which MLflow itself is not imported.
+Every start needs both, even of a finished study, for which MLflow itself is not imported.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from harness.base.errors import Halt
 from harness.base.files import sqlite_url
 from harness.tracking.library import faults, first_line, no_stray_folder, quiet, set_aside
 
-ARTIFACTS = "artifacts"  # the folder of the files, beside the database
-# Every column that says where files lie: paths of the folder that the database was in when they were written.
+ARTIFACTS = "artifacts"  # the artifact folder, beside the database
+# Every column with an artifact path, absolute from when it was written.
 PLACES = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -35,21 +35,21 @@ BUSY_SECONDS = 20.0  # as long as MLflow waits
 
 
 def make_database(file: Path, *, ours: bool = False) -> None:
-    """Have a database there: whole, and made once; two studies may be started at the same time."""
+    """Create a database unless it exists, completely and once; two studies may start at the same time."""
     with filelock.FileLock(f"{file}.lock"):
         if not file.exists():
             _create_database(file)
         if ours:
-            # Our own stays in WAL mode: writing it is several times as fast, and readers (the UI) do not hold it up.
-            # Setting it fails while somebody else writes: then it is done next time.
+            # WAL mode makes writes several times as fast, and readers (the UI) do not block them.
+            # Setting it fails while another process writes: then the next start does it.
             with contextlib.suppress(sqlite3.OperationalError), closing(sqlite3.connect(file)) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")
 
 
 def _create_database(file: Path) -> None:
-    """Make it whole or not at all: MLflow cannot open one whose migrations were killed half-way.
+    """Create the database atomically: MLflow cannot open one whose migrations were killed half-way.
 
-    Raises Halt when it cannot be made.
+    Raises Halt if it cannot be created.
     """
     import sqlalchemy
     from mlflow import MlflowClient
@@ -64,23 +64,23 @@ def _create_database(file: Path) -> None:
                 MlflowClient(tracking_uri=sqlite_url(made)).search_experiments(max_results=1)
             with made.open("rb+") as written:
                 os.fsync(written.fileno())
-            for suffix in ("-wal", "-shm", "-journal"):  # of one that was deleted: SQLite would take it for this one's
+            for suffix in ("-wal", "-shm", "-journal"):  # of a deleted database: SQLite would use them for this one
                 Path(f"{file}{suffix}").unlink(missing_ok=True)
             made.replace(file)
     except faults() as error:
         why = first_line(error)
-        raise Halt(f"{file} cannot be made ({why}); make room, or give another --tracking-uri.") from error
+        raise Halt(f"{file} cannot be created ({why}); make room, or give another --tracking-uri.") from error
     finally:
         sqlalchemy.event.remove(sqlalchemy.Engine, "connect", _unsynchronised)
 
 
 def _unsynchronised(connection: Any, _record: Any) -> None:
-    """Of each of some fifty migrations the disk need not know; the file is synchronised once, when it is whole."""
+    """Do not sync each of some fifty migrations; the complete file is synced once."""
     connection.execute("PRAGMA synchronous=OFF")
 
 
 def local_folder(uri: str | None) -> Path | None:
-    """The folder that a file URI or a path names; None when it is elsewhere."""
+    """Return the folder of a file URI or a path; None if it is not local."""
     parts = urlsplit(uri or "")
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         return Path(unquote(parts.path))
@@ -88,10 +88,10 @@ def local_folder(uri: str | None) -> Path | None:
 
 
 def elsewhere(file: Path, artifacts: Path) -> dict[str, str]:
-    """Where the database says that experiments have their files, and where they have them: beside it.
+    """Return the outdated artifact locations of experiments, with the current ones beside the database.
 
-    What it says is the folder in which it lay before it was moved or copied. A place that somebody chose is left alone:
-    it is there, without an MLflow database, and the experiment has nothing here.
+    A location is outdated if the database was moved or copied since. One that a user chose is kept: it exists without
+    an MLflow database, and the experiment has no folder here.
     """
     with closing(sqlite3.connect(file, timeout=BUSY_SECONDS)) as connection:
         rows = connection.execute("SELECT name, artifact_location FROM experiments").fetchall()
@@ -107,7 +107,7 @@ def elsewhere(file: Path, artifacts: Path) -> dict[str, str]:
 
 
 def move_in(file: Path, artifacts: Path) -> None:
-    """Have a database that was moved or copied name the files beside it; said in a line."""
+    """Update the artifact paths of a moved or copied database, and print a line."""
     moved = elsewhere(file, artifacts)
     if not moved:
         return
@@ -120,24 +120,24 @@ def move_in(file: Path, artifacts: Path) -> None:
                     {"old": old, "new": new},
                 )
     was = ", ".join(sorted({str(path.parent) for each in moved if (path := local_folder(each)) is not None}))
-    print(f"MLflow's database was moved: its files are those in {artifacts} now, no longer in {was}.", file=sys.stderr)
+    print(f"MLflow's database was moved: its files are now in {artifacts}, no longer in {was}.", file=sys.stderr)
 
 
 def lacking(
     file: Path, uid: str, keys: Collection[str], folders: Collection[str], model: str | None = None
 ) -> str | None:
-    """What the database lacks of a study that was written to it, in a sentence; None when all seems to be there.
+    """Return what the database lacks of a study, in a sentence; None if all seems complete.
 
-    `keys` are those of its runs, `folders` what lies with its own run, `model` is its name if it was registered.
+    `keys` are those of its runs, `folders` the artifacts of its own run, `model` is its name if it was registered.
     """
     if not file.is_file():
-        return f"MLflow's database {file} is not there."
+        return f"MLflow's database {file} does not exist."
     try:
         with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as connection:
             runs = dict(connection.execute(RUNS, {"uid": uid}))
             sources = connection.execute(VERSIONS, {"uid": uid, "name": model}).fetchall()
     except sqlite3.Error:
-        return None  # a start has a sentence for what is no database, or locked
+        return None  # the start reports an invalid or locked database
     if missing := [key for key in keys if key not in runs]:
         return f"MLflow's database {file} lacks {len(missing)} of the study's {len(keys)} runs."
     if model is not None and not sources:
@@ -146,7 +146,7 @@ def lacking(
     places = [own / name for name in folders] if own is not None else []
     places += [place for (source,) in sources[:1] if (place := local_folder(source)) is not None]
     gone = next((place for place in places if not place.is_dir()), None)
-    return None if gone is None else f"MLflow's files {gone} are not there."
+    return None if gone is None else f"MLflow's files {gone} do not exist."
 
 
 RUNS = """

@@ -1,9 +1,9 @@
-"""MLflow, the view that people browse: the tracker, which is shown a study's events.
+"""The MLflow tracker: log a study's events.
 
-One parent run a study, one child run a trial and one a final seed, found again by tags after a restart. Runs are
-written through MlflowClient with explicit ids; the storage is the truth, and `synchronise` brings MLflow into line.
-A study does not wait for MLflow while it trains: a thread writes (`harness.tracking.outbox`). Looking, starting and
-ending are done by the caller, at moments when nothing is waiting.
+One parent run per study, one child run per trial and per final seed, found by tags after a restart. MlflowClient writes
+runs by explicit ids; the storage is the source of truth, and `synchronise` updates MLflow from it. Training does not
+wait for MLflow: a thread writes (`harness.tracking.outbox`). The caller's thread reads, starts and ends, when the
+outbox is empty.
 """
 
 from __future__ import annotations
@@ -37,35 +37,35 @@ if TYPE_CHECKING:
     from harness.store.store import Store
 
 GROUPS = "parameter_groups.txt"
-TRAINING = "?workflowType=machine_learning"  # without it MLflow's pages are those for language models
+TRAINING = "?workflowType=machine_learning"  # else the UI opens its pages for language models
 
 
 class MLflowTracker(StudyClient):
-    """Logs a study to an MLflow tracking server or database at `uri`.
+    """Log a study to an MLflow tracking server or database at `uri`.
 
-    When MLflow goes away after the start, entries wait in order until it is back, or until the study's next start.
+    If MLflow becomes unreachable after the start, entries wait in order until it is back, or until the next start.
     """
 
     def check(self, name: str | None = None) -> None:
-        """Raise InputError unless the server or database answers, and takes the study `name`; no run is made."""
+        """Raise InputError unless the server or database answers and accepts the study `name`; create no run."""
         with self._as_input_error():
             self.connect()
             if name is not None and (text := self.deleted(name)) is not None:
                 raise Deleted(text)
 
     def pages(self) -> list[tuple[str, str]]:
-        """Each experiment's name, and where in MLflow's UI its runs are; once it is connected."""
+        """Return each experiment's name and its path in MLflow's UI; requires a connection."""
         known = [each for each in self.client.search_experiments() if each.name != "Default"]
         return sorted((each.name, f"#/experiments/{each.experiment_id}/runs{TRAINING}") for each in known)
 
     def start(self, study: Study, store: Store, facts: Mapping[str, str]) -> None:
-        """Open or reopen the study's parent run, and bring its runs into line with the storage.
+        """Open or reopen the study's parent run, and synchronise its runs with the storage.
 
-        Raises InputError when MLflow cannot be reached or written, unless the study has begun: that goes on, and MLflow
-        is told when it is back.
+        Raises InputError if MLflow cannot be reached or written, unless the study has started: then it continues, and
+        entries wait until MLflow is back.
         """
         self.study, self._store, self._tags = study, store, {UID: store.uid, **facts}
-        self._shown: dict[str, MLflowRun] = {}  # the runs of trainings under way, by key
+        self._shown: dict[str, MLflowRun] = {}  # the runs of running trainings, by key
         self._ended_as: str | None = None  # the study's own run, before this start
         self._behind = True
         self.flush()
@@ -90,7 +90,7 @@ class MLflowTracker(StudyClient):
         self.parent = self.open_run(STUDY, {}, self._tags)
 
     def _catch_up(self) -> bool:
-        """Write what the storage has and MLflow lacks, once it answers; whether MLflow has taken everything."""
+        """Write what MLflow lacks from the storage, if it answers; return whether it is complete."""
         done = self.flush()
         if done and self._behind:
             self._behind = False
@@ -104,14 +104,14 @@ class MLflowTracker(StudyClient):
         return done
 
     def _end(self, write: Callable[[], bool]) -> bool:
-        """Write what can be written now and no more; whether MLflow has taken everything."""
+        """Write once, then stop the outbox; return whether MLflow is complete."""
         try:
             return write()
         finally:
             self._outbox.stop()
 
     def attach(self, study: Study, store: Store) -> None:
-        """Look at a study's runs without writing anything. Raises InputError when MLflow cannot be reached."""
+        """Attach to a study's runs read-only. Raises InputError if MLflow cannot be reached."""
         with self._as_input_error():
             self.connect()
             experiment = self.client.get_experiment_by_name(study.name)
@@ -119,7 +119,7 @@ class MLflowTracker(StudyClient):
             self.study, self._tags = study, {UID: store.uid}
 
     def replace_folder(self, folder: Path) -> None:
-        """Write a folder of the study's own run again, if there is that run. Raises InputError when MLflow does not."""
+        """Write a folder of the study's own run again, if the run exists. Raises InputError if MLflow fails."""
         with self._as_input_error():
             if (run := self.known_runs().get(STUDY)) is not None:
                 with artifact_store():
@@ -137,9 +137,9 @@ class MLflowTracker(StudyClient):
             ) from error
 
     def run(self, key: str, config: TrainConfig, tags: Mapping[str, str]) -> MLflowRun:
-        """A child run: the one with this key if there is one already, else a new one.
+        """Return a child run: the existing one with this key, else a new one.
 
-        Raises what went wrong in the thread since the last one: here it is not taken for a fault of a trial's own.
+        Raises an earlier error of the writer thread: raised here, it does not count as the trial's own.
         """
         self._outbox.check()
         params = {path: str(label(value)) for path, value in leaves(config)}
@@ -156,7 +156,7 @@ class MLflowTracker(StudyClient):
                     if event.kind != "trial" or result.is_finite():
                         run.epoch(result)
             case EpochEnded(key=str(key)):
-                if key in self._shown:  # else its start was lost, as the study was stopped; `synchronise` adds it all
+                if key in self._shown:  # else its start was lost in a stopped study; `synchronise` adds it
                     self._shown[key].epoch(event.result)
             case TrialEnded():
                 run = self._run_of(event, event.key)
@@ -172,7 +172,7 @@ class MLflowTracker(StudyClient):
                 run.end("complete")
 
     def _run_of(self, event: TrialStarted | TrialEnded | RetrainingEnded, key: str) -> MLflowRun:
-        """The run of a training: the one that is shown already, which is taken out, else by its key."""
+        """Return a training's run: remove it from the running ones, else find it by its key."""
         if (shown := self._shown.pop(key, None)) is not None:
             return shown
         if isinstance(event, TrialEnded) or event.kind == "trial":
@@ -182,7 +182,7 @@ class MLflowTracker(StudyClient):
         return self.run(key, self.study.config(event.params), tags)
 
     def synchronise(self, study: Study, store: Store) -> None:
-        """Make the runs of finished trials say what the storage says: add what is missing, close what is open."""
+        """Make the runs of finished trials equal to the storage: add missing entries, close open runs."""
         for wanted in expected_runs(study, store):
             run = (self._runs or {}).get(wanted.key)
             said = None if run is None else (run.info.status, run.data.tags.get(STATE))
@@ -192,7 +192,7 @@ class MLflowTracker(StudyClient):
                 self.tell_file(functools.partial(self.add_file, run.info.run_id, TRACEBACK, wanted.traceback))
 
     def write(self, wanted: Expected) -> None:
-        """Write a finished run whole; what it has already stays."""
+        """Write a finished run completely; keep existing entries."""
         log = self.run(wanted.key, wanted.config, wanted.tags)
         for result in wanted.epochs:
             log.epoch(result)
@@ -203,11 +203,11 @@ class MLflowTracker(StudyClient):
         log.end(wanted.state)
 
     def settle(self) -> bool:
-        """End the parent run as it had ended before this start, else as interrupted; whether MLflow has taken all."""
+        """End the parent run with its state before this start, else interrupted; return whether MLflow is complete."""
         return self.finish({}, [], self._ended_as if self._ended_as in STATUS else "interrupted")
 
     def finish(self, metrics: Mapping[str, float], artifacts: Iterable[Path], state: str) -> bool:
-        """Write the study's own metrics and folders to the parent run and end it; whether MLflow has taken all."""
+        """Write metrics and folders to the parent run and end it; return whether MLflow is complete."""
         now = milliseconds()
         if self._is_lost():
             self._begin_anew()
@@ -219,11 +219,11 @@ class MLflowTracker(StudyClient):
                 self.tell_file(functools.partial(self._log_folder, path))
         self.tell(self._close_leftovers)
         self.tell(lambda: self.close_run(self.parent, state))
-        self._behind = True  # another coordinator may have died before it had told everything
+        self._behind = True  # another coordinator may have died before it wrote all entries
         return self._end(self._catch_up)
 
     def _log_study(self, metrics: Mapping[str, float], now: int) -> None:
-        """What the study's own run shows, at the number of its trials; a step later if a reopened test changed it."""
+        """Log the study's own metrics at the number of its trials; a step later if a reopened test changed them."""
         shown = self.client.get_run(self.parent).data.metrics
         new = {name: value for name, value in metrics.items() if shown.get(name) != value}
         if new:
@@ -232,11 +232,11 @@ class MLflowTracker(StudyClient):
             self.log(self.parent, {max(steps | {trials}): (new, now)})
 
     def leave(self) -> bool:
-        """Write what waits, and leave the study's own run to the coordinator that ends it; whether all is written."""
+        """Write waiting entries, and leave the parent run to another coordinator; return whether all are written."""
         return self._end(self.flush)
 
     def interrupt(self) -> None:
-        """Write what waits and mark what is open as killed; a resumed study takes the same runs up again."""
+        """Write waiting entries and mark open runs as killed; a resumed study reopens them."""
         self.tell(self._kill_open)
         self.leave()
 
@@ -249,16 +249,16 @@ class MLflowTracker(StudyClient):
             self.client.log_artifacts(self.parent, str(folder), folder.name)
 
     def restore(self, name: str) -> None:
-        """Have the experiment of this name back. Raises InputError when MLflow cannot be reached."""
+        """Restore the experiment of this name. Raises InputError if MLflow cannot be reached."""
         with self._as_input_error():
             self.connect()
             if self.deleted(name) is not None:
                 self.client.restore_experiment(self.client.get_experiment_by_name(name).experiment_id)
 
     def _begin_anew(self) -> None:
-        """Make the database again that was deleted while the study ran; the storage knows what was in it."""
+        """Recreate the database that was deleted while the study ran, from the storage."""
         assert self.file is not None
-        self.say(f"{self.file} was deleted; it is made again, with all runs of this study.")
+        self.say(f"{self.file} was deleted; creating it again, with all runs of this study.")
         self._outbox.forget()
         drop_connections(self.uri)
         self._runs, self._inode = None, 0

@@ -1,4 +1,4 @@
-"""Writing to a service that may be away without waiting for it, and without losing the order."""
+"""Write in order to a service that may be unreachable, without waiting for it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections import deque
 from collections.abc import Callable
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 120.0
-GATHERING_SECONDS = 0.5  # what is told meanwhile is written together; a reader sees it that much later
+GATHERING_SECONDS = 0.5  # batch the operations of this period; readers see them that much later
 
 
 class Away(Exception):
-    """The service did not answer; what it was told may or may not have arrived."""
+    """The service did not answer; the operation may or may not have arrived."""
 
 
 class Outbox:
-    """Operations in order: each done at once while the service answers, else kept and tried again later.
+    """A queue of operations: run at once while the service answers, else kept and retried later.
 
-    An operation raises Away when the service is, and must bear being repeated, for an answer can get lost. Between two
-    attempts lie pauses that double from seconds to minutes, so that whoever writes loses little time.
+    An operation raises Away if the service does not answer, and must be repeatable, because an answer can get lost.
+    Retries back off exponentially from seconds to minutes, so that the caller loses little time.
     """
 
     def __init__(self, say: Callable[[str], None], name: str) -> None:
@@ -33,16 +33,16 @@ class Outbox:
         self.attempt()
 
     def attempt(self) -> None:
-        """Try what waits, unless that would be too soon after the last time."""
+        """Run the waiting operations, unless the pause has not ended."""
         if not self.pause():
             self.flush()
 
     def pause(self) -> float:
-        """Seconds until the next attempt; 0 while the service answers."""
+        """Return the seconds until the next attempt; 0 while the service answers."""
         return max(0.0, self._next - time.monotonic())
 
     def flush(self) -> bool:
-        """Try what waits, now; whether all of it is done."""
+        """Run the waiting operations now; return whether all are done."""
         while self.waiting:
             try:
                 self.waiting[0]()
@@ -50,31 +50,31 @@ class Outbox:
                 self._wait(error)
                 return False
             except Exception:
-                self.waiting.popleft()  # a mistake in the operation itself; it must not come again with every other
+                self.waiting.popleft()  # the operation's own error; do not repeat it
                 raise
             self.waiting.popleft()
             if self._pause:
-                self._say(f"{self._name} answers again; what it missed is being written.")
+                self._say(f"{self._name} answers again; writing the missed entries.")
                 self.reset()
         return True
 
     def reset(self) -> None:
-        """Take the service for one that answers."""
+        """Assume that the service answers."""
         self._pause = self._next = 0.0
 
     def _wait(self, error: Away) -> None:
         if not self._pause:
-            self._say(f"{self._name} does not take what it is told ({error}). The study goes on, and it is told later.")
+            self._say(f"{self._name} does not accept entries ({error}). The study goes on, and writes them later.")
         self._pause = min(2 * self._pause or FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
         self._next = time.monotonic() + self._pause
 
 
 class WriterThread:
-    """An outbox that is emptied by a thread, so that whoever writes does not wait for the service at all.
+    """An outbox that a thread empties, so that the caller never waits for the service.
 
-    The thread lives as long as something waits, and dies with the process: what it has not written by then is lost
-    here, and must be known elsewhere. One operation runs at a time, in the thread or in `flush`. How much may wait has
-    no bound, for entries are small: all epochs of a study are a few megabytes.
+    The thread lives while operations wait, and dies with the process: unwritten entries are lost here, and must be
+    stored elsewhere. One operation runs at a time, in the thread or in `flush`. The queue is unbounded, because entries
+    are small: all epochs of a study take a few megabytes.
     """
 
     def __init__(self, outbox: Outbox) -> None:
@@ -85,7 +85,7 @@ class WriterThread:
         self._mistake: Exception | None = None
 
     def add(self, operation: Callable[[], None]) -> None:
-        """Have it done soon, after everything that was added before."""
+        """Queue an operation, to run soon and in order."""
         with self._starting:
             self._outbox.waiting.append(operation)
             if self._thread is None or not self._thread.is_alive():  # not alive: the process was forked
@@ -93,26 +93,26 @@ class WriterThread:
                 self._thread.start()
 
     def check(self) -> None:
-        """Raise the mistake that an operation made in the thread, once."""
+        """Raise an operation's error in the thread, once."""
         mistake, self._mistake = self._mistake, None
         if mistake is not None:
             raise mistake
 
     def flush(self) -> bool:
-        """Try what waits, now; whether all of it is done. Raises what `check` does."""
+        """Run the waiting operations now; return whether all are done. Raises as `check` does."""
         with self._running:
             done = self._outbox.flush()
         self.check()
         return done
 
     def forget(self) -> None:
-        """Drop what waits: it will be told anew, from the beginning."""
+        """Drop the waiting operations: the caller will repeat all of them."""
         with self._running:
             self._outbox.waiting.clear()
             self._outbox.reset()
 
     def stop(self) -> None:
-        """Leave what waits where it is; the next `add` or `flush` goes on."""
+        """Stop the thread and keep the queue; the next `add` or `flush` continues."""
         with self._starting:
             self._thread = None
 
@@ -124,7 +124,7 @@ class WriterThread:
                     return  # stopped
                 try:
                     self._outbox.attempt()
-                except Exception as error:  # noqa: BLE001  it is raised where somebody can hear it: in `check`
+                except Exception as error:  # noqa: BLE001  `check` raises it in the caller's thread
                     self._mistake = self._mistake or error
             with self._starting:
                 if not self._outbox.waiting and threading.current_thread() is self._thread:

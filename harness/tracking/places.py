@@ -1,4 +1,4 @@
-"""Where MLflow is: its URI, the local database, and whether it can be written."""
+"""MLflow's location: its URI, the local database, and write checks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SCHEMES = ("http", "https", "databricks", "postgresql", "mysql", "mssql")
 
 
 def uri_of(given: str | None, folder: Path) -> str:
-    """The tracking URI: the given one, else the database in `folder`."""
+    """Return the tracking URI: `given`, else the database in `folder`."""
     return given or local_uri(folder)
 
 
 def tracker_for(given: str | None, folder: Path) -> MLflowTracker:
-    """A tracker at the given URI, else on the database in `folder`, which is made."""
+    """Return a tracker at the given URI, else on the database in `folder`, created if missing."""
     if not given:
         return local_tracker(folder)
     tracker = tracker_at(given)
@@ -32,7 +32,7 @@ def tracker_for(given: str | None, folder: Path) -> MLflowTracker:
 
 
 def attached(given: str | None, folder: Path, study: Study, store: Store) -> MLflowTracker | None:
-    """A tracker that only looks; None when the database does not exist, for looking would make it."""
+    """Return a read-only tracker; None if the database does not exist, because connecting would create it."""
     uri = uri_of(given, folder)
     file = sqlite_path(uri)
     if file is not None and not file.is_file():
@@ -43,7 +43,7 @@ def attached(given: str | None, folder: Path, study: Study, store: Store) -> MLf
 
 
 def local_tracker(folder: Path) -> MLflowTracker:
-    """A tracker on `folder`/mlflow.db. Raises InputError when the folder cannot be written."""
+    """Return a tracker on `folder`/mlflow.db. Raises InputError if the folder cannot be written."""
     check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     make_database(folder / "mlflow.db", ours=True)
@@ -51,22 +51,22 @@ def local_tracker(folder: Path) -> MLflowTracker:
 
 
 def tracker_at(uri: str) -> MLflowTracker:
-    """A tracker on a server, or on a SQLite database with its files beside it.
+    """Return a tracker on a server, or on a SQLite database with its artifacts beside it.
 
-    Raises InputError when the database's folder does not exist, the database is another program's, or the Python
-    package is missing that speaks to it.
+    Raises InputError if the database's folder does not exist, the database is another program's, or its Python driver
+    is missing.
     """
     file, scheme = sqlite_path(uri), uri.partition(":")[0].partition("+")[0]
     if file is None:
         if scheme not in SCHEMES:
             raise InputError(
-                f"--tracking-uri {uri} is no MLflow server or database; write http://HOST:PORT or sqlite:///FILE."
+                f"--tracking-uri {uri} is not an MLflow server or database; write http://HOST:PORT or sqlite:///FILE."
             )
         if scheme in ("postgresql", "mysql", "mssql"):
             check_driver(uri, "--tracking-uri")
         return MLflowTracker(uri, None)
     if not file.parent.is_dir():
-        raise InputError(f"--tracking-uri {uri}: there is no folder {file.parent}; make it first.")
+        raise InputError(f"--tracking-uri {uri}: there is no folder {file.parent}; create it first.")
     if file.exists() and (found := tables(file, "--tracking-uri")) and "experiments" not in found:
         raise InputError(f"--tracking-uri {uri} is a database but not MLflow's; give another.")
     return MLflowTracker(uri, file.parent / ARTIFACTS)
@@ -77,7 +77,7 @@ def local_uri(folder: Path) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise InputError unless the folder can be made and written; leaves nothing behind."""
+    """Raise InputError unless the folder can be created and written; leave nothing behind."""
     place = folder
     while not place.exists() and not place.is_symlink():
         place = place.parent

@@ -1,4 +1,4 @@
-"""One run of a study in MLflow: what a training tells of itself, epoch by epoch."""
+"""One run of a study in MLflow: log a training, epoch by epoch."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from harness.config.events import EpochResult
 from harness.tracking.client import StudyClient
 from harness.tracking.library import milliseconds
 
-EPOCHS_IN_A_REQUEST = 50  # MLflow takes 1,000 metrics in one; an epoch must not be cut in two
+EPOCHS_IN_A_REQUEST = 50  # MLflow accepts 1,000 metrics per request; an epoch must not be split
 
 
 class MLflowRun:
-    """One MLflow run, opened when the first entry arrives; what it already has at a step is not written twice.
+    """One MLflow run, opened at its first entry; existing entries of a step are not written again.
 
-    An epoch with another result is: a trial that was taken up where its checkpoint is not begins anew.
+    An epoch with another result is written again: a trial that resumes without its checkpoint restarts.
     """
 
     def __init__(self, tracker: StudyClient, key: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         self._tracker, self._key, self._params, self._tags = tracker, key, params, tags
         self._run_id: str | None = None
-        self._losses: dict[int, float] | None = None  # of the epochs that it has; None when that must be asked
-        self._epochs: list[tuple[EpochResult, int]] = []  # with the time when they were told
-        self._written = 0  # how many of them
+        self._losses: dict[int, float] | None = None  # of the logged epochs; None if unknown
+        self._epochs: list[tuple[EpochResult, int]] = []  # with their timestamps
+        self._written = 0  # number of written epochs
         tracker.tell(self._open)
 
     def epoch(self, result: EpochResult) -> None:
@@ -49,11 +49,11 @@ class MLflowRun:
         self._tracker.tell(lambda: self._tracker.close_run(self._open(), state))
 
     def _log_epochs(self, first: int) -> None:
-        """Write the epochs from the first on, in one request; those told since then find nothing left to do."""
+        """Write the epochs from `first` on, in one request; later calls skip written epochs."""
         if first < self._written:
             return
         told = self._epochs[first : first + EPOCHS_IN_A_REQUEST]
-        # Until it is known that the entries arrived, nothing is known about the steps.
+        # Until the request succeeds, the logged steps are unknown.
         run_id, (losses, self._losses) = self._open(), (self._losses, None)
         known = dict(self._tracker.history(run_id, "train_loss")) if losses is None else losses
         new = {result.epoch: (result, now) for result, now in reversed(told) if _is_new(result, known)}
@@ -69,9 +69,9 @@ class MLflowRun:
 
 
 def _is_new(result: EpochResult, known: Mapping[int, float]) -> bool:
-    """Whether MLflow lacks an epoch, or has it as a process that died came to it, with other bits.
+    """Return whether MLflow lacks an epoch, or has it from a dead process with other bits.
 
-    The later entry of a step is the one that MLflow shows. What is no finite number MLflow may give back as another.
+    MLflow shows a step's later entry. It may return a non-finite number as another one.
     """
     loss = result.train.loss
     return result.epoch not in known or (math.isfinite(loss) and known[result.epoch] != loss)

@@ -1,1 +1,1 @@
-"""One training, from its configuration to the last bit of its checkpoint."""
+"""Training, from a configuration to a checkpoint."""

@@ -1,4 +1,4 @@
-"""The one place that builds a training job: data -> model -> parameter groups -> optimizer."""
+"""Build a training job: data -> model -> parameter groups -> optimizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from harness.training.step import Runtime, compile_parts, find_device, seeded
 
 
 def assemble(config: TrainConfig, runtime: Runtime, seed: int) -> Training:
-    """Everything that `loop.fit` needs. The new head is drawn from `seed`; pretrained weights are what they are."""
+    """Build everything that `loop.fit` needs. The new head is drawn from `seed`; pretrained weights are not."""
     with seeded(derive_seed(seed, "model"), runtime.device):
         model = config.backbone.build(len(config.data.classes()), config.data.image_size)
     if config.feature_views is None:
@@ -40,7 +40,7 @@ def assemble(config: TrainConfig, runtime: Runtime, seed: int) -> Training:
     groups = parameter_groups(model, config.backbone.depths(config.optim.depth_by), config.optim)
     freeze(model, groups)
     if runtime.compiled and config.optim.depth_lr_mult > 0:
-        # A frozen backbone would need graphs of its own, and saves its backward pass anyway.
+        # A frozen backbone would need its own graphs, and skips its backward pass anyway.
         compile_parts(model, compilable(config))
     return Training(
         config=config,
@@ -57,7 +57,7 @@ def assemble(config: TrainConfig, runtime: Runtime, seed: int) -> Training:
 
 
 def with_validation_images(training: Training) -> Training:
-    """The same job, trained on train and validation images together; nothing is left to validate on."""
+    """Return the same job, trained on train and validation images together, without validation."""
     config, runtime = training.config, training.runtime
     if config.feature_views is None:
         return replace(training, train=load_train_and_val(config.data).on(runtime.device), val=None)
@@ -67,14 +67,14 @@ def with_validation_images(training: Training) -> Training:
 
 
 def evaluation_of(training: Training, images: ImageSet) -> Source:
-    """These images as the training's learner takes them in an evaluation."""
+    """Return the images as evaluation input of the training's learner."""
     if training.config.feature_views is None:
         return images
     return frozen_body(training.config, training.runtime).as_they_are(images)
 
 
 def compilable(config: TrainConfig) -> list[str]:
-    """The submodules that are the same in all trials: the backbone's blocks, without the head."""
+    """Return the submodules that all trials share: the backbone's blocks, without the head."""
     return [depth.rstrip(".") for depth in config.backbone.depths("block")[:-1]]
 
 
@@ -85,10 +85,10 @@ def _work(config: TrainConfig, trials: int) -> Work:
 
 
 def decide_runtime(config: TrainConfig, kept: Mapping[str, Any] | None, trials: int = 0) -> Runtime:
-    """What this configuration's "auto" and "tune" mean on this machine: what the study `kept` from its start, if any.
+    """Resolve "auto" and "tune" on this machine, or restore the runtime that the study `kept` from its start.
 
-    `trials` is the number that the study asks for. Raises InputError when the device of the start is asked to change or
-    is not there, or torch cannot compile what is to be compiled.
+    `trials` is the study's number of trials. Raises InputError if the device type differs from that of the start or is
+    not available, or torch cannot compile the model.
     """
     if kept is None:
         build = partial(config.backbone.build, len(config.data.classes()), config.data.image_size)
@@ -96,8 +96,8 @@ def decide_runtime(config: TrainConfig, kept: Mapping[str, Any] | None, trials: 
     device = find_device(kept["device"] if config.runtime.device == "auto" else config.runtime.device)
     if device.type != kept["device"]:
         raise InputError(
-            f"This study began on {kept['device']}, and {device.type} computes other numbers; "
-            f"go on with --device {kept['device']}, or start anew with --fresh."
+            f"This study began on {kept['device']}, and {device.type} gives other numbers; "
+            f"resume with --device {kept['device']}, or start anew with --fresh."
         )
     runtime = Runtime.from_dict(kept, device)
     if runtime.compiled:

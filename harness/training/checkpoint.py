@@ -1,9 +1,9 @@
-"""Checkpoints: everything that a training needs to go on to the same bits, in one safetensors file.
+"""Checkpoints: everything that a training needs to resume to the same bits, in one safetensors file.
 
 The file holds model and optimizer state, the generators' states and the epoch's running sums as tensors; the finished
-epochs and the place in the current one as JSON in the file's metadata, beside a sha256 of all of it. The schedule is
-a function of the step and needs no state. Files are written under another name, synchronised and renamed, so there
-is a whole one or none; nothing in them can execute.
+epochs and the position in the current one as JSON in the file's metadata, with a sha256 of all of it. The schedule is
+a function of the step and needs no state. Files are written under another name, synchronised and renamed, so a
+write is atomic; nothing in them can execute.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ SUFFIX = ".safetensors"
 def fingerprint(tensors: Mapping[str, Tensor], record: str = "") -> str:
     """The sha256 of named tensors (names, types, shapes, bytes) and of a text.
 
-    `harness.base.files.check_tensors` takes the same of a file.
+    `harness.base.files.check_tensors` does the same for a file.
     """
     digest = hashlib.sha256(record.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        # Of a single number torch calls any stride contiguous, and then does not show its bytes.
+        # torch calls any stride of a single number contiguous, and then cannot view its bytes.
         flat = tensor.reshape(-1).as_strided((tensor.numel(),), (1,))
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -49,19 +49,19 @@ def fingerprint(tensors: Mapping[str, Tensor], record: str = "") -> str:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], check: Callable[[], object] | None = None
 ) -> None:
-    """Write tensors and a JSON record to `path`, whole or not at all; `check` as in `harness.base.files.replacing`.
+    """Write tensors and a JSON record to `path` atomically; `check` as in `harness.base.files.replacing`.
 
-    Raises Halt when there is no room.
+    Raises Halt if the disk is full.
     """
     text = json.dumps(record)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # One entry, for safetensors writes several in any order, and equal trainings should give equal files.
+    # One entry: safetensors writes several in any order, and equal trainings should give equal files.
     checked = json.dumps({"record": text, "sha256": fingerprint(plain, text)})
     replace_file(path, save(plain, {METADATA: checked}), check)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (on the CPU) and record. Raises Damaged unless they are exactly what was written."""
+    """Read tensors (on the CPU) and record. Raises Damaged unless they are as written."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {})[METADATA])
@@ -74,16 +74,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def identity_of(study_uid: str, key: str, seed: int, config: Any) -> dict[str, Any]:
-    """Whose a checkpoint is: the study, the run in it, its seed and the configuration."""
+    """Return a checkpoint's identity: the study, the run, its seed and configuration."""
     described = {path: repr(value) for path, value in leaves(config, identity_only=True)}
     return {"study": study_uid, "key": key, "seed": seed, "configuration": described}
 
 
 class Checkpoint:
-    """The file of one training: written now and then while it runs, read when it is taken up again.
+    """The checkpoint file of one training: written periodically while it runs, read on resume.
 
-    `identity` says whose it is; a file with another identity is not used. `check` raises LeaseLost when the training is
-    another process's by now, whose file must stay as it is.
+    A file with another `identity` is not used. `check` raises LeaseLost if another process has taken over the training:
+    its file must not change.
     """
 
     def __init__(
@@ -96,24 +96,24 @@ class Checkpoint:
     ) -> None:
         self.path = path
         self._check = check
-        self.environments = [dict(environment)]  # all that had a part in it, the first one first
-        self.seconds_before = 0.0  # that earlier processes spent on this training
+        self.environments = [dict(environment)]  # of all processes so far, in order
+        self.seconds_before = 0.0  # spent by earlier processes on this training
         self._began = time.monotonic()
         self._identity = dict(identity)
         self.training = training
         self._written = self._began
 
     def restore(self) -> bool:
-        """Bring model, optimizer and progress to where the file left them; False when there is none to use."""
+        """Restore model, optimizer and progress from the file; return False if there is none to use."""
         if not self.path.exists():
             return False
         try:
             tensors, record = read_tensors(self.path)
         except Damaged as error:
-            print(f"{error}; it is not used, and the training starts again.", file=sys.stderr)
+            print(f"{error}; it is ignored, and the training starts again.", file=sys.stderr)
             return False
         if record.get("identity") != self._identity:
-            print(f"{self.path} belongs to another training; it is not used.", file=sys.stderr)
+            print(f"{self.path} belongs to another training; it is ignored.", file=sys.stderr)
             return False
         training, progress = self.training, self.training.progress
         training.model.load_state_dict(_part(tensors, "model"))
@@ -129,31 +129,31 @@ class Checkpoint:
         self.environments = before
         if progress.epoch <= training.config.epochs and before[-1] != here[0]:
             differing = differences(before[-1], here[0])
-            print(f"{self.path.stem} goes on elsewhere ({differing}): its last bits may differ.", file=sys.stderr)
+            print(f"{self.path.stem} resumes elsewhere ({differing}): its last bits may differ.", file=sys.stderr)
             self.environments = [*before, *here]
         return True
 
     def seconds(self) -> float:
-        """Spent on this training so far, by all processes."""
+        """Return the training's time so far in all processes."""
         return self.seconds_before + time.monotonic() - self._began
 
     @contextlib.contextmanager
     def saved_when_stopped(self) -> Iterator[None]:
-        """Write when whoever runs the training is asked to stop."""
+        """Save when the process is asked to stop."""
         try:
             yield
         except (KeyboardInterrupt, GeneratorExit):
-            # A database that does not answer must not keep it; a lost lease costs no more than time.
+            # A database that does not answer must not block it; a lost lease costs only time.
             self.save(checked=False)
             raise
 
     def after_batch(self) -> None:
-        """Write if the last writing (or the beginning) is `checkpoint_seconds` ago."""
+        """Save if the last save (or the start) is `checkpoint_seconds` ago."""
         if time.monotonic() - self._written >= self.training.config.checkpoint_seconds:
             self.save()
 
     def save(self, checked: bool = True) -> None:
-        """Write, unless the training is inside a batch or has not begun. Raises Halt when there is no room."""
+        """Save, unless the training is inside a batch or has not begun. Raises Halt if the disk is full."""
         training, progress = self.training, self.training.progress
         if not progress.whole or (progress.step == 0 and not progress.epochs):
             return
@@ -179,7 +179,7 @@ class Checkpoint:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint, what killed processes left of newer ones, and their folder when it is empty."""
+    """Remove a checkpoint, temporary files of killed processes, and the folder if it is empty."""
     path.unlink(missing_ok=True)
     remove_abandoned(path)
     with contextlib.suppress(OSError):
@@ -187,13 +187,13 @@ def remove(path: Path) -> None:
 
 
 def stale(folder: Path, wanted: Collection[str]) -> list[Path]:
-    """The files in a folder of checkpoints that nobody writes, and no training among the `wanted` keys will read."""
+    """Return the files in a checkpoint folder that no process writes and none of the `wanted` keys needs."""
     files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
     return [path for path in files if (is_abandoned(path) if path.suffix == ".partial" else path.stem not in wanted)]
 
 
 def differences(one: Mapping[str, str], other: Mapping[str, str]) -> str:
-    """The entries of two environments that differ, in words; empty when none does."""
+    """Describe the entries of two environments that differ; empty if none does."""
     keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
     return "; ".join(f"{key} was {one.get(key)}, is {other.get(key)}" for key in keys)
 
@@ -207,13 +207,13 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of every parameter as NUMBER/NAME, numbered as in `optimizer.state_dict()`."""
+    """Return every parameter's state as NUMBER/NAME, numbered as in `optimizer.state_dict()`."""
     state = optimizer.state_dict()["state"]
     return {f"{number}/{name}": value for number, values in state.items() for name, value in values.items()}
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put the state back, in the memory layout of the parameters: the fused steps go by storage order, not by index."""
+    """Restore the state in the parameters' memory layout: fused steps go by storage order, not by index."""
     parameters: list[nn.Parameter] = [each for group in optimizer.param_groups for each in group["params"]]
     for key, value in tensors.items():
         number, name = key.split("/")

@@ -1,9 +1,9 @@
-"""A frozen backbone's features, computed once and kept: a head-only study trains on them in seconds a trial.
+"""A frozen backbone's features, computed once and cached: a head-only study trains on them in seconds per trial.
 
-Of every image there is a version as it is and a number of augmented views, drawn from seeds of their own, so that all
-trials of all studies share them. The features of a version lie in the image cache's folder, a file for as many images
-as an evaluation takes at once, named by all that decides them. A process that is killed leaves whole files behind, and
-the next one goes on after them; a damaged file is named and made again.
+Every image has a plain version and a number of augmented views, drawn from their own seeds, so that all
+trials of all studies share them. The features of a version lie in the image cache's folder, one file per evaluation
+batch, named by a hash of all that affects them. A killed process leaves complete files behind, and the next one
+continues after them; a damaged file is reported and recomputed.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from harness.training.checkpoint import SUFFIX, fingerprint, read_tensors, write
 from harness.training.loop import EVALUATION_BATCH, outputs_of
 from harness.training.step import Runtime, seeded
 
-FORMAT = 2  # raise it whenever the same images would give other features
+FORMAT = 2  # increment when the same images give other features
 SAY_EVERY_SECONDS = 30.0
-WHOLE = "leave feature_views null, and every trial passes the whole model"
-FIXED = (nn.AdaptiveAvgPool2d, nn.Flatten)  # layers that learn nothing and draw nothing
+WHOLE = "leave feature_views null, so that every trial runs the whole model"
+FIXED = (nn.AdaptiveAvgPool2d, nn.Flatten)  # layers without parameters and randomness
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSet:
-    """`features` float32 [N, 1 + K, ...] of images as they are and of their K views; `labels` int64 [N]."""
+    """`features` float32 [N, 1 + K, ...] of plain images and of their K views; `labels` int64 [N]."""
 
     features: Tensor
     labels: Tensor
@@ -51,20 +51,20 @@ class FeatureSet:
         return len(self.labels)
 
     def batch(self, chosen: Tensor, config: TrainConfig, runtime: Runtime, generator: torch.Generator) -> Tensor:
-        """Of every chosen image one of its versions, each as likely: [B, ...] on the device."""
+        """Return a uniformly random version of every chosen image: [B, ...] on the device."""
         version = torch.randint(self.features.shape[1], (len(chosen),), generator=generator)
         return self.features[chosen, version].to(runtime.device)
 
     def parts(self, size: int, runtime: Runtime) -> Iterator[Tensor]:
-        """Of all images the version as it is, `size` at a time."""
+        """Yield all images' plain versions, `size` at a time."""
         for part in self.features[:, 0].split(size):
             yield part.to(runtime.device)
 
 
 def split(model: nn.Module, head: str) -> tuple[nn.Module, nn.Sequential]:
-    """The model without the submodule `head`, and that head; modules are shared, the model stays as it is.
+    """Split a model into its body and the submodule `head`; modules are shared, the model does not change.
 
-    The head's first layers that only pool and flatten count to the body: an image has fewer numbers after them.
+    The head's leading pooling and flattening layers belong to the body: they make features smaller.
     """
     path, last = head.rpartition(".")[0], model.get_submodule(head)
     layers = list(last.children()) if isinstance(last, nn.Sequential) else [last]
@@ -78,21 +78,21 @@ def split(model: nn.Module, head: str) -> tuple[nn.Module, nn.Sequential]:
 
 
 def _shallow(module: nn.Module) -> nn.Module:
-    """Another module with the same submodules and parameters, whose submodules can be exchanged."""
+    """Return a module with the same submodules and parameters, whose submodules can be replaced."""
     other = copy.copy(module)
     other._modules = dict(module._modules)
     return other
 
 
 class FrozenBody:
-    """The part of a model that does not train, and the folder where the features that it makes are kept.
+    """The part of a model that does not train, and the folder that caches its features.
 
-    Raises InputError when the model is more than this body and its head one after the other.
+    Raises InputError if the model is not this body followed by its head.
     """
 
     def __init__(self, model: nn.Module, head: str, image_size: int, runtime: Runtime, folder: Path) -> None:
         if head not in dict(model.named_modules()):
-            raise InputError(f"The last depth, {head}, is no module: its features cannot be kept; {WHOLE}.")
+            raise InputError(f"The last depth, {head}, is not a module: features cannot be cached; {WHOLE}.")
         self.head = head
         self._body, rest = split(model.eval(), head)
         self._size, self._runtime, self._folder = image_size, runtime, folder / "features"
@@ -100,7 +100,7 @@ class FrozenBody:
         pixels = torch.linspace(-2, 2, 2 * 3 * image_size**2, device=runtime.device).view(2, 3, image_size, image_size)
         whole, features = (outputs_of(each, pixels.split, runtime) for each in (model, self._body))
         if not torch.allclose(whole, outputs_of(rest, features.split, runtime), rtol=1e-2, atol=1e-2):
-            raise InputError(f"The model is not its body and then {head}: its features cannot be kept; {WHOLE}.")
+            raise InputError(f"The model is not its body and then {head}: features cannot be cached; {WHOLE}.")
         self._identity = {
             "format": FORMAT,
             "weights": fingerprint(self._body.state_dict()),
@@ -111,26 +111,26 @@ class FrozenBody:
         }
 
     def give_to(self, model: nn.Module) -> None:
-        """Make this the body of another model of the same backbone; the tensors are shared, for none of them changes.
+        """Make this the body of another model of the same backbone; the tensors are shared, as none of them changes.
 
-        Raises ValueError when its body has other tensors.
+        Raises ValueError if its body has other tensors.
         """
-        told = model.load_state_dict(self._weights, strict=False, assign=True)
-        missing = [name for name in told.missing_keys if not name.startswith(f"{self.head}.")]
-        if missing or told.unexpected_keys:
-            raise ValueError(f"The fields of the head change the backbone: {[*missing, *told.unexpected_keys]}.")
+        keys = model.load_state_dict(self._weights, strict=False, assign=True)
+        missing = [name for name in keys.missing_keys if not name.startswith(f"{self.head}.")]
+        if missing or keys.unexpected_keys:
+            raise ValueError(f"The fields of the head change the backbone: {[*missing, *keys.unexpected_keys]}.")
 
     def as_they_are(self, images: ImageSet) -> FeatureSet:
-        """The features of evaluated images."""
+        """Return features of plain images."""
         return FeatureSet(features=self._kept([(images, None)]), labels=images.labels)
 
     def with_views(self, plain: ImageSet, stored: ImageSet, config: AugmentConfig, views: int) -> FeatureSet:
-        """The features of training images: `plain` as they are, and `views` augmented from the `stored` ones."""
+        """Return features of training images: the `plain` ones, and `views` augmented from `stored` ones."""
         drawn = [(stored, View(config=config, size=self._size, number=number)) for number in range(views)]
         return FeatureSet(features=self._kept([(plain, None), *drawn]), labels=plain.labels)
 
     def _kept(self, versions: Sequence[tuple[ImageSet, View | None]]) -> Tensor:
-        """float32 [N, versions, ...]: read where there are files, else made and written. Raises Halt without room."""
+        """Read features float32 [N, versions, ...], or compute and write them. Raises Halt if the disk is full."""
         parts = [
             (self._folder / self._name(images, view) / f"{first:06d}{SUFFIX}", images, view, first)
             for images, view in versions
@@ -149,13 +149,13 @@ class FrozenBody:
         return torch.cat(found).unflatten(0, (len(versions), -1)).transpose(0, 1).contiguous().to(self._runtime.device)
 
     def _name(self, images: ImageSet, view: View | None) -> str:
-        """Names all that decides the features of a version."""
-        assert images.key, "features are kept of single splits"
+        """Hash all that affects the features of a version."""
+        assert images.key, "features are cached per split"
         described = {**self._identity, "images": images.key, "view": None if view is None else asdict(view)}
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
 
     def _made(self, images: ImageSet, view: View | None, first: int) -> Tensor:
-        """The features of a version of the images from the `first` on, as many as a file holds: float32 [B, ...]."""
+        """Compute one file's features of a version of the images from `first` on: float32 [B, ...]."""
         pixels = images.images[first : first + EVALUATION_BATCH].to(self._runtime.device)
         batch = normalise(pixels) if view is None else view.of(pixels, first)
         return outputs_of(self._body, batch.split, self._runtime).cpu()
@@ -170,7 +170,7 @@ class View:
     number: int
 
     def of(self, stored: Tensor, first: int) -> Tensor:
-        """The view of the images from the `first` on: uint8 [B, S, S, 3] to float32 [B, 3, size, size]."""
+        """Return the view of images from `first` on: uint8 [B, S, S, 3] to float32 [B, 3, size, size]."""
         generator = torch.Generator().manual_seed(derive_seed("view", self.number, first))
         return augment(stored, self.config, self.size, generator)
 
@@ -180,7 +180,7 @@ def _length(images: ImageSet, first: int) -> int:
 
 
 def _read(path: Path, place: Mapping[str, Any]) -> Tensor | None:
-    """The features of a file, None when it is not there, damaged or of another place; then it is named on stderr."""
+    """Read a file's features; None if it is missing, or damaged or of other images, as reported on stderr."""
     if not path.exists():
         return None
     try:
@@ -189,22 +189,22 @@ def _read(path: Path, place: Mapping[str, Any]) -> Tensor | None:
             raise Damaged(f"{path} belongs to other images")
         return tensors["features"]
     except Damaged as error:
-        print(f"{error}; these features are computed again.", file=sys.stderr)
+        print(f"{error}; recomputing these features.", file=sys.stderr)
         return None
 
 
 class _Work:
-    """Says on stderr what is being computed, and how long it will take."""
+    """Report on stderr what is computed, and how long it will take."""
 
     def __init__(self, images: int) -> None:
         self._images, self._did = images, 0
         self._began = self._said = time.monotonic()
         if images:
-            text = f"Computing the frozen backbone's features of {images:,} images and views, once; they are kept."
+            text = f"Computing the frozen backbone's features of {images:,} images and views, once for all trials."
             print(text, file=sys.stderr, flush=True)
 
     def done(self, images: int) -> None:
-        """So many more; says so after the first ones and then now and then."""
+        """Count more images; report after the first and then periodically."""
         first, self._did = not self._did, self._did + images
         now, left = time.monotonic(), self._images - self._did
         seconds = left * (now - self._began) / self._did
@@ -215,7 +215,7 @@ class _Work:
 
 
 def keep_features(config: TrainConfig, runtime: Runtime, with_validation: bool) -> None:
-    """Compute the features that a head-only study needs before the test set is opened, unless they are kept already.
+    """Compute the features that a head-only study needs before the test set is opened, unless they are cached.
 
     `with_validation`: the final run trains on validation images, too.
     """
@@ -229,8 +229,8 @@ def keep_features(config: TrainConfig, runtime: Runtime, with_validation: bool) 
 
 
 def frozen_body(config: TrainConfig, runtime: Runtime) -> FrozenBody:
-    """The configuration's backbone without its head. What is not pretrained is drawn alike in every trial."""
-    # The head's fields change from trial to trial; without them, all trials have one and the same body.
+    """Return the backbone without its head. Weights that are not pretrained are the same in every trial."""
+    # The head's fields change from trial to trial; without them, all trials share one body.
     without = {"hidden": (), "dropout": 0.0}
     known = {field.name for field in fields(config.backbone)}  # type: ignore[arg-type]
     backbone: Any = config.backbone
@@ -247,7 +247,7 @@ def _frozen_body(backbone: Backbone, classes: int, image_size: int, runtime: Run
 
 
 def features_to_train_on(config: TrainConfig, runtime: Runtime, split: Literal["train", "val"]) -> FeatureSet:
-    """The features of a split, as it is and in the configuration's views."""
+    """Return features of a split, plain and in the configuration's views."""
     data = config.data
     plain, stored = (load_split(data, split, size) for size in (data.image_size, data.stored_size))
     return frozen_body(config, runtime).with_views(plain, stored, config.augment, config.feature_views or 0)

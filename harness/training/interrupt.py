@@ -1,7 +1,7 @@
-"""Signals that ask a process to stop. Once: the batch is finished and a checkpoint written; Ctrl-C twice: at once.
+"""Stop signals. The first one finishes the batch and writes a checkpoint; a second Ctrl-C stops at once.
 
-SIGTERM, which schedulers send before they kill, is a polite request however often it comes. An import is not cut in two
-by it either: libraries catch whatever is raised while they import others, and are half there from then on.
+SIGTERM, which schedulers send before they kill, never stops at once, however often it comes. A signal also does not
+interrupt an import: libraries catch exceptions while they import others, and would stay half imported.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from typing import Any
 
 from harness.base.errors import INTERRUPTED
 
-NOTICE = "Stopping: the batch is finished first, then saved. Ctrl-C again stops at once."
+NOTICE = "Stopping after this batch and a checkpoint. Press Ctrl-C again to stop at once."
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: the terminal was closed
-UNHEARD_SECONDS = 0.01  # until a request that was swallowed, or came inside an import, is made again
+UNHEARD_SECONDS = 0.01  # until a request that was swallowed, or came in an import, is repeated
 
 
 class _State:
-    requested = False  # somebody asked this process to stop
-    undivided = False  # a batch is being computed; stopping waits for its end
-    swallowing = False  # Python swallows what is raised now
-    put_off = False  # a request came inside an import, and is about to be made again
-    noticed = False  # that it waits was said, or is said by another process
-    turn = 0  # a request that waits to be made again is one of this turn, or of nobody
+    requested = False  # a stop was requested
+    undivided = False  # in a batch; stopping waits for its end
+    swallowing = False  # Python swallows exceptions now
+    put_off = False  # a request came in an import, and will be repeated
+    noticed = False  # the notice was printed, or another process prints it
+    turn = 0  # a delayed request of an earlier turn is dropped
 
 
 def install(*, quiet: bool = False) -> None:
-    """Handle SIGINT and SIGTERM from now on; both end in KeyboardInterrupt.
+    """Handle stop signals from now on; they raise KeyboardInterrupt.
 
-    A process that is `quiet` has another one above it that says what there is to say.
+    With `quiet`, the process prints no notice: its parent does.
     """
     _State.requested, _State.noticed, _State.turn = False, quiet, _State.turn + 1
     for number in SIGNALS:
@@ -48,7 +48,7 @@ def install(*, quiet: bool = False) -> None:
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """As after `install`, inside; in a thread, where Python hears no signals, everything stays as it is."""
+    """Handle signals as `install` does, inside the block; do nothing in a thread, which gets no signals."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is _handle:
         yield
         return
@@ -65,7 +65,7 @@ def handled() -> Iterator[None]:
 
 @contextmanager
 def inherited_later() -> Iterator[None]:
-    """A Ctrl-C reaches a process that is started inside once it calls `install`; before, it would only die noisily."""
+    """Delay Ctrl-C in a process started inside until it calls `install`; before, it would die with a traceback."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -74,13 +74,13 @@ def inherited_later() -> Iterator[None]:
 
 
 def requested() -> bool:
-    """Whether somebody asked this process to stop."""
+    """Return whether a stop was requested."""
     return _State.requested
 
 
 @contextmanager
 def undivided() -> Iterator[None]:
-    """A request to stop that comes inside takes effect at the end, unless it comes twice."""
+    """Delay a stop request to the end of the block, unless Ctrl-C comes twice."""
     _State.undivided = True
     try:
         yield
@@ -91,14 +91,14 @@ def undivided() -> Iterator[None]:
 
 
 def notice() -> None:
-    """Say, once, that stopping takes a moment."""
+    """Print once that stopping takes a moment."""
     if not _State.noticed:
         _State.noticed = True
-        os.write(2, f"{NOTICE}\n".encode())  # print may not be called inside a print
+        os.write(2, f"{NOTICE}\n".encode())  # print is not reentrant
 
 
 def _handle(number: int, frame: Any) -> None:
-    if _State.swallowing:  # a request is about to be made again
+    if _State.swallowing:  # the request will be repeated
         return
     again, _State.requested = _State.requested, True
     repeated, _State.put_off = _State.put_off, False
@@ -106,19 +106,19 @@ def _handle(number: int, frame: Any) -> None:
     if again and not (at_once or repeated):
         return
     if _State.undivided and not at_once:
-        if not sys.stdout.isatty():  # a live display says it itself
+        if not sys.stdout.isatty():  # a live display shows it itself
             notice()
         return
     if _is_importing(frame) and not at_once:
         _State.put_off = True
-        # Not threading's: whatever was interrupted may hold its lock.
+        # Not `threading`: the interrupted code may hold its lock.
         _thread.start_new_thread(_ask_again, (threading.get_ident(), _State.turn))  # this is the main thread
         return
     raise KeyboardInterrupt
 
 
 def _is_importing(frame: Any) -> bool:
-    """Whether what a signal found at work is part of an import."""
+    """Return whether the interrupted code is in an import."""
     while frame is not None:
         code = frame.f_code
         if code.co_name == "_find_and_load" and code.co_filename == "<frozen importlib._bootstrap>":
@@ -128,7 +128,7 @@ def _is_importing(frame: Any) -> bool:
 
 
 def _uncaught(kind: type[BaseException], fault: BaseException, traceback: TracebackType | None) -> None:
-    """End as a command does that was interrupted, where the request came before or after its work."""
+    """Exit as an interrupted command does, if the request came before or after its work."""
     if kind is not KeyboardInterrupt:
         sys.__excepthook__(kind, fault, traceback)
         return
@@ -137,12 +137,12 @@ def _uncaught(kind: type[BaseException], fault: BaseException, traceback: Traceb
 
 
 def _unraisable(fault: Any) -> None:
-    """Make a request again that came inside a callback (of a weak reference, say), where Python swallows exceptions."""
+    """Repeat a request that came in a callback (of a weak reference, say), where Python swallows exceptions."""
     if fault.exc_type is not KeyboardInterrupt:
         sys.__unraisablehook__(fault)
         return
     _State.swallowing = True
-    # Not from here: it would be swallowed with the callback's own. To the main thread, for it may be waiting.
+    # Not from here: it would be swallowed, too. To the main thread, since it may be waiting.
     threading.Thread(target=_ask_again, args=(threading.main_thread().ident, _State.turn)).start()
     _State.requested = False
     _State.swallowing = False

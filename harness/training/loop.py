@@ -1,4 +1,4 @@
-"""The only training loop. `fit` is a generator: pruning, logging and the final run are its consumers."""
+"""The training loop. `fit` is a generator: pruning, logging and the final run consume it."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ EVALUATION_BATCH = 128
 
 @dataclass
 class Progress:
-    """How far a fit is: all of its state that is not in the model and the optimizer.
+    """Progress of a fit: its state outside the model and the optimizer.
 
-    A display may read it from another thread, and a checkpoint keeps it.
+    A display may read it from another thread, and a checkpoint stores it.
     """
 
-    epochs: list[EpochResult] = field(default_factory=list)  # the finished ones
-    step: int = 0  # batches done in the epoch after them
+    epochs: list[EpochResult] = field(default_factory=list)  # finished ones
+    step: int = 0  # batches done in the current epoch
     steps: int = 0  # batches in an epoch
     trace: Tensor = field(default_factory=lambda: torch.zeros(0, 3))  # loss sum, correct, gradient norm of each batch
     random_states: dict[str, Tensor] = field(default_factory=dict)  # after `step` batches; empty before the first
     micro_batch: int | None = None  # see `train_step`
-    seconds: float = 0.0  # spent in this epoch by processes before this one
-    started: float = 0.0  # when this process began with it
-    whole: bool = True  # False while it moves: model, optimizer and this lie between two states
+    seconds: float = 0.0  # spent in this epoch by earlier processes
+    started: float = 0.0  # when this process began it
+    whole: bool = True  # False while model, optimizer and this are between two states
 
     @property
     def epoch(self) -> int:
@@ -47,28 +47,28 @@ class Progress:
 
     @contextmanager
     def moving(self) -> Iterator[None]:
-        """From one whole state to the next; a request to stop waits for the end of it."""
+        """Move from one whole state to the next; a stop request waits for the end."""
         with undivided():
             self.whole = False
             yield
             self.whole = True
 
     def elapsed(self) -> float:
-        """Seconds spent in the epoch that is under way."""
+        """Return the seconds spent in the current epoch."""
         return self.seconds + (time.perf_counter() - self.started if self.started else 0.0)
 
 
 class Source(Protocol):
-    """What a training takes its batches from: images, or the kept features of images (`harness.training.features`)."""
+    """Source of a training's batches: images, or cached features of images (`harness.training.features`)."""
 
     @property
     def labels(self) -> Tensor: ...  # int64 [N]
     def __len__(self) -> int: ...
     def batch(self, chosen: Tensor, config: TrainConfig, runtime: Runtime, generator: torch.Generator) -> Tensor:
-        """Inputs of a training step for the chosen images [B], on the device; random draws are the generator's."""
+        """Return a training step's inputs for the chosen images [B], on the device; random by `generator`."""
 
     def parts(self, size: int, runtime: Runtime) -> Iterable[Tensor]:
-        """Inputs of an evaluation, on the device: all images in their order, `size` at a time, nothing random."""
+        """Yield inputs of an evaluation, on the device: all images in order, `size` at a time, nothing random."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class Training:
     train: Source
     val: Source | None  # None when the final run trains on the validation images too
     model: nn.Module
-    learner: nn.Module  # what a batch passes: the model, or its head alone where the batches are features
+    learner: nn.Module  # what a batch passes: the model, or its head alone if batches are features
     groups: list[ParameterGroup]
     optimizer: torch.optim.Optimizer
     runtime: Runtime
@@ -89,11 +89,11 @@ class Training:
 
 
 def fit(training: Training, after_batch: Callable[[], None] = lambda: None) -> Generator[EpochResult, None, None]:
-    """Train epoch by epoch from where `training.progress` is, yielding each one's result.
+    """Train from `training.progress` on, yielding each epoch's result.
 
-    Closing the generator stops the training. `after_batch` is called after each batch and each validation, where a
-    checkpoint may be written. All random draws of an epoch (order, augmentation, dropout, stochastic depth) start from
-    the training's seed and the epoch's number; torch's global generator is left as it was found.
+    Closing the generator stops the training. `after_batch` is called after each batch and each validation, when a
+    checkpoint may be written. All random draws of an epoch (order, augmentation, dropout, stochastic depth) are seeded
+    by the training's seed and the epoch's number; the state of torch's global generator is restored.
     """
     progress = training.progress
     while progress.epoch <= training.config.epochs:
@@ -144,19 +144,19 @@ def _train_batch(training: Training, batch: Tensor, generator: torch.Generator) 
     progress.trace[progress.step] = torch.stack([done.loss, done.correct, done.grad_norm])
     if done.micro_batch < min(progress.micro_batch or len(batch), len(batch)):
         progress.micro_batch = done.micro_batch
-        text = f"Out of memory: going on with {done.micro_batch} images at a time, accumulated to the same batch."
+        text = f"Out of memory: using {done.micro_batch} images at a time, accumulated to the same batch."
         print(text, file=sys.stderr)
 
 
 def _lr_factor(training: Training, step: int) -> float:
-    """The schedule's factor at a step of the epoch that is under way."""
+    """Return the schedule's factor at a step of the current epoch."""
     config, progress = training.config, training.progress
     done, steps = step + (progress.epoch - 1) * progress.steps, config.epochs * progress.steps
     return lr_factor(done, steps, config.optim.warmup_epochs * progress.steps, config.optim.schedule)
 
 
 def _result(training: Training) -> EpochResult:
-    """What the finished batches add up to, and the validation."""
+    """Sum up the finished batches, and validate."""
     config, progress, total = training.config, training.progress, len(training.train)
     trace = progress.trace.double().cpu()
     bad = (~trace.isfinite().all(1)).nonzero()
@@ -178,18 +178,18 @@ def _result(training: Training) -> EpochResult:
 
 
 def _batches(count: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:
-    """A shuffled order cut into even batches of at most `batch_size`; none is left with a single image by chance."""
+    """Shuffle and split evenly into batches of at most `batch_size`; no batch has a single image by chance."""
     order = torch.randperm(count, generator=generator)
     return list(torch.tensor_split(order, -(-count // batch_size)))
 
 
 def evaluate(model: nn.Module, images: Source, runtime: Runtime) -> Metrics:
-    """Loss (plain cross-entropy), correct / total and hits of a split, dropout off."""
+    """Return loss (cross-entropy), correct / total and hits of a split, dropout off."""
     return measure(logits_of(model, images, runtime), images.labels)
 
 
 def measure(logits: Tensor, labels: Tensor) -> Metrics:
-    """What logits float32 [N, classes] are worth, by labels int64 [N]."""
+    """Return metrics of logits float32 [N, classes], labels int64 [N]."""
     labels = labels.to(logits.device)
     hits = (logits.argmax(1) == labels).cpu().numpy()
     loss = F.cross_entropy(logits, labels).item()
@@ -197,14 +197,14 @@ def measure(logits: Tensor, labels: Tensor) -> Metrics:
 
 
 def logits_of(model: nn.Module, images: Source, runtime: Runtime) -> Tensor:
-    """Logits float32 [N, classes] of every image of a split, in its order. Raises MemoryError as `outputs_of` does."""
+    """Return logits float32 [N, classes] of a split's images, in order. Raises MemoryError as `outputs_of` does."""
     return outputs_of(model, lambda size: images.parts(size, runtime), runtime)
 
 
 def outputs_of(model: nn.Module, parts: Callable[[int], Iterable[Tensor]], runtime: Runtime) -> Tensor:
-    """What the model, in evaluation mode, makes of all `parts(size)` of its inputs, float32 [N, ...].
+    """Return the model's outputs, in evaluation mode, for all `parts(size)` of its inputs, float32 [N, ...].
 
-    When memory runs out, fewer images pass at once. Raises MemoryError when one image at a time is too much.
+    When memory runs out, fewer images pass at once. Raises MemoryError if a single image does not fit.
     """
     model.eval()
 
@@ -218,6 +218,6 @@ def _predict(model: nn.Module, inputs: Tensor, size: int, runtime: Runtime) -> T
     """The model's outputs for at most `size` inputs."""
     if not runtime.compiled or len(inputs) == size:
         return predict(model, inputs, runtime)
-    # Every number of images would be compiled anew, so the last batch is filled up.
+    # Every batch size would be compiled anew, so the last batch is padded.
     filled = torch.cat([inputs, inputs.new_zeros(size - len(inputs), *inputs.shape[1:])])
     return predict(model, filled, runtime)[: len(inputs)]

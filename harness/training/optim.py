@@ -20,7 +20,7 @@ from harness.base.errors import InputError
 from harness.config.study import Study
 from harness.config.train import OptimConfig
 
-# Of these layers nothing decays, whatever its shape; nor do parameters of other modules that are called so.
+# Parameters of these layers do not decay, nor do parameters of other modules with such names.
 SPARED_LAYERS = (nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
 SPARED_NAMES = re.compile("bias|pos|token|embed|scale|gamma|table")
 
@@ -44,18 +44,18 @@ class ParameterGroup:
 def parameter_groups(model: nn.Module, depths: Sequence[str], config: OptimConfig) -> list[ParameterGroup]:
     """Partition the model's parameters, head first: every parameter in exactly one group.
 
-    Of several prefixes that match the longest counts. Raises InputError when a prefix matches nothing or a parameter
-    has no prefix: a mistake in the backbone's class.
+    The longest matching prefix counts. Raises InputError if a prefix matches nothing or a parameter
+    has no prefix: a bug in the backbone's class.
     """
     found: dict[tuple[str, bool], list[str]] = {(depth, decays): [] for depth in depths for decays in (True, False)}
     for name, parameter in model.named_parameters():
         depth = max((each for each in depths if name.startswith(each)), key=len, default=None)
         if depth is None:
-            raise InputError(f"The parameter {name} lies at none of the depths {list(depths)}; add its prefix to them.")
+            raise InputError(f"The parameter {name} matches none of the depths {list(depths)}; add its prefix to them.")
         found[depth, _decays(model, name, parameter)].append(name)
     for depth in reversed(depths):
         if not (found[depth, True] or found[depth, False]):
-            raise InputError(f"The depth {depth} matches no parameter; take it out of the backbone's depths.")
+            raise InputError(f"The depth {depth} matches no parameter; remove it from the backbone's depths.")
     return [
         ParameterGroup(
             depth=depth.rstrip("."),
@@ -72,9 +72,9 @@ def parameter_groups(model: nn.Module, depths: Sequence[str], config: OptimConfi
 
 
 def _decays(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
-    """Weights of layers decay; biases, norms, embeddings, scales, tokens and tables of positions do not.
+    """Return True for layer weights, False for biases, norms, embeddings, scales, tokens and positions.
 
-    What belongs to no layer of torch has a name of its own, and is a weight when it has the shape and no other name.
+    A parameter outside torch's layers is a weight by its shape, unless its name says otherwise.
     """
     owner, _, own = name.rpartition(".")
     if parameter.ndim < 2 or isinstance(model.get_submodule(owner), SPARED_LAYERS):
@@ -85,23 +85,23 @@ def _decays(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
 
 
 def freeze(model: nn.Module, groups: Sequence[ParameterGroup]) -> None:
-    """Take frozen parameters out of the gradient."""
+    """Turn off the gradient of frozen parameters."""
     for group in groups:
         for name in group.names:
             model.get_parameter(name).requires_grad_(not group.frozen)
 
 
 def set_training(model: nn.Module, learner: nn.Module | None = None) -> None:
-    """Training mode, except for what is frozen: its BatchNorm and stochastic depth behave as in evaluation.
+    """Set training mode, except for frozen modules: BatchNorm and stochastic depth stay in evaluation mode.
 
-    `learner` is the part of the model that trains, if not all of it does.
+    `learner` is the part of the model that trains; None: all of it.
     """
     (learner or model).train()
     _rest(model)
 
 
 def _rest(module: nn.Module) -> None:
-    """Bring what is frozen, a whole module or parts of it, into evaluation mode."""
+    """Set a frozen module, or its frozen parts, to evaluation mode."""
     trains = [parameter.requires_grad for parameter in module.parameters()]
     if any(trains):
         for part in module.children():
@@ -111,7 +111,7 @@ def _rest(module: nn.Module) -> None:
 
 
 def build_optimizer(model: nn.Module, groups: Sequence[ParameterGroup], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW or Adam over the groups that train; each keeps its full rate as "peak_lr" for the schedule."""
+    """Build AdamW or Adam over the groups that train; each keeps its rate as "peak_lr" for the schedule."""
     training = [
         {
             "params": [model.get_parameter(name) for name in group.names],
@@ -128,7 +128,7 @@ def build_optimizer(model: nn.Module, groups: Sequence[ParameterGroup], config: 
 
 
 def lr_factor(step: int, steps: int, warmup_steps: float, schedule: str) -> float:
-    """The share of its peak that every rate has at `step` (from 0 to steps - 1): linear warm-up, then half a cosine.
+    """Return the factor of all peak rates at `step` (from 0 to steps - 1): linear warm-up, then half a cosine.
 
     SGDR without restarts (Loshchilov and Hutter, 2017). The last step is small but not zero.
     """
@@ -146,7 +146,7 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def group_table(groups: Sequence[ParameterGroup]) -> str:
-    """The groups as text: one line each, the head first."""
+    """Format the groups: one line each, the head first."""
     width = max(len(group.depth) for group in groups)
     lines = [f"{'depth':<{width}}  distance  learning rate  weight decay  tensors  parameters"]
     for group in groups:
@@ -159,7 +159,7 @@ def group_table(groups: Sequence[ParameterGroup]) -> str:
 
 
 def groups_of(study: Study) -> str:
-    """The parameter groups of the base configuration; the weights' values do not matter for them."""
+    """Return the table of the base configuration's parameter groups, without loading weights."""
     config: Any = study.train
     backbone = config.backbone
     if "pretrained" in getattr(backbone, "__dataclass_fields__", {}) and backbone.pretrained is True:
@@ -167,6 +167,6 @@ def groups_of(study: Study) -> str:
     try:
         classes = len(config.data.classes())
     except InputError:
-        classes = 102  # the data are not here; only the last layer's count depends on them
+        classes = 102  # the data are missing; only the last layer's count depends on them
     model = backbone.build(classes, config.data.image_size)
     return group_table(parameter_groups(model, backbone.depths(config.optim.depth_by), config.optim))

@@ -1,7 +1,7 @@
-"""What "auto" and "tune" mean for a model on this machine: "auto" by a rule, "tune" by timing.
+"""Resolve "auto" and "tune" for a model on this machine: "auto" by a rule, "tune" by timing.
 
-The rule gives the same answer twice; a timing need not. Either is decided once and then kept for the whole study: a
-study that changed its arithmetic half-way would compare numbers that cannot be compared.
+The rule is reproducible; a timing is not. Either is decided once and then kept for the whole study: after a change of
+arithmetic half-way, its results would not be comparable.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from harness.base.errors import InputError, first_line
 from harness.config.train import RuntimeConfig
 from harness.training.step import Runtime, compile_parts, find_device, seeded, train_step
 
-# Parameters from which on bf16 pays on a CPU that has instructions for it. With them MaxViT-T (31 million) trains about
+# Parameters from which bf16 pays on a CPU with bf16 instructions. There MaxViT-T (31 million) trains about
 # twice as fast, the tiny one (0.4 million) slower; nothing in between was measured.
 LARGE = 4_000_000
 
-# Another way must be this much faster than the plain one before "tune" takes it: timing noise must not decide, and
-# uncompiled fp32 is the arithmetic that everybody can repeat.
+# "tune" requires this speed-up over the plain runtime: timing noise must not decide, and uncompiled fp32 is the easiest
+# to reproduce.
 WORTHWHILE = 1.15
-# Compiling takes minutes, and to try it too; in a study shorter than this it could not win much.
+# Compiling takes minutes, and so does trying it; in a shorter study it could not gain much.
 LONG_ENOUGH_SECONDS = 1800.0
-IMAGES = 4  # in the steps that decide about precision and layout
+IMAGES = 4  # in the steps that time precision and layout
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a whole study is going to compute, as far as it decides whether compiling pays."""
+    """The workload of a whole study, which decides whether compiling pays."""
 
     batch_size: int
-    steps: int  # of all its trials, were none pruned
+    steps: int  # of all its trials, without pruning
     parts: Sequence[str]  # the submodules that can be compiled: all depths but the head
 
 
 def resolve(
     config: RuntimeConfig, build: Callable[[], nn.Module], image_size: int, work: Work | None = None
 ) -> Runtime:
-    """Decide what "auto" and "tune" mean; `build` makes the model. Without `work`, compiling is not tried.
+    """Resolve "auto" and "tune"; `build` makes the model. Without `work`, compiling is not tried.
 
     "auto" is bf16 where it pays by device, instructions and model (`bf16_pays`), channels-last with bf16, and never
-    compiled. "tune" is whatever is clearly fastest in two training steps; compiled is what runs for long enough and
-    becomes clearly faster by it. Raises InputError when compiling is asked for and torch cannot.
+    compiled. "tune" takes what is clearly fastest in two training steps, and compiles if the study runs long enough and
+    becomes clearly faster. Raises InputError if compiling is requested and torch cannot.
     """
     device = find_device(config.device)
     both = [False] if device.type == "mps" else [False, True]
@@ -68,7 +68,7 @@ def resolve(
 
 
 def bf16_pays(device: torch.device, build: Callable[[], nn.Module]) -> bool:
-    """Whether bf16 is faster here: on CUDA from Ampere on, on a CPU with AVX512-BF16 for a large model, else not."""
+    """Return whether bf16 is faster: on CUDA from Ampere on, on a CPU with AVX512-BF16 for a large model."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu" or not torch.cpu._is_avx512_bf16_supported():
@@ -78,38 +78,38 @@ def bf16_pays(device: torch.device, build: Callable[[], nn.Module]) -> bool:
 
 
 def _fastest(candidates: Sequence[Runtime], build: Callable[[], nn.Module], image_size: int) -> Runtime:
-    """The fastest of the candidates if it is clearly faster than the first, else the first."""
+    """Return the fastest candidate if it is clearly faster than the first, else the first."""
     seconds = [min(_step_seconds(each, build, image_size, IMAGES)[1:]) for each in candidates]
     fastest = min(range(len(candidates)), key=seconds.__getitem__)
     return candidates[fastest] if seconds[0] > WORTHWHILE * seconds[fastest] else candidates[0]
 
 
 def _compiling_pays(runtime: Runtime, build: Callable[[], nn.Module], image_size: int, work: Work) -> bool:
-    """Whether compiled steps win back what compiling costs, and are worthwhile; measured where it is possible."""
+    """Return whether compiled steps are clearly faster and recover the cost of compiling; by timing."""
     few = min(IMAGES, work.batch_size)
     guess = min(_step_seconds(runtime, build, image_size, few)[1:]) * work.batch_size / few
     if guess * work.steps < LONG_ENOUGH_SECONDS:
         return False
-    print("Trying whether compiling the model pays (it takes minutes, once) …", file=sys.stderr)
+    print("Measuring whether compiling the model pays (takes minutes, once) …", file=sys.stderr)
     plain = min(_step_seconds(runtime, build, image_size, work.batch_size)[1:])
     try:
         compiled = dataclasses.replace(runtime, compiled=True)
         first, *later = _step_seconds(compiled, build, image_size, work.batch_size, work.parts)
-    except RuntimeError as error:  # everything that torch's compilers raise is one
-        print(f"torch cannot compile it here ({first_line(error)}); it runs uncompiled.", file=sys.stderr)
+    except RuntimeError as error:  # all errors of torch's compilers are one
+        print(f"torch cannot compile it ({first_line(error)}); the model runs uncompiled.", file=sys.stderr)
         return False
     return pays(plain, min(later), first, work.steps)
 
 
 def pays(plain: float, compiled: float, cost: float, steps: int) -> bool:
-    """Whether steps of `compiled` seconds are worthwhile, and win back `cost` seconds over the study."""
+    """Return whether steps of `compiled` seconds are clearly faster, and recover `cost` seconds."""
     return plain > WORTHWHILE * compiled and (plain - compiled) * steps > cost
 
 
 def _step_seconds(
     runtime: Runtime, build: Callable[[], nn.Module], image_size: int, images: int, parts: Sequence[str] = ()
 ) -> list[float]:
-    """The seconds of three training steps; the first one warms up, and compiles `parts`."""
+    """Time three training steps in seconds; the first one warms up, and compiles `parts`."""
     with seeded(0, runtime.device):
         model = runtime.place(build())
         if parts:
@@ -132,6 +132,6 @@ def check_compiler(device: torch.device) -> None:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except RuntimeError as error:
         raise InputError(
-            f"runtime.compile is on, and torch cannot compile here ({first_line(error)}); "
-            "install what it misses, or begin the study with --set runtime.compile=off."
+            f"runtime.compile is on, but torch cannot compile here ({first_line(error)}); "
+            "install what is missing, or start the study with --set runtime.compile=off."
         ) from error

@@ -1,4 +1,4 @@
-"""How a step runs: device, precision, memory layout, compiled or not. Nothing here knows what is trained or why."""
+"""Run a step: device, precision, memory layout, compilation. Independent of what is trained."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from harness.base.environment import cores
 from harness.base.errors import InputError, first_line
 
-# Graphs of one block: for training and for evaluation, for each batch size, and all blocks of a kind share their code.
-# At torch's own limit of 8 it would go on uncompiled without a word.
+# Graphs of one block: for training and for evaluation, for each batch size; blocks of a kind share their code.
+# At torch's own limit of 8 it would silently run uncompiled.
 GRAPHS = 64
 
 ResultT = TypeVar("ResultT")
@@ -29,7 +29,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """What every step of a study runs with."""
+    """The runtime of all steps of a study."""
 
     device: torch.device
     bf16: bool
@@ -46,10 +46,10 @@ class Runtime:
 
     @staticmethod
     def from_dict(kept: Mapping[str, Any], device: torch.device) -> Runtime:
-        """What `to_dict` gave, on a device of the same type. Raises InputError for something else."""
+        """Invert `to_dict`, on a device of the same type. Raises InputError if a field is missing."""
         if lacking := [name for name in ("precision", "channels_last", "compile") if name not in kept]:
-            named = f"The study's 'runtime' does not say its {', '.join(lacking)}"
-            raise InputError(f"{named}; take the storage from a copy.")
+            named = f"The study's 'runtime' lacks {', '.join(lacking)}"
+            raise InputError(f"{named}; restore the storage from a backup.")
         return Runtime(
             device=device,
             bf16=kept["precision"] == "bf16",
@@ -58,7 +58,7 @@ class Runtime:
         )
 
     def place(self, model: nn.Module) -> nn.Module:
-        if self.device.type == "cuda":  # without it, cuDNN may sum in another order from run to run
+        if self.device.type == "cuda":  # otherwise cuDNN may sum in another order in each run
             torch.backends.cudnn.deterministic = True
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -77,10 +77,10 @@ class Runtime:
 
 @cache
 def keep_freed_memory() -> None:
-    """Have the GNU C library keep freed blocks for the next step, whatever their size; elsewhere nothing happens.
+    """Make the GNU C library keep freed blocks of any size for the next step; other libraries are unaffected.
 
-    By default it maps each large activation anew and gives it back, and the system fills every page with zeros first:
-    a fifth of a training step of the tiny MaxViT on a CPU, two fifths of its validation. Left to the user if there are
+    By default it maps and unmaps each large activation, and the system fills every page with zeros first:
+    a fifth of a training step of the tiny MaxViT on a CPU, two fifths of its validation. Does nothing if there are
     MALLOC_ variables, or another allocator is preloaded.
     """
     chosen = any(name.startswith(("LD_PRELOAD", "MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
@@ -93,9 +93,9 @@ def keep_freed_memory() -> None:
 
 
 def strided_depthwise_in_fp32(model: nn.Module) -> None:
-    """Have depthwise convolutions with a stride compute in fp32, whatever the autocast; their outputs keep the type.
+    """Make strided depthwise convolutions compute in fp32 even under autocast; their outputs keep the dtype.
 
-    On a CPU oneDNN has no fast gradient of them in bf16: MaxViT-T's four took a quarter of a training step.
+    On a CPU oneDNN has no fast bf16 gradient for them: MaxViT-T's four took a quarter of a training step.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1 and max(module.stride) > 1:
@@ -108,11 +108,11 @@ def _in_fp32(module: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def compile_parts(model: nn.Module, parts: Iterable[str]) -> None:
-    """Compile the forward passes of these submodules in place; names and states stay as they are.
+    """Compile the forward passes of these submodules in place; names and states do not change.
 
-    The graphs take weights and buffers as inputs, so the next model of the same shape, another trial's, runs through
-    those that are there. What differs from trial to trial must therefore be a tensor, or lie outside of the parts: as
-    the head does. Dropout and stochastic depth draw the same numbers as uncompiled.
+    The graphs take weights and buffers as inputs, so the next trial's model of the same shape reuses them. What differs
+    between trials must therefore be a tensor, or lie outside the parts, as the head does. Dropout and stochastic depth
+    draw the same numbers as uncompiled.
     """
     import torch._dynamo
 
@@ -124,22 +124,22 @@ def compile_parts(model: nn.Module, parts: Iterable[str]) -> None:
 
 
 def keep_to_cores() -> None:
-    """Have torch start no more threads than this process has cores, unless the user said how many.
+    """Limit torch's threads to this process's cores, unless the user set their number.
 
-    torch counts the cores that it may run on; where a container's quota has fewer, its threads wait for each other.
+    torch counts the cores of its affinity; if a container's quota is smaller, its threads wait for each other.
     """
     if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys() and cores() < torch.get_num_threads():
         torch.set_num_threads(cores())
 
 
-keep_to_cores()  # once a process, and before anything else chooses a number
+keep_to_cores()  # once per process, before anything else sets the number
 
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators started from `seed`, and put back as they were afterwards.
+    """Seed torch's global generators, and restore their states on exit.
 
-    Weight initialisation, dropout and stochastic depth draw from them and take no other.
+    Weight initialisation, dropout and stochastic depth draw from them and accept no other.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -147,9 +147,9 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def find_device(name: str) -> torch.device:
-    """The device that a name means; "auto" takes CUDA, then MPS, then the CPU.
+    """Return the device of a name; "auto" prefers CUDA, then MPS, then the CPU.
 
-    Raises InputError when the device is not there.
+    Raises InputError if the device is missing.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -167,12 +167,12 @@ def find_device(name: str) -> torch.device:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What an optimizer step gives back; the tensors are scalars, still on the device."""
+    """Result of an optimizer step; the tensors are scalars, still on the device."""
 
     loss: Tensor  # summed over the batch
     correct: Tensor
     grad_norm: Tensor  # before clipping
-    micro_batch: int  # images in one pass at most; the next step had better start with it
+    micro_batch: int  # maximum images per pass; the next step should start with it
 
 
 def train_step(
@@ -186,11 +186,11 @@ def train_step(
     clip_norm: float | None,
     micro_batch: int | None = None,
 ) -> Step:
-    """One optimizer step on a batch: float [B, 3, H, W], int64 [B].
+    """Run an optimizer step on a batch: float [B, 3, H, W], int64 [B].
 
     With `micro_batch`, the gradient of the same batch is accumulated over parts of at most that many images. When
-    memory runs out, the parts are halved, down to one image. Only dropout and BatchNorm notice: BatchNorm sees smaller
-    batches, and those of a failed attempt twice. Raises MemoryError when one image at a time is too much.
+    memory runs out, the parts are halved, down to one image. Only dropout and BatchNorm differ: BatchNorm sees smaller
+    batches, and those of a failed attempt twice. Raises MemoryError if a single image does not fit.
 
     As many arguments as a step has parts; they are named at its two calls.
     """
@@ -225,9 +225,9 @@ def accumulate_gradient(
 
 
 def halving(attempt: Callable[[int], ResultT], size: int, device: torch.device) -> tuple[ResultT, int]:
-    """What `attempt` gives for so many images at a time, or for half of them where memory runs out, and the number.
+    """Call `attempt` with a size, halved while memory runs out; return the result and the size.
 
-    Raises MemoryError when one image at a time is too much.
+    Raises MemoryError if a single image does not fit.
     """
     while True:
         try:
@@ -237,26 +237,26 @@ def halving(attempt: Callable[[int], ResultT], size: int, device: torch.device) 
                 raise
             if size == 1:
                 raise MemoryError(f"out of memory with one image at a time ({first_line(error)})") from error
-        # Not inside the except: the traceback holds the activations.
+        # Outside the except: its traceback keeps the activations.
         size = -(-size // 2)
         free_memory(device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch (on any device) found no memory; on a CPU and on MPS it says so in words only."""
+    """Return whether torch ran out of memory; on a CPU and on MPS only the error's text tells."""
     words = ("can't allocate memory", "not enough memory", "out of memory")
     said = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
     return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def free_memory(device: torch.device) -> None:
-    """Give cached blocks back, so that smaller ones can be cut."""
+    """Release cached blocks, to allocate smaller ones."""
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
-    """Torch's global generators as uint8 tensors; `set_random_states` puts them back."""
+    """Return the states of torch's global generators, uint8, for `set_random_states`."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)

@@ -1,1 +1,1 @@
-"""Other processes that do the training."""
+"""Worker processes that do the training."""

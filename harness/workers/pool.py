@@ -1,7 +1,7 @@
-"""Worker processes on this machine: as many as asked for, each with its share of the cores or a GPU of its own.
+"""Worker processes on this machine, each with its share of the cores or its own GPU.
 
-The coordinator gives them jobs, passes on what they say, and replaces one that dies; the trial that it was at is taken
-up by whoever asks next, for the lease of a dead process of this machine counts no more.
+The coordinator sends them jobs, forwards their events, and replaces a dead worker; the next worker that asks resumes
+its trial, because the lease of a dead process on this machine counts as expired.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from harness.config.study import Study
     from harness.store.store import Store
 
-DEATHS_IN_A_ROW = 3  # of one worker, without an epoch of anybody in between
-FAREWELL_SECONDS = 60.0  # for the batch under way and its checkpoint
+DEATHS_IN_A_ROW = 3  # of one worker, without an epoch of any worker in between
+FAREWELL_SECONDS = 60.0  # for the current batch and its checkpoint
 
 
 def surroundings(workers: int, per_gpu: int, device: str) -> list[dict[str, str]]:
-    """What each worker's environment says of its cores or its GPU. `device` is a torch device type.
+    """Return each worker's environment variables for its cores or GPU. `device` is a torch device type.
 
-    Raises InputError when there are not as many GPUs as that takes.
+    Raises InputError if there are not enough GPUs.
     """
     if device != "cuda":
         share = max(1, cores() // workers)
@@ -48,15 +48,15 @@ def surroundings(workers: int, per_gpu: int, device: str) -> list[dict[str, str]
     gpus = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
     if workers > len(gpus) * per_gpu:
         raise InputError(
-            f"--workers {workers} takes {-(-workers // per_gpu)} GPUs with --workers-per-gpu {per_gpu}, and there are "
+            f"--workers {workers} needs {-(-workers // per_gpu)} GPUs with --workers-per-gpu {per_gpu}, but there are "
             f"{len(gpus)}; give fewer --workers or more --workers-per-gpu."
         )
     return [{"CUDA_VISIBLE_DEVICES": gpus[number // per_gpu]} for number in range(workers)]
 
 
 def of_use(asked: int, study: Study, store: Store, reopening: bool) -> int:
-    """How many of the workers asked for can have something to do; each takes seconds of a core to start."""
-    if sqlite_file(store.url) is None:  # another command may ask for more trials at any time
+    """Return how many of the requested workers will have work; starting one takes seconds of a core."""
+    if sqlite_file(store.url) is None:  # another command may request more trials at any time
         return asked
     settled = store.best() is not None and store.is_settled() and not reopening
     after = 0 if settled else study.final.trainings(study.trials)
@@ -64,34 +64,34 @@ def of_use(asked: int, study: Study, store: Store, reopening: bool) -> int:
 
 
 class _Worker:
-    """One process, the line to it, and the job that it is at."""
+    """One process, its pipe, and its current job."""
 
     def __init__(self, config: WorkerConfig, number: int, environment: Mapping[str, str]) -> None:
         self.number, self.environment = number, environment
         self.job: Job | None = None
-        context = multiprocessing.get_context("spawn")  # threads and CUDA do not outlive a fork
+        context = multiprocessing.get_context("spawn")  # threads and CUDA do not survive a fork
         self.line, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(
             target=work, args=(config, theirs), name=f"worker {number}", daemon=True
         )
-        resource_tracker.ensure_running()  # starting it would let signals through again
+        resource_tracker.ensure_running()  # its start would unblock signals
         with _environment(environment), interrupt.inherited_later(), _without_program():
             self.process.start()
         theirs.close()
 
     def take(self, job: Job) -> None:
         self.job = job
-        with contextlib.suppress(OSError):  # it has died; whoever listens to it hears of that
+        with contextlib.suppress(OSError):  # it has died; the next receive raises that
             self.line.send(job)
 
 
 class Crew:
-    """The workers of one coordinator. Use it as a context manager; its end lets every training write its checkpoint."""
+    """The workers of one coordinator, as a context manager; on exit, every training writes its checkpoint."""
 
     def __init__(self, config: WorkerConfig, count: int, tell: Callable[[Event], None]) -> None:
-        """`tell` hears what the workers still say when they are stopped, and nobody asks for events any more."""
+        """`tell` receives the events of workers that are being stopped, after the last event was yielded."""
         self._config, self._count, self._tell = config, count, tell
-        self._deaths: Counter[int] = Counter()  # by number, since anybody's last epoch: a node takes several along
+        self._deaths: Counter[int] = Counter()  # by number, since any worker's last epoch: a node may take several down
 
     def __enter__(self) -> Self:
         return self
@@ -103,7 +103,7 @@ class Crew:
         raise NotImplementedError
 
     def _heard(self, message: Message) -> Iterator[Event]:
-        """What a worker says of its job. Raises what stops it for good."""
+        """Yield a worker's event. Raises the error that stops its job permanently."""
         if isinstance(message, Stopped):
             raise message.error
         if isinstance(message, EpochEnded):
@@ -135,7 +135,7 @@ class Pool(Crew):
         self._workers = [_Worker(config, number, each) for number, each in enumerate(environments)]
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Stop what is under way as Ctrl-C does."""
+        """Stop running jobs as Ctrl-C does."""
         if kind is KeyboardInterrupt and any(worker.job is not None for worker in self._workers):
             interrupt.notice()
         for worker in self._workers:
@@ -180,17 +180,17 @@ class Pool(Crew):
     def _replace(self, dead: _Worker) -> None:
         dead.process.join()
         code = dead.process.exitcode
-        if code == INTERRUPTED:  # it was asked to stop, and so are the others
+        if code == INTERRUPTED:  # it was asked to stop, as are the others
             raise KeyboardInterrupt
         how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        again = f"Workers die again and again ({how}); with signal 9, memory may be short: give fewer --workers."
+        again = f"Workers die repeatedly ({how}); signal 9 suggests a lack of memory: give fewer --workers."
         self._note_death(dead.number, again)
-        print(f"Worker {dead.number} died ({how}); another one takes its place.", file=sys.stderr)
+        print(f"Worker {dead.number} died ({how}); starting another.", file=sys.stderr)
         self._workers[dead.number] = _Worker(self._config, dead.number, dead.environment)
 
 
 def _rest(worker: _Worker) -> Iterator[Message]:
-    """What a worker still says before it ends."""
+    """Yield a worker's last messages until it ends."""
     try:
         while worker.line.poll(FAREWELL_SECONDS):
             yield worker.line.recv()
@@ -200,7 +200,7 @@ def _rest(worker: _Worker) -> Iterator[Message]:
 
 @contextmanager
 def _without_program() -> Iterator[None]:
-    """Processes that are started inside do not run the program's file again, which may have started this study."""
+    """Keep processes started inside from running the program's main file again, which may start this study."""
     program = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -211,7 +211,7 @@ def _without_program() -> Iterator[None]:
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """These environment variables for a process that is started inside."""
+    """Set environment variables for a process started inside."""
     before = {name: os.environ[name] for name in values if name in os.environ}
     os.environ.update(values)
     try:

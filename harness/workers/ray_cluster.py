@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, and what each worker asks of it."""
+"""Join a Ray cluster, and compute each worker's resources."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from dataclasses import dataclass
 
 from harness.base.errors import InputError, first_line
 
-PROBE_SECONDS = 3.0  # for a port to answer; Ray itself would try for minutes
-# Read when Ray is imported. What it says of nodes that come and go is said here in a line of our own.
+PROBE_SECONDS = 3.0  # timeout of a port; Ray itself would retry for minutes
+# Read when Ray is imported. Ray's log messages about nodes are replaced by our own lines.
 QUIET = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 NOBODY = "start one with `ray start --head`, or give another address."
-GONE = "`ray stop` forgets it; then `ray start --head` starts one, `ray start --address HOST:PORT` joins another one."
-# What a worker's process takes over from the coordinator's.
+GONE = "run `ray stop`, then start one with `ray start --head`, or join one with `ray start --address HOST:PORT`."
+# Environment variables that workers inherit from the coordinator.
 TAKEN_OVER = ("PYTHONPATH", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """How many workers there are to be, and what each asks for."""
+    """The number of workers, and the resources of each."""
 
     workers: int
     cpus: int
-    gpus: float  # a part of one when several workers share it
-    places: int  # for how many of them the cluster has room as it is now
+    gpus: float  # a fraction if several workers share one
+    places: int  # number of workers that the cluster has room for now
 
     def environment(self) -> dict[str, str]:
-        """Environment variables for each worker's process."""
+        """Return environment variables for each worker's process."""
         taken_over = {name: os.environ[name] for name in TAKEN_OVER if name in os.environ}
         return taken_over | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.cpus))}
 
 
 def connect(address: str | None) -> None:
-    """Join the cluster at "auto" (the one that this machine belongs to) or HOST:PORT; once a process.
+    """Join the cluster at "auto" (the cluster of this machine) or HOST:PORT; once per process.
 
-    Raises InputError when Ray is not installed, or there is no such cluster.
+    Raises InputError if Ray is not installed, or there is no such cluster.
     """
     if importlib.util.find_spec("ray") is None:
         raise InputError('--engine ray needs Ray; install it with pip install -e ".[ray]".')
@@ -59,27 +59,27 @@ def connect(address: str | None) -> None:
     try:
         if given == "auto":
             place = _last_joined()
-            _probe(place, f"The Ray cluster that this machine belonged to last, at {place}, does not answer", GONE)
+            _probe(place, f"The last Ray cluster of this machine, at {place}, does not answer", GONE)
         else:
             _probe(place, f"No Ray cluster answers at {option} {place}", NOBODY)
         ray.init(address=place, log_to_driver=False, logging_level=logging.CRITICAL)
     except ConnectionError as error:
         raise InputError(
             "No Ray cluster runs on this machine; start one with `ray start --head`, give the --ray-address HOST:PORT "
-            "of one that this machine has joined, or leave --engine ray out. (One that asks for a token needs "
+            "of a cluster that it has joined, or omit --engine ray. (A cluster with a token needs "
             "RAY_AUTH_MODE=token in the environment.)"
         ) from error
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"The Ray cluster at {place} cannot be joined: {_why(error)}") from error
     finally:
-        for number, handler in handlers.items():  # Ray takes SIGTERM for itself
+        for number, handler in handlers.items():  # Ray replaces the handler of SIGTERM
             signal.signal(number, handler)
 
 
 def check_address(given: str | None) -> tuple[str, str]:
-    """The option or variable that says where the cluster is, and what it says: "auto" or HOST:PORT.
+    """Return the option or variable that gives the cluster's address, and its value: "auto" or HOST:PORT.
 
-    Where RAY_ADDRESS is set it is what "auto" means, as everywhere in Ray. Raises InputError for something else.
+    "auto" means RAY_ADDRESS if that is set, as everywhere in Ray. Raises InputError for another format.
     """
     option, address = "--ray-address", given or "auto"
     if address == "auto" and os.environ.get("RAY_ADDRESS"):
@@ -95,30 +95,30 @@ def _parts(address: str) -> tuple[str, int] | None:
 
 
 def _last_joined() -> str:
-    """HOST:PORT that "auto" stands for, found as Ray finds it: of a node that runs here, else what its file says.
+    """Return the HOST:PORT of "auto", as Ray does: of a node on this machine, else from its address file.
 
-    Raises ConnectionError when this machine belongs to no cluster.
+    Raises ConnectionError if this machine belongs to no cluster.
     """
     from ray._private.services import get_ray_address_from_environment
 
-    logging.getLogger("ray").setLevel(logging.CRITICAL)  # which of several nodes it takes
+    logging.getLogger("ray").setLevel(logging.CRITICAL)  # hide which of several nodes it uses
     found: str = get_ray_address_from_environment("auto", None)
     if _parts(found) is None:
-        raise ConnectionError(f"Ray's file of its last cluster holds {found!r}")
+        raise ConnectionError(f"Ray's address file holds {found!r}")
     return found
 
 
-def _probe(address: str, nobody: str, remedy: str) -> None:
-    """Raise InputError unless a Ray cluster listens at HOST:PORT: `nobody`, the reason, and the remedy."""
+def _probe(address: str, message: str, remedy: str) -> None:
+    """Raise InputError with `message`, the reason and `remedy` unless a Ray cluster listens at HOST:PORT."""
     try:
         socket.create_connection(_parts(address), PROBE_SECONDS).close()  # type: ignore[arg-type]
     except OSError as error:
-        raise InputError(f"{nobody} ({error.strerror or first_line(error)}); {remedy}") from error
+        raise InputError(f"{message} ({error.strerror or first_line(error)}); {remedy}") from error
     import ray
     from ray.exceptions import AuthenticationError, RayError
 
     try:
-        ray._raylet.GcsClient(address=address)  # the first thing that `ray.init` makes, and would try for minutes
+        ray._raylet.GcsClient(address=address)  # the first step of `ray.init`, which would retry for minutes
     except AuthenticationError as error:
         raise InputError(
             f"The Ray cluster at {address} asks for a token; set RAY_AUTH_MODE=token, with its token in "
@@ -126,25 +126,25 @@ def _probe(address: str, nobody: str, remedy: str) -> None:
         ) from error
     except RayError as error:
         raise InputError(
-            f"What answers at {address} is no Ray cluster ({first_line(error)}); give the --ray-address that "
+            f"The service at {address} is not a Ray cluster ({first_line(error)}); give the --ray-address that "
             "`ray start --head` prints."
         ) from error
 
 
 def _why(error: Exception) -> str:
-    """Why a cluster cannot be joined, and what helps; Ray names differing versions in lines of their own."""
+    """Return why a cluster cannot be joined, with a remedy; Ray lists differing versions on separate lines."""
     versions = re.findall(r"\b(?:Ray|Python): (\S+)", str(error))
     if len(versions) == 4:
-        runs = "it runs Ray {} and Python {}, and here are Ray {} and Python {}".format(*versions)
+        runs = "it runs Ray {} and Python {}, but this machine has Ray {} and Python {}".format(*versions)
         return f"{runs}; install the same versions on all of its nodes."
-    return f"{first_line(error)}; this machine must be one of its nodes: `ray start --address HOST:PORT` makes it one."
+    return f"{first_line(error)}; make this machine one of its nodes with `ray start --address HOST:PORT`."
 
 
 def needs(workers: int | None, per_gpu: int, device: str) -> Needs:
-    """What the workers of a study on `device` (a torch device type) ask for; `workers` None is as many as fit.
+    """Return the resources of a study's workers on `device` (a torch device type); `workers` None is as many as fit.
 
-    That is one for each GPU (or `per_gpu` of them), without GPUs one for each node. They share the cores evenly.
-    Raises InputError when it is left to the cluster, and that has no room for a single one.
+    That is one per GPU (or `per_gpu`), without GPUs one per node. They share the cores evenly. Raises InputError if
+    `workers` is None and the cluster has no room for any.
     """
     import ray
 
@@ -152,7 +152,7 @@ def needs(workers: int | None, per_gpu: int, device: str) -> Needs:
     on_gpus = device == "cuda"
     usable = [node for node in nodes if node.get("GPU" if on_gpus else "CPU", 0) >= 1]
     cores = [int(node.get("CPU", 0)) for node in usable]
-    shares = [int(node["GPU"] * per_gpu) for node in usable] if on_gpus else cores  # how many workers a node may have
+    shares = [int(node["GPU"] * per_gpu) for node in usable] if on_gpus else cores  # maximum number of workers per node
     if on_gpus:
         each = max(1, min((core // share for core, share in zip(cores, shares, strict=True)), default=1))
     else:
@@ -160,18 +160,18 @@ def needs(workers: int | None, per_gpu: int, device: str) -> Needs:
     places = sum(min(share, core // each) for core, share in zip(cores, shares, strict=True))
     count = workers or max(1, places if on_gpus else len(cores))
     asked = Needs(workers=count, cpus=each, gpus=1 / per_gpu if on_gpus else 0, places=places)
-    if asked.places == 0 and workers is None:  # Ray does not tell whether an autoscaler would bring a node
+    if asked.places == 0 and workers is None:  # Ray does not say whether an autoscaler would add a node
         has = f"{sum(int(node.get('CPU', 0)) for node in nodes)} CPUs and {sum(node.get('GPU', 0) for node in nodes):g}"
         raise InputError(
-            f"No node of the Ray cluster has room for a worker, which takes {in_words(asked)}; all of its nodes have "
-            f"{has} GPUs. Add a node, or give another --device; where an autoscaler brings nodes, say with --workers "
-            "how many are to wait for them."
+            f"No node of the Ray cluster has room for a worker, which needs {in_words(asked)}; all nodes together have "
+            f"{has} GPUs. Add a node, or give another --device; if an autoscaler adds nodes, give the number of "
+            "workers with --workers."
         )
     return asked
 
 
 def in_words(needs: Needs) -> str:
-    """What a worker asks for."""
+    """Return a worker's resources as text."""
     cores = f"{needs.cpus} CPU{'s' if needs.cpus > 1 else ''}"
     if not needs.gpus:
         return cores
@@ -179,6 +179,6 @@ def in_words(needs: Needs) -> str:
 
 
 def _share(cores: Sequence[int], workers: int) -> int:
-    """The most cores for each worker such that the nodes have room for all; 1 when they have not."""
+    """Return the most cores per worker such that the nodes have room for all; 1 if they have not."""
     shares = range(sum(cores) // workers, 1, -1)
     return next((share for share in shares if sum(core // share for core in cores) >= workers), 1)

@@ -1,7 +1,7 @@
-"""What stands between a coordinator and its workers on a Ray cluster: an actor on the coordinator's machine.
+"""The actor between a coordinator and its workers on a Ray cluster, on the coordinator's machine.
 
-Workers tell it what happens, and the coordinator fetches that. A study in SQLite, which no other machine can open, is
-reached through it as well: it has the storage open, and each worker has leases of its own there, which it must renew.
+Workers send it events, which the coordinator fetches. It also serves a study in SQLite, which no other machine can
+open: it holds the storage open, and each worker has its own leases there, which it must renew.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from harness.store.opening import open_store
 from harness.store.store import Asked, Store
 from harness.workers.worker import Message, WorkerConfig
 
-CHECK_SECONDS = 2.0  # between two questions whether a trial is still this worker's
-READ = ("attributes", "facts", "trials", "finished")  # what a worker calls of a store
+CHECK_SECONDS = 2.0  # between two lease checks of a trial
+READ = ("attributes", "facts", "trials", "finished")  # store methods that a worker calls
 ON_A_TRIAL = ("check", "report", "should_prune", "tell")
 
 
 class Replaced(Exception):
-    """Ray has put another worker in the place of this one, whose node it thought dead."""
+    """Ray has replaced this worker, because it considered its node dead."""
 
 
 @dataclass(frozen=True)
 class Arrived:
-    """A worker begins; `before` is who had its place when Ray starts it again."""
+    """A worker starts; `before` is its previous owner if Ray restarts it."""
 
     number: int
     where: str
@@ -47,7 +47,7 @@ class Arrived:
 
 
 class Head:
-    """The actor. Its calls come one after the other."""
+    """The actor. Its calls run one after the other."""
 
     def __init__(self) -> None:
         self._kept = ExitStack()
@@ -55,12 +55,12 @@ class Head:
         self._owners: dict[int, str] = {}  # by the worker's number
         self._stores: dict[str, Store] = {}  # by owner
         self._messages: list[Message | Arrived] = []
-        self._fetched = 0  # messages that the coordinator has, and that are no longer here
+        self._fetched = 0  # number of messages that the coordinator has fetched
 
     def open(self, config: WorkerConfig, place: Path) -> None:
-        """Load the study's file, whose classes messages may hold, and open its storage if no worker can.
+        """Load the study's file, whose classes messages may hold, and open its storage if workers cannot.
 
-        `place` is the folder that the coordinator was started in.
+        `place` is the coordinator's working directory.
         """
         os.chdir(place)
         self._checkpoints = config.checkpoints
@@ -69,7 +69,7 @@ class Head:
             self._store = self._kept.enter_context(open_store(self._study, config.url, joining=True))
 
     def arrive(self, number: int, owner: str, where: str) -> None:
-        """A worker begins; if another one had its number, that one is dead to us from here on."""
+        """Register a starting worker; an earlier one with its number counts as dead from here on."""
         before = self._owners.get(number)
         if before is not None:
             self.leave(before)
@@ -79,7 +79,7 @@ class Head:
         self._messages.append(Arrived(number, where, before))
 
     def leave(self, owner: str) -> None:
-        """A worker ends; what it holds is free."""
+        """Release an ending worker's leases."""
         store = self._stores.pop(owner, None)
         if store is not None:
             store.leases.close()
@@ -90,13 +90,13 @@ class Head:
         self._messages.append(message)
 
     def messages(self, fetched: int) -> list[Message | Arrived]:
-        """What workers have said after the first `fetched` messages, which have arrived."""
+        """Return the messages after the first `fetched`, which are deleted."""
         del self._messages[: fetched - self._fetched]
         self._fetched = fetched
         return list(self._messages)
 
     def holds(self, name: str, sha256: str) -> bool:
-        """Whether the coordinator's folder of checkpoints has this file with this content."""
+        """Return whether the coordinator's checkpoint folder has this file with this content."""
         try:
             return hashlib.sha256((self._checkpoints / name).read_bytes()).hexdigest() == sha256
         except OSError:
@@ -107,7 +107,7 @@ class Head:
         outlast(store.url, store.leases.renew)
 
     def call(self, owner: str, method: str, *arguments: Any) -> Any:
-        """A method of the store, as this worker; what is asked is asked for the study that is open here."""
+        """Call a method of the store for this worker; `ask` gets the study that is open here."""
         study = (self._study,) if method == "ask" else ()
         return getattr(self._of(owner), method)(*study, *arguments)
 
@@ -118,9 +118,9 @@ class Head:
 
 
 def answer(reference: Any, gone: Callable[[RayActorError], BaseException] = lambda _: KeyboardInterrupt()) -> Any:
-    """What the head answers, or raises. Without a head a worker stops as after Ctrl-C: its coordinator is gone.
+    """Return what the head returns, or raise its error. A worker without a head stops as after Ctrl-C.
 
-    `gone` is what else to raise then.
+    `gone` makes another error for that case.
     """
     try:
         return ray.get(reference)
@@ -131,16 +131,16 @@ def answer(reference: Any, gone: Callable[[RayActorError], BaseException] = lamb
 
 
 class _Served:
-    """The store, as a worker reaches it through the head: the methods of `Store` that a worker calls."""
+    """A proxy of the store through the head, with the methods of `Store` that a worker calls."""
 
     def __init__(self, head: Any, owner: str, url: str) -> None:
         self.url = url
         self._head, self._owner = head, owner
-        self._checked: dict[int, float] = {}  # trial -> when it was this worker's
+        self._checked: dict[int, float] = {}  # trial -> time of its last lease check
 
     def __getattr__(self, name: str) -> Any:
         if name not in READ + ON_A_TRIAL:
-            raise AttributeError(f"A worker calls no {name!r} of its store.")
+            raise AttributeError(f"A worker's store has no {name!r}.")
         return functools.partial(self._call, name)
 
     @property
@@ -156,7 +156,7 @@ class _Served:
             self._checked[asked.number] = time.monotonic()
 
     def check_lead(self) -> None:
-        """The coordinator leads; what a worker trains for it is nobody else's."""
+        """Do nothing: the coordinator leads, and workers train for it only."""
 
     def _call(self, method: str, *arguments: Any) -> Any:
         try:
@@ -169,11 +169,11 @@ class _Served:
 
 @contextmanager
 def served(head: Any, owner: str, url: str) -> Iterator[Store]:
-    """The study's store, on the coordinator's machine; a thread here renews what this worker holds there."""
+    """Yield the study's store on the coordinator's machine; a thread renews this worker's leases there."""
     closed = threading.Event()
 
     def renew() -> None:
-        with suppress(RayError):  # whoever works on the trial hears of it by itself
+        with suppress(RayError):  # the trial's own calls raise it too
             ray.get(head.renew.remote(owner))
 
     renewing(renew, closed).start()

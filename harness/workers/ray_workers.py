@@ -1,4 +1,4 @@
-"""Workers on a Ray cluster: tasks, each with its share of a node. Ray places them, and starts them again elsewhere when
+"""Workers on a Ray cluster: tasks, each with its share of a node. Ray schedules them, and restarts them elsewhere if
 their node dies.
 """
 
@@ -37,7 +37,7 @@ from harness.workers.ray_cluster import Needs, in_words
 from harness.workers.ray_head import Arrived, Head, Replaced, answer, served
 from harness.workers.worker import Message, Stopped, WorkerConfig, context_of, do, opened
 
-POLL_SECONDS = 0.2  # between two looks at what the workers say
+POLL_SECONDS = 0.2  # between two fetches of messages
 
 
 class RayWorkers(Crew):
@@ -46,12 +46,12 @@ class RayWorkers(Crew):
     def __init__(
         self, config: WorkerConfig, store: Store, needs: Needs, tell: Callable[[Event], None] = lambda _: None
     ) -> None:
-        device = "cuda" if needs.gpus else config.device  # a task sees the GPU that it was given, under no number
+        device = "cuda" if needs.gpus else config.device  # a task sees only its own GPU, so the index is useless
         data_root = None if config.data_root is None else str(Path(config.data_root).resolve())
         super().__init__(dataclasses.replace(config, device=device, data_root=data_root), needs.workers, tell)
         self._store, self._needs = store, needs
         self._begun = self._fetched = 0
-        self._tasks: dict[Any, tuple[int, Job]] = {}  # Ray's reference -> the worker's number, what it is at
+        self._tasks: dict[Any, tuple[int, Job]] = {}  # Ray's reference -> the worker's number and job
         self._arrived: set[int] = set()
         self._head: Any = None
 
@@ -62,13 +62,13 @@ class RayWorkers(Crew):
         self._head = ray.remote(Head).options(**options).remote()
         self._ask(self._head.open.remote(self._config, Path.cwd()))
         if (places := self._needs.places) < self._count:
-            none = f"no room for a worker now, which takes {in_words(self._needs)}; they begin"
-            some = f"room for {places} of {self._count} workers now; the others begin"
-            print(f"The Ray cluster has {some if places else none} when there are nodes for them.", file=sys.stderr)
+            none = f"no room for a worker now, which needs {in_words(self._needs)}; they start"
+            some = f"room for {places} of {self._count} workers now; the others start"
+            print(f"The Ray cluster has {some if places else none} when nodes are added.", file=sys.stderr)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Stop what is under way as Ctrl-C does."""
+        """Stop running tasks as Ctrl-C does."""
         left = list(self._tasks)
         if kind is KeyboardInterrupt and left:
             interrupt.notice()
@@ -92,7 +92,7 @@ class RayWorkers(Crew):
             while waiting and len(self._tasks) < self._count:
                 self._begin(waiting.popleft())
             ended, _ = ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=POLL_SECONDS)
-            for message in self._messages():  # before it ended, a task has said all that it had to say
+            for message in self._messages():  # a task sends all its messages before it ends
                 yield from self._heard(message)
             for task in ended:
                 _, job = self._tasks.pop(task)
@@ -114,7 +114,7 @@ class RayWorkers(Crew):
         self._tasks[task] = number, job
 
     def _withdraw(self) -> None:
-        """The search is over; workers that no node had room for are not needed any more."""
+        """Cancel workers that no node had room for: the search is over."""
         for task, (number, _) in list(self._tasks.items()):
             if number not in self._arrived:
                 ray.cancel(task, recursive=False)
@@ -135,13 +135,13 @@ class RayWorkers(Crew):
             return
         self._arrived.add(message.number)
         if message.before is not None:
-            self._store.leases.dismiss(message.before)  # nobody need wait until what it held runs out
-            again = "Workers die again and again; if memory is short on the nodes, give fewer --workers."
+            self._store.leases.dismiss(message.before)  # do not wait for them to expire
+            again = "Workers die repeatedly; if the nodes lack memory, give fewer --workers."
             self._note_death(message.number, again)
-            print(f"Worker {message.number} died; Ray has started it again on {message.where}.", file=sys.stderr)
+            print(f"Worker {message.number} died; Ray restarted it on {message.where}.", file=sys.stderr)
 
     def _ended(self, task: Any, job: Job) -> bool:
-        """Whether a task came to its end; it did not if something else than this process stopped it."""
+        """Return whether a task ended by itself; False if something else cancelled it."""
         try:
             content = ray.get(task)
         except TaskCancelledError:
@@ -159,7 +159,7 @@ class RayWorkers(Crew):
 
 @ray.remote(max_calls=1)
 def _work(config: WorkerConfig, job: Job, number: int, head: Any) -> bytes | None:
-    """Do a job. The trained weights are returned where the coordinator does not see the file that they are in."""
+    """Do a job. Return the trained weights if the coordinator does not see their file."""
     interrupt.install()
     owner, where = name_of_this(), socket.gethostname()
     tell = functools.partial(_tell, head, owner)
@@ -180,18 +180,18 @@ def _tell(head: Any, owner: str, message: Message) -> None:
     try:
         with interrupt.undivided():
             answer(head.hear.remote(owner, message))
-    except Replaced:  # another one does this worker's work
+    except Replaced:  # another worker does this job
         raise KeyboardInterrupt from None
 
 
 @contextmanager
 def _opened(config: WorkerConfig, head: Any, owner: str) -> Iterator[Context]:
-    """The study as this worker sees it: in SQLite through the head, else in its database."""
+    """Open the study for this worker: SQLite through the head, else its database."""
     from harness.store.opening import check_definition
 
     if sqlite_file(config.url) is None:
         with opened(config) as context:
-            context.store.leases.owner = owner  # the one that the coordinator knows
+            context.store.leases.owner = owner  # the name that the coordinator has
             yield context
         return
     study = config.study()
@@ -201,7 +201,7 @@ def _opened(config: WorkerConfig, head: Any, owner: str) -> Iterator[Context]:
 
 
 def _prepare(context: Context) -> None:
-    """Make what all workers of this node need, once. Raises InputError when the data are not those of the study."""
+    """Create the files that all workers of this node need, once. Raises InputError if the data set differs."""
     from harness.data.splits import prepare
     from harness.training.features import keep_features
 
@@ -211,16 +211,16 @@ def _prepare(context: Context) -> None:
         content = prepare(study.train.data)
         begun = (context.store.facts().definition or {}).get("content of data")
         if begun not in (None, content):
-            raise InputError("the data set is not the one that the study was begun with; copy that one here.")
+            raise InputError("the data set differs from the study's; copy the study's data set here.")
         keep_features(study.train, context.runtime, with_validation=study.final.fit_on == "train+val")
 
 
 def _to_carry(config: WorkerConfig, job: Job, head: Any) -> bytes | None:
-    """The file that a training left, unless the coordinator sees it, too, in its own folder of checkpoints."""
+    """Return a training's file, unless the coordinator sees it in its checkpoint folder."""
     if isinstance(job, Search):
         return None
     path = config.checkpoints / _file(job)
-    if not path.exists():  # the job was stopped for good, and the coordinator has heard why
+    if not path.exists():  # the job stopped with an error that the coordinator has
         return None
     content = path.read_bytes()
     if answer(head.holds.remote(path.name, hashlib.sha256(content).hexdigest())):

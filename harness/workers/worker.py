@@ -1,7 +1,7 @@
-"""A worker: a process that trains what its coordinator asks for, and tells it what happens.
+"""A worker: a process that does its coordinator's jobs and sends it events.
 
-It opens the study from its file, as the coordinator did, and writes results into the storage itself. Events go to the
-coordinator, which shows them and is the only one on its machine that writes MLflow.
+It loads the study from its file, as the coordinator does, and writes results to the storage itself. Events go to the
+coordinator, which shows them and is the only process on its machine that writes MLflow.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from harness.final.retrain import Context
     from harness.store.store import Store
 
-ORPHAN_SECONDS = 120.0  # for the batch under way and its checkpoint
+ORPHAN_SECONDS = 120.0  # for the current batch and its checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerConfig:
-    """What a worker must know to open the study as its coordinator did."""
+    """The settings with which a worker opens the study as its coordinator did."""
 
     file: Path
     settings: tuple[str, ...]
@@ -54,12 +54,12 @@ class WorkerConfig:
 
 @dataclass(frozen=True)
 class Done:
-    """The job has come to its end."""
+    """The job has ended."""
 
 
 @dataclass(frozen=True)
 class Stopped:
-    """The job cannot go on, and no other worker could do better."""
+    """The job failed, and would fail on any worker."""
 
     error: Exception
 
@@ -68,7 +68,7 @@ Message = Event | Done | Stopped
 
 
 def do(job: Job, context: Context, tell: Callable[[Message], None]) -> None:
-    """Do a job to its end. What stops it for good is told too."""
+    """Do a job to its end; `tell` its events, then Done or Stopped."""
     from harness.search.loop import TooManyFailures
 
     try:
@@ -94,7 +94,7 @@ def _events(job: Job, context: Context) -> Generator[Event, None, None]:
 
 @contextmanager
 def opened(config: WorkerConfig) -> Iterator[Context]:
-    """The study as this worker sees it. Raises InputError when it is not the study that was begun."""
+    """Open the study for this worker. Raises InputError if it differs from the stored study."""
     from harness.store.opening import open_store
 
     study = config.study()
@@ -103,19 +103,19 @@ def opened(config: WorkerConfig) -> Iterator[Context]:
 
 
 def context_of(config: WorkerConfig, study: Study, store: Store) -> Context:
-    """What a worker needs. Raises InputError when it would compute with other versions than its coordinator."""
+    """Return a worker's context. Raises InputError if its versions differ from the coordinator's."""
     from harness.final.retrain import Context
     from harness.training.assemble import decide_runtime
     from harness.training.checkpoint import differences
 
     if differing := differences(store.facts().versions, versions()):
-        raise InputError(f"This study is computed elsewhere with other versions: {differing} here; install the same.")
+        raise InputError(f"This study runs with other versions: {differing} here; install the same versions.")
     runtime = decide_runtime(study.train, store.facts().runtime)
     return Context(study=study, store=store, runtime=runtime, checkpoints=config.checkpoints)
 
 
 def work(config: WorkerConfig, line: connection.Connection) -> None:
-    """The main function of a worker's process: do what comes over the line, until nothing more comes."""
+    """Run a worker process: do the jobs from the pipe until it sends None."""
     tell = functools.partial(_send, line)
     try:
         interrupt.install(quiet=True)
@@ -126,16 +126,16 @@ def work(config: WorkerConfig, line: connection.Connection) -> None:
     except (Halt, InputError) as error:
         tell(Stopped(error))
     except (KeyboardInterrupt, EOFError, BrokenPipeError):
-        os._exit(INTERRUPTED)  # all is in the storage and the checkpoints; the coordinator says what there is to say
+        os._exit(INTERRUPTED)  # all is in the storage and the checkpoints; the coordinator prints the messages
 
 
 def _send(line: connection.Connection, message: Message) -> None:
-    with interrupt.undivided():  # a message that is cut in two cannot be read
+    with interrupt.undivided():  # a partial message cannot be read
         line.send(message)
 
 
 def _end_with_coordinator() -> None:
-    """Stop as after Ctrl-C when the coordinator is gone; nobody else would stop this process."""
+    """Stop as after Ctrl-C if the coordinator dies; no other process would stop this one."""
     coordinator = parent_process()
     assert coordinator is not None
 

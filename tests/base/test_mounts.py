@@ -86,7 +86,7 @@ def test_a_study_on_a_network_file_system_is_warned_of(
     folder = mounted(tmp_path, monkeypatch, kind)
     said = warning(folder / "demo.db")
     assert said is not None
-    assert f"{folder / 'demo.db'} lies on a network file system ({kind})" in said
+    assert f"{folder / 'demo.db'} is on a network file system ({kind})" in said
     assert "local disk, or a PostgreSQL server" in said
     (tmp_path / "link").symlink_to(folder)
     assert network_of(tmp_path / "link" / "demo.db") == kind
@@ -109,7 +109,7 @@ def test_a_command_says_so_in_one_line_at_its_start(
     # It is refused, but not for where the study lies.
     assert main(["run", "--study", "demo", "--storage", url, "--set", "epochs=5"]) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith(f"Warning: {folder / 'demo.db'} lies on a network file system (nfs4)")
+    assert first.startswith(f"Warning: {folder / 'demo.db'} is on a network file system (nfs4)")
     assert "epochs was 6, is 5" in second
 
 

@@ -120,12 +120,12 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "a storage in memory": (["--storage", "sqlite://"], ["in memory"]),
     "a storage in no folder": (["--storage", "sqlite:///no/such/x.db"], ["no folder no/such"]),
     "a storage of no known kind": (["--storage", "flowerbase://x/y"], ["flowerbase"]),
-    "a port that is no number": (["--storage", "postgresql://a@h:x/y"], ["is no database URL"]),
+    "a port that is no number": (["--storage", "postgresql://a@h:x/y"], ["is not a database URL"]),
     "a folder as storage": (["--storage", "sqlite:///studies"], ["studies"]),
     "a study file as storage": (["--storage", "sqlite:///studies/demo.py"], ["demo.py cannot be opened"]),
-    "a device file as storage": (["--storage", "sqlite:////dev/null"], ["/dev/null is no file"]),
-    "a storage of an unknown driver": (["--storage", "sqlite+nodriver:///x.db"], ["is no database URL"]),
-    "a storage in SQLite's words": (["--storage", "sqlite:///file:x.db?uri=true"], ["write sqlite:///FILE"]),
+    "a device file as storage": (["--storage", "sqlite:////dev/null"], ["/dev/null is not a file"]),
+    "a storage of an unknown driver": (["--storage", "sqlite+nodriver:///x.db"], ["is not a database URL"]),
+    "a storage in SQLite's words": (["--storage", "sqlite:///file:x.db?uri=true"], ["use sqlite:///FILE"]),
     "a storage of another kind": (["--storage", "mysql://a@h/x"], ["SQLite or PostgreSQL"]),
     "a storage of another kind, moved aside": (["--fresh", "--storage", "mysql://a@h/x"], ["SQLite or PostgreSQL"]),
     "a storage by another driver": (["--storage", "postgresql+asyncpg://a@h/x"], ["asyncpg"]),
@@ -221,7 +221,7 @@ def test_a_truncated_image_is_refused_by_name(workspace: Path, capsys: pytest.Ca
 
 def test_a_stray_file_is_refused_by_name(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (pictures(workspace) / "class_1" / "notes.txt").write_text("mine")
-    assert_refused(workspace, capsys, ["run", "--study", "folder"], ["notes.txt", "not an image by its name"])
+    assert_refused(workspace, capsys, ["run", "--study", "folder"], ["notes.txt", "no image suffix"])
 
 
 def test_pictures_in_a_folder_of_their_own_inside_a_class_are_refused_by_name(
@@ -247,7 +247,7 @@ def test_a_class_folder_whose_name_is_no_utf8_is_refused_before_anything_runs(
     for split in ("train", "valid", "test"):
         shutil.copytree(whole, workspace / "sorted" / split)
         (workspace / "sorted" / split / "class_1").rename(workspace / "sorted" / split / os.fsdecode(b"r\xf6se"))
-    words = ["sorted/train/r\\udcf6se is no UTF-8", "rename it"]
+    words = ["sorted/train/r\\udcf6se is not UTF-8", "rename it"]
     assert_refused(workspace, capsys, ["run", "--study", "folder", "--data-root", "sorted"], words)
 
 
@@ -268,7 +268,7 @@ def test_an_option_that_would_be_recorded_is_utf8(
 ) -> None:
     pictures(workspace)
     value = os.fsdecode(b"data.names=\xf6") if option == "--set" else os.fsdecode(b"sqlite:///\xf6.db")
-    assert_refused(workspace, capsys, ["run", "--study", "folder", option, value], ["\\udcf6", "no UTF-8", "rename it"])
+    assert_refused(workspace, capsys, ["run", "--study", "folder", option, value], ["\\udcf6", "UTF-8", "rename it"])
 
 
 @pytest.mark.parametrize("command", [["run", "--study"], ["show"], ["doctor"], ["report"]])
@@ -279,14 +279,14 @@ def test_a_study_in_a_folder_whose_name_is_no_utf8_is_refused(
     (workspace / "studies").rename(workspace / "here" / "studies")
     (workspace / "here").rename(workspace / os.fsdecode(b"\xf6rt"))
     monkeypatch.chdir(workspace / os.fsdecode(b"\xf6rt"))
-    assert_refused(workspace, capsys, [*command, "demo"], ["\\udcf6rt/studies/demo.py", "no UTF-8", "rename it"])
+    assert_refused(workspace, capsys, [*command, "demo"], ["\\udcf6rt/studies/demo.py", "not UTF-8", "rename it"])
 
 
 def test_a_file_whose_name_has_a_line_break_is_refused_on_one_line(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (pictures(workspace) / "class_1" / os.fsdecode(b"\xf6\n.txt")).write_text("mine")
-    assert_refused(workspace, capsys, ["run", "--study", "folder"], ["class_1/\\udcf6\\n.txt is not an image"])
+    assert_refused(workspace, capsys, ["run", "--study", "folder"], ["class_1/\\udcf6\\n.txt has no image suffix"])
 
 
 def test_missing_weights_are_refused_with_where_to_put_them(
@@ -353,7 +353,7 @@ def test_a_cache_that_can_be_no_folder_is_wrong_input(
     (workspace / "README.md").write_text("a file", encoding="utf-8")
     cache = str(workspace / cache)
     assert_refused(
-        workspace, capsys, ["run", "--study", "demo", "--set", f"data.cache={cache}"], ["data.cache", "name a folder"]
+        workspace, capsys, ["run", "--study", "demo", "--set", f"data.cache={cache}"], ["data.cache", "give a folder"]
     )
 
 

@@ -84,7 +84,7 @@ ROWS: dict[str, tuple[Preparation | None, list[str], list[str]]] = {
     "reproduce before run": (None, ["reproduce", "demo", "0"], NEVER),
     "doctor before run": (None, ["doctor", "demo"], NEVER),
     "doctor that mends before run": (None, ["doctor", "demo", "--fix"], NEVER),
-    "show of an empty database": (empty_database, ["show", "demo"], ["demo.db is empty", "take the file from a copy"]),
+    "show of an empty database": (empty_database, ["show", "demo"], ["demo.db is empty", "from a backup"]),
     "show of half a database": (half_a_database, ["show", "demo"], ["demo.db"]),
     "doctor of half a database": (half_a_database, ["doctor", "demo"], ["demo.db"]),
     "run on half a database": (half_a_database, ["run", "--study", "demo"], ["demo.db"]),
@@ -98,11 +98,11 @@ ROWS: dict[str, tuple[Preparation | None, list[str], list[str]]] = {
     "report of another's database": (recipes, ["report", "demo", "--storage", OTHER], ["not a study"]),
     "doctor of another's database": (recipes, ["doctor", "demo", "--storage", OTHER], ["not a study"]),
     "run on another's database": (recipes, ["run", "--study", "demo", "--storage", OTHER], ["not a study"]),
-    "doctor of another's study": (anothers_study, ["doctor", "demo", "--storage", OTHER], ["has not begun"]),
+    "doctor of another's study": (anothers_study, ["doctor", "demo", "--storage", OTHER], ["has not started"]),
     "run on another's study": (
         anothers_study,
         ["run", "--study", "demo", "--storage", OTHER],
-        ["begun by another program", "--storage"],
+        ["started by another program", "--storage"],
     ),
     "show of a study under another name": (
         as_begun,

@@ -85,7 +85,7 @@ STUDIES: dict[str, Row] = {
     "an inverted range": (
         lambda home: demo_with(home, "bad", "Float(0.0, 0.6)", "Float(0.6, 0.0)"),
         ["--study", "bad"],
-        ["bad.py", "empty range", "smaller one"],
+        ["bad.py", "empty range", "low must be less"],
     ),
     "a range around something else": (
         lambda home: demo_with(home, "bad", "Float(0.0, 0.6)", "Float(0.5, 0.6)"),
@@ -100,7 +100,7 @@ STUDIES: dict[str, Row] = {
     "a package that is missing": (
         lambda home: write(home, "bad", "from no_such_package.part import thing\n"),
         ["--study", "bad"],
-        ["bad.py, line 1", "no_such_package", "mend the study file"],
+        ["bad.py, line 1", "no_such_package", "fix the study file"],
     ),
     "an argument of the sampler that is unknown to it": changed("gp(n_startup_trials=4)", "gp(startup=4)", "startup"),
     "a sampler that is none": changed("gp(n_startup_trials=4)", "gp", "sampler must be tpe()"),
@@ -115,10 +115,10 @@ STUDIES: dict[str, Row] = {
     "a space that is a list": changed_space('["optim.base_lr"]', "maps fields to ranges"),
     "a space of numbers": changed_space("{3: Float(0.0, 1.0)}", "maps fields to ranges"),
     "a range that is a tuple": changed_space('{"optim.base_lr": (0.1, 0.2)}', "must be Float(...), Int(...) or Choice"),
-    "an option twice": changed("(64,), (128,)", "(64,), (64,)", "offers the same value twice"),
+    "an option twice": changed("(64,), (128,)", "(64,), (64,)", "has the same value twice"),
     "options without a tuple": changed("Choice(((64,), (128,), (256,), (128, 64)))", "Choice('64')", "as one tuple"),
-    "options that are lists": changed("((64,), (128,)", "([64], (128,)", "Choice cannot offer [64]"),
-    "a range in words": changed("Float(0.0, 0.6)", 'Float("0", 0.6)', "must lie between two numbers"),
+    "options that are lists": changed("((64,), (128,)", "([64], (128,)", "Choice cannot hold [64]"),
+    "a range in words": changed("Float(0.0, 0.6)", 'Float("0", 0.6)', "needs numbers as bounds"),
     "widths for a rate": changed('"optim.base_lr": Float', '"batch_size": Float', "base configuration has batch_size"),
     "epochs in quotes": changed("epochs=6", 'epochs="8"', "epochs must be a whole number, not '8'"),
     "broken epochs": changed("epochs=6", "epochs=8.0", "epochs must be a whole number, not 8.0"),
@@ -132,10 +132,10 @@ STUDIES: dict[str, Row] = {
     "a precision of its own": changed(
         'precision="fp32"', "precision=32", "runtime.precision must be auto or tune or fp32 or"
     ),
-    "a range beyond what is stored": changed_space(f"{{'epochs': {INT}(1, 2**60)}}", "Int(", "reaches too far"),
-    "a range beyond all numbers": changed_space("{'optim.base_lr': Float(1e-4, 10**400)}", "reaches too far"),
-    "a range without end": changed_space("{'optim.base_lr': Float(1e-4, float('inf'))}", "without end"),
-    "a range wider than numbers": changed_space("{'optim.base_lr': Float(-1e308, 1e308)}", "reaches too far"),
+    "a range beyond what is stored": changed_space(f"{{'epochs': {INT}(1, 2**60)}}", "Int(", "is too wide"),
+    "a range beyond all numbers": changed_space("{'optim.base_lr': Float(1e-4, 10**400)}", "is too wide"),
+    "a range without end": changed_space("{'optim.base_lr': Float(1e-4, float('inf'))}", "or unbounded"),
+    "a range wider than numbers": changed_space("{'optim.base_lr': Float(-1e308, 1e308)}", "is too wide"),
     "epochs beyond number in the space": changed_space(
         f"{{'epochs': {INT}(1, 2**40)}}", "epochs must be at least 1 and"
     ),
@@ -221,5 +221,5 @@ STUDY ="""
 def test_a_studys_database_is_no_study_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.db"
     file.write_bytes(b"SQLite format 3\0")
-    with pytest.raises(InputError, match=r"mine\.db is no study file; give the \.py file"):
+    with pytest.raises(InputError, match=r"mine\.db is not a study file; give the study's \.py file"):
         catalogue.find(str(file))

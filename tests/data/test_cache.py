@@ -354,7 +354,7 @@ def test_a_line_of_pixels_is_named_before_it_fills_the_memory(
 ) -> None:
     Image.new("RGB", size).save(tmp_path / "line.png")
     data, items = Photos(cache=str(cache)), [*photos, tmp_path / "line.png"]
-    words = rf"line\.png has {size[0]} x {size[1]} pixels, which is too narrow; cut out the part that matters\."
+    words = rf"line\.png has {size[0]} x {size[1]} pixels, which is too narrow; crop it to the relevant part\."
     with pytest.raises(InputError, match=words):
         content_keys(data, items, [16, 72])
     assert not arrays(cache)

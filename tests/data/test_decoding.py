@@ -106,16 +106,16 @@ OTHERS = {
     "an icon (ICO)": content(flower(), "ICO"),
     "PCX": content(flower(), "PCX"),
     "a camera's raw file": b"II*\0\x10\0\0\0CR\2\0" + bytes(40),
-    "a film": b"\0\0\0\x14ftypqt  \0\0\0\0qt  ",
+    "a video": b"\0\0\0\x14ftypqt  \0\0\0\0qt  ",
     "a ZIP archive": b"PK\3\4\x14\0",
     "a web page (HTML)": b"<!DOCTYPE html>\n<html><title>404</title>",
     "a drawing (SVG)": b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>',
-    "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n",
+    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n",
     "a Windows or Office file": b"\xd0\xcf\x11\xe0" + bytes(500),
     "text": "no image, but süß".encode(),
     "empty": b"",
     "zeros only": bytes(5000),
-    "of no kind that is known": bytes(range(1, 256)),
+    "of an unknown kind": bytes(range(1, 256)),
 }
 
 
@@ -127,7 +127,7 @@ def test_what_is_outside_of_the_list_is_called_what_it_is(kind: str, data: bytes
 
 
 def test_a_start_that_no_decoder_takes_is_named_without_python_s_words() -> None:
-    assert "(WebP: its start is damaged); convert it" in refused("a.jpg", b"RIFF\0\0\0\0WEBPnone" + bytes(99))
+    assert "(WebP: its header is damaged); convert it" in refused("a.jpg", b"RIFF\0\0\0\0WEBPnone" + bytes(99))
 
 
 def test_the_preview_of_a_raw_file_is_not_taken_for_the_photograph() -> None:
@@ -217,8 +217,8 @@ def test_what_resizing_adds_to_the_range_of_floats_is_cut_off() -> None:
 )
 def test_a_range_that_says_nothing_is_refused(values: NDArray[Any]) -> None:
     said = refused("a.tif", tiff(values, 3 if values.dtype == np.float32 else 2))
-    assert "holds numbers from" in said
-    assert "scale them to the whole range of 8 or 16 bits" in said
+    assert "has values from" in said
+    assert "scale them to the full range of 8 or 16 bits" in said
 
 
 def test_a_kind_of_tiff_that_is_not_read_says_so() -> None:

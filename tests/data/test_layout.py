@@ -91,15 +91,15 @@ def test_folders_called_like_two_splits_are_taken_for_them_and_it_is_said(root: 
     for each in ("bus", "car", "train", "test"):
         plant(root / each)
     said = complaint(root)
-    assert "train/, test/, taken for splits" in said
-    assert "only bus/, car/; rename train/, test/ if it is no split" in said
+    assert "train/, test/, read as splits" in said
+    assert "only bus/, car/; rename train/, test/ if it is not a split" in said
 
 
 def test_a_train_folder_of_folders_is_taken_for_a_split_and_it_is_said(root: Path) -> None:
     for each in ("bus", "car", "train/steam", "train/diesel"):
         plant(root / each)
     said = complaint(root)
-    assert "train/, taken for a split, and no folder for validation (valid/, " in said
+    assert "train/, read as a split, but no folder for validation (valid/, " in said
     assert "nor for testing (test/, testing/), only bus/, car/" in said
 
 
@@ -148,8 +148,8 @@ def test_a_test_folder_without_labels(root: Path) -> None:
     plant_splits(root, ("train", "valid"))
     plant(root / "test")
     said = complaint(root)
-    assert f"{root / 'test'} is taken for the testing split and holds no class folders" in said
-    assert "nothing says what is right" in said
+    assert f"{root / 'test'} is read as the testing split but holds no class folders" in said
+    assert "its pictures have no labels" in said
     assert "give the training folder alone with --data-root" in said
 
 
@@ -157,15 +157,15 @@ def test_splits_that_hold_pictures_alone(root: Path) -> None:
     for split in ("train", "valid", "test"):
         plant(root / split)
     said = complaint(root)
-    assert f"{root / 'train'} is taken for the training split and holds no class folders" in said
-    assert "into a folder of its own" in said
+    assert f"{root / 'train'} is read as the training split but holds no class folders" in said
+    assert "into its own folder" in said
 
 
 @pytest.mark.parametrize("splits", [("seg_train", "seg_test", "seg_pred"), ("fold1", "fold2"), ("A", "B")])
 def test_splits_of_other_names_are_never_made_classes(root: Path, splits: tuple[str, ...]) -> None:
     plant_splits(root, splits)
     said = complaint(root)
-    assert "a split's folder is called train, valid or test" in said
+    assert "split folders are called train, valid or test" in said
     assert "move" not in said
 
 
@@ -213,9 +213,7 @@ def test_pictures_beside_class_folders_are_named(root: Path) -> None:
     (root / "README.txt").write_text("no picture")
     assert remarks(at(root)) == []
     (root / "preview.JPG").write_bytes(b"x")
-    assert remarks(at(root)) == [
-        f"1 picture is left out, such as {root / 'preview.JPG'}, for it lies in no class folder."
-    ]
+    assert remarks(at(root)) == [f"1 picture is ignored, such as {root / 'preview.JPG'}: it is in no class folder."]
 
 
 def test_pictures_and_folders_beside_splits_are_named(root: Path) -> None:
@@ -225,10 +223,10 @@ def test_pictures_and_folders_beside_splits_are_named(root: Path) -> None:
     plant(root / "unlabeled")
     plant(root / "extra" / "a")
     assert remarks(at(root)) == [
-        f"{root / 'extra'} is left out, for it is the folder of no split.",
-        f"{root / 'unlabeled'} is left out, for it is the folder of no split.",
-        f"2 pictures are left out, such as {root / '0.jpg'}, for they lie in no class folder.",
-        f"1 picture is left out, such as {root / 'valid'}/\\udcf6\\n.jpg, for it lies in no class folder.",
+        f"{root / 'extra'} is ignored: it belongs to no split.",
+        f"{root / 'unlabeled'} is ignored: it belongs to no split.",
+        f"2 pictures are ignored, such as {root / '0.jpg'}: they are in no class folder.",
+        f"1 picture is ignored, such as {root / 'valid'}/\\udcf6\\n.jpg: it is in no class folder.",
     ]
 
 
@@ -245,8 +243,8 @@ def test_a_name_that_cannot_be_written_is_refused_on_one_line(root: Path, name: 
         plant_splits(root, classes=("a", name))
     said = complaint(root)
     assert "The name of the folder" in said
-    assert "rename it" in said or "give it a name" in said
-    assert name != LATIN1 or "r\\udcf6se is no UTF-8" in said
+    assert "rename it" in said or "give it a readable name" in said
+    assert name != LATIN1 or "r\\udcf6se is not UTF-8" in said
 
 
 def test_one_name_in_two_forms_of_unicode_is_one_class(root: Path) -> None:
@@ -307,4 +305,4 @@ def test_a_link_that_goes_round(root: Path) -> None:
     assert "again is a link to again" in complaint(root)
     (root / "again").unlink()
     (root / "b" / "again").symlink_to("..")
-    assert f"{root / 'b' / 'again'} is a folder inside of a class" in complaint(root)
+    assert f"{root / 'b' / 'again'} is a folder inside a class" in complaint(root)

@@ -62,7 +62,7 @@ def test_two_names_of_one_folder_are_refused(root: Path, again: str, words: str)
         ("\\u200b", "is blank"),
         ("a\\nb", "a\\nb"),
         ("\\u001b[2J", "control character"),
-        ("\\ud800", "is no UTF-8 (\\ud800)"),
+        ("\\ud800", "is not UTF-8 (\\ud800)"),
         ("x" * 256, "256 characters"),
     ],
 )

@@ -243,14 +243,14 @@ def test_the_sentences_of_a_partial_audit() -> None:
     number = drawing_order([1, 3], 0)[0]
     results = {str(number): {"curve": [0.05, 0.1, 0.2], **LAW}}
     assert audit_sentences(record(COURSES, results, 2, 0)) == [
-        "Of 5 trials 2 were pruned; 1 of them, drawn at random, was trained to the end. 1 more was asked for; the same "
-        "command goes on.",
+        "Of 5 trials 2 were pruned; 1 of them, drawn at random, was trained to the end. 1 more was requested; run the "
+        "same command again.",
         "Pruning saved 6.0 s, 23.08 % of what the search would have taken without it.",
         "0 of the 1 would have beaten the winner, trial 0 with a validation accuracy of 80.00 %: 0.00 % of the pruned "
-        "trials, 95 % interval 0.00 % to 50.00 % (hypergeometric, exact). That is a lower bound, for the winner's "
-        "value was selected as the highest and looks better than it is.",
+        "trials, 95 % interval 0.00 % to 50.00 % (hypergeometric, exact). That is a lower bound: the winner's "
+        "value was selected as the highest, so it is biased upwards.",
         f"The best of them, trial {number}, reached 20.00 %.",
-        "Where trials were pruned, the rank correlation with the end (Spearman) is 0.78 after epoch 1, "
+        "At pruning epochs, the rank correlation with final values (Spearman) is 0.78 after epoch 1, "
         "0.78 after epoch 2. That is a hint only, from 3 trials.",
         "It repeated its recorded epochs to the last bit.",
     ]
@@ -261,9 +261,9 @@ def test_the_sentences_of_a_whole_audit_name_what_was_not_repeated() -> None:
     results = {"1": {"curve": [0.05], **LAW, "state": "diverged"}, "3": moved}
     said = audit_sentences(record(COURSES, results, 2, 0))
     assert said[0] == "Of 5 trials 2 were pruned; all of them were trained to the end."
-    assert ": 50.00 % of the pruned trials. That is a lower bound, for " in said[2]
+    assert ": 50.00 % of the pruned trials. That is a lower bound: " in said[2]
     assert said[3] == "The best of them, trial 3, reached 90.00 %; 1 diverged."
-    assert said[-1].endswith("trained on: trial 3 (Different from then: x).")
+    assert said[-1].endswith("were used: trial 3 (Different from then: x).")
 
 
 # -- the training --------------------------------------------------------------------------------------------------
@@ -398,11 +398,11 @@ def test_the_report_and_its_copy_in_mlflow_have_the_audit(place: Path, run: Run,
 def test_an_mlflow_that_is_away_or_none_costs_no_audit(place: Path, run: Run) -> None:
     code, out, err = run("--fraction", "0.1", "--tracking-uri", "ftp://nowhere")
     assert (code, out) == (2, "")
-    assert "is no MLflow server" in err
+    assert "is not an MLflow server" in err
     code, out, _ = run("--fraction", "0.1", "--tracking-uri", "http://127.0.0.1:9")
     assert code == 0
     assert "MLflow at http://127.0.0.1:9 cannot be used" in out.splitlines()[-1]
-    assert "the same command writes it" in out.splitlines()[-1]
+    assert "run the same command to write it" in out.splitlines()[-1]
     assert (place / "studies" / "tiny.report" / "report.html").is_file()
 
 
@@ -432,7 +432,7 @@ def test_epochs_that_come_out_otherwise_are_named(place: Path, run: Run) -> None
     assert code == 0
     assert f"trial {numbers[0]}  epoch 1/4" in out
     assert "DIFFERENT from the record" in out
-    assert f"trial {numbers[0]} (Versions, device, threads and commit are those of then" in out.splitlines()[-2]
+    assert f"trial {numbers[0]} (Versions, device, threads and commit are the same" in out.splitlines()[-2]
 
 
 @pytest.mark.slow
@@ -454,7 +454,7 @@ def test_a_study_without_pruned_trials_is_a_result(tmp_path: Path, image_cache: 
         patch.chdir(tmp_path)
         code, out, err = run()
     assert (code, err) == (0, "")
-    assert out == "Study 'tiny' has no pruned trials: pruning saved nothing, and there is nothing to audit.\n"
+    assert out == "Study 'tiny' has no pruned trials; there is nothing to audit.\n"
 
 
 def refused(run: Run, *words: str) -> None:

@@ -162,7 +162,7 @@ def test_a_sentence_says_it() -> None:
     run_analytic(study, store, 20)
     assert prospect_sentence(store) is None  # until it is chosen again
     record_choice(study, store)
-    assert (prospect_sentence(store) or "").startswith("10 more trials would bring about ")
+    assert (prospect_sentence(store) or "").startswith("Based on the trials so far, 10 more would gain about ")
 
 
 def study_of(**changes: Any) -> Study:
@@ -216,4 +216,4 @@ def test_the_sentence_says_why_and_names_the_highest_value() -> None:
     best = store.best()
     assert best is not None
     store.set_attribute("choice", kept | {"trial": 0})
-    assert ("is the answer" in verdict(store)) is (best.number != 0)
+    assert ("was chosen" in verdict(store)) is (best.number != 0)

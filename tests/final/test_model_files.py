@@ -51,7 +51,7 @@ def test_a_changed_or_lost_file_of_the_model_is_named_and_made_again(
         said = capsys.readouterr().out
         for name in changes:
             assert f"{folder / name} is" in said
-        assert "run the study again: it makes what is lost again" in said
+        assert "run the study again: it restores lost files" in said
         ended = line.run(*arguments)
         assert ended.code == 0
         assert "Nothing is missing" not in ended.out
@@ -66,7 +66,7 @@ def test_lost_check_images_are_named_and_given_up(line: CommandLine, capsys: pyt
     assert line.run("--trials", "1").code == 0
     (line.place / "studies" / "tiny.model" / "check.safetensors").unlink()
     assert main(["doctor", "tiny"]) == 1
-    assert "check.safetensors is missing; it cannot be made again" in capsys.readouterr().out
+    assert "check.safetensors is missing; it cannot be written again" in capsys.readouterr().out
     assert "Nothing is missing" in line.run("--trials", "1").out
     assert main(["doctor", "tiny", "--fix"]) == 0
     assert main(["doctor", "tiny"]) == 0
@@ -79,6 +79,6 @@ def test_an_edited_description_of_the_model_is_not_used(line: CommandLine) -> No
     _edited(folder / "model.json")
     with (
         read_store("tiny", f"sqlite:///{line.place}/studies/tiny.db") as store,
-        pytest.raises(InputError, match=r"model\.json is damaged .* run the study again: it makes what is lost again"),
+        pytest.raises(InputError, match=r"model\.json is damaged .* run the study again: it restores lost files"),
     ):
         load_saved(small_study("data/cache"), store, folder)

@@ -257,7 +257,7 @@ def test_an_edited_ledger_keeps_the_test_set_closed(study: Study, store: Store, 
     lines[1]["seeds"][0]["correct"] += 1
     store.set_attribute("ledger", lines)
     better_trial(study, store)
-    with pytest.raises(InputError, match="line 2 of the test ledger is not as it was written; the test set stays"):
+    with pytest.raises(InputError, match="line 2 of the test ledger was changed; the test set stays"):
         everything(study, store, tmp_path, reason="why not")
     assert "Do not trust this: line 2" in summary("tiny", store, "nowhere")
     assert overview("tiny", store, "nowhere")["ledger"]["fault"] is not None
@@ -270,8 +270,8 @@ def test_what_is_no_ledger_is_named_by_every_command_and_keeps_the_test_set_clos
     assert line.run("--trials", "1").code == 0
     for content in ("no JSON", "5", '["opened"]', "[{}]", '{"line": 1}'):
         _edit(line, "ledger", content)
-        fault = "line 1 of the test ledger is not as it was written"
-        fault = fault if content.startswith("[") else "the test ledger is not as it was written, a list of lines"
+        fault = "line 1 of the test ledger was changed"
+        fault = fault if content.startswith("[") else "the test ledger was changed: it is not a list of lines"
         capsys.readouterr()
         assert main(["show", "tiny"]) == 0
         assert capsys.readouterr().out.startswith(f"warning   Do not trust this: {fault}.\n")
@@ -280,14 +280,14 @@ def test_what_is_no_ledger_is_named_by_every_command_and_keeps_the_test_set_clos
         assert main(["report", "tiny"]) == 0
         assert f"Do not trust this: {fault}." in (line.place / "studies" / "tiny.report" / "report.html").read_text()
         assert main(["doctor", "tiny"]) == 1
-        assert f"In the storage, {fault}: its test result is not to be trusted" in capsys.readouterr().out
+        assert f"In the storage, {fault}; do not trust the test result" in capsys.readouterr().out
         again = line.run("--trials", "1")
         assert again.code == 1
         assert f"Do not trust this: {fault}." in again.out
-        assert f"{fault}; the test result is not to be trusted. Take the storage from a copy." in again.err
+        assert f"{fault}; do not trust the test result. Restore the storage from a backup." in again.err
         refused = line.run("--trials", "2", "--reopen-test", "why not")
         assert refused.code == 2
-        assert f"{fault}; the test set stays closed. Take the storage from a copy." in refused.err
+        assert f"{fault}; the test set stays closed. Restore the storage from a backup." in refused.err
         assert one_sentence(refused.err)
 
 
@@ -306,7 +306,7 @@ def test_another_attribute_that_is_no_json_is_named(line: CommandLine, capsys: p
         capsys.readouterr()
         assert main(command) == 2
         err = capsys.readouterr().err
-        assert "the study's 'final' is no JSON; take the storage from a copy." in err
+        assert "the study's 'final' is not JSON; restore the storage from a backup." in err
         assert one_sentence(err)
 
 
@@ -320,7 +320,7 @@ def test_a_better_trial_leaves_the_test_set_closed_until_a_reason_is_given(
     everything(study, store, tmp_path)
     assert store.attributes().get("final") == before
     assert (
-        f"Trial {number} is chosen by the validation images now, and the test result of trial {before['trial']}"
+        f"The validation images now choose trial {number}, but the test result of trial {before['trial']}"
         in capsys.readouterr().err
     )
     shown = summary("tiny", store, "nowhere")
@@ -330,7 +330,8 @@ def test_a_better_trial_leaves_the_test_set_closed_until_a_reason_is_given(
         assert "When the test set was opened" in text
     assert "When the test set was opened" not in at_the_opening
     assert store.is_settled()
-    with pytest.raises(InputError, match=rf"gone holds no model\. Trial {number} is chosen .*--reopen-test"):
+    words = rf"gone holds no model\. The validation images now choose trial {number}, .*--reopen-test"
+    with pytest.raises(InputError, match=words):
         load_saved(study, store, tmp_path / "gone")
     everything(study, store, tmp_path, reason="the first search was too short")
     after = store.attributes().get("final")
@@ -342,7 +343,7 @@ def test_a_better_trial_leaves_the_test_set_closed_until_a_reason_is_given(
         ("opened", number, "the first search was too short"),
         ("result", number, None),
     ]
-    assert "opened 2 times, so this number is no longer untouched by selection" in final_sentence(FinalResult.of(after))
+    assert "opened 2 times, so selection may have biased this number" in final_sentence(FinalResult.of(after))
 
 
 @pytest.mark.slow
@@ -354,12 +355,12 @@ def test_an_opening_that_was_cut_off_does_not_close_the_test_set_for_a_better_tr
         with pytest.raises(KeyboardInterrupt):
             everything(study, store, tmp_path)
     first = store.ledger()[0]["trial"]
-    assert f"opened for trial {first}, and no result is recorded yet" in summary("tiny", store, "nowhere")
+    assert f"opened for trial {first}, but no result is recorded yet" in summary("tiny", store, "nowhere")
     number = better_trial(study, store)
     assert not store.needs_reason()
     everything(study, store, tmp_path)
     assert store.attributes()["final"]["trial"] == number
-    assert store.ledger()[1]["reason"] == f"the opening for trial {first} was cut off before its result was recorded"
+    assert store.ledger()[1]["reason"] == f"the opening for trial {first} ended before its result was recorded"
 
 
 @pytest.mark.slow
@@ -369,7 +370,7 @@ def test_a_final_result_that_is_not_the_ledgers_is_named(
 ) -> None:
     everything(study, store, tmp_path)
     store.set_attribute("final", store.attributes().get("final") | change)
-    assert "not the one that line 2 of the test ledger says" in summary("tiny", store, "nowhere")
+    assert "the final result differs from line 2 of the test ledger" in summary("tiny", store, "nowhere")
 
 
 @pytest.mark.slow
@@ -380,7 +381,7 @@ def test_damaged_weights_are_made_again_and_the_test_set_stays_closed(line: Comm
     weights.write_bytes(before[:-8] + b"12345678")
     ended = line.run("--trials", "1")
     assert ended.code == 0
-    assert f"{weights} is damaged (its checksum is wrong); it is made again." in ended.err
+    assert f"{weights} is damaged (its checksum is wrong); writing it again." in ended.err
     assert weights.read_bytes() == before
     assert "The test set was opened once." in ended.out
     assert "Nothing is missing" in line.run("--trials", "1").out
@@ -394,8 +395,8 @@ def test_a_damaged_description_of_the_model_is_made_again(line: CommandLine) -> 
     description.write_text("{}")
     ended = line.run("--trials", "1")
     assert ended.code == 0
-    assert f"{description} is damaged (its checksum is wrong); it is made again." in ended.err
-    assert "its seed is trained again" not in ended.err
+    assert f"{description} is damaged (its checksum is wrong); writing it again." in ended.err
+    assert "retraining its seed" not in ended.err
     assert description.read_bytes() == before
     assert "The test set was opened once." in ended.out
 
@@ -463,7 +464,7 @@ def test_better_is_said_only_where_it_is_shown(study: Study, store: Store, tmp_p
         shown = {"difference": difference, "low": low, "high": high, "p": p}
         store.set_attribute("final", found | {"comparison": found["comparison"] | shown})
         assert conclusion(store) == (
-            f"{claim}the test accuracy of the best less that of the base is {100 * difference:+.2f} points (95 % "
+            f"{claim}the test accuracy of the best minus that of the base is {100 * difference:+.2f} points (95 % "
             f"interval {100 * low:+.2f} to {100 * high:+.2f}, p = {p}), over 2 seeds of each and 32 test images."
         )
 
@@ -484,7 +485,7 @@ def test_with_one_seed_nothing_is_claimed_and_why_is_said(study: Study, image_ca
         assert store.attributes()["final"]["comparison"]["p"] is None
         said = conclusion(store)
         assert said.startswith("No configuration is shown to be better than another: with one seed of the base,")
-        assert "final.seeds of 2 or more" in said
+        assert "set final.seeds to 2 or more" in said
         assert said in html.unescape(write_report("tiny", store, "nowhere", tmp_path).read_text())
 
 

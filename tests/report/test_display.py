@@ -128,14 +128,14 @@ def test_second_looks_at_the_best_are_counted_as_they_end(store: Store) -> None:
 
 def test_a_forecast_of_more_than_a_day_says_so_and_what_helps() -> None:
     text = forecast(4000.0, 100_000.0, pruning_known=False)
-    assert "An epoch takes 1 h 7 min here: about 1.2 days are left, pruning aside." in text
+    assert "An epoch takes 1 h 7 min here: about 1.2 days left, without pruning." in text
     assert "more than a day" in text
     assert "--set epochs=" in text
     assert "--trials" in text
 
 
 def test_a_forecast_of_less_than_a_day_does_not() -> None:
-    assert forecast(3.0, 78.0, pruning_known=True) == "An epoch takes 3.0 s here: about 1 min 18 s are left."
+    assert forecast(3.0, 78.0, pruning_known=True) == "An epoch takes 3.0 s here: about 1 min 18 s left."
 
 
 def started(name: str, number: int, **changes: Any) -> TrialStarted:
@@ -226,7 +226,7 @@ def test_a_resumed_study_knows_what_is_left_from_the_trials_before(store: Store)
     assert display._left() == 6 * 15.0 + 3 * 2 * 10.0 - 9.0
     text = shown(STUDY, store, [Completed(value=0.6)])
     assert "An epoch takes 0.5 s here: about 2 min" in text
-    assert "pruning aside" not in text
+    assert "without pruning" not in text
 
 
 def test_what_is_left_shrinks_in_the_final_run(store: Store) -> None:

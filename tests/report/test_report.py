@@ -154,7 +154,7 @@ def test_the_final_sentence_names_counts_interval_seeds_and_openings() -> None:
     assert "1 seed on 100 test images" in one
     assert "deviation" not in one
     again = final_sentence(FinalResult.of(final_result() | {"test_openings": 2}))
-    assert "opened 2 times, so this number is no longer untouched" in again
+    assert "opened 2 times, so selection may have biased this number" in again
 
 
 def test_percent_shows_nothing_for_nothing() -> None:
@@ -402,7 +402,7 @@ def test_what_is_not_recorded_is_said(study: Study, store: Store, tmp_path: Path
     _, page = page_of(store, tmp_path)
     for words in (
         "The predictions of this study are not recorded.",
-        "What choosing the best adds to its validation score is not recorded.",
+        "The selection bias of the best validation score is not recorded.",
         "The depths of the backbone are not recorded.",
         "not recorded",
     ):
@@ -450,7 +450,7 @@ def test_the_page_shows_classes_mistakes_and_calibration(study: Study, store: St
     store.set_attribute("thumbnails", thumbnails(pixels, [1]))
     text, page = page_of(store, tmp_path)
     assert "<i>" not in text
-    assert "<i>rose taken for tulip" in page.words
+    assert "<i>rose predicted as tulip" in page.words
     assert "1 of 2" in page.words
     assert text.count("data:image/jpeg;base64,") == 2  # among the confusions, and among the mistakes
     assert page.words.count("no picture") == 1
@@ -507,13 +507,13 @@ def test_the_page_shows_the_second_look_the_ledger_and_the_duplicates(
     assert "<b>bolder" not in text
     for words in ("60.00 %", "55.00 %, 65.00 %", "a <b>bolder</b> choice", "2026-11-22 10:00", "val/a.jpg"):
         assert words in page.words
-    assert "among 1,200 images: 1 with the same bytes, 0 with nearly the same picture" in page.words
+    assert "among 1,200 images: 1 with the same bytes, 0 that look nearly the same" in page.words
     assert "Do not trust this" not in page.words
     assert 'class="untrusted"' not in text
     lines = store.attributes().get("ledger")
     store.set_attribute("ledger", [lines[0] | {"reason": "another"}])
     text, page = page_of(store, tmp_path)
-    assert "Do not trust this: line 1 of the test ledger is not as it was written." in page.words
+    assert "Do not trust this: line 1 of the test ledger was changed." in page.words
     assert text.index("Do not trust this") < text.index('<h1 class="untrusted">')
 
 

@@ -292,7 +292,7 @@ def test_the_list_of_samplers_names_only_what_can_be_made() -> None:
     ],
 )
 def test_wrong_arguments_are_wrong_input(make: Any) -> None:
-    with pytest.raises(InputError, match="cannot be made with"):
+    with pytest.raises(InputError, match="cannot be built with"):
         make()
 
 

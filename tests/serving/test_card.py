@@ -78,7 +78,7 @@ def test_its_numbers_are_those_of_the_storage(finished: Finished) -> None:
         assert sentence in text
     trial = next(each for each in finished.store.trials() if each.number == final["trial"])
     assert f"trial {trial.number} was chosen, with {percent(trial.value)}" in text
-    assert "32 to train on, 32 to validate on, 32 to test on" in text
+    assert "32 training, 32 validation, 32 test images" in text
     for path in trial.params:
         assert f"| `{path}` |" in text
 
@@ -86,10 +86,10 @@ def test_its_numbers_are_those_of_the_storage(finished: Finished) -> None:
 @pytest.mark.slow
 def test_it_says_where_the_images_come_from_and_what_was_not_tested(finished: Finished) -> None:
     text = finished.card()
-    assert f"Garden: 32 to train on, 32 to validate on, 32 to test on. {Garden.licence}" in text
+    assert f"Garden: 32 training, 32 validation, 32 test images. {Garden.licence}" in text
     assert "no clear licence and are for research" in Flowers102.licence
     assert not hasattr(ImageFolder, "licence"), "nobody knows whose photographs they are"
-    for words in ("## Limits", "names one of them for any image", "it was not tested", "other cameras"):
+    for words in ("## Limits", "names one of them for any image", "It was tested only on", "other cameras"):
         assert words in text
 
 
@@ -142,7 +142,7 @@ def test_what_somebody_wrote_is_shown_and_changes_nothing_around_it(finished: Fi
     assert same == tags
     assert f"Reason: {' '.join(WRITTEN.split())}." in words
     assert "wild | <b>rose</b>_a_ (0 of 2)" in words
-    assert "trained from seed 0, finds least often" in words
+    assert "with the lowest test accuracy, for seed 0" in words
 
 
 @pytest.mark.parametrize("written", ["a|b", "a\\|b", "<i>`_*a_*"])

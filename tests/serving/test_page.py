@@ -235,7 +235,7 @@ def test_a_study_whose_images_are_not_here_has_a_page_without_examples(
     config = dataclasses.replace(saved.config, data=ImageFolder(root=str(tmp_path / "nowhere")))
     moved = Predictor(dataclasses.replace(saved, config=config), torch.device("cpu"))
     assert write_examples(moved, tmp_path) == []
-    assert "The page has no examples: There is no folder" in capsys.readouterr().err
+    assert "The page shows no examples: There is no folder" in capsys.readouterr().err
 
 
 # -- what its API answers for ----------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def test_only_uploaded_files_are_answered(
         assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
         server.shutdown()
     assert "event: error" in said
-    assert "This page answers for files only that were uploaded to it." in said
+    assert "This page accepts uploaded files only." in said
     assert asked == looked_up == []
     assert sorted(folder.rglob("*")) == before, "it was copied"
 

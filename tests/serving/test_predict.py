@@ -204,7 +204,7 @@ def test_a_damaged_file_is_named_and_skipped(
     assert [line for line in out.splitlines() if str(tmp_path) in line] == [f"{tmp_path}/a.png", f"{tmp_path}/d.png"]
     lines = err.splitlines()
     assert [Path(line.split()[0]).name for line in lines[:3]] == ["b.png", "c.jpg", "narrow.png"]
-    assert all(line.endswith("It is skipped.") for line in lines[:3])
+    assert all(line.endswith("Skipping it.") for line in lines[:3])
     assert lines[3:] == ["3 of 5 files could not be read."]
 
 
@@ -221,10 +221,10 @@ def test_what_a_folder_holds_besides_images_is_named_and_counted(
     out, err = capsys.readouterr()
     assert len([line for line in out.splitlines() if line.startswith(str(tmp_path))]) == 7
     assert err.splitlines() == [
-        f"{tmp_path}/clip.mov is no image by its name. It is left out.",
-        f"{tmp_path}/notes.txt is no image by its name. It is left out.",
-        f"{tmp_path}/pipe.jpg is no regular file. It is left out.",
-        "Left out: 3 of 10 files.",
+        f"{tmp_path}/clip.mov is not an image by its name. Skipping it.",
+        f"{tmp_path}/notes.txt is not an image by its name. Skipping it.",
+        f"{tmp_path}/pipe.jpg is not a regular file. Skipping it.",
+        "Skipped: 3 of 10 files.",
     ]
     for name in ("notes.txt", "clip.mov", "pipe.jpg"):
         (tmp_path / name).unlink()
@@ -248,7 +248,7 @@ def test_no_damage_costs_another_file_its_answer(
     assert {"a.avif", "b.gif", "c.tif", "d.tga", "e.webp", "f.pgm", "g.jpg"} <= set(answered)
     lines = err.splitlines()
     assert lines[-1] == f"{29 - len(answered)} of 29 files could not be read."
-    assert all(line.endswith("It is skipped.") for line in lines[:-1])
+    assert all(line.endswith("Skipping it.") for line in lines[:-1])
     assert any("rose.jpg cannot be read as an image: it is PostScript" in line for line in lines)
 
 
@@ -336,7 +336,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "no class": (["tiny", "pictures", "--top", "0"], ["argument --top", "at least 1"]),
     "too many classes": (["tiny", "pictures", "--top", "17"], ["--top 17", "knows 16 classes"]),
     "a table in no folder": (["tiny", "pictures", "--csv", "no/such.csv"], ["there is no folder no"]),
-    "a table that is a folder": (["tiny", "pictures", "--csv", "pictures"], ["--csv pictures", "the name of a file"]),
+    "a table that is a folder": (["tiny", "pictures", "--csv", "pictures"], ["--csv pictures", "give a file name"]),
     "a table in a photograph's place": (["tiny", "pictures", "--csv", "pictures/000.png"], ["--csv pictures/000.png"]),
     "a table in the database's place": (["tiny", "pictures", "--csv", "studies/tiny.db"], ["the study's own files"]),
     "a table in the study's place": (["tiny", "pictures", "--csv", "studies/tiny.py"], ["the study's own files"]),
@@ -345,9 +345,9 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         ["tiny", "pictures", "--csv", "studies/tiny.model/table.csv"],
         ["--csv studies/tiny.model/table.csv", "the study's own files", "give another file"],
     ),
-    "a table in an input's place": (["tiny", "table.csv", "--csv", "./table.csv"], ["or of the input"]),
-    "a table in a text's place": (["tiny", "pictures", "--csv", "notes.txt"], ["no *.csv", "that ends in .csv"]),
-    "a table that is a device": (["tiny", "pictures", "--csv", "/dev/null"], ["--csv /dev/null", "no file"]),
+    "a table in an input's place": (["tiny", "table.csv", "--csv", "./table.csv"], ["or the input"]),
+    "a table in a text's place": (["tiny", "pictures", "--csv", "notes.txt"], ["not a *.csv", "that ends in .csv"]),
+    "a table that is a device": (["tiny", "pictures", "--csv", "/dev/null"], ["--csv /dev/null", "not a file"]),
     "an unknown device": (["tiny", "pictures", "--device", "abacus"], ["--device abacus"]),
     "an empty storage": (["tiny", "pictures", "--storage", "sqlite:///none.db"], ["none.db does not exist"]),
 }
@@ -365,7 +365,7 @@ def test_a_table_where_nothing_can_be_written_is_refused(
     at_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "closed").mkdir(mode=0o500)
-    words = ["nothing can be written in", "give another folder"]
+    words = ["is not writable", "give another folder"]
     assert_refused(at_home, capsys, ["predict", "tiny", "pictures", "--csv", f"{tmp_path}/closed/table.csv"], words)
 
 

@@ -1,4 +1,4 @@
-"""The ledger refuses every line that is not as it was written."""
+"""The ledger refuses every line that was changed."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def test_an_edited_line_is_named(number: int, field: str, value: int) -> None:
     lines[number][field] = value if field in ("trial", "line") else f"{lines[number][field]}{value}"
     if lines == written(5):  # the value that was there
         return
-    assert fault(lines, UID) == f"line {number + 1} of the test ledger is not as it was written"
+    assert fault(lines, UID) == f"line {number + 1} of the test ledger was changed"
 
 
 @pytest.mark.parametrize("content", [5, "no JSON", {}, {"line": 1}, True, 0.5, ""])
 def test_what_is_no_list_is_named(content: Any) -> None:
-    assert fault(content, UID) == "the test ledger is not as it was written, a list of lines"
+    assert fault(content, UID) == "the test ledger was changed: it is not a list of lines"
     assert readable(content) == []
 
 
 @pytest.mark.parametrize("line", [{}, 1, None, "opened", [], {"line": 1}, {"event": "result", "trial": 0, "line": 2}])
 def test_what_is_no_line_is_named(line: Any) -> None:
-    assert fault([line], UID) == "line 1 of the test ledger is not as it was written"
-    assert fault([*written(1), line], UID) == "line 2 of the test ledger is not as it was written"
+    assert fault([line], UID) == "line 1 of the test ledger was changed"
+    assert fault([*written(1), line], UID) == "line 2 of the test ledger was changed"
     assert readable([line]) == []
 
 
@@ -85,7 +85,7 @@ def test_a_result_that_names_an_opening_is_found() -> None:
     seeds = [{"seed": 0, "correct": 1, "total": 2, "accuracy": 0.5, "weights": "0"}]
     about = {"trial": 0, "fit_on": "train", "test_openings": 1, "ledger": lines[0]["hash"]}
     final = FinalResult.of(summary(seeds) | about | NOT_COMPARED)
-    assert "which is none of a result" in str(difference(lines, final))
+    assert "which is not a result" in str(difference(lines, final))
 
 
 def test_a_line_that_is_added_by_hand_does_not_fit() -> None:

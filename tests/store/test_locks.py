@@ -118,7 +118,7 @@ def test_where_nothing_can_be_written_the_results_are_said_to_be_lost(tmp_path: 
 
     said = lost_after(1, tmp_path / "studies", remove, more=0)
     assert "its results are lost" in said
-    assert "from a copy" in said
+    assert "from a backup" in said
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_a_command_whose_study_is_deleted_ends_with_1_and_says_how_to_go_on(
     assert ended.code == 1
     assert one_sentence(ended.err), ended.err
     assert "tiny.rescued.db" in ended.err
-    assert "Go on with:" in ended.out
+    assert "Resume with:" in ended.out
     assert not (line.place / "studies" / "tiny.report").exists()
     monkeypatch.setattr(Display, "show", show)
     database.with_name("tiny.rescued.db").replace(database)

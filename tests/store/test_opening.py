@@ -56,7 +56,7 @@ def test_a_field_that_came_later_with_another_value_is_refused(study: Study, url
 def test_a_field_that_is_gone_is_refused(study: Study, url: str) -> None:
     redefined(study, url, **{"optim.lookahead": 3})
     with read_store(study.name, url) as store:
-        refused = pytest.raises(InputError, match=r"optim\.lookahead was 3, and is no field any more")
+        refused = pytest.raises(InputError, match=r"optim\.lookahead was 3, and is no longer a field")
         with refused:
             check_definition(study, store, None)
 

@@ -114,7 +114,7 @@ def test_a_study_that_another_program_reads_is_not_moved_aside(tmp_path: Path) -
             reader.execute("BEGIN")
             reader.execute("SELECT * FROM trials").fetchall()
             evaluate(STUDY, store, store.ask(STUDY, 2))  # is in the log, which would be left behind
-        with pytest.raises(InputError, match="end it, and try again"):
+        with pytest.raises(InputError, match="stop it and try again"):
             move_aside("tiny", url)
         assert file.exists()
     moved = move_aside("tiny", url)

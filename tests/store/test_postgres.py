@@ -295,7 +295,7 @@ def test_whoever_led_and_stood_still_does_not_open_the_test_set(database: str) -
     with open_store(searching(), database) as first, open_store(searching(), database) as second:
         assert first.lead()
         assert not second.lead()
-        led = f"The final run is under way in process {os.getpid()} on "
+        led = f"The final run is running in process {os.getpid()} on "
         assert sentences.test_sentence(second).startswith(led)
         assert sentences.test_sentence(first) == "The test set has not been opened.", "it knows what it does"
         first.check_lead()

@@ -48,7 +48,7 @@ URLS = {
     ),
     "a password with an @": (
         "postgresql+psycopg://postgres:se@secret/secret@127.0.0.1:{port}/postgres",
-        ["***", "write %40 for one in the password"],
+        ["***", "write %40 for an @ in the password"],
     ),
     "no password": ("postgresql+psycopg://postgres@127.0.0.1:{port}/postgres", ["no password", "PGPASSWORD"]),
     "an unknown host": ("postgresql+psycopg://postgres:secret@db.invalid/x", ["db.invalid", "check the host's name"]),
@@ -58,11 +58,11 @@ URLS = {
     ),
     "a socket that is none": (
         "postgresql+psycopg://postgres@/x?host=/no/such/folder",
-        ["/no/such/folder", "check the folder of its socket"],
+        ["/no/such/folder", "check the socket's folder"],
     ),
     "an unknown database": (
         f"postgresql+psycopg://postgres:{PASSWORD}@127.0.0.1:{{port}}/meadow",
-        ["make it with `createdb -h 127.0.0.1 -p {port} -U postgres meadow`"],
+        ["create it with `createdb -h 127.0.0.1 -p {port} -U postgres meadow`"],
     ),
     "no database": (f"postgresql+psycopg://postgres:{PASSWORD}@127.0.0.1:{{port}}", ["names no database"]),
     "an unknown option": (
@@ -70,7 +70,7 @@ URLS = {
         ["sslmod", "check the URL"],
     ),
     "another driver": ("postgresql+asyncpg://a:secret@127.0.0.1/x", ["asyncpg"]),
-    "MySQL": ("mysql://flora:secret@127.0.0.1/x", ["a study lives in SQLite or PostgreSQL"]),
+    "MySQL": ("mysql://flora:secret@127.0.0.1/x", ["a study needs SQLite or PostgreSQL"]),
 }
 
 
@@ -124,7 +124,7 @@ def test_a_database_of_another_program_is_refused(database: str, line: CommandLi
 def test_a_user_who_may_make_no_tables_is_told_so(postgres: PostgreSQL, database: str, line: CommandLine) -> None:
     postgres.do("CREATE ROLE guest LOGIN PASSWORD 'secret'")
     url = database.replace(f"postgres:{PASSWORD}", "guest:secret")
-    assert_refused(line, ["--storage", url], ["permission denied", "let this user make tables in it"])
+    assert_refused(line, ["--storage", url], ["permission denied", "let this user create tables in it"])
     assert content(database) == {}
 
 
@@ -142,7 +142,7 @@ def begun(database: str, line: CommandLine) -> str:
 @pytest.mark.slow
 def test_another_definition_is_refused(begun: str, line: CommandLine) -> None:
     before = content(begun)
-    words = ["was begun with another definition", "epochs was 2, is 5"]
+    words = ["was started with another definition", "epochs was 2, is 5"]
     assert_refused(line, ["--storage", begun, "--set", "epochs=5"], words)
     assert content(begun) == before
 
@@ -167,7 +167,7 @@ def test_other_versions_are_refused_while_somebody_works(begun: str, line: Comma
 @pytest.mark.slow
 def test_fresh_is_refused(begun: str, line: CommandLine) -> None:
     before = content(begun)
-    assert_refused(line, ["--storage", begun, "--fresh"], ["--fresh moves a SQLite file", "database of its own"])
+    assert_refused(line, ["--storage", begun, "--fresh"], ["--fresh renames a SQLite file", "its own database"])
     assert content(begun) == before
 
 

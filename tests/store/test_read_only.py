@@ -63,9 +63,9 @@ def test_a_study_in_a_read_only_folder_is_shown_and_reported(
         assert [shown(capsys, "show", "demo", *more) for more in ([], ["--json"], ["--digest"])] == before
         shown(capsys, "report", "demo", "--output", str(workspace / "elsewhere"))
         assert_refused(workspace, capsys, ["report", "demo"], ["demo.report", "cannot be"])
-        assert_refused(workspace, capsys, ["run", "--study", "demo"], ["demo.db", "may not be written", "--storage"])
+        assert_refused(workspace, capsys, ["run", "--study", "demo"], ["demo.db", "is not writable", "--storage"])
         elsewhere = ["run", "--study", "demo", "--storage", "sqlite:///studies/new.db"]
-        assert_refused(workspace, capsys, elsewhere, ["new.db", "may not be written", "--storage"])
+        assert_refused(workspace, capsys, elsewhere, ["new.db", "is not writable", "--storage"])
     assert (workspace / "elsewhere" / "report.html").is_file()
 
 

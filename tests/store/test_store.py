@@ -243,7 +243,7 @@ STATEFUL = {
 @pytest.mark.parametrize("name", STATEFUL)
 def test_a_sampler_that_notes_elsewhere_what_it_has_tried_is_refused(name: str) -> None:
     study = searching(sampler=STATEFUL[name], space=SIMPLE, trials=12)
-    with pytest.raises(InputError, match=f"{name} suggests .* resumed study does not look"):
+    with pytest.raises(InputError, match=f"{name} suggests .* resumed study cannot read it"):
         rehearse(study)
 
 
@@ -351,7 +351,7 @@ def test_curve_epochs_and_value_agree_when_redone_epochs_have_other_bits(
     assert trial.curve == {each.epoch: each.val.accuracy for each in trial.epochs if each.val is not None}
     assert all(trial.curve[epoch] != value for epoch, value in before.items())
     said = capsys.readouterr().err.splitlines()
-    assert len([line for line in said if "in the redone epoch" in line]) == died
+    assert len([line for line in said if "in the repeated epoch" in line]) == died
 
 
 # -- the definition ------------------------------------------------------------------------------------------------
@@ -373,7 +373,7 @@ def test_another_definition_is_refused_and_named(changes: dict[str, Any], named:
     with open_store(searching(), url) as store:
         run_analytic(searching(), store, 1)
     with (
-        pytest.raises(InputError, match="begun with another definition") as caught,
+        pytest.raises(InputError, match="started with another definition") as caught,
         open_store(searching(**changes), url),
     ):
         pass
@@ -398,7 +398,7 @@ def test_a_study_in_another_format_is_refused(kept: int | None, tmp_path: Path) 
     url = url_of(tmp_path / "tiny.db")
     with open_store(searching(), url) as store:
         store.set_attribute("format", kept)
-    words = rf"written by another version of the harness \(format {kept or 0}, this one reads 1\); open it with that"
+    words = rf"written by another version of the harness \(format {kept or 0}, this version reads 1\); open it with"
     with pytest.raises(InputError, match=words), open_store(searching(), url):
         pass
     with pytest.raises(InputError, match=words), read_store("tiny", url):
@@ -421,16 +421,14 @@ def test_other_images_or_weights_are_refused_and_unknown_ones_are_not(tmp_path: 
     with open_store(searching(), url, None):  # the no-op does not read the images
         pass
     with (
-        pytest.raises(
-            InputError, match=r"the images are others than when the study began \(\d+ then, \d+ now\)"
-        ) as said,
+        pytest.raises(InputError, match=r"the images differ from those at the start \(\d+ then, \d+ now\)") as said,
         open_store(searching(), url, {"data": "bbbb", "weights": "none"}),
     ):
         pass
     assert "aaaa" not in str(said.value)
     assert "bbbb" not in str(said.value)
     with (
-        pytest.raises(InputError, match="the pretrained weights are others than when the study began"),
+        pytest.raises(InputError, match="the pretrained weights differ from those at the start"),
         open_store(searching(), url, {"data": "aaaa", "weights": "others"}),
     ):
         pass
@@ -449,7 +447,7 @@ def test_images_that_were_added_are_counted_in_the_refusal(tmp_path: Path) -> No
     with open_store(study, url_of(tmp_path / "tiny.db"), {"data": "aaaa"}):
         pass
     Image.new("RGB", (8, 8), (99, 0, 0)).save(folder / "a" / "99.bmp")
-    text = re.escape(f"the images in {folder} are others than when the study began (20 then, 21 now)")
+    text = re.escape(f"the images in {folder} differ from those at the start (20 then, 21 now)")
     with pytest.raises(InputError, match=text), open_store(study, url_of(tmp_path / "tiny.db"), {"data": "bbbb"}):
         pass
 

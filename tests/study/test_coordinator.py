@@ -14,7 +14,7 @@ FAILED = Failed(reason="ValueError: broken", traceback="Traceback")
 DIVERGED, PRUNED = Diverged(epoch=2, step=3, lr=0.5), Pruned(epoch=1)
 
 ENDS: dict[str, tuple[list[TrialOutcome], list[str], list[str]]] = {
-    "pruned": ([PRUNED, PRUNED], ["all 2 pruned.", "no_pruning()"], ["MLflow", "failed", "diverging"]),
+    "pruned": ([PRUNED, PRUNED], ["all 2 pruned.", "no_pruning()"], ["MLflow", "failed", "divergence"]),
     "diverged": (
         [DIVERGED, DIVERGED, DIVERGED],
         ["all 3 diverged", "at step 3 of epoch 2, learning rate 0.5", "lower learning rates"],

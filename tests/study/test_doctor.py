@@ -210,7 +210,7 @@ def check(place: Path, doctor: Doctor, expected: str, before: dict[str, Any]) ->
     assert expected in lines[0]
     assert files(place) == content, "a look writes nothing"
     code, lines = doctor("--fix")
-    assert (code, lines[-1]) == (0, "Mended."), lines
+    assert (code, lines[-1]) == (0, "Repaired."), lines
     assert shown(place) == before
     content = files(place)
     code, lines = doctor("--fix")
@@ -242,10 +242,10 @@ def test_files_named_in_the_folder_that_the_database_was_in_are_found_and_mended
     monkeypatch.chdir(place)
     code, said = doctor()
     assert code == 1
-    assert f"MLflow looks for files in {finished}/mlruns/artifacts/tiny, but its database lies in" in said[0]
+    assert f"MLflow looks for files in {finished}/mlruns/artifacts/tiny, but its database is now in" in said[0]
     code, said = doctor("--fix")
     assert code == 0
-    assert "Mended." in said
+    assert "Repaired." in said
     assert (place / "mlruns" / ARTIFACTS / "tiny").is_dir()
     assert doctor()[0] == 0
 
@@ -254,7 +254,7 @@ def test_an_interrupted_trial_alone_is_no_disagreement(waiting: Path, doctor: Do
     before = files(waiting)
     code, lines = doctor()
     assert (code, len(lines)) == (0, 1), lines
-    assert "trial 4 goes on when the study does" in lines[0]
+    assert "trial 4 resumes when the study does" in lines[0]
     assert files(waiting) == before
 
 
@@ -437,7 +437,7 @@ def test_a_second_run_of_the_same_thing_is_taken_out(place: Path, doctor: Doctor
 def test_a_run_of_an_unknown_trial_is_taken_out(place: Path, doctor: Doctor, status: str) -> None:
     before = shown(place)
     add_run(place, "trial-1", "trial-77", status)
-    check(place, doctor, "trial-77, which the storage does not know", before)
+    check(place, doctor, "trial-77, which is not in the storage", before)
 
 
 @slow
@@ -572,7 +572,7 @@ def test_while_a_process_runs_the_study_what_is_under_way_is_left_out_and_mendin
         code, lines = doctor()
         assert (code, len(lines)) == (1, 2), lines
         assert "shows trial-0 as pruned" in lines[0]
-        assert lines[1].startswith(f"The study is under way in process {process.pid}:")
+        assert lines[1].startswith(f"The study is running in process {process.pid}, ")
     finally:
         process.kill()
         process.wait(timeout=PATIENCE_SECONDS)
@@ -605,7 +605,7 @@ def test_a_model_that_is_not_described_is_named_and_waits_for_a_run(place: Path,
     code, lines = doctor()
     assert (code, len(lines)) == (1, 1)
     assert "model.json is damaged (" in lines[0]
-    assert "run the study again: it makes what is lost again, and the test set stays closed" in lines[0]
+    assert "run the study again: it restores lost files, and the test set stays closed" in lines[0]
     assert path.read_text() == text
     assert doctor("--fix")[0] == 1
     assert not path.exists(), "the next run makes it again"
@@ -622,11 +622,11 @@ def test_another_or_a_damaged_model_is_named_and_waits_for_a_run(place: Path, do
     content = files(place)
     code, lines = doctor()
     assert (code, len(lines)) == (1, 1)
-    assert ("holds other weights" if damage == "other" else "is damaged") in lines[0]
+    assert ("differs from the final" if damage == "other" else "is damaged") in lines[0]
     assert files(place) == content
     code, lines = doctor("--fix")
     assert code == 1
-    assert "Not all of it could be mended" in lines[-1]
+    assert "Some disagreements remain." in lines[-1]
     assert not path.exists(), "the next run trains it again"
     code, lines = doctor()
     assert code == 1
@@ -649,7 +649,7 @@ def test_an_empty_database_is_one_sentence(place: Path, doctor: Doctor) -> None:
     (place / "studies" / "tiny.db").write_bytes(b"")
     code, lines = doctor()
     assert (code, len(lines)) == (2, 1)
-    assert "tiny.db is empty); take the file from a copy if it held any, else run it with " in lines[0]
+    assert "tiny.db is empty); restore the file from a backup if it had any, else run it with " in lines[0]
 
 
 @pytest.mark.slow
@@ -661,7 +661,7 @@ def test_an_edited_test_ledger_is_named_and_never_mended(place: Path, doctor: Do
     for arguments in ([], ["--fix"]):
         code, said = doctor(*arguments)
         assert code == 1
-        assert "line 1 of the test ledger is not as it was written" in said[0]
+        assert "line 1 of the test ledger was changed" in said[0]
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def test_a_lost_model_is_made_again_with_the_threads_and_so_the_bits_of_the_test
     lose(model)
     ended = line.run("--storage", url, "--trials", "1")
     assert ended.code == 0, ended.err
-    assert "its seed is trained again" in ended.err
+    assert "retraining its seed" in ended.err
     assert "Since the last trial" not in ended.err, "no trial is trained"
     assert (model / "model.safetensors").read_bytes() == before
     assert json.loads((model / "model.json").read_text())["weights"]["tested"] is True
@@ -117,17 +117,17 @@ def test_a_model_that_cannot_be_made_to_the_same_bits_says_so_and_is_used(
     lose(model)
     ended = line.run("--storage", url, "--trials", "1")
     assert ended.code == 0, ended.err
-    said = [each for each in ended.err.splitlines() if "its weights are not those that were tested" in each]
+    said = [each for each in ended.err.splitlines() if "its weights differ from the tested ones" in each]
     assert len(said) == 1, ended.err
     assert "copy tiny.model from the machine that trained it first" in said[0]
     described = json.loads((model / "model.json").read_text())
     assert described["weights"]["tested"] is False
     assert described["weights"]["sha256"] != final["per_seed"][0]["weights"]
-    assert "were trained again from that seed after the tested ones were lost" in (model / "README.md").read_text()
+    assert "were retrained from that seed after the tested ones were lost" in (model / "README.md").read_text()
     assert "Nothing is missing" in line.run("--storage", url, "--trials", "1").out
     code, text = doctor(url, capsys)
     assert code == 0, text
-    assert f"the model in {model} was trained again after the tested one, whose test result it shows, was lost" in text
+    assert f"the model in {model} was retrained after the tested one was lost, and shows" in text
     assert main(["export", "tiny", "--storage", url, "--onnx", str(line.place / "x.onnx")]) == 0
     in_mlflow = [json.loads(each.read_text()) for each in (line.place / "mlruns").rglob("model.json")]
     assert [each["weights"]["tested"] for each in in_mlflow] == [True], "MLflow has the tested one"
@@ -137,7 +137,7 @@ def test_a_model_that_cannot_be_made_to_the_same_bits_says_so_and_is_used(
     assert line.run("--storage", url, "--trials", "1").code == 0
     assert json.loads((model / "model.json").read_text())["weights"]["tested"] is True
     code, text = doctor(url, capsys)
-    assert (code, "trained again" in text) == (0, False), text
+    assert (code, "retrained" in text) == (0, False), text
 
 
 @pytest.mark.slow
@@ -293,7 +293,7 @@ def test_each_trial_is_named_with_its_own_process(
         code, text = doctor(database, capsys)
         assert code == 0, text
         assert (
-            f"; trial 0 is under way in {here}; trial 1 is under way in process 77 on gpu-7; trials 2 and 3 go" in text
+            f"; trial 0 is running in {here}; trial 1 is running in process 77 on gpu-7; trials 2 and 3 resume" in text
         )
         code, text = doctor(database, capsys, "--fix")
         assert code == 2
@@ -303,4 +303,4 @@ def test_each_trial_is_named_with_its_own_process(
         _, text = doctor(database, capsys, "--fix")
         assert f"is being run by {here}; wait" in text
     code, text = doctor(database, capsys)
-    assert "; trials 0, 1, 2 and 3 go on when the study does." in text
+    assert "; trials 0, 1, 2 and 3 resume when the study does." in text

@@ -48,7 +48,7 @@ def test_a_damaged_image_cache_is_named_and_made_again(
     assert complete(study, tmp_path / "again") == undisturbed
     said = capsys.readouterr().err
     # A split that the search never reads at a size may stay damaged until it is asked for.
-    assert said.count("is damaged (its checksum is wrong) and is made again.") >= 3
+    assert said.count("is damaged (its checksum is wrong); rebuilding it.") >= 3
     assert "Traceback" not in said
 
 
@@ -113,7 +113,7 @@ def test_a_damaged_checkpoint_is_named_and_its_training_starts_again(
     assert complete(study, tmp_path, at=started.append) == undisturbed
     said = capsys.readouterr().err
     assert f"{path} is damaged (" in said
-    assert said.endswith("it is not used, and the training starts again.\n")
+    assert said.endswith("it is ignored, and the training starts again.\n")
     assert len(said.splitlines()) == 1
     first = started[0]
     assert isinstance(first, TrialStarted)
@@ -158,7 +158,7 @@ def test_trained_weights_damaged_before_the_test_set_is_opened_are_trained_again
 
     with monkeypatch.context() as patch:
         patch.setattr("harness.final.test_set.load_test", damage_then_open)
-        with pytest.raises(Halt, match="are gone or damaged; the same command trains them again"):
+        with pytest.raises(Halt, match="are missing or damaged; run the same command again"):
             complete(study, tmp_path)
     assert complete(study, tmp_path, look=lambda store: store.attributes()["final"]["test_openings"]) == 1
     assert complete(study, tmp_path) == undisturbed
@@ -196,16 +196,16 @@ def test_a_whole_checkpoint_of_another_training_is_refused(
     write_tensors(path, tensors, record)
     capsys.readouterr()
     assert complete(study, tmp_path) == undisturbed
-    assert capsys.readouterr().err == f"{path} belongs to another training; it is not used.\n"
+    assert capsys.readouterr().err == f"{path} belongs to another training; it is ignored.\n"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("attribute", "change", "words"),
     [
-        ("final", {"per_seed": None}, "the study's 'final' does not say its per_seed; take the storage from a copy."),
-        ("final", {"base": {"trial": 0}}, "the study's 'final' does not say its base;"),
-        ("final", {"interval": [0.1]}, "the study's 'final' does not say its interval;"),
+        ("final", {"per_seed": None}, "the study's 'final' has no valid per_seed; restore the storage from a"),
+        ("final", {"base": {"trial": 0}}, "the study's 'final' has no valid base;"),
+        ("final", {"interval": [0.1]}, "the study's 'final' has no valid interval;"),
         ("predictions", {"classes": ["rose"]}, "The study's 'predictions' are damaged (32 labels of 1 classes"),
         ("predictions", {"labels": "AAA"}, "The study's 'predictions' are damaged ("),
         ("predictions", {"seeds": None}, "The study's 'predictions' are damaged ("),
@@ -237,6 +237,6 @@ def test_a_study_in_another_format_is_left_alone_and_can_be_moved_aside(line: Co
         store.set_attribute("format", None)
     refused = line.run("--trials", "2")
     assert (refused.code, one_sentence(refused.err)) == (2, True)
-    assert "start anew with --fresh" in refused.err
+    assert "start a new one with --fresh" in refused.err
     assert line.run("--trials", "1", "--fresh").code == 0
     assert len(list((line.place / "studies").glob("tiny.2*.db"))) == 1

@@ -52,7 +52,7 @@ def test_a_study_whose_disk_is_full_again_and_again_ends_as_the_undisturbed_one(
             assert ended.code == 1, ended
             assert one_sentence(ended.err), ended.err
             assert "make room" in ended.err
-            assert ended.out.splitlines()[-2] == "Go on with:"
+            assert ended.out.splitlines()[-2] == "Resume with:"
             named.append(ended.err)
             if kilobytes >= 220:
                 now, _ = line.stored()

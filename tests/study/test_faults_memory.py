@@ -102,7 +102,7 @@ def test_a_trial_without_memory_goes_on_with_smaller_parts_of_the_same_batch(
     assert [trial.state for trial in parts] == ["complete"] * 3
     assert parts[0].epochs[-1].train.loss == pytest.approx(whole[0].epochs[-1].train.loss, rel=1e-4)
     assert sizes[:5] == [16, 8, 4, 4, 4]  # found out once in a training
-    assert "Out of memory: going on with 4 images at a time, accumulated to the same batch." in capsys.readouterr().err
+    assert "Out of memory: using 4 images at a time, accumulated to the same batch." in capsys.readouterr().err
 
 
 @pytest.mark.slow

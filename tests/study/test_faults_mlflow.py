@@ -120,7 +120,7 @@ def test_a_server_killed_and_started_again_has_everything_once(
     def noticed() -> bool:
         nonlocal said
         said += capsys.readouterr().err
-        return "does not take what it is told" in said
+        return "does not accept entries" in said
 
     def start() -> None:
         until(noticed)
@@ -139,8 +139,8 @@ def test_a_server_killed_and_started_again_has_everything_once(
     assert complete(study, tmp_path, tracker, at=at, look=finished) == undisturbed
     said += capsys.readouterr().err
     assert len(said.splitlines()) == 2, said
-    assert "does not take what it is told" in said.splitlines()[0]
-    assert "answers again; what it missed is being written" in said.splitlines()[1]
+    assert "does not accept entries" in said.splitlines()[0]
+    assert "answers again; writing the missed entries" in said.splitlines()[1]
 
 
 def test_a_server_that_never_comes_back_is_filled_up_by_the_same_command(
@@ -160,7 +160,7 @@ def test_a_server_that_never_comes_back_is_filled_up_by_the_same_command(
     monkeypatch.setattr("harness.study.stages.run", killing)
     first = line.run("--tracking-uri", server.uri)
     assert first.code == 0, first
-    assert f"MLflow at {server.uri} lacks a part of this; the same command writes it when MLflow is back." in first.out
+    assert f"MLflow at {server.uri} is incomplete; run the same command when it is back." in first.out
     assert len(first.err.splitlines()) == 1, first.err
     while_away = line.run("--tracking-uri", server.uri)
     assert while_away.code == 0, "a study that has begun goes on without MLflow"
@@ -264,7 +264,7 @@ def test_a_database_locked_for_longer_than_mlflow_waits_does_not_delay_the_study
     def noticed() -> bool:
         nonlocal said
         said += capsys.readouterr().err
-        return "does not take what it is told" in said
+        return "does not accept entries" in said
 
     with closing(sqlite3.connect(mlruns / "mlflow.db", isolation_level=None)) as other:
 
@@ -281,7 +281,7 @@ def test_a_database_locked_for_longer_than_mlflow_waits_does_not_delay_the_study
         found = complete(study, tmp_path, tracker, at=when(EpochEnded, 0, lock), look=finished)
     assert found == undisturbed
     said += capsys.readouterr().err
-    assert "(sqlite3.OperationalError) database is locked). The study goes on, and it is told later." in said
+    assert "(sqlite3.OperationalError) database is locked). The study goes on, and writes them later." in said
     assert "Traceback" not in said
     assert len(said.splitlines()) == 2
 
@@ -297,8 +297,8 @@ def test_a_full_disk_of_mlflow_does_not_stop_the_study(
         shutil.copy(empty_mlflow, mlruns / "mlflow.db")
         first = line.run()
         assert first.code == 0, first
-        assert "lacks a part of this; the same command writes it when MLflow is back." in first.out
-        assert "The study goes on, and it is told later." in first.err
+        assert "is incomplete; run the same command when it is back." in first.out
+        assert "The study goes on, and writes them later." in first.err
         assert len(first.err.splitlines()) == 1, first.err
         disk.resize(4 * 16_384)
         again = line.run()

@@ -40,9 +40,9 @@ def test_odd_folders_and_files_are_trained_on_and_what_is_left_out_is_said_once(
     assert main(["run", "--study", "folder"]) == 0
 
     said = capsys.readouterr().err.splitlines()
-    assert [line for line in said if "left out" in line] == [
-        f"{root}/spare is left out, for it is the folder of no split.",
-        f"1 picture is left out, such as {root}/preview.png, for it lies in no class folder.",
+    assert [line for line in said if "ignored" in line] == [
+        f"{root}/spare is ignored: it belongs to no split.",
+        f"1 picture is ignored, such as {root}/preview.png: it is in no class folder.",
     ]
     description = json.loads((workspace / "studies" / "folder.model" / "model.json").read_text(encoding="utf-8"))
     assert description["classes"] == ["__background__", "r\xf6se & <b>", "train"]
@@ -51,4 +51,4 @@ def test_odd_folders_and_files_are_trained_on_and_what_is_left_out_is_said_once(
     assert ["Train/train/\\udcf6\\n.png", "testing/train/\\udcf6\\n.png"] in pairs
     assert ["Train/train/0.png", "VALIDATION/train/\\udcf6\\n.png"] in pairs
     assert main(["run", "--study", "folder"]) == 0
-    assert "left out" not in capsys.readouterr().err, "nothing was started"
+    assert "ignored" not in capsys.readouterr().err, "nothing was started"

@@ -218,7 +218,7 @@ def test_when_its_reader_leaves_a_study_goes_on_and_still_says_how_after_an_inte
     process.send_signal(signal.SIGINT)
     said = process.stderr.read()
     assert process.wait() == 130, said
-    assert said.splitlines()[-2] == "Go on with:", said
+    assert said.splitlines()[-2] == "Resume with:", said
     assert "Traceback" not in said
 
 

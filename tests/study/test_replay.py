@@ -206,7 +206,7 @@ def test_an_edited_parameter_is_found(tmp_path: Path, capsys: pytest.CaptureFixt
     with open_store(study, f"sqlite:///{file}") as store:
         run_analytic(study, store, study.trials)
         assert replay_study(study, store)
-    assert capsys.readouterr().out == "All 6 suggestions are asked again and the same.\n"
+    assert capsys.readouterr().out == "All 6 suggestions are the same when replayed.\n"
     edit(
         file,
         "UPDATE trial_params SET param_value = 0.25 WHERE param_name = 'backbone.dropout' "
@@ -215,7 +215,7 @@ def test_an_edited_parameter_is_found(tmp_path: Path, capsys: pytest.CaptureFixt
     with read_store(study.name, f"sqlite:///{file}") as store:
         assert not replay_study(study, store)
     first, last = capsys.readouterr().out.splitlines()
-    assert first.startswith("trial 3: backbone.dropout is 0.25, asked again 0.")
+    assert first.startswith("trial 3: backbone.dropout is 0.25, replayed 0.")
     assert last == "1 of 6 suggestions differ."
 
 
@@ -226,7 +226,7 @@ def test_a_parameter_that_is_gone_is_found(tmp_path: Path, capsys: pytest.Captur
     edit(file, "DELETE FROM trial_params WHERE param_name = 'backbone.dropout' AND trial_id = 2")
     with read_store(study.name, f"sqlite:///{file}") as store:
         assert not replay_study(study, store)
-    assert "trial 1: backbone.dropout is missing, asked again 0." in capsys.readouterr().out
+    assert "trial 1: backbone.dropout is missing, replayed 0." in capsys.readouterr().out
 
 
 def test_another_version_of_optuna_is_named_when_suggestions_differ(capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,7 +238,7 @@ def test_another_version_of_optuna_is_named_when_suggestions_differ(capsys: pyte
     assert "versions" not in capsys.readouterr().out
     assert not replay_study(dataclasses.replace(study, seed=study.seed + 1), store)
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("3 of 4 suggestions differ, the first is trial 1's; what was asked later may have seen it.")
+    assert last.startswith("3 of 4 suggestions differ, first that of trial 1; later ones may depend on it.")
     assert "python was 3.8.1, is 3." in last
     assert "optuna was 2.0.0, is " in last
     assert "mlflow" not in last
@@ -255,7 +255,7 @@ def test_a_trial_that_lacks_parameters_still_is_compared_in_those_that_it_has() 
     assert (last.number, last.same) == (whole.number, True)
     trials[-1].params["optim.depth_lr_mult"] = 0.123
     *_, last = replay(study, trials)
-    assert last.line().startswith(f"trial {whole.number}: optim.depth_lr_mult is 0.123, asked again")
+    assert last.line().startswith(f"trial {whole.number}: optim.depth_lr_mult is 0.123, replayed")
     trials[-1].params.clear()  # it has been taken, and nothing was asked
     assert [each.number for each in replay(study, trials)] == [0, 1, 2, 3]
 
@@ -284,5 +284,5 @@ def test_the_command_says_so_and_writes_nothing(workspace: Path, capsys: pytest.
         run_analytic(found.study, store, 12)
     files = {path: path.read_bytes() for path in (workspace / "studies").glob("demo.*")}
     assert main(["replay", "demo"]) == 0
-    assert capsys.readouterr().out == "All 12 suggestions are asked again and the same.\n"
+    assert capsys.readouterr().out == "All 12 suggestions are the same when replayed.\n"
     assert {path: path.read_bytes() for path in (workspace / "studies").glob("demo.*")} == files

@@ -135,7 +135,7 @@ def test_what_differs_from_then_is_named_as_the_reason(place: Path, run: Run, ke
 
 def test_without_a_difference_the_reason_says_that_too(place: Path, run: Run) -> None:
     change(place, 1, "epochs", lambda epochs: [each | {"lr": 1.0} for each in epochs])
-    assert "Versions, device, threads and commit are those of then" in run("1")[1]
+    assert "Versions, device, threads and commit are the same" in run("1")[1]
 
 
 def test_a_trial_that_moved_half_way_says_so(place: Path, run: Run) -> None:
@@ -143,7 +143,7 @@ def test_a_trial_that_moved_half_way_says_so(place: Path, run: Run) -> None:
     change(place, 1, "environments", lambda each: [each[0] | {"threads": "3"}, each[0]])
     last = run("1")[1].splitlines()[-1]
     assert "threads was 3" in last
-    assert "went on elsewhere" in last
+    assert "resumed elsewhere" in last
 
 
 @pytest.mark.parametrize(

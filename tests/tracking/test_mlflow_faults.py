@@ -173,7 +173,7 @@ def test_a_refused_parameter_is_named_and_the_others_are_written(
     assert len(runs_of(mlruns)[trial_key(0)].data.params) == 250
     said = lines(capsys)
     assert len(said) == 2
-    assert "MLflow refuses param bad!name?, and it is left out" in said[0]
+    assert "MLflow refuses param bad!name?, which is skipped" in said[0]
 
 
 # -- what people delete in MLflow's pages --------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def test_a_database_deleted_while_the_study_runs_is_made_again_with_everything(
         run_trial(study, store, tracker, outcome)
     shutil.copy(empty_mlflow, mlruns / "mlflow.db")  # to make one takes seconds
     assert tracker.finish({"best_val_accuracy": 0.6}, [], "complete")
-    assert any("was deleted; it is made again" in text for text in lines(capsys))
+    assert any("was deleted; creating it again" in text for text in lines(capsys))
     runs = runs_of(mlruns)
     assert set(runs) == {"study", "trial-0", "trial-1", "trial-2", "trial-3"}
     assert {run.data.tags["mlflow.parentRunId"] for key, run in runs.items() if key != "study"} == {
@@ -304,7 +304,7 @@ def test_what_a_finished_study_has_lost_in_mlflow_is_written_again_by_the_same_c
     again = line.run("--trials", "1")
     assert again.code == 0
     assert "Nothing is missing" in again.out
-    assert again.err.count("What is missing is written again.") == (lost != "nothing"), again.err
+    assert again.err.count("Writing what is missing.") == (lost != "nothing"), again.err
     assert line.run("--trials", "1").err == ""
     assert main(["doctor", "tiny"]) == 0
     (report,) = mlruns.rglob("report.html")

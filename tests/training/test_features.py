@@ -93,12 +93,12 @@ def test_a_model_that_does_more_after_its_head_is_refused(tmp_path: Path) -> Non
             return 5 * logits + 1
 
     model = Sharp(*SmallNet().build(4, 64).children())
-    with pytest.raises(InputError, match="2: its features cannot be kept"):
+    with pytest.raises(InputError, match="2: features cannot be cached"):
         FrozenBody(model, "2", 64, CPU, tmp_path)
 
 
 def test_a_last_depth_that_is_a_parameter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="class_token, is no module"):
+    with pytest.raises(InputError, match="class_token, is not a module"):
         FrozenBody(OtherNet().build(4, 64), "class_token", 64, CPU, tmp_path)
 
 
@@ -382,9 +382,9 @@ def test_a_whole_study_ends_with_a_whole_model_and_every_trial_is_reproduced(
 def test_features_of_a_backbone_that_learns_are_refused(image_cache: Path) -> None:
     frozen = head_only(image_cache)
     study = make_study(image_cache)
-    with pytest.raises(InputError, match=r"optim\.depth_lr_mult is or may become 0\.5: set it to 0 and take"):
+    with pytest.raises(InputError, match=r"optim\.depth_lr_mult is or may become 0\.5: set it to 0 and remove"):
         dataclasses.replace(study.train, feature_views=0)
-    with pytest.raises(InputError, match=r"may become 1: .* take it out of the study's space"):
+    with pytest.raises(InputError, match=r"may become 1: .* remove it from the study's space"):
         dataclasses.replace(study, train=frozen)  # its space has multipliers
     space = {"optim.base_lr": Float(1e-4, 1e-2), "optim.depth_lr_mult": Choice((0.0,))}
     assert dataclasses.replace(study, train=frozen, space=space).train == frozen
@@ -396,8 +396,8 @@ def test_features_of_a_backbone_that_learns_are_refused(image_cache: Path) -> No
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["feature_views=4"], ["optim.depth_lr_mult is or may become 0.8", "set it to 0 and take"]),
-        (["optim.depth_lr_mult=0", "feature_views=4"], ["may become 1", "take it out of the study's space"]),
+        (["feature_views=4"], ["optim.depth_lr_mult is or may become 0.8", "set it to 0 and remove"]),
+        (["optim.depth_lr_mult=0", "feature_views=4"], ["may become 1", "remove it from the study's space"]),
         (["optim.depth_lr_mult=0", "feature_views=-1"], ["feature_views must lie in 0..1000, or be null, not -1"]),
         (["optim.depth_lr_mult=0", "feature_views=1000000000"], ["feature_views must lie in 0..1000"]),
         (["feature_views=1.5"], ["feature_views must be a whole number or null, not 1.5"]),

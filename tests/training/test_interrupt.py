@@ -78,7 +78,7 @@ except KeyboardInterrupt:
 def test_a_request_inside_waits_for_the_end(names: tuple[str, ...]) -> None:
     words, said = child(INSIDE.format(signals=", ".join(map(repr, names))))
     assert words == ["finished", "stopped"]
-    assert said.count("the batch is finished first") == 1
+    assert said.count("Stopping after this batch") == 1
     assert "Traceback" not in said
 
 

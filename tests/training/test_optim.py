@@ -95,7 +95,7 @@ def test_a_depth_that_matches_nothing_is_an_error() -> None:
 
 
 def test_a_parameter_without_a_depth_is_an_error() -> None:
-    with pytest.raises(InputError, match=r"1\.weight lies at none"):
+    with pytest.raises(InputError, match=r"1\.weight matches none"):
         parameter_groups(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ["0."], rates())
 
 

@@ -210,7 +210,7 @@ def test_a_long_study_is_compiled_on_trial_and_says_so(
     work = Work(batch_size=8, steps=1, parts=["0", "1"])  # one step wins nothing back
     engine = RuntimeConfig(device="cpu", precision="fp32", channels_last="off", compile="tune")
     assert resolve(engine, lambda: DeepNet().build(4, 64), 64, work) == PLAIN
-    assert "Trying whether compiling" in capfd.readouterr().err
+    assert "Measuring whether compiling" in capfd.readouterr().err
 
 
 def test_what_was_decided_is_kept(deep: Study, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +218,7 @@ def test_what_was_decided_is_kept(deep: Study, monkeypatch: pytest.MonkeyPatch) 
     kept = PLAIN.to_dict()
     assert decide_runtime(deep.train, kept, trials=1) == PLAIN
     del kept["compile"]
-    with pytest.raises(InputError, match="'runtime' does not say its compile; take the storage from a copy"):
+    with pytest.raises(InputError, match="'runtime' lacks compile; restore the storage from a backup"):
         decide_runtime(deep.train, kept, trials=1)
 
 

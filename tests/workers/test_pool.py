@@ -202,7 +202,7 @@ def test_killed_workers_are_replaced_and_their_trials_taken_up(
         os.kill(pid, signal.SIGKILL)
     output, _ = process.communicate()
     assert process.returncode == 0, output
-    assert output.count("died (killed by signal 9); another one takes its place.") == 2, output
+    assert output.count("died (killed by signal 9); starting another.") == 2, output
     command.check_against(single)
 
 
@@ -233,7 +233,7 @@ def test_asked_to_stop_all_write_their_checkpoints_and_the_study_goes_on_from_th
         process.send_signal(number)
     output, _ = process.communicate()
     assert process.returncode == 130, output
-    assert "Go on with:" in output
+    assert "Resume with:" in output
     assert "Traceback" not in output
     assert output.count(interrupt.NOTICE) == 1, "of one process, for all"
     wait_until_gone(workers)
@@ -259,7 +259,7 @@ def test_stopped_while_its_workers_start_a_study_says_only_how_to_go_on(
     output, _ = process.communicate()
     assert process.returncode == 130, output
     lines = [line for line in output.splitlines() if line != interrupt.NOTICE]
-    assert lines[:2] == ["Interrupted with 0 of 9 trials finished.", "Go on with:"]
+    assert lines[:2] == ["Interrupted with 0 of 9 trials finished.", "Resume with:"]
     wait_until_gone(workers)
 
 
@@ -363,9 +363,9 @@ def test_workers_that_die_each_time_end_the_command(image_cache: Path, tmp_path:
     process = command.start("--workers", "2")
     output, _ = process.communicate()
     assert process.returncode == 1, output
-    assert "another one takes its place" in output
-    assert "error: Workers die again and again (killed by signal 9)" in output
-    assert "Go on with:" in output
+    assert "starting another" in output
+    assert "error: Workers die repeatedly (killed by signal 9)" in output
+    assert "Resume with:" in output
     assert "Traceback" not in output
 
 
@@ -406,7 +406,7 @@ def test_workers_do_not_share_a_gpu_that_is_named() -> None:
 @pytest.mark.parametrize("engine", ["processes", "ray"])
 def test_workers_cannot_share_a_gpu_where_there_is_none(engine: Literal["processes", "ray"]) -> None:
     four = RunOptions(engine=engine, workers=4, workers_per_gpu=2, ray_address="nowhere:1")
-    with pytest.raises(InputError, match=r"--workers-per-gpu 2 .* computed on cpu; leave it out"):
+    with pytest.raises(InputError, match=r"--workers-per-gpu 2 .* computed on cpu; omit the option"):
         running._with_workers(four, "auto", "cpu")
 
 

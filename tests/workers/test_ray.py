@@ -68,7 +68,7 @@ def test_ctrl_c_stops_the_tasks_which_write_checkpoints_and_the_same_command_goe
         command.process.send_signal(signal.SIGINT)
         assert command.end() == 130, command.said
     last = command.said.splitlines()[-2:]
-    assert last[0] == "Go on with:"
+    assert last[0] == "Resume with:"
     assert "--engine ray" in last[1]
     assert "Traceback" not in command.said
     kept = [path.name for path in (tmp_path / "studies" / "tiny.checkpoints").iterdir()]
@@ -76,7 +76,7 @@ def test_ctrl_c_stops_the_tasks_which_write_checkpoints_and_the_same_command_goe
     assert all(name.startswith("trial-") and name.endswith(".safetensors") for name in kept), kept
     with nodes(cluster, 2), Command(tmp_path, cluster.address) as command:
         assert command.end() == 0, command.said
-    assert "goes on in epoch" in command.said or "goes on with" in command.said
+    assert "resumes in epoch" in command.said or "resumes with" in command.said
     check_whole(tmp_path, trials=5)
 
 
@@ -124,7 +124,7 @@ def test_weights_come_back_from_a_node_that_does_not_share_the_checkpoints(tmp_p
             assert study.end() == 0, study.said
         # The final seeds were trained there, once, and their weights were found here.
         assert study.said.count("final seed 0  epoch 4/4") == study.said.count("final seed 1  epoch 4/4") == 1
-        assert "starts again" not in study.said
+        assert "restarts" not in study.said
         check_whole(tmp_path, trials=1)
     finally:
         for process in (node, head):
@@ -151,7 +151,7 @@ print(json.dumps([[each.workers, each.cpus, each.gpus, each.places] for each in 
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout) == [[1, 8, 0, 1], [2, 4, 0, 2], [20, 1, 0, 8], [4, 2, 0.5, 4], [1, 4, 1.0, 2]]
     refused = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
-    assert "room for a worker, which takes 1 CPU; all of its nodes have 0 CPUs and 0 GPUs" in refused.stderr
+    assert "room for a worker, which needs 1 CPU; all nodes together have 0 CPUs and 0 GPUs" in refused.stderr
     command[-1] = json.dumps([(2, 1, "cpu")])  # those that are asked for wait for nodes, which an autoscaler may bring
     assert json.loads(subprocess.check_output(command, cwd=PROJECT)) == [[2, 1, 0, 0]]
 
@@ -162,7 +162,7 @@ def test_a_cluster_with_other_versions_is_named_with_both(cluster: Any) -> None:
     code = f"{other}; from harness.workers.ray_cluster import connect; connect({cluster.address!r})"
     refused = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     python = ".".join(map(str, sys.version_info[:3]))
-    runs = f"it runs Ray {ray.__version__} and Python {python}, and here are Ray 2.1.0 and Python {python}"
+    runs = f"it runs Ray {ray.__version__} and Python {python}, but this machine has Ray 2.1.0 and Python {python}"
     assert f"The Ray cluster at {cluster.address} cannot be joined: {runs}; install" in refused.stderr
 
 

@@ -77,7 +77,7 @@ def test_a_cluster_of_this_machine_that_died_without_ray_stop(
     arguments = ["run", "--study", "demo", "--device", "cpu", "--engine", "ray", "--ray-address", "auto"]
     assert_refused(workspace, capsys, arguments, ["No Ray cluster runs on this machine"])
     write_ray_address("127.0.0.1:9")
-    words = ["The Ray cluster that this machine belonged to last, at 127.0.0.1:9, does not answer", "`ray stop`"]
+    words = ["The last Ray cluster of this machine, at 127.0.0.1:9, does not answer", "`ray stop`"]
     assert_refused(workspace, capsys, arguments, words)
 
 
@@ -111,13 +111,13 @@ def test_a_node_that_takes_many_workers_along_is_outlived_and_a_worker_that_dies
             assert list(workers._heard(Arrived(number, "another node", f"elsewhere/pid:[1]/{number} a"))) == []
         again = Arrived(3, "another node", "elsewhere/pid:[1]/9 b")
         assert [list(workers._heard(again)) for _ in range(2)] == [[], []]
-        with pytest.raises(Halt, match="Workers die again and again"):
+        with pytest.raises(Halt, match="Workers die repeatedly"):
             list(workers._heard(again))
 
 
 def test_wrong_engines(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert_refused(workspace, capsys, ["run", "--study", "demo", "--engine", "dask"], ["invalid choice: 'dask'"])
-    words = ["--ray-address names a cluster for --engine ray"]
+    words = ["--ray-address needs --engine ray"]
     assert_refused(workspace, capsys, ["run", "--study", "demo", "--ray-address", "auto"], words)
 
 

@@ -1,5 +1,5 @@
 "use strict";
-// A figure names its colours as CSS variables; they are looked up when it is drawn, and again when the scheme changes.
+// A figure's colours are CSS variables, resolved when it is drawn and when the colour scheme changes.
 function coloured(node, styles) {
   if (typeof node === "string") {
     return node.startsWith("var(--") ? styles.getPropertyValue(node.slice(4, -1)).trim() : node;
@@ -20,7 +20,7 @@ function draw() {
     layout.autosize = true;
     if (plot.classList.contains("square")) {
       layout.height = Math.min(canvas.clientWidth, 520);
-      // On a phone the names of the classes would leave no room for the matrix; a touch shows them.
+      // On a phone the class names would leave no room for the matrix; a touch shows them.
       const names = data[0].type !== "heatmap" || canvas.clientWidth > 420;
       for (const axis of [layout.xaxis, layout.yaxis]) axis.showticklabels = names && axis.showticklabels !== false;
     }
