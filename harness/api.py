@@ -60,7 +60,7 @@ def run(
     Ctrl-C, or a notebook's stop button, finishes the batch, writes a checkpoint, and raises KeyboardInterrupt. Raises
     InputError for user errors, Halt if the study cannot continue here, StudyFailed if no trial has a result.
 
-    The named arguments are the options that most studies need.
+    As many arguments as there are options that most studies need.
     """
     from harness.report.display import StudyConsole
     from harness.study import start

@@ -168,7 +168,7 @@ def test_a_study_runs_in_a_thread(study: Study, tmp_path: Path) -> None:
 def test_what_cannot_be_run_is_wrong_input(study: Study, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Workers load a study from its file"):
         harness.run(study, workers=2, home=tmp_path)
-    with pytest.raises(InputError, match="no option 'epochs'; there are"):
+    with pytest.raises(InputError, match="no option 'epochs'; choose from"):
         harness.run(study, epochs=3, home=tmp_path)
     with pytest.raises(InputError, match="has no results yet"):
         harness.open(study, home=tmp_path)

@@ -415,5 +415,5 @@ def test_each_worker_has_a_gpu_of_its_own_unless_they_are_to_share(monkeypatch: 
     assert surroundings(2, 1, "cuda") == [{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "7"}]
     shared = [each["CUDA_VISIBLE_DEVICES"] for each in surroundings(4, 2, "cuda")]
     assert shared == ["4", "4", "7", "7"]
-    with pytest.raises(InputError, match=r"--workers 3 takes 3 GPUs .* there are 2; give fewer --workers"):
+    with pytest.raises(InputError, match=r"--workers 3 needs 3 GPUs .* there are 2; give fewer --workers"):
         surroundings(3, 1, "cuda")
