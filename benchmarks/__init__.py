@@ -1,1 +1,1 @@
-"""One script a claim; `RESULTS.md` holds what they measured."""
+"""One script per claim; `RESULTS.md` has the results."""

@@ -1,10 +1,11 @@
-"""What can be measured here: `python -m benchmarks` lists the scripts, `--quick` runs their quick modes.
+"""List the benchmarks, or run their quick modes:
 
-    python -m benchmarks --quick [NAME ...]     fail when a ratio falls by a third below its record
-    python -m benchmarks --record [NAME ...]    make today's ratios the records of this kind of processor
+    python -m benchmarks                        list the scripts
+    python -m benchmarks --quick [NAME ...]     fail if a ratio falls by a third below its record
+    python -m benchmarks --record [NAME ...]    record the current ratios for this kind of processor
 
 Records are ratios within one run, kept in benchmarks/records.json; absolute times say nothing about another machine.
-A ratio is judged only on the kind of processor that its record is of, and if nothing else ran beside it; else it is
+A ratio is judged only against a record of the same kind of processor, and only if nothing else ran; otherwise it is
 printed.
 """
 
@@ -50,7 +51,7 @@ def quick(name: str) -> dict[str, float]:
     environment = {"GOMP_SPINCOUNT": "10000", **os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
     done = subprocess.run(command, cwd=HERE.parent, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        sys.exit(f"error: {name} --quick ended with {done.returncode}.")
+        sys.exit(f"error: {name} --quick exited with {done.returncode}.")
     ratios: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return ratios
 
@@ -60,16 +61,16 @@ def main() -> int:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="compare the quick modes with their records")
-    parser.add_argument("--record", action="store_true", help="keep what the quick modes give as records")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="scripts (default: all that have a quick mode)")
+    parser.add_argument("--record", action="store_true", help="save the ratios of the quick modes as records")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="scripts (default: all with a quick mode)")
     args = parser.parse_args()
     known = scripts()
     quick_ones = list(filter(has_quick, known))
     if unknown := [name for name in args.names if name not in quick_ones]:
-        print(f"error: {unknown[0]!r} has no quick mode; these have: {', '.join(quick_ones)}.", file=sys.stderr)
+        print(f"error: {unknown[0]!r} has no quick mode; choose from {', '.join(quick_ones)}.", file=sys.stderr)
         return 2
     if args.names and not (args.quick or args.record):
-        print(f"error: say --quick, or run `python -m benchmarks.{args.names[0]}`.", file=sys.stderr)
+        print(f"error: add --quick, or run `python -m benchmarks.{args.names[0]}`.", file=sys.stderr)
         return 2
     if not (args.quick or args.record):
         for name, line in known.items():
@@ -91,7 +92,7 @@ def recorded(name: str) -> dict[str, float]:
     others = Others()
     found = {key: float(f"{ratio:.3g}") for key, ratio in quick(name).items()}
     if doubt := disturbed(others.cores()):
-        sys.exit(f"error: {name} gives no record: {doubt}. Wait until the machine is idle.")
+        sys.exit(f"error: {name} is not recorded: {doubt}; wait until the machine is idle.")
     print(name, found, flush=True)
     return found
 

@@ -1,6 +1,6 @@
-"""The accounts of a study's time: what of the harness is counted under which name, for `benchmarks.goodput`.
+"""The parts of a study's time, and the functions that belong to each, for `benchmarks.goodput`.
 
-It imports nothing large, so that the imports that it counts are all of them.
+Imports nothing large, so that all of the study's imports are counted.
 """
 
 from __future__ import annotations

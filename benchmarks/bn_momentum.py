@@ -1,7 +1,7 @@
-"""What BatchNorm's momentum does to early validation: `python -m benchmarks.bn_momentum`
+"""Measure how BatchNorm's momentum affects early validation: `python -m benchmarks.bn_momentum`
 
 Trains the demo's base configuration with torchvision's 0.01 and with 0.1 on the same seeds, and prints the validation
-accuracy after every epoch. Pruning looks at the first epochs, where the pretrained statistics are the stalest.
+accuracy after every epoch. Pruning uses the first epochs, where the pretrained statistics are the stalest.
 """
 
 from __future__ import annotations

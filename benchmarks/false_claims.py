@@ -1,12 +1,12 @@
-"""How often is one configuration called better than an equal one? `python -m benchmarks.false_claims --studies 10000`
+"""Measure how often equal configurations are called different: `python -m benchmarks.false_claims --studies 10000`
 
-Studies are simulated from the hits of their final run alone. An image has a difficulty that all trainings share, so
-that what one finds hard the other does, too: a training gets it right when the sum of the image's part, one that the
-configuration has of its own, one that nobody shares, and the training's level is above 0 (a probit model). The level is
-that of the training's true accuracy, which is drawn around the configuration's: its standard deviation is the spread.
-`same` are two trainings of one configuration, `other` those of two that are equally good and find other images hard.
+Simulates the hits of a study's final run. All trainings share each image's difficulty, so they tend to fail on the same
+images. A training gets an image right if the sum of four parts is above 0 (a probit model): one of the image, one of
+the configuration on this image, a random one, and the training's level. The level sets the training's true accuracy,
+which is drawn around the configuration's; its standard deviation is the spread. `same` are two trainings of one
+configuration, `other` those of two configurations that are equally good and fail on other images.
 
-Printed are the shares of studies, in percent, with a claim at 5 % (two-sided), by each of these rules:
+Prints the percentage of studies with a claim at 5 % (two-sided), by each of these rules:
 
 - McNemar's exact test on the first seed of each
 - the two-level bootstrap, images and seeds resampled in pairs, claims by the percentiles of the difference
@@ -128,12 +128,12 @@ def main() -> None:
     from benchmarks.machine import describe
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--studies", type=int, default=1000, help="per setting (default: %(default)s)")
+    parser.add_argument("--studies", type=int, default=1000, help="studies per setting (default: %(default)s)")
     studies = parser.parse_args().studies
     first, second = hits(latent(np.random.default_rng(0), 1, 1_000_000, 0.0), np.zeros((2, 1)), 0.0, 0.0)
     error = 100 * math.sqrt(ALPHA * (1 - ALPHA) / studies)
     print(
-        f"{describe()}\n{studies:,} studies a setting (standard error {error:.2f} at 5 %; of the bootstrap at most "
+        f"{describe()}\n{studies:,} studies per setting (standard error {error:.2f} at 5 %; for the bootstrap at most "
         f"{RULES['bootstrap, seeds paired'][1]:,}), accuracy {ACCURACY:.1%}; two trainings of one configuration differ "
         f"on {(first != second).mean():.1%} of the images\n"
     )

@@ -1,12 +1,11 @@
-"""All images into the cache, and opening it the next time, against plain decoding: `python -m benchmarks.first_use`
+"""Measure filling and reopening the image cache, against plain decoding: `python -m benchmarks.first_use`
 
     python -m benchmarks.first_use --data-root ../shared       the 8,189 photographs of Flowers-102 (else drawn flowers)
 
 First use is `prepare` with an empty cache: train at 256 px, val at 224 and 256 px, test at 224 px, all written and
-synchronised. Beside it run the bound, every image decoded and brought to its first size by as many threads as there are
-cores and nothing kept, and the peer, one epoch of the DataLoader of benchmarks/input_path.py over all images with two
-workers.
-Second use is `prepare` and `load_splits` in a fresh process, after its imports.
+synchronised. Its bound is to decode every image and resize it to its first size, with one thread per core, and store
+nothing. Its peer is one epoch of the DataLoader of benchmarks/input_path.py over all images with two workers.
+Second use is `prepare` and `load_splits` in a new process, after its imports.
 """
 
 from __future__ import annotations

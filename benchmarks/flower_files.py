@@ -1,4 +1,4 @@
-"""JPEG files of drawn flowers the size of Flowers-102's photographs, for measurements without them."""
+"""Write JPEG files of drawn flowers, sized like Flowers-102's photographs, for measurements without them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""How much of a whole study is training and validation, and where the rest goes: `python -m benchmarks.goodput`
+"""Measure the share of training and validation in a study's time: `python -m benchmarks.goodput`
 
-Runs the demo (10 trials, the final step included) as a process of its own with everything new, the drawn images too,
-and prints the seconds by name. The goodput is the time in training steps, with the augmentation of their images, and in
-validation, over the wall-clock time from the process's start to its exit without the imports.
+Runs the demo (10 trials and the final run) in its own process, with nothing cached, and prints the seconds by name. The
+goodput is the time in training steps, with the augmentation of their images, and in validation, divided by the
+wall-clock time from the process's start to its exit without the imports.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def full() -> None:
     table = {name: Figures(tuple(seconds.get(name, 0.0) for seconds in studies)) for name in names}
     after = Figures(tuple(sum(seconds.values()) - seconds.get("imports", 0) for seconds in studies))
     for name, figures in sorted(table.items(), key=lambda item: -item[1].median):
-        share = "counted apart" if name == "imports" else f"{100 * figures.median / after.median:.2f} %"
+        share = "counted separately" if name == "imports" else f"{100 * figures.median / after.median:.2f} %"
         print(f"{name:<26} {figures.text():<44} {share}")
     print(f"{'wall-clock after imports':<26} {after.text()}")
     print(f"goodput {Figures(tuple(map(goodput, studies))).text('', 4)}")

@@ -1,10 +1,10 @@
-"""What one GPU gives: images/s and MFU of MaxViT-T training, graphs compiled after trial 1, memory, a whole study.
+"""Measure one GPU: images/s and MFU of MaxViT-T training, graphs compiled after trial 1, memory, a whole study.
 
     python -m benchmarks.gpu                  on a GPU; on a CPU the same with the tiny model
 
-Contestants take turns: eager fp32, eager bf16, timm's maxvit_tiny_rw_224 in bf16 (where timm is installed), and the
-harness's step (bf16, channels last, blocks compiled, fused AdamW, clipping). Images are noise on the device. The study
-(50 trials of 30 epochs with its final step) needs Optuna and MLflow and is left out where they are missing.
+Compares in turns eager fp32, eager bf16, timm's maxvit_tiny_rw_224 in bf16 (if timm is installed), and the harness's
+step (bf16, channels last, blocks compiled, fused AdamW, clipping). Images are noise on the device. The study (50 trials
+of 30 epochs and the final run) needs Optuna and MLflow, and is skipped if they are missing.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def study() -> None:
         environment = {**os.environ, "PYTHONPATH": os.getcwd()}
         start = time.perf_counter()
         subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
-        print(f"study of {TRIALS} trials of {EPOCHS} epochs, with its final step: {time.perf_counter() - start:.0f} s")
+        print(f"study of {TRIALS} trials of {EPOCHS} epochs, with its final run: {time.perf_counter() - start:.0f} s")
 
 
 def full() -> None:

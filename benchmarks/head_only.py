@@ -1,11 +1,11 @@
-"""What a head-only study gains from kept features: seconds a trial, against the same trial through the whole model.
+"""Measure what cached features gain a head-only study: seconds per trial, against the whole model.
 
     python -m benchmarks.head_only --data-root DIR [--trials 50] [--limit N] [--views K] [--workers 1 2]
 
-The study is studies/flowers102_head.py with MaxViT-T and random weights, for which the arithmetic is the same. The
-whole model's trial is extrapolated from its real steps (the backbone frozen, so without its gradient) and validation
-batches, taken by turns with whole trials on kept features. Then the real command runs all trials, once with each number
-of workers.
+Uses studies/flowers102_head.py with MaxViT-T and random weights, for which the arithmetic is the same. The whole
+model's trial is extrapolated from its real steps (the backbone is frozen, so without its gradient) and validation
+batches, in turns with whole trials on cached features. Then the real command runs all trials, once with each number of
+workers.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def extraction(study: Study, runtime: Runtime) -> None:
     start = time.perf_counter()
     keep_features(study.train, runtime, with_validation=True)
     seconds = time.perf_counter() - start
-    print(f"features, once: {count} images and views in {seconds:.0f} s, {count / seconds:.1f} a second", flush=True)
+    print(f"features, once: {count} images and views in {seconds:.0f} s, {count / seconds:.1f} per second", flush=True)
 
 
 def per_trial(study: Study, runtime: Runtime) -> None:
@@ -113,7 +113,7 @@ def per_trial(study: Study, runtime: Runtime) -> None:
         )
     )
     print(f"whole model: a step of {min(config.batch_size, len(whole.train))} images {taken['step'].text(digits=2)}")
-    print(f"whole model: an image validated {taken['validation'].text(digits=4)}")
+    print(f"whole model: validation per image {taken['validation'].text(digits=4)}")
     print(f"whole model: a trial of {epochs} epochs {live.text(digits=0)}, extrapolated")
     print(f"features: a trial of {epochs} epochs {taken['trial'].text(digits=2)}")
     print(f"features: the same on one thread {taken['one thread'].text(digits=2)}")
@@ -123,7 +123,7 @@ def per_trial(study: Study, runtime: Runtime) -> None:
     images = load_split(config.data, "val", config.data.image_size)
     images = dataclasses.replace(images, images=images.images[:128], labels=images.labels[:128])
     kept, seen = logits_of(last[0].learner, first, runtime), logits_of(last[0].model, images, runtime)
-    print(f"largest |kept - live| of {kept.numel()} logits: {(kept - seen).abs().max():.1e}", flush=True)
+    print(f"largest |cached - live| of {kept.numel()} logits: {(kept - seen).abs().max():.1e}", flush=True)
 
 
 def command(home: Path, data_root: Path, trials: int, settings: list[str], workers: int) -> None:
@@ -141,13 +141,13 @@ def command(home: Path, data_root: Path, trials: int, settings: list[str], worke
             searched = time.perf_counter() - start
         began = began or (time.perf_counter() - start if line.startswith("Study ") else 0.0)
     if process.wait():
-        sys.exit(f"error: the command ended with {process.returncode}.")
+        sys.exit(f"error: the command exited with {process.returncode}.")
     ended = time.perf_counter() - start
     with read_store("flowers102_head", url) as store:
         seconds = Figures(tuple(trial.seconds or 0.0 for trial in store.trials()))
-    print(f"{workers} workers: {trials} trials in {searched:.1f} s, start included ({began:.1f} s)")
+    print(f"{workers} workers: {trials} trials in {searched:.1f} s, including the start ({began:.1f} s)")
     print(f"{workers} workers: a trial {seconds.text()}")
-    print(f"{workers} workers: final step and reports {ended - searched:.1f} s, the test images' features included")
+    print(f"{workers} workers: final run and reports {ended - searched:.1f} s, including the test images' features")
 
 
 def quick() -> dict[str, float]:
@@ -179,8 +179,8 @@ if __name__ == "__main__":
         {
             "--data-root": {"required": False, "default": "data", "help": "holds torchvision's flowers-102/"},
             "--trials": {"type": int, "default": 50},
-            "--limit": {"type": int, "help": "at most that many images a split (default: all)"},
-            "--workers": {"type": int, "nargs": "+", "default": [1], "help": "how many; several numbers by turns"},
-            "--views": {"type": int, "help": "augmented views of a training image (default: the study's)"},
+            "--limit": {"type": int, "help": "maximum images per split (default: all)"},
+            "--workers": {"type": int, "nargs": "+", "default": [1], "help": "number of workers; several run in turn"},
+            "--views": {"type": int, "help": "augmented views per training image (default: the study's)"},
         },
     )

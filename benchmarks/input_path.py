@@ -1,11 +1,11 @@
-"""Cached images to augmented batches, images a second against DataLoader: `python -m benchmarks.input_path`
+"""Measure images/s from the cache to augmented batches, against DataLoader: `python -m benchmarks.input_path`
 
     python -m benchmarks.input_path --data-root ../shared      the photographs of Flowers-102 (else drawn flowers)
     python -m benchmarks.input_path --device cuda              on another device
 
 The peer is torch's DataLoader with Pillow and torchvision's transforms v2 doing the same: a random resized crop of the
-same areas and ratios, flip, rotation, brightness and hue, normalisation. Its workers stay between epochs. It reads the
-photographs as they lie (short side 256 px), ours the cached arrays at 256 px.
+same areas and ratios, flip, rotation, brightness and hue, normalisation. Its workers persist between epochs. It reads
+the photographs at their own size (short side 256 px), the harness the cached arrays at 256 px.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a measurement was made on, and whether anything else ran there."""
+"""Describe the machine of a measurement, and whether anything else ran on it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""How fast is a training step of MaxViT-T on a CPU? `python -m benchmarks.maxvit_step`
+"""Measure a training step of MaxViT-T on a CPU: `python -m benchmarks.maxvit_step`
 
-The harness's step (what "auto" chooses for precision and memory layout, fused AdamW, gradient norm and clipping
-included) by turns with the plain one: eager fp32, torch's defaults, no clipping. Random images and weights. Each has a
-process of its own, for the harness changes how its process allocates memory; one waits while the other computes.
+Compares in turns the harness's step (precision and memory layout by "auto", fused AdamW, with gradient norm and
+clipping) with a plain one: eager fp32, torch's defaults, no clipping. Images and weights are random. Each runs in its
+own process, because the harness changes how its process allocates memory; one waits while the other computes.
 """
 
 from __future__ import annotations

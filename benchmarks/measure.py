@@ -1,7 +1,7 @@
-"""How the scripts measure: contestants by turns in one run, ratios within a round, medians and spread.
+"""Measure contestants in turns within one run: ratios per round, medians and spread.
 
-A script calls `script(full, quick)`: `full` prints the rows of RESULTS.md; `quick` gives ratios, each the better the
-larger, in under 20 s, which `python -m benchmarks --quick` holds against benchmarks/records.json.
+A script calls `script(full, quick)`: `full` prints the rows of RESULTS.md; `quick` returns ratios (larger is better) in
+under 20 s, which `python -m benchmarks --quick` compares with benchmarks/records.json.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def script(
     parser = argparse.ArgumentParser(
         description=sys.modules["__main__"].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a few ratios in under 20 s, as JSON")
+    parser.add_argument("--quick", action="store_true", help="print a few ratios as JSON, in under 20 s")
     for name, settings in (options or {}).items():
         parser.add_argument(name, **settings)
     given = vars(parser.parse_args())

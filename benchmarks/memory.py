@@ -1,8 +1,8 @@
-"""Whether a study's memory grows from trial to trial: `python -m benchmarks.memory`
+"""Measure whether a study's memory grows from trial to trial: `python -m benchmarks.memory`
 
-Runs the demo with few images in a process of its own: 22 trials of two epochs, MLflow included. Prints the resident set
-(VmRSS) after every trial, and on CUDA the allocated and reserved memory, and the ratio after trial 20 to after trial 2,
-counted from 1. The first trial pays for what is loaded once.
+Runs the demo with few images in its own process: 22 trials of two epochs, with MLflow. Prints the resident set (VmRSS)
+after every trial, on CUDA also the allocated and reserved memory, and the ratio of trial 20 to trial 2, counted from 1.
+The first trial includes what is loaded once.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The same study run straight and run in pieces must end with the same digest.
+"""Check that a study run in pieces ends with the same digest as an uninterrupted one.
 
     python benchmarks/pieces.py --study demo --trials 8
     python benchmarks/pieces.py --study flowers102 --data-root DIR --trials 2 --set backbone.pretrained=false ...
 
-Every argument but --pieces and --seed goes to run_study.py. Pieces end by turns with SIGKILL and SIGTERM, at random
-moments of equal parts of the straight run's time.
+All arguments except --pieces and --seed are passed to run_study.py. Pieces end in turns with SIGKILL and SIGTERM, at
+random times in equal parts of the uninterrupted run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pieces", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times")
     parser.add_argument("--study", default="demo")
     own, rest = parser.parse_known_args()
     moments = random.Random(own.seed)

@@ -1,9 +1,10 @@
-"""What searching in parallel costs: the regret of 1 to 8 workers at equal trials: `python -m benchmarks.regret`
+"""Measure what parallel search costs: the regret of 1 to 8 workers at equal trials: `python -m benchmarks.regret`
 
-Analytic learning curves with a known optimum (tests/analytic.py), asked for as a study asks, with what each suggestion
-could have seen; time is simulated, an epoch's length is drawn (lognormal, sigma 0.5). The regret is the optimum's
-accuracy less the best complete trial's; the base configuration, which is near the optimum, is not tried. A suggestion
-is a near-duplicate when an earlier one has the same choice and lies within 5 % of the range in every other dimension.
+Uses analytic learning curves with a known optimum (tests/analytic.py). Each suggestion is asked for as in a study, with
+the results available at that time; time is simulated, with random epoch lengths (lognormal, sigma 0.5). The regret is
+the optimum's accuracy minus the best complete trial's; the base configuration, which is near the optimum, is not tried.
+A suggestion is a near-duplicate if an earlier one has the same choice and lies within 5 % of the range in every other
+dimension.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ def main() -> None:
     print(
         f"{describe()}\n{TRIALS} trials of {EPOCHS} epochs, {args.seeds} seeds; median (quartiles), means of counts\n"
     )
-    print("| sampler | pruner | workers | regret, points | time, epochs | near-duplicates | of one under way |")
+    print("| sampler | pruner | workers | regret, points | time, epochs | near-duplicates | of running ones |")
     print("|---|---|---|---|---|---|---|")
     for pruning, pruner in PRUNERS.items():
         for name in args.samplers:

@@ -1,7 +1,7 @@
 """Recorded learning curves as tasks to search on: LCBench, TaskSet (../shared/replay) and our own fine-tuning.
 
-LCBench is its surrogate, which has a curve for every configuration. The others are tables: a suggestion becomes the
-nearest configuration that was recorded and not tried yet, and it is that one that the sampler learns from.
+LCBench is its surrogate, which has a curve for every configuration. The others are tables: a suggestion is replaced by
+the nearest recorded configuration that was not tried yet, and the sampler learns from that one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Does the demo's search pay? `python -m benchmarks.search_pays --keep FOLDER`
+"""Measure whether the demo's search pays: `python -m benchmarks.search_pays --keep FOLDER`
 
-The whole demo for each seed: what it hands out against the base configuration, on the test images, over three seeds.
-One thread each. FOLDER keeps the studies: a seed that was cut off goes on, one that is done is not run again.
+Runs the whole demo for each seed, with one thread, and compares the chosen configuration with the base on the test
+images, over three seeds. FOLDER keeps the studies: an interrupted seed resumes, a finished one is not run again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Samplers and pruners on recorded learning curves, asked as a study asks them: `python -m benchmarks.search_replay`
+"""Measure samplers and pruners on recorded learning curves, used as in a study: `python -m benchmarks.search_replay`
 
-The curves are data beside the checkout (../shared/replay; its README says what they are), and our own, once they are
-recorded. One worker; the cost is in epochs, and the budget that of 50 full trainings, on our own curves of 20. Regret =
+The curves are data beside the checkout (../shared/replay; see its README), and our own, if they are recorded. Uses one
+worker; the cost is in epochs, and the budget is that of 50 full trainings, on our own curves of 20. Regret =
 (best - value) / (best - median) over the final values of 1,500 random configurations (of a table: of all), at most 1;
 only complete trials count. Trial 0 is a random configuration.
 """
@@ -227,7 +227,8 @@ def show_choices(runs: list[dict[str, Any]], policies: Sequence[str], images: in
                 gain, bound, came = 100 * np.array(told).T
                 se = (came - gain).std(ddof=1) / math.sqrt(len(came))
                 print(
-                    f"{policy:34}after {count} trials, {MORE} more: {gain.mean():.3f} foretold, {came.mean():.3f} came "
+                    f"{policy:34}after {count} trials, {MORE} more: {gain.mean():.3f} predicted, "
+                    f"{came.mean():.3f} actual "
                     f"(s.e. of the difference {se:.3f}), {(came <= bound).mean():.0%} within the bound, n = {len(came)}"
                 )
 
@@ -257,7 +258,7 @@ def show(runs: list[dict[str, Any]], policies: Sequence[str]) -> None:
     """Print the table: regrets at shares of the budget, and the differences from REFERENCE, paired over the tasks."""
     by = {policy: _of_tasks(runs, policy) for policy in policies}
     print(
-        f"{'':34}" + "".join(f"{share:>8.0%}" for share in SHARES) + "    mean    s.e.  worst  to 0.1   ms a question"
+        f"{'':34}" + "".join(f"{share:>8.0%}" for share in SHARES) + "    mean    s.e.  worst  to 0.1   ms/suggestion"
         "   paired    s.e.  better"
     )
     for policy, mine in by.items():
@@ -309,8 +310,8 @@ if __name__ == "__main__":
             "--tasks": {"choices": ["design", "check", "all", "own"], "default": "design"},
             "--seeds": {"type": int, "default": 10},
             "--processes": {"type": int, "default": 1},
-            "--keep": {"type": Path, "help": "a file of JSON lines that keeps what was run, and is gone on with"},
-            "--images": {"type": int, "help": "how often the choice by so many images is worse than the base"},
+            "--keep": {"type": Path, "help": "file of JSON lines with finished runs, to resume from"},
+            "--images": {"type": int, "help": "measure how often the choice by N images is worse than the base"},
             "policies": {"nargs": "*", "default": list(POLICIES)},
         },
     )

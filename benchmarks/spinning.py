@@ -1,7 +1,7 @@
-"""What OpenMP's spinning threads cost two processes on the same cores: `python -m benchmarks.spinning`
+"""Measure what OpenMP's spinning threads cost two processes on the same cores: `python -m benchmarks.spinning`
 
-Times training steps of the tiny MaxViT with two threads for several GOMP_SPINCOUNT, alone and beside a second process
-that does the same. Every setting runs in a process of its own, in turn.
+Times training steps of the tiny MaxViT with two threads for several values of GOMP_SPINCOUNT, alone and beside a second
+process that does the same. Every setting runs in its own process, in turn.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How long the commands take to begin, against importing their libraries: `python -m benchmarks.start`
+"""Measure how long commands take to start, against importing their libraries: `python -m benchmarks.start`
 
-The peer is a fresh process that imports torch, torchvision, optuna and mlflow and ends. Against it: `--help`, `show` on
-a study that has begun, and the demo study from the command to the end of its first training step: with nothing there
-but the decoded images, a new study where MLflow's database is there, and an interrupted one.
+The peer is a new process that imports torch, torchvision, optuna and mlflow, and exits. It is compared with `--help`,
+`show` on a started study, and the demo from the command to the end of its first training step: with only the decoded
+images, as a new study with an existing MLflow database, and as an interrupted study.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def seconds(command: list[str], folder: Path, code: int = 0) -> float:
     done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     taken = time.perf_counter() - start
     if done.returncode != code:
-        sys.exit(f"error: {command} ended with {done.returncode}:\n{done.stdout.decode()}")
+        sys.exit(f"error: {command} exited with {done.returncode}:\n{done.stdout.decode()}")
     return taken
 
 

@@ -1,9 +1,9 @@
-"""How many trials a second a storage keeps, with trials that take no time: `python -m benchmarks.throughput`
+"""Measure trials per second of a storage, with trials that take no time: `python -m benchmarks.throughput`
 
-Worker processes ask, report three epochs and tell, with leases and locks as in a study, on SQLite and on PostgreSQL
-(a server of this machine, with fsync). Beside trials/s: statements and transactions per trial, the time that a worker
-computes for one, the server's, and how long the lock, under which one worker at a time takes the next trial, is
-waited for and held. Every run has a new database. --history asks what a long history and many running trials cost.
+Worker processes ask, report three epochs and tell, with leases and locks as in a study, on SQLite and on PostgreSQL (a
+local server, with fsync). Also prints, per trial, statements and transactions, the CPU time of the worker and of the
+server, and how long the worker waits for and holds the lock under which one worker at a time takes the next trial.
+Every run has a new database. --history measures what a long history and many running trials cost.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def places(database: str) -> Iterator[Any]:
 
 def history(database: str) -> None:
     """What one question costs a new worker and one that knows the history, beside many running trials."""
-    print("| finished | running | first question, s | later ones, ms | of these with the lock, ms | the sampler, ms |")
+    print("| finished | running | first suggestion, s | later, ms | of these with the lock, ms | in the sampler, ms |")
     print("|---|---|---|---|---|---|", flush=True)
     with places(database) as (place, _):
         for finished, running in ((100, 10), (1000, 10), (100, 1000), (1000, 1000)):
@@ -278,8 +278,8 @@ def main() -> None:
     parser.add_argument("--database", choices=("sqlite", "postgresql"), help="one of them (default: both)")
     parser.add_argument("--sampler", choices=list(SAMPLERS), help="one of them (default: both)")
     parser.add_argument("--workers", type=int, nargs="*", default=list(WORKERS), metavar="N")
-    parser.add_argument("--history", action="store_true", help="measure questions after a long history instead")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON, a line a run")
+    parser.add_argument("--history", action="store_true", help="measure suggestions after a long history instead")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON, a line per run")
     args = parser.parse_args()
     print(f"{describe()}; load {os.getloadavg()[0]:.1f}", flush=True)
     for database in [args.database] if args.database else ["sqlite", "postgresql"]:

@@ -1,11 +1,11 @@
-"""What the bookkeeping of a trial costs that trains nothing, beside Optuna and MLflow used by hand.
+"""Measure the bookkeeping of a trial that trains nothing, against Optuna and MLflow used by hand.
 
     python -m benchmarks.trial_cost [--quick]
 
-A trial is 30 epochs of 8 metrics on SQLite and is never pruned. The harness's goes through what a study's trial goes
-through: ask, a run with tags, parameters and a text file, a report and a verdict each epoch, tell, the run's end. The
-peer is RDBStorage as it comes, TPE and SuccessiveHalvingPruner, report and should_prune each epoch, a run with the
-suggested parameters, and a log_metric for each value. Times are from the first question until MLflow has everything.
+A trial is 30 epochs of 8 metrics on SQLite and is never pruned. The harness does all that it does for a study's trial:
+ask, a run with tags, parameters and a text file, a report and a pruning decision per epoch, tell, the run's end. The
+peer uses RDBStorage with its defaults, TPE and SuccessiveHalvingPruner, report and should_prune per epoch, a run with
+the suggested parameters, and a log_metric per value. Times are from the first ask until MLflow has everything.
 """
 
 from __future__ import annotations
@@ -259,12 +259,12 @@ def contest(trials: int, rounds: int, parts: bool) -> tuple[dict[str, Figures], 
 def full() -> None:
     found, held = contest(trials=5, rounds=5, parts=True)
     for name, figures in found.items():
-        print(f"{name:<26} {figures.text('ms a trial', 1)}")
-    print(f"{'harness, thread held up':<26} {held.text('ms a trial', 1)}")
+        print(f"{name:<26} {figures.text('ms per trial', 1)}")
+    print(f"{'harness, thread blocked':<26} {held.text('ms per trial', 1)}")
     for name in ("", ", storage alone", ", MLflow alone"):
         pair = ratios(found[f"peer{name}"], found[f"harness{name}"])
         print(f"{f'peer / harness{name}':<34} {pair.text('times', 1)}")
-    print(f"{'until an epoch is seen':<26} {delays().text('s', 2)}")
+    print(f"{'until an epoch is visible':<26} {delays().text('s', 2)}")
 
 
 def quick() -> dict[str, float]:

@@ -1,7 +1,7 @@
-"""A study with two workers of one thread each against one such worker: `python -m benchmarks.two_workers`
+"""Measure two workers of one thread each against one such worker: `python -m benchmarks.two_workers`
 
-The demo (10 trials, the final run, its publication), everything new, as the command that a person types; each a process
-of its own, timed from its start to its exit, by turns. On two cores; with more, the workers still have a thread each.
+Runs the demo (10 trials, the final run, its publication) from scratch with the usual command, each in its own process,
+timed from its start to its exit, in turns. Meant for two cores; with more, a worker still has one thread.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""A whole study against the scripts people write today: `python -m benchmarks.whole_study --data-root FOLDER`
+"""Measure a whole study against typical scripts: `python -m benchmarks.whole_study --data-root FOLDER`
 
-FOLDER holds torchvision's flowers-102. Each contestant is a process of its own with everything new, timed from its
-start to its exit: imports, decoding, ten configurations fixed beforehand (the same for all, none pruned), three epochs
-each, then the best retrained on train and validation photographs with one seed, tested and saved. The photographs are
-the same files for all, 20 classes of ten a split. With MaxViT-T it is one configuration and one epoch of 68 a split.
+FOLDER holds torchvision's flowers-102. Each contestant runs from scratch in its own process, timed from its start to
+its exit: imports, decoding, ten fixed configurations (the same for all, none pruned), three epochs each, then the best
+retrained on train and validation photographs with one seed, tested and saved. All use the same files of photographs, 20
+classes of ten per split. With MaxViT-T it is one configuration and one epoch of 68 per split.
 
-The peers are in benchmarks/peers; for Lightning and Ray, `pip install -e ".[bench]"`. Ray runs two trials at a time,
-one core each. The harness chooses its precision itself ("auto"); the peers run in fp32, torch's default, as scripts for
-a CPU do.
+The peers are in benchmarks/peers; Lightning and Ray need `pip install -e ".[bench]"`. Ray runs two trials in parallel,
+one core each. The harness chooses its precision ("auto"); the peers run in fp32, torch's default, as CPU scripts do.
 """
 
 from __future__ import annotations
@@ -100,7 +99,7 @@ def timed(command: list[str], out: Path) -> float:
         done = subprocess.run(command, cwd=out, env=environment, stdout=log, stderr=subprocess.STDOUT)
         seconds = time.perf_counter() - start
     if done.returncode:
-        sys.exit(f"error: {' '.join(command)} ended with {done.returncode}:\n{(out / 'log.txt').read_text()[-3000:]}")
+        sys.exit(f"error: {' '.join(command)} exited with {done.returncode}:\n{(out / 'log.txt').read_text()[-3000:]}")
     return seconds
 
 
@@ -156,7 +155,7 @@ def installed(names: list[str]) -> list[str]:
     """The peers whose packages are here; says which are not."""
     missing = [name for name in names if name != "plain" and importlib.util.find_spec(name) is None]
     if missing:
-        print(f"Not measured, for the package is not installed: {', '.join(missing)} (pip install -e '.[bench]').")
+        print(f"Not measured, because the package is not installed: {', '.join(missing)} (pip install -e '.[bench]').")
     return [name for name in names if name not in missing]
 
 
@@ -167,9 +166,9 @@ def full(data_root: str | None) -> None:
         tiny, large = Path(folder) / "tiny", Path(folder) / "maxvit"
         lay_out(tiny, data_root, classes=20, per_class=10)
         lay_out(large, data_root, classes=34, per_class=2)
-        print("tiny MaxViT, 10 trials of 3 epochs, 200 photographs a split")
+        print("tiny MaxViT, 10 trials of 3 epochs, 200 photographs per split")
         Contest("tiny", tiny, 10, 3, installed(list(PEERS))).compare(ROUNDS["tiny"])
-        print("MaxViT-T, 1 trial of 1 epoch, 68 photographs a split")
+        print("MaxViT-T, 1 trial of 1 epoch, 68 photographs per split")
         Contest("maxvit", large, 1, 1, installed(["plain", "lightning"])).compare(ROUNDS["maxvit"])
 
 
