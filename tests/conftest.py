@@ -93,7 +93,7 @@ def _put_back(handlers: dict[int, Any], unraisable: Any, uncaught: Any) -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)
     sys.unraisablehook, sys.excepthook = unraisable, uncaught
-    interrupt._State.requested = False
+    interrupt._forget()
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ class _State:
     requested = False  # a stop was requested
     undivided = False  # in a batch; stopping waits for its end
     swallowing = False  # Python swallows exceptions now
-    put_off = False  # a request came in an import, and will be repeated
+    put_off = False  # a request came where it cannot take effect, and will be repeated
     noticed = False  # the notice was printed, or another process prints it
     turn = 0  # a delayed request of an earlier turn is dropped
 
@@ -38,7 +38,9 @@ def install(*, quiet: bool = False) -> None:
 
     With `quiet`, the process prints no notice: its parent does.
     """
-    _State.requested, _State.noticed, _State.turn = False, quiet, _State.turn + 1
+    if not _State.put_off:  # `run_study.py` installs them too, and a request may wait since then
+        _forget()
+    _State.noticed = quiet
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores it
             signal.signal(number, _handle)
@@ -57,10 +59,14 @@ def handled() -> Iterator[None]:
     try:
         yield
     finally:
-        _State.requested, _State.turn = False, _State.turn + 1
+        _forget()
         sys.unraisablehook, sys.excepthook = hooks
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _forget() -> None:
+    _State.requested, _State.put_off, _State.turn = False, False, _State.turn + 1
 
 
 @contextmanager
@@ -144,7 +150,7 @@ def _unraisable(fault: Any) -> None:
     _State.swallowing = True
     # Not from here: it would be swallowed, too. To the main thread, since it may be waiting.
     threading.Thread(target=_ask_again, args=(threading.main_thread().ident, _State.turn)).start()
-    _State.requested = False
+    _State.requested, _State.put_off = False, True
     _State.swallowing = False
 
 

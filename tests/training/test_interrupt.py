@@ -147,6 +147,21 @@ with interrupt.handled():
     assert (words, said) == (["False"], "")
 
 
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_a_request_that_waits_to_be_made_again_outlasts_a_second_install(swallowed: bool) -> None:
+    words, said = child(
+        "import time, types\ninterrupt.UNHEARD_SECONDS = 0.3\n"
+        + (
+            "interrupt._unraisable(types.SimpleNamespace(exc_type=KeyboardInterrupt))"
+            if swallowed
+            else "interrupt._is_importing = lambda frame: True\nsignal.raise_signal(signal.SIGINT)\n"
+            "interrupt._is_importing = lambda frame: False"
+        )
+        + "\ninterrupt.install()\ntry:\n    time.sleep(10)\nexcept KeyboardInterrupt:\n    print('stopped')\n"
+    )
+    assert (words, said) == (["stopped"], "")
+
+
 def test_a_request_that_is_made_again_before_python_has_left_the_callback_is_not_lost() -> None:
     """On a busy machine, starting a thread takes long."""
     slow = """
