@@ -17,15 +17,20 @@ CLASSES = ("train", "ro\u0308se & <b>", "__background__")
 LATIN1 = os.fsdecode(b"\xf6\n.png")  # a file's name that is no UTF-8, and two lines
 
 
+def small_folder_study(workspace: Path) -> None:
+    """A study file "folder": one trial, one final seed, images in `pictures`."""
+    text = FOLDER_STUDY.replace("harness.models.maxvit import TinyMaxViT", "tests.small import SmallNet")
+    text = text.replace("TinyMaxViT(pretrained=False, hidden=())", "SmallNet()")
+    text = text.replace("import RuntimeConfig,", "import RuntimeConfig, FinalConfig,")
+    write(workspace, "folder", text.replace("trials=1,", "trials=1,\n    final=FinalConfig(seeds=1, publish=False),"))
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("mlruns")
 def test_odd_folders_and_files_are_trained_on_and_what_is_left_out_is_said_once(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = FOLDER_STUDY.replace("harness.models.maxvit import TinyMaxViT", "tests.small import SmallNet")
-    small = small.replace("TinyMaxViT(pretrained=False, hidden=())", "SmallNet()")
-    small = small.replace("import RuntimeConfig,", "import RuntimeConfig, FinalConfig,")
-    write(workspace, "folder", small.replace("trials=1,", "trials=1,\n    final=FinalConfig(seeds=1, publish=False),"))
+    small_folder_study(workspace)
     root, number = workspace / "pictures", 0
     for first, split in enumerate(("Train", "VALIDATION", "testing")):
         for species, name in zip(DEMO_SPECIES, CLASSES, strict=False):
@@ -52,3 +57,16 @@ def test_odd_folders_and_files_are_trained_on_and_what_is_left_out_is_said_once(
     assert ["Train/train/0.png", "VALIDATION/train/\\udcf6\\n.png"] in pairs
     assert main(["run", "--study", "folder"]) == 0
     assert "ignored" not in capsys.readouterr().err, "nothing was started"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("mlruns")
+def test_commands_find_the_images_where_the_study_did(workspace: Path) -> None:
+    small_folder_study(workspace)
+    for number in range(48):
+        folder = workspace / "elsewhere" / CLASSES[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        draw(DEMO_SPECIES[number % 2], number, 80).save(folder / f"{number}.png")
+    assert main(["run", "--study", "folder", "--data-root", "elsewhere"]) == 0
+    assert not (workspace / "pictures").exists()
+    assert main(["reproduce", "folder", "0"]) == 0
