@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from harness.base.errors import InputError
 from harness.config.space import check_types
 from harness.config.train import require
+from harness.models.head import check_head, check_probability, with_head
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,28 +118,10 @@ class TinyMaxViT:
 
 def check_fields(backbone: MaxViTT | TinyMaxViT) -> None:
     check_types(backbone, "backbone.")
-    hidden, momentum = backbone.hidden, backbone.bn_momentum
-    fits = all(1 <= width <= 1_000_000 for width in hidden)
-    require(fits, f"backbone.hidden must list widths of at least 1 and at most 1,000,000, not {hidden}.")
-    for name in ("dropout", "stochastic_depth"):
-        value = getattr(backbone, name)
-        require(0 <= value < 1, f"backbone.{name} must lie in 0..1, 1 excluded, not {value}.")
+    check_head(backbone.hidden, backbone.dropout)
+    check_probability("stochastic_depth", backbone.stochastic_depth)
+    momentum = backbone.bn_momentum
     require(0 < momentum <= 1, f"backbone.bn_momentum must lie in 0..1, 0 excluded, not {momentum}.")
-
-
-def with_head(model: Any, hidden: tuple[int, ...], dropout: float, classes: int) -> nn.Module:
-    """Replace the classifier's last Linear: per hidden width Linear, ReLU, Dropout, then the class layer.
-
-    The pretrained pooling, LayerNorm, Linear and Tanh before it stay, and train with the head.
-    """
-    from torch import nn
-
-    width, layers = model.classifier[-1].in_features, []
-    for each in hidden:
-        layers += [nn.Linear(width, each), nn.ReLU(), nn.Dropout(dropout)]
-        width = each
-    model.classifier[-1] = nn.Sequential(*layers, nn.Linear(width, classes))
-    return model
 
 
 def depth_prefixes(by: Literal["block", "layer"], layers: tuple[int, ...]) -> list[str]:
