@@ -13,14 +13,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from harness.config.events import Event
 from harness.config.space import Choice, Space
 from harness.final.retrain import Context, Retraining
 from harness.search.extrapolation import clipped, extrapolated, thinned
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from harness.config.study import Study
     from harness.store.records import TrialRecord
     from harness.store.store import Store
@@ -113,7 +114,6 @@ def _fitted(trials: Sequence[TrialRecord], space: Space) -> tuple[list[int], NDA
     chapters 4 and 5); the noise is the binomial variance of the validation images plus a fitted part.
     It predicts the accuracy itself, without noise.
     """
-    import numpy as np
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
@@ -142,17 +142,6 @@ def _fitted(trials: Sequence[TrialRecord], space: Space) -> tuple[list[int], NDA
     return [trials[each].number for each in kept], points, process
 
 
-def _functions(process: Any, points: NDArray[Any]) -> NDArray[Any]:
-    """Draw accuracies [points, DRAWS] from the posterior."""
-    import numpy as np
-
-    mean, covariance = process.predict(points, return_cov=True)
-    values, vectors = np.linalg.eigh(covariance)
-    root = vectors * np.sqrt(values.clip(min=0))
-    draws = root @ np.random.default_rng(0).standard_normal((len(points), DRAWS))
-    return np.asarray(mean[:, None] + draws)
-
-
 def _prospects(process: Any, points: NDArray[Any], chosen: int, space: Space) -> dict[str, float] | None:
     """Return the accuracy that MORE trials would gain over the chosen one, and a bound for any number.
 
@@ -164,11 +153,12 @@ def _prospects(process: Any, points: NDArray[Any], chosen: int, space: Space) ->
     if len(points) < FORESEEING:
         return None
 
-    import numpy as np
-
     rng = np.random.default_rng(0)
-    places = np.array([_drawn(space, rng) for _ in range(PLACES)])
-    draws = _functions(process, np.concatenate([points[chosen : chosen + 1], places]))
+    places = [points[chosen], *(_drawn(space, rng) for _ in range(PLACES))]
+    mean, covariance = process.predict(np.array(places), return_cov=True)
+    values, vectors = np.linalg.eigh(covariance)
+    root = vectors * np.sqrt(values.clip(min=0))
+    draws = mean[:, None] + root @ np.random.default_rng(0).standard_normal((len(places), DRAWS))
     gains = draws[1:] - draws[0]
     tried = gains[:, :MORE].argmax(axis=0)
     judged = gains[:, DRAWS // 2 :]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,11 +161,6 @@ def read_description(path: Path) -> dict[str, Any]:
     return description
 
 
-def is_tested(description: Mapping[str, Any]) -> bool:
-    """Return whether model.json marks its weights as the tested ones."""
-    return bool(description["weights"].get("tested"))
-
-
 def is_untested(folder: Path) -> bool:
     """Return whether the model was retrained, with other bits than the tested one.
 
@@ -178,7 +172,7 @@ def is_untested(folder: Path) -> bool:
 def _holds_tested(folder: Path) -> bool | None:
     """Return whether the model is the tested one; None if there is no complete one."""
     try:
-        return is_tested(read_description(folder / DESCRIPTION)) if has_model(folder) else None
+        return bool(read_description(folder / DESCRIPTION)["weights"].get("tested")) if has_model(folder) else None
     except Damaged:  # reported elsewhere, and restored
         return None
 

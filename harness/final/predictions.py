@@ -12,13 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy
+from numpy.typing import NDArray
+
 from harness.base.errors import InputError
 from harness.base.packing import unpack
 from harness.final.statistics import calibration_error, reliability, wilson
 
 if TYPE_CHECKING:
     import torch
-    from numpy.typing import NDArray
 
 PAIRS = 12  # worst confusions shown, two pictures each
 MISTAKES = 24  # most confident ones shown
@@ -38,8 +40,6 @@ class Predictions:
     @property
     def matrix(self) -> NDArray[Any]:
         """Confusion matrix, true classes in rows, predicted in columns, over all seeds: int [C, C]."""
-        import numpy
-
         counts = numpy.zeros((len(self.classes), len(self.classes)), dtype=int)
         numpy.add.at(counts, (self.labels, self.predicted), 1)
         return counts
@@ -50,8 +50,6 @@ def from_record(record: Mapping[str, Any]) -> Predictions:
 
     Raises InputError if they are damaged.
     """
-    import numpy
-
     try:
         labels = unpack(record["labels"], "uint16").astype(int)
         predicted = numpy.stack([unpack(each["predicted"], "uint16").astype(int) for each in record["seeds"]])
@@ -86,8 +84,6 @@ def confusions(found: Predictions) -> list[dict[str, Any]]:
     `image` is the number of the test image that was most confidently taken for the other class; `like` is
     the one of the other class that was most confidently recognised, None if none was.
     """
-    import numpy
-
     matrix = found.matrix
     apart = matrix * ~numpy.eye(len(matrix), dtype=bool)
     order = numpy.argsort(-apart, axis=None, kind="stable")[:PAIRS].tolist()
@@ -106,8 +102,6 @@ def confusions(found: Predictions) -> list[dict[str, Any]]:
 
 
 def _surest(found: Predictions, true: int, predicted: int) -> int | None:
-    import numpy
-
     chosen = (found.labels == true) & (found.predicted == predicted)
     confidence = numpy.where(chosen, found.confidence, -1.0).max(axis=0)
     return int(confidence.argmax()) if chosen.any() else None
@@ -115,8 +109,6 @@ def _surest(found: Predictions, true: int, predicted: int) -> int | None:
 
 def mistakes(found: Predictions) -> list[dict[str, Any]]:
     """Return the saved model's most confident mistakes; `image` is the number of the test image."""
-    import numpy
-
     predicted, confidence = found.predicted[0], found.confidence[0]
     wrong = numpy.flatnonzero(predicted != found.labels)
     order = wrong[numpy.argsort(-confidence[wrong], kind="stable")][:MISTAKES]

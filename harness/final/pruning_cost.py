@@ -1,7 +1,7 @@
 """What pruning saved and what it cost, from pruned trials that were drawn at random and trained to the end.
 
-The functions take learning curves, and are independent of storages and models; `harness.study.audit` trains. Numpy and
-scipy are imported when something is computed.
+The functions take learning curves, and are independent of storages and models; `harness.study.audit` trains. Scipy is
+imported when something is computed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
+
+import numpy
 
 from harness.base.seeds import derive_seed
 from harness.base.words import duration, percent
@@ -110,7 +112,6 @@ def share_interval(found: int, sample: int, population: int) -> tuple[float, flo
     finite universes", 1991): all totals that neither tail rejects. With the whole population as the
     sample, both ends are the share itself.
     """
-    import numpy
     from scipy.stats import hypergeom
 
     totals = numpy.arange(found, population - sample + found + 1)
@@ -151,8 +152,6 @@ def rank_correlation(first: Sequence[float], second: Sequence[float], weights: S
 
     Integer weights are equivalent to repeated pairs. None if one of the two is constant.
     """
-    import numpy
-
     ranks = []
     for values in (numpy.asarray(first), numpy.asarray(second)):
         below, level = values < values[:, None], values == values[:, None]

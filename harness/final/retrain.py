@@ -137,10 +137,9 @@ def threads_of(environments: Sequence[Mapping[str, str]]) -> Iterator[None]:
 
     The number does not change if it is unknown or varied.
     """
-    known, before = {each.get("threads") for each in environments}, torch.get_num_threads()
-    number = known.pop() if len(known) == 1 else None
-    if number is not None:
-        torch.set_num_threads(int(number))
+    before = torch.get_num_threads()
+    known = {int(each.get("threads", before)) for each in environments}
+    torch.set_num_threads(known.pop() if len(known) == 1 else before)
     try:
         yield
     finally:

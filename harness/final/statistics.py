@@ -1,7 +1,7 @@
 """Statistics of results: intervals, comparisons, selection bias, calibration.
 
-The functions take counts and arrays, and are independent of studies and models. Numpy and scipy are imported when
-something is computed.
+The functions take counts and arrays, and are independent of studies and models. Scipy is imported when something is
+computed.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
 
 from harness.config.final_result import Comparison, Selection
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
 ALPHA = 0.05  # a difference with a larger p-value is not significant
@@ -34,8 +34,6 @@ def wilson(correct: float, total: int) -> tuple[float, float]:
 
 def balanced_accuracy(labels: NDArray[Any], predicted: NDArray[Any]) -> float:
     """Return the mean accuracy per class, over the classes in `labels` [N]."""
-    import numpy
-
     return float(numpy.mean([(predicted[labels == label] == label).mean() for label in numpy.unique(labels)]))
 
 
@@ -75,8 +73,6 @@ def selection_excess(hits: NDArray[Any], seed: int = 0, resamples: int = RESAMPL
     Each resample of the images chooses its own winner; the excess is how much better that winner scores there than on
     all images. Candidates are resampled together, which keeps their correlation. None with fewer than two.
     """
-    import numpy
-
     candidates, images = hits.shape
     if candidates < 2 or images < 1:
         return None
@@ -115,8 +111,6 @@ def reliability(confidence: NDArray[Any], hits: NDArray[Any], bins: int = BINS) 
 
     The reliability diagram of Guo et al., "On Calibration of Modern Neural Networks" (2017).
     """
-    import numpy
-
     place = numpy.clip(numpy.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     return [
         Bin(

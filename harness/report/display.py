@@ -32,12 +32,11 @@ class StudyConsole(Console):
     left = False
 
     def __init__(self, quiet: bool = False) -> None:
-        super().__init__(markup=False, quiet=quiet)  # a trial's error may hold any brackets
+        super().__init__(markup=False, emoji=False, quiet=quiet)  # a trial's error may hold any brackets and colons
 
     def say(self, text: str) -> None:
-        """Print lines unwrapped."""
-        if not self.quiet:
-            print(text)
+        """Print lines; the terminal wraps them."""
+        self.print(text, highlight=False, soft_wrap=True)
 
     def on_broken_pipe(self) -> None:
         StudyConsole.left = self.quiet = True
@@ -175,8 +174,7 @@ class Display:
         return all_of_them - self._begun + under_way
 
     def _second_looks(self) -> int:
-        final = self._study.final
-        return final.trainings(self._study.trials) - final.seeds * (1 + final.compare_base)
+        return self._study.final.seeds * min(self._study.final.rerank, self._study.trials)
 
     def _render(self) -> RenderableType:
         left, asked = self._left(), max(self._asked, self._finished)
@@ -222,8 +220,6 @@ def forecast(epoch_seconds: float, left: float, pruning_known: bool) -> str:
 def _place(started: TrialStarted) -> str:
     """Return where an interrupted training resumes."""
     progress = started.progress
-    if progress.step and progress.step == progress.steps:
-        return f"resumes at the end of epoch {progress.epoch}"
     if progress.step:
         return f"resumes in epoch {progress.epoch} after {progress.step} of {progress.steps} batches"
     return f"resumes with epoch {progress.epoch}" if progress.epoch > 1 else "restarts with the same configuration"

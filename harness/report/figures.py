@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,6 +44,15 @@ def error_bars(spans: Sequence[tuple[float, float, float]], **style: Any) -> dic
     """Return error bars for values, each with the low and high end of its interval."""
     above, below = [high - value for value, _, high in spans], [value - low for value, low, _ in spans]
     return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, **style}
+
+
+def add_lines(
+    figure: Figure, lines: Sequence[tuple[str, Iterable[Any]]], mode: str = "lines+markers", **style: Any
+) -> None:
+    """Draw lines, each with a text and points (x, y), as one trace with gaps: the legend names it once."""
+    points = [(text, x, y) for text, line in lines for x, y in [*line, (None, None)]]
+    x, y = [x for _, x, _ in points], [y for _, _, y in points]
+    figure.add_scatter(x=x, y=y, text=[text for text, _, _ in points], mode=mode, **style)
 
 
 def empty(height: int = HEIGHT, legend: bool = False, **layout: Any) -> Figure:

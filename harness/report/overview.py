@@ -146,11 +146,9 @@ def _chosen_line(store: Store) -> list[str]:
 
 def in_short(params: Mapping[str, Any], whole_paths: bool = True) -> str:
     """Return names and values on one line, with only the last part of each path if not `whole_paths`."""
-    shown = [
-        (path if whole_paths else path.rsplit(".", 1)[-1], f"{value:.4g}" if isinstance(value, float) else value)
-        for path, value in params.items()
-    ]
-    return ", ".join(f"{name} = {value}" for name, value in shown)
+    names = params if whole_paths else [path.rsplit(".", 1)[-1] for path in params]
+    values = [f"{value:.4g}" if isinstance(value, float) else value for value in params.values()]
+    return ", ".join(f"{name} = {value}" for name, value in zip(names, values, strict=True))
 
 
 def _remarks(store: Store) -> list[str]:

@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy
+import optuna
+
 from harness.base.words import percent
-from harness.report.figures import ACCENT, INK, PAPER, SOFT, Plot, empty, error_bars
+from harness.report.figures import ACCENT, INK, PAPER, SOFT, Plot, add_lines, empty, error_bars
 from harness.store.records import TrialRecord
 from harness.store.store import Store
 
 if TYPE_CHECKING:
-    import optuna
     from plotly.graph_objects import Figure
 
 RESAMPLES = 100
@@ -45,9 +47,6 @@ def importances(study: optuna.Study, names: Sequence[str], seed: int = 0) -> lis
     The intervals are percentiles over bootstrap resamples of the trials (Efron and Tibshirani, 1993, chapter 13),
     without resamples whose values are all equal. Empty unless two values differ.
     """
-    import numpy
-    import optuna
-
     complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     if len({trial.value for trial in complete}) < 2:
         return []
@@ -67,8 +66,6 @@ def importances(study: optuna.Study, names: Sequence[str], seed: int = 0) -> lis
 
 
 def _shares(trials: Sequence[optuna.trial.FrozenTrial], names: Sequence[str]) -> list[float]:
-    import optuna
-
     study = optuna.create_study(direction="maximize")
     study.add_trials(trials)
     with warnings.catch_warnings():
@@ -78,7 +75,7 @@ def _shares(trials: Sequence[optuna.trial.FrozenTrial], names: Sequence[str]) ->
 
 
 def importance_plot(store: Store, complete: Sequence[TrialRecord]) -> Plot:
-    names = sorted(set.intersection(*(set(trial.params) for trial in complete)))
+    names = sorted(complete[0].params)
     found = importances(store.optuna_study, names)[::-1] if names else []
     if not found:
         why = "Importances need two complete trials with different results."
@@ -106,57 +103,41 @@ def importance_plot(store: Store, complete: Sequence[TrialRecord]) -> Plot:
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """One parameter: each trial's position, from 0 to 1 or None, and the tick labels."""
+    """One parameter: each trial's position, from 0 to 1, and the tick labels."""
 
     name: str
-    places: list[float | None]
+    places: list[float]
     marks: dict[float, str]
 
 
 def parallel_coordinates(study: optuna.Study) -> Figure:
     """Draw a line per complete trial over its parameters and its value."""
-    import numpy
-    import optuna
-
     trials = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     trials = sorted(trials, key=lambda trial: trial.value or 0.0)  # draw the best last
-    names = sorted({name for trial in trials for name in trial.params})
-    axes = [_parameter(name, trials) for name in names]
+    axes = [_parameter(name, trials) for name in sorted(trials[0].params)]
     values = [trial.value or 0.0 for trial in trials]
-    axes.append(_numbers("validation accuracy", list(values), log=False, share=True))
+    axes.append(_numbers("validation accuracy", values, log=False, share=True))
     figure = empty(height=380, margin={"l": 30, "r": 50, "t": 6, "b": 6})
     groups = numpy.digitize(values, numpy.linspace(min(values), max(values), len(LINES) + 1)[1:-1])
-    for group in range(len(LINES)):
-        _add_lines(figure, axes, trials, numpy.flatnonzero(groups == group).tolist(), group)
+    lines = [
+        (f"trial {trial.number}: {percent(trial.value)}", list(enumerate(axis.places[place] for axis in axes)))
+        for place, trial in enumerate(trials)
+    ]
+    for group, (colour, opacity) in enumerate(LINES):
+        add_lines(
+            figure,
+            [lines[place] for place in numpy.flatnonzero(groups == group)],
+            line={"color": colour, "width": 1.8},
+            marker={"size": 5},
+            opacity=opacity,
+            hovertemplate="%{text}<extra></extra>",
+        )
     _add_marks(figure, axes)
     return figure
 
 
-def _add_lines(figure: Figure, axes: Sequence[Axis], trials: Sequence[Any], chosen: Sequence[int], group: int) -> None:
-    x: list[float | None] = []
-    y: list[float | None] = []
-    text: list[str] = []
-    for number in chosen:
-        x += [*range(len(axes)), None]
-        y += [*(axis.places[number] for axis in axes), None]
-        text += [f"trial {trials[number].number}: {percent(trials[number].value)}"] * (len(axes) + 1)
-    figure.add_scatter(
-        x=x,
-        y=y,
-        text=text,
-        mode="lines+markers",
-        line={"color": LINES[group][0], "width": 1.8},
-        marker={"size": 5},
-        opacity=LINES[group][1],
-        hovertemplate="%{text}<extra></extra>",
-    )
-
-
 def _add_marks(figure: Figure, axes: Sequence[Axis]) -> None:
     for place, axis in enumerate(axes):
-        figure.add_annotation(
-            x=place, y=1.12, text=f"<b>{axis.name}</b>", showarrow=False, font={"color": INK, "size": 12}
-        )
         for height, text in axis.marks.items():
             figure.add_annotation(
                 x=place,
@@ -169,29 +150,25 @@ def _add_marks(figure: Figure, axes: Sequence[Axis]) -> None:
                 bgcolor=PAPER,
                 borderpad=1,
             )
-    figure.update_xaxes(tickvals=list(range(len(axes))), range=[-0.4, len(axes) - 0.5])
-    figure.update_xaxes(showticklabels=False, showline=False, ticks="")
-    figure.update_yaxes(visible=False, range=[-0.06, 1.18])
+    figure.update_xaxes(tickvals=list(range(len(axes))), ticktext=[f"<b>{axis.name}</b>" for axis in axes], tickangle=0)
+    figure.update_xaxes(side="top", tickfont={"color": INK, "size": 12}, showline=False, range=[-0.4, len(axes) - 0.5])
+    figure.update_yaxes(visible=False, range=[-0.06, 1.06])
 
 
 def _parameter(name: str, trials: Sequence[Any]) -> Axis:
-    from optuna.distributions import CategoricalDistribution
-
-    values = [trial.params.get(name) for trial in trials]
-    distribution = next(trial.distributions[name] for trial in trials if name in trial.distributions)
-    if not isinstance(distribution, CategoricalDistribution):
+    values, distribution = [trial.params[name] for trial in trials], trials[0].distributions[name]
+    if not isinstance(distribution, optuna.distributions.CategoricalDistribution):
         return _numbers(name, values, log=distribution.log, share=False)
     options = list(distribution.choices)
     heights = {option: place / max(len(options) - 1, 1) for place, option in enumerate(options)}
     marks = {height: html.escape(str(option)) for option, height in heights.items()}
-    return Axis(name=name, places=[heights.get(value) for value in values], marks=marks)
+    return Axis(name=name, places=[heights[value] for value in values], marks=marks)
 
 
-def _numbers(name: str, values: Sequence[float | None], log: bool, share: bool) -> Axis:
-    scaled = [math.log10(value) if log and value is not None else value for value in values]
-    known = [value for value in scaled if value is not None]
-    low, span = min(known), max(known) - min(known)
-    places = [None if value is None else (value - low) / (span or 1.0) for value in scaled]
+def _numbers(name: str, values: Sequence[float], log: bool, share: bool) -> Axis:
+    scaled = [math.log10(value) if log else value for value in values]
+    low, span = min(scaled), max(scaled) - min(scaled)
+    places = [(value - low) / (span or 1.0) for value in scaled]
     marks = {}
     for place in (0.0, 0.5, 1.0) if span else (0.0,):  # equal values need one tick
         value = low + place * span

@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from harness.base.words import percent
+from harness.report import figures
 from harness.report.figures import ACCENT, ACCURACIES, INK, LINE, SCALE, SHARE, SOFT, STATES, Plot, empty, whole_numbers
 from harness.report.overview import subject
 from harness.report.parameters import importance_plot, parallel_coordinates
@@ -116,20 +117,18 @@ def _add_ends(
 ) -> bool:
     """Draw the ends of pruned trials as the choice's Gaussian process predicts; return whether there are any."""
     known = [trial for trial in pruned if str(trial.number) in estimates and max(trial.curve) < last]
-    points: list[tuple[Any, ...]] = []
-    for trial in known:
-        points += [(*_end(trial), None), (last, *estimates[str(trial.number)]), (None, None, None)]
+    lines = [(f"trial {trial.number}", [_end(trial), (last, estimates[str(trial.number)][0])]) for trial in known]
+    deviations = [each for trial in known for each in (None, estimates[str(trial.number)][1], None)]
     if known:
-        figure.add_scatter(
-            x=[epoch for epoch, _, _ in points],
-            y=[value for _, value, _ in points],
-            error_y={"array": [deviation for _, _, deviation in points], "width": 3, "thickness": 1},
-            customdata=[trial.number for trial in known for _ in range(3)],
+        figures.add_lines(
+            figure,
+            lines,
             mode="lines",
+            error_y={"array": deviations, "width": 3, "thickness": 1},
             line={"color": STATES["pruned"], "width": 1.2, "dash": "dot"},
             opacity=0.55,
             name="predicted end",
-            hovertemplate="trial %{customdata}, predicted end: %{y:.2%}<extra></extra>",
+            hovertemplate="%{text}, predicted end: %{y:.2%}<extra></extra>",
         )
     return bool(known)
 
@@ -137,18 +136,14 @@ def _add_ends(
 def _add_curves(
     figure: Figure, trials: Sequence[TrialRecord], name: str, line: dict[str, Any], opacity: float = 1.0
 ) -> None:
-    """Draw trials as one trace with gaps, so that the legend names the state once."""
-    points = [(trial.number, epoch, value) for trial in trials for epoch, value in [*trial.curve.items(), (None, None)]]
-    figure.add_scatter(
-        x=[epoch for _, epoch, _ in points],
-        y=[value for _, _, value in points],
-        customdata=[number for number, _, _ in points],
-        mode="lines+markers",
+    figures.add_lines(
+        figure,
+        [(f"trial {trial.number}", trial.curve.items()) for trial in trials],
         line=line,
         marker={"size": 4},
         opacity=opacity,
         name=name,
-        hovertemplate="trial %{customdata}, epoch %{x}: %{y:.2%}<extra></extra>",
+        hovertemplate="%{text}, epoch %{x}: %{y:.2%}<extra></extra>",
     )
 
 

@@ -37,9 +37,7 @@ def _rendered(view: Mapping[str, Any]) -> str:
     from plotly.offline import get_plotlyjs
 
     loader = PackageLoader("harness.report")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {"short": _short, "percent": percent, "duration": duration, "quote": shlex.quote}
     # Of a study, only the figures are marked as safe, and they escape "<".
     return environment.get_template("report.html").render(**view, plotly=Markup(get_plotlyjs()))
@@ -62,11 +60,10 @@ def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
         "leads": sentences.all_equal(store) or (final is not None and final.trial == 0),
         "sentence": sentences.test_sentence(store),
         "verdict": sentences.verdict(store),
-        "remarks": [*filter(None, (sentences.choice_sentence(store), sentences.prospect_sentence(store)))],
+        "remarks": _remarks(store, final),
         "strip": None if final is None else _strip(final),
         "subject": about,
         "parameters": [] if about is None else _parameters(store, about, trials),
-        "comparison": [] if final is None else _comparison(final, store.why_closed()),
         "search": search_plots(store, trials),
         "test": [] if tested is None else final_plots(store.facts().predictions or {}, tested),
         "thumbnails": store.facts().thumbnails,
@@ -119,19 +116,20 @@ def _in_words(distribution: Any) -> str:
     return f"{distribution.low:g} to {distribution.high:g}" + (", logarithmic" if distribution.log else "")
 
 
-def _comparison(final: FinalResult, why_closed: str | None) -> list[str]:
-    """Return sentences on the base configuration's result, and on the bias of the best score."""
-    lines = []
-    if (base := final.base) is not None:
-        seeds = len(base.per_seed)
-        lines.append(
-            f"The base configuration, trial {base.trial}, trained in the same way, reaches "
-            f"{percent(base.accuracy)} ({base.correct:,} correct of {base.total:,}: {seeds} "
-            f"seed{'s' if seeds > 1 else ''})."
-        )
-    unknown = "The selection bias of the best validation score is not recorded."
-    lines.append(sentences.selection_sentence(final) or unknown)
-    return lines if why_closed is None else [*lines, why_closed]
+def _remarks(store: Store, final: FinalResult | None) -> list[str]:
+    """Return sentences on the choice, the base configuration's result, and the bias of the best score."""
+    lines = [sentences.choice_sentence(store), sentences.prospect_sentence(store)]
+    if final is not None:
+        if (base := final.base) is not None:
+            seeds = len(base.per_seed)
+            lines.append(
+                f"The base configuration, trial {base.trial}, trained in the same way, reaches "
+                f"{percent(base.accuracy)} ({base.correct:,} correct of {base.total:,}: {seeds} "
+                f"seed{'s' if seeds > 1 else ''})."
+            )
+        unknown = "The selection bias of the best validation score is not recorded."
+        lines += [sentences.selection_sentence(final) or unknown, store.why_closed()]
+    return [*filter(None, lines)]
 
 
 def _cost(seen: Mapping[str, Any]) -> list[str]:
@@ -150,6 +148,5 @@ def _table(store: Store) -> dict[str, Any]:
 
 def _places(seen: Mapping[str, Any]) -> dict[str, str]:
     """Return hardware, versions and locations."""
-    places = {"runtime": in_words(seen["runtime"]), **(seen["environment"] or {})}
-    places |= {"storage": seen["storage"], "tracking": seen["tracking"]}
-    return places if seen["environment"] else places | {"versions": "not recorded"}
+    places = {"runtime": in_words(seen["runtime"]), **(seen["environment"] or {"versions": "not recorded"})}
+    return places | {name: seen[name] for name in ("storage", "tracking")}

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from harness.base.files import replace_file
 from harness.base.packing import unpack
 from harness.base.words import percent
-from harness.final.model_files import is_tested
 from harness.final.predictions import calibration_sentence, described
 from harness.final.sentences import conclusion, selection_sentence, test_sentence
 from harness.store import ledger
@@ -44,44 +43,34 @@ def write_card(name: str, data: Dataset, store: Store, folder: Path, program: st
 
 def card(name: str, licence: str, store: Store, description: Mapping[str, Any], program: str | None) -> str:
     """Return the card as Markdown; `description` is the content of model.json."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from jinja2 import Environment, StrictUndefined
 
     facts, final = store.facts(), store.facts().final
     assert final is not None
     trial = next(each for each in store.trials() if each.number == final.trial)
     kept = facts.predictions
-    remarks = [conclusion(store), selection_sentence(final), None if kept is None else _calibration(kept)]
+    remarks = [conclusion(store), selection_sentence(final)]
+    if kept is not None:
+        remarks.append(f"{calibration_sentence(described(kept))} This is the mean gap between confidence and accuracy.")
     # Values without the `plain` filter come from this project, or are checked: names of studies, fields and files.
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATE.parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.filters |= {"thousands": "{:,}".format, "percent": percent, "plain": _plain, "counted": _count}
-    return environment.get_template(TEMPLATE.name).render(
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=name,
         licence=licence,
         described=description,
-        tested=is_tested(description),
         program=program,
         steps=description["preprocessing"],
         final=final,
         sentence=test_sentence(store),
         remarks=[*filter(None, remarks)],
         trial=trial,
-        duplicates=facts.duplicates,
+        facts=facts,
         store=store,
         among=_among(store),
         openings=ledger.openings(store.ledger_lines()),
         worst=[] if kept is None else _worst_classes(kept, description["classes"]),
-        predictions=kept,
     )
-
-
-def _calibration(kept: Mapping[str, Any]) -> str:
-    """Return the report's calibration sentence with an explanation."""
-    return f"{calibration_sentence(described(kept))} This is the mean gap between confidence and accuracy."
 
 
 def _among(store: Store) -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -15,16 +17,9 @@ from harness.base.errors import InputError
 from harness.base.files import Damaged
 from harness.config.study import Study
 from harness.config.train import TrainConfig
-from harness.final.model_files import (
-    AGAIN,
-    CHECK_FILE,
-    DESCRIPTION,
-    WEIGHTS,
-    check_folder,
-    file_fault,
-    has_model,
-    read_description,
-)
+from harness.data.augment import normalise
+from harness.data.cache import square
+from harness.final import model_files
 from harness.store.store import Store
 from harness.training.checkpoint import read_tensors
 
@@ -54,28 +49,26 @@ def load_saved(study: Study, store: Store, folder: Path) -> SavedModel:
 
     Raises InputError if there is none yet, it is damaged, or it differs from the record.
     """
-    from harness.data.augment import normalise
-
-    if not has_model(folder):
+    if not model_files.has_model(folder):
         raise InputError(f"{folder} holds no model{_why_missing(study, store)}")
-    check_folder(folder, store.url, store.uid)
-    for name in (WEIGHTS, DESCRIPTION):
-        if (fault := file_fault(store, folder, name)) is not None:
-            raise InputError(f"The model cannot be used: {fault}; {AGAIN}.")
+    model_files.check_folder(folder, store.url, store.uid)
+    for name in (model_files.WEIGHTS, model_files.DESCRIPTION):
+        if (fault := model_files.file_fault(store, folder, name)) is not None:
+            raise InputError(f"The model cannot be used: {fault}; {model_files.AGAIN}.")
     try:
-        description = read_description(folder / DESCRIPTION)
-        tensors, _ = read_tensors(folder / WEIGHTS)
+        description = model_files.read_description(folder / model_files.DESCRIPTION)
+        tensors, _ = read_tensors(folder / model_files.WEIGHTS)
         trials = {trial.number: trial for trial in store.trials()}
         config = study.config(trials[description["trial"]].params)
     except (Damaged, ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"The model in {folder} cannot be read ({error}); {AGAIN}.") from error
+        raise InputError(f"The model in {folder} cannot be read ({error}); {model_files.AGAIN}.") from error
     backbone: Any = config.backbone
     if "pretrained" in {field.name for field in dataclasses.fields(backbone)}:  # the weights are replaced anyway
         backbone = dataclasses.replace(backbone, pretrained=False)
     model = backbone.build(len(description["classes"]), config.data.image_size)
     model.load_state_dict(tensors)
     try:  # the final run's test images; a retrained model has none
-        images = normalise(read_tensors(folder / CHECK_FILE)[0]["images"])
+        images = normalise(read_tensors(folder / model_files.CHECK_FILE)[0]["images"])
     except Damaged:
         images = None
     return SavedModel(model=model.eval(), config=config, description=description, check_images=images)
@@ -84,7 +77,7 @@ def load_saved(study: Study, store: Store, folder: Path) -> SavedModel:
 def _why_missing(study: Study, store: Store) -> str:
     """Return why the folder has no model, and the remedy, as the end of a sentence."""
     if store.has_final():
-        return f", though the final run of study {study.name!r} has ended; {AGAIN}."
+        return f", though the final run of study {study.name!r} has ended; {model_files.AGAIN}."
     if (why := store.why_closed()) is not None:
         return f". {why}"
     return f": the final run of study {study.name!r} has not ended; run the study to its end."
@@ -96,10 +89,4 @@ def preprocess(images: Sequence[Image.Image], size: int) -> Tensor:
     The same steps as for validation and test images: the centre square of the image, resized to `size` on its short
     side with antialiased bicubic interpolation.
     """
-    import numpy as np
-    import torch
-
-    from harness.data.augment import normalise
-    from harness.data.cache import square
-
     return normalise(torch.from_numpy(np.stack([square(image.convert("RGB"), size) for image in images])))

@@ -64,18 +64,14 @@ class Predictor:
         check_proportions(path, *image.size, self.saved.image_size)
         return preprocess([image], self.saved.image_size)[0]
 
-    def probabilities(self, images: Tensor) -> Tensor:
-        """Return class probabilities, float32 [B, classes], for images [B, 3, S, S] from `photograph`.
+    def guesses(self, images: Tensor, count: int) -> list[list[Guess]]:
+        """Return the `count` likeliest classes of each image [B, 3, S, S], likeliest first, the earlier of equals.
 
-        Raises MemoryError if the device has no room for one image.
+        The images are from `photograph`. Raises MemoryError if the device has no room for one.
         """
         device = self._runtime.device
         logits = outputs_of(self._model, lambda size: (part.to(device) for part in images.split(size)), self._runtime)
-        return torch.softmax(logits, dim=1).cpu()
-
-    def guesses(self, images: Tensor, count: int) -> list[list[Guess]]:
-        """Return the `count` likeliest classes of each image [B, 3, S, S], likeliest first, the earlier of equals."""
-        values, labels = self.probabilities(images).sort(dim=1, descending=True, stable=True)
+        values, labels = torch.softmax(logits, dim=1).cpu().sort(dim=1, descending=True, stable=True)
         return [
             [Guess(name=self.saved.classes[label], probability=value) for value, label in zip(*each, strict=True)]
             for each in zip(values[:, :count].tolist(), labels[:, :count].tolist(), strict=True)
@@ -170,9 +166,7 @@ def predict(
     quiet = not sys.stderr.isatty() or (table in (None, STDOUT) and sys.stdout.isatty())
     columns = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True, markup=False)
-    bar = Progress(
-        *columns, console=console, disable=quiet, transient=True, redirect_stdout=False, redirect_stderr=False
-    )
+    bar = Progress(*columns, console=console, disable=quiet, transient=True, redirect_stdout=False)
     damaged = 0
 
     def readable() -> Iterator[tuple[Path, list[Guess]]]:

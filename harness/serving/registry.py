@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
+
 from harness.base.errors import Halt, masked
 from harness.base.keys import final_key
 from harness.data.splits import ImageSet, items_of, load_split
@@ -178,7 +180,6 @@ def _write_model(folder: Path, model: LoggedModel, run: Run, saved: SavedModel) 
     MLflow unpickles only tensors to read it; MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false enforces that.
     """
     import mlflow.pytorch
-    import numpy
     import torch
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
@@ -259,7 +260,6 @@ def _wrong(uri: str, logged: LoggedModel, wanted: Candidate) -> str | None:
     Raises MLflow's error if the model cannot be downloaded.
     """
     import mlflow.artifacts
-    import numpy
 
     with tempfile.TemporaryDirectory() as place:
         kept = logged.artifact_location

@@ -36,14 +36,14 @@ def serve_ui(folder: Path, tracking_uri: str | None, host: str, port: int) -> bo
     check_port(host, port)
     # A path relative to its folder: MLflow would create a folder named like an escaped path.
     store = uri if file is None else sqlite_url(Path(file.name))
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store]
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store, "--host", host, "--port", str(port)]
     address = f"http://{host}:{port}"
     print(f"The MLflow UI opens at {address} (Ctrl-C ends it).", flush=True)
     for name, path in tracker.pages():  # the UI's own links open a study's traces, which are empty
         print(f"{name:<9} {address}/{path}", flush=True)
     # In a new session, so that MLflow's server and its workers can be stopped together.
     server = subprocess.Popen(
-        [*command, "--host", host, "--port", str(port)],
+        command,
         start_new_session=True,
         cwd=None if file is None else file.parent,
         env={**os.environ, "PYTHONWARNINGS": "ignore"},  # hide its libraries' deprecation warnings

@@ -7,7 +7,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +38,16 @@ def open_store(
     """
     file = sqlite_file(url)
     begin = functools.partial(_begun, study, url, content)
-    with study_lock(None if joining else file, study.name):
+    with study_lock(None if joining else file, study.name), ExitStack() as kept:
         storage, optuna_study = outlast(url, begin) if joining else begin()  # a worker's server was up a moment ago
+        kept.callback(dispose, storage)
         leases = Leases(storage.engine, Store(url, optuna_study).uid, file)
+        kept.callback(leases.close)
         opened = None
-        try:
-            if file is not None and not joining:  # earlier owners are dead, or work for a dead coordinator
-                outlast(url, leases.clear)
-                opened = OpenedFile(file)
-            yield Store(url, optuna_study, engine=storage.engine, leases=leases, file=opened)
-        finally:
-            leases.close()
-            dispose(storage)
-            if opened is not None:
-                opened.close()
+        if file is not None and not joining:  # earlier owners are dead, or work for a dead coordinator
+            outlast(url, leases.clear)
+            opened = kept.enter_context(closing(OpenedFile(file)))
+        yield Store(url, optuna_study, engine=storage.engine, leases=leases, file=opened)
 
 
 def _begun(
@@ -126,18 +122,6 @@ def exists(name: str, url: str) -> bool:
         return False
 
 
-def begun_by(name: str, url: str) -> str | None:
-    """Return the name of the file that a study was last run from, None if there is no such study.
-
-    For a study that no command has run, this is NAME.py.
-    """
-    try:
-        with read_store(name, url, any_format=True) as store:
-            return store.attributes().get("file") or f"{name}.py"
-    except InputError:  # there is no such study; the caller reports that
-        return None
-
-
 def url_of(found: Found, storage: str | None) -> str:
     """Return the URL of a study's database: `storage` if given, else the file beside the study file.
 
@@ -145,7 +129,10 @@ def url_of(found: Found, storage: str | None) -> str:
     of the two is a copy.
     """
     name, url = found.study.name, storage or found.storage_url
-    twin = found.file.with_name(begun_by(name, url) or found.file.name)
+    twin = found.file
+    with suppress(InputError), read_store(name, url, any_format=True) as store:  # a missing study is reported later
+        # A study that no command has run has no such attribute.
+        twin = found.file.with_name(store.attributes().get("file") or f"{name}.py")
     if twin.is_file() and not twin.samefile(found.file) and defines(twin, name):
         raise InputError(
             f"{found.file} defines the study {name!r}, and so does {twin}, whose results are in {url}: "

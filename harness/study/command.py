@@ -29,10 +29,6 @@ class Command:
         """Return a folder of the study's results."""
         return self.found.beside(self.url, suffix)
 
-    def say(self, text: str) -> None:
-        """Print a sentence; the terminal wraps it."""
-        self.console.print(text, highlight=False, soft_wrap=True)
-
 
 def content_of(study: Study) -> dict[str, str]:
     """Return fingerprints of the images and weights; the first call decodes the images."""

@@ -109,13 +109,13 @@ def _say_what_begins(command: Command, useful: int, store: Store, runtime: Runti
     if useful < count:
         workers = f", {useful} of {count} workers, the others have nothing to do"
     images = "/".join(f"{len(items_of(data, split)):,}" for split in SPLITS)
-    command.say(
+    command.console.say(
         f"Study {command.study.name}: {overview.finished_of(store.finished(), wanted(command.study, store))}, "
         f"{len(data.classes()):,} classes, {images} training, validation and test images, "
         f"{overview.in_words(runtime.to_dict())}{workers}"
     )
     if runtime.compiled:
-        command.say("The first steps compile the model; that takes minutes, once per process.")
+        command.console.say("The first steps compile the model; that takes minutes, once per process.")
 
 
 def _end(command: Command, store: Store, tracker: MLflowTracker, failure: Exception | None) -> None:
@@ -178,7 +178,7 @@ def _workers(
 
     asked = ray_cluster.needs(options.workers, options.workers_per_gpu, runtime.device.type)
     text = f"Asking Ray for {asked.workers} worker{'s' if asked.workers > 1 else ''}"
-    command.say(f"{text}, {ray_cluster.in_words(asked)} each; this takes some seconds.")
+    command.console.say(f"{text}, {ray_cluster.in_words(asked)} each; this takes some seconds.")
     with ExitStack() as kept:
         with command.console.status(f"{text} …"):
             workers = kept.enter_context(RayWorkers(config, store, asked, tracker.show))

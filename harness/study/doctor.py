@@ -184,22 +184,15 @@ def _model(store: Store, folder: Path) -> Iterator[Finding]:
             yield Finding(text, partial(_give_up, store, folder / name))
         else:
             yield Finding(f"{fault}; {model_files.AGAIN}", partial((folder / name).unlink, missing_ok=True))
-    weights, known = folder / model_files.WEIGHTS, final.per_seed[0].weights
-    if model_files.WEIGHTS in dict(wrong) or model_files.is_recorded(store, folder, model_files.WEIGHTS):
+    needed = {model_files.WEIGHTS, model_files.DESCRIPTION}
+    if needed & dict(wrong).keys() or model_files.is_recorded(store, folder, model_files.WEIGHTS):
         return
+    weights, description = (folder / name for name in (model_files.WEIGHTS, model_files.DESCRIPTION))
     there = fingerprint(read_tensors(weights)[0])
     # Retrained weights with other bits, marked as such, are as good as this machine can train.
-    if there != known and not _says_so(folder, there):
+    retrained = {"sha256": there, "tested": False}
+    if there != final.per_seed[0].weights and model_files.read_description(description)["weights"] != retrained:
         yield Finding(f"{weights} differs from the final run's weights; {model_files.AGAIN}", weights.unlink)
-
-
-def _says_so(folder: Path, weights: str) -> bool:
-    """Return whether model.json marks weights with this sha256 as not the tested ones."""
-    try:
-        description = model_files.read_description(folder / model_files.DESCRIPTION)
-    except Damaged:
-        return False
-    return not model_files.is_tested(description) and bool(description["weights"].get("sha256") == weights)
 
 
 def _give_up(store: Store, path: Path) -> None:

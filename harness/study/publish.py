@@ -32,7 +32,7 @@ def write_again(command: Command, store: Store, tracker: MLflowTracker) -> None:
     if told and is_registered(study, store, model):
         told = register(command, store, tracker, load_saved(study, store, model))
     if not told:
-        command.say(f"MLflow at {masked(tracker.uri)} is incomplete; run the same command to try again.")
+        command.console.say(f"MLflow at {masked(tracker.uri)} is incomplete; run the same command to try again.")
 
 
 def describe_model(command: Command, store: Store) -> SavedModel | None:

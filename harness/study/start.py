@@ -183,7 +183,7 @@ def _run_what_is_missing(command: Command, begun: bool) -> None:
     if options.fresh:
         moved = opening.move_aside(study.name, url, *map(command.beside, (".model", ".checkpoints", ".report")))
         if moved is not None:
-            command.say(f"The old study is now {moved}; open it with --storage {sqlite_url(moved)}.")
+            command.console.say(f"The old study is now {moved}; open it with --storage {sqlite_url(moved)}.")
         sys.argv = [word for word in sys.argv if word != "--fresh"]  # the printed command resumes the new study
     with opening.open_store(study, url, content) as store:
         try:
@@ -192,16 +192,12 @@ def _run_what_is_missing(command: Command, begun: bool) -> None:
             store.set_attribute("data_root", options.data_root and str(Path(options.data_root).resolve()))
             keep_imports()
             coordinator.run_study(command, store, tracker)
-        except KeyboardInterrupt:
+        except BaseException as error:
             tracker.interrupt()
-            finished, asked = store.finished(), wanted(study, store)
-            counted = overview.finished_of(finished, asked)
-            if finished >= asked and not store.is_settled():
-                counted += ", the final run is missing"
-            command.say(f"Interrupted with {counted}.")
-            raise
-        except (Exception, SystemExit):
-            tracker.interrupt()
+            if isinstance(error, KeyboardInterrupt):
+                finished, asked = store.finished(), wanted(study, store)
+                missing = ", the final run is missing" if finished >= asked and not store.is_settled() else ""
+                command.console.say(f"Interrupted with {overview.finished_of(finished, asked)}{missing}.")
             raise
 
 

@@ -194,9 +194,8 @@ class StudyClient:
             if len(entries) == 1:
                 self.say(f"MLflow refuses {kind[:-1]} {entries[0].key}, which is skipped: {first_line(error)}")
                 return
-            half = len(entries) // 2
-            self._log_each(run_id, kind, entries[:half])
-            self._log_each(run_id, kind, entries[half:])
+            for each in entries:
+                self._log_each(run_id, kind, [each])
 
     def close_run(self, run_id: str, state: str) -> None:
         self.client.set_tag(run_id, STATE, state)
@@ -286,14 +285,13 @@ class StudyClient:
 
     def all_runs(self) -> list[Run]:
         """Return all runs of this study, newest first."""
+        from mlflow.utils import get_results_from_paginated_fn
+
         if self._experiment is None:
             return []
         query = f"tags.`{UID}` = '{self._tags[UID]}'"
-        runs: list[Run] = []
-        token = None
-        while True:
-            page = self.client.search_runs([self._experiment], query, max_results=1000, page_token=token)
-            runs += page
-            token = page.token
-            if not token:
-                return runs
+
+        def page(count: int, token: str | None) -> Sequence[Run]:
+            return self.client.search_runs([self._experiment], query, max_results=count, page_token=token)
+
+        return get_results_from_paginated_fn(page, 1000)

@@ -123,9 +123,7 @@ def move_in(file: Path, artifacts: Path) -> None:
     print(f"MLflow's database was moved: its files are now in {artifacts}, no longer in {was}.", file=sys.stderr)
 
 
-def lacking(
-    file: Path, uid: str, keys: Collection[str], folders: Collection[str], model: str | None = None
-) -> str | None:
+def lacking(file: Path, uid: str, keys: Collection[str], folders: Collection[str], model: str | None) -> str | None:
     """Return what the database lacks of a study, in a sentence; None if all seems complete.
 
     `keys` are those of its runs, `folders` the artifacts of its own run, `model` is its name if it was registered.

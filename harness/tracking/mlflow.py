@@ -167,8 +167,7 @@ class MLflowTracker(StudyClient):
                 run = self._run_of(event, event.key)
                 for result in event.epochs:
                     run.epoch(result)
-                if event.metrics:
-                    run.metrics(event.metrics, self.study.config(event.params).epochs)
+                run.metrics(event.metrics, self.study.config(event.params).epochs)
                 run.end("complete")
 
     def _run_of(self, event: TrialStarted | TrialEnded | RetrainingEnded, key: str) -> MLflowRun:
@@ -196,8 +195,7 @@ class MLflowTracker(StudyClient):
         log = self.run(wanted.key, wanted.config, wanted.tags)
         for result in wanted.epochs:
             log.epoch(result)
-        if wanted.metrics:
-            log.metrics(wanted.metrics, wanted.config.epochs)
+        log.metrics(wanted.metrics, wanted.config.epochs)
         if wanted.traceback is not None:
             log.text(wanted.traceback, TRACEBACK)
         log.end(wanted.state)

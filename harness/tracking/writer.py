@@ -31,7 +31,7 @@ class MLflowRun:
         self._epochs.append((result, milliseconds()))
         self._tracker.tell(lambda: self._log_epochs(first))
 
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
         now = milliseconds()
 
         def write() -> None:

@@ -126,10 +126,7 @@ class Pool(Crew):
     """The workers of one machine."""
 
     def __init__(
-        self,
-        config: WorkerConfig,
-        environments: Sequence[Mapping[str, str]],
-        tell: Callable[[Event], None] = lambda _: None,
+        self, config: WorkerConfig, environments: Sequence[Mapping[str, str]], tell: Callable[[Event], None]
     ) -> None:
         super().__init__(config, len(environments), tell)
         self._workers = [_Worker(config, number, each) for number, each in enumerate(environments)]
