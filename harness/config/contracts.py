@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -44,6 +45,25 @@ class Dataset(Protocol):
     def open(self, item: Any) -> Image.Image:
         """Decode the image. Raises InputError naming the file if it is invalid."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How a model's weights expect images: the evaluation preset of their training.
+
+    The short side is resized to `resize` pixels and the centre `crop` x `crop` cut out; another image size keeps the
+    proportion. Then come `mean` and `std` of the channels, for values from 0 to 1.
+    """
+
+    resize: int = 224
+    crop: int = 224
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def short_side(self, image_size: int) -> int:
+        """Return the pixels to resize the short side to, before the centre crop of `image_size`."""
+        return max(image_size, self.resize * image_size // self.crop)
 
 
 class Backbone(Protocol):

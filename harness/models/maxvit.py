@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from harness.base.errors import InputError
 from harness.config.space import check_types
 from harness.config.train import require
-from harness.models.head import check_head, check_probability, with_head
+from harness.models.head import check_head, check_momentum, check_probability, with_head
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,7 +55,7 @@ class MaxViTT:
         from harness.models.stochastic_depth import replace_stochastic_depth
 
         model = maxvit_t(weights=None, input_size=(image_size, image_size), norm_layer=_norm(self.bn_momentum))
-        replace_stochastic_depth(model, self.stochastic_depth / 0.2)  # `maxvit_t` accepts only its own 0.2
+        replace_stochastic_depth(model, self.stochastic_depth)  # `maxvit_t` accepts only its own 0.2
         if self.pretrained:
             model.load_state_dict(_published_weights())
         return with_head(model, self.hidden, self.dropout, classes)
@@ -104,7 +104,7 @@ class TinyMaxViT:
             partition_size=4,
             norm_layer=_norm(self.bn_momentum),
         )
-        replace_stochastic_depth(model, 1.0)
+        replace_stochastic_depth(model)
         if self.pretrained:
             load_tiny_weights(model)
         return with_head(model, self.hidden, self.dropout, classes)
@@ -120,8 +120,7 @@ def check_fields(backbone: MaxViTT | TinyMaxViT) -> None:
     check_types(backbone, "backbone.")
     check_head(backbone.hidden, backbone.dropout)
     check_probability("stochastic_depth", backbone.stochastic_depth)
-    momentum = backbone.bn_momentum
-    require(0 < momentum <= 1, f"backbone.bn_momentum must lie in 0..1, 0 excluded, not {momentum}.")
+    check_momentum(backbone.bn_momentum)
 
 
 def depth_prefixes(by: Literal["block", "layer"], layers: tuple[int, ...]) -> list[str]:
