@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Literal
 
 from torch import nn
@@ -61,3 +61,14 @@ def _layers(prefix: str, module: nn.Module | None) -> list[Unit]:
     if len(kinds) != 1 or issubclass(kinds.pop(), ConvNormActivation):
         return [(prefix, module)]
     return [(f"{inner}{name}.", part) for name, part in parts]
+
+
+def whole_modules(module: nn.Module, names: Collection[str], prefix: str = "") -> Iterator[str]:
+    """Yield prefixes that cover these parameters and no others: modules where all of theirs are among them."""
+    yield from (prefix + name for name, _ in module.named_parameters(recurse=False) if prefix + name in names)
+    for name, part in module.named_children():
+        inner = {f"{prefix}{name}.{each}" for each, _ in part.named_parameters()}
+        if inner and inner <= set(names):
+            yield f"{prefix}{name}."
+        elif inner & set(names):
+            yield from whole_modules(part, names, f"{prefix}{name}.")

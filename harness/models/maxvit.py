@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.base.errors import InputError
+from harness.config.contracts import Backbone
 from harness.config.space import check_types
 from harness.config.train import require
 from harness.models.head import check_head, check_momentum, check_probability, with_head
@@ -30,7 +31,7 @@ TINY_WEIGHTS = Path(__file__).with_name("tiny_maxvit.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaxViTT:
+class MaxViTT(Backbone):
     """torchvision's `maxvit_t`, 30.9 M parameters, with the weights IMAGENET1K_V1 unless `pretrained` is false."""
 
     pretrained: bool = True
@@ -63,12 +64,12 @@ class MaxViTT:
     def depths(self, by: Literal["block", "layer"]) -> list[str]:
         return depth_prefixes(by, layers=(2, 2, 5, 2))
 
-    def weights(self) -> str:
+    def fingerprint(self) -> str:
         return WEIGHTS_SHA256[:16] if self.pretrained else "none"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TinyMaxViT:
+class TinyMaxViT(Backbone):
     """The same class with three blocks of one layer: 0.4 M parameters for 64 x 64 pixels.
 
     Its pretrained weights ship with the project; `python -m harness.garden.pretrain` recreates them.
@@ -112,7 +113,7 @@ class TinyMaxViT:
     def depths(self, by: Literal["block", "layer"]) -> list[str]:
         return depth_prefixes(by, layers=(1, 1, 1))
 
-    def weights(self) -> str:
+    def fingerprint(self) -> str:
         return hashlib.sha256(TINY_WEIGHTS.read_bytes()).hexdigest()[:16] if self.pretrained else "none"
 
 

@@ -13,7 +13,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.base.errors import InputError, first_line
-from harness.config.contracts import Preprocessing
+from harness.config.contracts import Backbone, Preprocessing
 from harness.config.space import check_types
 from harness.config.train import require
 from harness.models import pretrained
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Timm:
+class Timm(Backbone):
     """A model of timm with a new head: Timm("tf_efficientnet_lite0"), Timm("vit_small_patch14_dinov2.lvd142m").
 
     The part of the name after the dot chooses among its published weights; `weights` is a file instead: safetensors, or
@@ -189,11 +189,13 @@ def _check_size(name: str, image_size: int) -> None:
 
 @lru_cache
 def _depths(name: str, by: Literal["block", "layer"]) -> Depths:
-    """Return timm's own layer groups: a tuple of parameter names each; the last one is the head's module."""
+    """Return timm's own layer groups; the last one is the module of the head."""
     from timm.models import group_parameters
+
+    from harness.models.depths import whole_modules
 
     model = _skeleton(name)
     top = _settings(name)["classifier"].split(".")[0] + "."
     groups = group_parameters(model, model.group_matcher(coarse=by == "block"))
-    depths = [tuple(each for each in names if not each.startswith(top)) for names in groups.values()]
-    return [*filter(None, depths), (top,)]
+    depths = [{each for each in names if not each.startswith(top)} for names in groups.values()]
+    return [*(tuple(whole_modules(model, names)) for names in depths if names), (top,)]

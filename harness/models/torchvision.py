@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.base.errors import InputError
-from harness.config.contracts import Preprocessing
+from harness.config.contracts import Backbone, Preprocessing
 from harness.config.space import check_types
 from harness.models import pretrained
 from harness.models.head import check_head, check_momentum, check_probability, last_linear, with_head
@@ -30,7 +30,7 @@ AUXILIARY_TENSORS = ("aux1.", "aux2.", "AuxLogits.")
 
 
 @dataclass(frozen=True)
-class Torchvision:
+class Torchvision(Backbone):
     """A model of `torchvision.models` with a new head: Torchvision("convnext_tiny").
 
     `weights` is a published version such as "IMAGENET1K_V2", or a file: safetensors, or a state dictionary saved by

@@ -62,7 +62,7 @@ class Predictor:
         """
         image = open_image(path)
         check_proportions(path, *image.size, self.saved.image_size)
-        return preprocess([image], self.saved.image_size)[0]
+        return preprocess([image], self.saved.config)[0]
 
     def probabilities(self, images: Tensor) -> Tensor:
         """Return class probabilities, float32 [B, classes], for images [B, 3, S, S] from `photograph`.

@@ -44,6 +44,12 @@ def test_every_parameter_is_in_one_depth_and_logits_come_out(name: str) -> None:
             assert max(lengths) > 0, each
 
 
+def test_depths_are_modules_where_they_can_be() -> None:
+    depths = Timm("vit_small_patch14_dinov2.lvd142m").depths("block")
+    assert set(depths[0]) == {"cls_token", "pos_embed", "patch_embed."}
+    assert (depths[1], depths[-2:]) == (("blocks.0.",), [("blocks.11.", "norm."), ("head.",)])
+
+
 def test_what_timm_knows_of_a_model_is_used() -> None:
     lite, vit = Timm("tf_efficientnet_lite0"), Timm("vit_small_patch14_dinov2.lvd142m")
     assert lite.preprocessing().mean == (0.5, 0.5, 0.5)
