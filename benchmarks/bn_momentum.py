@@ -28,7 +28,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     found = find("demo")
     config = found.study.located(found.home, None, None).train
-    prepare(config.data)
+    prepare(config.data, config.backbone.preprocessing())
     runtime = decide_runtime(config, None)
     curves: dict[float, list[list[float]]] = {0.01: [], 0.1: []}
     for seed in range(args.seeds):

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.base.environment import environment
+from harness.config.contracts import Backbone
 from harness.config.events import EpochResult
 from harness.config.space import Choice, Dimension, Float, apply, encode
 from harness.config.train import OptimConfig, RuntimeConfig, TrainConfig
@@ -62,7 +63,7 @@ def published_weights() -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EfficientNetLite0:
+class EfficientNetLite0(Backbone):
     """Tan and Le (2019), without squeeze-and-excitation, with a head of linear layers, ReLU and dropout."""
 
     hidden: tuple[int, ...] = (1024,)
@@ -92,7 +93,7 @@ class EfficientNetLite0:
     def depths(self, by: Literal["block", "layer"]) -> list[str]:
         return ["stem.", *(f"blocks.{number}." for number in range(7)), "top.", "classifier."]
 
-    def weights(self) -> str:
+    def fingerprint(self) -> str:
         return "efficientnet-lite0-57934424"
 
 
@@ -160,7 +161,9 @@ def record(config: TrainConfig, seed: int, file: Path) -> dict[str, Any]:
     with checkpoint.saved_when_stopped(), closing(fit(training, checkpoint.after_batch)) as results:
         for _ in takewhile(EpochResult.is_finite, results):
             pass
-    test = evaluate(training.learner, load_test(config.data).on(runtime.device), runtime)
+    test = evaluate(
+        training.learner, load_test(config.data, config.backbone.preprocessing()).on(runtime.device), runtime
+    )
     return {
         "epochs": [_epoch(result) for result in training.progress.epochs],
         "test_correct": test.correct,

@@ -42,7 +42,7 @@ def main() -> None:
         pruner=no_pruning(),
         trials=args.configurations + 1,  # trial 0 is the base configuration, not a random one
     )
-    prepare(study.train.data)
+    prepare(study.train.data, study.train.backbone.preprocessing())
     runtime = decide_runtime(study.train, None)
     with tempfile.TemporaryDirectory() as place, open_store(study, f"sqlite:///{Path(place) / 'spread.db'}") as store:
         for _ in search(study, store, runtime, Path(place)):

@@ -29,6 +29,8 @@ from torch.utils.data import DataLoader
 from benchmarks.flower_files import flower_folder
 from benchmarks.input_path import BATCH, Photographs
 from benchmarks.measure import ROOT_HELP, alternate, ratios, script
+from harness.config.contracts import Square
+from harness.data.augment import IMAGENET
 from harness.data.cache import square
 from harness.data.decoding import open_image
 from harness.data.flowers102 import Flowers102
@@ -40,11 +42,12 @@ SECOND = """
 import json, sys, time
 import numpy, scipy.io, torch, torchvision
 from harness.data import flowers102, image_folder, splits as tensors
+from harness.data.augment import IMAGENET
 kind, fields = json.loads(sys.argv[1])
 data = {"Flowers102": flowers102.Flowers102, "ImageFolder": image_folder.ImageFolder}[kind](**fields)
 start = time.perf_counter()
-tensors.prepare(data)
-tensors.load_splits(data)
+tensors.prepare(data, IMAGENET)
+tensors.load_splits(data, IMAGENET)
 print(time.perf_counter() - start)
 """
 
@@ -66,7 +69,7 @@ def contestants(root: str | None, limit: int) -> Iterator[tuple[int, dict[str, C
 
         def first() -> None:
             shutil.rmtree(data.cache, ignore_errors=True)
-            prepare(data)
+            prepare(data, IMAGENET)
 
         def second() -> float:
             command = [sys.executable, "-c", SECOND, json.dumps([type(data).__name__, dataclasses.asdict(data)])]
@@ -74,7 +77,7 @@ def contestants(root: str | None, limit: int) -> Iterator[tuple[int, dict[str, C
 
         def plain() -> None:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                for _ in pool.map(lambda each: square(open_image(each[0]), each[1]).shape, wanted):
+                for _ in pool.map(lambda each: square(open_image(each[0]), Square(each[1], each[1])).shape, wanted):
                     pass
 
         def epoch() -> None:

@@ -43,7 +43,7 @@ def full(data_root: str, trials: int, limit: int | None, views: int | None, work
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         study = catalogue.find("flowers102_head").study.with_settings(settings).located(home, data_root, "cpu")
-        prepare(study.train.data)
+        prepare(study.train.data, study.train.backbone.preprocessing())
         runtime = decide_runtime(study.train, None)
         print(f"runtime: {runtime.to_dict()}")
         extraction(study, runtime)
@@ -61,7 +61,9 @@ def extraction(study: Study, runtime: Runtime) -> None:
     """Computes all features of train and val, and says how fast."""
     assert study.train.feature_views is not None
     versions = 1 + study.train.feature_views
-    count = versions * sum(len(load_split(study.train.data, name, 224)) for name in ("train", "val"))
+    count = versions * sum(
+        len(load_split(study.train.data, study.train.backbone.preprocessing(), name)) for name in ("train", "val")
+    )
     start = time.perf_counter()
     keep_features(study.train, runtime, with_validation=True)
     seconds = time.perf_counter() - start
@@ -120,7 +122,7 @@ def per_trial(study: Study, runtime: Runtime) -> None:
     print(f"ratio {ratios(live, taken['trial']).text('times', 0)}")
     features: Any = last[0].val
     first = dataclasses.replace(features, features=features.features[:128], labels=features.labels[:128])
-    images = load_split(config.data, "val", config.data.image_size)
+    images = load_split(config.data, config.backbone.preprocessing(), "val")
     images = dataclasses.replace(images, images=images.images[:128], labels=images.labels[:128])
     kept, seen = logits_of(last[0].learner, first, runtime), logits_of(last[0].model, images, runtime)
     print(f"largest |cached - live| of {kept.numel()} logits: {(kept - seen).abs().max():.1e}", flush=True)
@@ -156,7 +158,7 @@ def quick() -> dict[str, float]:
         study = catalogue.find("demo").study.with_settings(["optim.depth_lr_mult=0", "epochs=3", *QUICK_DATA])
         study = study.located(Path(folder), None, "cpu")
         study = dataclasses.replace(study, trials=2, space={"backbone.dropout": study.space["backbone.dropout"]})
-        prepare(study.train.data)
+        prepare(study.train.data, study.train.backbone.preprocessing())
         runtime = decide_runtime(study.train, None)
         kept = dataclasses.replace(study, train=dataclasses.replace(study.train, feature_views=2))
         keep_features(kept.train, runtime, with_validation=False)

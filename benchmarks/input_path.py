@@ -28,7 +28,7 @@ from benchmarks.flower_files import flower_folder
 from benchmarks.measure import ROOT_HELP, alternate, ratios, script
 from harness.config.contracts import Dataset
 from harness.config.train import AugmentConfig
-from harness.data.augment import MEAN, STD, augment
+from harness.data.augment import IMAGENET, augment
 from harness.data.flowers102 import Flowers102
 from harness.data.image_folder import ImageFolder
 from harness.data.splits import ImageSet, load_splits
@@ -49,7 +49,7 @@ class Photographs(Samples[Any]):
                 v2.ColorJitter(brightness=CONFIG.brightness, hue=CONFIG.hue),
                 v2.ToImage(),
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(MEAN, STD),
+                v2.Normalize(IMAGENET.mean, IMAGENET.std),
             ]
         )
 
@@ -102,7 +102,7 @@ def contestants(root: str | None, device: torch.device, limit: int) -> Iterator[
             data = ImageFolder(root=str(flower_folder(Path(place) / "flowers", limit)), cache=f"{place}/cache")
         else:
             data = Flowers102(root=root, cache=f"{place}/cache")
-        train = load_splits(data).train.on(device)
+        train = load_splits(data, IMAGENET).train.on(device)
         ahead = {workers: loader(data, workers) for workers in (0, 2)}
         runs: dict[str, Callable[[], float]] = {"ours": lambda: ours(train, data.image_size, device)}
         for workers, batches in ahead.items():

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from harness.garden.dataset import Garden as Garden
     from harness.models.maxvit import MaxViTT as MaxViTT
     from harness.models.maxvit import TinyMaxViT as TinyMaxViT
+    from harness.models.timm import Timm as Timm
+    from harness.models.torchvision import Torchvision as Torchvision
     from harness.search.pruners import Pruner as Pruner
     from harness.search.pruners import asha as asha
     from harness.search.pruners import no_pruning as no_pruning
@@ -48,6 +50,8 @@ _WHERE = {
     "data.image_folder": ("ImageFolder",),
     "garden.dataset": ("Garden",),
     "models.maxvit": ("MaxViTT", "TinyMaxViT"),
+    "models.timm": ("Timm",),
+    "models.torchvision": ("Torchvision",),
     "search.pruners": ("Pruner", "asha", "no_pruning"),
     "search.samplers": ("Sampler", "gp", "grid", "tpe"),
 }

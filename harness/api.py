@@ -276,9 +276,9 @@ class Model:
         for each in images:
             if isinstance(each, str | Path) and not Path(each).is_file():
                 raise InputError(f"There is no file {each}.")
-        size = self.predictor.saved.image_size
+        config = self.predictor.saved.config
         tensors = [
-            self.predictor.photograph(Path(each)) if isinstance(each, str | Path) else preprocess([each], size)[0]
+            self.predictor.photograph(Path(each)) if isinstance(each, str | Path) else preprocess([each], config)[0]
             for each in images
         ]
         return self.predictor.guesses(torch.stack(tensors), min(top, len(self.classes)))

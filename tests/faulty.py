@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.cli.commands import main
+from harness.config.contracts import Backbone
 from harness.config.events import Event
 from harness.config.study import Study
 from harness.data import splits as tensors
@@ -38,7 +39,7 @@ class Died(BaseException):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pebble:
+class Pebble(Backbone):
     """Two convolutions and a head. It has neither BatchNorm nor dropout, so parts of a batch add up to the batch."""
 
     hidden: tuple[int, ...] = (16,)
@@ -53,7 +54,7 @@ class Pebble:
     def depths(self, by: Literal["block", "layer"]) -> list[str]:
         return ["stem.", "blocks.0.", "classifier."]
 
-    def weights(self) -> str:
+    def fingerprint(self) -> str:
         return "none"
 
 

@@ -13,12 +13,13 @@ import pytest
 from torch import nn
 
 from harness.cli.commands import main
+from harness.config.contracts import Backbone
 from harness.config.study import Study
 from tests.conftest import make_study
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmallNet:
+class SmallNet(Backbone):
     """Everything that has a state: convolutions, BatchNorm, dropout; no depth takes more than a moment."""
 
     hidden: tuple[int, ...] = (16,)
@@ -42,7 +43,7 @@ class SmallNet:
     def depths(self, by: Literal["block", "layer"]) -> list[str]:
         return ["0.", "1.", "2."]
 
-    def weights(self) -> str:
+    def fingerprint(self) -> str:
         return "none"
 
 

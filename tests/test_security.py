@@ -28,6 +28,7 @@ from torchvision.datasets import Flowers102 as Source
 from harness.base.errors import InputError
 from harness.base.files import Damaged
 from harness.cli.arguments import build_parser
+from harness.config.contracts import Square
 from harness.config.study import Study
 from harness.data.cache import ImageFiles, decoded
 from harness.data.decoding import MAX_PIXELS, open_image
@@ -188,12 +189,12 @@ def test_a_pickle_as_an_image_cache_is_made_again(
 ) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     photos: Any = Photos(cache=str(tmp_path / "cache"))
-    before = np.array(decoded(photos, [tmp_path / "a.png"], 4))
+    before = np.array(decoded(photos, [tmp_path / "a.png"], Square(4, 4)))
     (array,) = (tmp_path / "cache").glob("*.npy")
     array.write_bytes(bomb)
     # Whoever can write the array can write its checksum too.
     array.with_suffix(".json").write_text(json.dumps({"sha256": hashlib.sha256(bomb).hexdigest()}))
-    assert np.array_equal(decoded(photos, [tmp_path / "a.png"], 4), before)
+    assert np.array_equal(decoded(photos, [tmp_path / "a.png"], Square(4, 4)), before)
     assert "rebuilding it" in capsys.readouterr().err
     assert not trace.exists()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,8 +47,39 @@ class Dataset(Protocol):
         ...
 
 
+class Square(NamedTuple):
+    """How an image becomes a square: the short side resized, then the centre cut out; in pixels."""
+
+    side: int
+    short_side: int
+    interpolation: str = "bicubic"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How a model's weights expect images: the evaluation preset of their training.
+
+    The short side is resized to `resize` pixels and the centre `crop` x `crop` cut out; another image size keeps the
+    proportion. Then come `mean` and `std` of the channels, for values from 0 to 1.
+    """
+
+    resize: int = 224
+    crop: int = 224
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def evaluation(self, image_size: int) -> Square:
+        """Return how images are evaluated at this size."""
+        return Square(image_size, max(image_size, self.resize * image_size // self.crop), self.interpolation)
+
+    def training(self, stored_size: int) -> Square:
+        """Return how training images are stored, with a margin for random crops."""
+        return Square(stored_size, stored_size, self.interpolation)
+
+
 class Backbone(Protocol):
-    """Protocol of model families. See `harness.models.maxvit`."""
+    """Protocol of model families. See `harness.models.maxvit`. A class of your own may inherit from it."""
 
     def check(self, image_size: int) -> None:
         """Raise InputError if the model does not accept this image size or its weights are missing."""
@@ -57,10 +89,31 @@ class Backbone(Protocol):
         """The model with a new head for `classes` classes."""
         ...
 
-    def depths(self, by: Literal["block", "layer"]) -> list[str]:
-        """Return parameter name prefixes from the first block to the head, one per depth; the longest match counts."""
+    def depths(self, by: Literal["block", "layer"]) -> Sequence[str | tuple[str, ...]]:
+        """Return parameter name prefixes from the first block to the head, one or several per depth.
+
+        The longest match counts. The last depth is the module of the head.
+        """
         ...
 
-    def weights(self) -> str:
+    def preprocessing(self) -> Preprocessing:
+        """Return how the pretrained weights expect images."""
+        return Preprocessing()
+
+    def no_decay(self) -> frozenset[str]:
+        """Return names of parameters without weight decay, besides biases, norms, embeddings, tokens and scales."""
+        return frozenset()
+
+    def fingerprint(self) -> str:
         """Return a fingerprint of the pretrained weights, or "none"; resuming with others is an error."""
         ...
+
+
+def prefixes(depth: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Return a depth's prefixes."""
+    return (depth,) if isinstance(depth, str) else depth
+
+
+def name_of(depth: str | tuple[str, ...]) -> str:
+    """Return a depth's name: its first prefix, without the dot."""
+    return prefixes(depth)[0].rstrip(".")

@@ -130,6 +130,9 @@ class TrainConfig:
         spaces.check_types(self)
         require(hasattr(self.data, "samples"), f"data must be a data set such as Garden(), not {self.data!r}.")
         require(hasattr(self.backbone, "build"), f"backbone must be a model such as MaxViTT(), not {self.backbone!r}.")
+        for name in ("check", "depths", "preprocessing", "no_decay", "fingerprint"):
+            advice = "inherit from harness.config.contracts.Backbone, which says what it should return"
+            require(hasattr(self.backbone, name), f"{type(self.backbone).__name__} has no method {name}; {advice}.")
         for name, kind in (("augment", AugmentConfig), ("optim", OptimConfig), ("runtime", RuntimeConfig)):
             held = getattr(self, name)
             require(isinstance(held, kind), f"{name} must be {kind.__name__}(...), not {held!r}.")

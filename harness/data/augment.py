@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.config.contracts import Preprocessing
 from harness.config.train import AugmentConfig
 
-MEAN = (0.485, 0.456, 0.406)  # ImageNet, as the pretrained weights expect
-STD = (0.229, 0.224, 0.225)
+IMAGENET = Preprocessing()
 
 # RGB to YIQ (NTSC 1953): rotating the I-Q plane turns the hue and keeps the luma.
 _YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
@@ -30,13 +30,19 @@ PIXELS = 2 * 256 * 256
 TRIES = 10  # as many as torchvision's RandomResizedCrop has
 
 
-def normalise(images: Tensor) -> Tensor:
-    """Standardise uint8 [B, H, W, 3] to float32 [B, 3, H, W] by ImageNet's mean and deviation."""
-    mean, std, _ = _constants(images.device)
+def normalise(images: Tensor, preprocessing: Preprocessing = IMAGENET) -> Tensor:
+    """Standardise uint8 [B, H, W, 3] to float32 [B, 3, H, W] by the channels' mean and deviation."""
+    mean, std, _ = _constants(preprocessing, images.device)
     return images.permute(0, 3, 1, 2).float().sub_(mean.unsqueeze(2) * 255).div_(std.unsqueeze(2) * 255)
 
 
-def augment(images: Tensor, config: AugmentConfig, size: int, generator: torch.Generator) -> Tensor:
+def augment(
+    images: Tensor,
+    config: AugmentConfig,
+    size: int,
+    generator: torch.Generator,
+    preprocessing: Preprocessing = IMAGENET,
+) -> Tensor:
     """Random crop, flip, rotation and colour: uint8 [B, S, S, 3] to standardised float32 [B, 3, size, size]."""
     count, device = len(images), images.device
     drawn = affine_maps(config, images.shape[1], count, generator), *colour_maps(config, count, generator)
@@ -46,13 +52,13 @@ def augment(images: Tensor, config: AugmentConfig, size: int, generator: torch.G
     out = torch.empty(count, 3, size, size, device=device)
     part = max(1, PIXELS // images[0, ..., 0].numel()) * torch.get_num_threads() if device.type == "cpu" else count
     for stored, drawn, place in zip(images.split(part), maps.split(part), out.split(part), strict=True):
-        _change(stored, drawn, config.contrast > 0, place)
+        _change(stored, drawn, config.contrast > 0, place, preprocessing)
     return out
 
 
-def _change(images: Tensor, maps: Tensor, contrast: bool, out: Tensor) -> None:
+def _change(images: Tensor, maps: Tensor, contrast: bool, out: Tensor, preprocessing: Preprocessing) -> None:
     """Write the images, changed by `maps` [B, 6 + 9 + 3], into `out` [B, 3, size, size]."""
-    mean, std, luma = _constants(images.device)
+    mean, std, luma = _constants(preprocessing, images.device)
     theta, matrix, offset = (
         each.unflatten(1, shape) for each, shape in zip(maps.split((6, 9, 3), 1), ((2, 3), (3, 3), (3, 1)), strict=True)
     )
@@ -72,9 +78,10 @@ def _change(images: Tensor, maps: Tensor, contrast: bool, out: Tensor) -> None:
 
 
 @cache
-def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _constants(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, deviation and luma [3, 1] of the colours."""
-    mean, std = (torch.tensor(each, device=device).unsqueeze(1) for each in (MEAN, STD))
+    both = preprocessing.mean, preprocessing.std
+    mean, std = (torch.tensor(each, device=device).unsqueeze(1) for each in both)
     return mean, std, _LUMA.to(device).unsqueeze(1)
 
 

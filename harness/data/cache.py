@@ -30,7 +30,7 @@ from PIL import Image
 from harness.base.environment import cores
 from harness.base.errors import Halt
 from harness.base.files import replace_file, replacing
-from harness.config.contracts import Dataset
+from harness.config.contracts import Dataset, Square
 from harness.config.space import check_types
 from harness.config.train import check_sizes, location
 from harness.data.decoding import check_proportions, open_image, revision
@@ -41,20 +41,22 @@ FORMAT = "1"  # increment when the same images give other arrays
 WORKERS = cores()  # Pillow releases the GIL while it decodes and resizes
 
 
-def decoded(dataset: Dataset, items: Sequence[Any], size: int) -> NDArray[np.uint8]:
-    """Return the images as a memory-mapped array [len(items), size, size, 3], decoded at the first call only.
+def decoded(dataset: Dataset, items: Sequence[Any], size: Square) -> NDArray[np.uint8]:
+    """Return the images as a memory-mapped array [len(items), side, side, 3], decoded at the first call only.
 
     Raises InputError naming the file if it is not a readable image, or too narrow.
     """
     return keyed(dataset, items, [size])[size][1]
 
 
-def content_keys(dataset: Dataset, items: Sequence[Any], sizes: Sequence[int]) -> dict[int, str]:
+def content_keys(dataset: Dataset, items: Sequence[Any], sizes: Sequence[Square]) -> dict[Square, str]:
     """Return the cache key of these images at each size; decodes missing ones, once for all sizes."""
     return {size: key for size, (key, _) in keyed(dataset, items, sizes).items()}
 
 
-def keyed(dataset: Dataset, items: Sequence[Any], sizes: Sequence[int]) -> dict[int, tuple[str, NDArray[np.uint8]]]:
+def keyed(
+    dataset: Dataset, items: Sequence[Any], sizes: Sequence[Square]
+) -> dict[Square, tuple[str, NDArray[np.uint8]]]:
     """Return keys and arrays, as `content_keys` and `decoded` do, at once."""
     folder = Path(dataset.cache)
     # A file name may contain invalid UTF-8, which Python reads as lone surrogates.
@@ -88,29 +90,32 @@ def _remembered(file: Path) -> str:
     return text if KEY.fullmatch(text) else ""
 
 
-def _squares(dataset: Dataset, item: Any, sizes: Sequence[int]) -> list[bytes]:
+def _squares(dataset: Dataset, item: Any, sizes: Sequence[Square]) -> list[bytes]:
     image = dataset.open(item)
-    check_proportions(item, *image.size, max(sizes))
+    check_proportions(item, *image.size, max(size.short_side for size in sizes))
     return [square(image, size).tobytes() for size in sizes]
 
 
-def square(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """Resize the short side to `size` (antialiased bicubic) and return the centre square [size, size, 3].
+def square(image: Image.Image, size: Square) -> NDArray[np.uint8]:
+    """Resize the short side, antialiased, and return the centre square [side, side, 3].
 
-    This is the evaluation preset of the pretrained weights (torchvision's ImageClassification), rounding included.
+    This is the evaluation preset of pretrained weights (torchvision's ImageClassification), rounding included.
     """
     width, height = image.size
-    if (width, height) != (size, size):
+    side, short_side, interpolation = size
+    if (width, height) != (side, side) or short_side != side:
         short = min(width, height)
-        width, height = size * width // short, size * height // short
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = round((width - size) / 2), round((height - size) / 2)
-        image = image.crop((left, top, left + size, top + size))
+        width, height = short_side * width // short, short_side * height // short
+        image = image.resize((width, height), Image.Resampling[interpolation.upper()])
+        left, top = round((width - side) / 2), round((height - side) / 2)
+        image = image.crop((left, top, left + side, top + side))
     return np.asarray(image, dtype=np.uint8)
 
 
-def _digest(size: int, parts: Sequence[bytes]) -> str:
-    digest = hashlib.sha256(f"{FORMAT}\x1f{size}".encode())
+def _digest(size: Square, parts: Sequence[bytes]) -> str:
+    # MaxViT's preprocessing was the only one at first; its keys have not changed.
+    described = size.side if size == (size.side, size.side, "bicubic") else "\x1f".join(map(str, size))
+    digest = hashlib.sha256(f"{FORMAT}\x1f{described}".encode())
     for part in parts:
         digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()[:32]
@@ -168,12 +173,12 @@ def _read(file: Path) -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-def _write(folder: Path, keys: Mapping[int, str], count: int, rows: Iterator[list[bytes]]) -> None:
+def _write(folder: Path, keys: Mapping[Square, str], count: int, rows: Iterator[list[bytes]]) -> None:
     """Write an array and its record per size, each atomically; a row is an image in every size.
 
     Raises Halt if the disk is full.
     """
-    shapes = [(count, size, size, 3) for size in keys]
+    shapes = [(count, size.side, size.side, 3) for size in keys]
     arrays = [folder / f"{key}.npy" for key in keys.values()]
     checksums = [hashlib.sha256() for _ in keys]
     with contextlib.ExitStack() as stack:

@@ -15,7 +15,7 @@ import numpy as np
 
 from harness.base.errors import InputError, no_room, shown
 from harness.base.seeds import derive_seed
-from harness.config.contracts import Dataset, SplitName
+from harness.config.contracts import Dataset, Preprocessing, SplitName, Square
 from harness.config.train import TrainConfig
 from harness.data.cache import content_keys, keyed
 from harness.data.layout import check_names
@@ -42,6 +42,7 @@ class ImageSet:
 
     images: torch.Tensor
     labels: torch.Tensor
+    preprocessing: Preprocessing
     key: str = ""  # cache key of the images; empty if they are of several splits
 
     def __len__(self) -> int:
@@ -59,14 +60,14 @@ class ImageSet:
         from harness.data.augment import augment
 
         stored = self.stored(chosen, runtime.device)
-        return runtime.move(augment(stored, config.augment, config.data.image_size, generator))
+        return runtime.move(augment(stored, config.augment, config.data.image_size, generator, self.preprocessing))
 
     def parts(self, size: int, runtime: Runtime) -> Iterator[torch.Tensor]:
         """Yield all images for an evaluation, `size` at a time: float32 [size, 3, H, W] on the device."""
         from harness.data.augment import normalise
 
         for part in self.images.split(size):
-            yield normalise(part.to(runtime.device))
+            yield normalise(part.to(runtime.device), self.preprocessing)
 
     def on(self, device: torch.device) -> ImageSet:
         """Move these images to a CUDA device if they fit there comfortably; else return them unchanged.
@@ -94,7 +95,7 @@ def fits(size_bytes: int, free_bytes: int) -> bool:
     return size_bytes <= free_bytes * SHARE_OF_DEVICE
 
 
-def prepare(dataset: Dataset) -> str:
+def prepare(dataset: Dataset, preprocessing: Preprocessing) -> str:
     """Decode every image that a study needs, test images too, so that a bad file is reported before the start.
 
     Returns a fingerprint of all images and labels. Raises InputError if the data are missing, a class is
@@ -108,11 +109,8 @@ def prepare(dataset: Dataset) -> str:
             raise
         raise InputError(f"data.cache {dataset.cache} cannot be created ({error.strerror}); give a folder.") from error
     digest = hashlib.sha256()
-    sizes: dict[SplitName, list[int]] = {
-        "train": [dataset.stored_size],
-        "val": [dataset.image_size, dataset.stored_size],
-        "test": [dataset.image_size],
-    }
+    evaluation, training = preprocessing.evaluation(dataset.image_size), preprocessing.training(dataset.stored_size)
+    sizes: dict[SplitName, list[Square]] = {"train": [training], "val": [evaluation, training], "test": [evaluation]}
     for split, each in sizes.items():
         items, labels = _select(dataset, split)
         keys = content_keys(dataset, items, each)
@@ -140,17 +138,20 @@ def count(dataset: Dataset) -> int:
     return sum(len(_select(dataset, split)[0]) for split in SPLITS)
 
 
-def load_splits(dataset: Dataset) -> Splits:
+def load_splits(dataset: Dataset, preprocessing: Preprocessing) -> Splits:
     return Splits(
         classes=dataset.classes(),
-        train=_load(dataset, "train", dataset.stored_size),
-        val=_load(dataset, "val", dataset.image_size),
+        train=load_split(dataset, preprocessing, "train", margin=True),
+        val=load_split(dataset, preprocessing, "val"),
     )
 
 
-def load_split(dataset: Dataset, split: Literal["train", "val"], size: int) -> ImageSet:
-    """Load one split of the search at a size."""
-    return _load(dataset, split, size)
+def load_split(
+    dataset: Dataset, preprocessing: Preprocessing, split: Literal["train", "val"], *, margin: bool = False
+) -> ImageSet:
+    """Load one split of the search, as for an evaluation or, with a `margin` for crops, to train on."""
+    size = preprocessing.training(dataset.stored_size) if margin else preprocessing.evaluation(dataset.image_size)
+    return _load(dataset, split, size, preprocessing)
 
 
 def items_of(dataset: Dataset, split: SplitName) -> list[Any]:
@@ -158,21 +159,22 @@ def items_of(dataset: Dataset, split: SplitName) -> list[Any]:
     return _select(dataset, split)[0]
 
 
-def load_train_and_val(dataset: Dataset) -> ImageSet:
+def load_train_and_val(dataset: Dataset, preprocessing: Preprocessing) -> ImageSet:
     """Load both as one training set, for the final run."""
     import torch
 
-    train, val = (_load(dataset, split, dataset.stored_size) for split in ("train", "val"))
-    return ImageSet(images=torch.cat([train.images, val.images]), labels=torch.cat([train.labels, val.labels]))
+    train, val = (load_split(dataset, preprocessing, split, margin=True) for split in ("train", "val"))
+    images, labels = torch.cat([train.images, val.images]), torch.cat([train.labels, val.labels])
+    return ImageSet(images=images, labels=labels, preprocessing=preprocessing)
 
 
-def load_test(dataset: Dataset) -> ImageSet:
+def load_test(dataset: Dataset, preprocessing: Preprocessing) -> ImageSet:
     """Load the test split. Only `harness.final.test_set` calls it, once the search is over; a test checks it."""
-    return _load(dataset, "test", dataset.image_size)
+    return _load(dataset, "test", preprocessing.evaluation(dataset.image_size), preprocessing)
 
 
 @lru_cache(maxsize=8)  # the mapped arrays and their checksums serve every trial of this process
-def _load(dataset: Dataset, split: SplitName, size: int) -> ImageSet:
+def _load(dataset: Dataset, split: SplitName, size: Square, preprocessing: Preprocessing) -> ImageSet:
     import torch
 
     items, labels = _select(dataset, split)
@@ -181,7 +183,7 @@ def _load(dataset: Dataset, split: SplitName, size: int) -> ImageSet:
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         key, array = keyed(dataset, items, [size])[size]
         images = torch.from_numpy(array)
-    return ImageSet(images=images, labels=torch.tensor(labels, dtype=torch.int64), key=key)
+    return ImageSet(images=images, labels=torch.tensor(labels, dtype=torch.int64), preprocessing=preprocessing, key=key)
 
 
 def _select(dataset: Dataset, split: SplitName) -> tuple[list[Any], list[int]]:

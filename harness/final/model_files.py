@@ -53,19 +53,18 @@ def write_description(
     `weights` is the sha256 of those beside it. The files of tested weights are recorded; of others any intact
     file will do.
     """
-    from harness.data.augment import MEAN, STD
-
-    size, tested = config.data.image_size, final.per_seed[0]
+    tested, preprocessing = final.per_seed[0], config.backbone.preprocessing()
+    size = preprocessing.evaluation(config.data.image_size)
     description = {
         "study_uid": store.uid,
         "weights": {"sha256": weights, "tested": weights == tested.weights},
         "classes": config.data.classes(),
         "preprocessing": {
-            "resize_short_side": size,
-            "interpolation": "bicubic, antialiased",
-            "centre_crop": size,
-            "mean": MEAN,
-            "std": STD,
+            "resize_short_side": size.short_side,
+            "interpolation": f"{size.interpolation}, antialiased",
+            "centre_crop": size.side,
+            "mean": preprocessing.mean,
+            "std": preprocessing.std,
         },
         "configuration": {path: label(value) for path, value in leaves(config, identity_only=True)},
         "fit_on": final.fit_on,

@@ -174,11 +174,11 @@ def _open_test_set(
     store, chosen = context.store, seeds[0].trial
     store.check_lead()
     _write_opening(store, chosen, fingerprint(seeds[0].config), reason)
-    test = load_test(seeds[0].config.data)
+    test = load_test(seeds[0].config.data, seeds[0].config.backbone.preprocessing())
     saved = seeds[0].trained()
     results = [evaluated(seeds[0], saved, test)]
     results += [evaluated(each, each.trained(), test) for each in seeds[1:]]
-    test_of_base = load_test(base[0].config.data) if base else test
+    test_of_base = load_test(base[0].config.data, base[0].config.backbone.preprocessing()) if base else test
     against = [evaluated(each, each.trained(), test_of_base) for each in base]
     final = summary([result.record for result in results]) | {
         "trial": chosen.number,
@@ -236,7 +236,8 @@ def _with_result(store: Store, final: FinalResult) -> list[ledger.Line]:
 
 def _duplicates(data: Dataset, test: ImageSet) -> dict[str, Any]:
     """Find images that are in more than one split."""
-    train, val = load_split(data, "train", data.stored_size), load_split(data, "val", data.image_size)
+    train = load_split(data, test.preprocessing, "train", margin=True)
+    val = load_split(data, test.preprocessing, "val")
     images: dict[SplitName, Any] = {"train": train.images, "val": val.images, "test": test.images}
     splits: dict[SplitName, Any] = {split: (items_of(data, split), each) for split, each in images.items()}
     return find(data, splits, Path(data.cache))

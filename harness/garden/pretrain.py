@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = dataclasses.replace(GARDEN, train_per_class=args.images_per_species)
     optim = dataclasses.replace(CONFIG.optim, warmup_epochs=min(CONFIG.optim.warmup_epochs, args.epochs))
     config = dataclasses.replace(CONFIG, data=data, optim=optim, epochs=args.epochs)
-    prepare(data)
+    prepare(data, config.backbone.preprocessing())
     training = assemble(config, decide_runtime(config, None), seed=0)
     for result in fit(training):
         assert result.val is not None

@@ -17,8 +17,12 @@ def check_head(hidden: tuple[int, ...], dropout: float) -> None:
     check_probability("dropout", dropout)
 
 
-def check_probability(field: str, value: float) -> None:
-    require(0 <= value < 1, f"backbone.{field} must lie in 0..1, 1 excluded, not {value}.")
+def check_probability(field: str, value: float | None) -> None:
+    require(value is None or 0 <= value < 1, f"backbone.{field} must lie in 0..1, 1 excluded, not {value}.")
+
+
+def check_momentum(value: float | None) -> None:
+    require(value is None or 0 < value <= 1, f"backbone.bn_momentum must lie in 0..1, 0 excluded, not {value}.")
 
 
 def last_linear(model: nn.Module) -> str:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.base.errors import InputError
+from harness.config.contracts import Backbone
 from harness.config.space import check_types
 from harness.config.train import require
-from harness.models.head import check_head, check_probability, with_head
+from harness.models.head import check_head, check_momentum, check_probability, with_head
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,7 +31,7 @@ TINY_WEIGHTS = Path(__file__).with_name("tiny_maxvit.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaxViTT:
+class MaxViTT(Backbone):
     """torchvision's `maxvit_t`, 30.9 M parameters, with the weights IMAGENET1K_V1 unless `pretrained` is false."""
 
     pretrained: bool = True
@@ -55,7 +56,7 @@ class MaxViTT:
         from harness.models.stochastic_depth import replace_stochastic_depth
 
         model = maxvit_t(weights=None, input_size=(image_size, image_size), norm_layer=_norm(self.bn_momentum))
-        replace_stochastic_depth(model, self.stochastic_depth / 0.2)  # `maxvit_t` accepts only its own 0.2
+        replace_stochastic_depth(model, self.stochastic_depth)  # `maxvit_t` accepts only its own 0.2
         if self.pretrained:
             model.load_state_dict(_published_weights())
         return with_head(model, self.hidden, self.dropout, classes)
@@ -63,12 +64,12 @@ class MaxViTT:
     def depths(self, by: Literal["block", "layer"]) -> list[str]:
         return depth_prefixes(by, layers=(2, 2, 5, 2))
 
-    def weights(self) -> str:
+    def fingerprint(self) -> str:
         return WEIGHTS_SHA256[:16] if self.pretrained else "none"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TinyMaxViT:
+class TinyMaxViT(Backbone):
     """The same class with three blocks of one layer: 0.4 M parameters for 64 x 64 pixels.
 
     Its pretrained weights ship with the project; `python -m harness.garden.pretrain` recreates them.
@@ -104,7 +105,7 @@ class TinyMaxViT:
             partition_size=4,
             norm_layer=_norm(self.bn_momentum),
         )
-        replace_stochastic_depth(model, 1.0)
+        replace_stochastic_depth(model)
         if self.pretrained:
             load_tiny_weights(model)
         return with_head(model, self.hidden, self.dropout, classes)
@@ -112,7 +113,7 @@ class TinyMaxViT:
     def depths(self, by: Literal["block", "layer"]) -> list[str]:
         return depth_prefixes(by, layers=(1, 1, 1))
 
-    def weights(self) -> str:
+    def fingerprint(self) -> str:
         return hashlib.sha256(TINY_WEIGHTS.read_bytes()).hexdigest()[:16] if self.pretrained else "none"
 
 
@@ -120,8 +121,7 @@ def check_fields(backbone: MaxViTT | TinyMaxViT) -> None:
     check_types(backbone, "backbone.")
     check_head(backbone.hidden, backbone.dropout)
     check_probability("stochastic_depth", backbone.stochastic_depth)
-    momentum = backbone.bn_momentum
-    require(0 < momentum <= 1, f"backbone.bn_momentum must lie in 0..1, 0 excluded, not {momentum}.")
+    check_momentum(backbone.bn_momentum)
 
 
 def depth_prefixes(by: Literal["block", "layer"], layers: tuple[int, ...]) -> list[str]:

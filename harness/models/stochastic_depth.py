@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth as _StochasticDepth
 
+from harness.base.errors import InputError
+
 
 class StochasticDepth(nn.Module):
     """torchvision's per-image version; another probability does not trigger recompilation.
@@ -32,8 +34,15 @@ class StochasticDepth(nn.Module):
         return f"p={self.p}"
 
 
-def replace_stochastic_depth(model: nn.Module, factor: float) -> None:
-    """Replace torchvision's modules with ours, their probability times `factor`."""
+def replace_stochastic_depth(model: nn.Module, largest: float | None = None) -> None:
+    """Replace torchvision's modules with ours; scales the probabilities so that the largest is `largest`.
+
+    Raises InputError if the model has none to scale.
+    """
+    highest = max((module.p for module in model.modules() if isinstance(module, _StochasticDepth)), default=0.0)
+    if largest and not highest:
+        raise InputError(f"{type(model).__name__} has no stochastic depth; set backbone.stochastic_depth to null.")
+    factor = 1.0 if largest is None or not highest else largest / highest
     for parent in list(model.modules()):
         for name, module in parent.named_children():
             if isinstance(module, _StochasticDepth):

@@ -68,7 +68,8 @@ def load_saved(study: Study, store: Store, folder: Path) -> SavedModel:
     model = backbone.build(len(description["classes"]), config.data.image_size)
     model.load_state_dict(tensors)
     try:  # the final run's test images; a retrained model has none
-        images = normalise(read_tensors(folder / model_files.CHECK_FILE)[0]["images"])
+        images = read_tensors(folder / model_files.CHECK_FILE)[0]["images"]
+        images = normalise(images, config.backbone.preprocessing())
     except Damaged:
         images = None
     return SavedModel(model=model.eval(), config=config, description=description, check_images=images)
@@ -83,10 +84,9 @@ def _why_missing(study: Study, store: Store) -> str:
     return f": the final run of study {study.name!r} has not ended; run the study to its end."
 
 
-def preprocess(images: Sequence[Image.Image], size: int) -> Tensor:
-    """Return photographs of any size as model inputs: standardised, float32 [B, 3, size, size].
-
-    The same steps as for validation and test images: the centre square of the image, resized to `size` on its short
-    side with antialiased bicubic interpolation.
-    """
-    return normalise(torch.from_numpy(np.stack([square(image.convert("RGB"), size) for image in images])))
+def preprocess(images: Sequence[Image.Image], config: TrainConfig) -> Tensor:
+    """Return photographs of any size as model inputs, float32 [B, 3, S, S], like validation and test images."""
+    preprocessing = config.backbone.preprocessing()
+    size = preprocessing.evaluation(config.data.image_size)
+    squares = np.stack([square(image.convert("RGB"), size) for image in images])
+    return normalise(torch.from_numpy(squares), preprocessing)

@@ -62,7 +62,7 @@ class Predictor:
         """
         image = open_image(path)
         check_proportions(path, *image.size, self.saved.image_size)
-        return preprocess([image], self.saved.image_size)[0]
+        return preprocess([image], self.saved.config)[0]
 
     def guesses(self, images: Tensor, count: int) -> list[list[Guess]]:
         """Return the `count` likeliest classes of each image [B, 3, S, S], likeliest first, the earlier of equals.

@@ -83,12 +83,13 @@ def candidate(name: str, store: Store, saved: SavedModel) -> Candidate:
 
     fingerprint, images = store.facts().validation_images, saved.check_images
     if fingerprint is None or images is None:
-        data = saved.config.data
-        split = load_split(data, "val", data.image_size)
+        data, preprocessing = saved.config.data, saved.config.backbone.preprocessing()
+        split = load_split(data, preprocessing, "val")
         fingerprint = validation_fingerprint(data, split)
         store.set_attribute("validation_images", fingerprint)
         if images is None:
-            images = normalise(split.images[:: max(1, len(split) // CHECK_IMAGES)][:CHECK_IMAGES])
+            chosen = split.images[:: max(1, len(split) // CHECK_IMAGES)][:CHECK_IMAGES]
+            images = normalise(chosen, preprocessing)
     tags = {
         UID: store.uid,
         TRIAL: str(saved.description["trial"]),

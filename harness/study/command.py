@@ -32,4 +32,5 @@ class Command:
 
 def content_of(study: Study) -> dict[str, str]:
     """Return fingerprints of the images and weights; the first call decodes the images."""
-    return {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
+    data, backbone = study.train.data, study.train.backbone
+    return {"data": prepare(data, backbone.preprocessing()), "weights": backbone.fingerprint()}

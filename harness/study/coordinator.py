@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from harness.base.environment import environment, versions
 from harness.base.errors import InputError, StudyFailed, masked
 from harness.base.processes import in_words
+from harness.config.contracts import name_of
 from harness.config.jobs import Workers
 from harness.data.splits import SPLITS, items_of
 from harness.final.model_files import is_untested
@@ -82,7 +83,9 @@ def _begin(command: Command, store: Store, tracker: MLflowTracker) -> Runtime:
         runtime = decide_runtime(study.train, store.facts().runtime, study.trials)
         store.set_attribute("runtime", runtime.to_dict())
         store.set_attribute("published", None)  # until MLflow has everything of this start
-        store.set_attribute("depths", {by: study.train.backbone.depths(by) for by in ("block", "layer")})
+        store.set_attribute(
+            "depths", {by: [name_of(depth) for depth in study.train.backbone.depths(by)] for by in ("block", "layer")}
+        )
         if options.engine == "processes" and options.workers == 1 and store.finished() < study.trials:
             _name_changes(store, runtime.device)  # workers keep their shares of the cores between runs
         keep_features(study.train, runtime, with_validation=study.final.fit_on == "train+val")

@@ -12,11 +12,12 @@ import torch
 
 from harness.base.errors import InputError
 from harness.base.seeds import derive_seed
+from harness.config.contracts import prefixes
 from harness.config.train import TrainConfig
 from harness.data.splits import ImageSet, load_split, load_splits, load_train_and_val
 from harness.training.features import FeatureSet, features_to_train_on, frozen_body, split
 from harness.training.loop import Source, Training
-from harness.training.optim import build_optimizer, freeze, parameter_groups
+from harness.training.optim import build_optimizer, freeze, groups_for
 from harness.training.runtime import Work, check_compiler, resolve
 from harness.training.step import Runtime, compile_parts, find_device, seeded
 
@@ -26,7 +27,7 @@ def assemble(config: TrainConfig, runtime: Runtime, seed: int) -> Training:
     with seeded(derive_seed(seed, "model"), runtime.device):
         model = config.backbone.build(len(config.data.classes()), config.data.image_size)
     if config.feature_views is None:
-        splits = load_splits(config.data)
+        splits = load_splits(config.data, config.backbone.preprocessing())
         train: Source = splits.train.on(runtime.device)
         val: Source = splits.val.on(runtime.device)
         learner = model = runtime.place(model)
@@ -36,8 +37,8 @@ def assemble(config: TrainConfig, runtime: Runtime, seed: int) -> Training:
         model = runtime.place(model)
         learner = split(model, body.head)[1]
         train = features_to_train_on(config, runtime, "train")
-        val = body.as_they_are(load_split(config.data, "val", config.data.image_size))
-    groups = parameter_groups(model, config.backbone.depths(config.optim.depth_by), config.optim)
+        val = body.as_they_are(load_split(config.data, config.backbone.preprocessing(), "val"))
+    groups = groups_for(model, config.backbone, config.optim)
     freeze(model, groups)
     if runtime.compiled and config.optim.depth_lr_mult > 0:
         # A frozen backbone would need its own graphs, and skips its backward pass anyway.
@@ -60,10 +61,12 @@ def with_validation_images(training: Training) -> Training:
     """Return the same job, trained on train and validation images together, without validation."""
     config, runtime = training.config, training.runtime
     if config.feature_views is None:
-        return replace(training, train=load_train_and_val(config.data).on(runtime.device), val=None)
+        both = load_train_and_val(config.data, config.backbone.preprocessing())
+        return replace(training, train=both.on(runtime.device), val=None)
     train, val = (features_to_train_on(config, runtime, name) for name in ("train", "val"))
-    both = FeatureSet(features=torch.cat([train.features, val.features]), labels=torch.cat([train.labels, val.labels]))
-    return replace(training, train=both, val=None)
+    features = torch.cat([train.features, val.features])
+    joint = FeatureSet(features=features, labels=torch.cat([train.labels, val.labels]))
+    return replace(training, train=joint, val=None)
 
 
 def evaluation_of(training: Training, images: ImageSet) -> Source:
@@ -75,11 +78,13 @@ def evaluation_of(training: Training, images: ImageSet) -> Source:
 
 def compilable(config: TrainConfig) -> list[str]:
     """Return the submodules that all trials share: the backbone's blocks, without the head."""
-    return [depth.rstrip(".") for depth in config.backbone.depths("block")[:-1]]
+    blocks = [prefix for depth in config.backbone.depths("block")[:-1] for prefix in prefixes(depth)]
+    return [prefix.rstrip(".") for prefix in blocks if prefix.endswith(".")]
 
 
 def _work(config: TrainConfig, trials: int) -> Work:
-    steps = trials * config.epochs * math.ceil(len(load_splits(config.data).train) / config.batch_size)
+    train = load_splits(config.data, config.backbone.preprocessing()).train
+    steps = trials * config.epochs * math.ceil(len(train) / config.batch_size)
     parts = compilable(config) if config.optim.depth_lr_mult > 0 else []
     return Work(batch_size=config.batch_size, steps=steps, parts=parts)
 

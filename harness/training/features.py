@@ -26,9 +26,9 @@ from harness.base.environment import versions
 from harness.base.errors import InputError
 from harness.base.files import Damaged
 from harness.base.seeds import derive_seed
-from harness.config.contracts import Backbone
+from harness.config.contracts import Backbone, Preprocessing, name_of
 from harness.config.train import AugmentConfig, TrainConfig
-from harness.data.augment import augment, normalise
+from harness.data.augment import IMAGENET, augment, normalise
 from harness.data.splits import ImageSet, load_split
 from harness.training.checkpoint import SUFFIX, fingerprint, read_tensors, write_tensors
 from harness.training.loop import EVALUATION_BATCH, outputs_of
@@ -152,12 +152,15 @@ class FrozenBody:
         """Hash all that affects the features of a version."""
         assert images.key, "features are cached per split"
         described = {**self._identity, "images": images.key, "view": None if view is None else asdict(view)}
+        if images.preprocessing != IMAGENET:
+            described["preprocessing"] = asdict(images.preprocessing)
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
 
     def _made(self, images: ImageSet, view: View | None, first: int) -> Tensor:
         """Compute one file's features of a version of the images from `first` on: float32 [B, ...]."""
         pixels = images.images[first : first + EVALUATION_BATCH].to(self._runtime.device)
-        batch = normalise(pixels) if view is None else view.of(pixels, first)
+        preprocessing = images.preprocessing
+        batch = normalise(pixels, preprocessing) if view is None else view.of(pixels, first, preprocessing)
         return outputs_of(self._body, batch.split, self._runtime).cpu()
 
 
@@ -169,10 +172,10 @@ class View:
     size: int  # pixels
     number: int
 
-    def of(self, stored: Tensor, first: int) -> Tensor:
+    def of(self, stored: Tensor, first: int, preprocessing: Preprocessing) -> Tensor:
         """Return the view of images from `first` on: uint8 [B, S, S, 3] to float32 [B, 3, size, size]."""
         generator = torch.Generator().manual_seed(derive_seed("view", self.number, first))
-        return augment(stored, self.config, self.size, generator)
+        return augment(stored, self.config, self.size, generator, preprocessing)
 
 
 def _length(images: ImageSet, first: int) -> int:
@@ -225,7 +228,8 @@ def keep_features(config: TrainConfig, runtime: Runtime, with_validation: bool) 
     if with_validation:
         features_to_train_on(config, runtime, "val")
     else:
-        frozen_body(config, runtime).as_they_are(load_split(config.data, "val", config.data.image_size))
+        val = load_split(config.data, config.backbone.preprocessing(), "val")
+        frozen_body(config, runtime).as_they_are(val)
 
 
 def frozen_body(config: TrainConfig, runtime: Runtime) -> FrozenBody:
@@ -243,11 +247,11 @@ def frozen_body(config: TrainConfig, runtime: Runtime) -> FrozenBody:
 def _frozen_body(backbone: Backbone, classes: int, image_size: int, runtime: Runtime, folder: Path) -> FrozenBody:
     with seeded(derive_seed("frozen body"), runtime.device):
         model = runtime.place(backbone.build(classes, image_size))
-    return FrozenBody(model, backbone.depths("block")[-1].rstrip("."), image_size, runtime, folder)
+    return FrozenBody(model, name_of(backbone.depths("block")[-1]), image_size, runtime, folder)
 
 
 def features_to_train_on(config: TrainConfig, runtime: Runtime, split: Literal["train", "val"]) -> FeatureSet:
     """Return features of a split, plain and in the configuration's views."""
-    data = config.data
-    plain, stored = (load_split(data, split, size) for size in (data.image_size, data.stored_size))
+    data, preprocessing = config.data, config.backbone.preprocessing()
+    plain, stored = (load_split(data, preprocessing, split, margin=margin) for margin in (False, True))
     return frozen_body(config, runtime).with_views(plain, stored, config.augment, config.feature_views or 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from harness.base.errors import InputError
+from harness.config.contracts import Backbone, name_of, prefixes
 from harness.config.study import Study
 from harness.config.train import OptimConfig
 
@@ -29,7 +30,7 @@ SPARED_NAMES = re.compile("bias|pos|token|embed|scale|gamma|table")
 class ParameterGroup:
     """The parameters of one depth that share a learning rate and a weight decay; a rate of 0 means frozen."""
 
-    depth: str  # the prefix of the parameters' names, without its dot
+    depth: str  # its first prefix, without the dot
     distance: int  # from the head
     lr: float
     weight_decay: float
@@ -41,24 +42,27 @@ class ParameterGroup:
         return self.lr == 0
 
 
-def parameter_groups(model: nn.Module, depths: Sequence[str], config: OptimConfig) -> list[ParameterGroup]:
+def parameter_groups(
+    model: nn.Module, depths: Sequence[str | tuple[str, ...]], config: OptimConfig, spared: Collection[str] = ()
+) -> list[ParameterGroup]:
     """Partition the model's parameters, head first: every parameter in exactly one group.
 
-    The longest matching prefix counts. Raises InputError if a prefix matches nothing or a parameter
-    has no prefix: a bug in the backbone's class.
+    The longest matching prefix counts. `spared` parameters do not decay. Raises InputError if a depth matches
+    nothing or a parameter has no depth: a bug in the backbone's class.
     """
-    found: dict[tuple[str, bool], list[str]] = {(depth, decays): [] for depth in depths for decays in (True, False)}
+    found: dict[tuple[Any, bool], list[str]] = {(depth, decays): [] for depth in depths for decays in (True, False)}
+    known = {prefix: depth for depth in depths for prefix in prefixes(depth)}
     for name, parameter in model.named_parameters():
-        depth = max((each for each in depths if name.startswith(each)), key=len, default=None)
-        if depth is None:
+        prefix = max(filter(name.startswith, known), key=len, default=None)
+        if prefix is None:
             raise InputError(f"The parameter {name} matches none of the depths {list(depths)}; add its prefix to them.")
-        found[depth, _decays(model, name, parameter)].append(name)
+        found[known[prefix], name not in spared and _decays(model, name, parameter)].append(name)
     for depth in reversed(depths):
         if not (found[depth, True] or found[depth, False]):
             raise InputError(f"The depth {depth} matches no parameter; remove it from the backbone's depths.")
     return [
         ParameterGroup(
-            depth=depth.rstrip("."),
+            depth=name_of(depth),
             distance=distance,
             lr=config.base_lr * config.depth_lr_mult**distance,
             weight_decay=config.weight_decay if decays else 0.0,
@@ -169,4 +173,9 @@ def groups_of(study: Study) -> str:
     except InputError:
         classes = 102  # the data are missing; only the last layer's count depends on them
     model = backbone.build(classes, config.data.image_size)
-    return group_table(parameter_groups(model, backbone.depths(config.optim.depth_by), config.optim))
+    return group_table(groups_for(model, backbone, config.optim))
+
+
+def groups_for(model: nn.Module, backbone: Backbone, config: OptimConfig) -> list[ParameterGroup]:
+    """Return the parameter groups of a backbone's model."""
+    return parameter_groups(model, backbone.depths(config.depth_by), config, backbone.no_decay())

@@ -15,7 +15,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from harness.config.train import AugmentConfig
-from harness.data.augment import MEAN, STD, affine_maps, augment, colour_maps, crops, normalise
+from harness.data.augment import IMAGENET, affine_maps, augment, colour_maps, crops, normalise
 
 STILL = {
     "crop_scale": (1.0, 1.0),
@@ -45,7 +45,7 @@ def pictures(count: int = 4, size: int = 24) -> Tensor:
 
 def pixels(standardised: Tensor) -> Tensor:
     """Back to 0..1."""
-    return standardised * torch.tensor(STD).view(1, 3, 1, 1) + torch.tensor(MEAN).view(1, 3, 1, 1)
+    return standardised * torch.tensor(IMAGENET.std).view(1, 3, 1, 1) + torch.tensor(IMAGENET.mean).view(1, 3, 1, 1)
 
 
 # --- the identity and its simplest relatives ---
@@ -53,7 +53,7 @@ def pixels(standardised: Tensor) -> Tensor:
 
 def test_normalise_equals_torchvision() -> None:
     images = pictures()
-    expected = TF.normalize(images.permute(0, 3, 1, 2).float() / 255, MEAN, STD)
+    expected = TF.normalize(images.permute(0, 3, 1, 2).float() / 255, IMAGENET.mean, IMAGENET.std)
     torch.testing.assert_close(normalise(images), expected, rtol=0, atol=1e-5)
 
 
@@ -96,7 +96,7 @@ def plainly(images: Tensor, config: AugmentConfig, size: int, generator: torch.G
     sampled = F.grid_sample(source, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     grey = (sampled * LUMA.view(1, 3, 1, 1)).sum(1).mean((1, 2))
     coloured = (offset * grey.view(-1, 1, 1) + matrix @ sampled.flatten(2)).clamp(0, 1).unflatten(2, (size, size))
-    return (coloured - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    return (coloured - torch.tensor(IMAGENET.mean).view(3, 1, 1)) / torch.tensor(IMAGENET.std).view(3, 1, 1)
 
 
 @pytest.mark.parametrize("shape", [(32, 256, 224), (24, 72, 64), (5, 600, 224), (1, 24, 24), (7, 20, 40)], ids=str)

@@ -21,6 +21,7 @@ from torchvision.models import MaxVit_T_Weights
 from torchvision.transforms import functional as F
 
 from harness.base.errors import Halt, InputError
+from harness.config.contracts import Square
 from harness.data.augment import normalise
 from harness.data.cache import ImageFiles, content_keys, damaged, decoded, square
 from harness.data.decoding import open_image
@@ -88,64 +89,64 @@ def test_square_equals_torchvisions_resize_and_centre_crop(size: tuple[int, int]
     image = noise(*size)
     resized = F.resize(image, [32], interpolation=F.InterpolationMode.BICUBIC, antialias=True)
     expected = np.asarray(F.center_crop(resized, [32]))
-    np.testing.assert_array_equal(square(image, 32), expected)
+    np.testing.assert_array_equal(square(image, Square(32, 32)), expected)
 
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 501), (224, 224), (229, 301)], ids=str)
 def test_square_and_normalise_equal_the_preset_of_the_pretrained_weights(size: tuple[int, int]) -> None:
     image = noise(*size)
     expected = MaxVit_T_Weights.IMAGENET1K_V1.transforms()(image)
-    ours = normalise(torch.from_numpy(square(image, 224).copy())[None])[0]
+    ours = normalise(torch.from_numpy(square(image, Square(224, 224)).copy())[None])[0]
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
 def test_the_array_holds_every_image_in_the_order_of_the_items(photos: list[Path], cache: Path) -> None:
-    images = decoded(Photos(cache=str(cache)), photos, 16)
+    images = decoded(Photos(cache=str(cache)), photos, Square(16, 16))
     assert images.dtype == np.uint8
     assert images.shape == (3, 16, 16, 3)
     for row, path in zip(images, photos, strict=True):
-        np.testing.assert_array_equal(row, square(open_image(path), 16))
+        np.testing.assert_array_equal(row, square(open_image(path), Square(16, 16)))
 
 
 # --- decoding once ---
 
 
 def test_the_second_call_neither_reads_nor_decodes_an_image(photos: list[Path], cache: Path) -> None:
-    first = decoded(Photos(cache=str(cache)), photos, 16).copy()
-    np.testing.assert_array_equal(decoded(Sealed(cache=str(cache)), photos, 16), first)
+    first = decoded(Photos(cache=str(cache)), photos, Square(16, 16)).copy()
+    np.testing.assert_array_equal(decoded(Sealed(cache=str(cache)), photos, Square(16, 16)), first)
 
 
 def test_a_new_modification_time_alone_decodes_nothing(photos: list[Path], cache: Path) -> None:
-    first = decoded(Photos(cache=str(cache)), photos, 16).copy()
+    first = decoded(Photos(cache=str(cache)), photos, Square(16, 16)).copy()
     for path in photos:
         os.utime(path, (1, 1))
-    np.testing.assert_array_equal(decoded(Undecodable(cache=str(cache)), photos, 16), first)
+    np.testing.assert_array_equal(decoded(Undecodable(cache=str(cache)), photos, Square(16, 16)), first)
 
 
 def test_the_same_content_under_other_names_gives_the_same_array_file(photos: list[Path], cache: Path) -> None:
-    decoded(Photos(cache=str(cache)), photos, 16)
+    decoded(Photos(cache=str(cache)), photos, Square(16, 16))
     before = arrays(cache)
     moved = [path.rename(path.with_name(f"renamed-{path.name}")) for path in photos]
-    decoded(Undecodable(cache=str(cache)), moved, 16)
+    decoded(Undecodable(cache=str(cache)), moved, Square(16, 16))
     assert arrays(cache) == before
 
 
 def test_changed_content_order_and_size_each_give_another_array_file(photos: list[Path], cache: Path) -> None:
     dataset = Photos(cache=str(cache))
-    decoded(dataset, photos, 16)
-    decoded(dataset, photos[::-1], 16)
-    decoded(dataset, photos, 8)
+    decoded(dataset, photos, Square(16, 16))
+    decoded(dataset, photos[::-1], Square(16, 16))
+    decoded(dataset, photos, Square(8, 8))
     assert len(arrays(cache)) == 3
     noise(40, 30, seed=99).save(photos[0])
-    changed = decoded(dataset, photos, 16)
+    changed = decoded(dataset, photos, Square(16, 16))
     assert len(arrays(cache)) == 4
-    np.testing.assert_array_equal(changed[0], square(open_image(photos[0]), 16))
+    np.testing.assert_array_equal(changed[0], square(open_image(photos[0]), Square(16, 16)))
 
 
 def test_writers_at_the_same_time_leave_one_whole_array(photos: list[Path], cache: Path) -> None:
     dataset = Photos(cache=str(cache))
     with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda _: decoded(dataset, photos, 16).copy(), range(8)))
+        results = list(pool.map(lambda _: decoded(dataset, photos, Square(16, 16)).copy(), range(8)))
     assert all(np.array_equal(result, results[0]) for result in results)
     assert len(arrays(cache)) == 1
     assert not partials(cache)
@@ -164,7 +165,7 @@ class Counted(Photos):
 def test_several_sizes_take_one_decoding_and_give_the_same_arrays(photos: list[Path], cache: Path) -> None:
     dataset = Counted(cache=str(cache))
     dataset.opened.clear()
-    keys = content_keys(dataset, photos, [16, 8])
+    keys = content_keys(dataset, photos, [Square(16, 16), Square(8, 8)])
     assert sorted(dataset.opened) == photos
     assert arrays(cache) == {f"{key}.npy" for key in keys.values()}
     alone = Photos(cache=str(cache.with_name("alone")))
@@ -176,11 +177,11 @@ def test_several_sizes_take_one_decoding_and_give_the_same_arrays(photos: list[P
 
 def test_only_the_size_that_is_missing_is_made(photos: list[Path], cache: Path) -> None:
     dataset = Counted(cache=str(cache))
-    decoded(dataset, photos, 16)
+    decoded(dataset, photos, Square(16, 16))
     (array,) = cache.glob("*.npy")
     before = array.stat().st_ino
     dataset.opened.clear()
-    content_keys(dataset, photos, [16, 8])
+    content_keys(dataset, photos, [Square(16, 16), Square(8, 8)])
     assert sorted(dataset.opened) == photos
     assert array.stat().st_ino == before
 
@@ -192,50 +193,50 @@ def test_a_flipped_byte_is_named_once_and_the_array_made_again(
     photos: list[Path], cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = Photos(cache=str(cache))
-    right = decoded(dataset, photos, 16).copy()
+    right = decoded(dataset, photos, Square(16, 16)).copy()
     (array,) = cache.glob("*.npy")
     flip(array)
-    np.testing.assert_array_equal(decoded(dataset, photos, 16), right)
+    np.testing.assert_array_equal(decoded(dataset, photos, Square(16, 16)), right)
     assert capsys.readouterr().err.count(str(array)) == 1
-    np.testing.assert_array_equal(decoded(Sealed(cache=str(cache)), photos, 16), right)
+    np.testing.assert_array_equal(decoded(Sealed(cache=str(cache)), photos, Square(16, 16)), right)
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("text", ["x" * 5000, "../../elsewhere", ""])
 def test_a_key_file_with_something_else_in_it_is_as_none(photos: list[Path], cache: Path, text: str) -> None:
     dataset = Photos(cache=str(cache))
-    right = decoded(dataset, photos, 16).copy()
+    right = decoded(dataset, photos, Square(16, 16)).copy()
     (key,) = cache.glob("*.key")
     before = key.read_text()
     key.write_text(text)
-    np.testing.assert_array_equal(decoded(dataset, photos, 16), right)
+    np.testing.assert_array_equal(decoded(dataset, photos, Square(16, 16)), right)
     assert key.read_text() == before
 
 
 def test_an_array_cut_short_is_made_again(photos: list[Path], cache: Path) -> None:
     dataset = Photos(cache=str(cache))
-    right = decoded(dataset, photos, 16).copy()
+    right = decoded(dataset, photos, Square(16, 16)).copy()
     (array,) = cache.glob("*.npy")
     array.write_bytes(array.read_bytes()[:200])
-    np.testing.assert_array_equal(decoded(dataset, photos, 16), right)
+    np.testing.assert_array_equal(decoded(dataset, photos, Square(16, 16)), right)
 
 
 def test_what_a_killed_writer_left_is_ignored(photos: list[Path], cache: Path) -> None:
     dataset = Photos(cache=str(cache))
-    right = decoded(dataset, photos, 16).copy()
+    right = decoded(dataset, photos, Square(16, 16)).copy()
     (array,), (record,) = cache.glob("*.npy"), cache.glob("*.json")
     array.rename(cache / f"{array.stem}.0123.partial").write_bytes(b"half")
     record.unlink()
-    np.testing.assert_array_equal(decoded(dataset, photos, 16), right)
+    np.testing.assert_array_equal(decoded(dataset, photos, Square(16, 16)), right)
 
 
 def test_an_array_without_its_record_is_not_trusted(photos: list[Path], cache: Path) -> None:
     dataset = Photos(cache=str(cache))
-    right = decoded(dataset, photos, 16).copy()
+    right = decoded(dataset, photos, Square(16, 16)).copy()
     (array,), (record,) = cache.glob("*.npy"), cache.glob("*.json")
     array.write_bytes(b"half an array")
     record.unlink()
-    np.testing.assert_array_equal(decoded(dataset, photos, 16), right)
+    np.testing.assert_array_equal(decoded(dataset, photos, Square(16, 16)), right)
     assert record.exists()
 
 
@@ -253,17 +254,17 @@ def test_an_array_is_read_again_only_when_its_file_is_another(
 ) -> None:
     """By size, times or inode; its checksum is then right, and remembered with what the file is now."""
     dataset, read = Photos(cache=str(cache)), []
-    decoded(dataset, photos, 16)
+    decoded(dataset, photos, Square(16, 16))
     (array,) = cache.glob("*.npy")
     checksum = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda file, name: (read.append(file.name), checksum(file, name))[1])
-    decoded(dataset, photos, 16)
+    decoded(dataset, photos, Square(16, 16))
     assert read == []
     copy = array.with_suffix(".copy")
     shutil.copy2(array, copy)
     copy.replace(array)
     for _ in range(2):
-        decoded(dataset, photos, 16)
+        decoded(dataset, photos, Square(16, 16))
         assert read == [str(array)]
 
 
@@ -271,7 +272,7 @@ def test_a_cache_that_may_not_be_written_is_opened_all_the_same(
     photos: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = Photos(cache=str(cache))
-    right = decoded(dataset, photos, 16).copy()
+    right = decoded(dataset, photos, Square(16, 16)).copy()
     (array,) = cache.glob("*.npy")
     os.utime(array, (1, 1))
 
@@ -279,15 +280,15 @@ def test_a_cache_that_may_not_be_written_is_opened_all_the_same(
         raise Halt("the cache cannot be written")
 
     monkeypatch.setattr("harness.data.cache.replace_file", refused)
-    np.testing.assert_array_equal(decoded(Sealed(cache=str(cache)), photos, 16), right)
+    np.testing.assert_array_equal(decoded(Sealed(cache=str(cache)), photos, Square(16, 16)), right)
 
 
 def test_bits_that_rotted_behind_the_file_systems_back_are_found_by_reading_everything(
     photos: list[Path], cache: Path
 ) -> None:
     dataset = Photos(cache=str(cache))
-    decoded(dataset, photos, 16)
-    decoded(dataset, photos, 8)
+    decoded(dataset, photos, Square(16, 16))
+    decoded(dataset, photos, Square(8, 8))
     assert list(damaged(cache)) == []
     array = sorted(cache.glob("*.npy"))[1]
     flip(array)
@@ -301,16 +302,16 @@ def test_bits_that_rotted_behind_the_file_systems_back_are_found_by_reading_ever
 @pytest.mark.parametrize("suffix", ["json", "key"])
 def test_an_unreadable_record_is_made_again(photos: list[Path], cache: Path, suffix: str, content: bytes) -> None:
     dataset = Photos(cache=str(cache))
-    right = decoded(dataset, photos, 16).copy()
+    right = decoded(dataset, photos, Square(16, 16)).copy()
     (record,) = cache.glob(f"*.{suffix}")
     whole = record.read_bytes()
     record.write_bytes(content)
-    np.testing.assert_array_equal(decoded(dataset, photos, 16), right)
+    np.testing.assert_array_equal(decoded(dataset, photos, Square(16, 16)), right)
     if suffix == "key":
         assert record.read_bytes() == whole
     else:
         assert json.loads(record.read_bytes())["sha256"] == json.loads(whole)["sha256"]
-    np.testing.assert_array_equal(decoded(Sealed(cache=str(cache)), photos, 16), right)
+    np.testing.assert_array_equal(decoded(Sealed(cache=str(cache)), photos, Square(16, 16)), right)
 
 
 # --- images that cannot be read ---
@@ -341,11 +342,11 @@ def test_a_file_that_is_no_image_is_named_and_leaves_nothing_behind(
     contents = {"truncated": truncated_jpeg(tmp_path), "text": b"not an image", "empty": b"", "bomb": bomb()}
     bad.write_bytes(contents[kind])
     with pytest.raises(InputError, match=r"rose\.jpg"):
-        decoded(Photos(cache=str(cache)), [*photos, bad], 16)
+        decoded(Photos(cache=str(cache)), [*photos, bad], Square(16, 16))
     assert not arrays(cache)
     assert not partials(cache)
     bad.unlink()
-    assert len(decoded(Photos(cache=str(cache)), photos, 16)) == 3
+    assert len(decoded(Photos(cache=str(cache)), photos, Square(16, 16))) == 3
 
 
 @pytest.mark.parametrize("size", [(50_000, 1), (1, 50_000)], ids=str)
@@ -356,10 +357,10 @@ def test_a_line_of_pixels_is_named_before_it_fills_the_memory(
     data, items = Photos(cache=str(cache)), [*photos, tmp_path / "line.png"]
     words = rf"line\.png has {size[0]} x {size[1]} pixels, which is too narrow; crop it to the relevant part\."
     with pytest.raises(InputError, match=words):
-        content_keys(data, items, [16, 72])
+        content_keys(data, items, [Square(16, 16), Square(72, 72)])
     assert not arrays(cache)
     assert not partials(cache)
-    assert len(decoded(data, items, 16)) == 4  # at this size it is no larger than other images
+    assert len(decoded(data, items, Square(16, 16))) == 4  # at this size it is no larger than other images
 
 
 # --- orientation and modes ---
@@ -446,5 +447,5 @@ def test_a_transparent_palette_colour_shows_white(tmp_path: Path) -> None:
 def test_a_file_name_that_is_no_utf_8_is_read(tmp_path: Path) -> None:
     file = tmp_path / os.fsdecode(b"fl\xf6wer.png")
     Image.new("RGB", (8, 8), "red").save(file)
-    images = decoded(ImageFolder(root=str(tmp_path), cache=str(tmp_path / "cache")), [file], 8)
+    images = decoded(ImageFolder(root=str(tmp_path), cache=str(tmp_path / "cache")), [file], Square(8, 8))
     assert images[0, 0, 0].tolist() == [255, 0, 0]

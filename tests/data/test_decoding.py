@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from harness.base.errors import InputError
+from harness.config.contracts import Square
 from harness.data import decoding
 from harness.data.cache import ImageFiles, decoded
 from harness.data.decoding import SUFFIXES, decode, open_image, revision
@@ -348,8 +349,8 @@ def test_a_cache_of_white_pictures_is_made_again(tmp_path: Path, monkeypatch: py
         before.setattr(ImageFiles, "stamp", lambda self, item: stamp(self, item).removesuffix("\x1f2"))
         before.setattr(ImageFiles, "content", lambda self, item: item.read_bytes())
         before.setattr("harness.data.cache.open_image", white)
-        assert decoded(data, [tmp_path / "a.ppm"], 18).min() == 255
-    assert decoded(data, [tmp_path / "a.ppm"], 18).max() < 255
+        assert decoded(data, [tmp_path / "a.ppm"], Square(18, 18)).min() == 255
+    assert decoded(data, [tmp_path / "a.ppm"], Square(18, 18)).max() < 255
 
 
 # -- damage --------------------------------------------------------------------------------------------------------

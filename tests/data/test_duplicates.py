@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageEnhance
 
 from harness.config.contracts import SplitName
+from harness.data.augment import IMAGENET
 from harness.data.duplicates import _name, find
 from harness.data.image_folder import ImageFolder
 from harness.data.splits import items_of, load_split, load_test
@@ -43,9 +44,9 @@ def photographs(tmp_path: Path) -> ImageFolder:
 
 def found(data: Any, cache: Path) -> dict[str, Any]:
     images = {
-        "train": load_split(data, "train", data.stored_size).images,
-        "val": load_split(data, "val", data.image_size).images,
-        "test": load_test(data).images,
+        "train": load_split(data, IMAGENET, "train", margin=True).images,
+        "val": load_split(data, IMAGENET, "val").images,
+        "test": load_test(data, IMAGENET).images,
     }
     splits: dict[SplitName, Any] = {split: (items_of(data, split), images[split]) for split in ("train", "val", "test")}
     return find(data, splits, cache)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from harness.base.errors import InputError
+from harness.data.augment import IMAGENET
 from harness.data.image_folder import ImageFolder
 from harness.data.layout import check_names, look
 
@@ -106,4 +107,4 @@ def test_names_of_any_data_set_are_checked_before_its_images_are_looked_at() -> 
             return ("rose", *("x" * n for n in range(1, 15)), "rose ")
 
     with pytest.raises(InputError, match="The classes 'rose' and 'rose ' would both be shown as 'rose '"):
-        prepare(Twins())
+        prepare(Twins(), IMAGENET)

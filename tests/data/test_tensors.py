@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from harness.data.augment import IMAGENET
 from harness.data.image_folder import ImageFolder
 from harness.data.splits import Splits, fits, load_splits, load_test, load_train_and_val, prepare
 from harness.garden.dataset import Garden
@@ -38,7 +39,7 @@ def folder(tmp_path: Path) -> ImageFolder:
 
 
 def test_train_has_the_stored_size_and_val_the_models_size_in_uint8(garden: Garden) -> None:
-    splits = load_splits(garden)
+    splits = load_splits(garden, IMAGENET)
     assert splits.classes == garden.classes()
     assert splits.train.images.shape == (32, 72, 72, 3)
     assert splits.val.images.shape == (32, 64, 64, 3)
@@ -49,34 +50,34 @@ def test_train_has_the_stored_size_and_val_the_models_size_in_uint8(garden: Gard
 
 
 def test_the_final_runs_training_set_is_train_and_val_at_the_stored_size(garden: Garden) -> None:
-    both, splits = load_train_and_val(garden), load_splits(garden)
+    both, splits = load_train_and_val(garden, IMAGENET), load_splits(garden, IMAGENET)
     assert both.images.shape == (64, 72, 72, 3)
     assert torch.equal(both.images[:32], splits.train.images)
     assert torch.equal(both.labels, torch.cat([splits.train.labels, splits.val.labels]))
 
 
 def test_the_test_split_has_the_models_size_and_its_own_images(garden: Garden) -> None:
-    test, splits = load_test(garden), load_splits(garden)
+    test, splits = load_test(garden, IMAGENET), load_splits(garden, IMAGENET)
     assert test.images.shape == (48, 64, 64, 3)
     seen = {image.numpy().tobytes() for image in splits.val.images}
     assert not any(image.numpy().tobytes() in seen for image in test.images)
 
 
 def test_a_batch_holds_the_images_asked_for(garden: Garden) -> None:
-    train, order = load_splits(garden).train, torch.tensor([5, 0, 31, 5])
+    train, order = load_splits(garden, IMAGENET).train, torch.tensor([5, 0, 31, 5])
     assert torch.equal(train.stored(order, torch.device("cpu")), train.images[order])
 
 
 def test_images_move_to_a_device_only_when_they_leave_most_of_its_memory_free(garden: Garden) -> None:
     assert fits(200, 800)
     assert not fits(201, 800)
-    train = load_splits(garden).train
+    train = load_splits(garden, IMAGENET).train
     assert train.on(torch.device("cpu")) is train
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 def test_on_cuda_the_images_are_kept_there_and_batches_are_the_same(garden: Garden) -> None:
-    train, device = load_splits(garden).train, torch.device("cuda")
+    train, device = load_splits(garden, IMAGENET).train, torch.device("cuda")
     order = torch.tensor([5, 0, 31, 5])
     there = train.on(device)
     assert there.images.device.type == "cuda"
@@ -88,7 +89,7 @@ def test_on_cuda_the_images_are_kept_there_and_batches_are_the_same(garden: Gard
 
 @pytest.mark.parametrize("limit", [1, 8, 16, 20, 32, 1000])
 def test_a_limit_spreads_over_the_classes(garden: Garden, limit: int) -> None:
-    splits = load_splits(dataclasses.replace(garden, limit=limit))
+    splits = load_splits(dataclasses.replace(garden, limit=limit), IMAGENET)
     for part in (splits.train, splits.val):
         counts = Counter(part.labels.tolist())
         assert sum(counts.values()) == min(limit, 32)
@@ -98,14 +99,14 @@ def test_a_limit_spreads_over_the_classes(garden: Garden, limit: int) -> None:
 
 def test_a_limit_chooses_the_same_images_again(garden: Garden) -> None:
     limited = dataclasses.replace(garden, limit=20)
-    first = load_splits(limited)
-    again = load_splits(dataclasses.replace(limited, cache=limited.cache + "/again"))  # loaded anew
+    first = load_splits(limited, IMAGENET)
+    again = load_splits(dataclasses.replace(limited, cache=limited.cache + "/again"), IMAGENET)  # loaded anew
     assert torch.equal(first.train.images, again.train.images)
     assert torch.equal(first.val.labels, again.val.labels)
 
 
 def test_a_smaller_limit_chooses_among_the_larger_ones_images(garden: Garden) -> None:
-    small, large = (load_splits(dataclasses.replace(garden, limit=limit)).train for limit in (16, 24))
+    small, large = (load_splits(dataclasses.replace(garden, limit=limit), IMAGENET).train for limit in (16, 24))
     larger = {image.numpy().tobytes() for image in large.images}
     assert all(image.numpy().tobytes() in larger for image in small.images)
 
@@ -142,30 +143,30 @@ def test_only_final_mentions_load_test() -> None:
 
 def test_prepare_gives_the_same_fingerprint_twice_and_with_another_cache(folder: ImageFolder) -> None:
     elsewhere = dataclasses.replace(folder, cache=folder.cache + "-2")
-    assert prepare(folder) == prepare(folder) == prepare(elsewhere)
+    assert prepare(folder, IMAGENET) == prepare(folder, IMAGENET) == prepare(elsewhere, IMAGENET)
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_a_changed_image_changes_the_fingerprint(folder: ImageFolder, split: str) -> None:
-    before = prepare(folder)
+    before = prepare(folder, IMAGENET)
     path = Path(folder.root) / split / "rose" / "0.png"
     Image.new("RGB", (20, 20), "blue").save(path)
-    assert prepare(folder) != before
+    assert prepare(folder, IMAGENET) != before
 
 
 def test_a_changed_label_changes_the_fingerprint(folder: ImageFolder) -> None:
-    before, train = prepare(folder), Path(folder.root) / "train"
+    before, train = prepare(folder, IMAGENET), Path(folder.root) / "train"
     (train / "daisy" / "1.png").rename(train / "rose" / "a.png")
-    assert prepare(folder) != before
+    assert prepare(folder, IMAGENET) != before
 
 
 def test_prepare_decodes_everything_a_study_needs(folder: ImageFolder) -> None:
-    prepare(folder)
+    prepare(folder, IMAGENET)
     for path in Path(folder.root).rglob("*.png"):
         stat = path.stat()
         path.write_bytes(bytes(stat.st_size))  # no image any more, with the same stamp
 
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert len(load_splits(folder).train) == 4
-    assert len(load_train_and_val(folder)) == 8
-    assert len(load_test(folder)) == 4
+    assert len(load_splits(folder, IMAGENET).train) == 4
+    assert len(load_train_and_val(folder, IMAGENET)) == 8
+    assert len(load_test(folder, IMAGENET)) == 4

@@ -25,6 +25,7 @@ from harness.cli.commands import main
 from harness.config.space import Float
 from harness.config.study import Study
 from harness.config.train import FinalConfig, OptimConfig
+from harness.data.augment import IMAGENET
 from harness.data.splits import prepare
 from harness.final.pruning_cost import (
     Course,
@@ -300,7 +301,7 @@ def place_of(folder: Path, cache: Path) -> Study:
 
 def run_to_the_end(study: Study, folder: Path) -> None:
     """Run a study in `folder`/studies as the command does, without MLflow."""
-    content = {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
+    content = {"data": prepare(study.train.data, IMAGENET), "weights": study.train.backbone.fingerprint()}
     beside = folder / "studies"
     with open_store(study, f"sqlite:///{beside}/tiny.db", content) as store:
         runtime = decide_runtime(study.train, None)

@@ -93,10 +93,10 @@ def test_the_search_cannot_reach_the_test_split(
 ) -> None:
     load = tensors._load
 
-    def closed(dataset: Any, split: Any, size: int) -> Any:
+    def closed(dataset: Any, split: Any, *preparation: Any) -> Any:
         if split == "test":
             raise AssertionError("the test split was read")
-        return load(dataset, split, size)
+        return load(dataset, split, *preparation)
 
     monkeypatch.setattr(tensors, "_load", closed)
     list(search(study, store, CPU, tmp_path / "checkpoints"))

@@ -23,7 +23,7 @@ import torch
 from mlflow import MlflowClient
 
 from harness.config.study import Study
-from harness.data.augment import normalise
+from harness.data.augment import IMAGENET, normalise
 from harness.data.splits import load_split, load_test
 from harness.final.model_files import CHECK_IMAGES
 from harness.serving import registry as mlflow_model
@@ -327,12 +327,12 @@ def test_the_check_takes_the_test_images_that_the_opening_left_and_opens_nothing
     finished: Finished,
 ) -> None:
     data = finished.wanted.saved.config.data
-    left = normalise(load_test(data).images)
+    left = normalise(load_test(data, IMAGENET).images)
     assert len(finished.wanted.images) == CHECK_IMAGES
     assert all((left == image).flatten(1).all(1).any() for image in finished.wanted.images)
 
     lost = dataclasses.replace(finished.wanted.saved, check_images=None)
-    shown = normalise(load_split(data, "val", data.image_size).images)
+    shown = normalise(load_split(data, IMAGENET, "val").images)
     for image in candidate("tiny", finished.store, lost).images:
         assert (shown == image).flatten(1).all(1).any()
 
@@ -341,7 +341,7 @@ def test_the_check_takes_the_test_images_that_the_opening_left_and_opens_nothing
 def test_the_fingerprint_is_of_the_images_not_of_their_side(image_cache: Path) -> None:
     def fingerprint(**changes: Any) -> str:
         data = dataclasses.replace(make_study(image_cache).train.data, **changes)
-        return validation_fingerprint(data, load_split(data, "val", data.image_size))
+        return validation_fingerprint(data, load_split(data, IMAGENET, "val"))
 
     assert fingerprint() == fingerprint(image_size=32) == fingerprint(train_per_class=3)
     assert len({fingerprint(), fingerprint(val_per_class=3), fingerprint(seed=1), fingerprint(limit=16)}) == 4

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from harness.data.augment import IMAGENET
 from harness.data.splits import prepare
 from harness.report.overview import digest
 from harness.store.opening import open_store, read_store
@@ -95,7 +96,7 @@ def test_a_study_that_runs_is_not_disturbed(tmp_path: Path, image_cache: Path) -
         study = place_of(folder, image_cache)
     run_to_the_end(study, alone)
     url = f"sqlite:///{watched}/studies/tiny.db"
-    content = {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
+    content = {"data": prepare(study.train.data, IMAGENET), "weights": study.train.backbone.fingerprint()}
     with open_store(study, url, content):
         pass  # the dashboard wants a database that is there
     with dashboard(url, tmp_path) as address, browser.page() as page:

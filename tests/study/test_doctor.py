@@ -21,6 +21,7 @@ from harness.base.keys import trial_key
 from harness.cli.commands import main
 from harness.config import find as catalogue
 from harness.config.events import Completed, Diverged, Failed, Pruned, TrialOutcome
+from harness.data.augment import IMAGENET
 from harness.data.splits import prepare
 from harness.final.test_set import summary
 from harness.store.opening import open_store, read_store
@@ -668,7 +669,7 @@ def test_an_edited_test_ledger_is_named_and_never_mended(place: Path, doctor: Do
 def test_an_image_cache_that_rotted_is_found_and_made_again(place: Path, doctor: Doctor) -> None:
     """Its file's size and times are as they were, so that a start would take it for whole."""
     before, data = shown(place), catalogue.find("tiny").study.train.data
-    prepare(data)
+    prepare(data, IMAGENET)
     arrays = {each: each.read_bytes() for each in Path(data.cache).glob("*.npy")}
     array = min(arrays)
     array.write_bytes(arrays[array][:-1] + bytes([arrays[array][-1] ^ 1]))
@@ -676,7 +677,7 @@ def test_an_image_cache_that_rotted_is_found_and_made_again(place: Path, doctor:
     record["file"] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     array.with_suffix(".json").write_text(json.dumps(record))
     check(place, doctor, f"{array} is damaged", before)
-    prepare(data)
+    prepare(data, IMAGENET)
     assert {each: each.read_bytes() for each in arrays} == arrays
 
 

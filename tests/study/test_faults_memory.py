@@ -237,10 +237,12 @@ SHORT_OF_MEMORY = """
 import resource, sys
 import torch
 from torch import nn
+from harness.data.augment import IMAGENET
 from harness.data.splits import load_test
 from harness.report.display import Display
 from harness.training.step import Runtime, train_step
 from harness.training.loop import logits_of
+from harness.data.augment import IMAGENET
 from harness.data.splits import ImageSet
 
 torch.set_num_threads(1)
@@ -254,7 +256,7 @@ pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 220_000_000, resource.RLIM_INFINITY))
 done = train_step(model, images, labels, optimizer, cpu, label_smoothing=0.0, clip_norm=None)
 pixels = torch.zeros(128, 128, 128, 3, dtype=torch.uint8)
-logits = logits_of(model, ImageSet(images=pixels, labels=torch.zeros(128)), cpu)
+logits = logits_of(model, ImageSet(images=pixels, labels=torch.zeros(128), preprocessing=IMAGENET), cpu)
 print(done.micro_batch, bool(done.loss.isfinite()), len(logits))
 """
 

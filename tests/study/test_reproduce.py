@@ -17,6 +17,7 @@ from harness.base import environment
 from harness.base.errors import InputError
 from harness.config.events import Failed
 from harness.config.study import Study
+from harness.data.augment import IMAGENET
 from harness.data.splits import prepare
 from harness.search.trial import evaluate_trial
 from harness.store.opening import as_begun, open_store, read_store
@@ -30,7 +31,7 @@ CPU = Runtime(device=torch.device("cpu"), bf16=False, channels_last=False)
 
 def train(study: Study, url: str, folder: Path, trials: int) -> None:
     """Trial 1 is pruned after its first epoch."""
-    content = {"data": prepare(study.train.data), "weights": study.train.backbone.weights()}
+    content = {"data": prepare(study.train.data, IMAGENET), "weights": study.train.backbone.fingerprint()}
     with open_store(study, url, content) as store, pytest.MonkeyPatch.context() as patch:
         patch.setattr(Store, "should_prune", lambda self, asked, epoch: asked.number == 1)
         store.set_attribute("runtime", CPU.to_dict())

@@ -18,8 +18,8 @@ from harness.base.seeds import derive_seed
 from harness.cli.commands import main
 from harness.config.space import Choice, Float
 from harness.config.train import TrainConfig
-from harness.data.augment import normalise
-from harness.data.splits import load_split, load_test
+from harness.data.augment import IMAGENET, normalise
+from harness.data.splits import load_split, load_splits, load_test
 from harness.garden.dataset import Garden
 from harness.models.maxvit import MaxViTT, TinyMaxViT
 from harness.store.opening import read_store
@@ -51,7 +51,8 @@ def head_only(cache: Path, **changes: Any) -> TrainConfig:
 def cache(tmp_path: Path, image_cache: Path) -> Path:
     """The images are decoded already, and no features are kept yet."""
     keep_decoded = shutil.ignore_patterns("features")
-    list(map(load_split, [make_study(image_cache).train.data] * 2, ("train", "val"), (64, 64)))
+    load_splits(make_study(image_cache).train.data, IMAGENET)
+    load_split(make_study(image_cache).train.data, IMAGENET, "train")
     return Path(shutil.copytree(image_cache, tmp_path / "cache", ignore=keep_decoded))
 
 
@@ -123,7 +124,7 @@ def test_kept_and_live_logits_agree(cache: Path, backbone: Any, runtime: str) ->
 
 def check_logits(training: Training) -> None:
     data, runtime = training.config.data, training.runtime
-    live = logits_of(training.model, load_split(data, "val", data.image_size), runtime)
+    live = logits_of(training.model, load_split(data, IMAGENET, "val"), runtime)
     assert training.val is not None
     kept = logits_of(training.learner, training.val, runtime)
     assert live.abs().max() > 1e-2
@@ -145,9 +146,9 @@ def by_hand(training: Training, seed: int) -> list[float]:
     """The losses of a plain loop through the whole model, each image in the version that the training draws."""
     config, model = training.config, training.model
     data = config.data
-    plain, stored = (load_split(data, "train", size) for size in (data.image_size, data.stored_size))
+    plain, stored = (load_split(data, IMAGENET, "train", margin=margin) for margin in (False, True))
     views = [View(config=config.augment, size=data.image_size, number=number) for number in range(VIEWS)]
-    versions = torch.stack([normalise(plain.images), *(view.of(stored.images, 0) for view in views)], 1)
+    versions = torch.stack([normalise(plain.images), *(view.of(stored.images, 0, IMAGENET) for view in views)], 1)
     optimizer, losses, step = build_optimizer(model, training.groups, config.optim), [], 0
     for epoch in range(1, config.epochs + 1):
         generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
@@ -177,7 +178,7 @@ def test_the_loss_curve_is_that_of_a_plain_loop_through_the_whole_model(cache: P
     results = list(fit(assemble(config, CPU, 3)))
     whole = assemble(config, CPU, 3)
     assert [each.train.loss for each in results] == pytest.approx(by_hand(whole, 3), rel=1e-4)
-    live = evaluate(whole.model, load_split(config.data, "val", 64), CPU)
+    live = evaluate(whole.model, load_split(config.data, IMAGENET, "val"), CPU)
     assert results[-1].val is not None
     assert (results[-1].val.correct, results[-1].val.loss) == (live.correct, pytest.approx(live.loss, rel=1e-4))
 
@@ -237,7 +238,7 @@ def test_the_final_training_has_the_validation_images_and_their_views(cache: Pat
     assert isinstance(training.train, FeatureSet)
     assert training.train.features.shape == (64, 1 + VIEWS, 96)
     assert next(fit(training)).train.total == 64
-    test = load_test(training.config.data)
+    test = load_test(training.config.data, IMAGENET)
     live, kept = logits_of(training.model, test, CPU), logits_of(training.learner, evaluation_of(training, test), CPU)
     torch.testing.assert_close(kept, live, rtol=0, atol=1e-4)
 
@@ -372,7 +373,7 @@ def test_a_whole_study_ends_with_a_whole_model_and_every_trial_is_reproduced(
     net = SmallNet(hidden=(16,)).build(16, 64)
     net.load_state_dict(load_file(model / "model.safetensors"))
     data = Garden(train_per_class=2, val_per_class=2, test_per_class=2, cache=str(tmp_path / "data/cache"))
-    assert evaluate(net, load_test(data), CPU).correct == said["correct"]
+    assert evaluate(net, load_test(data, IMAGENET), CPU).correct == said["correct"]
     assert json.loads((model / "model.json").read_text())["configuration"]["feature_views"] == 2
 
 

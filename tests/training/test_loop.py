@@ -19,7 +19,7 @@ from torch import Tensor
 
 from harness.config.events import EpochResult, Metrics
 from harness.config.study import Study
-from harness.data.augment import normalise
+from harness.data.augment import IMAGENET, normalise
 from harness.data.splits import ImageSet
 from harness.training.assemble import assemble, with_validation_images
 from harness.training.loop import EVALUATION_BATCH, Training, _batches, evaluate, fit, logits_of
@@ -127,7 +127,9 @@ def test_logits_come_in_the_order_of_the_images_over_several_batches(study: Stud
     count = EVALUATION_BATCH + 3
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 64, 64, 3), dtype=torch.uint8, generator=generator)
-    logits = logits_of(model, ImageSet(images=images, labels=torch.zeros(count, dtype=torch.int64)), CPU)
+    logits = logits_of(
+        model, ImageSet(images=images, labels=torch.zeros(count, dtype=torch.int64), preprocessing=IMAGENET), CPU
+    )
     assert logits.shape == (count, 16)
     for index in (0, EVALUATION_BATCH - 1, EVALUATION_BATCH, count - 1):
         alone = predict(model, normalise(images[index : index + 1]), CPU)[0]
@@ -195,7 +197,9 @@ def test_progress_tells_epoch_and_steps(study: Study) -> None:
 def test_pixels_that_are_no_numbers_give_a_loss_that_is_none_not_an_exception(study: Study) -> None:
     training = training_of(study)
     images = torch.full((32, 72, 72, 3), math.nan)
-    broken = dataclasses.replace(training, train=ImageSet(images=images, labels=training.train.labels))
+    broken = dataclasses.replace(
+        training, train=ImageSet(images=images, labels=training.train.labels, preprocessing=IMAGENET)
+    )
     results = list(fit(broken))
     assert len(results) == 2
     assert not math.isfinite(results[0].train.loss)

@@ -17,6 +17,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 from torchvision.ops import StochasticDepth
 
 from harness.base.errors import InputError
+from harness.config.contracts import Backbone
 from harness.config.study import Study
 from harness.config.train import OptimConfig
 from harness.models.maxvit import MaxViTT, TinyMaxViT
@@ -167,7 +168,7 @@ def test_what_was_frozen_thaws_again() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OtherNet:
+class OtherNet(Backbone):
     """A small model of one of torchvision's families, as a user's backbone may build it."""
 
     family: str = "vit"
@@ -194,7 +195,7 @@ class OtherNet:
             "swin_v2": ["features.", "norm", "head."],
         }[self.family]
 
-    def weights(self) -> str:
+    def fingerprint(self) -> str:
         return "none"
 
 

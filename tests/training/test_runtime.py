@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from harness.base.errors import InputError
+from harness.config.contracts import Backbone
 from harness.config.events import EpochResult
 from harness.config.study import Study
 from harness.config.train import RuntimeConfig
@@ -48,7 +49,7 @@ class Residual(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepNet:
+class DeepNet(Backbone):
     """A stem, a block with stochastic depth, and a head: compiled in seconds."""
 
     hidden: tuple[int, ...] = (16,)
@@ -70,7 +71,7 @@ class DeepNet:
     def depths(self, by: Literal["block", "layer"]) -> list[str]:
         return ["0.", "1.", "2."]
 
-    def weights(self) -> str:
+    def fingerprint(self) -> str:
         return "none"
 
 

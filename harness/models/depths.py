@@ -1,0 +1,74 @@
+"""Cut any model into depths, from its first layers to its head."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Literal
+
+from torch import nn
+from torchvision.ops.misc import ConvNormActivation
+
+Depths = list[tuple[str, ...]]  # per depth, the prefixes of its parameters' names; the longest matching prefix counts
+
+SHARE = 0.9  # of the parameters: a part that holds more is only a container of the blocks
+Unit = tuple[str, nn.Module | None]  # a prefix and its module; None for a parameter
+
+
+def depths_of(model: nn.Module, head: str, by: Literal["block", "layer"]) -> Depths:
+    """Return the depths of a model whose last linear layer is at `head`.
+
+    Blocks are the parts of the innermost module that holds most of the parameters; layers are the repeated parts of
+    these. Norms and parameters outside layers (a class token) belong to the depth before them, the first ones to the
+    stem. The last depth is the top-level module that holds the head.
+    """
+    top = head.split(".")[0] + "."
+    total = sum(parameter.numel() for name, parameter in model.named_parameters() if not name.startswith(top))
+    units = list(_blocks(model, "", SHARE * total, top))
+    if by == "layer":
+        units = [layer for block in units for layer in _layers(*block)]
+    found: Depths = []
+    stem = False  # whether a layer was found
+    for prefix, module in units:
+        begins = module is not None and any(parameter.ndim > 1 for parameter in module.parameters())
+        if found and not (begins and stem):
+            found[-1] += (prefix,)
+        else:
+            found.append((prefix,))
+        stem |= begins
+    return [*found, (top,)]
+
+
+def _blocks(module: nn.Module, prefix: str, most: float, top: str) -> Iterator[Unit]:
+    yield from ((prefix + name, None) for name, _ in module.named_parameters(recurse=False))
+    for name, part in module.named_children():
+        if f"{prefix}{name}." == top:
+            continue
+        size = sum(parameter.numel() for parameter in part.parameters())
+        if size > most and list(part.children()):
+            yield from _blocks(part, f"{prefix}{name}.", most, top)
+        elif size:
+            yield f"{prefix}{name}.", part
+
+
+def _layers(prefix: str, module: nn.Module | None) -> list[Unit]:
+    """Return the repeated parts of a block, or the block if it has none."""
+    inner, parts = prefix, list(module.named_children()) if module is not None else []
+    if len(parts) == 1 and isinstance(parts[0][1], nn.ModuleList):
+        inner, parts = f"{prefix}{parts[0][0]}.", list(parts[0][1].named_children())
+    elif not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return [(prefix, module)]
+    kinds = {type(part) for _, part in parts}
+    if len(kinds) != 1 or issubclass(kinds.pop(), ConvNormActivation):
+        return [(prefix, module)]
+    return [(f"{inner}{name}.", part) for name, part in parts]
+
+
+def whole_modules(module: nn.Module, names: Collection[str], prefix: str = "") -> Iterator[str]:
+    """Yield prefixes that cover these parameters and no others: modules where all of theirs are among them."""
+    yield from (prefix + name for name, _ in module.named_parameters(recurse=False) if prefix + name in names)
+    for name, part in module.named_children():
+        inner = {f"{prefix}{name}.{each}" for each, _ in part.named_parameters()}
+        if inner and inner <= set(names):
+            yield f"{prefix}{name}."
+        elif inner & set(names):
+            yield from whole_modules(part, names, f"{prefix}{name}.")

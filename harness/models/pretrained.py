@@ -1,0 +1,104 @@
+"""Pretrained weights: a published file of torch's hub, or a file of the user."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.base.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torchvision.models import WeightsEnum
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+SCRATCH = "train from scratch with --set backbone.pretrained=false"
+WRAPPERS = ("state_dict", "model")  # keys under which training scripts save the weights
+
+
+def is_file(weights: str) -> bool:
+    return weights.endswith(SUFFIXES)
+
+
+def fingerprint(file: str) -> str:
+    """Return 16 hexadecimal digits of a file's sha256. Raises InputError if it cannot be read."""
+    try:
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise InputError(
+            f"backbone.weights {file} cannot be read ({error.strerror}); give a file, or {SCRATCH}."
+        ) from error
+
+
+def published(weights: WeightsEnum) -> dict[str, Tensor]:
+    """Return published weights from torch's hub cache, downloaded if missing. Raises InputError if that fails."""
+    from urllib.error import URLError
+
+    import torch
+
+    place = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    # By default torchvision calls torch.load without weights_only, which can execute code.
+    try:
+        state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (URLError, TimeoutError, ConnectionError) as error:
+        raise InputError(
+            f"The pretrained weights are missing and cannot be downloaded ({error}); save {weights.url} as {place}, "
+            f"name a file with --set backbone.weights=FILE, or {SCRATCH}."
+        ) from error
+    # A damaged pickle can raise any exception.
+    except Exception as error:
+        raise InputError(f"The weights file {place} is damaged ({first_line(error)}); delete it.") from error
+    return state
+
+
+def read(file: str) -> dict[str, Tensor]:
+    """Read a state dictionary: safetensors, or saved by torch. Raises InputError if the file holds none."""
+    import torch
+    from safetensors.torch import load_file
+
+    fingerprint(file)
+    try:
+        state: Any = load_file(file) if file.endswith(".safetensors") else _unpickled(file)
+    # A damaged file can raise any exception.
+    except Exception as error:
+        raise InputError(
+            f"backbone.weights {file} is not a file of weights ({first_line(error)}); save a model's state_dict()."
+        ) from error
+    for key in WRAPPERS:
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if (
+        not isinstance(state, Mapping)
+        or not all(isinstance(each, torch.Tensor) for each in state.values())
+        or not state
+    ):
+        raise InputError(f"backbone.weights {file} is not a dictionary of tensors; save a model's state_dict().")
+    return dict(state)
+
+
+def _unpickled(file: str) -> Any:
+    import torch
+
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def load(model: nn.Module, state: Mapping[str, Tensor], head: str, source: str) -> None:
+    """Load all weights but those of the linear layer `head`, which is replaced.
+
+    Raises InputError naming the first tensor of `source` that is missing, unknown, or of another shape.
+    """
+    wanted = {name: each for name, each in model.state_dict().items() if not name.startswith(f"{head}.")}
+    given = {name: each for name, each in state.items() if not name.startswith(f"{head}.")}
+    other = "it is of another model"
+    for name, tensor in wanted.items():
+        if name not in given:
+            raise InputError(f"{source} lacks the tensor {name}; {other}.")
+        if given[name].shape != tensor.shape:
+            found, needed = tuple(given[name].shape), tuple(tensor.shape)
+            raise InputError(f"{source} has the tensor {name} of shape {found} instead of {needed}; {other}.")
+    if extra := sorted(given.keys() - wanted.keys()):
+        raise InputError(f"{source} has the tensor {extra[0]}, which the model lacks; {other}.")
+    model.load_state_dict(given, strict=False)

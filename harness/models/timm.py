@@ -1,0 +1,201 @@
+"""The models of timm, by name; needs the extra `timm`.
+
+Nothing here imports torch before a model is built, so that a study loads quickly.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import KW_ONLY, dataclass
+from functools import lru_cache
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any, Literal
+
+from harness.base.errors import InputError, first_line
+from harness.config.contracts import Backbone, Preprocessing
+from harness.config.space import check_types
+from harness.config.train import require
+from harness.models import pretrained
+from harness.models.head import check_head, check_momentum, check_probability, with_head
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from harness.models.depths import Depths
+
+
+@dataclass(frozen=True)
+class Timm(Backbone):
+    """A model of timm with a new head: Timm("tf_efficientnet_lite0"), Timm("vit_small_patch14_dinov2.lvd142m").
+
+    The part of the name after the dot chooses among its published weights; `weights` is a file instead: safetensors, or
+    a state dictionary saved by torch. `stochastic_depth` is timm's `drop_path_rate`. None keeps timm's value.
+    """
+
+    name: str
+    _: KW_ONLY
+    pretrained: bool = True
+    weights: str | None = None
+    hidden: tuple[int, ...] = ()
+    dropout: float = 0.2
+    stochastic_depth: float | None = None
+    bn_momentum: float | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self, "backbone.")
+        check_head(self.hidden, self.dropout)
+        check_probability("stochastic_depth", self.stochastic_depth)
+        check_momentum(self.bn_momentum)
+        fits = self.weights is None or pretrained.is_file(self.weights)
+        endings = ", ".join(pretrained.SUFFIXES)
+        require(fits, f"backbone.weights must be null or a file ({endings}), not {self.weights!r}.")
+
+    def check(self, image_size: int) -> None:
+        _check_size(self.name, image_size)
+        if self.pretrained:
+            self._built(image_size)
+
+    def build(self, classes: int, image_size: int) -> nn.Module:
+        """Build the model; parameters without pretrained weights use torch's global generator."""
+        from torch import nn
+
+        model = self._built(image_size)
+        for module in model.modules():
+            if self.bn_momentum is not None and isinstance(module, nn.BatchNorm2d):
+                module.momentum = self.bn_momentum
+        return with_head(model, self.hidden, self.dropout, classes)
+
+    def depths(self, by: Literal["block", "layer"]) -> Depths:
+        return _depths(self.name, by)
+
+    def no_decay(self) -> frozenset[str]:
+        return frozenset(getattr(_skeleton(self.name), "no_weight_decay", set)())
+
+    def preprocessing(self) -> Preprocessing:
+        """Return the evaluation preset of the published weights, which files of weights share."""
+        return _preset(self.name)
+
+    def fingerprint(self) -> str:
+        if not self.pretrained:
+            return "none"
+        if self.weights is not None:
+            return pretrained.fingerprint(self.weights)
+        found = _settings(self.name)
+        return str(found["hf_hub_id"] or found["url"] or self.name)
+
+    def _built(self, image_size: int) -> nn.Module:
+        import torch
+
+        changes: dict[str, Any] = {}
+        state = pretrained.read(self.weights) if self.pretrained and self.weights is not None else None
+        if state is not None:
+            # timm ignores tensors that do not fit when it replaces the classes, so the file gets as many as the model.
+            head, width = _settings(self.name)["classifier"], _skeleton(self.name).num_features
+            state |= {f"{head}.weight": torch.zeros(1, width), f"{head}.bias": torch.zeros(1)}
+            changes = {"pretrained_cfg_overlay": {"state_dict": state, "num_classes": 1, "label_offset": 0}}
+        if self.stochastic_depth is not None:
+            changes["drop_path_rate"] = self.stochastic_depth
+        try:
+            return _created(self.name, image_size, pretrained=self.pretrained, **changes)
+        except TypeError as error:
+            raise InputError(f"{self.name} does not take these settings ({first_line(error)}).") from error
+        # A file of another model, or a download that fails, can raise any exception.
+        except Exception as error:
+            if not self.pretrained:
+                raise
+            why = shorten(
+                str(error).removeprefix("Error(s) in loading state_dict for ").strip() or type(error).__name__, 160
+            )
+            text = f"The weights of {self.name} cannot be loaded ({why}); "
+            if self.weights is not None:
+                raise InputError(f"{text}check that backbone.weights {self.weights} is of this model.") from error
+            raise InputError(f"{text}name a file with --set backbone.weights=FILE, or {pretrained.SCRATCH}.") from error
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise InputError('Timm models need timm; run: pip install -e ".[timm]"') from error
+    return timm
+
+
+def _check_name(name: str) -> None:
+    timm = _timm()
+    if not timm.is_model(name):
+        architecture = name.split(".")[0]
+        near = difflib.get_close_matches(architecture, timm.list_models(), 3) or timm.list_models()[:3]
+        raise InputError(f"timm has no model {architecture!r}; nearest: {', '.join(near)}.")
+
+
+def _settings(name: str) -> dict[str, Any]:
+    """Return timm's record of pretrained weights. Raises InputError if there is none, or the model has two heads."""
+    _check_name(name)
+    timm, architecture = _timm(), name.split(".")[0]
+    if name != architecture and not timm.is_model_pretrained(name):
+        known = ", ".join(timm.list_models(f"{architecture}.*", pretrained=True)) or f"{architecture!r} without any"
+        raise InputError(f"timm has no weights {name!r}; choose from {known}.")
+    settings: dict[str, Any] = timm.get_pretrained_cfg(name).to_dict(remove_null=False)
+    if not isinstance(settings["classifier"], str):
+        raise InputError(f"{name} has several heads, which cannot be replaced; choose another model.")
+    return settings
+
+
+@lru_cache
+def _preset(name: str) -> Preprocessing:
+    from timm.data import resolve_data_config
+
+    found = resolve_data_config(pretrained_cfg=_settings(name))
+    crop = found["input_size"][1]
+    if found["crop_mode"] != "center" or found["interpolation"] not in ("bicubic", "bilinear"):
+        how = f"{found['crop_mode']} crop, {found['interpolation']}"
+        raise InputError(f"{name} prepares images in a way that is not supported ({how}); choose another model.")
+    return Preprocessing(
+        resize=math.floor(crop / found["crop_pct"]),
+        crop=crop,
+        interpolation=found["interpolation"],
+        mean=tuple(found["mean"]),
+        std=tuple(found["std"]),
+    )
+
+
+def _created(name: str, image_size: int | None = None, **changes: Any) -> nn.Module:
+    if image_size is not None and _settings(name)["fixed_input_size"]:
+        changes["img_size"] = image_size
+    model: nn.Module = _timm().create_model(name, num_classes=1, **changes)
+    return model
+
+
+def _skeleton(name: str, image_size: int | None = None) -> Any:
+    """Build a model without memory for its parameters, and without a draw from torch's global generator."""
+    import torch
+
+    _settings(name)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return _created(name, image_size)
+        except (NotImplementedError, RuntimeError):  # some compute their widths or rates with tensors
+            return _created(name, image_size).to("meta")
+
+
+@lru_cache
+def _check_size(name: str, image_size: int) -> None:
+    from harness.models.sizes import check_size
+
+    check_size(name, lambda: _skeleton(name, image_size), image_size)
+
+
+@lru_cache
+def _depths(name: str, by: Literal["block", "layer"]) -> Depths:
+    """Return timm's own layer groups; the last one is the module of the head."""
+    from timm.models import group_parameters
+
+    from harness.models.depths import whole_modules
+
+    model = _skeleton(name)
+    top = _settings(name)["classifier"].split(".")[0] + "."
+    groups = group_parameters(model, model.group_matcher(coarse=by == "block"))
+    depths = [{each for each in names if not each.startswith(top)} for names in groups.values()]
+    return [*(tuple(whole_modules(model, names)) for names in depths if names), (top,)]

@@ -1,0 +1,177 @@
+"""The classification models of torchvision, by name.
+
+Nothing here imports torch before a model is built, so that a study loads quickly.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import OrderedDict
+from dataclasses import KW_ONLY, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from harness.base.errors import InputError
+from harness.config.contracts import Backbone, Preprocessing
+from harness.config.space import check_types
+from harness.models import pretrained
+from harness.models.head import check_head, check_momentum, check_probability, last_linear, with_head
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torchvision.models import WeightsEnum
+
+    from harness.models.depths import Depths
+
+# Their auxiliary classifiers are for training from scratch.
+AUXILIARY = ("googlenet", "inception_v3")
+AUXILIARY_TENSORS = ("aux1.", "aux2.", "AuxLogits.")
+
+
+@dataclass(frozen=True)
+class Torchvision(Backbone):
+    """A model of `torchvision.models` with a new head: Torchvision("convnext_tiny").
+
+    `weights` is a published version such as "IMAGENET1K_V2", or a file: safetensors, or a state dictionary saved by
+    torch. `stochastic_depth` is the largest probability. None keeps torchvision's value.
+    """
+
+    name: str
+    _: KW_ONLY
+    pretrained: bool = True
+    weights: str = "DEFAULT"
+    hidden: tuple[int, ...] = ()
+    dropout: float = 0.2
+    stochastic_depth: float | None = None
+    bn_momentum: float | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self, "backbone.")
+        check_head(self.hidden, self.dropout)
+        check_probability("stochastic_depth", self.stochastic_depth)
+        check_momentum(self.bn_momentum)
+
+    def check(self, image_size: int) -> None:
+        _check_name(self.name)
+        _check_size(self.name, image_size)
+        if self.pretrained:
+            self._state()
+
+    def build(self, classes: int, image_size: int) -> nn.Module:
+        """Build the model; parameters without pretrained weights use torch's global generator."""
+        from torch import nn
+        from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
+
+        from harness.models.stochastic_depth import replace_stochastic_depth
+
+        model = _built(self.name, image_size)
+        replace_stochastic_depth(model, self.stochastic_depth)
+        for module in model.modules():
+            if self.bn_momentum is not None and isinstance(module, nn.BatchNorm2d):
+                module.momentum = self.bn_momentum
+        if self.pretrained:
+            state = self._state()
+            if isinstance(model, VisionTransformer):
+                state = interpolate_embeddings(image_size, model.patch_size, OrderedDict(state))
+            source = self.weights if pretrained.is_file(self.weights) else self._version().url
+            pretrained.load(model, state, last_linear(model), source)
+        return with_head(model, self.hidden, self.dropout, classes)
+
+    def depths(self, by: Literal["block", "layer"]) -> Depths:
+        return _depths(self.name, by)
+
+    def preprocessing(self) -> Preprocessing:
+        """Return the evaluation preset of the published weights, which files of weights share."""
+        return _preset(self._version())
+
+    def fingerprint(self) -> str:
+        if not self.pretrained:
+            return "none"
+        return (
+            pretrained.fingerprint(self.weights) if pretrained.is_file(self.weights) else Path(self._version().url).stem
+        )
+
+    def _version(self) -> WeightsEnum:
+        from torchvision.models import get_model_weights
+
+        _check_name(self.name)
+        versions = get_model_weights(self.name)
+        if pretrained.is_file(self.weights):
+            return versions["DEFAULT"]
+        if self.weights not in versions.__members__:
+            known = ", ".join(versions.__members__)
+            raise InputError(f"{self.name} has no weights {self.weights!r}; choose from {known}, or give a file.")
+        return versions[self.weights]
+
+    def _state(self) -> dict[str, Tensor]:
+        if pretrained.is_file(self.weights):
+            return pretrained.read(self.weights)
+        state = pretrained.published(self._version())
+        return {name: tensor for name, tensor in state.items() if not name.startswith(AUXILIARY_TENSORS)}
+
+
+def names() -> list[str]:
+    """Return the names of all classification models."""
+    from torchvision import models
+
+    return list(models.list_models(module=models))
+
+
+def _check_name(name: str) -> None:
+    if name not in (known := names()):
+        near = difflib.get_close_matches(name, known, 3) or known[:3]
+        raise InputError(f"torchvision has no model {name!r}; nearest: {', '.join(near)}.")
+
+
+@lru_cache
+def _preset(version: WeightsEnum) -> Preprocessing:
+    preset = version.transforms()
+    return Preprocessing(
+        resize=preset.resize_size[0],
+        crop=preset.crop_size[0],
+        interpolation=preset.interpolation.value,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+    )
+
+
+def _built(name: str, image_size: int | None = None) -> nn.Module:
+    from torchvision import models
+
+    arguments: dict[str, Any] = {"weights": None}
+    if name in AUXILIARY:
+        arguments |= {"aux_logits": False, "init_weights": True, "transform_input": True}
+    if image_size is not None and name.startswith("maxvit_"):
+        arguments["input_size"] = image_size, image_size
+    if image_size is not None and name.startswith("vit_"):
+        arguments["image_size"] = image_size
+    return models.get_model(name, **arguments)
+
+
+def _skeleton(name: str, image_size: int | None = None) -> nn.Module:
+    """Build a model without memory for its parameters, and without a draw from torch's global generator."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return _built(name, image_size)
+        except NotImplementedError:  # regnets compute their widths with tensors
+            return _built(name, image_size).to("meta")
+
+
+@lru_cache
+def _check_size(name: str, image_size: int) -> None:
+    from harness.models.sizes import check_size
+
+    check_size(name, lambda: _skeleton(name, image_size), image_size)
+
+
+@lru_cache
+def _depths(name: str, by: Literal["block", "layer"]) -> Depths:
+    from harness.models.depths import depths_of
+
+    _check_name(name)
+    model = _skeleton(name)
+    return depths_of(model, last_linear(model), by)
