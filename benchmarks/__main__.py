@@ -83,7 +83,7 @@ def main() -> int:
         RECORDS.write_text(json.dumps(records | {kind(): here | found}, indent=2) + "\n")
         return 0
     if not here:
-        print(f"There is no record of this kind of processor ({kind()}): nothing is judged.")
+        print(f"There is no record of this kind of machine ({kind()}): nothing is judged.")
     return 1 if [name for name in names if not holds(name, here.get(name, {}))] else 0
 
 

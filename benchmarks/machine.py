@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 
 from harness.base.environment import processor
+from harness.base.mounts import MOUNTS, file_system
 
 NOT_BUSY = ("idle", "iowait", "guest", "guest_nice")  # a guest's time is in the user's, too
 STAT = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal", "guest", "guest_nice")
@@ -36,12 +38,16 @@ def _version(name: str) -> str:
 
 
 def kind() -> str:
-    """The kind of processor: what a ratio on one machine says about another holds for the same kind alone."""
+    """The kind of machine: what a ratio on one says about another holds for the same kind alone.
+
+    Writing a database costs nothing where temporary files are in memory.
+    """
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     numbers = "".join(f", {key} {fields[key]}" for key in ("cpu family", "model") if key in fields)
-    return f"{processor()}{numbers}, {os.cpu_count()} cores"
+    disk = file_system(Path(tempfile.gettempdir()).resolve(), MOUNTS.read_text()) if MOUNTS.exists() else None
+    return f"{processor()}{numbers}, {os.cpu_count()} cores, temporary files on {disk or 'an unknown file system'}"
 
 
 class Others:

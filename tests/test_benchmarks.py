@@ -72,7 +72,7 @@ def test_a_ratio_is_held_against_the_records_of_its_kind_of_processor_alone(
     for processor, code in ((kind(), 1), ("another", 0)):
         benchmarks.RECORDS.write_text(json.dumps({processor: {"start": {"gain": 3.0}}}))
         assert benchmarks.main() == code
-    assert f"There is no record of this kind of processor ({kind()})" in capsys.readouterr().out
+    assert f"There is no record of this kind of machine ({kind()})" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="it takes Linux to see what other processes take")
