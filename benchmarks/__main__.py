@@ -2,10 +2,10 @@
 
     python -m benchmarks                        list the scripts
     python -m benchmarks --quick [NAME ...]     fail if a ratio falls by a third below its record
-    python -m benchmarks --record [NAME ...]    record the current ratios for this kind of processor
+    python -m benchmarks --record [NAME ...]    record the current ratios for this kind of machine
 
 Records are ratios within one run, kept in benchmarks/records.json; absolute times say nothing about another machine.
-A ratio is judged only against a record of the same kind of processor, and only if nothing else ran; otherwise it is
+A ratio is judged only against a record of the same kind of machine, and only if nothing else ran; otherwise it is
 printed.
 """
 
