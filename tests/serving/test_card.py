@@ -180,7 +180,7 @@ def test_its_lines_of_code_run_without_this_project_and_say_what_the_model_says(
         [sys.executable, "-I", "-c", code[0] + after], cwd=finished.folder, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    wanted = logits_of(finished.saved, preprocess([image], finished.saved.image_size))
+    wanted = logits_of(finished.saved, preprocess([image], finished.saved.config))
     assert numpy.abs(numpy.load(finished.folder / "logits.npy") - wanted).max() < 1e-4
     said, modules = done.stdout.splitlines()
     assert said == finished.saved.classes[int(wanted.argmax())]

@@ -80,7 +80,7 @@ def test_the_test_images_get_the_predictions_that_are_recorded(at_home: Path, tm
 
 @pytest.mark.slow
 def test_probabilities_are_those_of_all_classes_in_falling_order(predictor: Predictor, flower: Image.Image) -> None:
-    image = preprocess([flower], predictor.saved.image_size)
+    image = preprocess([flower], predictor.saved.config)
     guesses = predictor.guesses(image, 16)[0]
     values = [guess.probability for guess in guesses]
     assert {guess.name for guess in guesses} == set(predictor.saved.classes)
@@ -104,7 +104,7 @@ def test_an_image_of_any_size_is_answered(
     image = predictor.photograph(file)
     assert image.shape == (3, 64, 64)
     # One colour is one colour at any size.
-    assert torch.equal(image, preprocess([Image.new("RGB", (64, 64), colour)], 64)[0])
+    assert torch.equal(image, preprocess([Image.new("RGB", (64, 64), colour)], predictor.saved.config)[0])
 
 
 MODES: dict[str, Callable[[Image.Image], Image.Image]] = {
