@@ -230,6 +230,14 @@ def read_table() -> Any:
     return pandas.read_parquet(TABLE)
 
 
+def is_complete() -> bool:
+    """Return whether the table has every configuration."""
+    if not TABLE.exists():
+        return False
+    table = read_table()
+    return bool(table[(table.seed == 0) & (table.configuration < COUNT)].configuration.nunique() == COUNT)
+
+
 def write_table(keep: Path) -> None:
     """Add what was kept, one row an epoch."""
     import pandas
