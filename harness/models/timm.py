@@ -70,7 +70,7 @@ class Timm(Backbone):
         return _depths(self.name, by)
 
     def no_decay(self) -> frozenset[str]:
-        return frozenset(getattr(_skeleton(self.name), "no_weight_decay", set)())
+        return _no_decay(self.name)
 
     def preprocessing(self) -> Preprocessing:
         """Return the evaluation preset of the published weights, which files of weights share."""
@@ -167,24 +167,24 @@ def _created(name: str, image_size: int | None = None, **changes: Any) -> nn.Mod
     return model
 
 
-def _skeleton(name: str, image_size: int | None = None) -> Any:
-    """Build a model without memory for its parameters, and without a draw from torch's global generator."""
-    import torch
+def _skeleton(name: str) -> Any:
+    from harness.models.skeleton import skeleton
 
     _settings(name)
-    with torch.random.fork_rng(devices=[]):
-        try:
-            with torch.device("meta"):
-                return _created(name, image_size)
-        except (NotImplementedError, RuntimeError):  # some compute their widths or rates with tensors
-            return _created(name, image_size).to("meta")
+    return skeleton(lambda: _created(name))
 
 
 @lru_cache
 def _check_size(name: str, image_size: int) -> None:
-    from harness.models.sizes import check_size
+    from harness.models.skeleton import check_size
 
-    check_size(name, lambda: _skeleton(name, image_size), image_size)
+    _settings(name)
+    check_size(name, lambda: _created(name, image_size), image_size)
+
+
+@lru_cache
+def _no_decay(name: str) -> frozenset[str]:
+    return frozenset(getattr(_skeleton(name), "no_weight_decay", set)())
 
 
 @lru_cache

@@ -149,23 +149,17 @@ def _built(name: str, image_size: int | None = None) -> nn.Module:
     return models.get_model(name, **arguments)
 
 
-def _skeleton(name: str, image_size: int | None = None) -> nn.Module:
-    """Build a model without memory for its parameters, and without a draw from torch's global generator."""
-    import torch
+def _skeleton(name: str) -> nn.Module:
+    from harness.models.skeleton import skeleton
 
-    with torch.random.fork_rng(devices=[]):
-        try:
-            with torch.device("meta"):
-                return _built(name, image_size)
-        except NotImplementedError:  # regnets compute their widths with tensors
-            return _built(name, image_size).to("meta")
+    return skeleton(lambda: _built(name))
 
 
 @lru_cache
 def _check_size(name: str, image_size: int) -> None:
-    from harness.models.sizes import check_size
+    from harness.models.skeleton import check_size
 
-    check_size(name, lambda: _skeleton(name, image_size), image_size)
+    check_size(name, lambda: _built(name, image_size), image_size)
 
 
 @lru_cache
