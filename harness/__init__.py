@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from harness.api import Result as Result
+    from harness.api import list_models as list_models
     from harness.api import open as open
     from harness.api import run as run
     from harness.api import studies as studies
     from harness.base.errors import Halt as Halt
     from harness.base.errors import InputError as InputError
     from harness.base.errors import StudyFailed as StudyFailed
+    from harness.config.contracts import Preprocessing as Preprocessing
     from harness.config.space import Choice as Choice
     from harness.config.space import Float as Float
     from harness.config.space import Int as Int
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from harness.garden.dataset import Garden as Garden
     from harness.models.maxvit import MaxViTT as MaxViTT
     from harness.models.maxvit import TinyMaxViT as TinyMaxViT
+    from harness.models.module import Module as Module
     from harness.models.timm import Timm as Timm
     from harness.models.torchvision import Torchvision as Torchvision
     from harness.search.pruners import Pruner as Pruner
@@ -41,8 +44,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
-    "api": ("Result", "open", "run", "studies"),
+    "api": ("Result", "list_models", "open", "run", "studies"),
     "base.errors": ("Halt", "InputError", "StudyFailed"),
+    "config.contracts": ("Preprocessing",),
     "config.space": ("Choice", "Float", "Int"),
     "config.study": ("Study",),
     "config.train": ("AugmentConfig", "RuntimeConfig", "FinalConfig", "OptimConfig", "TrainConfig"),
@@ -50,6 +54,7 @@ _WHERE = {
     "data.image_folder": ("ImageFolder",),
     "garden.dataset": ("Garden",),
     "models.maxvit": ("MaxViTT", "TinyMaxViT"),
+    "models.module": ("Module",),
     "models.timm": ("Timm",),
     "models.torchvision": ("Torchvision",),
     "search.pruners": ("Pruner", "asha", "no_pruning"),

@@ -96,6 +96,18 @@ def studies(home: str | Path | None = None) -> pandas.DataFrame:
     return pandas.DataFrame([asdict(row) for row in rows(home)])
 
 
+def list_models(pattern: str = "") -> pandas.DataFrame:
+    """Return a row for each model that a study file can name, and whose name contains `pattern` or matches it.
+
+    Without a pattern, those of timm are left out. Raises InputError if no name matches.
+    """
+    import pandas
+
+    from harness.models.catalog import find_models
+
+    return pandas.DataFrame([asdict(each) for each in find_models(pattern)])
+
+
 def _command(name: str, given: Mapping[str, Any]) -> str:
     """Return the call that resumes a study, as text without passwords and one-time options."""
     lasting = {option: value for option, value in given.items() if option not in ("fresh", "reopen_test")}

@@ -22,7 +22,7 @@ from harness.config.study import Study
 from harness.data import splits as tensors
 from harness.final.retrain import Context
 from harness.garden.dataset import Garden
-from harness.models.head import with_head
+from harness.models.backbone import with_head
 from harness.report.overview import digest
 from harness.store.opening import open_store, read_store
 from harness.store.store import Store

@@ -205,12 +205,12 @@ def test_a_pickle_as_pretrained_weights_is_refused(
 ) -> None:
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / maxvit.WEIGHTS_FILE).write_bytes(bomb)
+    (tmp_path / "checkpoints" / "maxvit_t-bc5ab103.pth").write_bytes(bomb)
     with pytest.raises(InputError, match="damaged"):
         maxvit.MaxViTT().check(224)
-    monkeypatch.setattr(maxvit, "TINY_WEIGHTS", tmp_path / "checkpoints" / maxvit.WEIGHTS_FILE)
-    with pytest.raises(Exception, match=r"."):
-        maxvit.TinyMaxViT().build(16, 64)
+    for backbone, size in ((maxvit.MaxViTT, 224), (maxvit.TinyMaxViT, 64)):
+        with pytest.raises(InputError, match="is not a file of weights"):
+            backbone(weights=str(tmp_path / "checkpoints" / "maxvit_t-bc5ab103.pth")).build(16, size)
     assert not trace.exists()
 
 

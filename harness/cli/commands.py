@@ -105,6 +105,20 @@ def _list(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _models(args: argparse.Namespace) -> int:
+    from harness.models.catalog import find_models
+    from harness.report.display import print_models
+
+    found = find_models(args.pattern)
+    if args.json:
+        _print_json([dataclasses.asdict(each) for each in found])
+    else:
+        print_models(found)
+        if not args.pattern:
+            print("For those of timm, give a PATTERN.", file=sys.stderr)
+    return DONE
+
+
 def _show(args: argparse.Namespace) -> int:
     if args.groups:
         from harness.training.optim import groups_of
@@ -212,6 +226,7 @@ def _predict(args: argparse.Namespace) -> int:
 COMMANDS = {
     "run": _run,
     "list": _list,
+    "models": _models,
     "show": _show,
     "report": _report,
     "reproduce": _reproduce,

@@ -108,6 +108,10 @@ class Backbone(Protocol):
         """Return a fingerprint of the pretrained weights, or "none"; resuming with others is an error."""
         ...
 
+    def origin(self) -> str:
+        """Return where the pretrained weights come from, and their licence, for the model card."""
+        return self.fingerprint()
+
 
 def prefixes(depth: str | tuple[str, ...]) -> tuple[str, ...]:
     """Return a depth's prefixes."""

@@ -65,7 +65,7 @@ class Int:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One of several values. Optuna stores scalars only, so a tuple such as (1024, 512) is stored as 1024-512."""
+    """One of several values: numbers, strings, tuples, or configurations such as `Timm("resnet18")`, as `label`s."""
 
     options: tuple[Any, ...]
 
@@ -75,10 +75,17 @@ class Choice:
         if len(self.options) == 0:
             raise InputError("Choice(()) is empty; list at least one value.")
         for option in self.options:
-            if not is_plain(option) or isinstance(option, list | dict):
+            if not is_config(option) and (not is_plain(option) or isinstance(option, list | dict)):
                 raise InputError(f"Choice cannot hold {option!r}; use numbers, strings, None, or tuples of them.")
+        if len({tuple(paths(each)) if is_config(each) else () for each in self.options}) > 1:
+            raise InputError(f"The options of Choice{self.labels} have different fields; give options of one kind.")
         if len(set(self.labels)) != len(self.options):
-            raise InputError(f"Choice{self.options} has the same value twice; list each value once.")
+            raise InputError(f"Choice{self.labels} has the same value twice; list each value once.")
+
+    def __repr__(self) -> str:  # which definitions compare
+        if any(map(is_config, self.options)):
+            return f"Choice(options=({', '.join(self.labels)}))"
+        return f"Choice(options={self.options!r})"
 
     def contains(self, value: Any) -> bool:
         return value in self.options
@@ -114,7 +121,12 @@ def _check_range(dimension: Float | Int) -> None:
 
 
 def label(value: Any) -> Any:
-    """Format a value for Optuna and MLflow: a tuple as 1024-512, a scalar unchanged."""
+    """Format a value for Optuna and MLflow: a tuple as 1024-512, a configuration as its repr without defaults."""
+    if is_config(value):
+        fields = [each for each in dataclasses.fields(value) if getattr(value, each.name) != each.default]
+        first = [repr(getattr(value, each.name)) for each in fields if not each.kw_only]
+        given = [*first, *(f"{each.name}={getattr(value, each.name)!r}" for each in fields if each.kw_only)]
+        return f"{type(value).__name__}({', '.join(given)})"
     if isinstance(value, tuple):
         return "-".join(str(item) for item in value) if value else "none"
     return value
@@ -127,6 +139,10 @@ def shortened(value: Any) -> str:
     except ValueError:  # a number with more digits than Python writes
         text = "a number with thousands of digits"
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def is_config(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def is_plain(value: Any) -> bool:
@@ -151,7 +167,7 @@ def leaves(config: Any, prefix: str = "", identity_only: bool = False) -> Iterat
         if identity_only and not field.metadata.get("identity", True):
             continue
         path, value = prefix + field.name, getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
+        if is_config(value):
             yield f"{path}.type", type(value).__name__
             yield from leaves(value, f"{path}.", identity_only)
         else:
@@ -163,9 +179,15 @@ def paths(config: Any) -> list[str]:
     return [path for path, _ in leaves(config) if not path.endswith(".type")]
 
 
+def holders(config: Any) -> list[str]:
+    """The paths of configurations inside `config`, which a Choice may replace as a whole."""
+    return [path.removesuffix(".type") for path, _ in leaves(config) if path.endswith(".type")]
+
+
 def get(config: Any, path: str) -> Any:
     """The value at a path. Raises InputError listing the valid paths if there is none."""
-    _check_path(config, path)
+    if path not in holders(config):
+        _check_path(config, path)
     for name in path.split("."):
         config = getattr(config, name)
     return config
@@ -176,7 +198,8 @@ def replace(config: ConfigT, path: str, value: Any) -> ConfigT:
 
     Raises InputError if the path does not exist (listing the valid ones) or the value is invalid.
     """
-    _check_path(config, path)
+    if not is_config(value):
+        _check_path(config, path)
     return _replace(config, path.split("."), value, path)
 
 
@@ -184,7 +207,9 @@ def _replace(config: Any, names: list[str], value: Any, path: str) -> Any:
     name, rest = names[0], names[1:]
     if rest:
         return dataclasses.replace(config, **{name: _replace(getattr(config, name), rest, value, path)})
-    return dataclasses.replace(config, **{name: _checked(type(config), name, value, path)})
+    if not is_config(getattr(config, name)):
+        value = _checked(type(config), name, value, path)
+    return dataclasses.replace(config, **{name: value})
 
 
 def _checked(owner: type, name: str, value: Any, path: str) -> Any:
@@ -214,10 +239,7 @@ def _adapter(owner: type, name: str) -> tuple[Any, TypeAdapter[Any]]:
 
 
 def check_types(config: Any, prefix: str = "") -> None:
-    """Raise InputError unless each plain field (number, string, tuple, ...) of a configuration matches its type.
-
-    Nested configurations check their own fields. Values are not converted.
-    """
+    """Raise InputError unless each field matches its type; nested configurations check their own."""
     for field in dataclasses.fields(config):
         if PLAIN.fullmatch(str(field.type)):
             _checked(type(config), field.name, getattr(config, field.name), prefix + field.name)
@@ -247,8 +269,8 @@ def parse(config: Any, path: str, text: str) -> Any:
 
     A single value for a tuple field becomes a tuple of one, so that `backbone.hidden=512` works.
     """
-    value = _literal(text)
-    current = get(config, path)
+    _check_path(config, path)
+    value, current = _literal(text), get(config, path)
     if isinstance(value, list):
         value = tuple(value)
     if isinstance(current, tuple) and not isinstance(value, tuple):
@@ -289,6 +311,8 @@ def check(space: Space, base: Any) -> None:
         if not isinstance(dimension, Float | Int | Choice):
             raise InputError(f"The space of {path} must be Float(...), Int(...) or Choice((...)), not {dimension!r}.")
         value = get(base, path)
+        if is_config(value) and any("identity" in each.metadata for each in dataclasses.fields(value)):
+            raise InputError(f"{path} says where something lies and cannot be searched as a whole; search its fields.")
         if not dimension.contains(value):
             raise InputError(
                 f"The base configuration has {path} = {value!r}, outside of its search range {dimension}; "
@@ -318,8 +342,9 @@ def encode(space: Space, config: Any) -> dict[str, Any]:
 
 
 def apply(space: Space, base: ConfigT, params: Mapping[str, Any]) -> ConfigT:
-    """Apply stored parameters: return `base` with each searched field replaced."""
-    for path, dimension in space.items():
+    """Apply stored parameters: return `base` with each searched field replaced, a configuration before its fields."""
+    whole = holders(base)
+    for path, dimension in sorted(space.items(), key=lambda item: item[0] not in whole):
         chosen = params[path]
         base = replace(base, path, dimension.option(chosen) if isinstance(dimension, Choice) else chosen)
     return base

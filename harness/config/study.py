@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial
 
 from harness.base.errors import InputError
 from harness.config import space as spaces
+from harness.config.contracts import Backbone, Preprocessing
 from harness.config.train import FinalConfig, TrainConfig, identity, plain, require, require_count, survives
 
 
@@ -82,6 +83,14 @@ class Study:
         """Return all image sizes that the model may get."""
         searched = self.space.get("data.image_size")
         return {self.train.data.image_size, *(spaces.extremes(searched) if searched is not None else ())}
+
+    def backbones(self) -> Sequence[Backbone]:
+        """Return all backbones that trials may have."""
+        searched = self.space.get("backbone")
+        return spaces.extremes(searched) if searched is not None else (self.train.backbone,)
+
+    def preprocessings(self) -> list[Preprocessing]:
+        return [each.preprocessing() for each in self.backbones()]
 
     def config(self, params: dict[str, Any]) -> TrainConfig:
         """The training configuration of stored parameters."""

@@ -95,11 +95,11 @@ def fits(size_bytes: int, free_bytes: int) -> bool:
     return size_bytes <= free_bytes * SHARE_OF_DEVICE
 
 
-def prepare(dataset: Dataset, preprocessing: Preprocessing) -> str:
+def prepare(dataset: Dataset, *preprocessings: Preprocessing) -> str:
     """Decode every image that a study needs, test images too, so that a bad file is reported before the start.
 
-    Returns a fingerprint of all images and labels. Raises InputError if the data are missing, a class is
-    missing from a split, or a file is not an image.
+    Returns a fingerprint of all images and labels for each preprocessing. Raises InputError if the data are missing,
+    a class is missing from a split, or a file is not an image.
     """
     check_names(dataset.classes(), dataset.classes(), "in the data set")
     try:
@@ -108,6 +108,10 @@ def prepare(dataset: Dataset, preprocessing: Preprocessing) -> str:
         if no_room(error):
             raise
         raise InputError(f"data.cache {dataset.cache} cannot be created ({error.strerror}); give a folder.") from error
+    return ", ".join(_prepare(dataset, each) for each in dict.fromkeys(preprocessings))
+
+
+def _prepare(dataset: Dataset, preprocessing: Preprocessing) -> str:
     digest = hashlib.sha256()
     evaluation, training = preprocessing.evaluation(dataset.image_size), preprocessing.training(dataset.stored_size)
     sizes: dict[SplitName, list[Square]] = {"train": [training], "val": [evaluation, training], "test": [evaluation]}

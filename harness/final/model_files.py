@@ -67,6 +67,7 @@ def write_description(
             "std": preprocessing.std,
         },
         "configuration": {path: label(value) for path, value in leaves(config, identity_only=True)},
+        "backbone": {"name": label(config.backbone), "pretrained_weights": config.backbone.origin()},
         "fit_on": final.fit_on,
         "trial": chosen.number,
         "trial_validation_accuracy": chosen.value,  # not this model's, which may have trained on these images

@@ -17,7 +17,8 @@ from harness.config.train import AugmentConfig, OptimConfig, RuntimeConfig, Trai
 from harness.data.splits import prepare
 from harness.garden.dataset import Garden
 from harness.garden.drawing import DRAWING_VERSION
-from harness.models.maxvit import TINY_WEIGHTS, TinyMaxViT, is_rebuilt
+from harness.models.maxvit import TINY_WEIGHTS, TinyMaxViT
+from harness.models.pretrained import COMPUTED
 from harness.training.assemble import assemble, decide_runtime
 from harness.training.loop import fit
 
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     state = {
         name: tensor.half().contiguous() if tensor.ndim > 1 else tensor.contiguous()
         for name, tensor in training.model.state_dict().items()
-        if not is_rebuilt(name)
+        if not name.startswith("classifier.5.") and not name.endswith(COMPUTED)
     }
     save_file(state, args.output, metadata={"drawing_version": str(DRAWING_VERSION)})
     print(f"{args.output}: {args.output.stat().st_size:,} bytes")

@@ -1,12 +1,16 @@
-"""Cut any model into depths, from its first layers to its head."""
+"""The structure of any model: its depths, from the first layers to the head, and the image sizes that it takes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Literal
 
+import torch
 from torch import nn
 from torchvision.ops.misc import ConvNormActivation
+
+from harness.base.errors import InputError, first_line
+from harness.models.backbone import last_linear
 
 Depths = list[tuple[str, ...]]  # per depth, the prefixes of its parameters' names; the longest matching prefix counts
 
@@ -72,3 +76,36 @@ def whole_modules(module: nn.Module, names: Collection[str], prefix: str = "") -
             yield f"{prefix}{name}."
         elif inner & set(names):
             yield from whole_modules(part, names, f"{prefix}{name}.")
+
+
+# -- models without memory ---------------------------------------------------------------------------------------------
+
+
+def skeleton(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a model without memory for its parameters, and without a draw from torch's global generator."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return build()
+        except RuntimeError:  # regnets and others compute their widths with tensors
+            return build().to("meta")
+
+
+def check_size(name: str, build: Callable[[], nn.Module], image_size: int) -> None:
+    """Pass an image through a model's skeleton.
+
+    Raises InputError if the model refuses it, or has no head to replace.
+    """
+    try:
+        model = skeleton(build).eval()
+        last_linear(model)
+        with torch.no_grad():
+            model(torch.empty(1, 3, image_size, image_size, device="meta"))
+    except InputError:
+        raise
+    # Models refuse a size in many ways.
+    except Exception as error:
+        raise InputError(
+            f"{name} does not take images of {image_size} x {image_size} pixels ({first_line(error)}); change "
+            "data.image_size."
+        ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from harness.base.errors import InputError, first_line
 
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 SCRATCH = "train from scratch with --set backbone.pretrained=false"
+COMPUTED = ("relative_position_index", "num_batches_tracked")
 WRAPPERS = ("state_dict", "model")  # keys under which training scripts save the weights
 
 
-def is_file(weights: str) -> bool:
-    return weights.endswith(SUFFIXES)
+def is_file(weights: str | None) -> TypeGuard[str]:
+    return weights is not None and weights.endswith(SUFFIXES)
 
 
 def fingerprint(file: str) -> str:
@@ -33,16 +34,21 @@ def fingerprint(file: str) -> str:
         ) from error
 
 
+def path(weights: WeightsEnum) -> Path:
+    """Return where torch keeps published weights."""
+    import torch
+
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+
+
 def published(weights: WeightsEnum) -> dict[str, Tensor]:
     """Return published weights from torch's hub cache, downloaded if missing. Raises InputError if that fails."""
     from urllib.error import URLError
 
-    import torch
-
-    place = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    place = path(weights)
     # By default torchvision calls torch.load without weights_only, which can execute code.
     try:
-        state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (URLError, TimeoutError, ConnectionError) as error:
         raise InputError(
             f"The pretrained weights are missing and cannot be downloaded ({error}); save {weights.url} as {place}, "
@@ -51,12 +57,11 @@ def published(weights: WeightsEnum) -> dict[str, Tensor]:
     # A damaged pickle can raise any exception.
     except Exception as error:
         raise InputError(f"The weights file {place} is damaged ({first_line(error)}); delete it.") from error
-    return state
+    return _tensors(state, f"The weights file {place}", "delete it")
 
 
 def read(file: str) -> dict[str, Tensor]:
     """Read a state dictionary: safetensors, or saved by torch. Raises InputError if the file holds none."""
-    import torch
     from safetensors.torch import load_file
 
     fingerprint(file)
@@ -70,12 +75,18 @@ def read(file: str) -> dict[str, Tensor]:
     for key in WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
+    return _tensors(state, f"backbone.weights {file}", "save a model's state_dict()")
+
+
+def _tensors(state: Any, source: str, remedy: str) -> dict[str, Tensor]:
+    import torch
+
     if (
         not isinstance(state, Mapping)
         or not all(isinstance(each, torch.Tensor) for each in state.values())
         or not state
     ):
-        raise InputError(f"backbone.weights {file} is not a dictionary of tensors; save a model's state_dict().")
+        raise InputError(f"{source} is not a dictionary of tensors; {remedy}.")
     return dict(state)
 
 
@@ -88,12 +99,15 @@ def _unpickled(file: str) -> Any:
 def load(model: nn.Module, state: Mapping[str, Tensor], head: str, source: str) -> None:
     """Load all weights but those of the linear layer `head`, which is replaced.
 
-    Raises InputError naming the first tensor of `source` that is missing, unknown, or of another shape.
+    Raises InputError naming the first tensor of `source` that is missing, unknown, or of another shape. Tables of
+    positions and counters of batches may be missing.
     """
     wanted = {name: each for name, each in model.state_dict().items() if not name.startswith(f"{head}.")}
     given = {name: each for name, each in state.items() if not name.startswith(f"{head}.")}
     other = "it is of another model"
     for name, tensor in wanted.items():
+        if name not in given and name.endswith(COMPUTED):
+            continue
         if name not in given:
             raise InputError(f"{source} lacks the tensor {name}; {other}.")
         if given[name].shape != tensor.shape:

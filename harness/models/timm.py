@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.base.errors import InputError, first_line
-from harness.config.contracts import Backbone, Preprocessing
-from harness.config.space import check_types
+from harness.config.contracts import Preprocessing
 from harness.config.train import require
 from harness.models import pretrained
-from harness.models.head import check_head, check_momentum, check_probability, with_head
+from harness.models.backbone import PretrainedBackbone
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,45 +25,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Timm(Backbone):
+class Timm(PretrainedBackbone):
     """A model of timm with a new head: Timm("tf_efficientnet_lite0"), Timm("vit_small_patch14_dinov2.lvd142m").
 
-    The part of the name after the dot chooses among its published weights; `weights` is a file instead: safetensors, or
-    a state dictionary saved by torch. `stochastic_depth` is timm's `drop_path_rate`. None keeps timm's value.
+    The part of the name after the dot chooses among its published weights. `stochastic_depth` is timm's
+    `drop_path_rate`.
     """
 
     name: str
-    _: KW_ONLY
-    pretrained: bool = True
-    weights: str | None = None
-    hidden: tuple[int, ...] = ()
-    dropout: float = 0.2
-    stochastic_depth: float | None = None
-    bn_momentum: float | None = None
 
     def __post_init__(self) -> None:
-        check_types(self, "backbone.")
-        check_head(self.hidden, self.dropout)
-        check_probability("stochastic_depth", self.stochastic_depth)
-        check_momentum(self.bn_momentum)
+        super().__post_init__()
         fits = self.weights is None or pretrained.is_file(self.weights)
         endings = ", ".join(pretrained.SUFFIXES)
         require(fits, f"backbone.weights must be null or a file ({endings}), not {self.weights!r}.")
 
-    def check(self, image_size: int) -> None:
+    def check_size(self, image_size: int) -> None:
         _check_size(self.name, image_size)
-        if self.pretrained:
-            self._built(image_size)
-
-    def build(self, classes: int, image_size: int) -> nn.Module:
-        """Build the model; parameters without pretrained weights use torch's global generator."""
-        from torch import nn
-
-        model = self._built(image_size)
-        for module in model.modules():
-            if self.bn_momentum is not None and isinstance(module, nn.BatchNorm2d):
-                module.momentum = self.bn_momentum
-        return with_head(model, self.hidden, self.dropout, classes)
 
     def depths(self, by: Literal["block", "layer"]) -> Depths:
         return _depths(self.name, by)
@@ -76,15 +53,14 @@ class Timm(Backbone):
         """Return the evaluation preset of the published weights, which files of weights share."""
         return _preset(self.name)
 
-    def fingerprint(self) -> str:
-        if not self.pretrained:
-            return "none"
-        if self.weights is not None:
-            return pretrained.fingerprint(self.weights)
+    def published(self) -> str:
         found = _settings(self.name)
         return str(found["hf_hub_id"] or found["url"] or self.name)
 
-    def _built(self, image_size: int) -> nn.Module:
+    def licence(self) -> str:
+        return str(_settings(self.name)["license"] or "licence unknown")
+
+    def load(self, image_size: int) -> nn.Module:
         import torch
 
         changes: dict[str, Any] = {}
@@ -168,15 +144,22 @@ def _created(name: str, image_size: int | None = None, **changes: Any) -> nn.Mod
 
 
 def _skeleton(name: str) -> Any:
-    from harness.models.skeleton import skeleton
+    from harness.models.depths import skeleton
 
     _settings(name)
     return skeleton(lambda: _created(name))
 
 
+def parameters(name: str) -> int:
+    """Return the number of a model's parameters, with the classes of its published weights."""
+    from harness.models.depths import skeleton
+
+    return sum(each.numel() for each in skeleton(lambda: _timm().create_model(name)).parameters())
+
+
 @lru_cache
 def _check_size(name: str, image_size: int) -> None:
-    from harness.models.skeleton import check_size
+    from harness.models.depths import check_size
 
     _settings(name)
     check_size(name, lambda: _created(name, image_size), image_size)

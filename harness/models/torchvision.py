@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import difflib
 from collections import OrderedDict
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.base.errors import InputError
-from harness.config.contracts import Backbone, Preprocessing
-from harness.config.space import check_types
+from harness.config.contracts import Preprocessing
 from harness.models import pretrained
-from harness.models.head import check_head, check_momentum, check_probability, last_linear, with_head
+from harness.models.backbone import PretrainedBackbone, last_linear
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,53 +29,32 @@ AUXILIARY_TENSORS = ("aux1.", "aux2.", "AuxLogits.")
 
 
 @dataclass(frozen=True)
-class Torchvision(Backbone):
+class Torchvision(PretrainedBackbone):
     """A model of `torchvision.models` with a new head: Torchvision("convnext_tiny").
 
-    `weights` is a published version such as "IMAGENET1K_V2", or a file: safetensors, or a state dictionary saved by
-    torch. `stochastic_depth` is the largest probability. None keeps torchvision's value.
+    `weights` may also be a published version such as "IMAGENET1K_V2".
     """
 
     name: str
-    _: KW_ONLY
-    pretrained: bool = True
-    weights: str = "DEFAULT"
-    hidden: tuple[int, ...] = ()
-    dropout: float = 0.2
-    stochastic_depth: float | None = None
-    bn_momentum: float | None = None
 
-    def __post_init__(self) -> None:
-        check_types(self, "backbone.")
-        check_head(self.hidden, self.dropout)
-        check_probability("stochastic_depth", self.stochastic_depth)
-        check_momentum(self.bn_momentum)
-
-    def check(self, image_size: int) -> None:
+    def check_size(self, image_size: int) -> None:
         _check_name(self.name)
         _check_size(self.name, image_size)
-        if self.pretrained:
-            self._state()
 
-    def build(self, classes: int, image_size: int) -> nn.Module:
-        """Build the model; parameters without pretrained weights use torch's global generator."""
-        from torch import nn
+    def load(self, image_size: int) -> nn.Module:
         from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
         from harness.models.stochastic_depth import replace_stochastic_depth
 
         model = _built(self.name, image_size)
         replace_stochastic_depth(model, self.stochastic_depth)
-        for module in model.modules():
-            if self.bn_momentum is not None and isinstance(module, nn.BatchNorm2d):
-                module.momentum = self.bn_momentum
         if self.pretrained:
             state = self._state()
             if isinstance(model, VisionTransformer):
                 state = interpolate_embeddings(image_size, model.patch_size, OrderedDict(state))
-            source = self.weights if pretrained.is_file(self.weights) else self._version().url
+            source = self.weights if pretrained.is_file(self.weights) else str(pretrained.path(self._version()))
             pretrained.load(model, state, last_linear(model), source)
-        return with_head(model, self.hidden, self.dropout, classes)
+        return model
 
     def depths(self, by: Literal["block", "layer"]) -> Depths:
         return _depths(self.name, by)
@@ -85,19 +63,18 @@ class Torchvision(Backbone):
         """Return the evaluation preset of the published weights, which files of weights share."""
         return _preset(self._version())
 
-    def fingerprint(self) -> str:
-        if not self.pretrained:
-            return "none"
-        return (
-            pretrained.fingerprint(self.weights) if pretrained.is_file(self.weights) else Path(self._version().url).stem
-        )
+    def published(self) -> str:
+        return Path(self._version().url).stem
+
+    def licence(self) -> str:
+        return "torchvision; terms of the training data may apply"
 
     def _version(self) -> WeightsEnum:
         from torchvision.models import get_model_weights
 
         _check_name(self.name)
         versions = get_model_weights(self.name)
-        if pretrained.is_file(self.weights):
+        if self.weights is None or pretrained.is_file(self.weights):
             return versions["DEFAULT"]
         if self.weights not in versions.__members__:
             known = ", ".join(versions.__members__)
@@ -150,14 +127,14 @@ def _built(name: str, image_size: int | None = None) -> nn.Module:
 
 
 def _skeleton(name: str) -> nn.Module:
-    from harness.models.skeleton import skeleton
+    from harness.models.depths import skeleton
 
     return skeleton(lambda: _built(name))
 
 
 @lru_cache
 def _check_size(name: str, image_size: int) -> None:
-    from harness.models.skeleton import check_size
+    from harness.models.depths import check_size
 
     check_size(name, lambda: _built(name, image_size), image_size)
 

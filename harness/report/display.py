@@ -245,3 +245,13 @@ def print_studies(rows: Sequence[Any]) -> None:
     for row in rows:
         if row.note is not None:
             print(row.note, file=sys.stderr)
+
+
+def print_models(models: Sequence[Any]) -> None:
+    """Print a table of `harness.models.catalog.Model`."""
+    numbers = [Column(name, justify="right", no_wrap=True) for name in ("parameters", "pixels")]
+    table = Table(Column("model", overflow="fold"), *numbers, "weights", box=None, pad_edge=False, header_style="")
+    for each in models:
+        count = "" if each.parameters is None else f"{each.parameters / 1e6:.1f} M"
+        table.add_row(each.model, count, str(each.image_size), "here" if each.weights_here else "")
+    StudyConsole().print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -309,4 +310,16 @@ def time_plot(trials: Sequence[TrialRecord]) -> Plot:
                 hovertemplate=f"trial %{{x}}: %{{y:.1f}} s, %{{customdata}} epochs<extra>{state}</extra>",
             )
     figure.update_xaxes(whole_numbers(0, trials[-1].number, room=ROOM))
-    return Plot(title=title, caption="Training and validation time, by the trial's state.", figure=figure)
+    caption = f"Training and validation time, by the trial's state.{_cost_of_backbones(ended)}"
+    return Plot(title=title, caption=caption, figure=figure)
+
+
+def _cost_of_backbones(trials: Sequence[TrialRecord]) -> str:
+    """Return each backbone's median seconds per epoch, as a sentence, if several are searched."""
+    seconds: dict[str, list[float]] = {}
+    for trial in trials:
+        if "backbone" in trial.params:
+            seconds.setdefault(trial.params["backbone"], []).extend(epoch.seconds for epoch in trial.epochs)
+    medians = {name: statistics.median(each) for name, each in seconds.items() if each}
+    cheap = sorted(medians, key=medians.__getitem__)
+    return f" Seconds per epoch: {', '.join(f'{name} {medians[name]:.1f}' for name in cheap)}." if cheap else ""

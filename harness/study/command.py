@@ -32,5 +32,5 @@ class Command:
 
 def content_of(study: Study) -> dict[str, str]:
     """Return fingerprints of the images and weights; the first call decodes the images."""
-    data, backbone = study.train.data, study.train.backbone
-    return {"data": prepare(data, backbone.preprocessing()), "weights": backbone.fingerprint()}
+    weights = ", ".join(each.fingerprint() for each in study.backbones())
+    return {"data": prepare(study.train.data, *study.preprocessings()), "weights": weights}

@@ -83,9 +83,9 @@ def _begin(command: Command, store: Store, tracker: MLflowTracker) -> Runtime:
         runtime = decide_runtime(study.train, store.facts().runtime, study.trials)
         store.set_attribute("runtime", runtime.to_dict())
         store.set_attribute("published", None)  # until MLflow has everything of this start
-        store.set_attribute(
-            "depths", {by: [name_of(depth) for depth in study.train.backbone.depths(by)] for by in ("block", "layer")}
-        )
+        if len(study.backbones()) == 1:
+            depths = {by: [name_of(each) for each in study.backbones()[0].depths(by)] for by in ("block", "layer")}
+            store.set_attribute("depths", depths)
         if options.engine == "processes" and options.workers == 1 and store.finished() < study.trials:
             _name_changes(store, runtime.device)  # workers keep their shares of the cores between runs
         keep_features(study.train, runtime, with_validation=study.final.fit_on == "train+val")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -171,8 +172,8 @@ def _run_what_is_missing(command: Command, begun: bool) -> None:
     if not options.tracking_uri:
         check_writable(found.mlruns)
     study.train.data.samples("train")
-    for image_size in study.image_sizes():
-        study.train.backbone.check(image_size)
+    for backbone, image_size in itertools.product(study.backbones(), study.image_sizes()):
+        backbone.check(image_size)
     with command.console.status("Checking the images (the first run decodes and caches them) …"):
         content = content_of(study)
     tracker = tracker_for(options.tracking_uri, found.mlruns)

@@ -208,7 +208,7 @@ def _prepare(context: Context) -> None:
     study = context.study
     name = hashlib.sha256(str(study.train.data.cache).encode()).hexdigest()[:16]
     with filelock.FileLock(Path(tempfile.gettempdir()) / f"harness-{os.getuid()}-{name}.lock"):
-        content = prepare(study.train.data, study.train.backbone.preprocessing())
+        content = prepare(study.train.data, *study.preprocessings())
         begun = (context.store.facts().definition or {}).get("content of data")
         if begun not in (None, content):
             raise InputError("the data set differs from the study's; copy the study's data set here.")

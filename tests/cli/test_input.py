@@ -293,7 +293,7 @@ def test_missing_weights_are_refused_with_where_to_put_them(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pictures(workspace)
-    words = ["weights", "maxvit_t", "sha256", os.environ["TORCH_HOME"], "backbone.pretrained=false"]
+    words = ["weights", "maxvit_t", os.environ["TORCH_HOME"], "backbone.pretrained=false"]
     arguments = ["run", "--study", "flowers102_grid", "--data-root", "pictures", "--device", "cpu"]
     assert_refused(workspace, capsys, arguments, words)
 

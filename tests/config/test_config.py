@@ -41,6 +41,7 @@ OTHER: dict[str, Any] = {
     "backbone.pretrained": True,
     "backbone.hidden": (16, 8),
     "backbone.dropout": 0.3,
+    "backbone.weights": "other.pth",
     "backbone.stochastic_depth": 0.1,
     "backbone.bn_momentum": 0.01,
     "augment.crop_scale": (0.7, 1.0),

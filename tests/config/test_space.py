@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy
@@ -25,7 +26,9 @@ from harness.config.space import (
     paths,
     replace,
 )
-from harness.config.train import FinalConfig, TrainConfig
+from harness.config.train import AugmentConfig, FinalConfig, OptimConfig, TrainConfig
+from harness.models.maxvit import TinyMaxViT
+from harness.models.torchvision import Torchvision
 from tests.conftest import make_study
 
 BASE: TrainConfig = make_study("cache").train
@@ -77,7 +80,7 @@ def configs() -> st.SearchStrategy[TrainConfig]:
 # -- paths ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["optim.base_rl", "lr", "optim", "data.type", "optim.base_lr.x", "", ".", "__class__"])
+@pytest.mark.parametrize("path", ["optim.base_rl", "lr", "data.type", "optim.base_lr.x", "", ".", "__class__"])
 def test_a_wrong_path_lists_the_right_ones(path: str) -> None:
     for action in (lambda: get(BASE, path), lambda: replace(BASE, path, 1), lambda: parse(BASE, path, "1")):
         with pytest.raises(InputError, match=r"There is no field") as caught:
@@ -348,3 +351,41 @@ def test_apply_changes_the_searched_fields_only(config: TrainConfig) -> None:
     assert {path: value for path, value in applied.items() if path not in SPACE} == {
         path: value for path, value in leaves(BASE) if path not in SPACE
     }
+
+
+# -- whole configurations ----------------------------------------------------------------------------------------------
+
+
+def test_a_choice_replaces_a_whole_configuration_before_its_fields() -> None:
+    one, other = Torchvision("resnet18", pretrained=False), Torchvision("resnet34", pretrained=False, hidden=(8,))
+    base = dataclasses.replace(BASE, backbone=one)
+    space: dict[str, Dimension] = {"backbone.dropout": Float(0.0, 0.6), "backbone": Choice((one, other))}
+    check(space, base)
+    labels = ("Torchvision('resnet18', pretrained=False)", "Torchvision('resnet34', pretrained=False, hidden=(8,))")
+    assert space["backbone"].labels == labels  # type: ignore[union-attr]
+    assert encode(space, base) == {"backbone.dropout": 0.2, "backbone": labels[0]}
+    chosen = apply(space, base, {"backbone.dropout": 0.5, "backbone": labels[1]})
+    assert chosen == dataclasses.replace(base, backbone=dataclasses.replace(other, dropout=0.5))
+    assert repr(space["backbone"]) == f"Choice(options=({', '.join(labels)}))"
+
+
+def test_only_a_configuration_replaces_a_configuration() -> None:
+    for action in (lambda: replace(BASE, "optim", 1), lambda: parse(BASE, "optim", "1")):
+        with pytest.raises(InputError, match="There is no field 'optim'"):
+            action()
+
+
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        ({"backbone": lambda: Choice((TinyMaxViT(), Torchvision("resnet18")))}, "have different fields"),
+        ({"backbone": lambda: Choice((TinyMaxViT(), 3))}, "have different fields"),
+        ({"backbone": lambda: Choice((TinyMaxViT(), TinyMaxViT()))}, "the same value twice"),
+        ({"backbone": lambda: Choice((TinyMaxViT(dropout=0.5),))}, "outside of its search range"),
+        ({"data": lambda: Choice((BASE.data,))}, "data says where something lies and cannot be searched as a whole"),
+        ({"augment": lambda: Choice((AugmentConfig(), OptimConfig))}, "Choice cannot hold"),
+    ],
+)
+def test_configurations_that_cannot_be_searched_are_refused(space: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        check({path: made() for path, made in space.items()}, BASE)

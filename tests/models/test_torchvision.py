@@ -12,8 +12,8 @@ from torch import nn
 from torchvision import models
 
 from harness.base.errors import InputError
+from harness.models.backbone import last_linear
 from harness.models.depths import depths_of
-from harness.models.head import last_linear
 from harness.models.torchvision import Torchvision, names
 
 FAMILIES = {  # depths by block and by layer

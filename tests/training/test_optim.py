@@ -17,7 +17,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 from torchvision.ops import StochasticDepth
 
 from harness.base.errors import InputError
-from harness.config.contracts import Backbone
+from harness.config.contracts import Backbone, name_of
 from harness.config.study import Study
 from harness.config.train import OptimConfig
 from harness.models.maxvit import MaxViTT, TinyMaxViT
@@ -70,7 +70,7 @@ def test_every_parameter_lies_in_one_group_whose_rate_falls_with_the_distance(
     for group in groups:
         assert group.lr == base_lr * mult**group.distance
         assert group.frozen == (group.lr == 0)
-        assert depths[len(depths) - 1 - group.distance] == f"{group.depth}."
+        assert name_of(depths[len(depths) - 1 - group.distance]) == group.depth
         assert all(name.startswith(f"{group.depth}.") for name in group.names)
     assert groups[0].depth == "classifier"
     assert groups[0].lr == base_lr

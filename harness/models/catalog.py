@@ -1,0 +1,86 @@
+"""The models that a study file can name."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.base.errors import InputError
+from harness.models import pretrained
+
+COUNTED = 40  # models of timm; with more, counting their parameters takes too long
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model with published weights."""
+
+    model: str  # as it is written in a study file
+    parameters: int | None  # of the published model; None if not counted
+    image_size: int  # pixels, of the published weights
+    weights_here: bool  # or they are downloaded
+    licence: str
+
+
+def find_models(pattern: str = "") -> list[Model]:
+    """Return the models whose names contain `pattern`, or match it if it has * or ?.
+
+    Without a pattern, those of timm are left out. Raises InputError if no name matches.
+    """
+    wanted = pattern if set("*?[") & set(pattern) else f"*{pattern}*"
+    found = [*_torchvision(wanted), *(_timm(wanted) if pattern else ())]
+    if not found:
+        raise InputError(f"No model is named {pattern!r}; run `python -m harness models` for those of torchvision.")
+    return found
+
+
+def _torchvision(pattern: str) -> Iterator[Model]:
+    from torchvision.models import get_model_weights
+
+    from harness.models.torchvision import Torchvision, names
+
+    for name in names():
+        if fnmatch.fnmatch(name, pattern.lower()) and not name.startswith("squeezenet"):  # which has no linear layer
+            version = get_model_weights(name)["DEFAULT"]
+            backbone = Torchvision(name)
+            yield Model(
+                model=f'Torchvision("{name}")',
+                parameters=version.meta["num_params"],
+                image_size=backbone.preprocessing().crop,
+                weights_here=pretrained.path(version).is_file(),
+                licence=backbone.licence(),
+            )
+
+
+def _timm(pattern: str) -> Iterator[Model]:
+    if importlib.util.find_spec("timm") is None:
+        return
+    import timm
+    from timm.models import get_pretrained_cfg
+
+    from harness.models.timm import parameters
+
+    names = timm.list_models(pattern, pretrained=True)
+    for name in names:
+        settings = get_pretrained_cfg(name)
+        if isinstance(settings.classifier, str):
+            yield Model(
+                model=f'Timm("{name}")',
+                parameters=parameters(name) if len(names) <= COUNTED else None,
+                image_size=settings.input_size[1],
+                weights_here=_downloaded(settings.hf_hub_id, settings.url),
+                licence=settings.license or "unknown",
+            )
+
+
+def _downloaded(repository: str | None, url: str) -> bool:
+    import torch
+    from huggingface_hub import try_to_load_from_cache
+
+    if repository is not None:
+        files = ("model.safetensors", "pytorch_model.bin")
+        return any(isinstance(try_to_load_from_cache(repository, file), str) for file in files)
+    return (Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name).is_file()

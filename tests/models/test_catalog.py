@@ -1,0 +1,48 @@
+"""`python -m harness models`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torchvision import models
+
+import harness
+from harness.base.errors import InputError
+from harness.cli.commands import main
+
+
+def test_every_model_of_torchvision_that_has_a_head_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    named = {each["model"] for each in found}
+    assert named == {f'Torchvision("{name}")' for name in models.list_models(module=models) if "squeeze" not in name}
+    (large,) = (each for each in found if each["model"] == 'Torchvision("vit_h_14")')
+    assert (large["parameters"], large["image_size"]) == (633_470_440, 518)
+
+
+def test_a_pattern_finds_those_of_timm_too(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("timm")
+    assert main(["models", "lite0"]) == 0
+    shown = capsys.readouterr().out
+    assert 'Timm("tf_efficientnet_lite0.in1k")' in shown
+    assert "4.7 M" in shown
+    found = harness.list_models("efficientnet_b0*")
+    assert found["model"].tolist()[0] == 'Torchvision("efficientnet_b0")'
+    assert all("efficientnet_b0" in name for name in found["model"])
+
+
+def test_weights_that_were_downloaded_are_here(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    version = models.ResNet18_Weights.DEFAULT
+    assert not harness.list_models("resnet18")["weights_here"][0]
+    file = harness.models.pretrained.path(version)  # type: ignore[attr-defined]
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert harness.list_models("resnet18")["weights_here"][0]
+
+
+def test_a_pattern_without_a_model_is_refused() -> None:
+    with pytest.raises(InputError, match="No model is named 'nope'"):
+        harness.list_models("nope")

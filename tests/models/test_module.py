@@ -1,0 +1,91 @@
+"""A model of one's own, as a backbone."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from harness import Module, Preprocessing
+from harness.base.errors import InputError
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+
+def large() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 16, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+
+
+def no_head() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3))
+
+
+def flat() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(48, 10))
+
+
+def nothing() -> Any:
+    return None
+
+
+def test_its_last_linear_layer_becomes_the_head() -> None:
+    model = Module(build=small, hidden=(12,), dropout=0.3).build(5, 64)
+    assert [type(layer) for layer in model[-1]] == [nn.Linear, nn.ReLU, nn.Dropout, nn.Linear]  # type: ignore[index]
+    assert model.eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
+
+
+def test_depths_and_preprocessing_are_the_given_ones_or_found() -> None:
+    preset = Preprocessing(mean=(0.5, 0.5, 0.5))
+    assert Module(build=small).depths("block") == [("0.",), ("3.",)]
+    own = Module(build=small, depths=["0.weight", ("0.bias", "3.")], preprocessing=preset)
+    assert own.depths("layer") == [("0.weight",), ("0.bias", "3.")]
+    assert own.preprocessing() == preset
+
+
+def test_weights_come_from_a_file_or_from_its_function(tmp_path: Path) -> None:
+    theirs = small()
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    ours = Module(build=small, weights=str(tmp_path / "w.pth"))
+    ours.check(32)
+    assert torch.equal(ours.build(5, 32)[0].weight, theirs[0].weight)  # type: ignore[index]
+    assert len(ours.fingerprint()) == 16
+    with pytest.raises(InputError, match=r"tensor 0\.weight of shape \(8, 3, 3, 3\) instead of \(16"):
+        Module(build=large, weights=str(tmp_path / "w.pth")).check(32)
+
+
+def test_it_is_the_same_if_its_source_is_and_survives_pickling() -> None:
+    one = Module(build=small)
+    assert one == Module(build=small) != Module(build=large)
+    copies = copy.deepcopy(one), dataclasses.replace(one, dropout=0.2), pickle.loads(pickle.dumps(one))  # noqa: S301
+    for other in copies:
+        assert other == one
+        assert other.build(5, 32)[0].out_channels == 8
+    assert one.fingerprint().startswith("small-")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"build": 3}, "build must be a function or a class"),
+        ({"build": nothing}, "returned NoneType; return a torch.nn.Module"),
+        ({"build": no_head}, "has no linear layer to replace"),
+        ({"build": flat}, "does not take images of 64 x 64 pixels"),
+        ({"build": small, "depths": ["0."]}, r"the parameter 3\.weight matches none of them"),
+        ({"build": small, "depths": ["0.", "1.", "3."]}, r"1\.',\) matches no parameter"),
+        ({"build": small, "depths": ["3.", "0."]}, "the last one must be the module of the last linear layer, 3"),
+        ({"build": small, "weights": "x"}, "weights must be a file of weights, not 'x'"),
+        ({"build": small, "weights": "x.pth"}, r"x\.pth cannot be read"),
+        ({"build": small, "stochastic_depth": 0.1}, "stochastic_depth cannot be set"),
+    ],
+)
+def test_what_does_not_fit_is_refused(fields: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Module(**fields).check(64)
