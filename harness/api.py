@@ -336,5 +336,5 @@ def _row(name: str, url: str, trials: int) -> Row:
             finished=store.finished(),
             trials=facts.wanted or trials,
             best=None if best is None else best.value,
-            test=None if final is None else final.accuracy,
+            test=None if final is None else final.value,
         )

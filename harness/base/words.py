@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 A_DAY_SECONDS = 86_400
+OBJECTIVES = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "loss": "likelihood",  # exp(-loss), the geometric mean of the probabilities of the right classes
+}
+
+
+def metric_name(objective: str) -> str:
+    """Return the objective's name as a metric's in MLflow."""
+    return OBJECTIVES[objective].lower().replace(" ", "_")
 
 
 def percent(share: float | None) -> str:

@@ -6,19 +6,32 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+Objective = Literal["accuracy", "balanced_accuracy", "macro_f1", "loss"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """Counts over one pass of a split. Accuracy is always correct / total, never an average of batches."""
+    """Counts over one pass of a split. Accuracy is always correct / total, never an average of batches.
+
+    With another objective, `contributions` takes the place of `hits`.
+    """
 
     loss: float
     correct: int
     total: int
     hits: str | None = field(default=None, compare=False)  # correct images as packed bits, if stored
+    objective: Objective = "accuracy"
+    score: float | None = None  # the objective's value, higher is better; None for accuracy
+    contributions: str | None = field(default=None, compare=False)  # see `harness.training.objective`; packed float32
 
     @property
     def accuracy(self) -> float:
         return self.correct / self.total
+
+    @property
+    def value(self) -> float:
+        """The objective's value, from 0 to 1, higher is better."""
+        return self.accuracy if self.score is None else self.score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +66,16 @@ class EpochResult:
             flat["grad_norm"] = self.grad_norm
         if self.val is not None:
             flat |= {"val_loss": self.val.loss, "val_accuracy": self.val.accuracy}
+            if self.val.score is not None:
+                flat[f"val_{'likelihood' if self.val.objective == 'loss' else self.val.objective}"] = self.val.score
         return flat
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def without_hits(self) -> EpochResult:
-        """Return a copy without `hits`."""
-        return self if self.val is None else replace(self, val=replace(self.val, hits=None))
+        """Return a copy without numbers per image."""
+        return self if self.val is None else replace(self, val=replace(self.val, hits=None, contributions=None))
 
     @staticmethod
     def from_dict(record: dict[str, Any]) -> EpochResult:
@@ -70,7 +85,7 @@ class EpochResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Completed:
-    """The trial finished all epochs; `value` is the validation accuracy of the last one."""
+    """The trial finished all epochs; `value` is the objective on the validation images after the last one."""
 
     value: float
     state = "complete"

@@ -9,9 +9,15 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.base.errors import InputError
+from harness.base.words import metric_name
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
+
+
+def value_of(result: Mapping[str, Any]) -> float:
+    """Return the objective's value of a stored validation result."""
+    return float(result.get("score", result["accuracy"]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,16 +31,29 @@ class SeedResult:
     weights: str  # their sha256
     balanced_accuracy: float | None = None
     loss: float | None = None
+    objective: str = "accuracy"
+    score: float | None = None  # the objective's value; None for accuracy
     epochs: list[dict[str, Any]] = field(default_factory=list)  # `EpochResult.to_dict` of each
     environments: list[dict[str, str]] = field(default_factory=list)  # of the training, in order
+
+    @property
+    def value(self) -> float:
+        """The objective's value, from 0 to 1."""
+        return self.accuracy if self.score is None else self.score
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics that MLflow shows."""
+        other = {} if self.score is None else {f"test_{metric_name(self.objective)}": self.score}
+        return {"test_accuracy": self.accuracy} | ({} if self.loss is None else {"test_loss": self.loss}) | other
 
 
 @dataclass(frozen=True, kw_only=True)
 class TestResult:
     """Test result of a trial's configuration, over all seeds and per seed.
 
-    `accuracy` is `correct` / `total`, summed over seeds. `interval` is Wilson's, 95 %, and counts each image once.
-    `spread` is the standard deviation of the seeds' accuracies, None with one seed.
+    `accuracy` is `correct` / `total`, summed over seeds. `interval` is that of the objective's `value`: Wilson's, 95 %,
+    for accuracy, else a bootstrap over the images; it counts each image once. `spread` is the standard deviation of the
+    seeds' values, None with one seed.
     """
 
     __test__ = False  # not a test class for pytest
@@ -47,10 +66,17 @@ class TestResult:
     interval: tuple[float, float]
     spread: float | None
     per_seed: tuple[SeedResult, ...]  # at least one
+    objective: str = "accuracy"
+    score: float | None = None  # the mean of the seeds' scores; None for accuracy
 
     def __post_init__(self) -> None:
         if not self.per_seed:
             raise ValueError("no seeds")
+
+    @property
+    def value(self) -> float:
+        """The objective's value, from 0 to 1."""
+        return self.accuracy if self.score is None else self.score
 
     @property
     def images(self) -> int:

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import optuna
 from optuna.trial import FrozenTrial
@@ -16,6 +16,8 @@ from harness.base.errors import InputError
 from harness.config import space as spaces
 from harness.config.contracts import Backbone, Preprocessing
 from harness.config.train import FinalConfig, TrainConfig, identity, plain, require, require_count, survives
+
+OWN = ("seed", "objective")  # fields of a study itself that --set may change
 
 
 class SamplerLike(Protocol):
@@ -56,6 +58,8 @@ class Study:
     pruner: PrunerLike
     trials: int = 50
     seed: int = 0
+    # On the validation images; decides pruning, the choice, and the champion.
+    objective: Literal["accuracy", "balanced_accuracy", "macro_f1", "loss"] = "accuracy"
     final: FinalConfig = FinalConfig()
 
     def __post_init__(self) -> None:
@@ -97,13 +101,13 @@ class Study:
         return spaces.apply(self.space, self.train, params)
 
     def with_settings(self, settings: Sequence[str]) -> Study:
-        """Apply each "PATH=VALUE" to the study's base configuration, or to `final.*` or `seed`."""
+        """Apply each "PATH=VALUE" to the study's base configuration, `final.*`, or OWN fields."""
         return _in_any_order(self, settings, Study._with_setting)
 
     def _with_setting(self, setting: str) -> Study:
         path, equals, text = setting.partition("=")
         require(bool(equals), f"--set {spaces.shortened(setting)} has no value; write --set PATH=VALUE.")
-        known = [*spaces.paths(self.train), *(f"final.{name}" for name in spaces.paths(self.final)), "seed"]
+        known = [*spaces.paths(self.train), *(f"final.{name}" for name in spaces.paths(self.final)), *OWN]
         try:
             if path not in known:
                 raise spaces.unknown_field(path, known)
@@ -132,7 +136,7 @@ class Study:
         """Return the part of the study that a path belongs to, and the path inside it."""
         if path.startswith("final."):
             return self.final, path.removeprefix("final.")
-        return (self if path == "seed" else self.train), path
+        return (self if path in OWN else self.train), path
 
     def located(self, home: Path, data_root: str | None, device: str | None) -> Study:
         """Make the study's folders absolute: relative to `home`, `data_root` relative to the current folder."""
@@ -149,7 +153,7 @@ class Study:
 
     def has_default(self, path: str) -> bool:
         """Return whether a field has its class's default, which is the value in older studies without the field."""
-        if path not in identity(self.train) | identity(self.final, "final."):
+        if path not in {*identity(self.train), *identity(self.final, "final."), *OWN}:
             return False
         owner, inner = self._owner(path)
         *folders, name = inner.split(".")
@@ -162,7 +166,8 @@ class Study:
     def definition(self) -> dict[str, Any]:
         """Return everything that decides the results, flat, for JSON; without `trials`, which may grow."""
         searched = {f"space.{path}": repr(dimension) for path, dimension in self.space.items()}
-        others = {"sampler": repr(self.sampler), "pruner": repr(self.pruner), "seed": self.seed}
+        others = {"sampler": repr(self.sampler), "pruner": repr(self.pruner)}
+        others |= {name: getattr(self, name) for name in OWN}
         return identity(self.train) | searched | identity(self.final, "final.") | others
 
 

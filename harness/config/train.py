@@ -122,6 +122,7 @@ class TrainConfig:
     batch_size: int = 34
     epochs: int = 15
     label_smoothing: float = 0.1
+    class_weight: float = 0.0  # power of 1 / images of the class in its loss: 0 no weights, 1 equal weight per class
     # Augmented views per image whose frozen features are cached; None: no features.
     feature_views: int | None = None
     checkpoint_seconds: float = location(60.0)  # minimum time between two checkpoints
@@ -148,6 +149,7 @@ class TrainConfig:
         require(fits, f"checkpoint_seconds must be 0 or more, and finite, not {self.checkpoint_seconds}.")
         smoothing = self.label_smoothing
         require(0 <= smoothing < 1, f"label_smoothing must lie in 0..1, 1 excluded, not {smoothing}.")
+        require(0 <= self.class_weight <= 1, f"class_weight must lie in 0..1, not {self.class_weight}.")
         if self.feature_views is not None:
             fits = 0 <= self.feature_views <= 1000
             require(fits, f"feature_views must lie in 0..1000, or be null, not {self.feature_views}.")

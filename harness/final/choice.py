@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from harness.base.packing import unpack, unpack_bits
 from harness.config.events import Event
+from harness.config.final_result import value_of
 from harness.config.space import Choice, Space
 from harness.final.retrain import Context, Retraining
 from harness.search.extrapolation import clipped, extrapolated, thinned
@@ -64,12 +66,12 @@ def rerank(context: Context) -> Iterator[Event]:
         training = retraining.trained()
         val = training.progress.epochs[-1].val
         assert val is not None, "reranking needs validation images"
-        counted = {"correct": val.correct, "total": val.total, "accuracy": val.accuracy}
+        counted = {"correct": val.correct, "total": val.total, "accuracy": val.accuracy, "score": val.value}
         results.setdefault(str(retraining.trial.number), []).append(retraining.record(training) | counted)
         store.set_as_leader({"rerank": {"candidates": numbers, "results": results, "chosen": None}})
         yield from retraining.end()
     # Of equal means, the one that the search ranked higher, which comes first.
-    chosen = max(numbers, key=lambda number: statistics.fmean(each["accuracy"] for each in results[str(number)]))
+    chosen = max(numbers, key=lambda number: statistics.fmean(value_of(each) for each in results[str(number)]))
     store.set_as_leader({"rerank": {"candidates": numbers, "results": results, "chosen": chosen}})
 
 
@@ -111,8 +113,8 @@ def _fitted(trials: Sequence[TrialRecord], space: Space) -> tuple[list[int], NDA
     None if they are too few, or all alike.
 
     A Matérn kernel of order 5/2 with a length scale per dimension, by maximum likelihood (Rasmussen & Williams, 2006,
-    chapters 4 and 5); the noise is the binomial variance of the validation images plus a fitted part.
-    It predicts the accuracy itself, without noise.
+    chapters 4 and 5); the noise is the variance over the validation images, binomial for accuracy, plus
+    a fitted part. It predicts the value itself, without noise.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.gaussian_process import GaussianProcessRegressor
@@ -132,6 +134,9 @@ def _fitted(trials: Sequence[TrialRecord], space: Space) -> tuple[list[int], NDA
         return None
     accuracy = np.clip(values, 0.01, 0.99)
     known = accuracy * (1 - accuracy) / np.array([_images(trials[each]) for each in kept])
+    for place, each in enumerate(kept):
+        if (found := per_image(trials[each])) is not None and found.dtype != bool:
+            known[place] = found.var() / len(found)
     kernel = ConstantKernel(1.0, (0.1, 10.0)) * Matern(np.full(points.shape[1], 0.5), (0.1, 10.0), nu=2.5)
     noisy = kernel + WhiteKernel(0.01, (1e-6, 0.25))
     process = GaussianProcessRegressor(noisy, alpha=known / scale**2 + 1e-9, normalize_y=True)
@@ -181,6 +186,14 @@ def _images(trial: TrialRecord) -> float:
     """Return the number of validation images of a trial; infinity if it is unknown."""
     val = trial.epochs[-1].val if trial.epochs else None
     return math.inf if val is None else val.total
+
+
+def per_image(trial: TrialRecord) -> NDArray[Any] | None:
+    """Return numbers per validation image whose mean is the trial's value: hits, or the objective's contributions."""
+    val = trial.epochs[-1].val if trial.epochs else None
+    if val is None or (val.hits is None and val.contributions is None):
+        return None
+    return unpack(val.contributions, "float32") if val.contributions else unpack_bits(val.hits or "", val.total)
 
 
 def _point(space: Space, params: dict[str, Any]) -> list[float]:

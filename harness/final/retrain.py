@@ -123,7 +123,7 @@ class Retraining:
 
     def _checkpoint(self) -> Checkpoint:
         context = self._context
-        training = assemble(self.config, context.runtime, self._seed)
+        training = assemble(self.config, context.runtime, self._seed, context.study.objective)
         if self._fit_on == "train+val":
             training = with_validation_images(training)
         identity = identity_of(context.store.uid, self.key, self._seed, self.config) | {"fit_on": self._fit_on}

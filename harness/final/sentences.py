@@ -6,8 +6,8 @@ import statistics
 from typing import Any
 
 from harness.base.errors import InputError
-from harness.base.words import percent
-from harness.config.final_result import FinalResult
+from harness.base.words import OBJECTIVES, percent
+from harness.config.final_result import FinalResult, value_of
 from harness.final.predictions import from_record
 from harness.final.statistics import ALPHA
 from harness.store.ledger import openings
@@ -22,10 +22,11 @@ def verdict(store: Store) -> str:
     if best is None:
         return "No trial is complete yet."
     base = next((trial for trial in store.trials() if trial.number == 0), None)
-    sentence = f"Best is trial {best.number} with a validation accuracy of {percent(best.value)}"
+    noun = OBJECTIVES[store.facts().objective]
+    sentence = f"Best is trial {best.number} with a validation {noun} of {percent(best.value)}"
     if best.number != 0 and (chosen := store.chosen()) is not None and chosen.number == 0:
         return (
-            f"The base configuration, trial 0, was chosen, with a validation accuracy of {percent(chosen.value)}: "
+            f"The base configuration, trial 0, was chosen, with a validation {noun} of {percent(chosen.value)}: "
             f"no trial is shown to beat it (trial {best.number} has the highest, {percent(best.value)})."
         )
     if best.number == 0:
@@ -79,8 +80,9 @@ def _compared(store: Store) -> str:
     if found is None or found.p is None:
         return "The best configuration was not compared with the base configuration on the test set."
     difference, low, high = (f"{100 * each:+.2f}" for each in (found.difference, found.low or 0.0, found.high or 0.0))
+    noun = OBJECTIVES[final.objective]
     sentence = (
-        f"the test accuracy of the best minus that of the base is {difference} points (95 % interval {low} to {high}, "
+        f"the test {noun} of the best minus that of the base is {difference} points (95 % interval {low} to {high}, "
         f"p = {found.p:.2g}), over {found.seeds} seeds of each and {found.images:,} test images"
     )
     if found.p >= ALPHA:
@@ -96,8 +98,8 @@ def prospect_sentence(store: Store) -> str | None:
         return None
     gain, bound = (f"{100 * more[name]:.2f}" for name in ("gain", "bound"))
     return (
-        f"Based on the trials so far, {more['trials']} more would gain about {gain} points of validation accuracy, and "
-        f"any number of them about {bound} at most."
+        f"Based on the trials so far, {more['trials']} more would gain about {gain} points of validation "
+        f"{OBJECTIVES[store.facts().objective]}, and any number of them about {bound} at most."
     )
 
 
@@ -128,7 +130,7 @@ def rerank_sentence(record: dict[str, Any] | None) -> str | None:
     """Describe the reranking of the best trials; None if there was none."""
     if record is None or record["chosen"] is None:
         return None
-    found = {number: [each["accuracy"] for each in record["results"][str(number)]] for number in record["candidates"]}
+    found = {number: [value_of(each) for each in record["results"][str(number)]] for number in record["candidates"]}
     seeds = len(found[record["chosen"]])
     listed = ", ".join(f"trial {number} {percent(statistics.fmean(values))}" for number, values in found.items())
     return f"On {seeds} fresh seed{'s' if seeds > 1 else ''} each: {listed}; trial {record['chosen']} was chosen."
@@ -138,8 +140,9 @@ def selection_sentence(final: FinalResult) -> str | None:
     """State by how much the best validation score is biased; None if it is unknown."""
     if (found := final.selection) is None:
         return None
+    values = "accuracies" if final.objective == "accuracy" else f"values of {OBJECTIVES[final.objective]}"
     return (
-        f"Selection bias: the highest of {found.candidates:,} validation accuracies, measured on {found.images:,} "
+        f"Selection bias: the highest of {found.candidates:,} validation {values}, measured on {found.images:,} "
         f"images, is about {100 * max(found.excess, 0):.2f} points too high (bootstrap over the images); if all "
         f"configurations were equally good, it would be {100 * found.excess_if_equal:.2f} points too high."
     )
@@ -181,11 +184,13 @@ def final_sentence(final: FinalResult | None) -> str:
     low, high = final.interval
     seeds, images, opened = len(final.per_seed), final.images, final.test_openings
     spread = "" if final.spread is None else f", standard deviation {100 * final.spread:.2f} points over the seeds"
-    balanced = final.balanced_accuracy
+    balanced, value, noun = final.balanced_accuracy, final.value, OBJECTIVES[final.objective]
     averaged = "" if balanced is None else f"; balanced over the classes {percent(balanced)}"
+    if final.objective != "accuracy":
+        averaged = f" of the {noun}; accuracy {percent(final.accuracy)}{averaged}"
     times = "once" if opened == 1 else f"{opened} times, so selection may have biased this number"
     return (
-        f"Test accuracy {percent(final.accuracy)} ({final.correct:,} correct of {final.total:,}: {seeds} seed"
+        f"Test {noun} {percent(value)} ({final.correct:,} correct of {final.total:,}: {seeds} seed"
         f"{'s' * (seeds > 1)} on {images:,} test image{'s' * (images > 1)}; 95 % interval {percent(low)} to "
         f"{percent(high)}{spread}{averaged}), trial {final.trial} retrained on {final.fit_on}. "
         f"The test set was opened {times}."

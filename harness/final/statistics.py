@@ -32,13 +32,25 @@ def wilson(correct: float, total: int) -> tuple[float, float]:
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
+def bootstrap_interval(scores: NDArray[Any], seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of `scores` [images], within 0 to 1.
+
+    Percentiles over bootstrap resamples of the images (Efron and Tibshirani, 1993, chapter 13).
+    """
+    images = len(scores)
+    draws = numpy.random.default_rng(seed).multinomial(images, numpy.full(images, 1 / images), size=RESAMPLES)
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = numpy.percentile(draws @ scores / images, (tail, 100 - tail)).clip(0, 1)
+    return float(low), float(high)
+
+
 def balanced_accuracy(labels: NDArray[Any], predicted: NDArray[Any]) -> float:
     """Return the mean accuracy per class, over the classes in `labels` [N]."""
     return float(numpy.mean([(predicted[labels == label] == label).mean() for label in numpy.unique(labels)]))
 
 
 def compare(first: NDArray[Any], second: NDArray[Any]) -> Comparison:
-    """Compare two configurations by their hits, bool [seeds, images] each, on the same images.
+    """Compare two configurations by their hits or contributions, [seeds, images] each, on the same images.
 
     Seeds and images are samples. The variance of the difference of the mean hits has three parts: that
     of each configuration's seeds, and that of the images, each with the mean of its hits over the seeds (Owen, "The
@@ -68,10 +80,11 @@ def compare(first: NDArray[Any], second: NDArray[Any]) -> Comparison:
 
 
 def selection_excess(hits: NDArray[Any], seed: int = 0, resamples: int = RESAMPLES) -> Selection | None:
-    """Bootstrap over images (Efron and Tibshirani, 1993, chapter 17: optimism) of hits, bool [candidates, images].
+    """Bootstrap over images (Efron and Tibshirani, 1993, chapter 17: optimism) of hits [candidates, images].
 
     Each resample of the images chooses its own winner; the excess is how much better that winner scores there than on
-    all images. Candidates are resampled together, which keeps their correlation. None with fewer than two.
+    all images. Candidates are resampled together, which keeps their correlation. Contributions
+    serve as hits. None with fewer than two.
     """
     candidates, images = hits.shape
     if candidates < 2 or images < 1:

@@ -19,19 +19,19 @@ import numpy
 import torch
 
 from harness.base.environment import git_commit
-from harness.base.packing import pack, unpack_bits
+from harness.base.packing import pack, unpack
 from harness.config.contracts import Dataset, SplitName
 from harness.config.events import Elsewhere, Event
-from harness.config.final_result import FinalResult
+from harness.config.final_result import FinalResult, SeedResult, value_of
 from harness.config.train import fingerprint
 from harness.data.duplicates import find
 from harness.data.splits import ImageSet, items_of, load_split, load_test
 from harness.final import model_files
-from harness.final.choice import record_choice, rerank
+from harness.final.choice import per_image, record_choice, rerank
 from harness.final.model_files import keep_check_images, record_files, save_model
 from harness.final.predictions import pictured, thumbnails
 from harness.final.retrain import Context, Retraining, threads_of
-from harness.final.statistics import balanced_accuracy, compare, selection_excess, wilson
+from harness.final.statistics import balanced_accuracy, bootstrap_interval, compare, selection_excess, wilson
 from harness.store import ledger
 from harness.store.leases import LeaseLost
 from harness.store.store import POLL_SECONDS, Store, TrialRecord, wanted
@@ -163,7 +163,7 @@ class Tested:
     """Results of one trained model on the test images; arrays are [N]."""
 
     record: dict[str, Any]  # for the storage
-    hits: NDArray[Any]
+    scores: NDArray[Any]  # hits, or the objective's contributions
     predictions: dict[str, Any]  # packed: the predicted class uint16, its probability float32
 
 
@@ -180,16 +180,16 @@ def _open_test_set(
     results += [evaluated(each, each.trained(), test) for each in seeds[1:]]
     test_of_base = load_test(base[0].config.data, base[0].config.backbone.preprocessing()) if base else test
     against = [evaluated(each, each.trained(), test_of_base) for each in base]
-    final = summary([result.record for result in results]) | {
+    final = _summed(results) | {
         "trial": chosen.number,
         "fit_on": context.study.final.fit_on,
-        "base": summary([result.record for result in against]) | {"trial": base[0].trial.number} if base else None,
+        "base": _summed(against) | {"trial": base[0].trial.number} if base else None,
         "comparison": None,
         "selection": selection(store),
         "test_openings": len(ledger.openings(store.ledger())),
     }
     if base and len(test_of_base) == len(test):  # a space may change the data set itself
-        best, other = (numpy.stack([each.hits for each in found]) for found in (results, against))
+        best, other = (numpy.stack([each.scores for each in found]) for found in (results, against))
         final["comparison"] = asdict(compare(best, other))
     predictions = {
         "classes": list(saved.classes),
@@ -211,8 +211,11 @@ def _open_test_set(
     record_files(store, folder, model_files.CHECK_FILE)
     store.set_as_leader({"ledger": lines, "final": final, **kept})
     # No test result is shown before it is recorded.
-    records = [result.record for result in (*results, *against)]
-    return [{"test_accuracy": each["accuracy"], "test_loss": each["loss"]} for each in records]
+    return [SeedResult(**result.record).metrics() for result in (*results, *against)]
+
+
+def _summed(results: Sequence[Tested]) -> dict[str, Any]:
+    return summary([each.record for each in results], [each.scores for each in results])
 
 
 def _write_opening(store: Store, chosen: TrialRecord, configuration: str, reason: str | None) -> None:
@@ -250,7 +253,7 @@ def _now() -> dict[str, str]:
 def evaluated(retraining: Retraining, training: Training, images: ImageSet) -> Tested:
     """Evaluate a trained model on images of the test set."""
     logits = logits_of(training.learner, evaluation_of(training, images), training.runtime).cpu()
-    metrics = measure(logits, images.labels)
+    metrics = measure(logits, images.labels, training.objective)
     probability, predicted = (each.numpy() for each in torch.softmax(logits, dim=1).max(dim=1))
     labels = images.labels.numpy()
     record = retraining.record(training) | {
@@ -260,35 +263,43 @@ def evaluated(retraining: Retraining, training: Training, images: ImageSet) -> T
         "balanced_accuracy": balanced_accuracy(labels, predicted),
         "loss": metrics.loss,
     }
+    scores = predicted == labels
+    if metrics.contributions is not None:
+        record |= {"objective": metrics.objective, "score": metrics.score}
+        scores = unpack(metrics.contributions, "float32")
     packed = {"predicted": pack(predicted.astype("uint16")), "confidence": pack(probability.astype("float32"))}
-    return Tested(record=record, hits=predicted == labels, predictions={"seed": retraining.number, **packed})
+    return Tested(record=record, scores=scores, predictions={"seed": retraining.number, **packed})
 
 
 def selection(store: Store) -> dict[str, Any] | None:
     """Estimate the selection bias of the best complete trial's validation score; None if it is unknown."""
-    lasts = [trial.epochs[-1].val for trial in store.trials() if trial.state == "complete" and trial.epochs]
-    known = [(val.hits, val.total) for val in lasts if val is not None and val.hits is not None]
-    if len(known) < len(lasts) or len({total for _, total in known}) != 1:
+    lasts = [per_image(trial) for trial in store.trials() if trial.state == "complete" and trial.epochs]
+    known = [each for each in lasts if each is not None]
+    if len(known) < len(lasts) or len({len(each) for each in known}) != 1:
         return None  # on different images
-    found = selection_excess(numpy.stack([unpack_bits(hits, total) for hits, total in known]))
+    found = selection_excess(numpy.stack(known))
     return None if found is None else asdict(found)
 
 
-def summary(per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return mean, spread and interval of the test results.
+def summary(per_seed: Sequence[Mapping[str, Any]], scores: Sequence[NDArray[Any]] = ()) -> dict[str, Any]:
+    """Return mean, spread and interval of the test results; `scores` are each seed's `Tested.scores`.
 
-    `correct` and `total` add up the seeds, so accuracy is correct / total. The interval (Wilson, 1927) counts each
-    test image once: several seeds on the same images are not more images.
+    `correct` and `total` add up the seeds, so accuracy is correct / total. The interval (Wilson, 1927; for
+    other objectives a bootstrap) counts each test image once: several seeds on the same images are not more images.
     """
     correct, total = sum(each["correct"] for each in per_seed), sum(each["total"] for each in per_seed)
-    accuracies = [each["accuracy"] for each in per_seed]
+    values = [value_of(each) for each in per_seed]
     balanced = [each["balanced_accuracy"] for each in per_seed if "balanced_accuracy" in each]
-    return {
+    found: dict[str, Any] = {
         "accuracy": correct / total,
         "balanced_accuracy": statistics.fmean(balanced) if balanced else None,
         "correct": correct,
         "total": total,
         "per_seed": list(per_seed),
-        "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "spread": statistics.stdev(values) if len(values) > 1 else None,
         "interval": list(wilson(correct / len(per_seed), per_seed[0]["total"])),
     }
+    if "score" in per_seed[0]:
+        interval = bootstrap_interval(numpy.mean(scores, axis=0))
+        found |= {"objective": per_seed[0]["objective"], "score": statistics.fmean(values), "interval": list(interval)}
+    return found

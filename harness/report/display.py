@@ -116,7 +116,7 @@ class Display:
             self._epoch_seconds.append(result.seconds)
             self._compare_sizes(result)
         if not self._is_live:
-            measured = f"val {result.val.accuracy:.2%}" if result.val else f"train {result.train.accuracy:.2%}"
+            measured = f"val {result.val.value:.2%}" if result.val else f"train {result.train.accuracy:.2%}"
             self._say(f"{event.name}  epoch {result.epoch}/{epochs}  loss {result.train.loss:.3f}  {measured}")
         if not self._forecast:
             self._forecast = True

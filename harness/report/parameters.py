@@ -110,13 +110,13 @@ class Axis:
     marks: dict[float, str]
 
 
-def parallel_coordinates(study: optuna.Study) -> Figure:
+def parallel_coordinates(study: optuna.Study, measured: str) -> Figure:
     """Draw a line per complete trial over its parameters and its value."""
     trials = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     trials = sorted(trials, key=lambda trial: trial.value or 0.0)  # draw the best last
     axes = [_parameter(name, trials) for name in sorted(trials[0].params)]
     values = [trial.value or 0.0 for trial in trials]
-    axes.append(_numbers("validation accuracy", values, log=False, share=True))
+    axes.append(_numbers(measured, values, log=False, share=True))
     figure = empty(height=380, margin={"l": 30, "r": 50, "t": 6, "b": 6})
     groups = numpy.digitize(values, numpy.linspace(min(values), max(values), len(LINES) + 1)[1:-1])
     lines = [

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from harness.base.words import percent
+from harness.base.words import OBJECTIVES, percent
 from harness.report import figures
 from harness.report.figures import ACCENT, ACCURACIES, INK, LINE, SCALE, SHARE, SOFT, STATES, Plot, empty, whole_numbers
 from harness.report.overview import subject
@@ -18,7 +18,6 @@ from harness.store.store import Store, TrialRecord
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-ACCURACY = "validation accuracy"
 PAIR = ("optim.base_lr", "optim.depth_lr_mult")
 ROOM = 0.6  # margin beside the first and last trial: half a bar and a little
 GRID = 160  # steps per side of the contour; with few, its edge is a staircase short of the outer trials
@@ -28,23 +27,27 @@ BETWEEN = 6  # complete trials: with fewer, do not interpolate
 def search_plots(store: Store, trials: Sequence[TrialRecord]) -> list[Plot]:
     """Return all figures of the search; if one has no data yet, its caption says why."""
     complete = [trial for trial in trials if trial.state == "complete"]
-    plots = [_history(trials), _learning_curves(trials, store)]
+    plots = [_history(trials, _measured(store)), _learning_curves(trials, store)]
     if not complete:
         return plots
     plots += [importance_plot(store, complete), _ladder(store), _landscape(store, trials)]
     if len(complete) > 1 and complete[0].params:
-        caption = "A line per complete trial, from its parameters to its accuracy; a stronger colour is better."
-        figure = parallel_coordinates(store.optuna_study)
+        caption = "A line per complete trial, from its parameters to its result; a stronger colour is better."
+        figure = parallel_coordinates(store.optuna_study, _measured(store))
         plots.append(Plot(title="Parallel coordinates", caption=caption, figure=figure, shape="long"))
     return plots
 
 
-def _history(trials: Sequence[TrialRecord]) -> Plot:
+def _measured(store: Store) -> str:
+    return f"validation {OBJECTIVES[store.facts().objective]}"
+
+
+def _history(trials: Sequence[TrialRecord], measured: str) -> Plot:
     title = "Optimisation history"
     complete = [trial for trial in trials if trial.value is not None]
     if not complete:
         return Plot(title=title, caption="No trial is complete yet.", width="half")
-    figure = empty(legend=True, xaxis_title="epochs trained so far", yaxis=ACCURACIES | {"title": ACCURACY})
+    figure = empty(legend=True, xaxis_title="epochs trained so far", yaxis=ACCURACIES | {"title": measured})
     best = list(accumulate((trial.value or 0.0 for trial in complete), max))
     epochs = accumulate(len(trial.curve) for trial in trials)
     spent = dict(zip((trial.number for trial in trials), epochs, strict=True))
@@ -70,7 +73,7 @@ def _history(trials: Sequence[TrialRecord]) -> Plot:
                 hovertemplate=f"trial %{{customdata}}: %{{y:.2%}}<extra>{name}</extra>",
             )
     figure.update_xaxes(whole_numbers(0, last, room=0.02 * last))
-    caption = "Each complete trial's accuracy after its last epoch, over the epochs of all trials, and the best so far"
+    caption = "Each complete trial's result after its last epoch, over the epochs of all trials, and the best so far"
     crosses = "; a cross is a pruned trial, at its last epoch." if pruned else "."
     return Plot(title=title, caption=caption + crosses, figure=figure, width="half")
 
@@ -88,7 +91,7 @@ def _learning_curves(trials: Sequence[TrialRecord], store: Store) -> Plot:
     title, begun = "Learning curves", [trial for trial in trials if trial.curve]
     if not begun:
         return Plot(title=title, caption="No trial has finished an epoch yet.", width="half")
-    figure = empty(legend=True, xaxis_title="epoch", yaxis=ACCURACIES | {"title": ACCURACY})
+    figure = empty(legend=True, xaxis_title="epoch", yaxis=ACCURACIES | {"title": _measured(store)})
     last = max(max(trial.curve) for trial in begun)
     figure.update_xaxes(whole_numbers(1, last, room=max(0.04 * (last - 1), 0.1)))
     for state, colour in STATES.items():
@@ -108,7 +111,7 @@ def _learning_curves(trials: Sequence[TrialRecord], store: Store) -> Plot:
             showlegend=False,
             hoverinfo="skip",
         )
-    caption = f"{ACCURACY.capitalize()} of each trial after each epoch; a cross marks where a trial was pruned"
+    caption = f"{_measured(store).capitalize()} of each trial after each epoch; a cross marks where a trial was pruned"
     caption += ", a dotted line its predicted end, with one standard deviation." if dotted else "."
     return Plot(title=title, caption=caption, figure=figure, width="half")
 

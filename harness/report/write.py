@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.base.files import replace_file
-from harness.base.words import duration, percent
-from harness.config.final_result import FinalResult
+from harness.base.words import OBJECTIVES, duration, percent
+from harness.config.final_result import FinalResult, value_of
 from harness.final import sentences
 from harness.final.pruning_cost import audit_sentences
 from harness.report.final_figures import final_plots
@@ -38,7 +38,13 @@ def _rendered(view: Mapping[str, Any]) -> str:
 
     loader = PackageLoader("harness.report")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {"short": _short, "percent": percent, "duration": duration, "quote": shlex.quote}
+    environment.filters |= {
+        "value_of": value_of,
+        "short": _short,
+        "percent": percent,
+        "duration": duration,
+        "quote": shlex.quote,
+    }
     # Of a study, only the figures are marked as safe, and they escape "<".
     return environment.get_template("report.html").render(**view, plotly=Markup(get_plotlyjs()))
 
@@ -57,6 +63,8 @@ def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
     return {
         "name": name,
         "seen": seen,
+        "objective": OBJECTIVES[store.facts().objective if final is None else final.objective],
+        "value": None if final is None else final.value,
         "leads": sentences.all_equal(store) or (final is not None and final.trial == 0),
         "sentence": sentences.test_sentence(store),
         "verdict": sentences.verdict(store),
@@ -79,8 +87,8 @@ def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
 def _strip(final: FinalResult) -> dict[str, Any]:
     """Return positions of interval, seeds and base on the strip, in percent of its width."""
     (low, high), base = final.interval, final.base
-    seeds = [seed.accuracy for seed in final.per_seed]
-    points = [low, high, *seeds, *([] if base is None else [base.accuracy])]
+    seeds = [seed.value for seed in final.per_seed]
+    points = [low, high, *seeds, *([] if base is None else [base.value])]
     # The ends are multiples of 10 %, so that they do not look like an interval.
     first = min(math.floor(10 * min(points)), 9)
     last = max(math.ceil(10 * max(points)), first + 1)
@@ -92,9 +100,9 @@ def _strip(final: FinalResult) -> dict[str, Any]:
     return {
         "low": place(low),
         "width": round(place(high) - place(low), 2),
-        "mean": place(final.accuracy),
+        "mean": place(final.value),
         "seeds": [(place(value), percent(value)) for value in seeds],
-        "base": None if base is None else (place(base.accuracy), percent(base.accuracy)),
+        "base": None if base is None else (place(base.value), percent(base.value)),
         "ends": (f"{10 * first} %", f"{10 * last} %"),
         "interval": (percent(low), percent(high)),
     }
@@ -124,7 +132,7 @@ def _remarks(store: Store, final: FinalResult | None) -> list[str]:
             seeds = len(base.per_seed)
             lines.append(
                 f"The base configuration, trial {base.trial}, trained in the same way, reaches "
-                f"{percent(base.accuracy)} ({base.correct:,} correct of {base.total:,}: {seeds} "
+                f"{percent(base.value)} ({base.correct:,} correct of {base.total:,}: {seeds} "
                 f"seed{'s' if seeds > 1 else ''})."
             )
         unknown = "The selection bias of the best validation score is not recorded."

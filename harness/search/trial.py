@@ -38,7 +38,7 @@ def evaluate_trial(
     seed = derive_seed(study.seed, "trial", asked.number)
     checkpoint = None
     try:
-        training = assemble(config, runtime, seed)
+        training = assemble(config, runtime, seed, study.objective)
         identity = identity_of(store.uid, key, seed, config)
         here = environment(runtime.device)
         path = checkpoints / f"{key}{SUFFIX}"
@@ -95,7 +95,7 @@ def _train(
                 )
             if result.val is None:
                 raise ValueError("A trial needs a validation split.")
-            value = result.val.accuracy
+            value = result.val.value
             store.report(asked, result.epoch, value)
             if result not in restored:
                 yield events.EpochEnded(key=key, name=name, number=asked.number, result=result)

@@ -82,6 +82,7 @@ def candidate(name: str, store: Store, saved: SavedModel) -> Candidate:
     from harness.data.augment import normalise
 
     fingerprint, images = store.facts().validation_images, saved.check_images
+    objective = store.facts().objective
     if fingerprint is None or images is None:
         data, preprocessing = saved.config.data, saved.config.backbone.preprocessing()
         split = load_split(data, preprocessing, "val")
@@ -95,7 +96,7 @@ def candidate(name: str, store: Store, saved: SavedModel) -> Candidate:
         TRIAL: str(saved.description["trial"]),
         WEIGHTS: weights_of(saved),
         SCORE: repr(saved.description["trial_validation_accuracy"]),  # of the trial whose configuration it has
-        IMAGES: fingerprint,
+        IMAGES: fingerprint if objective == "accuracy" else f"{fingerprint}, {objective}",  # what compares scores
     }
     return Candidate(name=name, saved=saved, images=images, tags=tags, text=test_sentence(store))
 

@@ -104,6 +104,7 @@ class StudyFacts:
     definition: dict[str, Any] | None = None  # `Study.definition()`, and fingerprints of images and weights
     images: int | None = None
     depths: dict[str, list[str]] | None = None  # prefixes of parameter names by "block" and by "layer"
+
     # Last start
     file: str | None = None
     command: str | None = None
@@ -135,3 +136,7 @@ class StudyFacts:
         if "final" in found:
             found["final"] = FinalResult.of(found["final"])
         return StudyFacts(**found)
+
+    @property
+    def objective(self) -> str:
+        return str((self.definition or {}).get("objective", "accuracy"))

@@ -145,7 +145,7 @@ def _to_the_end(
     same = len(now) >= len(trial.epochs) and all(_same(trial, result) is not False for result in now)
     return {
         "state": "complete" if len(now) == config.epochs else "diverged",
-        "curve": [result.val.accuracy for result in now if result.val is not None],
+        "curve": [result.val.value for result in now if result.val is not None],
         "same": same,
         "explanation": None if same else explanation(trial, runtime),
     }
@@ -164,4 +164,4 @@ WORDS = {True: "as recorded", False: "DIFFERENT from the record", None: "beyond 
 def _line(trial: TrialRecord, result: EpochResult, epochs: int) -> str:
     assert result.val is not None, "a trial has a validation split"
     word = WORDS[_same(trial, result)]
-    return f"trial {trial.number}  epoch {result.epoch}/{epochs}  val {result.val.accuracy:.2%}  {word}"
+    return f"trial {trial.number}  epoch {result.epoch}/{epochs}  val {result.val.value:.2%}  {word}"

@@ -55,7 +55,8 @@ def reproduce(study: Study, trial: TrialRecord, runtime: Runtime) -> Iterator[Co
 
 def again(study: Study, trial: TrialRecord, runtime: Runtime) -> Training:
     """Return a trial's training at its start, with the recorded micro-batch size."""
-    training = assemble(study.config(trial.params), runtime, derive_seed(study.seed, "trial", trial.number))
+    seed = derive_seed(study.seed, "trial", trial.number)
+    training = assemble(study.config(trial.params), runtime, seed, study.objective)
     training.progress.micro_batch = trial.epochs[0].micro_batch
     return training
 

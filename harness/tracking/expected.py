@@ -13,6 +13,7 @@ from harness.base.environment import HARDWARE, git_commit, versions
 from harness.base.errors import masked
 from harness.base.keys import base_key, final_key, rerank_key, trial_key
 from harness.base.seeds import derive_seed
+from harness.base.words import metric_name
 from harness.config.events import EpochResult, Kind
 
 if TYPE_CHECKING:
@@ -90,8 +91,7 @@ def _retrainings(store: Store) -> Iterator[tuple[Kind, int, int, list[dict[str, 
         if result is None:
             continue
         for each in result.per_seed:
-            metrics = {"test_accuracy": each.accuracy} | ({} if each.loss is None else {"test_loss": each.loss})
-            yield kind, result.trial, each.seed, each.epochs, metrics
+            yield kind, result.trial, each.seed, each.epochs, each.metrics()
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,11 @@ class Finding:
 def study_metrics(store: Store) -> dict[str, float]:
     """Return the metrics of the study's own run."""
     final, best = store.facts().final, store.best()
-    metrics = {} if best is None or best.value is None else {"best_val_accuracy": best.value}
-    return metrics if final is None else metrics | {"test_accuracy": final.accuracy}
+    name = metric_name(store.facts().objective)
+    metrics = {} if best is None or best.value is None else {f"best_val_{name}": best.value}
+    if final is None:
+        return metrics
+    return metrics | {"test_accuracy": final.accuracy, f"test_{metric_name(final.objective)}": final.value}
 
 
 def facts(study: Study, runtime: Mapping[str, Any], environment: Mapping[str, str] = {}) -> dict[str, str]:

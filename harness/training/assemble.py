@@ -13,6 +13,7 @@ import torch
 from harness.base.errors import InputError
 from harness.base.seeds import derive_seed
 from harness.config.contracts import prefixes
+from harness.config.events import Objective
 from harness.config.train import TrainConfig
 from harness.data.splits import ImageSet, load_split, load_splits, load_train_and_val
 from harness.training.features import FeatureSet, features_to_train_on, frozen_body, split
@@ -22,7 +23,7 @@ from harness.training.runtime import Work, check_compiler, resolve
 from harness.training.step import Runtime, compile_parts, find_device, seeded
 
 
-def assemble(config: TrainConfig, runtime: Runtime, seed: int) -> Training:
+def assemble(config: TrainConfig, runtime: Runtime, seed: int, objective: Objective = "accuracy") -> Training:
     """Build everything that `loop.fit` needs. The new head is drawn from `seed`; pretrained weights are not."""
     with seeded(derive_seed(seed, "model"), runtime.device):
         model = config.backbone.build(len(config.data.classes()), config.data.image_size)
@@ -54,6 +55,7 @@ def assemble(config: TrainConfig, runtime: Runtime, seed: int) -> Training:
         optimizer=build_optimizer(model, groups, config.optim),
         runtime=runtime,
         seed=seed,
+        objective=objective,
     )
 
 

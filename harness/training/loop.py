@@ -6,18 +6,19 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.base.packing import pack_bits
+from harness.base.packing import pack, pack_bits
 from harness.base.seeds import derive_seed
-from harness.config.events import EpochResult, Metrics
+from harness.config.events import EpochResult, Metrics, Objective
 from harness.config.train import TrainConfig
 from harness.training.interrupt import undivided
+from harness.training.objective import class_weights, contributions
 from harness.training.optim import ParameterGroup, lr_factor, set_lr, set_training
 from harness.training.step import Runtime, halving, predict, random_states, seeded, set_random_states, train_step
 
@@ -85,7 +86,15 @@ class Training:
     optimizer: torch.optim.Optimizer
     runtime: Runtime
     seed: int
+    objective: Objective = "accuracy"  # of the validation
     progress: Progress = field(default_factory=Progress)
+
+    def class_weights(self) -> Tensor | None:
+        """Return the loss's weights [classes]; None if all are 1."""
+        if not self.config.class_weight:
+            return None
+        found = class_weights(self.train.labels.cpu().numpy(), len(self.classes), self.config.class_weight)
+        return torch.from_numpy(found).float().to(self.runtime.device)
 
 
 def fit(training: Training, after_batch: Callable[[], None] = lambda: None) -> Generator[EpochResult, None, None]:
@@ -116,19 +125,20 @@ def _train_epoch(training: Training, after_batch: Callable[[], None]) -> None:
     if progress.step == 0:
         progress.trace = torch.zeros(len(batches), 3, device=runtime.device)
     set_training(training.model, training.learner)
+    weights = training.class_weights()
     with seeded(seed, runtime.device):
         if progress.random_states:
             generator.set_state(progress.random_states["augment"])
             set_random_states(progress.random_states, runtime.device)
         while progress.step < len(batches):
             with progress.moving():
-                _train_batch(training, batches[progress.step], generator)
+                _train_batch(training, batches[progress.step], generator, weights)
                 progress.random_states = {**random_states(runtime.device), "augment": generator.get_state()}
                 progress.step += 1
             after_batch()
 
 
-def _train_batch(training: Training, batch: Tensor, generator: torch.Generator) -> None:
+def _train_batch(training: Training, batch: Tensor, generator: torch.Generator, weights: Tensor | None) -> None:
     config, runtime, progress = training.config, training.runtime, training.progress
     set_lr(training.optimizer, _lr_factor(training, progress.step))
     done = train_step(
@@ -140,6 +150,7 @@ def _train_batch(training: Training, batch: Tensor, generator: torch.Generator) 
         label_smoothing=config.label_smoothing,
         clip_norm=config.optim.clip_norm,
         micro_batch=progress.micro_batch,
+        class_weights=weights,
     )
     progress.trace[progress.step] = torch.stack([done.loss, done.correct, done.grad_norm])
     if done.micro_batch < min(progress.micro_batch or len(batch), len(batch)):
@@ -164,7 +175,7 @@ def _result(training: Training) -> EpochResult:
     last = int(bad[0]) if len(bad) else progress.steps - 1
     val = None
     if training.val is not None and not len(bad):
-        val = evaluate(training.learner, training.val, training.runtime)
+        val = evaluate(training.learner, training.val, training.runtime, training.objective)
     return EpochResult(
         epoch=progress.epoch,
         lr=training.groups[0].lr * _lr_factor(training, last),
@@ -183,17 +194,23 @@ def _batches(count: int, batch_size: int, generator: torch.Generator) -> list[Te
     return list(torch.tensor_split(order, -(-count // batch_size)))
 
 
-def evaluate(model: nn.Module, images: Source, runtime: Runtime) -> Metrics:
-    """Return loss (cross-entropy), correct / total and hits of a split, dropout off."""
-    return measure(logits_of(model, images, runtime), images.labels)
+def evaluate(model: nn.Module, images: Source, runtime: Runtime, objective: Objective = "accuracy") -> Metrics:
+    """Return loss (cross-entropy), correct / total, hits, and the objective of a split, dropout off."""
+    return measure(logits_of(model, images, runtime), images.labels, objective)
 
 
-def measure(logits: Tensor, labels: Tensor) -> Metrics:
+def measure(logits: Tensor, labels: Tensor, objective: Objective = "accuracy") -> Metrics:
     """Return metrics of logits float32 [N, classes], labels int64 [N]."""
     labels = labels.to(logits.device)
     hits = (logits.argmax(1) == labels).cpu().numpy()
     loss = F.cross_entropy(logits, labels).item()
-    return Metrics(loss=loss, correct=int(hits.sum()), total=len(hits), hits=pack_bits(hits))
+    counted = Metrics(loss=loss, correct=int(hits.sum()), total=len(hits), hits=pack_bits(hits))
+    if objective == "accuracy":
+        return counted
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    found = contributions(objective, *(each.cpu().numpy() for each in (labels, logits.argmax(1), losses.double())))
+    packed = pack(found.astype("float32"))
+    return replace(counted, hits=None, objective=objective, score=float(found.mean()), contributions=packed)
 
 
 def logits_of(model: nn.Module, images: Source, runtime: Runtime) -> Tensor:

@@ -185,8 +185,9 @@ def train_step(
     label_smoothing: float,
     clip_norm: float | None,
     micro_batch: int | None = None,
+    class_weights: Tensor | None = None,
 ) -> Step:
-    """Run an optimizer step on a batch: float [B, 3, H, W], int64 [B].
+    """Run an optimizer step on a batch: float [B, 3, H, W], int64 [B]; `class_weights` of the loss are [classes].
 
     With `micro_batch`, the gradient of the same batch is accumulated over parts of at most that many images. When
     memory runs out, the parts are halved, down to one image. Only dropout and BatchNorm differ: BatchNorm sees smaller
@@ -199,7 +200,7 @@ def train_step(
     def attempt(size: int) -> tuple[Tensor, Tensor]:
         optimizer.zero_grad(set_to_none=True)
         set_random_states(states, runtime.device)
-        return accumulate_gradient(model, images, labels, runtime, label_smoothing, size)
+        return accumulate_gradient(model, images, labels, runtime, label_smoothing, size, class_weights)
 
     (loss, correct), size = halving(attempt, min(micro_batch or len(labels), len(labels)), runtime.device)
     norm = nn.utils.get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
@@ -210,14 +211,28 @@ def train_step(
 
 
 def accumulate_gradient(
-    model: nn.Module, images: Tensor, labels: Tensor, runtime: Runtime, label_smoothing: float, size: int
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    runtime: Runtime,
+    label_smoothing: float,
+    size: int,
+    class_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Add the gradient of the batch's mean loss to the parameters, `size` images at a time: (summed loss, correct)."""
+    """Add the gradient of the batch's mean loss to the parameters, `size` images at a time: (summed loss, correct).
+
+    As many arguments as a step has parts.
+    """
+    # With weights, torch's mean would divide by those of the part.
+    reduction = "mean" if class_weights is None else "sum"
     losses, hits = [], []
     for part, wanted in zip(images.split(size), labels.split(size), strict=True):
         with runtime.autocast():
             logits = model(part)
-        loss = F.cross_entropy(logits.float(), wanted, label_smoothing=label_smoothing)
+        loss = F.cross_entropy(
+            logits.float(), wanted, class_weights, reduction=reduction, label_smoothing=label_smoothing
+        )
+        loss = loss if class_weights is None else loss / len(wanted)
         (loss * (len(wanted) / len(labels))).backward()
         losses.append(loss.detach() * len(wanted))
         hits.append((logits.argmax(1) == wanted).sum())

@@ -42,12 +42,12 @@ def room_for(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
     """Let memory run out when more than `most` images pass at once; returns the sizes that were tried, in order."""
     sizes: list[int] = []
 
-    def limited(model: Any, batch: Tensor, labels: Any, runtime: Any, smoothing: float, size: int) -> Any:
+    def limited(model: Any, batch: Tensor, labels: Any, runtime: Any, smooth: float, size: int, *rest: Any) -> Any:
         sizes.append(size)
         if size > most:
-            accumulate_gradient(model, batch[:1], labels[:1], runtime, smoothing, 1)  # the attempt leaves a part
+            accumulate_gradient(model, batch[:1], labels[:1], runtime, smooth, 1)  # the attempt leaves a part
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return accumulate_gradient(model, batch, labels, runtime, smoothing, size)
+        return accumulate_gradient(model, batch, labels, runtime, smooth, size, *rest)
 
     monkeypatch.setattr("harness.training.step.accumulate_gradient", limited)
     return sizes

@@ -1,0 +1,58 @@
+"""What a study maximizes, as one number per image whose mean is the objective.
+
+A mean over images has an interval, and two of them a comparison, whatever the objective. Where it is no mean itself
+(macro F1, likelihood), the numbers are its influence function (Hampel, 1974) around its value.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from harness.config.events import Objective
+
+
+def contributions(
+    objective: Objective, labels: NDArray[Any], predicted: NDArray[Any], losses: NDArray[Any]
+) -> NDArray[numpy.float64]:
+    """Return contributions [N] of images with these labels, predicted classes and losses (cross-entropy), each [N].
+
+    The mean of them is the accuracy; the accuracy per class, averaged over the classes in `labels` (balanced accuracy);
+    F1 per class, averaged over these (macro F1); or exp(-mean loss), the geometric mean of the probabilities of the
+    right classes.
+    """
+    hits = (labels == predicted).astype(numpy.float64)
+    if objective == "accuracy":
+        return hits
+    if objective == "loss":
+        likelihood = numpy.exp(-losses.mean())
+        return numpy.asarray(likelihood * (1 + losses.mean() - losses), dtype=numpy.float64)
+    classes = numpy.unique(labels)
+    if objective == "balanced_accuracy":
+        return hits * len(labels) / (len(classes) * _counts(labels, labels))
+    both = _counts(labels, labels) + _counts(predicted, labels)  # of each image's class, in labels and predictions
+    right = 2 * _counts(labels[hits == 1], labels)
+    f1 = right / both
+    mean = float(numpy.mean([f1[labels == each][0] for each in classes]))
+    of_predicted = numpy.zeros(len(labels))
+    known = numpy.isin(predicted, classes)
+    shares = {int(each): f1[labels == each][0] / both[labels == each][0] for each in classes}
+    of_predicted[known] = [shares[int(each)] for each in predicted[known]]
+    influence = 2 * hits / both - f1 / both - of_predicted
+    return mean + influence * len(labels) / len(classes)
+
+
+def _counts(of: NDArray[Any], wanted: NDArray[Any]) -> NDArray[Any]:
+    """Return how often each of `wanted` is in `of`."""
+    return numpy.bincount(of, minlength=int(wanted.max()) + 1)[wanted]
+
+
+def class_weights(labels: NDArray[Any], classes: int, power: float) -> NDArray[numpy.float64]:
+    """Return a weight per class [classes], images of it ** -power, with mean 1 over all images; 0 without any."""
+    counts = numpy.bincount(labels, minlength=classes)
+    weights = numpy.where(counts > 0, numpy.maximum(counts, 1.0) ** -power, 0.0)
+    return weights * len(labels) / (weights @ counts)
