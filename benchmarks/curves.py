@@ -31,8 +31,8 @@ from harness.config.contracts import Backbone
 from harness.config.events import EpochResult
 from harness.config.space import Choice, Dimension, Float, apply, encode
 from harness.config.train import OptimConfig, RuntimeConfig, TrainConfig
-from harness.data.flowers102 import Flowers102
 from harness.data.splits import load_test
+from harness.datasets.flowers102 import Flowers102
 from harness.training.assemble import assemble, decide_runtime
 from harness.training.checkpoint import Checkpoint, identity_of, remove
 from harness.training.loop import evaluate, fit

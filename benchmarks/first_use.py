@@ -33,9 +33,9 @@ from harness.config.contracts import Square
 from harness.data.augment import IMAGENET
 from harness.data.cache import square
 from harness.data.decoding import open_image
-from harness.data.flowers102 import Flowers102
-from harness.data.image_folder import ImageFolder
 from harness.data.splits import prepare
+from harness.datasets.flowers102 import Flowers102
+from harness.datasets.image_folder import ImageFolder
 
 CACHE = "cache"
 SECOND = """

@@ -29,9 +29,9 @@ from benchmarks.measure import ROOT_HELP, alternate, ratios, script
 from harness.config.contracts import Dataset
 from harness.config.train import AugmentConfig
 from harness.data.augment import IMAGENET, augment
-from harness.data.flowers102 import Flowers102
-from harness.data.image_folder import ImageFolder
 from harness.data.splits import ImageSet, load_splits
+from harness.datasets.flowers102 import Flowers102
+from harness.datasets.image_folder import ImageFolder
 
 BATCH, CONFIG = 32, AugmentConfig()
 

@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks.measure import ROOT_HELP, alternate, ratios, script
 from harness.config import find as catalogue
 from harness.config.space import get
-from harness.data.flowers102 import Flowers102
+from harness.datasets.flowers102 import Flowers102
 from harness.garden.dataset import Garden
 from harness.search.samplers import Grid
 from harness.store.opening import read_store

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from harness.config.train import OptimConfig as OptimConfig
     from harness.config.train import RuntimeConfig as RuntimeConfig
     from harness.config.train import TrainConfig as TrainConfig
-    from harness.data.flowers102 import Flowers102 as Flowers102
-    from harness.data.image_folder import ImageFolder as ImageFolder
+    from harness.datasets.flowers102 import Flowers102 as Flowers102
+    from harness.datasets.image_folder import ImageFolder as ImageFolder
+    from harness.datasets.image_table import ImageTable as ImageTable
+    from harness.datasets.wrapped import Wrapped as Wrapped
     from harness.garden.dataset import Garden as Garden
     from harness.models.maxvit import MaxViTT as MaxViTT
     from harness.models.maxvit import TinyMaxViT as TinyMaxViT
@@ -50,8 +52,10 @@ _WHERE = {
     "config.space": ("Choice", "Float", "Int"),
     "config.study": ("Study",),
     "config.train": ("AugmentConfig", "RuntimeConfig", "FinalConfig", "OptimConfig", "TrainConfig"),
-    "data.flowers102": ("Flowers102",),
-    "data.image_folder": ("ImageFolder",),
+    "datasets.flowers102": ("Flowers102",),
+    "datasets.image_folder": ("ImageFolder",),
+    "datasets.image_table": ("ImageTable",),
+    "datasets.wrapped": ("Wrapped",),
     "garden.dataset": ("Garden",),
     "models.maxvit": ("MaxViTT", "TinyMaxViT"),
     "models.module": ("Module",),

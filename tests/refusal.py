@@ -13,7 +13,7 @@ from harness.cli.commands import main
 FOLDER_STUDY = """
 from harness.config.train import RuntimeConfig, OptimConfig, TrainConfig
 from harness.config.study import Study
-from harness.data.image_folder import ImageFolder
+from harness.datasets.image_folder import ImageFolder
 from harness.models.maxvit import TinyMaxViT
 from harness.search.pruners import no_pruning
 from harness.search.samplers import tpe

@@ -19,6 +19,7 @@ ROOMS = (
     "base",
     "config",
     "data",
+    "datasets",
     "models",
     "training",
     "garden",

@@ -32,7 +32,7 @@ from harness.config.contracts import Square
 from harness.config.study import Study
 from harness.data.cache import ImageFiles, decoded
 from harness.data.decoding import MAX_PIXELS, open_image
-from harness.data.flowers102 import Flowers102, _unpack
+from harness.datasets.flowers102 import Flowers102, _unpack
 from harness.models import maxvit
 from harness.store.database import check_database
 from harness.training.checkpoint import read_tensors

@@ -3,7 +3,7 @@
 from harness.config.space import Choice
 from harness.config.study import Study
 from harness.config.train import FinalConfig, OptimConfig, TrainConfig
-from harness.data.image_folder import ImageFolder
+from harness.datasets.image_folder import ImageFolder
 from harness.models.maxvit import MaxViTT
 from harness.search.pruners import no_pruning
 from harness.search.samplers import grid

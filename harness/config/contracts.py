@@ -15,7 +15,7 @@ SplitName = Literal["train", "val", "test"]
 
 
 class Dataset(Protocol):
-    """Protocol of data sets. See `harness.data.image_folder` for an example; add new ones beside it.
+    """Protocol of data sets. See `harness.datasets.image_folder` for an example; add new ones beside it.
 
     It may define `remarks() -> list[str]`, sentences that are printed once, when a study starts.
     """

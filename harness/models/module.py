@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from harness.base.errors import InputError
 from harness.config.contracts import Preprocessing
+from harness.config.space import is_plain
 from harness.config.train import require
 from harness.models import pretrained
 from harness.models.backbone import PretrainedBackbone, last_linear
@@ -36,6 +37,11 @@ class Function(str):
             source = inspect.getsource(build)
         except OSError as error:
             raise InputError(f"The source of {build.__qualname__} cannot be read; define it in a file.") from error
+        # Variables of an enclosing function are as much of it as its source.
+        cells = [cell.cell_contents for cell in getattr(build, "__closure__", None) or ()]
+        if not is_plain(cells):
+            raise InputError(f"{build.__qualname__} uses objects of an enclosing function; define it at the top level.")
+        source += repr(cells) if cells else ""
         name = super().__new__(cls, f"{build.__qualname__}-{hashlib.sha256(source.encode()).hexdigest()[:8]}")
         name.build = build  # type: ignore[assignment]
         return name

@@ -14,7 +14,7 @@ from harness.base.errors import InputError
 from harness.config.space import Choice, Float, Int, extremes, leaves, replace
 from harness.config.study import Study
 from harness.config.train import FinalConfig, TrainConfig
-from harness.data.image_folder import ImageFolder
+from harness.datasets.image_folder import ImageFolder
 from harness.models.maxvit import MaxViTT
 from harness.search.pruners import asha
 from harness.search.samplers import tpe

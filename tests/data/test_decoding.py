@@ -22,8 +22,8 @@ from harness.config.contracts import Square
 from harness.data import decoding
 from harness.data.cache import ImageFiles, decoded
 from harness.data.decoding import SUFFIXES, decode, open_image, revision
-from harness.data.image_folder import ImageFolder
 from harness.data.layout import made_by_system
+from harness.datasets.image_folder import ImageFolder
 
 
 def flower(width: int = 24, height: int = 18) -> Image.Image:

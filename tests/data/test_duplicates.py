@@ -15,8 +15,8 @@ from PIL import Image, ImageEnhance
 from harness.config.contracts import SplitName
 from harness.data.augment import IMAGENET
 from harness.data.duplicates import _name, find
-from harness.data.image_folder import ImageFolder
 from harness.data.splits import items_of, load_split, load_test
+from harness.datasets.image_folder import ImageFolder
 from harness.garden.dataset import Garden
 from harness.garden.drawing import draw
 from harness.garden.species import DEMO_SPECIES

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from harness.base.errors import InputError
-from harness.data.image_folder import ImageFolder
 from harness.data.layout import split_of
 from harness.data.splits import remarks
+from harness.datasets.image_folder import ImageFolder
 
 LATIN1 = os.fsdecode(b"r\xf6se")  # no UTF-8
 COMPOSED, DECOMPOSED = "\xf6l", "o\u0308l"

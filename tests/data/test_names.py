@@ -8,8 +8,8 @@ import pytest
 
 from harness.base.errors import InputError
 from harness.data.augment import IMAGENET
-from harness.data.image_folder import ImageFolder
 from harness.data.layout import check_names, look
+from harness.datasets.image_folder import ImageFolder
 
 COMPOSED, DECOMPOSED = "\xf6l", "o\u0308l"
 

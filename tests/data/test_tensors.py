@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from harness.data.augment import IMAGENET
-from harness.data.image_folder import ImageFolder
 from harness.data.splits import Splits, fits, load_splits, load_test, load_train_and_val, prepare
+from harness.datasets.image_folder import ImageFolder
 from harness.garden.dataset import Garden
 from tests.conftest import PROJECT
 

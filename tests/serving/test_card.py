@@ -20,8 +20,8 @@ from harness.base.words import percent
 from harness.config.final_result import FinalResult
 from harness.config.study import Study
 from harness.config.train import FinalConfig
-from harness.data.flowers102 import Flowers102
-from harness.data.image_folder import ImageFolder
+from harness.datasets.flowers102 import Flowers102
+from harness.datasets.image_folder import ImageFolder
 from harness.final.model_files import PROGRAM
 from harness.final.predictions import calibration_sentence
 from harness.final.sentences import conclusion, final_sentence, selection_sentence

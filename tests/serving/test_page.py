@@ -24,7 +24,7 @@ from PIL import Image
 
 from harness.base.words import percent
 from harness.cli.commands import main
-from harness.data.image_folder import ImageFolder
+from harness.datasets.image_folder import ImageFolder
 from harness.serving.demo_page import build_app, heading, note_of, uploaded, write_examples
 from harness.serving.predict import Predictor, load_predictor
 from tests.browser import page

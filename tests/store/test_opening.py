@@ -11,7 +11,7 @@ import pytest
 from harness.base.errors import InputError
 from harness.config.find import Found
 from harness.config.study import Study
-from harness.data.image_folder import ImageFolder
+from harness.datasets.image_folder import ImageFolder
 from harness.store.opening import as_begun, check_definition, located, open_store, read_store
 from harness.store.store import Store
 from tests.small import small_study

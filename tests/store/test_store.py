@@ -23,7 +23,7 @@ from harness.config.events import Completed, Diverged, Failed, Pruned
 from harness.config.space import Choice, Float
 from harness.config.study import Study
 from harness.config.train import FinalConfig
-from harness.data.image_folder import ImageFolder
+from harness.datasets.image_folder import ImageFolder
 from harness.final.test_set import summary
 from harness.search.pruners import Pruner, asha, no_pruning
 from harness.search.rehearsal import rehearse

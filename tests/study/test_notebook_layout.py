@@ -15,7 +15,7 @@ STUDY_FILE = """
 import dataclasses
 from harness.config.find import find
 from harness.config.train import FinalConfig
-from harness.data.image_folder import ImageFolder
+from harness.datasets.image_folder import ImageFolder
 from harness.models.maxvit import TinyMaxViT
 
 GRID = find("flowers102_grid").study

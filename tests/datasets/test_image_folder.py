@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from harness.base.errors import InputError
-from harness.data.image_folder import ImageFolder
 from harness.data.splits import remarks
+from harness.datasets.image_folder import ImageFolder
 
 SPLITS = ("train", "val", "test")
 

@@ -76,7 +76,7 @@ class ImageFolder(ImageFiles):
         hashes = content_hashes({file: self.stamp(file) for file in labels}, Path(self.cache) / f"{kept}.hashes")
         parts: dict[SplitName, list[tuple[Path, int]]] = {split: [] for split in BOUNDS}
         for file in sorted(labels, key=lambda file: (labels[file], hashes[file], file.name)):
-            parts[_split_of(hashes[file])].append((file, labels[file]))
+            parts[by_content(hashes[file])].append((file, labels[file]))
         counts, trained = Counter(labels.values()), {label for _, label in parts["train"]}
         for label, name in enumerate(layout.classes):
             if label not in trained:
@@ -91,7 +91,7 @@ class ImageFolder(ImageFiles):
         return parts
 
 
-def _split_of(digest: str) -> SplitName:
+def by_content(digest: str) -> SplitName:
     """Return the split of a content hash: a threshold, not a rank, independent of other files."""
     position = int(digest[:13], 16) / 16**13
     return next(split for split, bound in BOUNDS.items() if position < bound)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.base.errors import InputError
-from harness.data.flowers102 import Flowers102
+from harness.datasets.flowers102 import Flowers102
 from tests.conftest import PROJECT
 
 SHARED = PROJECT.parent / "shared"

@@ -1,0 +1,1 @@
+"""The data sets that a study file can name."""

@@ -1,0 +1,190 @@
+"""Photographs listed in a table: CSV, JSON lines, Parquet, or a pandas DataFrame."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from unicodedata import normalize
+
+from harness.base.errors import InputError, first_line
+from harness.config.contracts import SplitName
+from harness.data.cache import ImageFiles, content_hashes
+from harness.data.layout import check_names, split_of
+from harness.datasets.image_folder import by_content
+
+if TYPE_CHECKING:
+    import pandas
+
+# Names of a column, the first one first; file_name is that of Hugging Face's image folders.
+COLUMNS = {
+    "path": ("path", "file_name", "filename", "file", "image"),
+    "label": ("label", "class"),
+    "split": ("split",),
+    "group": ("group",),
+}
+
+
+class Row(NamedTuple):
+    """A photograph of the table; `split` and `group` are None where the table has no such column."""
+
+    number: int  # as an editor counts the lines of a CSV
+    path: Path
+    label: str
+    split: SplitName | None
+    group: str | None
+
+
+class Frame(str):
+    """The name of a DataFrame, with a digest of its content, by which definitions compare it."""
+
+    frame: pandas.DataFrame
+
+    def __new__(cls, frame: pandas.DataFrame) -> Self:
+        content = frame.to_csv(index=False).encode(errors="surrogatepass")
+        name = super().__new__(cls, f"DataFrame-{hashlib.sha256(content).hexdigest()[:16]}")
+        name.frame = frame
+        return name
+
+    def __getnewargs__(self) -> tuple[Any]:
+        return (self.frame,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTable(ImageFiles):
+    """A table with the columns path and label, and perhaps split and group.
+
+    `file` is a CSV, JSON lines (.jsonl) or Parquet file, in `root` unless absolute, or a pandas DataFrame. Paths are
+    relative to the file's folder, those of a DataFrame to `root`; Hugging Face's metadata.csv and metadata.jsonl fit.
+
+    Photographs of one group (a plant, a patient, a burst) are never in two splits. Without a column split, groups are
+    split about 70 / 15 / 15 by their names, photographs without a group by their content: each stays in its split if
+    rows are added.
+    """
+
+    file: str = "labels.csv"
+
+    def __post_init__(self) -> None:
+        if hasattr(self.file, "to_csv"):
+            object.__setattr__(self, "file", Frame(self.file))
+        super().__post_init__()
+
+    def classes(self) -> tuple[str, ...]:
+        found = tuple(sorted({row.label for row in self._rows()}))
+        if len(found) < 2:
+            raise InputError(f"{self.file} has one label, {found[0]!r}; a classifier needs at least two.")
+        check_names(found, found, f"in {self.file}")
+        return found
+
+    def samples(self, split: SplitName) -> list[tuple[Path, int]]:
+        """Return a split. Raises InputError for a class that the table's own split leaves without images in it."""
+        labels = {name: label for label, name in enumerate(self.classes())}
+        chosen = [row for row in self._rows() if (row.split or self._split(row)) == split]
+        counts = Counter(row.label for row in chosen)
+        given = any(row.split for row in self._rows())
+        if absent := [name for name in labels if not counts[name] and (given or split == "train")]:
+            raise InputError(
+                f"Class {absent[0]!r} has no images in the {split} split of {self.file}; add some, or remove the class."
+            )
+        return [(row.path, labels[row.label]) for row in chosen]
+
+    def _split(self, row: Row) -> SplitName:
+        """Return the split of a row without one."""
+        if row.group:
+            return by_content(hashlib.sha256(row.group.encode(errors="surrogatepass")).hexdigest())
+        return by_content(self._hashes()[row.path])
+
+    def _hashes(self) -> dict[Path, str]:
+        """Return the content hashes of the photographs without a group."""
+        stamps = {row.path: self.stamp(row.path) for row in self._rows() if not row.group}
+        kept = hashlib.sha256(f"{Path(self.root).resolve()}/{self.file}".encode(errors="surrogatepass")).hexdigest()
+        return content_hashes(stamps, Path(self.cache) / f"{kept[:32]}.hashes")
+
+    def _rows(self) -> list[Row]:
+        if isinstance(self.file, Frame):
+            return _of_frame(self.file, self.root)
+        path = Path(self.root) / self.file
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise InputError(
+                f"There is no table {path} ({error.strerror}); correct data.file, or give its folder with --data-root."
+            ) from error
+        return _read(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=4)
+def _of_frame(name: Frame, root: str) -> list[Row]:
+    return _checked(name.frame, name, Path(root), first=0)
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, _time: int, _size: int) -> list[Row]:
+    import pandas
+
+    readers: dict[str, Any] = {
+        ".csv": lambda: pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False),
+        ".jsonl": lambda: pandas.read_json(path, lines=True, dtype=False, encoding="utf-8-sig"),
+        ".parquet": lambda: pandas.read_parquet(path),
+    }
+    if path.suffix.lower() not in readers:
+        raise InputError(f"{path} is no table; give a file that ends with {', '.join(readers)}.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pandas.errors.ParserWarning)  # rows with more cells than the header
+            frame = readers[path.suffix.lower()]()
+    except (ValueError, OSError, ImportError, pandas.errors.ParserWarning) as error:  # ParserError is a ValueError
+        raise InputError(f"{path} cannot be read as a table ({first_line(error)}); save it again.") from error
+    return _checked(frame, str(path), path.parent, first=2 if path.suffix.lower() == ".csv" else 1)
+
+
+def _checked(frame: pandas.DataFrame, name: str, folder: Path, first: int) -> list[Row]:
+    """Return the rows. Raises InputError naming the first row that is wrong."""
+    found = {str(column).strip().casefold(): column for column in frame.columns}
+    columns = {key: next((found[name] for name in names if name in found), None) for key, names in COLUMNS.items()}
+    for key in ("path", "label"):
+        if columns[key] is None:
+            there = ", ".join(map(str, frame.columns)) or "none"
+            raise InputError(f"{name} has no column {key!r}, but {there}; add it, or rename one.")
+    if not len(frame):
+        raise InputError(f"{name} has no rows; list the photographs.")
+    texts = {key: list(map(_text, frame[column])) for key, column in columns.items() if column is not None}
+    rows: list[Row] = []
+    seen: dict[Path, int] = {}
+    groups: dict[str, Row] = {}
+    for place in range(len(frame)):
+        row = _row(name, first + place, folder, {key: column[place] for key, column in texts.items()})
+        if (other := seen.setdefault(row.path, row.number)) != row.number:
+            raise InputError(f"Rows {other} and {row.number} of {name} both list {row.path}; remove one of them.")
+        if row.group and (other_row := groups.setdefault(row.group, row)).split != row.split:
+            raise InputError(
+                f"Group {row.group!r} of {name} is in the {other_row.split} split (row {other_row.number}) and in the "
+                f"{row.split} split (row {row.number}); put all its photographs into one split."
+            )
+        rows.append(row)
+    return rows
+
+
+def _row(name: str, number: int, folder: Path, texts: dict[str, str]) -> Row:
+    for key in ("path", "label", "split"):
+        if texts.get(key) == "":
+            raise InputError(f"Row {number} of {name} has no {key}; fill it in, or remove the row.")
+    split = split_of(texts["split"]) if "split" in texts else None
+    if "split" in texts and split is None:
+        raise InputError(f"Row {number} of {name} has the split {texts['split']!r}; write train, val or test.")
+    path = Path(os.path.normpath(folder / texts["path"]))
+    if not path.is_file():
+        raise InputError(f"Row {number} of {name} lists {path}, which is missing; correct the path, or remove the row.")
+    return Row(number, path, normalize("NFC", texts["label"]), split, texts.get("group"))
+
+
+def _text(value: Any) -> str:
+    """Return a cell's text; empty for None and NaN."""
+    import pandas
+
+    return "" if pandas.isna(value) else str(value).strip()

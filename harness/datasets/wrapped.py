@@ -1,0 +1,150 @@
+"""torch Datasets as the images of a study."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+
+import numpy as np
+
+from harness.base.errors import InputError, first_line
+from harness.config.contracts import SplitName
+from harness.config.space import check_types
+from harness.config.train import check_sizes, location
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+LOCK = Lock()  # few datasets may be read by several threads
+
+
+class MapStyle(Protocol):
+    """Protocol of map-style datasets: `torch.utils.data.Dataset` with a length."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Any: ...
+
+
+class Source(str):
+    """The name of a dataset, by which definitions compare it: its class and length; its images are compared, too."""
+
+    dataset: MapStyle
+    found: list[tuple[Item, int]]
+
+    def __new__(cls, dataset: MapStyle, split: str) -> Self:
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            raise InputError(f"Wrapped needs map-style datasets, with len() and an index, not {dataset!r} as {split}.")
+        name = super().__new__(cls, f"{type(dataset).__qualname__}-{len(dataset)}-{split}")
+        name.dataset, name.found = dataset, []
+        return name
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return (self.dataset, self.rpartition("-")[2])
+
+    def read(self) -> list[tuple[Item, int]]:
+        """Return all images with their labels; reads them once."""
+        if not self.found:
+            found = list(_items(self))
+            if not found:
+                raise InputError(f"{self} is empty; give a dataset with images.")
+            if next(_items(self)) != found[0]:
+                raise InputError(f"Image 0 of {self} differs between two reads; remove its random transforms.")
+            self.found = found
+        return self.found
+
+
+class Item(NamedTuple):
+    """An image of a dataset."""
+
+    source: Source
+    number: int
+    digest: str  # of its pixels
+
+    def __str__(self) -> str:
+        return f"image {self.number} of {self.source}"
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """Three map-style torch Datasets: Wrapped(train, val, test, classes=("daisy", "rose")).
+
+    Each gives (image, label): a PIL image, or a uint8 tensor [3, H, W] or [1, H, W], without augmentation, which the
+    harness adds, and a class number from 0. Without `classes`, the names are those of `train.classes`, or the numbers.
+    All images are read at every start, to see whether they have changed.
+    """
+
+    train: Any
+    val: Any
+    test: Any
+    _: KW_ONLY
+    names: tuple[str, ...] = ()
+    image_size: int = 224
+    stored_size: int = 256
+    limit: int | None = None  # maximum images per split, spread over the classes
+    cache: str = location("data/cache")
+
+    def __post_init__(self) -> None:
+        for split in ("train", "val", "test"):
+            if not isinstance(given := getattr(self, split), Source):
+                object.__setattr__(self, split, Source(given, split))
+        check_types(self, "data.")
+        check_sizes(self.image_size, self.stored_size, self.limit)
+
+    def classes(self) -> tuple[str, ...]:
+        if names := self.names or tuple(map(str, getattr(self.train.dataset, "classes", ()))):
+            return names
+        return tuple(str(label) for label in range(1 + max(label for _, label in self.train.read())))
+
+    def samples(self, split: SplitName) -> list[tuple[Item, int]]:
+        """Return a split. Raises InputError for an item that is no image with a label, or changes between two reads."""
+        known = len(self.classes())
+        for item, label in (found := getattr(self, split).read()):
+            if label >= known:
+                raise InputError(f"The label of {item} is {label}, but there are {known} classes, from 0.")
+        return found
+
+    def stamp(self, item: Item) -> str:
+        return item.digest
+
+    def content(self, item: Item) -> bytes:
+        return item.digest.encode()
+
+    def open(self, item: Item) -> Image.Image:
+        return _image(item.source, item.number)[0]
+
+
+def _items(source: Source) -> Iterator[tuple[Item, int]]:
+    for index in range(len(source.dataset)):
+        image, label = _image(source, index)
+        pixels = hashlib.sha256(f"{image.size} ".encode() + image.tobytes())
+        yield Item(source, index, pixels.hexdigest()), label
+
+
+def _image(source: Source, index: int) -> tuple[Image.Image, int]:
+    """Return an RGB image and its label. Raises InputError if the dataset gives something else."""
+    from PIL import Image
+
+    what = f"image {index} of {source}"
+    try:
+        with LOCK:
+            image, label = source.dataset[index]
+    except Exception as error:  # the dataset's own code may raise any
+        raise InputError(f"{what} cannot be read ({type(error).__name__}: {first_line(error)}).") from error
+    if not isinstance(image, Image.Image):
+        array = np.asarray(image)
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[0] not in (1, 3):
+            raise InputError(
+                f"{what} is {type(image).__name__} {array.dtype} {array.shape}; give PIL images, or uint8 tensors "
+                "[3, H, W], without normalisation."
+            )
+        image = Image.fromarray(np.broadcast_to(array, (3, *array.shape[1:])).transpose(1, 2, 0).copy())
+    try:
+        number = int(label)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"The label of {what} is {label!r}; give a class number from 0.") from error
+    if number != label or number < 0:
+        raise InputError(f"The label of {what} is {label!r}; give a class number from 0.")
+    return image.convert("RGB"), number

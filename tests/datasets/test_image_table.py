@@ -1,0 +1,153 @@
+"""Photographs in a table: the readers, the split by group or content, and an error for each thing that can be wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+from PIL import Image
+
+from harness.base.errors import InputError
+from harness.datasets.image_table import ImageTable
+
+SPLITS = ("train", "val", "test")
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder with 60 images, all of different colours."""
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    for number in range(60):
+        Image.new("RGB", (4, 4), (number, 255 - number, 7)).save(tmp_path / "photos" / "a" / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def listed(count: int = 60, **columns: Any) -> Rows:
+    """Rows of the first images, daisies and roses in turn; a further column is a function of the number."""
+    return [
+        {"path": f"a/{number}.png", "label": ("daisy", "rose")[number % 2]}
+        | {name: column(number) for name, column in columns.items()}
+        for number in range(count)
+    ]
+
+
+def at(photos: Path, rows: Any, suffix: str = ".csv") -> ImageTable:
+    file = photos / f"labels{suffix}"
+    frame = pandas.DataFrame(rows)
+    if suffix == ".csv":
+        frame.to_csv(file, index=False)
+    elif suffix == ".jsonl":
+        file.write_text("\n".join(json.dumps(row) for row in rows))
+    elif suffix == ".parquet":
+        frame.to_parquet(file)
+    table = frame if suffix == "frame" else file.name
+    return ImageTable(root=str(photos), file=table, cache=str(photos.parent / "cache"))
+
+
+def names(data: ImageTable) -> dict[str, list[str]]:
+    return {split: [path.name for path, _ in data.samples(split)] for split in SPLITS}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet", "frame"])
+def test_every_reader_gives_the_same_photographs(photos: Path, suffix: str) -> None:
+    rows = listed(split=lambda number: ("train", "val", "Validation", "test")[number // 2 % 4])
+    data = at(photos, rows, suffix)
+    assert data.classes() == ("daisy", "rose")
+    for split, places in (("train", {0}), ("val", {1, 2}), ("test", {3})):
+        wanted = [(photos / "a" / f"{n}.png", n % 2) for n in range(60) if n // 2 % 4 in places]
+        assert data.samples(split) == wanted  # type: ignore[arg-type]
+    assert data.open(data.samples("train")[0][0]).size == (4, 4)
+
+
+def test_metadata_of_hugging_face_lies_beside_the_images(photos: Path) -> None:
+    rows = [{"file_name": f"{number}.png", "label": number % 3} for number in range(60)]
+    (photos / "a" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ImageTable(root=str(photos), file="a/metadata.jsonl", cache=str(photos.parent / "cache"))
+    assert data.classes() == ("0", "1", "2")
+    assert sum(len(each) for each in names(data).values()) == 60
+
+
+def test_without_a_split_photographs_stay_in_theirs_when_rows_are_added(photos: Path) -> None:
+    before, after = names(at(photos, listed(50))), names(at(photos, listed(60)[::-1]))
+    assert all(set(before[split]) <= set(after[split]) for split in SPLITS)
+    assert sum(map(len, after.values())) == 60
+    assert len(after["train"]) > 30
+    assert min(map(len, after.values())) > 0
+
+
+def test_a_group_is_in_one_split_only(photos: Path) -> None:
+    data = at(photos, listed(group=lambda number: f"plant {number // 4}" if number < 40 else ""))
+    found = {name: split for split, each in names(data).items() for name in each}
+    assert len(found) == 60
+    assert len(set(found.values())) == 3
+    for plant in range(10):
+        assert len({found[f"{number}.png"] for number in range(4 * plant, 4 * plant + 4)}) == 1
+    renamed = at(photos, listed(40, group=lambda number: f"plant {number // 4}"))
+    assert all(found[name] == split for split, each in names(renamed).items() for name in each)
+
+
+def test_a_frame_belongs_to_the_definition_by_its_content(photos: Path) -> None:
+    one, same, other = (at(photos, rows, "frame") for rows in (listed(), listed(), listed(59)))
+    assert one == same != other
+    assert json.loads(json.dumps(one.file)) == one.file
+    assert hash(one) == hash(same)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"path": "a/0.png"}], "has no column 'label', but path; add it"),
+        ([{"image;label": "a/0.png;x"}], "has no column 'path', but image;label"),
+        ([*listed(), {"path": "a/9.png", "label": "rose"}], r"Rows 11 and 62 of .*labels\.csv both list .*9\.png"),
+        ([*listed(), {"path": "a/../a/9.png", "label": "rose"}], r"Rows 11 and 62 .*both list"),
+        ([*listed(59), {"path": "a/60.png", "label": "rose"}], r"Row 61 of .* lists .*60\.png, which is missing"),
+        ([*listed(59), {"path": "a/59.png", "label": " "}], r"Row 61 of .* has no label; fill it in"),
+        ([*listed(59), {"path": "", "label": "rose"}], r"Row 61 of .* has no path"),
+        (listed(split=lambda number: "train" if number else ""), r"Row 2 of .* has no split"),
+        (listed(split=lambda number: "trian"), r"Row 2 of .* has the split 'trian'; write train, val or test"),
+        (
+            listed(split=lambda n: SPLITS[n % 3], group=lambda n: n // 2),
+            r"Group '0' of .* is in the train split \(row 2",
+        ),
+        (
+            listed(split=lambda n: SPLITS[n // 2 % 3] if n % 2 else SPLITS[n % 4]),
+            "Class 'daisy' has no images in the val split",
+        ),
+        ([{"path": "a/0.png", "label": "rose"}], "has one label, 'rose'; a classifier needs at least two"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_row(photos: Path, rows: Rows, words: str) -> None:
+    data = at(photos, rows)
+    with pytest.raises(InputError, match=words):
+        names(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("labels.csv", None, "There is no table"),
+        ("labels.csv", b"", "cannot be read as a table"),
+        ("labels.csv", b"path,label\n", "has no rows"),
+        ("labels.csv", b"path,label\na/0.png,rose,3\na/1.png,rose,3\n", "cannot be read as a table"),
+        ("labels.csv", b"path,label\na/0.png,\xff\n", "cannot be read as a table"),
+        ("labels.jsonl", b"{", "cannot be read as a table"),
+        ("labels.parquet", b"PAR1", "cannot be read as a table"),
+        ("labels.xlsx", b"PK", r"is no table; give a file that ends with \.csv"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused(photos: Path, name: str, content: bytes | None, words: str) -> None:
+    if content is not None:
+        (photos / name).write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        ImageTable(root=str(photos), file=name).classes()
+
+
+def test_a_table_is_read_again_when_it_changed(photos: Path) -> None:
+    data = at(photos, listed(40))
+    assert sum(map(len, names(data).values())) == 40
+    at(photos, listed(60))
+    assert sum(map(len, names(data).values())) == 60
