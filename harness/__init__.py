@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from harness.models.maxvit import MaxViTT as MaxViTT
     from harness.models.maxvit import TinyMaxViT as TinyMaxViT
     from harness.models.module import Module as Module
+    from harness.models.timm import EfficientNetLite0 as EfficientNetLite0
     from harness.models.timm import Timm as Timm
     from harness.models.torchvision import Torchvision as Torchvision
+    from harness.new_study import init as init
     from harness.search.pruners import Pruner as Pruner
     from harness.search.pruners import asha as asha
     from harness.search.pruners import no_pruning as no_pruning
@@ -57,9 +59,10 @@ _WHERE = {
     "datasets.image_table": ("ImageTable",),
     "datasets.wrapped": ("Wrapped",),
     "garden.dataset": ("Garden",),
+    "new_study": ("init",),
     "models.maxvit": ("MaxViTT", "TinyMaxViT"),
     "models.module": ("Module",),
-    "models.timm": ("Timm",),
+    "models.timm": ("EfficientNetLite0", "Timm"),
     "models.torchvision": ("Torchvision",),
     "search.pruners": ("Pruner", "asha", "no_pruning"),
     "search.samplers": ("Sampler", "gp", "grid", "tpe"),

@@ -17,6 +17,10 @@ import pytest
 # busy machine wait for each other (seen: 30 s of work in 7 minutes).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A shell's background job ignores Ctrl-C, and so do its children; the tests send it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 from harness.config.space import Choice, Float
 from harness.config.study import Study
 from harness.config.train import FinalConfig, OptimConfig, RuntimeConfig, TrainConfig

@@ -47,7 +47,7 @@ def test_every_command_parses(name: str) -> None:
 def test_every_command_of_the_program_is_in_the_readme() -> None:
     help_text = build_parser("python -m harness").format_help()
     known = re.findall(r"^    (\w+)(?: |$)", help_text, re.M)
-    assert " ".join(known) == "run list models show report reproduce replay audit doctor export predict demo ui"
+    assert " ".join(known) == "run list init models show report reproduce replay audit doctor export predict demo ui"
     for command in known[1:]:
         assert f"python -m harness {command}" in README
 
@@ -59,7 +59,7 @@ def test_the_readme_fits_on_two_screens() -> None:
 def test_the_fields_that_are_explained_exist() -> None:
     table = PAGES["study-file.md"].split("| field | meaning |")[1].split("\n\n")[0]
     study = catalogue.find(str(PROJECT / "studies" / "flowers102.py")).study
-    known = {*space.paths(study.train), *(f"final.{path}" for path in space.paths(study.final)), "seed"}
+    known = {*space.paths(study.train), *(f"final.{path}" for path in space.paths(study.final)), "seed", "objective"}
     for row in table.splitlines()[2:]:
         for path in re.findall(r"`([a-z_]+(?:\.[a-z_*]+)?)`", row.split("|")[1]):
             group = path.removesuffix("*")

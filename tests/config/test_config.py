@@ -42,6 +42,7 @@ OTHER: dict[str, Any] = {
     "backbone.hidden": (16, 8),
     "backbone.dropout": 0.3,
     "backbone.weights": "other.pth",
+    "class_weight": 0.5,
     "backbone.stochastic_depth": 0.1,
     "backbone.bn_momentum": 0.01,
     "augment.crop_scale": (0.7, 1.0),

@@ -23,6 +23,7 @@ from harness.config.study import Study
 from harness.config.train import RuntimeConfig
 from harness.models.maxvit import MaxViTT, TinyMaxViT
 from harness.models.stochastic_depth import StochasticDepth
+from harness.models.torchvision import Torchvision
 from harness.training import runtime as auto
 from harness.training.assemble import assemble, decide_runtime
 from harness.training.loop import fit
@@ -91,6 +92,8 @@ def curve(study: Study, runtime: Runtime, **changes: Any) -> list[EpochResult]:
     return list(fit(assemble(config, runtime, 0)))
 
 
+DEPTHWISE = partial(Torchvision("efficientnet_b0", pretrained=False).build, 102, 224)
+CONVOLUTIONS = partial(Torchvision("resnet18", pretrained=False).build, 102, 224)
 TINY, LARGE = partial(TinyMaxViT(pretrained=False).build, 16, 64), partial(MaxViTT(pretrained=False).build, 102, 224)
 
 
@@ -100,6 +103,7 @@ TINY, LARGE = partial(TinyMaxViT(pretrained=False).build, 16, 64), partial(MaxVi
         ("cpu", True, TINY, False),
         ("cpu", True, LARGE, True),  # as the timing chose on such a processor
         ("cpu", False, LARGE, False),
+        ("cpu", True, CONVOLUTIONS, True),
         ("cuda", (9, 0), TINY, True),
         ("cuda", (8, 0), TINY, True),
         ("cuda", (7, 5), LARGE, False),
@@ -112,11 +116,21 @@ def test_auto_goes_by_device_instructions_and_model_and_times_nothing(
     monkeypatch.setattr(auto, "find_device", torch.device)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: instructions)
-    monkeypatch.setattr(auto, "_step_seconds", lambda *args: pytest.fail("timed"))
+    monkeypatch.setattr(auto, "step_seconds", lambda *args: pytest.fail("timed"))
     state = torch.get_rng_state()
     decided = resolve(RuntimeConfig(device=device), build, 64, Work(batch_size=8, steps=10**9, parts=["stem"]))
     assert decided == Runtime(device=torch.device(device), bf16=bf16, channels_last=bf16, compiled=False)
     assert torch.equal(torch.get_rng_state(), state), "deciding must not move torch's global generator"
+
+
+@pytest.mark.parametrize(("build", "bf16"), [(DEPTHWISE, False), (CONVOLUTIONS, True)])
+@pytest.mark.parametrize("instructions", [False, True])
+def test_large_models_of_convolutions_are_channels_last_and_depthwise_ones_fp32(
+    monkeypatch: pytest.MonkeyPatch, build: Any, bf16: bool, instructions: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    decided = resolve(RuntimeConfig(device="cpu"), build, 64)
+    assert (decided.bf16, decided.channels_last) == (bf16 and instructions, True)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +151,7 @@ def test_tune_times_what_is_left_open_and_takes_the_clearly_fastest(
         seen.append((runtime.bf16, runtime.channels_last))
         return [9.0, 1.0 / len(seen), 1.0]
 
-    monkeypatch.setattr(auto, "_step_seconds", seconds)
+    monkeypatch.setattr(auto, "step_seconds", seconds)
     decided = resolve(RuntimeConfig(device="cpu", precision=precision, channels_last=layout), TINY, 64)
     assert seen == tried
     assert (decided.bf16, decided.channels_last) == tried[-1]

