@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from harness.base.errors import InputError
@@ -58,8 +59,9 @@ def init(
     file = home / "studies" / f"{name}.py"
     if file.exists():
         raise InputError(f"{file} exists; give another --name, or remove it.")
-    data, written = _data(place, home)
-    look = _Look(data)
+    with TemporaryDirectory() as cache:
+        data, written = _data(place, home, cache)
+        look = _Look(data)
     backbone, said = _backbone(model)
     size = _size_for(backbone, look)
     plan = _plan(backbone, size, look)
@@ -75,7 +77,7 @@ def init(
     return NewStudy(file=file, findings=[*look.findings(), *said, plan.sentence()])
 
 
-def _data(place: Path, home: Path) -> tuple[Any, str]:
+def _data(place: Path, home: Path, cache: str) -> tuple[Any, str]:
     """Return the data set, and how it is written. Raises InputError if there is none."""
     from harness.datasets.image_folder import ImageFolder
     from harness.datasets.image_table import ImageTable
@@ -84,7 +86,6 @@ def _data(place: Path, home: Path) -> tuple[Any, str]:
         raise InputError(f"There is no {place}; give a folder of photographs, or a table of them.")
     table = place if place.is_file() else next((place / name for name in TABLES if (place / name).is_file()), None)
     root = place if table is None else table.parent
-    cache = str(home / "data" / "cache")
     resolved = root.resolve()
     shown = resolved.relative_to(home).as_posix() if resolved.is_relative_to(home) else resolved.as_posix()
     if table is None:
@@ -102,10 +103,11 @@ class _Look:
         with ThreadPoolExecutor(WORKERS) as pool:
             seen = list(pool.map(self._seen, every))
         if bad := [each for each in seen if isinstance(each, InputError)]:
-            raise InputError(f"{len(bad)} of {len(every):,} photographs cannot be read; the first: {bad[0]}")
+            raise InputError(f"{len(bad)} of {len(every):,} photographs cannot be read; the first: {min(bad, key=str)}")
         self.short = [short for short, _ in seen]  # type: ignore[misc]
         self.copies = self._across(every, [digest for _, digest in seen])  # type: ignore[misc]
         self.counts = Counter(label for split in SPLITS for _, label in self.splits[split])
+        self.remarks = remarks(data)
 
     def _seen(self, item: Any) -> tuple[int, str] | InputError:
         """Return the short side in pixels, and a digest of the content."""
@@ -138,7 +140,7 @@ class _Look:
         if self.copies:
             one, two = self.copies[0]
             said.append(f"{len(self.copies):,} are in two splits, such as {one} and {two}; remove one of each pair.")
-        return said + remarks(self.data)
+        return said + self.remarks
 
 
 def _backbone(model: str | None) -> tuple[Any, list[str]]:

@@ -21,7 +21,7 @@ from harness.training.step import Runtime, compile_parts, find_device, seeded, t
 
 # Parameters from which bf16 or channels-last pay on a CPU: of 16 models with 2 to 87 million all larger ones became
 # faster, but for those with many depthwise convolutions; TinyMaxViT (0.4 million) becomes slower.
-LARGE = 4_000_000
+LARGE = 2_000_000
 
 # "tune" requires this speed-up over the plain runtime: timing noise must not decide, and uncompiled fp32 is the easiest
 # to reproduce.
