@@ -219,9 +219,9 @@ class Result:
     @property
     def model(self) -> Model:
         """The final model, loaded on the CPU. Raises InputError if there is none."""
-        from harness.serving.predict import predictor_of
+        from harness.serving.predict import load_predictor
 
-        return Model(predictor_of(self._found, self.url, "cpu"))
+        return Model(load_predictor(self._found, self.url, "cpu"))
 
     def reproduce(self, trial: int, *, data_root: str | None = None, device: str | None = None) -> Reproduction:
         """Return an iterator that retrains a trial and compares each epoch. Raises InputError for an unknown trial."""

@@ -30,13 +30,14 @@ from harness.base.files import Damaged
 from harness.cli.arguments import build_parser
 from harness.config.contracts import Square
 from harness.config.study import Study
-from harness.data.cache import ImageFiles, decoded
+from harness.data.cache import ImageFiles
 from harness.data.decoding import MAX_PIXELS, open_image
 from harness.datasets.flowers102 import Flowers102, _unpack
 from harness.models import maxvit
 from harness.store.database import check_database
 from harness.training.checkpoint import read_tensors
 from tests.conftest import PROJECT
+from tests.data.arrays import decoded
 from tests.small import study_in
 from tests.training.test_checkpoint import fresh
 

@@ -205,7 +205,7 @@ def _demo(args: argparse.Namespace) -> int:
 
     page.check_installed()
     check_port(args.host, args.port)
-    predictor = load_predictor(args.study, args.storage, args.device, args.data_root)
+    predictor = load_predictor(find(args.study), args.storage, args.device, args.data_root)
     keep_imports()
     page.serve(predictor, args.host, args.port)
     return DONE
@@ -224,10 +224,10 @@ def _predict(args: argparse.Namespace) -> int:
     from harness.study.start import keep_imports
 
     files, left_out = predict.find_images(args.images)
+    found = find(args.study)
     if args.csv not in (None, predict.STDOUT):
-        found = find(args.study)
         check_place(args.csv, "--csv", ".csv", [*files, *found.kept(opening.url_of(found, args.storage))])
-    predictor = predict.load_predictor(args.study, args.storage, args.device)
+    predictor = predict.load_predictor(found, args.storage, args.device)
     count = predict.top(args.top, len(predictor.saved.classes))
     keep_imports()
     return DONE if predict.predict(predictor, files, count, args.csv, left_out) else FAILED

@@ -158,10 +158,8 @@ class Study:
         owner, inner = self._owner(path)
         *folders, name = inner.split(".")
         holder = functools.reduce(getattr, folders, owner)
-        for field in dataclasses.fields(holder):
-            if field.name == name and field.default is not dataclasses.MISSING:
-                return bool(plain(field.default) == plain(getattr(holder, name)))
-        return False
+        # The defaults of a dataclass are attributes of the class.
+        return hasattr(type(holder), name) and bool(plain(getattr(type(holder), name)) == plain(getattr(holder, name)))
 
     def definition(self) -> dict[str, Any]:
         """Return everything that decides the results, flat, for JSON; without `trials`, which may grow."""

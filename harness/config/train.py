@@ -31,14 +31,22 @@ def require_count(path: str, value: int, most: int) -> None:
     require(1 <= value <= most, f"{path} must be at least 1 and at most {most:,}, not {value}.")
 
 
-def check_sizes(image_size: int, stored_size: int, limit: int | None) -> None:
-    require(image_size >= 1, f"data.image_size must be at least 1 pixel, not {image_size}.")
-    require(stored_size <= 10_000, f"data.stored_size must be at most 10,000 pixels, not {stored_size}.")
-    require(
-        stored_size >= image_size,
-        f"data.stored_size ({stored_size}) must not be smaller than data.image_size ({image_size}).",
-    )
-    require(limit is None or limit >= 1, f"data.limit must be at least 1, or null for all images, not {limit}.")
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Base of data sets: sides of their images in pixels, and the folder of the decoded ones."""
+
+    image_size: int = 224
+    stored_size: int = 256  # of the cached training images; the margin is for crops
+    limit: int | None = None  # maximum images per split, spread over the classes
+    cache: str = location("data/cache")
+
+    def __post_init__(self) -> None:
+        spaces.check_types(self, "data.")
+        size, stored, limit = self.image_size, self.stored_size, self.limit
+        require(size >= 1, f"data.image_size must be at least 1 pixel, not {size}.")
+        require(stored <= 10_000, f"data.stored_size must be at most 10,000 pixels, not {stored}.")
+        require(stored >= size, f"data.stored_size ({stored}) must not be smaller than data.image_size ({size}).")
+        require(limit is None or limit >= 1, f"data.limit must be at least 1, or null for all images, not {limit}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,22 +31,13 @@ from harness.base.environment import cores
 from harness.base.errors import Halt
 from harness.base.files import replace_file, replacing
 from harness.config.contracts import Dataset, Square
-from harness.config.space import check_types
-from harness.config.train import check_sizes, location
+from harness.config.train import DataConfig, location
 from harness.data.decoding import check_proportions, open_image, revision
 
 SHA256 = re.compile("[0-9a-f]{64}")
 KEY = re.compile("[0-9a-f]{32}")  # from `_digest`
 FORMAT = "1"  # increment when the same images give other arrays
 WORKERS = cores()  # Pillow releases the GIL while it decodes and resizes
-
-
-def decoded(dataset: Dataset, items: Sequence[Any], size: Square) -> NDArray[np.uint8]:
-    """Return the images as a memory-mapped array [len(items), side, side, 3], decoded at the first call only.
-
-    Raises InputError naming the file if it is not a readable image, or too narrow.
-    """
-    return keyed(dataset, items, [size])[size][1]
 
 
 def content_keys(dataset: Dataset, items: Sequence[Any], sizes: Sequence[Square]) -> dict[Square, str]:
@@ -57,7 +48,10 @@ def content_keys(dataset: Dataset, items: Sequence[Any], sizes: Sequence[Square]
 def keyed(
     dataset: Dataset, items: Sequence[Any], sizes: Sequence[Square]
 ) -> dict[Square, tuple[str, NDArray[np.uint8]]]:
-    """Return keys and arrays, as `content_keys` and `decoded` do, at once."""
+    """Return keys, and memory-mapped arrays [len(items), side, side, 3], decoded at the first call only.
+
+    Raises InputError naming the file if it is not a readable image, or too narrow.
+    """
     folder = Path(dataset.cache)
     # A file name may contain invalid UTF-8, which Python reads as lone surrogates.
     stamps = [dataset.stamp(item).encode(errors="surrogatepass") for item in items]
@@ -200,18 +194,10 @@ def _header(shape: tuple[int, ...]) -> bytes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFiles:
+class ImageFiles(DataConfig):
     """Base of data sets of image files: an item is the file's path."""
 
     root: str = location("data")
-    image_size: int = 224
-    stored_size: int = 256
-    limit: int | None = None  # maximum images per split, spread over the classes
-    cache: str = location("data/cache")
-
-    def __post_init__(self) -> None:
-        check_types(self, "data.")
-        check_sizes(self.image_size, self.stored_size, self.limit)
 
     def stamp(self, item: Path) -> str:
         stat = os.stat(item)

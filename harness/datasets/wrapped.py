@@ -12,8 +12,7 @@ import numpy as np
 
 from harness.base.errors import InputError, first_line
 from harness.config.contracts import SplitName
-from harness.config.space import check_types
-from harness.config.train import check_sizes, location
+from harness.config.train import DataConfig
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -68,7 +67,7 @@ class Item(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Wrapped:
+class Wrapped(DataConfig):
     """Three map-style torch Datasets: Wrapped(train, val, test, classes=("daisy", "rose")).
 
     Each gives (image, label): a PIL image, or a uint8 tensor [3, H, W] or [1, H, W], without augmentation, which the
@@ -81,17 +80,12 @@ class Wrapped:
     test: Any
     _: KW_ONLY
     names: tuple[str, ...] = ()
-    image_size: int = 224
-    stored_size: int = 256
-    limit: int | None = None  # maximum images per split, spread over the classes
-    cache: str = location("data/cache")
 
     def __post_init__(self) -> None:
         for split in ("train", "val", "test"):
             if not isinstance(given := getattr(self, split), Source):
                 object.__setattr__(self, split, Source(given, split))
-        check_types(self, "data.")
-        check_sizes(self.image_size, self.stored_size, self.limit)
+        super().__post_init__()
 
     def classes(self) -> tuple[str, ...]:
         if names := self.names or tuple(map(str, getattr(self.train.dataset, "classes", ()))):

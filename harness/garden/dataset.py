@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from harness.base.seeds import derive_seed
 from harness.config.contracts import SplitName
-from harness.config.space import check_types
-from harness.config.train import check_sizes, location, require_count
+from harness.config.train import DataConfig, require_count
 from harness.garden.species import DEMO_SPECIES, PRETRAINING_SPECIES, Species
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ class Seedling(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Garden:
+class Garden(DataConfig):
     """Drawn flowers of `species`; an image depends only on its split, species and number."""
 
     licence: ClassVar[str] = "Drawn by this program; no third party has rights in them."
@@ -35,14 +34,11 @@ class Garden:
     seed: int = 0
     image_size: int = 64
     stored_size: int = 72
-    limit: int | None = None  # maximum images per split, spread over the classes
-    cache: str = location("data/cache")
 
     def __post_init__(self) -> None:
-        check_types(self, "data.")
+        super().__post_init__()
         for name in ("train_per_class", "val_per_class", "test_per_class"):
             require_count(f"data.{name}", getattr(self, name), 100_000)
-        check_sizes(self.image_size, self.stored_size, self.limit)
 
     def _all(self) -> tuple[Species, ...]:
         return DEMO_SPECIES if self.species == "demo" else PRETRAINING_SPECIES

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from harness.base.errors import InputError, shown
 from harness.base.files import replacing
-from harness.config.find import Found, find
+from harness.config.find import Found
 from harness.data.cache import WORKERS
 from harness.data.decoding import SUFFIXES, check_proportions, open_image
 from harness.data.layout import made_by_system
@@ -96,19 +96,10 @@ class Predictor:
             return error
 
 
-def load_predictor(name: str, storage_url: str | None, device: str, data_root: str | None = None) -> Predictor:
-    """Load the saved model of the study `name`, or of that file, on a device.
-
-    Raises InputError if there is no such study, model or device.
-    """
-    found = find(name)
-    return predictor_of(found, url_of(found, storage_url), device, data_root)
-
-
-def predictor_of(found: Found, url: str, device: str, data_root: str | None = None) -> Predictor:
-    """Load the saved model of the study at `url` on a device. Raises InputError as `load_predictor` does."""
+def load_predictor(found: Found, storage: str | None, device: str, data_root: str | None = None) -> Predictor:
+    """Load a study's saved model on a device. Raises InputError if there is no such study, model or device."""
     where = find_device(device)
-    with read_store(found.study.name, url) as store:
+    with read_store(found.study.name, url_of(found, storage)) as store:
         study = located(found, store, data_root)
         return Predictor(load_saved(study, store, found.beside(store.url, ".model")), where)
 

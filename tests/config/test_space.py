@@ -94,7 +94,7 @@ def test_leaves_walk_every_field_in_order_and_name_the_classes() -> None:
     assert found["data.type"] == "Garden"
     assert found["backbone.type"] == "TinyMaxViT"
     assert found["optim.base_lr"] == BASE.optim.base_lr
-    assert list(found)[:2] == ["data.type", "data.species"]
+    assert list(found)[:2] == ["data.type", "data.image_size"]
     assert list(found)[-3:] == ["class_weight", "feature_views", "checkpoint_seconds"]
 
 

@@ -23,9 +23,10 @@ from torchvision.transforms import functional as F
 from harness.base.errors import Halt, InputError
 from harness.config.contracts import Square
 from harness.data.augment import normalise
-from harness.data.cache import ImageFiles, content_keys, damaged, decoded, square
+from harness.data.cache import ImageFiles, content_keys, damaged, square
 from harness.data.decoding import open_image
 from harness.datasets.image_folder import ImageFolder
+from tests.data.arrays import decoded
 
 SIZES = [(300, 200), (200, 300), (256, 256), (32, 32), (33, 32), (101, 57), (57, 101), (31, 500), (20, 12), (499, 333)]
 

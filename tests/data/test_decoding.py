@@ -20,10 +20,11 @@ from PIL import Image, PngImagePlugin
 from harness.base.errors import InputError
 from harness.config.contracts import Square
 from harness.data import decoding
-from harness.data.cache import ImageFiles, decoded
+from harness.data.cache import ImageFiles
 from harness.data.decoding import SUFFIXES, decode, open_image, revision
 from harness.data.layout import made_by_system
 from harness.datasets.image_folder import ImageFolder
+from tests.data.arrays import decoded
 
 
 def flower(width: int = 24, height: int = 18) -> Image.Image:

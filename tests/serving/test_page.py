@@ -24,6 +24,7 @@ from PIL import Image
 
 from harness.base.words import percent
 from harness.cli.commands import main
+from harness.config.find import find
 from harness.datasets.image_folder import ImageFolder
 from harness.serving.demo_page import build_app, heading, note_of, uploaded, write_examples
 from harness.serving.predict import Predictor, load_predictor
@@ -52,7 +53,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, image_cache: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def predictor(home: Path) -> Predictor:
-    return load_predictor(str(home / "studies" / "tiny.py"), None, "cpu")
+    return load_predictor(find(str(home / "studies" / "tiny.py")), None, "cpu")
 
 
 # The server's own process: it says on stderr whom it asks for an address, or calls, beyond this machine.

@@ -19,6 +19,7 @@ from PIL import Image
 from harness.base.errors import InputError
 from harness.base.packing import unpack
 from harness.cli.commands import main
+from harness.config.find import find
 from harness.serving.model import preprocess
 from harness.serving.predict import BATCH, Guess, Predictor, find_images, load_predictor, shown
 from harness.store.opening import read_store
@@ -50,7 +51,7 @@ def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def predictor(home: Path) -> Predictor:
-    return load_predictor(str(home / "studies" / "tiny.py"), None, "cpu")
+    return load_predictor(find(str(home / "studies" / "tiny.py")), None, "cpu")
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_the_test_images_get_the_predictions_that_are_recorded(at_home: Path, tm
     with read_store("tiny", "sqlite:///studies/tiny.db") as store:
         recorded: dict[str, Any] = store.attributes()["predictions"]["seeds"][0]
     rows = table(tmp_path / "table.csv")
-    classes = load_predictor("tiny", None, "cpu").saved.classes
+    classes = load_predictor(find("tiny"), None, "cpu").saved.classes
     assert [row["class"] for row in rows] == [classes[label] for label in unpack(recorded["predicted"], "uint16")]
     confidence = unpack(recorded["confidence"], "float32")
     assert [float(row["probability"]) for row in rows] == pytest.approx(confidence.tolist(), abs=1e-4)
@@ -157,7 +158,7 @@ def test_every_image_has_a_block_of_lines(at_home: Path, capsys: pytest.CaptureF
     files = ["pictures/000.png", "pictures/001.png"]
     assert main(["predict", "tiny", *files, "--top", "2"]) == 0
     out, err = capsys.readouterr()
-    predictor = load_predictor("tiny", None, "cpu")
+    predictor = load_predictor(find("tiny"), None, "cpu")
     blocks = []
     for file in files:
         [(_, answer)] = predictor.answers([Path(file)], 2)
@@ -259,7 +260,7 @@ ENCODINGS = ["ascii", "latin-1", "cp1252"]
 def test_output_in_another_encoding_than_utf_8_is_escaped(
     at_home: Path, tmp_path: Path, flower: Image.Image, monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
-    predictor = load_predictor("tiny", None, "cpu")
+    predictor = load_predictor(find("tiny"), None, "cpu")
     predictor.saved.description["classes"] = [f"öl 花 {number}" for number in range(16)]
     monkeypatch.setattr("harness.serving.predict.load_predictor", lambda *arguments: predictor)
     flower.save(tmp_path / "花é.png")
