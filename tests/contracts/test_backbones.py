@@ -44,6 +44,7 @@ FAMILIES: dict[str, Any] = {
     "TinyMaxViT": TinyMaxViT(pretrained=False, hidden=(8,)),
     "convnext": Torchvision("convnext_tiny", pretrained=False),
     "efficientnet": Torchvision("efficientnet_b0", pretrained=False),
+    "maxvit": Torchvision("maxvit_t", pretrained=False),
     "mobilenet": Torchvision("mobilenet_v3_small", pretrained=False, hidden=(8,)),
     "resnet": Torchvision("resnet18", pretrained=False),
     "shufflenet": Torchvision("shufflenet_v2_x0_5", pretrained=False),
@@ -63,8 +64,8 @@ CPU = RUNTIMES["fp32"]
 def config(request: pytest.FixtureRequest, image_cache: Path) -> TrainConfig:
     """One epoch of two batches."""
     train = make_study(image_cache).train
-    size = 56 if "DINO" in request.param else 64
-    data = dataclasses.replace(train.data, image_size=size)  # type: ignore[type-var]
+    size = {"timm, DINOv2": 56, "maxvit": 224}.get(request.param, 64)
+    data = dataclasses.replace(train.data, image_size=size, stored_size=max(size, 72))  # type: ignore[type-var]
     return dataclasses.replace(train, backbone=FAMILIES[request.param], data=data, epochs=1)
 
 

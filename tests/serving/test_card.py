@@ -79,6 +79,7 @@ def test_its_numbers_are_those_of_the_storage(finished: Finished) -> None:
     trial = next(each for each in finished.store.trials() if each.number == final["trial"])
     assert f"trial {trial.number} was chosen, with {percent(trial.value)}" in text
     assert "32 training, 32 validation, 32 test images" in text
+    assert "pretrained weights: none." in text
     for path in trial.params:
         assert f"| `{path}` |" in text
 
