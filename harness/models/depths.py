@@ -98,14 +98,16 @@ def check_size(name: str, build: Callable[[], nn.Module], image_size: int) -> No
     """
     try:
         model = skeleton(build).eval()
-        last_linear(model)
+        last_linear(model, name)
         with torch.no_grad():
-            model(torch.empty(1, 3, image_size, image_size, device="meta"))
+            logits = model(torch.empty(1, 3, image_size, image_size, device="meta"))
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+            raise InputError(f"The forward of {name} returns {type(logits).__name__}; return logits [B, classes].")
     except InputError:
         raise
     # Models refuse a size in many ways.
     except Exception as error:
         raise InputError(
             f"{name} does not take images of {image_size} x {image_size} pixels ({first_line(error)}); change "
-            "data.image_size."
+            "data.image_size, or the model."
         ) from error

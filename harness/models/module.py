@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from harness.base.errors import InputError
+from harness.base.errors import InputError, first_line
 from harness.config.contracts import Preprocessing
-from harness.config.space import is_plain
+from harness.config.space import is_plain, shortened
 from harness.config.train import require
 from harness.models import pretrained
 from harness.models.backbone import PretrainedBackbone, last_linear
@@ -32,16 +33,13 @@ class Function(str):
 
     def __new__(cls, build: Callable[[], nn.Module]) -> Self:
         if not (inspect.isfunction(build) or inspect.isclass(build)):
-            raise InputError(f"build must be a function or a class that returns a torch.nn.Module, not {build!r}.")
-        try:
-            source = inspect.getsource(build)
-        except OSError as error:
-            raise InputError(f"The source of {build.__qualname__} cannot be read; define it in a file.") from error
+            what = shortened(build)
+            raise InputError(f"build must be a function without arguments, or a class, not {what}; write one.")
         # Variables of an enclosing function are as much of it as its source.
         cells = [cell.cell_contents for cell in getattr(build, "__closure__", None) or ()]
         if not is_plain(cells):
             raise InputError(f"{build.__qualname__} uses objects of an enclosing function; define it at the top level.")
-        source += repr(cells) if cells else ""
+        source = "\n".join([*_sources(build, set()), repr(cells) if cells else ""])
         name = super().__new__(cls, f"{build.__qualname__}-{hashlib.sha256(source.encode()).hexdigest()[:8]}")
         name.build = build  # type: ignore[assignment]
         return name
@@ -55,8 +53,29 @@ class Function(str):
 
         model = self.build()
         if not isinstance(model, nn.Module):
-            raise InputError(f"build {self} returned {type(model).__name__}; return a torch.nn.Module.")
+            raise InputError(f"{self.plain} returned {type(model).__name__}; return a torch.nn.Module.")
         return model
+
+    @property
+    def plain(self) -> str:
+        """The name without the digest."""
+        return self.rpartition("-")[0]
+
+
+def _sources(of: Any, known: set[Any]) -> Iterator[str]:
+    """Yield the source of a function or class, and of those of its module that it uses."""
+    known.add(of)
+    try:
+        yield inspect.getsource(of)
+    except OSError as error:
+        raise InputError(f"The source of {of.__qualname__} cannot be read; define it in a file.") from error
+    around = vars(sys.modules[of.__module__])
+    names = [name for each in (*vars(of).values(), of) if inspect.isfunction(each) for name in each.__code__.co_names]
+    bases = of.__bases__ if inspect.isclass(of) else ()
+    for used in (*bases, *(around.get(name) for name in names)):
+        mine = (inspect.isfunction(used) or inspect.isclass(used)) and used.__module__ == of.__module__
+        if mine and used not in known:
+            yield from _sources(used, known)
 
 
 def Module(
@@ -79,7 +98,10 @@ def Module(
 
 @dataclass(frozen=True, kw_only=True)
 class OwnModule(PretrainedBackbone):
-    """What `Module` returns. A changed source of the function is another definition: resuming is refused."""
+    """What `Module` returns.
+
+    Its source, and that of what it uses of its file, is part of the definition: after a change, resuming is refused.
+    """
 
     function: Function
     parts: tuple[tuple[str, ...], ...] = ()
@@ -93,9 +115,21 @@ class OwnModule(PretrainedBackbone):
             raise InputError(f"backbone.weights must be a file of weights, not {self.weights!r}.")
 
     def check_size(self, image_size: int) -> None:
+        import torch
+
         from harness.models.depths import check_size
 
-        check_size(self.function, self.function.model, image_size)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                self.function.model()
+        except InputError:
+            raise
+        except Exception as error:  # it is the user's code
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise InputError(
+                f"{self.function.plain}() failed ({why}); it must build a model without arguments."
+            ) from error
+        check_size(self.function.plain, self.function.model, image_size)
         depths, names, head = self.depths("block"), _parameters(self.function), _head(self.function)
         for name in names:
             fits = any(name.startswith(depth) for depth in depths)

@@ -67,15 +67,15 @@ def read(file: str) -> dict[str, Tensor]:
     fingerprint(file)
     try:
         state: Any = load_file(file) if file.endswith(".safetensors") else _unpickled(file)
-    # A damaged file can raise any exception.
+    # A damaged file can raise any exception. torch's text would advise to run the code in it.
     except Exception as error:
-        raise InputError(
-            f"backbone.weights {file} is not a file of weights ({first_line(error)}); save a model's state_dict()."
-        ) from error
+        raise InputError(f"backbone.weights {file} is not a file of weights; save a model's state_dict().") from error
     for key in WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    return _tensors(state, f"backbone.weights {file}", "save a model's state_dict()")
+    found = _tensors(state, f"backbone.weights {file}", "save a model's state_dict()")
+    parallel = all(name.startswith("module.") for name in found)  # saved from torch.nn.DataParallel
+    return {name.removeprefix("module."): each for name, each in found.items()} if parallel else found
 
 
 def _tensors(state: Any, source: str, remedy: str) -> dict[str, Tensor]:

@@ -84,6 +84,7 @@ def test_it_survives_copies_and_pickling(tmp_path: Path) -> None:
         (Colours(0, made=lambda pixels: tensor(pixels).float()), r"is Tensor float32 \(3, 8, 8\); give PIL images"),
         (Colours(0, made=lambda pixels: "x"), "is str"),
         (Colours(0, made=lambda pixels: 1 / 0), "image 0 of Colours-8-train cannot be read .ZeroDivisionError"),
+        ([{"image": 1}], "is dict; give pairs"),
         (Colours(0, label=lambda n: "rose"), "The label of image 0 of .* is 'rose'; give a class number"),
         (Colours(0, label=lambda n: -1), "is -1; give a class number from 0"),
         (Colours(0, label=lambda n: 0.5), r"is 0\.5; give a class number"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +13,16 @@ from torchvision import models
 import harness
 from harness.base.errors import InputError
 from harness.cli.commands import main
+from harness.models.maxvit import MaxViTT, TinyMaxViT
+from harness.models.timm import EfficientNetLite0
 
 
 def test_every_model_of_torchvision_that_has_a_head_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     named = {each["model"] for each in found}
-    assert named == {f'Torchvision("{name}")' for name in models.list_models(module=models) if "squeeze" not in name}
+    others = {f'Torchvision("{name}")' for name in models.list_models(module=models) if "squeeze" not in name}
+    assert named == others | {"MaxViTT()", "EfficientNetLite0()", "TinyMaxViT()"}
     (large,) = (each for each in found if each["model"] == 'Torchvision("vit_h_14")')
     assert (large["parameters"], large["image_size"]) == (633_470_440, 518)
 
@@ -27,10 +32,19 @@ def test_a_pattern_finds_those_of_timm_too(capsys: pytest.CaptureFixture[str]) -
     assert main(["models", "lite0"]) == 0
     shown = capsys.readouterr().out
     assert 'Timm("tf_efficientnet_lite0.in1k")' in shown
+    assert "EfficientNetLite0()" in shown
     assert "4.7 M" in shown
     found = harness.list_models("efficientnet_b0*")
     assert found["model"].tolist()[0] == 'Torchvision("efficientnet_b0")'
     assert all("efficientnet_b0" in name for name in found["model"])
+
+
+@pytest.mark.parametrize("model", [MaxViTT(pretrained=False), EfficientNetLite0(pretrained=False), TinyMaxViT()])
+def test_our_own_models_have_as_many_parameters_as_they_are_said_to(model: Any) -> None:
+    (row,) = harness.list_models(type(model).__name__).to_dict("records")
+    classes = {"MaxViTT": 1000, "EfficientNetLite0": 1000, "TinyMaxViT": 16}[type(model).__name__]
+    built = dataclasses.replace(model, hidden=()).build(classes, row["image_size"])
+    assert sum(each.numel() for each in built.parameters()) == pytest.approx(row["parameters"], rel=1e-3)
 
 
 def test_weights_that_were_downloaded_are_here(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,5 +58,5 @@ def test_weights_that_were_downloaded_are_here(tmp_path: object, monkeypatch: py
 
 
 def test_a_pattern_without_a_model_is_refused() -> None:
-    with pytest.raises(InputError, match="No model is named 'nope'"):
+    with pytest.raises(InputError, match="No model's name has 'nope' in it"):
         harness.list_models("nope")

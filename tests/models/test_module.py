@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
+import linecache
+import os
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,19 @@ def flat() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(48, 10))
 
 
+def failing() -> nn.Module:
+    raise RuntimeError("boom")
+
+
+class Pair(nn.Sequential):
+    def forward(self, x: Any) -> Any:
+        return super().forward(x), x
+
+
+def in_pairs() -> nn.Module:
+    return Pair(*small())  # type: ignore[misc]
+
+
 def nothing() -> Any:
     return None
 
@@ -40,6 +57,23 @@ def test_its_last_linear_layer_becomes_the_head() -> None:
     model = Module(build=small, hidden=(12,), dropout=0.3).build(5, 64)
     assert [type(layer) for layer in model[-1]] == [nn.Linear, nn.ReLU, nn.Dropout, nn.Linear]  # type: ignore[index]
     assert model.eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
+
+
+def test_what_it_uses_of_its_file_belongs_to_it(tmp_path: Path) -> None:
+    names = set()
+    for layer in ("ReLU", "SiLU", "ReLU"):
+        source = f"from torch import nn\nclass Net(nn.{layer}):\n    pass\ndef build():\n    return Net()\n"
+        (tmp_path / "own.py").write_text(source)
+        linecache.checkcache()
+        spec = importlib.util.spec_from_file_location("own", tmp_path / "own.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules["own"] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        names.add(Module(build=module.build).fingerprint())
+        os.utime(tmp_path / "own.py", ns=(len(names) * 10**9, len(names) * 10**9))
+    del sys.modules["own"]
+    assert len(names) == 2
 
 
 def test_depths_and_preprocessing_are_the_given_ones_or_found() -> None:
@@ -74,7 +108,9 @@ def test_it_is_the_same_if_its_source_is_and_survives_pickling() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"build": 3}, "build must be a function or a class"),
+        ({"build": 3}, "build must be a function without arguments, or a class, not 3"),
+        ({"build": failing}, r"failing\(\) failed \(RuntimeError: boom\); it must build a model"),
+        ({"build": in_pairs}, "The forward of in_pairs returns tuple; return logits"),
         ({"build": nothing}, "returned NoneType; return a torch.nn.Module"),
         ({"build": no_head}, "has no linear layer to replace"),
         ({"build": flat}, "does not take images of 64 x 64 pixels"),

@@ -103,7 +103,7 @@ def test_momentum_and_stochastic_depth_are_the_configured_ones() -> None:
     [
         ("vit_b_16", 100, "vit_b_16 does not take images of 100 x 100 pixels"),
         ("maxvit_t", 200, "maxvit_t does not take images of 200 x 200 pixels"),
-        ("squeezenet1_0", 224, "SqueezeNet has no linear layer to replace"),
+        ("squeezenet1_0", 224, "squeezenet1_0 has no linear layer to replace"),
         ("resnet5", 224, "torchvision has no model 'resnet5'; nearest: resnet50"),
     ],
 )
