@@ -80,7 +80,7 @@ def _read(text: str) -> Any:
 def check_database(url: str) -> bool:
     """Return whether all of a study's tables exist; connecting through Optuna would create them.
 
-    A SQLite file that is not empty counts as having them. Raises InputError unless the URL can be opened and holds
+    Raises InputError unless the URL can be opened and holds
     either nothing or Optuna's tables. Writes nothing.
     """
     file = sqlite_file(url)
@@ -98,7 +98,7 @@ def check_database(url: str) -> bool:
     # One of Optuna's tables is enough: a process may die while it creates them, and opening creates the rest.
     if found and not OPTUNA_TABLES.intersection(found):
         raise InputError(f"{url} is a database but not a study; give another --storage.")
-    return file is not None or LAST_TABLE in found
+    return LAST_TABLE in found
 
 
 def _check_server(url: str) -> None:
@@ -236,11 +236,17 @@ def check_driver(url: str, option: str) -> None:
 
 
 def tables(file: Path, option: str) -> list[str]:
-    """Return the table names of a SQLite file. Raises InputError if it is not one; `option` named it."""
+    """Return the table names of a SQLite file. Raises InputError if it is not one; `option` named it.
+
+    LAST_TABLE is left out while it is empty: whoever opened the storage then would fill it, and its creator fail.
+    """
 
     def names() -> list[str]:
         with closing(sqlite3.connect(_to_read(file), uri=True, timeout=BUSY_TIMEOUT_SECONDS)) as connection:
-            return [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            found = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            if LAST_TABLE in found and connection.execute(f"SELECT 1 FROM {LAST_TABLE}").fetchone() is None:
+                found.remove(LAST_TABLE)
+            return found
 
     try:
         return _waiting(f"sqlite:///{file}", names)

@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -613,6 +614,25 @@ def test_looking_for_a_missing_study_makes_no_file(tmp_path: Path) -> None:
     assert not opening.exists("tiny", url)
     database.check_database(url)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_looking_while_the_tables_are_created_leaves_them_to_their_creator(tmp_path: Path) -> None:
+    """The last one is empty for a moment; Optuna's storage would fill it, and its creator then fails."""
+    url, file = url_of(tmp_path / "tiny.db"), tmp_path / "tiny.db"
+    with open_store(searching(), url):
+        pass
+    with closing(sqlite3.connect(file)) as connection:
+        (version,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+        connection.execute("DELETE FROM alembic_version")
+        connection.commit()
+    with pytest.raises(InputError, match="holds no study"), read_store("tiny", url):
+        pass
+    with closing(sqlite3.connect(file)) as connection:
+        assert connection.execute("SELECT * FROM alembic_version").fetchall() == []
+        connection.execute("INSERT INTO alembic_version VALUES (?)", [version])
+        connection.commit()
+    with read_store("tiny", url) as store:
+        assert store.trials() == []
 
 
 def test_looking_into_an_empty_file_leaves_it_empty(tmp_path: Path) -> None:
