@@ -127,7 +127,7 @@ class BestTrial:
     """The trial that the final run retrains; before the choice, the complete trial with the highest value."""
 
     number: int
-    value: float  # validation accuracy, 0 to 1
+    value: float  # the objective on the validation images, 0 to 1
     params: dict[str, Any]
     config: TrainConfig
 
@@ -298,14 +298,15 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A study in a list; accuracies are 0 to 1."""
+    """A study in a list; values of its objective are 0 to 1."""
 
     study: str
     state: str  # not begun, running, interrupted, finished, failed, or cannot be read
     finished: int = 0  # trials
     trials: int = 0  # asked for
-    best: float | None = None  # validation accuracy
-    test: float | None = None  # test accuracy
+    best: float | None = None  # on the validation images
+    test: float | None = None  # on the test images
+    objective: str = "accuracy"
     note: str | None = None  # why it cannot be read
 
 
@@ -337,4 +338,5 @@ def _row(name: str, url: str, trials: int) -> Row:
             trials=facts.wanted or trials,
             best=None if best is None else best.value,
             test=None if final is None else final.value,
+            objective=facts.objective,
         )

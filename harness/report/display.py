@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 
-from harness.base.words import A_DAY_SECONDS, duration, percent
+from harness.base.words import A_DAY_SECONDS, OBJECTIVES, duration, percent
 from harness.config import events
 from harness.config.events import EpochEnded, EpochResult, TrialEnded, TrialStarted
 from harness.config.study import Study
@@ -238,9 +238,11 @@ def _outcome(outcome: events.TrialOutcome) -> str:
 def print_studies(rows: Sequence[Any]) -> None:
     """Print a table of `harness.api.Row`."""
     numbers = [Column(name, justify="right") for name in ("trials", "best", "test")]
-    table = Table("study", "state", *numbers, box=None, pad_edge=False, header_style="")
+    others = any(row.objective != "accuracy" for row in rows)
+    table = Table("study", "state", *numbers, *["objective"] * others, box=None, pad_edge=False, header_style="")
     for row in rows:
-        table.add_row(row.study, row.state, f"{row.finished}/{row.trials}", percent(row.best), percent(row.test))
+        shown = [row.state, f"{row.finished}/{row.trials}", percent(row.best), percent(row.test)]
+        table.add_row(row.study, *shown, *[OBJECTIVES[row.objective]] * others)
     StudyConsole().print(table)
     for row in rows:
         if row.note is not None:

@@ -10,8 +10,10 @@ import pytest
 from sklearn.metrics import f1_score, recall_score
 
 import harness
+from harness.api import rows
 from harness.base.errors import InputError
 from harness.final.predictions import from_record
+from harness.report.display import print_studies
 from tests.small import small_study
 from tests.tracking.test_tracker import client_of
 
@@ -22,7 +24,9 @@ WORDS = {"balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "loss
 @pytest.mark.parametrize(
     "objective", ["balanced_accuracy", *(pytest.param(each, marks=pytest.mark.slow) for each in ("macro_f1", "loss"))]
 )
-def test_a_study_maximizes_its_objective(objective: Any, image_cache: Path, tmp_path: Path) -> None:
+def test_a_study_maximizes_its_objective(
+    objective: Any, image_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     study = small_study(image_cache)
     final = dataclasses.replace(study.final, seeds=2, compare_base=True)
     study = dataclasses.replace(study, objective=objective, trials=3, final=final)
@@ -50,6 +54,10 @@ def test_a_study_maximizes_its_objective(objective: Any, image_cache: Path, tmp_
     assert f"val_{words.lower().replace(' ', '_')}" in _metrics(tmp_path, study.name)
     assert words in result.report.path.read_text(encoding="utf-8")
     assert result.doctor()
+    (row,) = (each for each in rows(tmp_path) if each.study == study.name)
+    assert (row.best, row.objective) == (result.best.value, objective)  # type: ignore[union-attr]
+    print_studies([row])
+    assert capsys.readouterr().out.splitlines()[-1].strip().endswith(words)
     assert all(each.same for each in result.reproduce(0))
     assert harness.run(study, home=tmp_path, progress=False).digest() == result.digest()
     with pytest.raises(InputError, match=rf"objective was '{objective}', is 'accuracy'"):
