@@ -130,9 +130,10 @@ def _remarks(store: Store, final: FinalResult | None) -> list[str]:
     if final is not None:
         if (base := final.base) is not None:
             seeds = len(base.per_seed)
+            measured = "" if base.objective == "accuracy" else f"{OBJECTIVES[base.objective]}; "
             lines.append(
                 f"The base configuration, trial {base.trial}, trained in the same way, reaches "
-                f"{percent(base.value)} ({base.correct:,} correct of {base.total:,}: {seeds} "
+                f"{percent(base.value)} ({measured}{base.correct:,} correct of {base.total:,}: {seeds} "
                 f"seed{'s' if seeds > 1 else ''})."
             )
         unknown = "The selection bias of the best validation score is not recorded."

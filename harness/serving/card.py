@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.base.files import replace_file
 from harness.base.packing import unpack
-from harness.base.words import percent
+from harness.base.words import OBJECTIVES, percent
 from harness.final.predictions import calibration_sentence, described
 from harness.final.sentences import conclusion, selection_sentence, test_sentence
 from harness.store import ledger
@@ -66,6 +66,7 @@ def card(name: str, licence: str, store: Store, description: Mapping[str, Any], 
         remarks=[*filter(None, remarks)],
         trial=trial,
         facts=facts,
+        noun=OBJECTIVES[facts.objective],
         store=store,
         among=_among(store),
         openings=ledger.openings(store.ledger_lines()),

@@ -80,8 +80,7 @@ def _read(text: str) -> Any:
 def check_database(url: str) -> bool:
     """Return whether all of a study's tables exist; connecting through Optuna would create them.
 
-    Raises InputError unless the URL can be opened and holds
-    either nothing or Optuna's tables. Writes nothing.
+    Raises InputError unless the URL can be opened and holds either nothing or Optuna's tables. Writes nothing.
     """
     file = sqlite_file(url)
     if file is not None:

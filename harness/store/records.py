@@ -104,7 +104,6 @@ class StudyFacts:
     definition: dict[str, Any] | None = None  # `Study.definition()`, and fingerprints of images and weights
     images: int | None = None
     depths: dict[str, list[str]] | None = None  # prefixes of parameter names by "block" and by "layer"
-
     # Last start
     file: str | None = None
     command: str | None = None

@@ -70,14 +70,13 @@ def resolve(
 
 
 def rule(device: torch.device, build: Callable[[], nn.Module]) -> tuple[bool, bool]:
-    """Return whether bf16 and channels-last are usually faster: on CUDA from Ampere on, on a CPU by the model's layers.
+    """Return whether bf16 is usually faster, and whether channels-last is in fp32, too; with bf16 it always is.
 
-    On a CPU bf16 needs AVX512-BF16, and pays for large models unless depthwise convolutions outnumber linear layers;
-    channels-last pays with bf16, and for large models of convolutions (benchmarks/RESULTS.md).
+    bf16 pays on CUDA from Ampere on, and with AVX512-BF16 on a CPU for large models, unless depthwise convolutions
+    outnumber linear layers. In fp32 channels-last pays on a CPU for large models of convolutions (RESULTS.md).
     """
     if device.type == "cuda":
-        bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
-        return bf16, bf16
+        return torch.cuda.get_device_capability(device) >= (8, 0), False
     if device.type != "cpu":
         return False, False
     with seeded(0, device):
@@ -87,7 +86,7 @@ def rule(device: torch.device, build: Callable[[], nn.Module]) -> tuple[bool, bo
     depthwise = sum(each.groups == each.in_channels > 1 for each in convolutions)
     large = sum(each.numel() for each in model.parameters()) >= LARGE
     bf16 = large and linear >= depthwise and torch.cpu._is_avx512_bf16_supported()
-    return bf16, bf16 or (large and len(convolutions) > linear)
+    return bf16, large and len(convolutions) > linear
 
 
 def _fastest(candidates: Sequence[Runtime], build: Callable[[], nn.Module], image_size: int) -> Runtime:

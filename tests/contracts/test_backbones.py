@@ -138,6 +138,7 @@ def test_the_exported_program_and_predict_agree_with_the_model(config: TrainConf
 @pytest.mark.slow
 def test_onnx_agrees_with_the_model(config: TrainConfig, tmp_path: Path) -> None:
     write_onnx(saved(config), tmp_path / "model.onnx")  # compares the logits
+    assert (tmp_path / "model.onnx").is_file()
 
 
 PIPELINES = (

@@ -52,6 +52,7 @@ def test_a_study_maximizes_its_objective(
     assert f"Test {words} " in said
     assert f"validation {words} of" in said
     assert f"val_{words.lower().replace(' ', '_')}" in _metrics(tmp_path, study.name)
+    assert f"compared by validation {words}" in (tmp_path / "studies" / f"{study.name}.model" / "README.md").read_text()
     assert words in result.report.path.read_text(encoding="utf-8")
     assert result.doctor()
     (row,) = (each for each in rows(tmp_path) if each.study == study.name)

@@ -133,6 +133,12 @@ def test_large_models_of_convolutions_are_channels_last_and_depthwise_ones_fp32(
     assert (decided.bf16, decided.channels_last) == (bf16 and instructions, True)
 
 
+def test_a_chosen_fp32_keeps_the_layout_that_maxvit_has_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert not resolve(RuntimeConfig(device="cpu", precision="fp32"), LARGE, 64).channels_last
+    assert resolve(RuntimeConfig(device="cpu", precision="bf16"), LARGE, 64).channels_last
+
+
 @pytest.mark.parametrize(
     ("precision", "layout", "tried"),
     [
