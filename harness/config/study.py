@@ -84,9 +84,17 @@ class Study:
         self.sampler.check(self)
 
     def image_sizes(self) -> set[int]:
-        """Return all image sizes that the model may get."""
-        searched = self.space.get("data.image_size")
-        return {self.train.data.image_size, *(spaces.extremes(searched) if searched is not None else ())}
+        """Return all image sizes that the model may get, but for those of training images before the tail."""
+        return self._possible("data.image_size")
+
+    def early_sizes(self) -> set[int]:
+        """Return all sizes of training images before the tail (`augment.early_size`)."""
+        return self._possible("augment.early_size") - {None}
+
+    def _possible(self, path: str) -> set[Any]:
+        """Return a field's value and the extremes of its dimension."""
+        searched = self.space.get(path)
+        return {spaces.get(self.train, path), *(spaces.extremes(searched) if searched is not None else ())}
 
     def backbones(self) -> Sequence[Backbone]:
         """Return all backbones that trials may have."""

@@ -16,6 +16,11 @@ from harness.base.errors import InputError
 from harness.config import space as spaces
 from harness.config.contracts import Backbone, Dataset
 
+# Those of torch.optim that take parameters of any shape, and a weight decay.
+OptimizerName = Literal[
+    "adamw", "adam", "nadam", "radam", "adamax", "sgd", "asgd", "rmsprop", "adagrad", "adadelta", "adafactor"
+]
+
 
 def location(default: Any) -> Any:
     """Define a field that is not part of a study's identity."""
@@ -51,7 +56,11 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random augmentation, drawn anew for each training image. Ranges follow torchvision's transforms."""
+    """Random augmentation, drawn anew for each training image. Ranges follow torchvision's transforms.
+
+    TrivialAugment: Müller and Hutter, 2021. Random erasing: Zhong et al., 2020. Mixup: Zhang et al., 2018. CutMix:
+    Yun et al., 2019; with both, each image has one of the two. Smaller images first: Touvron et al., 2019.
+    """
 
     crop_scale: tuple[float, float] = (0.5, 1.0)  # share of the image's area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
@@ -61,6 +70,12 @@ class AugmentConfig:
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.03  # in turns of the colour circle
+    trivial_augment: bool = False  # one of its operations per image, after crop, flip and rotation
+    random_erasing: float = 0.0  # probability
+    mixup: float = 0.0  # alpha of the Beta distribution that draws each image's share; 0: none
+    cutmix: float = 0.0  # alpha
+    early_size: int | None = None  # side of training images before the tail, in pixels; None: data.image_size
+    tail: float = 0.2  # share of the epochs, the last ones, without mixup and cutmix and in full size
 
     def __post_init__(self) -> None:
         spaces.check_types(self, "augment.")
@@ -69,22 +84,36 @@ class AugmentConfig:
         low, high = self.crop_ratio
         fits = 0 < low <= high < math.inf
         require(fits, f"augment.crop_ratio must satisfy 0 < low <= high and be finite, not {self.crop_ratio}.")
-        require(0 <= self.flip <= 1, f"augment.flip is a probability between 0 and 1, not {self.flip}.")
+        for name in ("flip", "random_erasing"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"augment.{name} is a probability between 0 and 1, not {value}.")
         for name, most in (("rotation_degrees", 180), ("brightness", 1), ("contrast", 1), ("saturation", 1)):
             require(0 <= getattr(self, name) <= most, f"augment.{name} must lie between 0 and {most}.")
         require(0 <= self.hue <= 0.5, "augment.hue must lie between 0 and 0.5 (half a turn of the colour circle).")
+        for name in ("mixup", "cutmix"):
+            value = getattr(self, name)
+            fits = value == 0 or 0.01 <= value <= 100
+            require(fits, f"augment.{name} must lie between 0.01 and 100, or be 0 for none, not {value}.")
+        size = self.early_size
+        require(size is None or size >= 1, f"augment.early_size must be at least 1 pixel, or null, not {size}.")
+        require(0 <= self.tail <= 1, f"augment.tail is a share of the epochs between 0 and 1, not {self.tail}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """The optimizer, its schedule, and the learning rate decay by depth (`harness.training.optim`)."""
 
-    name: Literal["adamw", "adam"] = "adamw"
+    name: OptimizerName = "adamw"
     base_lr: float
     depth_lr_mult: float  # a block's rate is base_lr * depth_lr_mult ** (its distance from the head)
     depth_by: Literal["block", "layer"] = "block"
+    head_epochs: int = (
+        0  # first epochs, in which only the head trains; the warm-up of the other blocks begins after them
+    )
     weight_decay: float = 0.02
+    momentum: float = 0.9  # of Adam and its kin the first beta
     schedule: Literal["cosine", "constant"] = "cosine"
+    lr_floor: float = 0.0  # at which the cosine ends, as a share of the rate
     warmup_epochs: float = 1.0
     clip_norm: float | None = 1.0
 
@@ -92,16 +121,24 @@ class OptimConfig:
         spaces.check_types(self, "optim.")
         require(0 < self.base_lr < math.inf, f"optim.base_lr must be greater than 0 and finite, not {self.base_lr}.")
         require(0 <= self.depth_lr_mult <= 1, f"optim.depth_lr_mult must lie in 0..1, not {self.depth_lr_mult}.")
+        require(self.head_epochs >= 0, f"optim.head_epochs must be 0 or more, not {self.head_epochs}.")
+        require(0 <= self.lr_floor <= 1, f"optim.lr_floor must lie in 0..1, not {self.lr_floor}.")
+        require(0 <= self.momentum < 1, f"optim.momentum must lie in 0..1, 1 excluded, not {self.momentum}.")
         for name in ("weight_decay", "warmup_epochs"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"optim.{name} must be a finite number of at least 0, not {value}.")
         fits = self.clip_norm is None or 0 < self.clip_norm < math.inf
         require(fits, f"optim.clip_norm must be greater than 0 and finite, or null, not {self.clip_norm}.")
-        # Adam adds the decay to the gradient and divides it by the gradient's size: not the configured decay.
+        # They add the decay to the gradient and divide it by the gradient's size: not the configured decay.
         require(
-            self.name == "adamw" or self.weight_decay == 0,
-            f"optim.name adam has no decoupled weight decay, and optim.weight_decay is or may become "
+            self.name not in ("adam", "adamax", "rmsprop", "adagrad", "adadelta") or self.weight_decay == 0,
+            f"optim.name {self.name} has no decoupled weight decay, and optim.weight_decay is or may become "
             f"{self.weight_decay:g}: set optim.weight_decay to 0, or optim.name to adamw.",
+        )
+        require(
+            self.name not in ("adagrad", "adadelta", "adafactor", "asgd") or self.momentum == 0.9,
+            f"optim.name {self.name} has no momentum, and optim.momentum is or may become {self.momentum:g}: leave "
+            "optim.momentum at 0.9, or set optim.name to sgd.",
         )
 
 
@@ -131,6 +168,7 @@ class TrainConfig:
     epochs: int = 15
     label_smoothing: float = 0.1
     class_weight: float = 0.0  # power of 1 / images of the class in its loss: 0 no weights, 1 equal weight per class
+    ema: float = 0.0  # time constant of the weights' moving average, as a share of the training; 0: none
     # Augmented views per image whose frozen features are cached; None: no features.
     feature_views: int | None = None
     checkpoint_seconds: float = location(60.0)  # minimum time between two checkpoints
@@ -153,12 +191,26 @@ class TrainConfig:
             f"optim.warmup_epochs is or may become {warmup:g}, longer than the whole training, whose epochs are or may "
             f"become {self.epochs}; choose a shorter warm-up or more epochs.",
         )
+        head = self.optim.head_epochs
+        require(
+            head == 0 or head < self.epochs,
+            f"optim.head_epochs is or may become {head}, and epochs is or may become {self.epochs}; choose fewer, so "
+            "that the other blocks train, too, or freeze them with optim.depth_lr_mult=0.",
+        )
+        early, size = self.augment.early_size, self.data.image_size
+        require(
+            early is None or early <= size,
+            f"augment.early_size ({early}) must not be greater than data.image_size ({size}).",
+        )
         fits = 0 <= self.checkpoint_seconds < math.inf
         require(fits, f"checkpoint_seconds must be 0 or more, and finite, not {self.checkpoint_seconds}.")
         smoothing = self.label_smoothing
         require(0 <= smoothing < 1, f"label_smoothing must lie in 0..1, 1 excluded, not {smoothing}.")
         require(0 <= self.class_weight <= 1, f"class_weight must lie in 0..1, not {self.class_weight}.")
+        require(0 <= self.ema <= 1, f"ema must lie in 0..1, not {self.ema}.")
         if self.feature_views is not None:
+            whole = self.augment.cutmix == 0 and self.augment.early_size is None
+            require(whole, "feature_views has no images to cut: leave augment.cutmix 0 and augment.early_size null.")
             fits = 0 <= self.feature_views <= 1000
             require(fits, f"feature_views must lie in 0..1000, or be null, not {self.feature_views}.")
             require(

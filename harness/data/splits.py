@@ -60,7 +60,8 @@ class ImageSet:
         from harness.data.augment import augment
 
         stored = self.stored(chosen, runtime.device)
-        return runtime.move(augment(stored, config.augment, config.data.image_size, generator, self.preprocessing))
+        size = config.augment.early_size or config.data.image_size
+        return runtime.move(augment(stored, config.augment, size, generator, self.preprocessing))
 
     def parts(self, size: int, runtime: Runtime) -> Iterator[torch.Tensor]:
         """Yield all images for an evaluation, `size` at a time: float32 [size, 3, H, W] on the device."""

@@ -41,11 +41,14 @@ class ExtrapolatingGPSampler(optuna.samplers.GPSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        import torch  # only here: commands that never suggest a trial start without it
+        return super().sample_relative(_as_complete(study), trial, search_space)
+
+    def _sample_relative_impl(self, *trials_and_space: Any) -> dict[str, Any]:
+        import torch  # only here: commands that ask no process start without it
 
         # Optuna sets a default device, which makes every operation a call in Python: a sixth of the time.
         with torch._C.DisableTorchFunction():
-            return super().sample_relative(_as_complete(study), trial, search_space)
+            return super()._sample_relative_impl(*trials_and_space)
 
 
 def _as_complete(study: optuna.Study) -> optuna.Study:

@@ -162,6 +162,7 @@ def _check_reopening(study: Study, store: Store) -> None:
 
 
 def _run_what_is_missing(command: Command, begun: bool) -> None:
+    from harness.training.assemble import check_early_size
     from harness.training.step import find_device
 
     study, found, url = command.study, command.found, command.url
@@ -174,6 +175,8 @@ def _run_what_is_missing(command: Command, begun: bool) -> None:
     study.train.data.samples("train")
     for backbone, image_size in itertools.product(study.backbones(), study.image_sizes()):
         backbone.check(image_size)
+        for early_size in study.early_sizes():
+            check_early_size(backbone, image_size, early_size)
     with command.console.status("Checking the images (the first run decodes and caches them) …"):
         content = content_of(study)
     tracker = tracker_for(options.tracking_uri, found.mlruns)

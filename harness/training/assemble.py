@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from harness.base.errors import InputError
+from harness.base.errors import InputError, first_line
 from harness.base.seeds import derive_seed
-from harness.config.contracts import prefixes
+from harness.config.contracts import Backbone, prefixes
 from harness.config.events import Objective
 from harness.config.train import TrainConfig
 from harness.data.splits import ImageSet, load_split, load_splits, load_train_and_val
 from harness.training.features import FeatureSet, features_to_train_on, frozen_body, split
 from harness.training.loop import Source, Training
-from harness.training.optim import build_optimizer, freeze, groups_for
+from harness.training.optim import Average, build_optimizer, freeze, groups_for, without_weights
 from harness.training.runtime import Work, check_compiler, resolve
-from harness.training.step import Runtime, compile_parts, find_device, seeded
+from harness.training.step import Runtime, compile_parts, find_device, predict, seeded
 
 
 def assemble(config: TrainConfig, runtime: Runtime, seed: int, objective: Objective = "accuracy") -> Training:
@@ -41,6 +41,7 @@ def assemble(config: TrainConfig, runtime: Runtime, seed: int, objective: Object
         val = body.as_they_are(load_split(config.data, config.backbone.preprocessing(), "val"))
     groups = groups_for(model, config.backbone, config.optim)
     freeze(model, groups)
+    average = Average(model, learner, groups) if config.ema else None
     if runtime.compiled and config.optim.depth_lr_mult > 0:
         # A frozen backbone would need its own graphs, and skips its backward pass anyway.
         compile_parts(model, compilable(config))
@@ -56,6 +57,7 @@ def assemble(config: TrainConfig, runtime: Runtime, seed: int, objective: Object
         runtime=runtime,
         seed=seed,
         objective=objective,
+        average=average,
     )
 
 
@@ -76,6 +78,25 @@ def evaluation_of(training: Training, images: ImageSet) -> Source:
     if training.config.feature_views is None:
         return images
     return frozen_body(training.config, training.runtime).as_they_are(images)
+
+
+def check_early_size(backbone: Backbone, image_size: int, early_size: int) -> None:
+    """Raise InputError unless the model for images of `image_size` also takes the smaller ones of the first epochs."""
+    untrained = without_weights(backbone)
+    with seeded(0, torch.device("cpu")):
+        model = untrained.build(2, image_size).eval()
+    try:
+        predict(
+            model,
+            torch.zeros(1, 3, early_size, early_size),
+            Runtime(device=torch.device("cpu"), bf16=False, channels_last=False),
+        )
+    # Models refuse a size in many ways.
+    except Exception as error:
+        raise InputError(
+            f"augment.early_size: the model for images of {image_size} x {image_size} pixels does not take "
+            f"{early_size} x {early_size} ({first_line(error)}); set it to null, or choose a model of convolutions."
+        ) from error
 
 
 def compilable(config: TrainConfig) -> list[str]:

@@ -123,6 +123,9 @@ class Checkpoint:
         progress.step, progress.steps = record["step"], record["steps"]
         progress.micro_batch, progress.seconds = record["micro_batch"], record["seconds"]
         progress.random_states = _part(tensors, "random")
+        if training.average:
+            for name, kept in _part(tensors, "average").items():
+                training.average.tensors[name].copy_(kept)
         self.seconds_before = record["training_seconds"]
         progress.trace = tensors["trace"].to(training.runtime.device)
         before, here = record["environments"], self.environments
@@ -161,6 +164,7 @@ class Checkpoint:
         tensors = {
             **_named("model", training.model.state_dict()),
             **({} if finished else _named("optimizer", _optimizer_tensors(training.optimizer))),
+            **(_named("average", training.average.tensors) if training.average and not finished else {}),
             **_named("random", progress.random_states),
             "trace": progress.trace,
         }

@@ -17,9 +17,10 @@ from harness.base.packing import pack, pack_bits
 from harness.base.seeds import derive_seed
 from harness.config.events import EpochResult, Metrics, Objective
 from harness.config.train import TrainConfig
+from harness.data.mixing import mix
 from harness.training.interrupt import undivided
 from harness.training.objective import class_weights, contributions
-from harness.training.optim import ParameterGroup, lr_factor, set_lr, set_training
+from harness.training.optim import Average, ParameterGroup, freeze, lr_factor, set_lr, set_training
 from harness.training.step import Runtime, halving, predict, random_states, seeded, set_random_states, train_step
 
 EVALUATION_BATCH = 128
@@ -87,6 +88,7 @@ class Training:
     runtime: Runtime
     seed: int
     objective: Objective = "accuracy"  # of the validation
+    average: Average | None = None  # of the weights; what is validated, and what remains after the last epoch
     progress: Progress = field(default_factory=Progress)
 
     def class_weights(self) -> Tensor | None:
@@ -110,6 +112,8 @@ def fit(training: Training, after_batch: Callable[[], None] = lambda: None) -> G
         _train_epoch(training, after_batch)
         result = _result(training)
         with progress.moving():
+            if training.average and progress.epoch == training.config.epochs:
+                training.average.swap()
             progress.epochs.append(result)
             progress.step, progress.seconds, progress.random_states = 0, 0.0, {}
         after_batch()
@@ -124,6 +128,8 @@ def _train_epoch(training: Training, after_batch: Callable[[], None]) -> None:
     progress.steps = len(batches)
     if progress.step == 0:
         progress.trace = torch.zeros(len(batches), 3, device=runtime.device)
+    config = _in_epoch(training.config, progress.epoch)
+    freeze(training.model, training.groups, head_only=progress.epoch <= config.optim.head_epochs)
     set_training(training.model, training.learner)
     weights = training.class_weights()
     with seeded(seed, runtime.device):
@@ -132,19 +138,35 @@ def _train_epoch(training: Training, after_batch: Callable[[], None]) -> None:
             set_random_states(progress.random_states, runtime.device)
         while progress.step < len(batches):
             with progress.moving():
-                _train_batch(training, batches[progress.step], generator, weights)
+                _train_batch(training, config, batches[progress.step], generator, weights)
                 progress.random_states = {**random_states(runtime.device), "augment": generator.get_state()}
                 progress.step += 1
             after_batch()
 
 
-def _train_batch(training: Training, batch: Tensor, generator: torch.Generator, weights: Tensor | None) -> None:
-    config, runtime, progress = training.config, training.runtime, training.progress
-    set_lr(training.optimizer, _lr_factor(training, progress.step))
-    done = train_step(
-        training.learner,
+def _in_epoch(config: TrainConfig, epoch: int) -> TrainConfig:
+    """Return the configuration in an epoch: in the tail without mixing and in full size."""
+    augment = config.augment
+    if epoch <= config.epochs * (1 - augment.tail):
+        return config
+    return replace(config, augment=replace(augment, mixup=0.0, cutmix=0.0, early_size=None))
+
+
+def _train_batch(
+    training: Training, config: TrainConfig, batch: Tensor, generator: torch.Generator, weights: Tensor | None
+) -> None:
+    runtime, progress = training.runtime, training.progress
+    set_lr(training.optimizer, _lr_factor(training, progress.step), _body_factor(training))
+    inputs, target = mix(
         training.train.batch(batch, config, runtime, generator),
         training.train.labels[batch].to(runtime.device),
+        config.augment,
+        generator,
+    )
+    done = train_step(
+        training.learner,
+        runtime.move(inputs),
+        target,
         training.optimizer,
         runtime,
         label_smoothing=config.label_smoothing,
@@ -152,6 +174,8 @@ def _train_batch(training: Training, batch: Tensor, generator: torch.Generator, 
         micro_batch=progress.micro_batch,
         class_weights=weights,
     )
+    if training.average:
+        training.average.update(*_position(training, progress.step), config.ema)
     progress.trace[progress.step] = torch.stack([done.loss, done.correct, done.grad_norm])
     if done.micro_batch < min(progress.micro_batch or len(batch), len(batch)):
         progress.micro_batch = done.micro_batch
@@ -159,11 +183,24 @@ def _train_batch(training: Training, batch: Tensor, generator: torch.Generator, 
         print(text, file=sys.stderr)
 
 
+def _position(training: Training, step: int) -> tuple[int, int]:
+    """Return the number of a step of the current epoch in the whole training, from 0, and that of all steps."""
+    progress = training.progress
+    return step + (progress.epoch - 1) * progress.steps, training.config.epochs * progress.steps
+
+
 def _lr_factor(training: Training, step: int) -> float:
     """Return the schedule's factor at a step of the current epoch."""
-    config, progress = training.config, training.progress
-    done, steps = step + (progress.epoch - 1) * progress.steps, config.epochs * progress.steps
-    return lr_factor(done, steps, config.optim.warmup_epochs * progress.steps, config.optim.schedule)
+    optim = training.config.optim
+    warmup = optim.warmup_epochs * training.progress.steps
+    return lr_factor(*_position(training, step), warmup, optim.schedule, optim.lr_floor)
+
+
+def _body_factor(training: Training) -> float:
+    """Return the factor of the blocks that began to train after `head_epochs`: a warm-up of their own."""
+    optim, steps = training.config.optim, training.progress.steps
+    began, warmup = optim.head_epochs * steps, optim.warmup_epochs * steps
+    return min(1.0, (_position(training, training.progress.step)[0] - began + 1) / (warmup + 1)) if began else 1.0
 
 
 def _result(training: Training) -> EpochResult:
@@ -175,7 +212,8 @@ def _result(training: Training) -> EpochResult:
     last = int(bad[0]) if len(bad) else progress.steps - 1
     val = None
     if training.val is not None and not len(bad):
-        val = evaluate(training.learner, training.val, training.runtime, training.objective)
+        with _averaged(training.average):
+            val = evaluate(training.learner, training.val, training.runtime, training.objective)
     return EpochResult(
         epoch=progress.epoch,
         lr=training.groups[0].lr * _lr_factor(training, last),
@@ -186,6 +224,19 @@ def _result(training: Training) -> EpochResult:
         diverged_step=last + 1 if len(bad) else None,
         micro_batch=min(progress.micro_batch or config.batch_size, config.batch_size),
     )
+
+
+@contextmanager
+def _averaged(average: Average | None) -> Iterator[None]:
+    """Give the model the average of its weights for a time."""
+    if average is None:
+        yield
+        return
+    average.swap()
+    try:
+        yield
+    finally:
+        average.swap()
 
 
 def _batches(count: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:

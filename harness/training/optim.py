@@ -1,4 +1,4 @@
-"""Parameter groups by depth, the optimizer over them, and the schedule.
+"""Parameter groups by depth, the optimizer over them, the schedule, and the average of the weights.
 
 The rate of a block is base_lr * depth_lr_mult ** distance, the distance counted from the head: layer-wise learning
 rate decay (Howard and Ruder, 2018, "discriminative fine-tuning"; Clark et al., 2020), by block or by layer.
@@ -7,6 +7,7 @@ rate decay (Howard and Ruder, 2018, "discriminative fine-tuning"; Clark et al., 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import re
 from collections.abc import Collection, Sequence
@@ -88,11 +89,11 @@ def _decays(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
     return min(parameter.shape) > 1 and SPARED_NAMES.search(own) is None
 
 
-def freeze(model: nn.Module, groups: Sequence[ParameterGroup]) -> None:
-    """Turn off the gradient of frozen parameters."""
+def freeze(model: nn.Module, groups: Sequence[ParameterGroup], head_only: bool = False) -> None:
+    """Turn off the gradient of frozen parameters, and with `head_only` of all but the head's."""
     for group in groups:
         for name in group.names:
-            model.get_parameter(name).requires_grad_(not group.frozen)
+            model.get_parameter(name).requires_grad_(not group.frozen and not (head_only and group.distance > 0))
 
 
 def set_training(model: nn.Module, learner: nn.Module | None = None) -> None:
@@ -115,23 +116,33 @@ def _rest(module: nn.Module) -> None:
 
 
 def build_optimizer(model: nn.Module, groups: Sequence[ParameterGroup], config: OptimConfig) -> torch.optim.Optimizer:
-    """Build AdamW or Adam over the groups that train; each keeps its rate as "peak_lr" for the schedule."""
+    """Build the optimizer over the groups that train; each keeps its rate as "peak_lr" for the schedule."""
     training = [
         {
             "params": [model.get_parameter(name) for name in group.names],
             "lr": group.lr,
             "peak_lr": group.lr,
             "weight_decay": group.weight_decay,
+            "distance": group.distance,
         }
         for group in groups
         if not group.frozen
     ]
-    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
-    device = next(model.parameters()).device.type
-    return kind(training, lr=config.base_lr, fused=device in ("cpu", "cuda"))
+    kind = next(each for name, each in vars(torch.optim).items() if name.lower() == config.name)
+    known = inspect.signature(kind).parameters
+    options: dict[str, Any] = {}
+    if "momentum" in known:
+        options["momentum"] = config.momentum
+    elif "betas" in known:
+        options["betas"] = (config.momentum, known["betas"].default[1])
+    if "decoupled_weight_decay" in known and config.name != "adam":
+        options["decoupled_weight_decay"] = True
+    if "fused" in known:
+        options["fused"] = next(model.parameters()).device.type in ("cpu", "cuda")
+    return kind(training, lr=config.base_lr, **options)
 
 
-def lr_factor(step: int, steps: int, warmup_steps: float, schedule: str) -> float:
+def lr_factor(step: int, steps: int, warmup_steps: float, schedule: str, floor: float = 0.0) -> float:
     """Return the factor of all peak rates at `step` (from 0 to steps - 1): linear warm-up, then half a cosine.
 
     SGDR without restarts (Loshchilov and Hutter, 2017). The last step is small but not zero.
@@ -141,12 +152,39 @@ def lr_factor(step: int, steps: int, warmup_steps: float, schedule: str) -> floa
     if schedule == "constant":
         return 1.0
     progress = (step - warmup_steps) / max(steps - warmup_steps, 1)
-    return 0.5 * (1 + math.cos(math.pi * progress))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, factor: float, body: float = 1.0) -> None:
+    """Set the rates to `factor` times their peaks, and those of all groups but the head's to `body` times that."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        group["lr"] = group["peak_lr"] * factor * (body if group["distance"] else 1.0)
+
+
+class Average:
+    """Moving average of a model's weights (Polyak and Juditsky, 1992), and of its statistics, e.g. of BatchNorm.
+
+    The decay of a step is exp(-1 / (share * steps)), but less in the first ones: (1 + step) / (10 + step), as
+    TensorFlow has it. `share` is that of all `steps` over which a weight's influence falls to 1 / e.
+    """
+
+    def __init__(self, model: nn.Module, learner: nn.Module, groups: Sequence[ParameterGroup]) -> None:
+        names = [name for group in groups if not group.frozen for name in group.names]
+        buffers = {name: each for name, each in learner.named_buffers() if each.is_floating_point()}
+        self._current = {**{name: model.get_parameter(name).detach() for name in names}, **buffers}
+        self.tensors = {name: each.clone() for name, each in self._current.items()}
+
+    def update(self, step: int, steps: int, share: float) -> None:
+        """Include the weights after `step` (from 0) of all `steps`."""
+        decay = min(math.exp(-1 / (share * steps)), (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.tensors.values()), list(self._current.values()), 1 - decay)
+
+    def swap(self) -> None:
+        """Exchange the model's weights and the average."""
+        for name, current in self._current.items():
+            kept = current.clone()
+            current.copy_(self.tensors[name])
+            self.tensors[name].copy_(kept)
 
 
 def group_table(groups: Sequence[ParameterGroup]) -> str:
@@ -165,15 +203,20 @@ def group_table(groups: Sequence[ParameterGroup]) -> str:
 def groups_of(study: Study) -> str:
     """Return the table of the base configuration's parameter groups, without loading weights."""
     config: Any = study.train
-    backbone = config.backbone
-    if "pretrained" in getattr(backbone, "__dataclass_fields__", {}) and backbone.pretrained is True:
-        backbone = dataclasses.replace(backbone, pretrained=False)
+    backbone = without_weights(config.backbone)
     try:
         classes = len(config.data.classes())
     except InputError:
         classes = 102  # the data are missing; only the last layer's count depends on them
     model = backbone.build(classes, config.data.image_size)
     return group_table(groups_for(model, backbone, config.optim))
+
+
+def without_weights(backbone: Any) -> Any:
+    """Return a backbone that builds the same model without pretrained weights, if it has such a field."""
+    if "pretrained" in getattr(backbone, "__dataclass_fields__", {}) and backbone.pretrained is True:
+        return dataclasses.replace(backbone, pretrained=False)
+    return backbone
 
 
 def groups_for(model: nn.Module, backbone: Backbone, config: OptimConfig) -> list[ParameterGroup]:

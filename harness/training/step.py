@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from harness.base.environment import cores
 from harness.base.errors import InputError, first_line
+from harness.data.mixing import Target
 
 # Graphs of one block: for training and for evaluation, for each batch size; blocks of a kind share their code.
 # At torch's own limit of 8 it would silently run uncompiled.
@@ -178,7 +179,7 @@ class Step:
 def train_step(
     model: nn.Module,
     images: Tensor,
-    labels: Tensor,
+    labels: Tensor | Target,
     optimizer: torch.optim.Optimizer,
     runtime: Runtime,
     *,
@@ -188,6 +189,8 @@ def train_step(
     class_weights: Tensor | None = None,
 ) -> Step:
     """Run an optimizer step on a batch: float [B, 3, H, W], int64 [B]; `class_weights` of the loss are [classes].
+
+    Mixed images have two labels each, a `Target`; correct is then who predicts the one with the larger share.
 
     With `micro_batch`, the gradient of the same batch is accumulated over parts of at most that many images. When
     memory runs out, the parts are halved, down to one image. Only dropout and BatchNorm differ: BatchNorm sees smaller
@@ -202,7 +205,7 @@ def train_step(
         set_random_states(states, runtime.device)
         return accumulate_gradient(model, images, labels, runtime, label_smoothing, size, class_weights)
 
-    (loss, correct), size = halving(attempt, min(micro_batch or len(labels), len(labels)), runtime.device)
+    (loss, correct), size = halving(attempt, min(micro_batch or len(images), len(images)), runtime.device)
     norm = nn.utils.get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
     if clip_norm is not None:
         nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
@@ -213,7 +216,7 @@ def train_step(
 def accumulate_gradient(
     model: nn.Module,
     images: Tensor,
-    labels: Tensor,
+    labels: Tensor | Target,
     runtime: Runtime,
     label_smoothing: float,
     size: int,
@@ -223,20 +226,28 @@ def accumulate_gradient(
 
     As many arguments as a step has parts.
     """
-    # With weights, torch's mean would divide by those of the part.
-    reduction = "mean" if class_weights is None else "sum"
     losses, hits = [], []
     for part, wanted in zip(images.split(size), labels.split(size), strict=True):
         with runtime.autocast():
             logits = model(part)
-        loss = F.cross_entropy(
-            logits.float(), wanted, class_weights, reduction=reduction, label_smoothing=label_smoothing
-        )
-        loss = loss if class_weights is None else loss / len(wanted)
-        (loss * (len(wanted) / len(labels))).backward()
-        losses.append(loss.detach() * len(wanted))
-        hits.append((logits.argmax(1) == wanted).sum())
+        loss = _mean_loss(logits.float(), wanted, label_smoothing, class_weights)
+        (loss * (len(part) / len(images))).backward()
+        losses.append(loss.detach() * len(part))
+        hits.append((logits.argmax(1) == (wanted.larger() if isinstance(wanted, Target) else wanted)).sum())
     return torch.stack(losses).sum(), torch.stack(hits).sum()
+
+
+def _mean_loss(logits: Tensor, labels: Tensor | Target, label_smoothing: float, class_weights: Tensor | None) -> Tensor:
+    """Return the mean loss of a part; of mixed images by the shares of both labels."""
+
+    def loss(labels: Tensor, reduction: str) -> Tensor:
+        return F.cross_entropy(logits, labels, class_weights, reduction=reduction, label_smoothing=label_smoothing)
+
+    if isinstance(labels, Target):
+        both = labels.share * loss(labels.labels, "none") + (1 - labels.share) * loss(labels.others, "none")
+        return both.mean()
+    # With weights, torch's mean would divide by those of the part.
+    return loss(labels, "mean") if class_weights is None else loss(labels, "sum") / len(labels)
 
 
 def halving(attempt: Callable[[int], ResultT], size: int, device: torch.device) -> tuple[ResultT, int]:

@@ -1,0 +1,69 @@
+"""Mix pairs of training images of a batch, on the training device: mixup and CutMix.
+
+Every image has its own share; an image's partner is another of the batch. The numbers are drawn on the CPU from a given
+generator, so they are the same on every device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.config.train import AugmentConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a batch of mixed images should give: `labels` and `others` int64 [B], `share` float32 [B] of `labels`."""
+
+    labels: Tensor
+    others: Tensor
+    share: Tensor
+
+    def split(self, size: int) -> list[Target]:
+        """Split as a tensor does."""
+        parts = zip(*(each.split(size) for each in (self.labels, self.others, self.share)), strict=True)
+        return [Target(labels=labels, others=others, share=share) for labels, others, share in parts]
+
+    def larger(self) -> Tensor:
+        """Return each image's label with the larger share, int64 [B]."""
+        return torch.where(self.share >= 0.5, self.labels, self.others)
+
+
+def mix(
+    images: Tensor, labels: Tensor, config: AugmentConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor | Target]:
+    """Mix a batch [B, ...], labels int64 [B], as `config` says; unchanged if it says nothing."""
+    if not (config.mixup or config.cutmix):
+        return images, labels
+    count, device = len(images), images.device
+    # torch's Beta distribution takes no generator.
+    random = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
+    partner = torch.from_numpy(random.permutation(count)).to(device)
+    cuts = random.random(count) < (0.5 if config.mixup else 1.0) if config.cutmix else np.zeros(count, dtype=bool)
+    drawn = random.beta(*[np.where(cuts, config.cutmix or 1.0, config.mixup or 1.0)] * 2)
+    shares = torch.from_numpy(drawn).float().view(-1, *[1] * (images.ndim - 1)).to(device)
+    if cuts.any():
+        kept = torch.from_numpy(_outside_of_boxes(drawn, images.shape[2], images.shape[3], random)).to(device)
+        shares = torch.where(torch.from_numpy(cuts).view(-1, 1, 1, 1).to(device), kept, shares)
+    mixed = torch.lerp(images[partner], images, shares)
+    return mixed, Target(labels=labels, others=labels[partner], share=shares.flatten(1).mean(1))
+
+
+def _outside_of_boxes(shares: np.ndarray, height: int, width: int, random: np.random.Generator) -> np.ndarray:
+    """Return float32 [B, 1, height, width]: 0 in a box with the image's proportions, of 1 - share of its area, else 1.
+
+    Its centre is anywhere, so a part of it may lie outside.
+    """
+    kept = np.ones((len(shares), 1, height, width), dtype=np.float32)
+    for image, (share, y, x) in enumerate(zip(shares, *random.random((2, len(shares))), strict=True)):
+        half = np.sqrt(1 - share) / 2
+        rows, columns = (
+            slice(round(max(0.0, centre - half) * side), round(min(1.0, centre + half) * side))
+            for centre, side in ((y, height), (x, width))
+        )
+        kept[image, 0, rows, columns] = 0
+    return kept
