@@ -33,6 +33,7 @@ class SeedResult:
     loss: float | None = None
     objective: str = "accuracy"
     score: float | None = None  # the objective's value; None for accuracy
+    flipped: float | None = None  # the objective's value, averaged over image and mirror image; None: not measured
     epochs: list[dict[str, Any]] = field(default_factory=list)  # `EpochResult.to_dict` of each
     environments: list[dict[str, str]] = field(default_factory=list)  # of the training, in order
 
@@ -43,8 +44,12 @@ class SeedResult:
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics that MLflow shows."""
-        other = {} if self.score is None else {f"test_{metric_name(self.objective)}": self.score}
-        return {"test_accuracy": self.accuracy} | ({} if self.loss is None else {"test_loss": self.loss}) | other
+        others = {
+            "test_loss": self.loss,
+            f"test_{metric_name(self.objective)}": self.score,
+            f"test_{metric_name(self.objective)}_flipped": self.flipped,
+        }
+        return {"test_accuracy": self.accuracy} | {name: each for name, each in others.items() if each is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +73,7 @@ class TestResult:
     per_seed: tuple[SeedResult, ...]  # at least one
     objective: str = "accuracy"
     score: float | None = None  # the mean of the seeds' scores; None for accuracy
+    flipped: float | None = None  # the mean of the seeds'
 
     def __post_init__(self) -> None:
         if not self.per_seed:

@@ -68,6 +68,8 @@ class Study:
         require(fits, f"A study's name has letters, digits, - and _ only, not {self.name!r}.")
         require(isinstance(self.train, TrainConfig), f"train must be TrainConfig(...), not {self.train!r}.")
         require(isinstance(self.final, FinalConfig), f"final must be FinalConfig(...), not {self.final!r}.")
+        fits = not self.final.flip or self.train.feature_views is None
+        require(fits, "final.flip needs images, but feature_views trains on features; leave one of them out.")
         require(self.space != {}, "A study's space is empty; name at least one field to search.")
         require_count("trials", self.trials, spaces.MOST_TRIALS)
         spaces.check(self.space, self.train)

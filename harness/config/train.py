@@ -228,6 +228,7 @@ class FinalConfig:
     seeds: int = 3
     fit_on: Literal["train", "train+val"] = "train+val"
     rerank: int = 0  # number of best trials retrained on fresh seeds to choose one; 0: choose from the search
+    flip: bool = False  # also report the test result of each image and its mirror image, averaged
     compare_base: bool = True  # train the base from the same seeds, too, and compare both on the test set
     publish: bool = location(True)  # export the final model, and register it in MLflow
 

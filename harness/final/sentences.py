@@ -189,10 +189,13 @@ def final_sentence(final: FinalResult | None) -> str:
     counted = f"{final.correct:,} correct of {final.total:,}"
     if final.objective != "accuracy":
         counted, averaged = "mean", f"; accuracy {percent(final.accuracy)}, {counted}"
+    flipped = (
+        "" if final.flipped is None else f" Averaged over each image and its mirror image: {percent(final.flipped)}."
+    )
     times = "once" if opened == 1 else f"{opened} times, so selection may have biased this number"
     return (
         f"Test {noun} {percent(value)} ({counted}: {seeds} seed"
         f"{'s' * (seeds > 1)} on {images:,} test image{'s' * (images > 1)}; 95 % interval {percent(low)} to "
-        f"{percent(high)}{spread}{averaged}), trial {final.trial} retrained on {final.fit_on}. "
+        f"{percent(high)}{spread}{averaged}), trial {final.trial} retrained on {final.fit_on}.{flipped} "
         f"The test set was opened {times}."
     )

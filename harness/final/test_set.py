@@ -38,7 +38,7 @@ from harness.store.store import POLL_SECONDS, Store, TrialRecord, wanted
 from harness.training.assemble import evaluation_of
 from harness.training.checkpoint import differences, read_tensors
 from harness.training.checkpoint import fingerprint as sha256_of
-from harness.training.loop import Training, logits_of, measure
+from harness.training.loop import Training, logits_of, measure, outputs_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -175,11 +175,11 @@ def _open_test_set(
     store.check_lead()
     _write_opening(store, chosen, fingerprint(seeds[0].config), reason)
     test = load_test(seeds[0].config.data, seeds[0].config.backbone.preprocessing())
-    saved = seeds[0].trained()
-    results = [evaluated(seeds[0], saved, test)]
-    results += [evaluated(each, each.trained(), test) for each in seeds[1:]]
+    saved, flip = seeds[0].trained(), context.study.final.flip
+    results = [evaluated(seeds[0], saved, test, flip)]
+    results += [evaluated(each, each.trained(), test, flip) for each in seeds[1:]]
     test_of_base = load_test(base[0].config.data, base[0].config.backbone.preprocessing()) if base else test
-    against = [evaluated(each, each.trained(), test_of_base) for each in base]
+    against = [evaluated(each, each.trained(), test_of_base, flip) for each in base]
     final = _summed(results) | {
         "trial": chosen.number,
         "fit_on": context.study.final.fit_on,
@@ -250,8 +250,8 @@ def _now() -> dict[str, str]:
     return {"time": datetime.now(UTC).isoformat(timespec="seconds"), "commit": git_commit()}
 
 
-def evaluated(retraining: Retraining, training: Training, images: ImageSet) -> Tested:
-    """Evaluate a trained model on images of the test set."""
+def evaluated(retraining: Retraining, training: Training, images: ImageSet, flip: bool) -> Tested:
+    """Evaluate a trained model on images of the test set; with `flip` on their mirror images, too."""
     logits = logits_of(training.learner, evaluation_of(training, images), training.runtime).cpu()
     metrics = measure(logits, images.labels, training.objective)
     probability, predicted = (each.numpy() for each in torch.softmax(logits, dim=1).max(dim=1))
@@ -263,12 +263,22 @@ def evaluated(retraining: Retraining, training: Training, images: ImageSet) -> T
         "balanced_accuracy": balanced_accuracy(labels, predicted),
         "loss": metrics.loss,
     }
+    if flip:
+        record["flipped"] = flipped(training, images, logits)
     scores = predicted == labels
     if metrics.contributions is not None:
         record |= {"objective": metrics.objective, "score": metrics.score}
         scores = unpack(metrics.contributions, "float32")
     packed = {"predicted": pack(predicted.astype("uint16")), "confidence": pack(probability.astype("float32"))}
     return Tested(record=record, scores=scores, predictions={"seed": retraining.number, **packed})
+
+
+def flipped(training: Training, images: ImageSet, logits: torch.Tensor) -> float:
+    """Return the objective's value of the mean probabilities of each image, by its `logits`, and its mirror image."""
+    runtime = training.runtime
+    mirror = outputs_of(training.learner, lambda size: (part.flip(3) for part in images.parts(size, runtime)), runtime)
+    both = (torch.softmax(logits, dim=1) + torch.softmax(mirror.cpu(), dim=1)) / 2
+    return measure(both.log(), images.labels, training.objective).value
 
 
 def selection(store: Store) -> dict[str, Any] | None:
@@ -298,6 +308,7 @@ def summary(per_seed: Sequence[Mapping[str, Any]], scores: Sequence[NDArray[Any]
         "per_seed": list(per_seed),
         "spread": statistics.stdev(values) if len(values) > 1 else None,
         "interval": list(wilson(correct / len(per_seed), per_seed[0]["total"])),
+        "flipped": statistics.fmean(each["flipped"] for each in per_seed) if "flipped" in per_seed[0] else None,
     }
     if "score" in per_seed[0]:
         interval = bootstrap_interval(numpy.mean(scores, axis=0))

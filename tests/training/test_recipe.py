@@ -13,16 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import harness
 from harness.base.errors import InputError
 from harness.config import space
 from harness.config.study import Study
 from harness.config.train import OptimizerName, TrainConfig
+from harness.data.augment import normalise
 from harness.data.mixing import Target
+from harness.data.splits import load_test
 from harness.models.maxvit import TinyMaxViT
 from harness.training.assemble import assemble, check_early_size
 from harness.training.loop import fit
 from harness.training.optim import lr_factor
-from harness.training.step import train_step
+from harness.training.step import predict, train_step
 from tests.small import SmallNet
 from tests.training.test_checkpoint import RUNTIMES, check_every_stop
 from tests.training.test_loop import equal, state, timeless
@@ -230,3 +233,27 @@ def test_the_loss_is_that_of_mixed_labels(micro_batch: int | None, weighted: boo
 def test_what_makes_no_sense_is_one_sentence(plain: TrainConfig, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         changed(plain, changes)
+
+
+# --- the mirror image at test time ---
+
+
+@pytest.mark.usefixtures("mlruns")
+def test_a_study_reports_images_and_mirror_images_beside_its_result(study: Study, tmp_path: Path) -> None:
+    study = dataclasses.replace(study, train=dataclasses.replace(study.train, backbone=SmallNet()))
+    plain = harness.run(dataclasses.replace(study, name="plain"), home=tmp_path, progress=False)
+    result = harness.run(study.with_settings(["final.flip=true"]), home=tmp_path, progress=False)
+    assert result.final is not None
+    assert plain.final is not None
+    assert plain.final.flipped is None
+    assert result.final.value == plain.final.value  # the mirror image changes only its own line
+    model = result.model.predictor._model
+    test = load_test(study.train.data, SmallNet().preprocessing())
+    inputs = normalise(test.images)
+    logits = [predict(model, each, CPU) for each in (inputs, inputs.flip(3))]
+    mean = sum(torch.softmax(each, 1) for each in logits)
+    assert isinstance(mean, Tensor)
+    assert result.final.flipped == pytest.approx((mean.argmax(1) == test.labels).float().mean().item())
+    assert f"Averaged over each image and its mirror image: {100 * result.final.flipped:.2f} %." in result.summary()
+    with pytest.raises(InputError, match=r"final\.flip needs images, but feature_views trains on features"):
+        study.with_settings(["final.flip=true", "optim.depth_lr_mult=0", "feature_views=1"])

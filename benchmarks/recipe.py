@@ -1,0 +1,158 @@
+"""Measure parts of the training recipe by their test accuracy: `python -m benchmarks.recipe`
+
+Fine-tunes EfficientNet-Lite0 (ImageNet weights) on the 1,020 training images of Flowers-102 with each part alone, from
+several seeds, and compares with today's recipe from the same seeds, at equal epochs. A test image is evaluated once per
+training and decides nothing. KEEP holds finished trainings, one JSON line each; a training resumes from a checkpoint.
+
+Takes some hours; requires the extra `lite`, and the photographs in ../shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import multiprocessing
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy import stats
+
+from benchmarks.curves import SHARED, record
+from benchmarks.machine import describe
+from harness.config import space
+from harness.config.train import OptimConfig, RuntimeConfig, TrainConfig
+from harness.datasets.flowers102 import Flowers102
+from harness.models.timm import EfficientNetLite0
+from harness.training.checkpoint import remove
+
+KEEP = Path(__file__).with_name("recipe.jsonl")
+TODAY = "today"
+RECIPES: dict[str, dict[str, Any]] = {
+    TODAY: {},
+    "mixup 0.2": {"augment.mixup": 0.2},
+    "cutmix 1": {"augment.cutmix": 1.0},
+    "average 0.1": {"ema": 0.1},
+    "TrivialAugment": {"augment.trivial_augment": True},
+    "random erasing 0.25": {"augment.random_erasing": 0.25},
+    "96 px, then full size": {"augment.early_size": 96, "augment.tail": 0.25},
+    "SGD 0.05": {"optim.name": "sgd", "optim.base_lr": 0.05, "optim.weight_decay": 1e-4},
+    "floor 0.05": {"optim.lr_floor": 0.05},
+    "head first, 2 epochs": {"optim.head_epochs": 2},
+    "no weight decay": {"optim.weight_decay": 0.0},
+    "weight decay 0.1": {"optim.weight_decay": 0.1},
+    "no label smoothing": {"label_smoothing": 0.0},
+    "no rotation": {"augment.rotation_degrees": 0.0},
+    "batch of 17": {"batch_size": 17},
+}
+
+
+def base(cache: Path, size: int, epochs: int) -> TrainConfig:
+    """The base configuration of `flowers102_lite`, at another image size."""
+    return TrainConfig(
+        data=Flowers102(root=str(SHARED), image_size=size, stored_size=size * 8 // 7, cache=str(cache)),
+        backbone=EfficientNetLite0(hidden=(512,), dropout=0.2),
+        optim=OptimConfig(base_lr=2e-3, depth_lr_mult=0.8, weight_decay=0.02, warmup_epochs=1),
+        runtime=RuntimeConfig(device="cpu", precision="fp32", channels_last="on", compile="off"),
+        batch_size=34,
+        epochs=epochs,
+    )
+
+
+def kept(keep: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in keep.read_text().splitlines()] if keep.exists() else []
+
+
+def trained(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Train one recipe from one seed; in a process of its own."""
+    config = base(folder / "cache", job["size"], job["epochs"])
+    for path, value in RECIPES[job["recipe"]].items():
+        config = space.replace(config, path, value)
+    file = folder / f"{job['recipe']}-{job['size']}-{job['epochs']}-{job['seed']}.safetensors"
+    found = record(config, job["seed"], file)
+    remove(file)
+    last = found["epochs"][-1]
+    measured = {"val_correct": last["val_correct"], "test_correct": found["test_correct"]}
+    return {**job, **measured, "test_total": found["test_total"], "seconds": round(found["seconds"], 1)}
+
+
+def train(
+    jobs: Sequence[dict[str, Any]], keep: Path, folder: Path, processes: int, threads: int
+) -> Iterator[dict[str, Any]]:
+    """Run the jobs, and add a line for each to `keep` as it ends."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (threads,)) as pool:
+        for found in pool.map(functools.partial(trained, folder=folder), jobs):
+            with keep.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+            yield found
+
+
+def show(lines: Sequence[Mapping[str, Any]]) -> None:
+    """Print the table: mean test accuracy, and the difference from TODAY, paired over the seeds, with its interval."""
+    found = {name: {each["seed"]: each for each in lines if each["recipe"] == name} for name in RECIPES}
+    print("| recipe | n | test accuracy | difference, points (95 % interval) | p | seconds a training |")
+    print("|---|---|---|---|---|---|")
+    for name, runs in found.items():
+        if not runs:
+            continue
+        accuracy = {seed: 100 * run["test_correct"] / run["test_total"] for seed, run in runs.items()}
+        paired = [
+            value - 100 * found[TODAY][seed]["test_correct"] / found[TODAY][seed]["test_total"]
+            for seed, value in accuracy.items()
+            if name != TODAY and seed in found[TODAY]
+        ]
+        difference = p = ""
+        if len(paired) > 1:
+            error = statistics.stdev(paired) / math.sqrt(len(paired))
+            half = stats.t.ppf(0.975, len(paired) - 1) * error
+            gain = statistics.fmean(paired)
+            difference = f"{gain:+.2f} ({gain - half:+.2f} to {gain + half:+.2f})"
+            p = f"{stats.ttest_1samp(paired, 0).pvalue:.2g}"
+        seconds = statistics.median(run["seconds"] for run in runs.values())
+        print(
+            f"| {name} | {len(runs)} | {statistics.fmean(accuracy.values()):.2f} % | {difference} | {p} | {seconds:.0f} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="*", default=list(RECIPES), help="names of recipes (default: all)")
+    parser.add_argument("--keep", type=Path, default=KEEP)
+    parser.add_argument("--folder", type=Path, default=Path("recipe"), help="of checkpoints and the image cache")
+    parser.add_argument("--size", type=int, default=128, help="pixels")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each process")
+    parser.add_argument("--table", action="store_true", help="train nothing; print what KEEP has")
+    args = parser.parse_args()
+    if unknown := [name for name in args.recipes if name not in RECIPES]:
+        sys.exit(f"error: there is no recipe {unknown[0]!r}; choose from {', '.join(RECIPES)}.")
+    lines = kept(args.keep)
+    if not args.table:
+        if not (SHARED / "flowers-102").is_dir():
+            sys.exit(f"error: the photographs are not in {SHARED}.")
+        args.folder.mkdir(parents=True, exist_ok=True)
+        jobs = [
+            {"recipe": name, "size": args.size, "epochs": args.epochs, "seed": seed}
+            for seed in range(args.first_seed, args.first_seed + args.seeds)
+            for name in args.recipes
+        ]
+        missing = [job for job in jobs if not any(job.items() <= line.items() for line in lines)]
+        for found in train(missing, args.keep, args.folder, args.processes, args.threads):
+            print(found, flush=True)
+            lines.append(found)
+    print(describe())
+    show([each for each in lines if (each["size"], each["epochs"]) == (args.size, args.epochs)])
+
+
+if __name__ == "__main__":
+    main()
