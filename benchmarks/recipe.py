@@ -116,9 +116,8 @@ def show(lines: Sequence[Mapping[str, Any]]) -> None:
             difference = f"{gain:+.2f} ({gain - half:+.2f} to {gain + half:+.2f})"
             p = f"{stats.ttest_1samp(paired, 0).pvalue:.2g}"
         seconds = statistics.median(run["seconds"] for run in runs.values())
-        print(
-            f"| {name} | {len(runs)} | {statistics.fmean(accuracy.values()):.2f} % | {difference} | {p} | {seconds:.0f} |"
-        )
+        mean = statistics.fmean(accuracy.values())
+        print(f"| {name} | {len(runs)} | {mean:.2f} % | {difference} | {p} | {seconds:.0f} |")
 
 
 def main() -> None:

@@ -95,7 +95,7 @@ def test_leaves_walk_every_field_in_order_and_name_the_classes() -> None:
     assert found["backbone.type"] == "TinyMaxViT"
     assert found["optim.base_lr"] == BASE.optim.base_lr
     assert list(found)[:2] == ["data.type", "data.image_size"]
-    assert list(found)[-3:] == ["class_weight", "feature_views", "checkpoint_seconds"]
+    assert list(found)[-3:] == ["ema", "feature_views", "checkpoint_seconds"]
 
 
 def test_leaves_of_the_identity_leave_out_where_things_lie() -> None:
@@ -158,7 +158,7 @@ def test_replace_leaves_the_original_as_it_was() -> None:
         ("backbone.hidden", (512.5,), "tuple"),
         ("augment.crop_scale", (0.5,), "a tuple of 2 numbers such as (0.5, 1.0)"),
         ("augment.crop_scale", (0.2, 0.5, 1.0), "tuple"),
-        ("optim.name", "sgd", "adamw or adam"),
+        ("optim.name", "lion", "adamw or adam or nadam"),
         ("optim.schedule", 3, "cosine"),
         ("data.limit", "all", "a whole number or null"),
         ("data.cache", 3, "text"),

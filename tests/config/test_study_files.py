@@ -127,7 +127,7 @@ STUDIES: dict[str, Row] = {
     "a width without a tuple": changed(
         "TinyMaxViT()", "TinyMaxViT(hidden=512)", "backbone.hidden must be a tuple of whole numbers", "not 512"
     ),
-    "another optimizer": changed("base_lr=5e-4", 'name="sgd", base_lr=5e-4', "optim.name must be adamw or adam"),
+    "another optimizer": changed("base_lr=5e-4", 'name="lion", base_lr=5e-4', "optim.name must be adamw or adam"),
     "half a crop": changed("crop_scale=(0.6, 1.0)", "crop_scale=0.6", "augment.crop_scale must be a tuple of 2 num"),
     "a precision of its own": changed(
         'precision="fp32"', "precision=32", "runtime.precision must be auto or tune or fp32 or"
