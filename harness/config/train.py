@@ -16,11 +16,6 @@ from harness.base.errors import InputError
 from harness.config import space as spaces
 from harness.config.contracts import Backbone, Dataset
 
-# Those of torch.optim that take parameters of any shape, and a weight decay.
-OptimizerName = Literal[
-    "adamw", "adam", "nadam", "radam", "adamax", "sgd", "asgd", "rmsprop", "adagrad", "adadelta", "adafactor"
-]
-
 
 def location(default: Any) -> Any:
     """Define a field that is not part of a study's identity."""
@@ -103,7 +98,10 @@ class AugmentConfig:
 class OptimConfig:
     """The optimizer, its schedule, and the learning rate decay by depth (`harness.training.optim`)."""
 
-    name: OptimizerName = "adamw"
+    # Those of torch.optim that take parameters of any shape, and a weight decay.
+    name: Literal[
+        "adamw", "adam", "nadam", "radam", "adamax", "sgd", "asgd", "rmsprop", "adagrad", "adadelta", "adafactor"
+    ] = "adamw"
     base_lr: float
     depth_lr_mult: float  # a block's rate is base_lr * depth_lr_mult ** (its distance from the head)
     depth_by: Literal["block", "layer"] = "block"

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ import harness
 from harness.base.errors import InputError
 from harness.config import space
 from harness.config.study import Study
-from harness.config.train import OptimizerName, TrainConfig
+from harness.config.train import OptimConfig, TrainConfig
 from harness.data.augment import normalise
 from harness.data.mixing import Target
 from harness.data.splits import load_test
@@ -78,7 +78,7 @@ def test_it_goes_on_from_any_batch_to_the_same_bits(plain: TrainConfig, tmp_path
     assert results != others
 
 
-@pytest.mark.parametrize("name", get_args(OptimizerName))
+@pytest.mark.parametrize("name", get_args(get_type_hints(OptimConfig)["name"]))
 def test_every_optimizer_goes_on_to_the_same_bits(plain: TrainConfig, tmp_path: Path, name: str) -> None:
     coupled = name in ("adam", "adamax", "rmsprop", "adagrad", "adadelta")
     optim = dataclasses.replace(plain.optim, name=name, weight_decay=0.0 if coupled else 0.02)  # type: ignore[arg-type]
