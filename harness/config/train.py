@@ -148,6 +148,7 @@ class RuntimeConfig:
     precision: Literal["auto", "tune", "fp32", "bf16"] = "auto"
     channels_last: Literal["auto", "tune", "on", "off"] = "auto"
     compile: Literal["auto", "tune", "on", "off"] = "auto"
+    deterministic: bool = True  # false: faster kernels on CUDA and when compiled, whose last bits differ in each run
 
     def __post_init__(self) -> None:
         spaces.check_types(self, "runtime.")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from harness.config.train import AugmentConfig
@@ -42,13 +43,14 @@ def mix(
     count, device = len(images), images.device
     # torch's Beta distribution takes no generator.
     random = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-    partner = torch.from_numpy(random.permutation(count)).to(device)
+    partner = torch.from_numpy(random.permutation(count)).to(device, non_blocking=True)
     cuts = random.random(count) < (0.5 if config.mixup else 1.0) if config.cutmix else np.zeros(count, dtype=bool)
     drawn = random.beta(*[np.where(cuts, config.cutmix or 1.0, config.mixup or 1.0)] * 2)
-    shares = torch.from_numpy(drawn).float().view(-1, *[1] * (images.ndim - 1)).to(device)
+    shares = torch.from_numpy(drawn).float().view(-1, *[1] * (images.ndim - 1))
     if cuts.any():
-        kept = torch.from_numpy(_outside_of_boxes(drawn, images.shape[2], images.shape[3], random)).to(device)
-        shares = torch.where(torch.from_numpy(cuts).view(-1, 1, 1, 1).to(device), kept, shares)
+        kept = torch.from_numpy(_outside_of_boxes(drawn, images.shape[2], images.shape[3], random))
+        shares = torch.where(torch.from_numpy(cuts).view(-1, 1, 1, 1), kept, shares)
+    shares = shares.to(device, non_blocking=True)
     mixed = torch.lerp(images[partner], images, shares)
     return mixed, Target(labels=labels, others=labels[partner], share=shares.flatten(1).mean(1))
 
@@ -67,3 +69,16 @@ def _outside_of_boxes(shares: np.ndarray, height: int, width: int, random: np.ra
         )
         kept[image, 0, rows, columns] = 0
     return kept
+
+
+def mean_loss(logits: Tensor, labels: Tensor | Target, label_smoothing: float, class_weights: Tensor | None) -> Tensor:
+    """Return the mean loss of a part; of mixed images by the shares of both labels."""
+
+    def loss(labels: Tensor, reduction: str) -> Tensor:
+        return F.cross_entropy(logits, labels, class_weights, reduction=reduction, label_smoothing=label_smoothing)
+
+    if isinstance(labels, Target):
+        both = labels.share * loss(labels.labels, "none") + (1 - labels.share) * loss(labels.others, "none")
+        return both.mean()
+    # With weights, torch's mean would divide by those of the part.
+    return loss(labels, "mean") if class_weights is None else loss(labels, "sum") / len(labels)

@@ -48,6 +48,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
     def stored(self, chosen: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Return the chosen images, int64 [B], as stored: uint8 [B, side, side, 3] on the device."""
         # index_select copies whole images; images[chosen] goes byte by byte, which takes four times as long.
@@ -73,13 +77,9 @@ class ImageSet:
     def on(self, device: torch.device) -> ImageSet:
         """Move these images to a CUDA device if they fit there comfortably; else return them unchanged.
 
-        An epoch then sends only each batch's maps to the device.
+        An epoch then sends only each batch's maps to the device. All trials of a process share the copy.
         """
-        import torch
-
-        if device.type != "cuda" or not fits(self.images.nbytes, torch.cuda.mem_get_info(device)[0]):
-            return self
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+        return self if device.type != "cuda" else _on_cuda(self, device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +89,15 @@ class Splits:
     classes: tuple[str, ...]
     train: ImageSet  # at the stored size, with a margin for crops
     val: ImageSet  # at the model's input size
+
+
+@lru_cache(maxsize=4)  # by identity, as no two sets have the same tensors
+def _on_cuda(images: ImageSet, device: torch.device) -> ImageSet:
+    import torch
+
+    if not fits(images.images.nbytes, torch.cuda.mem_get_info(device)[0]):
+        return images
+    return replace(images, images=images.images.to(device), labels=images.labels.to(device))
 
 
 def fits(size_bytes: int, free_bytes: int) -> bool:

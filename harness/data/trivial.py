@@ -139,7 +139,10 @@ def _autocontrast(images: Tensor, strength: Tensor) -> Tensor:
 def _equalize(images: Tensor, strength: Tensor) -> Tensor:
     """Even out each channel's histogram of 256 levels, as Pillow does."""
     levels = (images * 255).round_().long().flatten(2)  # [b, 3, H * W]
-    counts = levels.new_zeros(*levels.shape[:2], 256).scatter_add_(2, levels, torch.ones_like(levels))
+    channels = levels.shape[0] * levels.shape[1]
+    # scatter_add_ is not deterministic on CUDA.
+    numbered = levels + 256 * torch.arange(channels, device=levels.device).view(-1, levels.shape[1], 1)
+    counts = numbered.flatten().bincount(minlength=256 * channels).view(*levels.shape[:2], 256)
     # A step is the mean count of the levels but the highest.
     step = (levels.shape[2] - counts.gather(2, levels.amax(2, keepdim=True))).div(255, rounding_mode="floor")
     before = counts.cumsum(2) - counts

@@ -173,7 +173,8 @@ def in_words(runtime: dict[str, Any] | None) -> str:
         return "not decided yet"
     layout = "channels last" if runtime["channels_last"] else "channels first"
     compiled = ", compiled" if runtime.get("compile") else ""
-    return f"{runtime['device']}, {runtime['precision']}, {layout}{compiled}"
+    free = "" if runtime.get("deterministic", True) else ", not deterministic"
+    return f"{runtime['device']}, {runtime['precision']}, {layout}{compiled}{free}"
 
 
 def digest(store: Store) -> str:

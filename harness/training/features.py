@@ -50,9 +50,14 @@ class FeatureSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def device(self) -> torch.device:
+        return self.features.device
+
     def batch(self, chosen: Tensor, config: TrainConfig, runtime: Runtime, generator: torch.Generator) -> Tensor:
         """Return a uniformly random version of every chosen image: [B, ...] on the device."""
         version = torch.randint(self.features.shape[1], (len(chosen),), generator=generator)
+        version = version.to(self.device, non_blocking=True)
         return self.features[chosen, version].to(runtime.device)
 
     def parts(self, size: int, runtime: Runtime) -> Iterator[Tensor]:
@@ -122,12 +127,14 @@ class FrozenBody:
 
     def as_they_are(self, images: ImageSet) -> FeatureSet:
         """Return features of plain images."""
-        return FeatureSet(features=self._kept([(images, None)]), labels=images.labels)
+        features = self._kept([(images, None)])
+        return FeatureSet(features=features, labels=images.labels.to(features.device))
 
     def with_views(self, plain: ImageSet, stored: ImageSet, config: AugmentConfig, views: int) -> FeatureSet:
         """Return features of training images: the `plain` ones, and `views` augmented from `stored` ones."""
         drawn = [(stored, View(config=config, size=self._size, number=number)) for number in range(views)]
-        return FeatureSet(features=self._kept([(plain, None), *drawn]), labels=plain.labels)
+        features = self._kept([(plain, None), *drawn])
+        return FeatureSet(features=features, labels=plain.labels.to(features.device))
 
     def _kept(self, versions: Sequence[tuple[ImageSet, View | None]]) -> Tensor:
         """Read features float32 [N, versions, ...], or compute and write them. Raises Halt if the disk is full."""

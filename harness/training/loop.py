@@ -65,6 +65,8 @@ class Source(Protocol):
 
     @property
     def labels(self) -> Tensor: ...  # int64 [N]
+    @property
+    def device(self) -> torch.device: ...  # of images or features, labels, and the indices of a batch
     def __len__(self) -> int: ...
     def batch(self, chosen: Tensor, config: TrainConfig, runtime: Runtime, generator: torch.Generator) -> Tensor:
         """Return a training step's inputs for the chosen images [B], on the device; random by `generator`."""
@@ -124,7 +126,7 @@ def _train_epoch(training: Training, after_batch: Callable[[], None]) -> None:
     progress, runtime = training.progress, training.runtime
     seed = derive_seed(training.seed, "epoch", progress.epoch)
     generator = torch.Generator().manual_seed(seed)
-    batches = _batches(len(training.train), training.config.batch_size, generator)
+    batches = _batches(len(training.train), training.config.batch_size, generator, training.train.device)
     progress.steps = len(batches)
     if progress.step == 0:
         progress.trace = torch.zeros(len(batches), 3, device=runtime.device)
@@ -239,9 +241,14 @@ def _averaged(average: Average | None) -> Iterator[None]:
         average.swap()
 
 
-def _batches(count: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:
-    """Shuffle and split evenly into batches of at most `batch_size`; no batch has a single image by chance."""
-    order = torch.randperm(count, generator=generator)
+def _batches(
+    count: int, batch_size: int, generator: torch.Generator, device: torch.device | None = None
+) -> list[Tensor]:
+    """Shuffle and split evenly into batches of at most `batch_size`; no batch has a single image by chance.
+
+    The order is copied to the device once: a copy for each batch would wait for the device.
+    """
+    order = torch.randperm(count, generator=generator).to(device)
     return list(torch.tensor_split(order, -(-count // batch_size)))
 
 

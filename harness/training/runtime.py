@@ -56,7 +56,7 @@ def resolve(
     automatic = "auto" in (config.precision, config.channels_last)
     usual, last = rule(device, build) if automatic else (False, False)
     candidates = [
-        Runtime(device=device, bf16=bf16, channels_last=channels_last)
+        Runtime(device=device, bf16=bf16, channels_last=channels_last, deterministic=config.deterministic)
         for bf16 in precisions.get(config.precision, [usual])
         for channels_last in layouts.get(config.channels_last, [bf16 or last])
     ]

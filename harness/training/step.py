@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,16 +13,17 @@ from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.base.environment import cores
 from harness.base.errors import InputError, first_line
-from harness.data.mixing import Target
+from harness.data.mixing import Target, mean_loss
 
 # Graphs of one block: for training and for evaluation, for each batch size; blocks of a kind share their code.
 # At torch's own limit of 8 it would silently run uncompiled.
 GRAPHS = 64
+
+NOT_DETERMINISTIC = "does not have a deterministic implementation"  # in torch's error
 
 ResultT = TypeVar("ResultT")
 
@@ -36,14 +38,17 @@ class Runtime:
     bf16: bool
     channels_last: bool
     compiled: bool = False
+    deterministic: bool = True
 
     def to_dict(self) -> dict[str, Any]:
-        return {
+        found = {
             "device": self.device.type,
             "precision": "bf16" if self.bf16 else "fp32",
             "channels_last": self.channels_last,
             "compile": self.compiled,
         }
+        # As studies stored it before there was a choice.
+        return found if self.deterministic else found | {"deterministic": False}
 
     @staticmethod
     def from_dict(kept: Mapping[str, Any], device: torch.device) -> Runtime:
@@ -56,11 +61,14 @@ class Runtime:
             bf16=kept["precision"] == "bf16",
             channels_last=kept["channels_last"],
             compiled=kept["compile"],
+            deterministic=kept.get("deterministic", True),
         )
 
     def place(self, model: nn.Module) -> nn.Module:
-        if self.device.type == "cuda":  # otherwise cuDNN may sum in another order in each run
-            torch.backends.cudnn.deterministic = True
+        if self.deterministic and (self.compiled or self.device.type == "cuda"):
+            compute_deterministically()
+        if self.device.type == "cuda":  # otherwise fp32 convolutions are computed with 10 bits of mantissa
+            torch.backends.cudnn.allow_tf32 = False
         if self.device.type == "cpu":
             keep_freed_memory()
             if self.bf16:
@@ -74,6 +82,20 @@ class Runtime:
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+@cache
+def compute_deterministically() -> None:
+    """Choose kernels that sum in the same order in every run; once per process.
+
+    Otherwise cuDNN and cuBLAS may choose others, and compiled code adds the gradients of position tables atomically.
+    An operation without such a kernel raises an error, see `train_step`.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    # A debugging aid that costs a pass over each new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
 
 
 @cache
@@ -194,7 +216,8 @@ def train_step(
 
     With `micro_batch`, the gradient of the same batch is accumulated over parts of at most that many images. When
     memory runs out, the parts are halved, down to one image. Only dropout and BatchNorm differ: BatchNorm sees smaller
-    batches, and those of a failed attempt twice. Raises MemoryError if a single image does not fit.
+    batches, and those of a failed attempt twice. Raises MemoryError if a single image or the optimizer's state does not
+    fit, and InputError if the model has an operation that is not deterministic here.
 
     As many arguments as a step has parts; they are named at its two calls.
     """
@@ -209,8 +232,21 @@ def train_step(
     norm = nn.utils.get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
     if clip_norm is not None:
         nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
-    optimizer.step()
+    _update(optimizer, runtime.device)
     return Step(loss=loss, correct=correct, grad_norm=norm, micro_batch=size)
+
+
+def _update(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Take the optimizer's step; the first one allocates its state, of twice the parameters' size for Adam."""
+    if not optimizer.state and device.type != "cpu":
+        free_memory(device)
+    try:
+        optimizer.step()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # Some parameters may have changed, so the step is not repeated with a smaller micro-batch.
+        raise MemoryError(f"out of memory for the optimizer's state ({first_line(error)})") from error
 
 
 def accumulate_gradient(
@@ -230,24 +266,11 @@ def accumulate_gradient(
     for part, wanted in zip(images.split(size), labels.split(size), strict=True):
         with runtime.autocast():
             logits = model(part)
-        loss = _mean_loss(logits.float(), wanted, label_smoothing, class_weights)
+        loss = mean_loss(logits.float(), wanted, label_smoothing, class_weights)
         (loss * (len(part) / len(images))).backward()
         losses.append(loss.detach() * len(part))
         hits.append((logits.argmax(1) == (wanted.larger() if isinstance(wanted, Target) else wanted)).sum())
     return torch.stack(losses).sum(), torch.stack(hits).sum()
-
-
-def _mean_loss(logits: Tensor, labels: Tensor | Target, label_smoothing: float, class_weights: Tensor | None) -> Tensor:
-    """Return the mean loss of a part; of mixed images by the shares of both labels."""
-
-    def loss(labels: Tensor, reduction: str) -> Tensor:
-        return F.cross_entropy(logits, labels, class_weights, reduction=reduction, label_smoothing=label_smoothing)
-
-    if isinstance(labels, Target):
-        both = labels.share * loss(labels.labels, "none") + (1 - labels.share) * loss(labels.others, "none")
-        return both.mean()
-    # With weights, torch's mean would divide by those of the part.
-    return loss(labels, "mean") if class_weights is None else loss(labels, "sum") / len(labels)
 
 
 def halving(attempt: Callable[[int], ResultT], size: int, device: torch.device) -> tuple[ResultT, int]:
@@ -259,6 +282,12 @@ def halving(attempt: Callable[[int], ResultT], size: int, device: torch.device) 
         try:
             return attempt(size), size
         except (RuntimeError, MemoryError) as error:
+            if NOT_DETERMINISTIC in str(error):
+                operation = str(error).partition(NOT_DETERMINISTIC)[0].strip()
+                raise InputError(
+                    f"The model uses {operation}, whose results differ in each run on {device.type}; choose another "
+                    "model, or start the study with --set runtime.deterministic=false."
+                ) from error
             if not is_out_of_memory(error):
                 raise
             if size == 1:
@@ -270,13 +299,14 @@ def halving(attempt: Callable[[int], ResultT], size: int, device: torch.device) 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether torch ran out of memory; on a CPU and on MPS only the error's text tells."""
-    words = ("can't allocate memory", "not enough memory", "out of memory")
+    words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")  # cuBLAS's and cuDNN's
     said = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
     return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def free_memory(device: torch.device) -> None:
-    """Release cached blocks, to allocate smaller ones."""
+    """Release cached blocks, to allocate others, and those of compiled models, which are cyclic garbage."""
+    gc.collect()
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()
 

@@ -73,6 +73,7 @@ OTHER: dict[str, Any] = {
     "runtime.precision": "bf16",
     "runtime.channels_last": "on",
     "runtime.compile": "on",
+    "runtime.deterministic": False,
     "batch_size": 8,
     "epochs": 3,
     "label_smoothing": 0.0,

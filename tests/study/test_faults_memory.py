@@ -225,6 +225,8 @@ def test_no_memory_for_the_final_run_is_one_sentence_and_the_same_command_goes_o
         "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to",
         "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.",
         "MPS backend out of memory (MPS allocated: 1.0 GB)",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
     ],
 )
 def test_words_of_torch_without_memory_are_understood(text: str) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import gc
 import os
 import subprocess
 import sys
+import weakref
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +21,7 @@ from harness.base.errors import InputError
 from harness.config.train import RuntimeConfig
 from harness.models.maxvit import TinyMaxViT
 from harness.training.runtime import resolve
-from harness.training.step import Runtime, find_device, predict, train_step
+from harness.training.step import Runtime, find_device, free_memory, predict, train_step
 from tests.conftest import PROJECT
 
 
@@ -221,3 +225,94 @@ def test_freed_memory_is_kept_unless_the_environment_says_otherwise() -> None:
         for each in (environment, {**environment, "MALLOC_TRIM_THRESHOLD_": "131072"})
     )
     assert kept < given_back / 2
+
+
+# --- the same kernels in every run ---
+
+GENERATED = """
+import sys
+import torch
+from torch._inductor.utils import run_and_get_code
+from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
+from harness.training.step import Runtime, compile_parts
+
+torch.set_num_threads(2)
+chosen = {"compiled": True, "deterministic": sys.argv[1] == "True"}
+runtime = Runtime(device=torch.device("cpu"), bf16=False, channels_last=False, **chosen)
+model = runtime.place(torch.nn.Sequential(RelativePositionalMultiHeadAttention(24, 24, 16)))
+compile_parts(model, ["0"])
+images = torch.randn(16, 16, 16, 24)
+_, codes = run_and_get_code(lambda: (model(images) ** 2).sum().backward())
+print("atomic_add" in "".join(codes))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_compiled_gradients_of_position_tables_are_summed_in_one_order(deterministic: bool) -> None:
+    """Also on CUDA, where the same code adds them atomically."""
+    command = [sys.executable, "-c", GENERATED, str(deterministic)]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.stdout.strip() == str(not deterministic), done.stderr
+
+
+class Put(nn.Module):
+    """An operation whose result depends on the order of its writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.linear(images)
+        return found + torch.zeros(2).put_(torch.tensor([0]), torch.tensor([1.0]))
+
+
+def test_an_operation_without_a_deterministic_kernel_is_named() -> None:
+    model = Put()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"label_smoothing": 0.0, "clip_norm": None}
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(InputError, match=r"uses put_.* on cpu; .*--set runtime\.deterministic=false"):
+            train_step(model, torch.ones(2, 3), torch.tensor([0, 1]), optimizer, runtime(), **options)  # type: ignore[arg-type]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_runtime_comes_back_from_its_record(deterministic: bool) -> None:
+    chosen = dataclasses.replace(runtime(), deterministic=deterministic)
+    assert Runtime.from_dict(chosen.to_dict(), chosen.device) == chosen
+    assert ("deterministic" in chosen.to_dict()) is not deterministic  # as older studies have it
+    config = RuntimeConfig(device="cpu", precision="fp32", channels_last="off", deterministic=deterministic)
+    assert resolve(config, build, 64) == chosen
+
+
+# --- memory ---
+
+
+def test_an_optimizer_without_memory_for_its_state_says_so() -> None:
+    model = nn.Linear(3, 2)
+
+    class Greedy(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    options = {"label_smoothing": 0.0, "clip_norm": None}
+    with pytest.raises(MemoryError, match=r"out of memory for the optimizer's state .*ALLOC_FAILED"):
+        train_step(model, torch.ones(2, 3), torch.tensor([0, 1]), Greedy(model.parameters()), runtime(), **options)  # type: ignore[arg-type]
+
+
+def test_freeing_memory_also_collects_cyclic_garbage() -> None:
+    model = nn.Linear(3, 2)
+    model.forward = partial(nn.Linear.forward, model)  # type: ignore[method-assign]
+    alive = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert alive() is not None
+        free_memory(torch.device("cpu"))
+        assert alive() is None
+    finally:
+        gc.enable()
