@@ -5,12 +5,17 @@
 Compares in turns eager fp32, eager bf16, timm's maxvit_tiny_rw_224 in bf16 (if timm is installed), and the harness's
 step (bf16, channels last, blocks compiled, fused AdamW, clipping). Images are noise on the device. The study (50 trials
 of 30 epochs and the final run) needs Optuna and MLflow, and is skipped if they are missing.
+
+The parts run in the order of their worth, and one that fails does not stop the others. With --keep FILE, what they
+print is added to FILE, and a second run begins with the parts that are not in it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import os
 import subprocess
 import sys
@@ -18,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +34,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.measure import Figures, alternate, ratios, script
+from harness.base.errors import first_line
 from harness.config.contracts import SplitName
 from harness.config.train import OptimConfig, RuntimeConfig, TrainConfig
 from harness.models.maxvit import MaxViTT, TinyMaxViT
 from harness.training.assemble import assemble, compilable
+from harness.training.checkpoint import fingerprint
 from harness.training.loop import fit
 from harness.training.optim import build_optimizer, parameter_groups
-from harness.training.step import Runtime, compile_parts, train_step
+from harness.training.step import Runtime, compile_parts, free_memory, is_out_of_memory, train_step
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -152,10 +160,19 @@ def contestants(size: int, runtime: Runtime) -> dict[str, Callable[[], float]]:
 
 def speed(size: int, rounds: int, runtime: Runtime) -> Figures:
     """Print images/s of all contestants; returns the ratio of eager bf16's seconds to the harness's."""
-    steps = contestants(size, runtime)
-    for name, step in steps.items():
+    steps = {}
+    for name, step in contestants(size, runtime).items():
         start = time.perf_counter()
-        step()
+        try:
+            step()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            print(f"batch {size}, {name}: out of memory", flush=True)
+            continue
+        finally:
+            free_memory(DEVICE)
+        steps[name] = step
         print(f"batch {size}, {name}: warm-up {time.perf_counter() - start:.1f} s", flush=True)
     seconds = alternate(steps, rounds)
     for name, each in seconds.items():
@@ -220,11 +237,55 @@ def study() -> None:
         print(f"study of {TRIALS} trials of {EPOCHS} epochs, with its final run: {time.perf_counter() - start:.0f} s")
 
 
-def full() -> None:
-    for size in BATCHES:
-        speed(size, 5, HARNESS)
-    trials(4)
-    study()
+def same_bits() -> None:
+    """Print whether two compiled trainings from one seed end with the same weights."""
+    found = []
+    with tempfile.TemporaryDirectory() as cache:
+        for _ in range(2):
+            training = assemble(config(cache), HARNESS, 0)
+            list(fit(training))
+            found.append(fingerprint(training.model.state_dict()))
+    print(f"two compiled trainings: {'the same bits' if found[0] == found[1] else 'DIFFERENT bits'}", flush=True)
+
+
+PARTS: dict[str, Callable[[], Any]] = {
+    "same bits": same_bits,
+    **{f"batch {size}": partial(speed, size, 5, HARNESS) for size in BATCHES},
+    "study": study,
+    "trials": partial(trials, 4),
+}
+
+
+def full(keep: Path | None) -> None:
+    done = keep.read_text() if keep and keep.exists() else ""
+    for name, part in PARTS.items():
+        if f"# {name}\n" in done:
+            continue
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(Both(said)):
+                part()
+        except (RuntimeError, MemoryError, OSError, subprocess.CalledProcessError) as error:
+            print(f"{name}: failed, {type(error).__name__}: {first_line(error)}", flush=True)
+            continue
+        if keep:
+            with keep.open("a") as file:
+                file.write(f"# {name}\n{said.getvalue()}")
+
+
+class Both(io.StringIO):
+    """What is printed, shown and collected in `kept`."""
+
+    def __init__(self, kept: io.StringIO) -> None:
+        super().__init__()
+        self._kept, self._shown = kept, sys.stdout
+
+    def write(self, text: str) -> int:
+        self._shown.write(text)
+        return self._kept.write(text)
+
+    def flush(self) -> None:
+        self._shown.flush()
 
 
 def quick() -> dict[str, float]:
@@ -235,4 +296,4 @@ def quick() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    script(full, quick)
+    script(full, quick, {"--keep": {"type": Path, "help": "file that collects the results"}})

@@ -58,6 +58,8 @@ class Display:
         self._heard = False  # whether an event has arrived
         self._begun = 0  # number of started trainings after the search, including earlier processes'
         self._compares = study.final.compare_base  # whether the base is trained too
+        # Each process's first epoch compiles the model: it says nothing about the others.
+        self._compiling = workers if (store.facts().runtime or {}).get("compile") else 0
         self._look()
         self._is_live = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
@@ -112,13 +114,15 @@ class Display:
         epochs = self._study.train.epochs if started is None else started.epochs
         if started is not None and isinstance(started.progress, events.Reached):
             started.progress.ended(result)
-        if result.val or not self._epoch_seconds:
+        compiled = self._compiling > 0
+        self._compiling -= compiled
+        if not compiled and (result.val or not self._epoch_seconds):
             self._epoch_seconds.append(result.seconds)
             self._compare_sizes(result)
         if not self._is_live:
             measured = f"val {result.val.value:.2%}" if result.val else f"train {result.train.accuracy:.2%}"
             self._say(f"{event.name}  epoch {result.epoch}/{epochs}  loss {result.train.loss:.3f}  {measured}")
-        if not self._forecast:
+        if not self._forecast and not compiled:
             self._forecast = True
             self._say(forecast(result.seconds, self._left() or 0.0, pruning_known=bool(self._trial_seconds)))
         if result.epoch == epochs and not _is_trial(event.name):

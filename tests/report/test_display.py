@@ -211,6 +211,12 @@ def test_the_forecast_comes_once_after_the_first_epoch(store: Store) -> None:
     assert [number for number, line in enumerate(lines) if line.startswith("An epoch takes")] == [1]
 
 
+def test_the_epoch_that_compiles_is_not_in_the_forecast(store: Store) -> None:
+    store.set_attribute("runtime", {"compile": True})
+    lines = shown(STUDY, store, [Completed(value=0.6), Completed(value=0.5)]).splitlines()
+    assert [number for number, line in enumerate(lines) if line.startswith("An epoch takes")] == [2]
+
+
 def test_a_resumed_study_knows_what_is_left_from_the_trials_before(store: Store) -> None:
     for outcome in (Completed(value=0.6), Pruned(epoch=1), Completed(value=0.5), Pruned(epoch=1)):
         asked = store.ask(STUDY)
