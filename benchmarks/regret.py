@@ -29,9 +29,9 @@ from harness.config.space import Choice
 from harness.config.study import Study
 from harness.search import suggest as asking
 from harness.search.extrapolation import ExtrapolatingGPSampler
-from harness.search.history import ShownStudy
 from harness.search.pruners import Pruner, asha, no_pruning
 from harness.search.samplers import Sampler, gp, tpe
+from harness.search.suggest import ShownStudy
 from harness.store.records import Snapshot
 from tests.analytic import BEST_LOG10_LR, BEST_MULTIPLIER, accuracy, diverges
 from tests.conftest import make_study

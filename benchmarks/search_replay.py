@@ -32,9 +32,9 @@ from benchmarks.replay_tasks import REPLAY, Task, draw, tasks
 from harness.config.events import EpochResult, Metrics
 from harness.final.choice import MORE, choose
 from harness.search import suggest as asking
-from harness.search.history import ShownStudy
 from harness.search.pruners import asha, no_pruning
 from harness.search.samplers import Sampler, gp, tpe
+from harness.search.suggest import ShownStudy
 from harness.store.records import TrialRecord, has_diverged, record_of, without_values
 
 SHARES = (0.1, 0.2, 0.4, 1.0)  # of the budget, at which the regret is shown
@@ -114,7 +114,9 @@ class Search:
         number = len(self.trials)
         for _ in range(number + 1):  # so that the last one has this number
             trial_id = memory._storage.create_new_trial(memory._study_id)
-        study: Any = SimpleNamespace(space=self.task.space, seed=self.seed, sampler=self.policy.sampler)
+        study: Any = SimpleNamespace(
+            space=self.task.space, seed=self.seed, sampler=self.policy.sampler, given_params=lambda _: None
+        )
         began = time.perf_counter()
         asking.ask(study, memory, trial_id, number, self.trials)
         self.seconds += time.perf_counter() - began

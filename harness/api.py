@@ -335,7 +335,7 @@ def _row(name: str, url: str, trials: int) -> Row:
             study=name,
             state=overview.state_of(store),
             finished=store.finished(),
-            trials=facts.wanted or trials,
+            trials=facts.limited(facts.wanted or trials),
             best=None if best is None else best.value,
             test=None if final is None else final.value,
             objective=facts.objective,

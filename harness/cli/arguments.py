@@ -56,13 +56,17 @@ def build_parser(program: str) -> argparse.ArgumentParser:
         "--fraction", metavar="F", type=_fraction, default=0.1, help=f"minimum share of the pruned trials {IS}"
     )
     audit.add_argument("--seed", metavar="N", type=_whole(0, LARGEST), default=0, help=f"seed of the sample {IS}")
+    queued = add("try", "queue a configuration in a study, which may be running")
+    queued.add_argument("settings", metavar="PATH=VALUE", nargs="+", type=_recorded, help="a searched field's value")
+    skip = add("skip", "end a trial at its next batch")
+    skip.add_argument("trial", metavar="N", type=_whole(0), help="the trial's number")
     doctor = add("doctor", "check that storage, MLflow, checkpoints and processes agree")
     doctor.add_argument("--fix", action="store_true", help="repair what differs from the storage")
     export = add("export", "write the final model as an ONNX file")
     export.add_argument("--onnx", metavar="FILE", type=_path, required=True, help="the file")
     for command in (reproduce, audit):
         _add_shared(command, "--data-root", "--device")
-    for command in (show, report, reproduce, replay, audit, doctor, export):
+    for command in (show, report, reproduce, replay, audit, queued, skip, doctor, export):
         _add_shared(command, "--storage")
     for command in (show, report, reproduce, audit, doctor):
         _add_shared(command, "--tracking-uri")
@@ -123,6 +127,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--study", metavar="NAME|FILE", default="flowers102", help=f"the study {IS}")
     trials = "total number of finished trials"
     add("--trials", metavar="N", type=_whole(1, MOST_TRIALS), help=trials)
+    hours = "hours of training, over all workers and restarts; what the final run needs is set aside first"
+    add("--hours", metavar="H", type=_hours, help=hours)
+    patience = "stop after this many finished trials without a new best"
+    add("--patience", metavar="N", type=_whole(1, MOST_TRIALS), help=patience)
+    until = "stop when a trial reaches this value of the objective, a share such as 0.97"
+    add("--until", metavar="V", type=_fraction, help=until)
     _add_shared(parser, "--data-root")
     add(
         "--set",
@@ -207,6 +217,16 @@ def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
         return number
 
     return read
+
+
+def _hours(text: str) -> float:
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = 0.0
+    if not 0 < hours <= 1e6:
+        raise argparse.ArgumentTypeError(f"it must be a number above 0 and at most 1,000,000, not {shortened(text)}")
+    return hours
 
 
 def _fraction(text: str) -> float:

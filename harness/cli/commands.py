@@ -187,6 +187,20 @@ def _audit(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _try(args: argparse.Namespace) -> int:
+    from harness.search import by_hand
+
+    print(by_hand.queue(find(args.study), args.storage, args.settings))
+    return DONE
+
+
+def _skip(args: argparse.Namespace) -> int:
+    from harness.search import by_hand
+
+    print(by_hand.skip(find(args.study), args.storage, args.trial))
+    return DONE
+
+
 def _doctor(args: argparse.Namespace) -> int:
     return DONE if _result(args).doctor(fix=args.fix) else FAILED
 
@@ -243,6 +257,8 @@ COMMANDS = {
     "reproduce": _reproduce,
     "replay": _replay,
     "audit": _audit,
+    "try": _try,
+    "skip": _skip,
     "doctor": _doctor,
     "predict": _predict,
     "demo": _demo,

@@ -93,9 +93,10 @@ class Completed:
 
 @dataclass(frozen=True, kw_only=True)
 class Pruned:
-    """The pruner stopped the trial after `epoch`."""
+    """The trial was stopped after `epoch`: by the pruner, or for a `reason`."""
 
     epoch: int
+    reason: str | None = None
     state = "pruned"
 
 
@@ -214,10 +215,18 @@ class TrialLost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SearchStopped:
+    """The search ended before it had all trials (`harness.search.limits`)."""
+
+    trials: int  # that it has, running ones included
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Elsewhere:
     """Another process runs the steps after the search; this one waits."""
 
     by: str  # machine and process
 
 
-Event = TrialStarted | EpochEnded | TrialEnded | TrialLost | RetrainingEnded | Elsewhere
+Event = TrialStarted | EpochEnded | TrialEnded | TrialLost | RetrainingEnded | SearchStopped | Elsewhere

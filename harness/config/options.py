@@ -14,6 +14,9 @@ class RunOptions:
     """Options of the command `run`; `audit` takes some of them."""
 
     trials: int | None = None  # total of finished trials; None: the study's `trials`
+    hours: float | None = None  # as in the study
+    patience: int | None = None
+    until: float | None = None
     set: tuple[str, ...] = ()  # PATH=VALUE
     data_root: str | None = None
     device: str | None = None

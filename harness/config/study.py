@@ -17,6 +17,7 @@ from harness.config import space as spaces
 from harness.config.contracts import Backbone, Preprocessing
 from harness.config.train import FinalConfig, TrainConfig, identity, plain, require, require_count, survives
 
+LIMITS = ("hours", "patience", "until")
 OWN = ("seed", "objective")  # fields of a study itself that --set may change
 
 
@@ -57,10 +58,15 @@ class Study:
     sampler: SamplerLike
     pruner: PrunerLike
     trials: int = 50
+    # Limits of the search; a study goes on when they grow.
+    hours: float | None = None  # of training, over all workers and restarts, the final run included
+    patience: int | None = None  # finished trials without a new best
+    until: float | None = None  # value of the objective, as a share
     seed: int = 0
     # On the validation images; decides pruning, the choice, and the champion.
     objective: Literal["accuracy", "balanced_accuracy", "macro_f1", "loss"] = "accuracy"
     final: FinalConfig = FinalConfig()
+    first: Sequence[Mapping[str, Any]] = ()  # configurations to try after the base: values of searched fields
 
     def __post_init__(self) -> None:
         spaces.check_types(self)
@@ -72,11 +78,18 @@ class Study:
         require(fits, "final.flip needs images, but feature_views trains on features; leave one of them out.")
         require(self.space != {}, "A study's space is empty; name at least one field to search.")
         require_count("trials", self.trials, spaces.MOST_TRIALS)
+        require(
+            self.hours is None or 0 < self.hours <= 1e6, f"hours must lie between 0 and 1,000,000, not {self.hours}."
+        )
+        if self.patience is not None:
+            require_count("patience", self.patience, spaces.MOST_TRIALS)
+        require(self.until is None or 0 < self.until <= 1, f"until is a share between 0 and 1, not {self.until}.")
         spaces.check(self.space, self.train)
         require(
             hasattr(self.sampler, "check"), f'sampler must be tpe(), grid() or Sampler("NAME"), not {self.sampler!r}.'
         )
         require(hasattr(self.pruner, "of"), f'pruner must be asha() or Pruner("NAME"), not {self.pruner!r}.')
+        self._check_first()
         for path, value in self.definition().items():
             require(
                 survives(value),
@@ -84,6 +97,41 @@ class Study:
                 "true, false, null, or tuples of them.",
             )
         self.sampler.check(self)
+
+    def limits(self) -> dict[str, Any]:
+        """Return the limits of the search besides `trials`."""
+        return {name: getattr(self, name) for name in LIMITS}
+
+    def _check_first(self) -> None:
+        fits = isinstance(self.first, tuple | list) and all(isinstance(each, Mapping) for each in self.first)
+        require(fits, f"first lists configurations such as ({{'optim.base_lr': 3e-4}},), not {self.first!r}.")
+        require(not self.first or self.sampler.name != "grid", "A grid has its own order; remove first.")
+        known = [spaces.encode(self.space, self.train)]
+        for number, each in enumerate(self.first, 1):
+            try:
+                params = self.params(each)
+            except InputError as error:
+                raise InputError(f"first, configuration {number}: {error}") from error
+            require(params not in known, f"first, configuration {number}: it is the base or an earlier one; remove it.")
+            known.append(params)
+
+    def params(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the stored parameters of the base with some searched fields changed.
+
+        Raises InputError if a field is not searched, or a value does not fit it or lies outside of its range.
+        """
+        config = self.train
+        for path, value in changes.items():
+            if path not in self.space:
+                raise InputError(f"{path} is not searched; choose from {', '.join(self.space)}.")
+            config = spaces.replace(config, path, value)
+            if not self.space[path].contains(spaces.get(config, path)):
+                raise InputError(f"{path} = {value!r} is outside of {self.space[path]}; choose a value within.")
+        return spaces.encode(self.space, config)
+
+    def given_params(self, number: int) -> dict[str, Any] | None:
+        """Return the parameters of trial `number` if `first` has them; None if the sampler suggests them."""
+        return self.params(self.first[number - 1]) if 0 < number <= len(self.first) else None
 
     def image_sizes(self) -> set[int]:
         """Return all image sizes that the model may get, but for those of training images before the tail."""
@@ -174,8 +222,10 @@ class Study:
     def definition(self) -> dict[str, Any]:
         """Return everything that decides the results, flat, for JSON; without `trials`, which may grow."""
         searched = {f"space.{path}": repr(dimension) for path, dimension in self.space.items()}
-        others = {"sampler": repr(self.sampler), "pruner": repr(self.pruner)}
+        others: dict[str, Any] = {"sampler": repr(self.sampler), "pruner": repr(self.pruner)}
         others |= {name: getattr(self, name) for name in OWN}
+        if self.first:
+            others["first"] = [self.params(each) for each in self.first]
         return identity(self.train) | searched | identity(self.final, "final.") | others
 
 

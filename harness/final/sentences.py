@@ -37,6 +37,14 @@ def verdict(store: Store) -> str:
     return sentence + f", {points:.2f} points above the base configuration, trial 0."
 
 
+def stop_sentence(store: Store) -> str | None:
+    """State why the search stopped early; None if it did not."""
+    facts = store.facts()
+    if facts.stopped is None or store.finished() > facts.stopped["trials"]:
+        return None
+    return f"The search stopped after {facts.stopped['trials']} of {facts.wanted} trials: {facts.stopped['reason']}."
+
+
 def all_equal(store: Store) -> bool:
     """Return whether several trials are finished and all have the same configuration."""
     params = [trial.params for trial in store.trials() if trial.state != "running"]

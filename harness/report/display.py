@@ -87,6 +87,9 @@ class Display:
             case events.TrialLost():
                 self._under_way.pop(f"trial {event.number}", None)
                 self._say(f"Another process took over trial {event.number}, because this one stalled.")
+            case events.SearchStopped(trials=trials, reason=reason):
+                self._look()
+                self._say(f"The search stops after {trials} trials: {reason}.")
             case events.Elsewhere():
                 if not self._waiting:
                     self._waiting = True
@@ -233,8 +236,8 @@ def _outcome(outcome: events.TrialOutcome) -> str:
     match outcome:
         case events.Completed(value=value):
             return f"complete  val {value:.2%}"
-        case events.Pruned(epoch=epoch):
-            return f"pruned after epoch {epoch}"
+        case events.Pruned(epoch=epoch, reason=reason):
+            return f"pruned after epoch {epoch}" + ("" if reason is None else f": {reason}")
         case _:
             return f"{outcome.state}: {outcome.reason}"
 

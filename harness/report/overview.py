@@ -84,7 +84,8 @@ def state_of(store: Store) -> str:
     """Return running, interrupted, finished, or failed (all trials ended, and none is complete)."""
     if not _abandoned(store):
         return "running"
-    if store.finished() < (store.facts().wanted or 1) or not store.is_settled():
+    facts = store.facts()
+    if store.finished() < facts.limited(facts.wanted or 1) or not store.is_settled():
         return "interrupted"
     return "finished" if store.best() is not None else "failed"
 
@@ -122,6 +123,7 @@ def summary(name: str, store: Store, tracking: str) -> str:
         [
             *([] if fault is None else [f"warning   Do not trust this: {fault}."]),
             f"study     {name}: {', '.join(f'{number} {state}' for state, number in counted.items())}",
+            *(f"          {line}" for line in filter(None, [sentences.stop_sentence(store)])),
             f"best      {sentences.verdict(store)}{params}",
             *_chosen_line(store),
             f"final     {sentences.test_sentence(store)}",

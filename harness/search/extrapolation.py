@@ -20,7 +20,7 @@ from optuna.distributions import BaseDistribution
 from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import FrozenTrial, TrialState
 
-from harness.search.history import ShownStudy
+from harness.search.suggest import ShownStudy
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 PRIOR_TRIALS = 2  # a median gain of k trials counts k / (k + PRIOR_TRIALS)

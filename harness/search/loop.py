@@ -6,8 +6,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness.config.events import Event, Failed, TrialLost
+from harness.config.events import Event, Failed, SearchStopped, TrialLost
 from harness.config.study import Study
+from harness.search import limits
 from harness.search.trial import evaluate_trial
 from harness.store.leases import LeaseLost
 from harness.store.store import POLL_SECONDS, NoTrialFree, Store, wanted
@@ -29,6 +30,9 @@ def search(study: Study, store: Store, runtime: Runtime, checkpoints: Path) -> I
     failures = next((count for count, state in enumerate(reversed(states)) if state != "failed"), len(states))
     while store.finished() < (count := wanted(study, store)):
         try:
+            if (reason := limits.reason_to_stop(study, store)) is not None:
+                yield SearchStopped(trials=store.stop(study.limits(), reason), reason=reason)
+                continue
             asked = store.ask(study, at_most=count)
             outcome = yield from evaluate_trial(study, asked, store, runtime, checkpoints)
         except NoTrialFree:

@@ -17,7 +17,7 @@ from harness.base.errors import InputError
 from harness.config.space import Choice, Dimension, Float
 from harness.config.study import PrunerLike, SamplerLike, Study
 from harness.search import suggest
-from harness.search.history import ShownStudy
+from harness.search.suggest import ShownStudy
 
 DRAWN = 10  # trials that Optuna's samplers draw at random
 MOST = 64  # a sampler with more random trials is not rehearsed beyond them

@@ -7,7 +7,8 @@ that the suggestion can be repeated (`harness.study.replay`). With one worker, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Container
 from typing import Any
 
 import optuna
@@ -21,8 +22,27 @@ from harness.base.errors import InputError, first_line
 from harness.base.seeds import derive_seed
 from harness.config.space import Choice, Dimension, Int
 from harness.config.study import Study
-from harness.search.history import ShownStudy
 from harness.store.records import has_diverged
+
+
+class ShownStudy(optuna.Study):
+    """A study with given trials."""
+
+    shown: list[FrozenTrial]
+
+    @classmethod
+    def of(cls, study: optuna.Study, trials: list[FrozenTrial], **changes: object) -> ShownStudy:
+        """Copy `study`, with other trials and the attributes in `changes`."""
+        made = cls.__new__(cls)
+        made.__setstate__({key: value for key, value in study.__dict__.items() if key != "_thread_local"} | changes)
+        made.shown = trials
+        return made
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        trials = [trial for trial in self.shown if states is None or trial.state in states]
+        return copy.deepcopy(trials) if deepcopy else trials
 
 
 class _Storage:
@@ -56,6 +76,8 @@ def ask(study: Study, of: optuna.Study, trial_id: int, number: int, history: lis
     therefore suggests the same after a kill as without one. Its `after_trial` is not called: it finds results in the
     history, and some of Optuna's samplers would stop the study there.
     """
+    if (given := study.given_params(number)) is not None:
+        of._storage.set_trial_system_attr(trial_id, "fixed_params", given)
     shown = ShownStudy.of(of, history, _storage=_Storage(of._storage))
     shown.sampler = _sampler(study, derive_seed(study.seed, "ask", number), history)
     trial = optuna.Trial(shown, trial_id)

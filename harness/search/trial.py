@@ -15,6 +15,7 @@ from harness.base.keys import trial_key
 from harness.base.seeds import derive_seed
 from harness.config import events
 from harness.config.study import Study
+from harness.search import limits
 from harness.store.leases import LeaseLost
 from harness.store.store import Asked, Store
 from harness.training.assemble import assemble
@@ -22,6 +23,12 @@ from harness.training.checkpoint import SUFFIX, Checkpoint, identity_of, remove
 from harness.training.loop import Training, fit
 from harness.training.optim import group_table
 from harness.training.step import Runtime
+
+SKIPPED = "skipped by hand"
+
+
+class Skipped(Exception):
+    """The user has asked to end this trial."""
 
 
 def evaluate_trial(
@@ -43,7 +50,9 @@ def evaluate_trial(
         here = environment(runtime.device)
         path = checkpoints / f"{key}{SUFFIX}"
         checkpoint = Checkpoint(path, identity, training, here, check=lambda: store.check(asked))
-        outcome = yield from _train(training, asked, store, checkpoint)
+        outcome = yield from _train(training, study, asked, store, checkpoint)
+    except Skipped:
+        outcome = events.Pruned(epoch=len(training.progress.epochs), reason=SKIPPED)
     except (Halt, LeaseLost):
         raise
     except Exception as error:
@@ -63,7 +72,7 @@ def evaluate_trial(
 
 
 def _train(
-    training: Training, asked: Asked, store: Store, checkpoint: Checkpoint
+    training: Training, study: Study, asked: Asked, store: Store, checkpoint: Checkpoint
 ) -> Generator[events.Event, None, events.TrialOutcome]:
     key, name, last = trial_key(asked.number), f"trial {asked.number}", training.config.epochs
     checkpoint.restore()
@@ -85,6 +94,8 @@ def _train(
 
     def after_batch() -> None:
         store.check(asked)
+        if store.is_skipped(asked):
+            raise Skipped
         checkpoint.after_batch()
 
     with checkpoint.saved_when_stopped(), closing(fit(training, after_batch)) as results:
@@ -99,6 +110,12 @@ def _train(
             store.report(asked, result.epoch, value)
             if result not in restored:
                 yield events.EpochEnded(key=key, name=name, number=asked.number, result=result)
-            if result.epoch < last and result not in judged and store.should_prune(asked, result.epoch):
+            if result.epoch == last or result in judged:
+                continue
+            if store.should_prune(asked, result.epoch):
                 return events.Pruned(epoch=result.epoch)
+            if study.hours is not None:
+                store.spend(asked, checkpoint.seconds())
+                if asked.number and limits.hours_left(study, store) <= 0:
+                    return events.Pruned(epoch=result.epoch, reason=limits.OUT_OF_HOURS)
     return events.Completed(value=value)

@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from harness.config.events import EpochResult
 from harness.config.final_result import FinalResult
 
+BY_HAND, SKIP = "by_hand", "skip"  # attributes of a trial that `harness try` queued, and that `harness skip` ends
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -25,7 +26,7 @@ class TrialRecord:
     params: dict[str, Any]
     epochs: tuple[EpochResult, ...]
     curve: dict[int, float]  # epoch -> validation accuracy, as reported so far
-    reason: str | None
+    reason: str | None  # of a failure, or what was done by hand
     seconds: float | None
     environments: tuple[dict[str, str], ...] = ()
     traceback: str | None = None
@@ -43,7 +44,7 @@ def record_of(trial: FrozenTrial) -> TrialRecord:
         params=dict(trial.params),
         epochs=tuple(EpochResult.from_dict(each) for each in trial.user_attrs.get("epochs", [])),
         curve=dict(sorted(trial.intermediate_values.items())),
-        reason=outcome.get("reason"),
+        reason=outcome.get("reason") or ("queued by hand" if BY_HAND in trial.user_attrs else None),
         seconds=trial.user_attrs.get("seconds"),
         environments=tuple(trial.user_attrs.get("environments", [])),
         traceback=outcome.get("traceback"),
@@ -111,6 +112,7 @@ class StudyFacts:
     runtime: dict[str, Any] | None = None  # `Runtime.to_dict()`
     versions: dict[str, str] = field(default_factory=dict)
     wanted: int = 0  # trials
+    stopped: dict[str, Any] | None = None  # `harness.search.limits.stop`
     # After the search
     choice: dict[str, Any] | None = None  # `harness.final.choice.choose`
     rerank: dict[str, Any] | None = None  # `harness.final.choice.rerank`
@@ -123,6 +125,12 @@ class StudyFacts:
     published: int | None = None  # number of finished trials when MLflow had everything
     registered: int | None = None  # the trial whose model is in MLflow's registry
     validation_images: str | None = None  # their fingerprint, once computed for the registry
+
+    def limited(self, trials: int, limits: Mapping[str, Any] | None = None) -> int:
+        """Return `trials`, or fewer if a limit has stopped the search; if `limits` are given, one of these."""
+        if self.stopped is None or limits not in (None, self.stopped["limits"]):
+            return trials
+        return min(trials, int(self.stopped["trials"]))
 
     def is_registered(self) -> bool:
         """Return whether MLflow's registry has the model of the final result."""

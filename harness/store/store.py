@@ -16,6 +16,7 @@ import sqlalchemy
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
+from harness.base.errors import InputError
 from harness.base.keys import trial_key
 from harness.base.processes import in_words
 from harness.config.events import Completed, Diverged, EpochResult, Failed, Pruned, TrialOutcome
@@ -25,7 +26,7 @@ from harness.store.leases import LeaseLost, Leases
 from harness.store.ledger import Line
 from harness.store.locks import OpenedFile
 from harness.store.queue import NoTrialFree as NoTrialFree
-from harness.store.records import Snapshot
+from harness.store.records import BY_HAND, FINISHED, SKIP, Snapshot, record_of
 from harness.store.records import TrialRecord as TrialRecord
 from harness.store.view import StudyView, outlasting
 
@@ -42,6 +43,7 @@ TOLD_AS = {
     Diverged: TrialState.PRUNED,
 }
 POLL_SECONDS = 0.5  # between two attempts to claim a key
+LOOK_SECONDS = 1.0  # between two looks for a skipped trial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,7 @@ class Store(StudyView):
         self._leases = leases
         self._file = file
         self._leads = False
+        self._looked = 0.0  # time of the last look for a skipped trial
         self._curves: dict[int, dict[int, float]] = {}  # of this process's trials: stored accuracy by epoch
 
     # -- several processes ----------------------------------------------------------------------------------------
@@ -197,6 +200,54 @@ class Store(StudyView):
         return Asked(number=taken.number, params=params, resumed=resumed)
 
     @outlasting
+    def queue(self, params: Mapping[str, Any]) -> int:
+        """Queue a configuration for the next worker that asks; return its number. Raises InputError if it is known."""
+        with contextlib.nullcontext() if self._leases is None else self._leases.exclusive():
+            trials = self._study.get_trials(deepcopy=False)
+            for trial in trials:
+                if dict(params) in (trial.params, trial.system_attrs.get("fixed_params")):
+                    raise InputError(f"Trial {trial.number} has this configuration already; try another.")
+            self._study.enqueue_trial(dict(params), user_attrs={BY_HAND: True})
+            return self._study.get_trials(deepcopy=False)[-1].number
+
+    @outlasting
+    def skip(self, number: int) -> None:
+        """Ask the worker of a trial to end it. Raises InputError unless the trial is unfinished."""
+        trial = next((each for each in self._study.get_trials(deepcopy=False) if each.number == number), None)
+        if trial is None or trial.state is TrialState.WAITING:
+            raise InputError(f"There is no trial {number} yet; `show` lists the trials.")
+        if trial.state in FINISHED:
+            raise InputError(
+                f"Trial {number} has ended ({record_of(trial).state}); only an unfinished one can be skipped."
+            )
+        try:
+            self._study._storage.set_trial_user_attr(trial._trial_id, SKIP, True)
+        except UpdateFinishedTrialError as error:
+            raise InputError(f"Trial {number} has just ended.") from error
+
+    @outlasting
+    def is_skipped(self, asked: Asked) -> bool:
+        """Return whether the user has asked to end this trial; reads the database once per second."""
+        if time.monotonic() - self._looked < LOOK_SECONDS:
+            return False
+        self._looked = time.monotonic()
+        return SKIP in self._study._storage.get_trial(self._id(asked)).user_attrs
+
+    @outlasting
+    def spend(self, asked: Asked, seconds: float) -> None:
+        """Record the time of an unfinished trial so far."""
+        with self._ending(asked):
+            self._study._storage.set_trial_user_attr(self._id(asked), "seconds", seconds)
+
+    @outlasting
+    def stop(self, limits: Mapping[str, Any], reason: str) -> int:
+        """Record that the search needs no more trials than there are, running ones included; return their number."""
+        with contextlib.nullcontext() if self._leases is None else self._leases.exclusive():
+            trials = sum(each.state is not TrialState.WAITING for each in self._study.get_trials(deepcopy=False))
+            self.set_attribute("stopped", {"trials": trials, "reason": reason, "limits": dict(limits)})
+            return trials
+
+    @outlasting
     def check(self, asked: Asked) -> None:
         """Raise LeaseLost if another process has taken over this trial."""
         self._check(asked.number)
@@ -284,6 +335,10 @@ class Store(StudyView):
             self._leases.release(trial_key(asked.number))
 
 
-def wanted(study: Study, store: Store) -> int:
-    """Return the requested number of finished trials: the maximum over the commands that run the study."""
-    return max(study.trials, store.facts().wanted)
+def wanted(study: Study, store: StudyView) -> int:
+    """Return the requested number of finished trials: the maximum over the commands that run the study.
+
+    It is smaller if one of the study's limits has stopped the search.
+    """
+    facts = store.facts()
+    return facts.limited(max(study.trials, facts.wanted), study.limits())

@@ -191,7 +191,8 @@ class StudyView:
 
     def is_complete(self, study: Study) -> bool:
         """Return whether the trials, the final result, and their publication in MLflow are complete."""
-        enough = self.finished() >= study.trials and self.facts().published == self.finished()
+        asked = self.facts().limited(study.trials, study.limits())
+        enough = self.finished() >= asked and self.facts().published == self.finished()
         return enough and self.is_settled()
 
     def is_settled(self) -> bool:

@@ -90,7 +90,7 @@ def check_ended(study: Study, store: Store) -> None:
 
 def sample(store: Store, fraction: float, seed: int) -> tuple[dict[int, TrialRecord], dict[str, Any], list[int]]:
     """Return the pruned trials by number, the results of those audited, and the numbers to audit in order."""
-    pruned = {trial.number: trial for trial in store.trials() if trial.state == "pruned"}
+    pruned = {trial.number: trial for trial in store.trials() if trial.state == "pruned" and trial.reason is None}
     results = dict((store.facts().audit or {}).get("results", {}))
     return pruned, results, audit.draw(pruned, fraction, seed, [int(number) for number in results])
 

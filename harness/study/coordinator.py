@@ -80,13 +80,16 @@ def _begin(command: Command, store: Store, tracker: MLflowTracker) -> Runtime:
         _check_versions(store)
         among_others = store.facts().wanted if store.active_workers() else 0
         store.set_attribute("wanted", max(among_others, study.trials))
+        stopped = store.facts().stopped
+        if stopped is not None and stopped["limits"] != study.limits():
+            store.set_attribute("stopped", None)
         runtime = decide_runtime(study.train, store.facts().runtime, study.trials)
         store.set_attribute("runtime", runtime.to_dict())
         store.set_attribute("published", None)  # until MLflow has everything of this start
         if len(study.backbones()) == 1:
             depths = {by: [name_of(each) for each in study.backbones()[0].depths(by)] for by in ("block", "layer")}
             store.set_attribute("depths", depths)
-        if options.engine == "processes" and options.workers == 1 and store.finished() < study.trials:
+        if options.engine == "processes" and options.workers == 1 and store.finished() < wanted(study, store):
             _name_changes(store, runtime.device)  # workers keep their shares of the cores between runs
         keep_features(study.train, runtime, with_validation=study.final.fit_on == "train+val")
         tracker.start(study, store, expected.facts(study, runtime.to_dict(), environment(runtime.device)))
@@ -160,7 +163,7 @@ def _workers(
     """Yield the workers; None if this process trains alone, or nothing is left to train."""
     options, study = command.options, command.study
     here = options.engine == "processes"
-    if (here and options.workers == 1) or (store.finished() >= study.trials and store.is_settled()):
+    if (here and options.workers == 1) or (store.finished() >= wanted(study, store) and store.is_settled()):
         yield None
         return
     config = WorkerConfig(
@@ -169,6 +172,7 @@ def _workers(
         data_root=options.data_root,
         device=options.device,
         trials=study.trials,
+        limits=study.limits(),
         url=store.url,
         checkpoints=command.beside(".checkpoints"),
     )

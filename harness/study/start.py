@@ -18,7 +18,7 @@ from harness.config import space as spaces
 from harness.config.events import Event
 from harness.config.find import Found
 from harness.config.options import RunOptions
-from harness.config.study import Study
+from harness.config.study import LIMITS, Study
 from harness.data.splits import remarks
 from harness.final import model_files
 from harness.report import overview
@@ -79,8 +79,8 @@ def _asked_for(
     if options.engine == "ray":  # even if a finished study needs no cluster
         ray_cluster.check_address(options.ray_address)
     study = found.study.with_settings(options.set).located(found.home, options.data_root, options.device)
-    if options.trials is not None:
-        study = dataclasses.replace(study, trials=options.trials)
+    given = {name: getattr(options, name) for name in ("trials", *LIMITS)}
+    study = dataclasses.replace(study, **{name: value for name, value in given.items() if value is not None})
     for path, value in spaces.leaves(study.train):
         if not is_utf8(json.dumps(value, ensure_ascii=False, default=str)):
             raise InputError(f"{path} is {value}, which is not UTF-8 and cannot be stored; rename it.")
@@ -154,7 +154,7 @@ def _check_reopening(study: Study, store: Store) -> None:
     store.ledger()
     if store.opened_for() is None:
         raise InputError("--reopen-test: this study has no test result yet; omit the option.")
-    if store.finished() >= study.trials and store.has_final():
+    if store.finished() >= wanted(study, store) and store.has_final():
         raise InputError(
             f"--reopen-test: the chosen trial {store.opened_for()} is already tested, and would give the same number; "
             "omit the option, or ask for more --trials."

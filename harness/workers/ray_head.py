@@ -29,8 +29,8 @@ from harness.store.store import Asked, Store
 from harness.workers.worker import Message, WorkerConfig
 
 CHECK_SECONDS = 2.0  # between two lease checks of a trial
-READ = ("attributes", "facts", "trials", "finished")  # store methods that a worker calls
-ON_A_TRIAL = ("check", "report", "should_prune", "tell")
+READ = ("attributes", "facts", "trials", "finished", "stop")  # store methods that a worker calls
+ON_A_TRIAL = ("check", "is_skipped", "report", "should_prune", "spend", "tell")
 
 
 class Replaced(Exception):
@@ -137,6 +137,7 @@ class _Served:
         self.url = url
         self._head, self._owner = head, owner
         self._checked: dict[int, float] = {}  # trial -> time of its last lease check
+        self._looked = 0.0  # time of the last look for a skipped trial
 
     def __getattr__(self, name: str) -> Any:
         if name not in READ + ON_A_TRIAL:
@@ -154,6 +155,12 @@ class _Served:
         if time.monotonic() - self._checked.get(asked.number, -CHECK_SECONDS) >= CHECK_SECONDS:
             self._call("check", asked)
             self._checked[asked.number] = time.monotonic()
+
+    def is_skipped(self, asked: Asked) -> bool:
+        if time.monotonic() - self._looked < CHECK_SECONDS:
+            return False
+        self._looked = time.monotonic()
+        return bool(self._call("is_skipped", asked))
 
     def check_lead(self) -> None:
         """Do nothing: the coordinator leads, and workers train for it only."""

@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, parent_process
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.base.environment import versions
 from harness.base.errors import INTERRUPTED, Halt, InputError
@@ -41,6 +41,7 @@ class WorkerConfig:
     data_root: str | None
     device: str | None
     trials: int
+    limits: dict[str, Any]
     url: str
     checkpoints: Path
 
@@ -49,7 +50,7 @@ class WorkerConfig:
 
         found = find(str(self.file))
         study = found.study.with_settings(self.settings).located(found.home, self.data_root, self.device)
-        return dataclasses.replace(study, trials=self.trials)
+        return dataclasses.replace(study, trials=self.trials, **self.limits)
 
 
 @dataclass(frozen=True)

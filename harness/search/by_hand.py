@@ -1,0 +1,63 @@
+"""What a user does to a running study: `try` and `skip`. Both are recorded with the trial, so replay knows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from harness.base.errors import InputError
+from harness.base.keys import trial_key
+from harness.config import space as spaces
+from harness.config.find import Found
+from harness.config.study import Study
+from harness.store import opening
+
+
+def settings(study: Study, given: Sequence[str]) -> dict[str, Any]:
+    """Parse each "PATH=VALUE" of a searched field."""
+    changes = {}
+    for each in given:
+        path, equals, text = each.partition("=")
+        if not equals:
+            raise InputError(f"{spaces.shortened(each)} has no value; write PATH=VALUE.")
+        if path not in study.space:
+            raise InputError(f"{path} is not searched; choose from {', '.join(study.space)}.")
+        changes[path] = spaces.parse(study.train, path, text)
+    return changes
+
+
+def queue(found: Found, storage: str | None, given: Sequence[str]) -> str:
+    """Queue the base with searched fields changed, each "PATH=VALUE", for the next worker; return a sentence about it.
+
+    Raises InputError if the study has not started or still tries its first configurations, or if the configuration is
+    outside of the space or known.
+    """
+    study, url = _begun(found, storage)
+    params = study.params(settings(study, given))
+    with opening.open_store(study, url, joining=True) as store:
+        if len(store.optuna_study.trials) <= len(study.first):
+            raise InputError("The study has not begun its first configurations; try again when it has.")
+        number = store.queue(params)
+        finished, facts = store.finished(), store.facts()
+        when = (
+            "is next"
+            if finished < facts.limited(facts.wanted)
+            else f"runs when the study is asked for more trials: --trials {finished + 1}"
+        )
+        return f"Trial {number} is queued with this configuration; it {when}."
+
+
+def skip(found: Found, storage: str | None, number: int) -> str:
+    """Ask the worker of an unfinished trial to end it at its next batch; return a sentence about it."""
+    study, url = _begun(found, storage)
+    with opening.open_store(study, url, joining=True) as store:
+        store.skip(number)
+        running = trial_key(number) in store.active_workers()
+    return f"Trial {number} ends at its next batch" + ("." if running else ", when the study is resumed.")
+
+
+def _begun(found: Found, storage: str | None) -> tuple[Study, str]:
+    """Return a started study with its stored settings, and its database's URL."""
+    url = opening.url_of(found, storage)
+    with opening.read_store(found.study.name, url) as store:
+        return opening.located(found, store), url

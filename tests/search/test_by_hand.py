@@ -1,0 +1,150 @@
+"""First configurations, and a hand on a running study: they are trials as others, and replay knows them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import harness
+from harness.base.errors import InputError
+from harness.cli.commands import main
+from harness.config import events
+from harness.config.find import Found, find
+from harness.config.study import Study
+from harness.search import by_hand
+from harness.search.samplers import grid
+from harness.study.replay import replay
+from tests.analytic import memory_store, run_analytic
+from tests.conftest import make_study
+from tests.small import study_in
+
+FIRST: tuple[dict[str, Any], ...] = ({"optim.base_lr": 3e-4}, {"backbone.dropout": 0.5, "backbone.hidden": (16, 8)})
+STUDY = make_study("cache", trials=5, first=FIRST)
+
+
+# -- first configurations ----------------------------------------------------------------------------------------------
+
+
+def test_first_configurations_come_after_the_base_and_count_as_trials() -> None:
+    store = memory_store(STUDY)
+    run_analytic(STUDY, store, 5)
+    base, first, second, third, _ = (trial.params for trial in store.trials())
+    assert first == {**base, "optim.base_lr": 3e-4}
+    assert second == {**base, "backbone.dropout": 0.5, "backbone.hidden": "16-8"}
+    assert third not in (base, first, second)
+    assert all(each.same for each in replay(STUDY, store.optuna_study.trials))
+
+
+def test_first_configurations_are_part_of_the_definition_if_there_are_any() -> None:
+    assert STUDY.definition()["first"][0]["optim.base_lr"] == 3e-4
+    assert "first" not in make_study("cache").definition()
+
+
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [
+        ([{"epochs": 3}], "first, configuration 1: epochs is not searched; choose from backbone.dropout"),
+        ([{"optim.base_lr": 1.0}], r"configuration 1: optim\.base_lr = 1\.0 is outside of Float"),
+        ([{"optim.base_lr": "fast"}], "optim.base_lr must be a number"),
+        ([{}], "configuration 1: it is the base or an earlier one"),
+        ([FIRST[0], FIRST[0]], "configuration 2: it is the base or an earlier one"),
+        ({"optim.base_lr": 3e-4}, "first lists configurations"),
+        ("fast", "first lists configurations"),
+    ],
+)
+def test_first_configurations_outside_of_the_space_are_one_sentence(first: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        make_study("cache", first=first)
+
+
+def test_a_grid_has_its_own_order() -> None:
+    space = {"optim.base_lr": harness.Choice((1e-3, 1e-2))}
+    with pytest.raises(InputError, match="A grid has its own order"):
+        make_study("cache", first=[{"optim.base_lr": 1e-2}], sampler=grid(), space=space, trials=2)
+
+
+# -- try and skip ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def begun(tmp_path: Path, image_cache: Path, mlruns: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    """A study of milliseconds with two trials, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    study, _ = study_in(tmp_path, image_cache)
+    harness.run("tiny", trials=2, progress=False)
+    return study
+
+
+def test_a_queued_configuration_is_the_next_trial(begun: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["try", "tiny", "optim.base_lr=0.005", "backbone.hidden=16,8"]) == 0
+    assert capsys.readouterr().out == (
+        "Trial 2 is queued with this configuration; it runs when the study is asked for more trials: --trials 3.\n"
+    )
+    result = harness.open("tiny")
+    assert len(result.trials()) == 2  # it has not begun
+    result = harness.run("tiny", trials=4, progress=False)
+    tried = result.trials().set_index("number").loc[2]
+    assert (tried["optim.base_lr"], tried["backbone.hidden"], tried["reason"]) == (0.005, "16-8", "queued by hand")
+    assert result.replay()
+    assert result.doctor()
+
+
+def test_a_skipped_trial_ends_at_its_next_batch(begun: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.store.store.LOOK_SECONDS", 0.0)
+
+    def skip(event: object) -> None:
+        if isinstance(event, events.TrialStarted) and event.kind == "trial" and event.number == 2:
+            assert main(["skip", "tiny", "2"]) == 0
+
+    result = harness.run("tiny", trials=4, progress=False, on_event=skip)
+    with result.store() as store:
+        skipped, after = store.trials()[2:]
+    assert (skipped.state, skipped.reason, skipped.curve) == ("pruned", "skipped by hand", {})
+    assert after.state == "complete"
+    assert result.replay()
+    assert result.doctor()
+    assert harness.run("tiny", trials=4, progress=False).digest() == result.digest()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["try", "tiny", "optim.base_lr"], "'optim.base_lr' has no value; write PATH=VALUE"),
+        (["try", "tiny", "epochs=3"], "epochs is not searched; choose from backbone.dropout"),
+        (["try", "tiny", "optim.base_lr=fast"], "optim.base_lr must be a number"),
+        (["try", "tiny", "optim.base_lr=3"], "optim.base_lr = 3 is outside of Float"),
+        (["try", "tiny", "optim.base_lr=0.001"], "Trial 0 has this configuration already; try another"),
+        (["skip", "tiny", "1"], "Trial 1 has ended (complete); only an unfinished one can be skipped"),
+        (["skip", "tiny", "7"], "There is no trial 7 yet"),
+    ],
+)
+@pytest.mark.usefixtures("begun")
+def test_what_makes_no_sense_is_one_sentence(command: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert said in error
+    assert len(harness.open("tiny").trials()) == 2
+
+
+def test_a_study_that_has_not_begun_has_no_queue(
+    tmp_path: Path, image_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    study_in(tmp_path, image_cache)
+    with pytest.raises(InputError, match="has no results yet"):
+        by_hand.queue(find("tiny"), None, ["optim.base_lr=0.005"])
+    assert not (tmp_path / "studies" / "tiny.db").exists()
+
+
+def test_a_queue_waits_for_the_first_configurations(
+    begun: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = dataclasses.replace(begun, first=FIRST, name="other")
+    harness.run(first, home=tmp_path, trials=2, progress=False)
+    found = Found(study=first, file=tmp_path / "studies" / "other.py", home=tmp_path)
+    with pytest.raises(InputError, match="has not begun its first configurations"):
+        by_hand.queue(found, None, ["optim.base_lr=0.005"])
