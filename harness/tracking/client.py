@@ -30,7 +30,7 @@ from harness.tracking.library import (
 from harness.tracking.outbox import Away, Outbox, WriterThread
 
 if TYPE_CHECKING:
-    from mlflow.entities import Param, Run, RunTag
+    from mlflow.entities import DatasetInput, Param, Run, RunTag
 
     from harness.config.study import Study
 
@@ -57,6 +57,7 @@ class StudyClient:
         self.parent = ""  # the study's own run, once it is open
         self._experiment: str | None = None
         self._tags: Mapping[str, str] = {}  # of every run of the study
+        self._data: Mapping[str, str] = {}  # its data set, see `harness.tracking.expected`
         self._open: set[str] = set()
         self._runs: dict[str, Run] | None = {}  # by key; None if unknown
         self._said: set[str] = set()
@@ -176,6 +177,8 @@ class StudyClient:
             # The tags of the study's own run are those of the last start.
             changed = tags if key == STUDY else {STATE: "running"}
             self._log_each(run.info.run_id, "tags", [RunTag(tag, text) for tag, text in changed.items()])
+        if self._data and not (run.inputs and run.inputs.dataset_inputs):
+            self.client.log_inputs(run.info.run_id, [self._input()])
         # Logged parameters cannot be changed, although paths may differ now.
         new = {path: value for path, value in params.items() if path not in run.data.params}
         if new:
@@ -183,6 +186,12 @@ class StudyClient:
             self._log_each(run.info.run_id, "params", entries)
         self._open.add(run.info.run_id)
         return str(run.info.run_id)
+
+    def _input(self) -> DatasetInput:
+        """Return the data set as MLflow has it, so that its column in the table of runs is not empty."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        return DatasetInput(Dataset(**self._data), [InputTag("mlflow.data.context", "training")])
 
     def _log_each(self, run_id: str, kind: str, entries: Sequence[Param | RunTag]) -> None:
         """Write parameters or tags in one request; if it is refused, skip only the refused entries."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from harness.store.store import Store
 
 
+LONGEST_DIGEST = 36  # of MLflow
 KEYS = {"rerank": rerank_key, "final": final_key, "base": base_key}
 
 
@@ -100,6 +103,19 @@ class Finding:
 
     text: str
     mend: Callable[[], object] | None = None
+
+
+def data_of(study: Study, store: Store) -> dict[str, str]:
+    """Return what MLflow shows of the data set: name, digest (at most 36 characters), source and profile."""
+    data, facts = study.train.data, store.facts()
+    content = str((facts.definition or {}).get("data", "unknown"))
+    return {
+        "name": type(data).__name__,
+        "digest": content if len(content) <= LONGEST_DIGEST else hashlib.sha256(content.encode()).hexdigest()[:16],
+        "source_type": "local",
+        "source": json.dumps({"uri": str(getattr(data, "root", "") or type(data).__name__)}),
+        "profile": json.dumps({"images": facts.images, "classes": len(data.classes())}),
+    }
 
 
 def study_metrics(store: Store) -> dict[str, float]:

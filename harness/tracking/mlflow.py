@@ -18,7 +18,7 @@ from harness.base.errors import InputError
 from harness.config.events import EpochEnded, Event, Failed, RetrainingEnded, TrialEnded, TrialStarted
 from harness.config.space import label, leaves
 from harness.tracking.client import STATE, STATUS, STUDY, TRACEBACK, UID, StudyClient
-from harness.tracking.expected import Expected, expected_runs, retraining_tags, trial_tags
+from harness.tracking.expected import Expected, data_of, expected_runs, retraining_tags, trial_tags
 from harness.tracking.files import make_database, move_in
 from harness.tracking.library import (
     Deleted,
@@ -65,6 +65,7 @@ class MLflowTracker(StudyClient):
         entries wait until MLflow is back.
         """
         self.study, self._store, self._tags = study, store, {UID: store.uid, **facts}
+        self._data = data_of(study, store)
         self._shown: dict[str, MLflowRun] = {}  # the runs of running trainings, by key
         self._ended_as: str | None = None  # the study's own run, before this start
         self._behind = True

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+import yaml
 from markdown_it import MarkdownIt
 
 from harness.base.words import percent
@@ -82,6 +83,26 @@ def test_its_numbers_are_those_of_the_storage(finished: Finished) -> None:
     assert "pretrained weights: none." in text
     for path in trial.params:
         assert f"| `{path}` |" in text
+
+
+@pytest.mark.slow
+def test_its_front_matter_is_what_model_hubs_read(finished: Finished) -> None:
+    front = finished.card().split("---\n")[1]
+    found, final = yaml.safe_load(front), finished.store.facts().final
+    assert final is not None
+    (model,) = found["model-index"]
+    (result,) = model["results"]
+    (metric,) = result["metrics"]
+    assert (found["license"], found["pipeline_tag"], model["name"]) == ("unknown", "image-classification", "tiny")
+    assert result["dataset"] == {"type": "Garden", "name": "Garden", "split": "test"}
+    assert (metric["type"], metric["value"]) == ("accuracy", pytest.approx(final.value, abs=1e-6))
+    assert (
+        metric["name"] == f"test accuracy, 95 % interval {percent(final.interval[0])} to {percent(final.interval[1])}"
+    )
+    hub = pytest.importorskip("huggingface_hub")
+    card = hub.ModelCard(finished.card())
+    card.validate = None  # asks a server
+    assert card.data.eval_results[0].metric_value == pytest.approx(final.value, abs=1e-6)
 
 
 @pytest.mark.slow
@@ -160,7 +181,7 @@ def test_it_is_written_again_only_when_it_changes(finished: Finished) -> None:
     finished.card()
     assert (finished.folder / CARD).stat().st_mtime_ns == before
     (finished.folder / CARD).write_text("half a ca")
-    assert finished.card().startswith("# Model of study tiny\n")
+    assert finished.card().startswith("---\n")
 
 
 # -- what it tells to run ------------------------------------------------------------------------------------------

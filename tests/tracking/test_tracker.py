@@ -151,6 +151,23 @@ def test_metrics_carry_their_epoch_as_step_and_are_few(study: Study, store: Stor
 
 
 @pytest.mark.slow
+def test_every_run_names_its_data_set_once(study: Study, store: Store, mlruns: Path) -> None:
+    store.set_attribute("definition", {**(store.facts().definition or {}), "data": "0123456789abcdef, " * 3})
+    for _ in range(2):  # two starts
+        tracker = local_tracker(mlruns)
+        tracker.start(study, store, facts(study, RUNTIME))
+        run_trial(study, store, tracker, Completed(value=0.6))
+        tracker.finish({}, [], "complete")
+    runs = runs_of(mlruns)
+    assert len(runs) == 3
+    inputs = [each.inputs.dataset_inputs for each in runs.values()]
+    assert [len(each) for each in inputs] == [1, 1, 1]
+    (first, *others) = [each[0].dataset for each in inputs]
+    assert first.name == "Garden"
+    assert len(first.digest) == 16
+    assert all((each.name, each.digest) == (first.name, first.digest) for each in others)
+
+
 def test_tags_say_with_what_the_study_ran(study: Study, store: Store, mlruns: Path) -> None:
     whole_study(study, store, mlruns)
     for run in runs_of(mlruns).values():
