@@ -144,6 +144,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     add("--device", help=f"{DEVICE} (default: the study's, else auto)")
     _add_workers(parser)
+    add("--json", action="store_true", help="print a JSON object per line for what happens; text goes to stderr")
+    command = "a command that gets these lines, one at a time, on its standard input"
+    add("--on-event", metavar="COMMAND", type=_recorded, help=command)
     reason = "open the test set again for a better trial; the reason is recorded in the ledger and in every report"
     add("--reopen-test", metavar="REASON", type=_recorded, help=reason)
     add("--fresh", action="store_true", help="rename an existing study of this name and start a new one")

@@ -83,7 +83,8 @@ def _run(args: argparse.Namespace) -> int:
     from harness.study import start
 
     given = {option: value for option, value in vars(args).items() if option not in ("command", "study")}
-    start.run(RunOptions.of(given, lasting_command()), find(args.study), StudyConsole())
+    StudyConsole.left = args.json
+    start.run(RunOptions.of(given, lasting_command()), find(args.study), StudyConsole(stderr=args.json))
     return DONE
 
 

@@ -26,6 +26,8 @@ class RunOptions:
     ray_address: str | None = None
     reopen_test: str | None = None  # why the test set may be opened again
     fresh: bool = False
+    json: bool = False  # print notices instead of text
+    on_event: str | None = None  # a command that gets notices
     storage: str | None = None
     tracking_uri: str | None = None
     command: str | None = None  # resumes the run; shown to the user

@@ -29,10 +29,11 @@ BAR_COLUMNS = 30  # at most; fewer in a narrow terminal
 class StudyConsole(Console):
     """A console whose pipe may close (`| head`, a `tee` stopped by Ctrl-C): the study continues without it."""
 
-    left = False
+    left = False  # whether stdout is for no text: its reader is gone, or wants JSON
 
-    def __init__(self, quiet: bool = False) -> None:
-        super().__init__(markup=False, emoji=False, quiet=quiet)  # a trial's error may hold any brackets and colons
+    def __init__(self, quiet: bool = False, stderr: bool = False) -> None:
+        # A trial's error may hold any brackets and colons.
+        super().__init__(markup=False, emoji=False, quiet=quiet, stderr=stderr)
 
     def say(self, text: str) -> None:
         """Print lines; the terminal wraps them."""

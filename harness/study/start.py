@@ -23,6 +23,7 @@ from harness.data.splits import remarks
 from harness.final import model_files
 from harness.report import overview
 from harness.report.display import StudyConsole
+from harness.report.notices import check_command, telling
 from harness.search.rehearsal import rehearse
 from harness.serving.card import CARD
 from harness.store import database, opening
@@ -59,10 +60,12 @@ def run(
                 _check_reopening(study, store)
             saved = _is_saved(study, store, model)
             if store.is_complete(study) and saved and not options.reopen_test:
-                _look_at_mlflow(command, store)
-                console.say(f"Nothing is missing: {store.finished()} trials are finished (asked for: {study.trials}).")
-                console.say(overview.summary(study.name, store, uri_of(options.tracking_uri, found.mlruns)))
-                return coordinator.check_result(store)
+                with telling(options, study, store):
+                    _look_at_mlflow(command, store)
+                    finished = store.finished()
+                    console.say(f"Nothing is missing: {finished} trials are finished (asked for: {study.trials}).")
+                    console.say(overview.summary(study.name, store, uri_of(options.tracking_uri, found.mlruns)))
+                    return coordinator.check_result(store)
     else:
         if options.reopen_test:
             raise InputError("--reopen-test: this study has no test result yet; omit the option.")
@@ -76,6 +79,8 @@ def _asked_for(
     """Return the study, changed by the options; check that its database can be opened or created."""
     if options.ray_address is not None and options.engine != "ray":
         raise InputError("--ray-address needs --engine ray; give both, or omit the option.")
+    if options.on_event is not None:
+        check_command(options.on_event)
     if options.engine == "ray":  # even if a finished study needs no cluster
         ray_cluster.check_address(options.ray_address)
     study = found.study.with_settings(options.set).located(found.home, options.data_root, options.device)
@@ -195,7 +200,8 @@ def _run_what_is_missing(command: Command, begun: bool) -> None:
             store.set_attribute("file", found.file.name)
             store.set_attribute("data_root", options.data_root and str(Path(options.data_root).resolve()))
             keep_imports()
-            coordinator.run_study(command, store, tracker)
+            with telling(options, study, store) as hooks:
+                coordinator.run_study(dataclasses.replace(command, hooks=[*command.hooks, *hooks]), store, tracker)
         except BaseException as error:
             tracker.interrupt()
             if isinstance(error, KeyboardInterrupt):
