@@ -23,6 +23,8 @@ class Metrics:
     objective: Objective = "accuracy"
     score: float | None = None  # the objective's value, higher is better; None for accuracy
     contributions: str | None = field(default=None, compare=False)  # see `harness.training.objective`; packed float32
+    # After the last epoch: what calibrates the probabilities of these images, `harness.training.objective.temperature`.
+    temperature: float | None = field(default=None, compare=False)
 
     @property
     def accuracy(self) -> float:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from harness.base.errors import InputError
 from harness.base.files import Damaged, check_tensors, replace_file, sqlite_file
+from harness.config.events import EpochResult
 from harness.config.space import label, leaves
+from harness.final.predictions import temperature_of
 
 if TYPE_CHECKING:
     from harness.config.final_result import FinalResult
@@ -55,6 +57,7 @@ def write_description(
     """
     tested, preprocessing = final.per_seed[0], config.backbone.preprocessing()
     size = preprocessing.evaluation(config.data.image_size)
+    epochs = [EpochResult.from_dict(each) for each in tested.epochs[-1:]]
     description = {
         "study_uid": store.uid,
         "weights": {"sha256": weights, "tested": weights == tested.weights},
@@ -68,6 +71,7 @@ def write_description(
         },
         "configuration": {path: label(value) for path, value in leaves(config, identity_only=True)},
         "backbone": {"name": label(config.backbone), "pretrained_weights": config.backbone.origin()},
+        "temperature": temperature_of(chosen, epochs),  # by which predictions divide the logits
         "fit_on": final.fit_on,
         "trial": chosen.number,
         "trial_validation_accuracy": chosen.value,  # not this model's, which may have trained on these images

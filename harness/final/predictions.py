@@ -22,6 +22,9 @@ from harness.final.statistics import calibration_error, reliability, wilson
 if TYPE_CHECKING:
     import torch
 
+    from harness.config.events import EpochResult
+    from harness.store.records import TrialRecord
+
 PAIRS = 12  # worst confusions shown, two pictures each
 MISTAKES = 24  # most confident ones shown
 SIDE = 96  # maximum pixels of a picture
@@ -43,6 +46,16 @@ class Predictions:
         counts = numpy.zeros((len(self.classes), len(self.classes)), dtype=int)
         numpy.add.at(counts, (self.labels, self.predicted), 1)
         return counts
+
+
+def temperature_of(trial: TrialRecord, epochs: Sequence[EpochResult]) -> float | None:
+    """Return the temperature of a retrained model, fitted on validation images that it was not trained on.
+
+    That is its own after the last of its `epochs`; if it was trained on the validation images, the trial's. None if
+    neither is known.
+    """
+    known = [each[-1].val for each in (epochs, trial.epochs) if each and each[-1].val is not None]
+    return known[0].temperature if known and known[0] is not None else None
 
 
 def from_record(record: Mapping[str, Any]) -> Predictions:
@@ -148,11 +161,19 @@ def thumbnails(images: torch.Tensor, chosen: Sequence[int]) -> dict[str, str]:
 
 
 def described(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the analysis for JSON. `ece` is the expected calibration error over all `seeds`, a share."""
+    """Return the analysis for JSON. `ece` is the expected calibration error over all `seeds`, a share.
+
+    `ece_saved` is the saved model's, `ece_calibrated` the same with its `temperature`, if it has one.
+    """
     found = from_record(record)
     hits = found.predicted == found.labels
     bins, alone = reliability(found.confidence.ravel(), hits.ravel()), reliability(found.confidence[0], hits[0])
-    return {
+    saved = record["seeds"][0]
+    calibrated = {}
+    if saved.get("temperature") is not None:
+        calibrated["temperature"] = saved["temperature"]
+        calibrated["ece_calibrated"] = calibration_error(reliability(unpack(saved["calibrated"], "float32"), hits[0]))
+    return calibrated | {
         "per_class": per_class(found),
         "confusions": confusions(found),
         "mistakes": mistakes(found),
@@ -166,7 +187,13 @@ def described(record: Mapping[str, Any]) -> dict[str, Any]:
 def calibration_sentence(tested: Mapping[str, Any]) -> str:
     """State the calibration errors, for the report and the model card; `tested` comes from `described`."""
     every = f", {100 * tested['ece']:.2f} points over all {tested['seeds']} seeds" if tested["seeds"] > 1 else ""
-    return (
+    raw = (
         "Expected calibration error on the test images (Guo et al., 2017): "
         f"{100 * tested['ece_saved']:.2f} points for the saved model, seed 0{every}."
+    )
+    if "ece_calibrated" not in tested:
+        return raw
+    return (
+        f"{raw} Calibrated, it is {100 * tested['ece_calibrated']:.2f} points: predictions divide the logits by "
+        f"{tested['temperature']:.3g}, fitted on validation images that the model was not trained on."
     )

@@ -29,7 +29,7 @@ from harness.data.splits import ImageSet, items_of, load_split, load_test
 from harness.final import model_files
 from harness.final.choice import per_image, record_choice, rerank
 from harness.final.model_files import keep_check_images, record_files, save_model
-from harness.final.predictions import pictured, thumbnails
+from harness.final.predictions import pictured, temperature_of, thumbnails
 from harness.final.retrain import Context, Retraining, threads_of
 from harness.final.statistics import balanced_accuracy, bootstrap_interval, compare, selection_excess, wilson
 from harness.store import ledger
@@ -164,7 +164,7 @@ class Tested:
 
     record: dict[str, Any]  # for the storage
     scores: NDArray[Any]  # hits, or the objective's contributions
-    predictions: dict[str, Any]  # packed: the predicted class uint16, its probability float32
+    predictions: dict[str, Any]  # packed: the predicted class uint16, its probability and the calibrated one float32
 
 
 def _open_test_set(
@@ -269,7 +269,13 @@ def evaluated(retraining: Retraining, training: Training, images: ImageSet, flip
     if metrics.contributions is not None:
         record |= {"objective": metrics.objective, "score": metrics.score}
         scores = unpack(metrics.contributions, "float32")
-    packed = {"predicted": pack(predicted.astype("uint16")), "confidence": pack(probability.astype("float32"))}
+    packed: dict[str, Any] = {
+        "predicted": pack(predicted.astype("uint16")),
+        "confidence": pack(probability.astype("float32")),
+    }
+    if (degree := temperature_of(retraining.trial, retraining.epochs)) is not None:
+        calibrated = torch.softmax(logits / degree, dim=1).max(dim=1).values.numpy()
+        packed |= {"calibrated": pack(calibrated.astype("float32")), "temperature": degree}
     return Tested(record=record, scores=scores, predictions={"seed": retraining.number, **packed})
 
 

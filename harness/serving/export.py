@@ -37,7 +37,7 @@ def weights_of(saved: SavedModel) -> str:
     """Return the sha256 of the weights, as in the final result's record."""
     from harness.training.checkpoint import fingerprint
 
-    return fingerprint(saved.model.state_dict())
+    return fingerprint(saved.trained.state_dict())
 
 
 def logits_of(saved: SavedModel, images: Tensor) -> NDArray[numpy.float32]:

@@ -24,14 +24,31 @@ from harness.store.store import Store
 from harness.training.checkpoint import read_tensors
 
 
+class Calibrated(nn.Module):
+    """A model whose logits are divided by a temperature, so that their softmax is as sure as it is right."""
+
+    def __init__(self, model: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.model, self.temperature = model, temperature
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images)
+        return logits / self.temperature
+
+
 @dataclass(frozen=True, kw_only=True)
 class SavedModel:
     """A trained model in evaluation mode, in fp32 on the CPU, with its configuration and description."""
 
-    model: nn.Module  # float32 [B, 3, S, S], standardised, to logits float32 [B, classes]
+    model: nn.Module  # float32 [B, 3, S, S], standardised, to calibrated logits float32 [B, classes]
     config: TrainConfig
     description: dict[str, Any]  # model.json
     check_images: Tensor | None = None  # standardised test images, float32 [N, 3, S, S], if the final run saved some
+
+    @property
+    def trained(self) -> nn.Module:
+        """The model as it was trained, without calibration."""
+        return self.model.model if isinstance(self.model, Calibrated) else self.model
 
     @property
     def classes(self) -> Sequence[str]:
@@ -72,6 +89,8 @@ def load_saved(study: Study, store: Store, folder: Path) -> SavedModel:
         images = normalise(images, config.backbone.preprocessing())
     except Damaged:
         images = None
+    if (temperature := description.get("temperature")) is not None:
+        model = Calibrated(model, temperature)
     return SavedModel(model=model.eval(), config=config, description=description, check_images=images)
 
 

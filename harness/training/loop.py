@@ -19,7 +19,7 @@ from harness.config.events import EpochResult, Metrics, Objective
 from harness.config.train import TrainConfig
 from harness.data.mixing import mix
 from harness.training.interrupt import undivided
-from harness.training.objective import class_weights, contributions
+from harness.training.objective import class_weights, contributions, temperature
 from harness.training.optim import Average, ParameterGroup, freeze, lr_factor, set_lr, set_training
 from harness.training.step import Runtime, halving, predict, random_states, seeded, set_random_states, train_step
 
@@ -215,7 +215,11 @@ def _result(training: Training) -> EpochResult:
     val = None
     if training.val is not None and not len(bad):
         with _averaged(training.average):
-            val = evaluate(training.learner, training.val, training.runtime, training.objective)
+            logits = logits_of(training.learner, training.val, training.runtime)
+        val = measure(logits, training.val.labels, training.objective)
+        if progress.epoch == config.epochs:
+            found = temperature(logits.cpu().numpy(), training.val.labels.cpu().numpy())
+            val = replace(val, temperature=found)
     return EpochResult(
         epoch=progress.epoch,
         lr=training.groups[0].lr * _lr_factor(training, last),

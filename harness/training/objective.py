@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
+COLDEST, HOTTEST = 0.2, 5.0  # temperatures
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -56,3 +58,28 @@ def class_weights(labels: NDArray[Any], classes: int, power: float) -> NDArray[n
     counts = numpy.bincount(labels, minlength=classes)
     weights = numpy.where(counts > 0, numpy.maximum(counts, 1.0) ** -power, 0.0)
     return weights * len(labels) / (weights @ counts)
+
+
+def temperature(logits: NDArray[Any], labels: NDArray[Any]) -> float | None:
+    """Return the temperature by which to divide logits [N, classes], so that their cross-entropy is lowest.
+
+    Temperature scaling (Guo et al., 2017), within COLDEST and HOTTEST, as a few images that are all right would ask for
+    none. None if a logit is not finite.
+    """
+    from scipy.optimize import brentq
+    from scipy.special import softmax
+
+    if not numpy.isfinite(logits).all():
+        return None
+    z = logits.astype(numpy.float64)
+    right = z[numpy.arange(len(z)), labels]
+
+    def slope(inverse: float) -> float:
+        """The derivative of the cross-entropy by 1 / temperature, in which it is convex."""
+        return float(((softmax(inverse * z, axis=1) * z).sum(axis=1) - right).mean())
+
+    if slope(1 / HOTTEST) >= 0:
+        return HOTTEST
+    if slope(1 / COLDEST) <= 0:
+        return COLDEST
+    return 1 / float(brentq(slope, 1 / HOTTEST, 1 / COLDEST))

@@ -41,9 +41,9 @@ class WorkerConfig:
     data_root: str | None
     device: str | None
     trials: int
-    limits: dict[str, Any]
     url: str
     checkpoints: Path
+    limits: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def study(self) -> Study:
         from harness.config.find import find

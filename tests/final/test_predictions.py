@@ -90,6 +90,17 @@ def test_the_calibration_of_the_saved_model_and_of_all_seeds_are_told_apart() ->
     assert calibration_sentence(alone).endswith("40.00 points for the saved model, seed 0.")
 
 
+def test_the_calibrated_error_stands_beside_the_raw_one() -> None:
+    record = record_of([0, 1], [[0, 0]], [[0.9, 0.9]], NAMES[:2])
+    record["seeds"][0] |= {"calibrated": pack(np.array([0.5, 0.5], dtype="float32")), "temperature": 2.0}
+    found = described(record)
+    assert (found["ece_saved"], found["ece_calibrated"]) == (pytest.approx(0.4), pytest.approx(0.0))
+    assert calibration_sentence(found).endswith(
+        "Calibrated, it is 0.00 points: predictions divide the logits by 2, fitted on validation images that the model "
+        "was not trained on."
+    )
+
+
 @st.composite
 def records(draw: st.DrawFn) -> dict[str, Any]:
     images, seeds, classes = draw(st.integers(1, 30)), draw(st.integers(1, 3)), draw(st.integers(1, 6))

@@ -20,6 +20,7 @@ from harness.base.errors import InputError
 from harness.base.packing import unpack
 from harness.cli.commands import main
 from harness.config.find import find
+from harness.serving.export import weights_of
 from harness.serving.model import preprocess
 from harness.serving.predict import BATCH, Guess, Predictor, find_images, load_predictor, shown
 from harness.store.opening import read_store
@@ -75,8 +76,26 @@ def test_the_test_images_get_the_predictions_that_are_recorded(at_home: Path, tm
     rows = table(tmp_path / "table.csv")
     classes = load_predictor(find("tiny"), None, "cpu").saved.classes
     assert [row["class"] for row in rows] == [classes[label] for label in unpack(recorded["predicted"], "uint16")]
-    confidence = unpack(recorded["confidence"], "float32")
+    confidence = unpack(recorded["calibrated"], "float32")
     assert [float(row["probability"]) for row in rows] == pytest.approx(confidence.tolist(), abs=1e-4)
+
+
+def test_predictions_are_calibrated_on_images_that_were_not_trained_on(home: Path, predictor: Predictor) -> None:
+    """The final run trains on the validation images, so the temperature is the trial's."""
+    saved = predictor.saved
+    with read_store("tiny", f"sqlite:///{home}/studies/tiny.db") as store:
+        chosen, final = store.chosen(), store.facts().final
+        assert chosen is not None
+        assert final is not None
+        val = chosen.epochs[-1].val
+        seeds = store.attributes()["predictions"]["seeds"]
+    assert final.fit_on == "train+val"
+    assert val is not None
+    assert saved.description["temperature"] == val.temperature == seeds[0]["temperature"] != 1
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(saved.model(images), saved.trained(images) / val.temperature)
+    assert weights_of(saved) == saved.description["weights"]["sha256"]
 
 
 @pytest.mark.slow

@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp
 from sklearn import metrics
 
 from harness.base.errors import InputError
 from harness.training.assemble import assemble
 from harness.training.loop import fit, measure
-from harness.training.objective import class_weights, contributions
+from harness.training.objective import COLDEST, HOTTEST, class_weights, contributions, temperature
 from harness.training.step import accumulate_gradient
 from tests.conftest import make_study
 from tests.training.test_checkpoint import RUNTIMES
@@ -106,3 +108,36 @@ def test_a_training_uses_the_weights_of_its_own_images(image_cache: Path) -> Non
     assert result.is_finite()
     with pytest.raises(InputError, match="class_weight must lie in"):
         dataclasses.replace(config, class_weight=1.5)
+
+
+# -- the temperature ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("true", [0.4, 1.0, 2.5])
+def test_the_temperature_of_sampled_labels_is_found_again(true: float) -> None:
+    random = numpy.random.default_rng(0)
+    logits = random.normal(size=(20_000, 5)) * 2
+    chances = numpy.exp(logits / true)
+    chances /= chances.sum(axis=1, keepdims=True)
+    labels = (random.random((len(logits), 1)) > chances.cumsum(axis=1)).sum(axis=1)
+    assert temperature(logits, labels) == pytest.approx(true, rel=0.05)
+
+
+def test_it_is_the_minimum_of_the_cross_entropy() -> None:
+    random = numpy.random.default_rng(1)
+    logits, labels = random.normal(size=(60, 4)) * 3, random.integers(0, 4, 60)
+    logits[numpy.arange(60), labels] += 2.0
+
+    def loss(degree: float) -> float:
+        return float((logsumexp(logits / degree, axis=1) - logits[numpy.arange(60), labels] / degree).mean())
+
+    found = temperature(logits, labels)
+    assert found == pytest.approx(minimize_scalar(loss, bounds=(0.2, 5.0), method="bounded").x, rel=1e-3)
+
+
+def test_it_stays_within_bounds_and_knows_no_numbers() -> None:
+    labels = numpy.arange(4)
+    assert temperature(numpy.eye(4) * 9, labels) == COLDEST  # all right
+    assert temperature(numpy.eye(4)[::-1] * 9, labels) == HOTTEST  # all wrong
+    assert temperature(numpy.zeros((4, 4)), labels) is not None
+    assert temperature(numpy.full((4, 4), numpy.nan), labels) is None
