@@ -201,9 +201,11 @@ def frame(store: Store) -> pandas.DataFrame:
     """Return a row per trial: number, state, value, epochs, seconds, reason, and each parameter."""
     import pandas
 
-    columns = ("number", "state", "value", "epochs", "seconds", "reason")
+    columns = ("number", "state", "value", "epochs", "seconds")
     rows = [
-        {name: getattr(trial, name) for name in columns} | {"epochs": len(trial.curve)} | trial.params
+        {name: getattr(trial, name) for name in columns}
+        | {"epochs": len(trial.curve), "reason": trial.reason or ("queued by hand" if trial.queued else None)}
+        | trial.params
         for trial in trial_records(store)
     ]
     return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=["number", "state", "value"])

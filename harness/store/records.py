@@ -26,10 +26,16 @@ class TrialRecord:
     params: dict[str, Any]
     epochs: tuple[EpochResult, ...]
     curve: dict[int, float]  # epoch -> validation accuracy, as reported so far
-    reason: str | None  # of a failure, or what was done by hand
+    reason: str | None  # of a failure, or of a stop that is not the pruner's
     seconds: float | None
     environments: tuple[dict[str, str], ...] = ()
     traceback: str | None = None
+    queued: bool = False  # by hand
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether the pruner stopped it, and not the user or a limit."""
+        return self.state == "pruned" and self.reason is None
 
 
 def record_of(trial: FrozenTrial) -> TrialRecord:
@@ -44,7 +50,8 @@ def record_of(trial: FrozenTrial) -> TrialRecord:
         params=dict(trial.params),
         epochs=tuple(EpochResult.from_dict(each) for each in trial.user_attrs.get("epochs", [])),
         curve=dict(sorted(trial.intermediate_values.items())),
-        reason=outcome.get("reason") or ("queued by hand" if BY_HAND in trial.user_attrs else None),
+        reason=outcome.get("reason"),
+        queued=BY_HAND in trial.user_attrs,
         seconds=trial.user_attrs.get("seconds"),
         environments=tuple(trial.user_attrs.get("environments", [])),
         traceback=outcome.get("traceback"),

@@ -90,7 +90,7 @@ def check_ended(study: Study, store: Store) -> None:
 
 def sample(store: Store, fraction: float, seed: int) -> tuple[dict[int, TrialRecord], dict[str, Any], list[int]]:
     """Return the pruned trials by number, the results of those audited, and the numbers to audit in order."""
-    pruned = {trial.number: trial for trial in store.trials() if trial.state == "pruned" and trial.reason is None}
+    pruned = {trial.number: trial for trial in store.trials() if trial.is_pruned}
     results = dict((store.facts().audit or {}).get("results", {}))
     return pruned, results, audit.draw(pruned, fraction, seed, [int(number) for number in results])
 
@@ -117,7 +117,7 @@ def course(study: Study, trial: TrialRecord) -> audit.Course:
     """Return the audit's data of a trial."""
     return audit.Course(
         number=trial.number,
-        state=trial.state,
+        state=trial.state if trial.state != "pruned" or trial.is_pruned else "stopped",
         epochs=study.config(trial.params).epochs,
         curve=tuple(trial.curve.values()),
         seconds=trial.seconds or 0.0,

@@ -16,7 +16,7 @@ from harness.search import limits
 from harness.store.store import Store
 from tests.analytic import evaluate, memory_store, run_analytic
 from tests.conftest import make_study
-from tests.small import small_study
+from tests.small import small_study, study_in
 
 STUDY = make_study("cache", trials=30)
 
@@ -147,9 +147,12 @@ def test_a_killed_study_stops_at_the_same_trial(image_cache: Path, tmp_path: Pat
 
 @pytest.mark.usefixtures("mlruns")
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_hours_end_a_search_in_time_for_its_final_run(image_cache: Path, tmp_path: Path, workers: int) -> None:
-    study = dataclasses.replace(small_study(image_cache), trials=200)
-    result = harness.run(study, home=tmp_path, hours=4 / 3600, workers=workers, progress=False)
+def test_hours_end_a_search_in_time_for_its_final_run(
+    image_cache: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    study, _ = study_in(tmp_path, image_cache)  # workers load it from its file
+    result = harness.run("tiny", hours=4 / 3600, trials=200, workers=workers, progress=False)
     assert result.final is not None
     with result.store() as store:
         trials = store.trials()
