@@ -53,7 +53,7 @@ def build_parser(program: str) -> argparse.ArgumentParser:
     replay = add("replay", "ask the sampler for every trial again and compare with the record")
     audit = add("audit", "train some pruned trials to the end: what did pruning cost?")
     audit.add_argument(
-        "--fraction", metavar="F", type=_fraction, default=0.1, help=f"minimum share of the pruned trials {IS}"
+        "--fraction", metavar="F", type=_positive(1), default=0.1, help=f"minimum share of the pruned trials {IS}"
     )
     audit.add_argument("--seed", metavar="N", type=_whole(0, LARGEST), default=0, help=f"seed of the sample {IS}")
     queued = add("try", "queue a configuration in a study, which may be running")
@@ -128,11 +128,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     trials = "total number of finished trials"
     add("--trials", metavar="N", type=_whole(1, MOST_TRIALS), help=trials)
     hours = "hours of training, over all workers and restarts; what the final run needs is set aside first"
-    add("--hours", metavar="H", type=_hours, help=hours)
+    add("--hours", metavar="H", type=_positive(1_000_000), help=hours)
     patience = "stop after this many finished trials without a new best"
     add("--patience", metavar="N", type=_whole(1, MOST_TRIALS), help=patience)
     until = "stop when a trial reaches this value of the objective, a share such as 0.97"
-    add("--until", metavar="V", type=_fraction, help=until)
+    add("--until", metavar="V", type=_positive(1), help=until)
     _add_shared(parser, "--data-root")
     add(
         "--set",
@@ -222,21 +222,16 @@ def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
     return read
 
 
-def _hours(text: str) -> float:
-    try:
-        hours = float(text)
-    except ValueError:
-        hours = 0.0
-    if not 0 < hours <= 1e6:
-        raise argparse.ArgumentTypeError(f"it must be a number above 0 and at most 1,000,000, not {shortened(text)}")
-    return hours
+def _positive(most: float) -> Callable[[str], float]:
+    """Return a function that reads a number above 0 and at most `most`."""
 
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = 0.0
+        if not 0 < number <= most:
+            raise argparse.ArgumentTypeError(f"it must be a number above 0 and at most {most:,}, not {shortened(text)}")
+        return number
 
-def _fraction(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"it must be a number above 0 and at most 1, not {shortened(text)}")
-    return share
+    return read

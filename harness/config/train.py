@@ -105,9 +105,7 @@ class OptimConfig:
     base_lr: float
     depth_lr_mult: float  # a block's rate is base_lr * depth_lr_mult ** (its distance from the head)
     depth_by: Literal["block", "layer"] = "block"
-    head_epochs: int = (
-        0  # first epochs, in which only the head trains; the warm-up of the other blocks begins after them
-    )
+    head_epochs: int = 0  # first epochs, in which only the head trains; then the other blocks warm up
     weight_decay: float = 0.02
     momentum: float = 0.9  # of Adam and its kin the first beta
     schedule: Literal["cosine", "constant"] = "cosine"

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from harness.base.errors import InputError, first_line
+from harness.base.errors import Halt, InputError, first_line
 from harness.config import events
 from harness.config.options import RunOptions
 from harness.config.study import Study
@@ -89,7 +89,9 @@ class Notices:
 
     def tell(self, event: str, **about: Any) -> None:
         """Send a notice with the study's progress."""
-        progress = {"finished": self._store.finished(), "trials": wanted(self._study, self._store)}
+        progress: dict[str, Any] = {}
+        with contextlib.suppress(Halt):  # the database is lost, which is why the study stops
+            progress = {"finished": self._store.finished(), "trials": wanted(self._study, self._store)}
         line = json.dumps({"event": event, "study": self._study.name, **about, **progress}, ensure_ascii=False)
         for output in self._outputs:
             output(line)

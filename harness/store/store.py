@@ -43,7 +43,8 @@ TOLD_AS = {
     Diverged: TrialState.PRUNED,
 }
 POLL_SECONDS = 0.5  # between two attempts to claim a key
-LOOK_SECONDS = 1.0  # between two looks for a skipped trial
+# Between two looks for a skipped trial, by the kind of database: a server has many workers.
+LOOK_SECONDS = {"sqlite": 1.0, "postgresql": 10.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,8 +228,9 @@ class Store(StudyView):
 
     @outlasting
     def is_skipped(self, asked: Asked) -> bool:
-        """Return whether the user has asked to end this trial; reads the database once per second."""
-        if time.monotonic() - self._looked < LOOK_SECONDS:
+        """Return whether the user has asked to end this trial; reads the database every LOOK_SECONDS."""
+        kind = "sqlite" if self._engine is None else self._engine.dialect.name
+        if time.monotonic() - self._looked < LOOK_SECONDS[kind]:
             return False
         self._looked = time.monotonic()
         return SKIP in self._study._storage.get_trial(self._id(asked)).user_attrs

@@ -46,7 +46,7 @@ def wanted_keys(study: Study, store: Store) -> set[str]:
     """Return the keys of trainings whose checkpoints are needed: interrupted trials, audits, and the final run."""
     keys = {trial_key(trial.number) for trial in store.trials() if trial.state == "running"}
     audited = (store.facts().audit or {}).get("results", {})
-    pruned = [trial.number for trial in store.trials() if trial.state == "pruned"]
+    pruned = [trial.number for trial in store.trials() if trial.is_pruned]
     keys |= {audit_key(number) for number in pruned if str(number) not in audited}
     if store.has_final():
         return keys

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.base.environment import cores
-from harness.base.errors import InputError, first_line
+from harness.base.errors import Halt, InputError, first_line
 from harness.data.mixing import Target, mean_loss
 
 # Graphs of one block: for training and for evaluation, for each batch size; blocks of a kind share their code.
@@ -217,7 +217,7 @@ def train_step(
     With `micro_batch`, the gradient of the same batch is accumulated over parts of at most that many images. When
     memory runs out, the parts are halved, down to one image. Only dropout and BatchNorm differ: BatchNorm sees smaller
     batches, and those of a failed attempt twice. Raises MemoryError if a single image or the optimizer's state does not
-    fit, and InputError if the model has an operation that is not deterministic here.
+    fit, and Halt if the model has an operation that is not deterministic here.
 
     As many arguments as a step has parts; they are named at its two calls.
     """
@@ -284,9 +284,9 @@ def halving(attempt: Callable[[int], ResultT], size: int, device: torch.device) 
         except (RuntimeError, MemoryError) as error:
             if NOT_DETERMINISTIC in str(error):
                 operation = str(error).partition(NOT_DETERMINISTIC)[0].strip()
-                raise InputError(
+                raise Halt(
                     f"The model uses {operation}, whose results differ in each run on {device.type}; choose another "
-                    "model, or start the study with --set runtime.deterministic=false."
+                    "model, or start the study anew with --set runtime.deterministic=false."
                 ) from error
             if not is_out_of_memory(error):
                 raise

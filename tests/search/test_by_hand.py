@@ -16,6 +16,7 @@ from harness.config.find import Found, find
 from harness.config.study import Study
 from harness.search import by_hand
 from harness.search.samplers import grid
+from harness.store.store import LOOK_SECONDS
 from harness.study.replay import replay
 from tests.analytic import memory_store, run_analytic
 from tests.conftest import make_study
@@ -93,7 +94,7 @@ def test_a_queued_configuration_is_the_next_trial(begun: Study, capsys: pytest.C
 
 
 def test_a_skipped_trial_ends_at_its_next_batch(begun: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.store.store.LOOK_SECONDS", 0.0)
+    monkeypatch.setitem(LOOK_SECONDS, "sqlite", 0.0)
 
     def skip(event: object) -> None:
         if isinstance(event, events.TrialStarted) and event.kind == "trial" and event.number == 2:

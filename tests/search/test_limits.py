@@ -164,7 +164,7 @@ def test_hours_end_a_search_in_time_for_its_final_run(
         around = max((trial.seconds or 0.0) - sum(each.seconds for each in trial.epochs) for trial in trials)
         reserved = limits.final_seconds(study, trials)
         assert spent + reserved <= 4 + workers * (longest + around) + reserved / 2
-    assert "4 s" in result.summary() or "h are used" in result.summary()
+    assert "h are used" in result.summary()
     assert result.replay()
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.base.errors import InputError
+from harness.base.errors import Halt, InputError
 from harness.config.train import RuntimeConfig
 from harness.models.maxvit import TinyMaxViT
 from harness.training.runtime import resolve
@@ -274,7 +274,7 @@ def test_an_operation_without_a_deterministic_kernel_is_named() -> None:
     options = {"label_smoothing": 0.0, "clip_norm": None}
     torch.use_deterministic_algorithms(True)
     try:
-        with pytest.raises(InputError, match=r"uses put_.* on cpu; .*--set runtime\.deterministic=false"):
+        with pytest.raises(Halt, match=r"uses put_.* on cpu; .*--set runtime\.deterministic=false"):
             train_step(model, torch.ones(2, 3), torch.tensor([0, 1]), optimizer, runtime(), **options)  # type: ignore[arg-type]
     finally:
         torch.use_deterministic_algorithms(False)
