@@ -1,4 +1,4 @@
-"""Write a study file for photographs: `python -m harness init FOLDER`."""
+"""Write a study file: for photographs (`init`), or from another study (`branch`)."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from harness.config.contracts import SplitName
 from harness.config.space import label
 from harness.data.cache import WORKERS
 from harness.data.splits import SPLITS, remarks
+from harness.store.opening import read_store, url_of
 
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "labels.csv")  # looked for in a folder
 UNBALANCED = 3.0  # images of the largest class, times those of the smallest, from which classes count alike
@@ -40,7 +41,7 @@ class NewStudy:
     """A study file that was written, and what was found in the data."""
 
     file: Path
-    findings: list[str]  # sentences
+    findings: list[str]
 
 
 def init(
@@ -59,11 +60,7 @@ def init(
     if name is None:
         folder = place.resolve().parent if place.is_file() else place.resolve()
         name = re.sub(r"[^A-Za-z0-9_-]+", "_", folder.name).strip("_") or "photographs"
-    elif not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise InputError(f"--name {name!r}: a study's name has letters, digits, - and _ only.")
-    file = home / "studies" / f"{name}.py"
-    if file.exists():
-        raise InputError(f"{file} exists; give another --name, or remove it.")
+    file = _new_file(home / "studies", name, "--name")
     with TemporaryDirectory() as cache:
         try:
             data, written = _data(place, home, cache)
@@ -83,6 +80,36 @@ def init(
         file.unlink()
         raise
     return NewStudy(file=file, findings=[*look.findings(), *said, plan.sentence()])
+
+
+def branch(old: str, name: str, settings: Sequence[str] = (), storage: str | None = None) -> NewStudy:
+    """Copy the file of study `old` under another name, changed by "PATH=VALUE" settings, with its trials as history.
+
+    Raises InputError if `old` has no trials, the file exists, or a setting does not fit. Nothing is written then.
+    """
+    found = finding.find(old)
+    file = _new_file(found.file.parent, name, "NEW")
+    with read_store(found.study.name, url_of(found, storage)) as store:
+        finished, stored = store.finished(), store.facts().definition or {}
+    if not finished:
+        raise InputError(f"Study {found.study.name!r} has no finished trials yet; change it with --fresh.")
+    new = found.study.branch(name, *settings)
+    called = ", ".join(map(repr, (name, *settings)))
+    lines = f"\n# The sampler's history begins with the trials of {found.study.name}.\nSTUDY = STUDY.branch({called})\n"
+    file.write_text(found.file.read_text(encoding="utf-8").rstrip() + "\n" + lines, encoding="utf-8")
+    changed = {path: value for path, value in new.definition().items() if path != "after" and stored.get(path) != value}
+    findings = [f"{path} was {stored.get(path)!r}, is {value!r}" for path, value in changed.items()]
+    return NewStudy(file=file, findings=findings)
+
+
+def _new_file(folder: Path, name: str, option: str) -> Path:
+    """Return the path of a new study's file. Raises InputError if the name does not fit, or the file exists."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise InputError(f"{option} {name!r}: a study's name has letters, digits, - and _ only.")
+    file = folder / f"{name}.py"
+    if file.exists():
+        raise InputError(f"{file} exists; give another {option}, or remove it.")
+    return file
 
 
 def _data(place: Path, home: Path, cache: str) -> tuple[Any, str]:

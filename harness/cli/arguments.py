@@ -86,6 +86,9 @@ def _add_overviews(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     init.add_argument("--model", metavar="NAME", help="a model of torchvision or timm (default: a small one)")
     init.add_argument("--name", metavar="NAME", help="the study's name (default: the folder's)")
+    branch = add("branch", "write a study file from another one, changed, with its trials as the sampler's history")
+    branch.add_argument("new", metavar="NEW", type=_given, help="the new study's name")
+    _add_shared(branch, "--set", "--storage")
     models = add("models", "list the models that a study file can name", False)
     models.add_argument("pattern", metavar="PATTERN", nargs="?", default="", help="a part of the name, or * and ?")
     models.add_argument("--json", action="store_true", help="print a JSON list")
@@ -95,6 +98,13 @@ def _add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
     """Add options that several commands share."""
     options: dict[str, dict[str, Any]] = {
         "--data-root": {"metavar": "DIR", "type": _recorded, "help": "the folder that holds the data set"},
+        "--set": {
+            "metavar": "PATH=VALUE",
+            "action": "append",
+            "default": [],
+            "help": "change a field of the base configuration, e.g. epochs=5, data.limit=204, optim.weight_decay=0.05, "
+            "final.seeds=1; repeatable",
+        },
         "--device": {"help": f"{DEVICE} (default: the study's device)"},
         "--storage": {
             "metavar": "URL",
@@ -133,15 +143,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--patience", metavar="N", type=_whole(1, MOST_TRIALS), help=patience)
     until = "stop when a trial reaches this value of the objective, a share such as 0.97"
     add("--until", metavar="V", type=_positive(1), help=until)
-    _add_shared(parser, "--data-root")
-    add(
-        "--set",
-        metavar="PATH=VALUE",
-        action="append",
-        default=[],
-        help="change a field of the base configuration, e.g. epochs=5, data.limit=204, optim.weight_decay=0.05, "
-        "final.seeds=1; repeatable",
-    )
+    _add_shared(parser, "--data-root", "--set")
     add("--device", help=f"{DEVICE} (default: the study's, else auto)")
     _add_workers(parser)
     add("--json", action="store_true", help="print a JSON object per line for what happens; text goes to stderr")

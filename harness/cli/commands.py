@@ -116,6 +116,16 @@ def _init(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _branch(args: argparse.Namespace) -> int:
+    from harness.new_study import branch
+
+    made = branch(args.study, args.new, args.set, args.storage)
+    for line in made.findings:
+        print(line)
+    print(f"Wrote {made.file}. Run it with: python run_study.py --study {made.file.stem}")
+    return DONE
+
+
 def _models(args: argparse.Namespace) -> int:
     from harness.models.catalog import find_models
     from harness.report.display import print_models
@@ -252,6 +262,7 @@ COMMANDS = {
     "run": _run,
     "list": _list,
     "init": _init,
+    "branch": _branch,
     "models": _models,
     "show": _show,
     "report": _report,

@@ -67,6 +67,7 @@ class Study:
     objective: Literal["accuracy", "balanced_accuracy", "macro_f1", "loss"] = "accuracy"
     final: FinalConfig = FinalConfig()
     first: Sequence[Mapping[str, Any]] = ()  # configurations to try after the base: values of searched fields
+    after: str | None = None  # name of an earlier study, whose trials the sampler gets as history
 
     def __post_init__(self) -> None:
         spaces.check_types(self)
@@ -90,6 +91,9 @@ class Study:
         )
         require(hasattr(self.pruner, "of"), f'pruner must be asha() or Pruner("NAME"), not {self.pruner!r}.')
         self._check_first()
+        fits = self.after is None or (self.after.strip() != "" and self.after != self.name)
+        require(fits, f"after is the name of an earlier study, not {self.after!r}.")
+        require(self.after is None or self.sampler.name != "grid", "A grid has its own order; remove after.")
         for path, value in self.definition().items():
             require(
                 survives(value),
@@ -129,6 +133,27 @@ class Study:
                 raise InputError(f"{path} = {value!r} is outside of {self.space[path]}; choose a value within.")
         return spaces.encode(self.space, config)
 
+    def params_of(self, params: Mapping[str, Any], definition: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return another study's stored parameters as this study's; its `definition` has what it did not search.
+
+        None if one is missing, or outside of its dimension.
+        """
+        known = {**definition, **params}
+        found: dict[str, Any] = {}
+        for path, dimension in self.space.items():
+            if path not in known:
+                return None
+            value = known[path]
+            if isinstance(dimension, spaces.Choice):
+                options = zip(dimension.labels, map(plain, dimension.options), strict=True)
+                fitting = [stored for stored, option in options if value in (stored, option)]
+            else:
+                fitting = [value] if dimension.contains(value) else []
+            if not fitting:
+                return None
+            found[path] = fitting[0]
+        return found
+
     def given_params(self, number: int) -> dict[str, Any] | None:
         """Return the parameters of trial `number` if `first` has them; None if the sampler suggests them."""
         return self.params(self.first[number - 1]) if 0 < number <= len(self.first) else None
@@ -157,6 +182,10 @@ class Study:
     def config(self, params: dict[str, Any]) -> TrainConfig:
         """The training configuration of stored parameters."""
         return spaces.apply(self.space, self.train, params)
+
+    def branch(self, name: str, *settings: str) -> Study:
+        """Return this study under another name, changed by "PATH=VALUE" settings, with its trials as history."""
+        return dataclasses.replace(self.with_settings(settings), name=name, after=self.name)
 
     def with_settings(self, settings: Sequence[str]) -> Study:
         """Apply each "PATH=VALUE" to the study's base configuration, `final.*`, or OWN fields."""
@@ -226,6 +255,8 @@ class Study:
         others |= {name: getattr(self, name) for name in OWN}
         if self.first:
             others["first"] = [self.params(each) for each in self.first]
+        if self.after is not None:
+            others["after"] = self.after
         return identity(self.train) | searched | identity(self.final, "final.") | others
 
 

@@ -37,6 +37,15 @@ def verdict(store: Store) -> str:
     return sentence + f", {points:.2f} points above the base configuration, trial 0."
 
 
+def earlier_sentence(store: Store) -> str | None:
+    """Return which earlier trials the sampler has as history; None if none."""
+    after = store.facts().after
+    if after is None:
+        return None
+    count = f"{len(after['trials'])} of the {after['of']} trials"
+    return f"The sampler's history begins with {count} of study {after['study']}."
+
+
 def stop_sentence(store: Store) -> str | None:
     """State why the search stopped early; None if it did not."""
     facts = store.facts()

@@ -37,6 +37,7 @@ def overview(name: str, store: Store, tracking: str) -> dict[str, Any]:
         "choice": store.choice(),
         "rerank": None if facts.rerank is None else _rerank(facts.rerank),
         "ledger": {"lines": store.ledger_lines(), "fault": store.ledger_fault()},
+        "after": None if facts.after is None else {**facts.after, "trials": len(facts.after["trials"])},
         "duplicates": facts.duplicates,
         "audit": facts.audit,
         "test": None if tested is None else described(tested),
@@ -117,13 +118,14 @@ def summary(name: str, store: Store, tracking: str) -> str:
     del counted["running" if counted["interrupted"] else "interrupted"]
     chosen = store.chosen()
     best = chosen if chosen is not None and chosen.number == 0 else store.best()
+    began = [sentences.earlier_sentence(store), sentences.stop_sentence(store)]
     params = f"\n          {in_short(best.params)}" if best is not None and best.params else ""
     fault = store.ledger_fault()
     return "\n".join(
         [
             *([] if fault is None else [f"warning   Do not trust this: {fault}."]),
             f"study     {name}: {', '.join(f'{number} {state}' for state, number in counted.items())}",
-            *(f"          {line}" for line in filter(None, [sentences.stop_sentence(store)])),
+            *(f"          {line}" for line in filter(None, began)),
             f"best      {sentences.verdict(store)}{params}",
             *_chosen_line(store),
             f"final     {sentences.test_sentence(store)}",

@@ -126,7 +126,8 @@ def _in_words(distribution: Any) -> str:
 
 def _remarks(store: Store, final: FinalResult | None) -> list[str]:
     """Return sentences on the choice, the base configuration's result, and the bias of the best score."""
-    lines = [sentences.stop_sentence(store), sentences.choice_sentence(store), sentences.prospect_sentence(store)]
+    lines = [sentences.earlier_sentence(store), sentences.stop_sentence(store)]
+    lines += [sentences.choice_sentence(store), sentences.prospect_sentence(store)]
     if final is not None:
         if (base := final.base) is not None:
             seeds = len(base.per_seed)

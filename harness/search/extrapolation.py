@@ -57,7 +57,7 @@ def _as_complete(study: optuna.Study) -> optuna.Study:
     predicted = extrapolated([trial.intermediate_values for trial in ended], [trial.value for trial in ended])
     values = dict(zip((trial.number for trial in ended), clipped(predicted), strict=True))
     kept = set(thinned(sorted(values, key=lambda number: (-values[number], number))))
-    shown = [_complete(trial, values[trial.number]) for trial in ended if trial.number in kept]
+    shown = [complete(trial, values[trial.number]) for trial in ended if trial.number in kept]
     return ShownStudy.of(study, shown + [trial for trial in trials if trial.state is TrialState.RUNNING])
 
 
@@ -70,7 +70,8 @@ def thinned(ranked: Sequence[int], most: int = MOST) -> list[int]:
     return [*best, *(rest[len(rest) * each // others] for each in range(others))]
 
 
-def _complete(trial: FrozenTrial, value: float) -> FrozenTrial:
+def complete(trial: FrozenTrial, value: float) -> FrozenTrial:
+    """Return a copy that has ended with this value."""
     shown = copy.copy(trial)
     shown.state, shown.value = TrialState.COMPLETE, value
     return shown

@@ -9,20 +9,23 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, ClassVar
 
 import optuna
-from optuna.distributions import BaseDistribution
-from optuna.trial import FrozenTrial
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState
 
 from harness.base.errors import InputError
-from harness.config.space import Choice, encode, is_plain
+from harness.config.space import Choice, Dimension, Int, encode, is_plain
 from harness.config.study import Study
 from harness.search import suggest
-from harness.search.extrapolation import ExtrapolatingGPSampler
+from harness.search.extrapolation import ENDED, ExtrapolatingGPSampler, complete, extrapolated
+from harness.store.records import has_diverged, without_values
 
 
 class _Asked:
@@ -31,6 +34,8 @@ class _Asked:
     def ask(
         self, study: Study, of: optuna.Study, trial_id: int, number: int, history: list[FrozenTrial]
     ) -> dict[str, Any]:
+        if study.after is not None:
+            history = with_earlier(study, of.user_attrs["after"]["trials"], history)
         return suggest.ask(study, of, trial_id, number, history)
 
 
@@ -106,6 +111,54 @@ class _GridSampler(optuna.samplers.RandomSampler):
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         return self._points[trial.number][param_name]
+
+
+def earlier_trials(study: Study, trials: Iterable[FrozenTrial], definition: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the trials of an earlier study that fit this one's space: parameters and (extrapolated) final values.
+
+    None is the value of a trial that diverged. Failed and unfinished trials are left out.
+    """
+    ended = [without_values(each) if has_diverged(each) else each for each in trials if each.state in ENDED]
+    values = extrapolated([each.intermediate_values for each in ended], [each.value for each in ended])
+    return [
+        {"params": params, "value": None if math.isnan(value) else value}
+        for trial, value in zip(ended, values, strict=True)
+        if (params := study.params_of(trial.params, definition)) is not None
+    ]
+
+
+def with_earlier(study: Study, earlier: Sequence[Mapping[str, Any]], history: list[FrozenTrial]) -> list[FrozenTrial]:
+    """Put an earlier study's trials before a history, and give both the scores of their ranks as values.
+
+    Other data or epochs give values of another scale; ranks are comparable (Salinas et al., "A quantile-based approach
+    for hyperparameter transfer learning", 2020).
+    """
+    shown = []
+    ranges = {path: _distribution(dimension) for path, dimension in study.space.items()}
+    scores = _scores([each["value"] for each in earlier])
+    for number, (each, score) in enumerate(zip(earlier, scores, strict=True), -len(earlier)):
+        trial = optuna.trial.create_trial(params=each["params"], distributions=ranges, value=score)
+        trial.number = trial._trial_id = number
+        shown.append(trial)
+    ended = [trial for trial in history if trial.state in ENDED]
+    values = extrapolated([trial.intermediate_values for trial in ended], [trial.value for trial in ended])
+    shown += [complete(trial, score) for trial, score in zip(ended, _scores(values), strict=True)]
+    return shown + [trial for trial in history if trial.state is TrialState.RUNNING]
+
+
+def _distribution(dimension: Dimension) -> BaseDistribution:
+    if isinstance(dimension, Choice):
+        return CategoricalDistribution(dimension.labels)
+    if isinstance(dimension, Int):
+        return IntDistribution(dimension.low, dimension.high, log=dimension.log)
+    return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+
+
+def _scores(values: Sequence[float | None]) -> list[float]:
+    """Return quantiles of the normal distribution for the ranks of values; None and NaN rank last, equal ones alike."""
+    known = [-math.inf if value is None or math.isnan(value) else value for value in values]
+    ranks = [sum(other < value for other in known) + known.count(value) / 2 for value in known]
+    return [NormalDist().inv_cdf(rank / len(known)) for rank in ranks]
 
 
 def _imported(name: str) -> Any:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy
 
 from harness.base.errors import InputError
-from harness.base.files import sqlite_file
+from harness.base.files import sqlite_file, sqlite_url
 from harness.config.find import Found, defines
 from harness.config.study import Study
 from harness.store.database import BUSY_TIMEOUT_SECONDS, check_database, connect, dispose, outlast, setup_lock
@@ -80,6 +81,34 @@ class NotBegun(InputError):
 
 
 @contextmanager
+def read_earlier(name: str, url: str, folder: Path) -> Iterator[Store]:
+    """Open the study that `after` names: the only one in `folder`/NAME.db, or one of this name at `url`.
+
+    Raises InputError if there is none.
+    """
+    file = folder / f"{name}.db"
+    place = sqlite_url(file) if file.is_file() else url
+    try:
+        if (known := _names(place)) and name not in known and len(known) == 1:  # --fresh has renamed the file
+            (name,) = known
+        with read_store(name, place) as store:
+            yield store
+    except NotBegun as error:
+        raise InputError(f"after: there is no study {name!r} in {file} nor in {url}; run it first.") from error
+
+
+def _names(url: str) -> list[str]:
+    """Return the names of the studies in a database."""
+    if not check_database(url):
+        return []
+    storage = connect(url, writing=False)
+    try:
+        return outlast(url, lambda: optuna.get_all_study_names(storage))
+    finally:
+        dispose(storage)
+
+
+@contextmanager
 def read_store(name: str, url: str, any_format: bool = False) -> Iterator[Store]:
     """Open a study read-only; it may be running. Raises NotBegun, and InputError if it has another format.
 
@@ -106,6 +135,19 @@ def read_store(name: str, url: str, any_format: bool = False) -> Iterator[Store]
         if not any_format:
             check_format(name, store)
         yield store
+    finally:
+        dispose(storage)
+
+
+def names_in(url: str) -> list[str]:
+    """Return the names of all studies in a database, the oldest first. Raises InputError if it cannot be opened."""
+    if not check_database(url):
+        return []
+    storage = connect(url, writing=False)
+    query = sqlalchemy.text("SELECT study_name FROM studies ORDER BY study_id")
+    try:
+        with storage.engine.connect() as connection:
+            return outlast(url, lambda: list(connection.execute(query).scalars()))
     finally:
         dispose(storage)
 
@@ -201,7 +243,7 @@ def check_definition(study: Study, store: Store, content: Mapping[str, str] | No
         store.set_attribute("definition", now)
         return
     check_format(study.name, store)
-    unknown = {path for path in stored if path.startswith("content of ")} if content is None else set()
+    unknown = {path for path in stored if path.startswith("content of ") and path not in now}
     unknown |= {path for path in now if path not in stored and study.has_default(path)}  # a new field
     differing = [path for path in {**stored, **now} if stored.get(path) != now.get(path) and path not in unknown]
     if differing:
@@ -221,6 +263,8 @@ def _change(path: str, stored: Mapping[str, Any], now: Mapping[str, Any], study:
         return f"the images{f' in {root}' if root else ''} differ from those at the start{counted}"
     if path == "content of weights":
         return "the pretrained weights differ from those at the start"
+    if path == "content of after":
+        return f"the trials of study {study.after!r} differ from those at the start"
     if path not in stored:
         return f"{path} is {now[path]!r}, and was not a field"
     return f"{path} was {stored[path]!r}, " + (f"is {now[path]!r}" if path in now else "and is no longer a field")

@@ -111,6 +111,9 @@ class StudyFacts:
     format: int = 0
     definition: dict[str, Any] | None = None  # `Study.definition()`, and fingerprints of images and weights
     images: int | None = None
+    after: dict[str, Any] | None = (
+        None  # an earlier study: its name, uid, and trials (`harness.search.samplers.earlier_trials`)
+    )
     depths: dict[str, list[str]] | None = None  # prefixes of parameter names by "block" and by "layer"
     # Last start
     file: str | None = None

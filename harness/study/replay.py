@@ -6,7 +6,7 @@ sampler, seed and history give the same parameters again. Nothing is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ from optuna.trial import FrozenTrial, TrialState
 from harness.base.environment import versions
 from harness.base.errors import InputError
 from harness.config.study import Study
-from harness.search import suggest
 from harness.store.database import outlast
 from harness.store.records import Snapshot
 from harness.store.store import Store
@@ -43,20 +42,21 @@ class Replayed:
         return f"trial {self.number}: {'; '.join(parts)}"
 
 
-def replay(study: Study, trials: Sequence[FrozenTrial]) -> Iterator[Replayed]:
+def replay(study: Study, trials: Sequence[FrozenTrial], after: Mapping[str, Any] | None = None) -> Iterator[Replayed]:
     """Ask for all trials again, by number. For trials neither complete nor pruned, compare the existing parameters.
 
-    `trials` are all of the study's. If a process died while it asked, its trial has a part of its parameters until a
-    worker resumes it, or failed with that part.
+    `trials` are all of the study's, `after` is its attribute with those of an earlier one. If a process died while it
+    asked, its trial has a part of its parameters until a worker resumes it, or failed with that part.
     """
     memory = optuna.create_study(direction="maximize", pruner=study.pruner.of(study))
+    memory.set_user_attr("after", after)
     for trial in sorted(trials, key=lambda each: each.number):
         trial_id = memory._storage.create_new_trial(memory._study_id, _as_new(trial))
         whole = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
         if not (whole or trial.params):
             continue
         history = Snapshot.of(trial).history(trials, trial.number)
-        asked = suggest.ask(study, memory, trial_id, trial.number, history)
+        asked = study.sampler.ask(study, memory, trial_id, trial.number, history)
         expected = {path: value for path, value in asked.items() if whole or path in trial.params}
         yield Replayed(number=trial.number, stored=dict(trial.params), asked=expected)
 
@@ -73,7 +73,8 @@ def replay_study(study: Study, store: Store) -> bool:
     Raises InputError if there are no suggestions yet.
     """
     asked, differing = 0, []
-    for each in replay(study, outlast(store.url, lambda: store.optuna_study.get_trials(deepcopy=False))):
+    trials = outlast(store.url, lambda: store.optuna_study.get_trials(deepcopy=False))
+    for each in replay(study, trials, store.facts().after):
         asked += 1
         if not each.same:
             differing.append(each.number)

@@ -8,7 +8,9 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from harness.base import mounts
 from harness.base.errors import InputError, is_utf8
@@ -25,6 +27,7 @@ from harness.report import overview
 from harness.report.display import StudyConsole
 from harness.report.notices import check_command, telling
 from harness.search.rehearsal import rehearse
+from harness.search.samplers import earlier_trials
 from harness.serving.card import CARD
 from harness.store import database, opening
 from harness.store.locks import holder
@@ -184,6 +187,10 @@ def _run_what_is_missing(command: Command, begun: bool) -> None:
             check_early_size(backbone, image_size, early_size)
     with command.console.status("Checking the images (the first run decodes and caches them) …"):
         content = content_of(study)
+    earlier = None
+    if study.after is not None and (not begun or not _knows_earlier(study, url)):
+        earlier = _earlier(study, study.after, url, found.file.parent)
+        content["after"] = sha256(json.dumps(earlier, sort_keys=True).encode()).hexdigest()
     tracker = tracker_for(options.tracking_uri, found.mlruns)
     if not begun:  # a resumed study continues without MLflow
         tracker.check(study.name)
@@ -196,6 +203,8 @@ def _run_what_is_missing(command: Command, begun: bool) -> None:
         sys.argv = [word for word in sys.argv if word != "--fresh"]  # the printed command resumes the new study
     with opening.open_store(study, url, content) as store:
         try:
+            if earlier is not None:
+                store.set_attribute("after", earlier)
             store.set_attribute("command", options.command)
             store.set_attribute("file", found.file.name)
             store.set_attribute("data_root", options.data_root and str(Path(options.data_root).resolve()))
@@ -209,6 +218,26 @@ def _run_what_is_missing(command: Command, begun: bool) -> None:
                 missing = ", the final run is missing" if finished >= asked and not store.is_settled() else ""
                 command.console.say(f"Interrupted with {overview.finished_of(finished, asked)}{missing}.")
             raise
+
+
+def _knows_earlier(study: Study, url: str) -> bool:
+    """Return whether the study has kept the earlier one's trials; a start that was interrupted before has not."""
+    with opening.read_store(study.name, url) as store:
+        return store.facts().after is not None
+
+
+def _earlier(study: Study, name: str, url: str, folder: Path) -> dict[str, Any]:
+    """Return what a study keeps of an earlier one, as `StudyFacts.after`. Raises InputError if no trial is of use."""
+    with opening.read_earlier(name, url, folder) as store:
+        trials = store.optuna_study.get_trials(deepcopy=False)
+        definition = store.facts().definition or {}
+        kept = earlier_trials(study, trials, definition)
+        if not kept:
+            raise InputError(
+                f"after: none of the {len(trials)} trials of {name!r} fits this study's space; remove after."
+            )
+        objective = definition.get("objective", "accuracy")
+        return {"study": name, "uid": store.uid, "of": len(trials), "objective": objective, "trials": kept}
 
 
 def _with_workers(options: RunOptions, named: str, device: str) -> RunOptions:
