@@ -24,7 +24,7 @@ from harness.base.errors import InputError
 from harness.config.space import Choice, Dimension, Int, encode, is_plain
 from harness.config.study import Study
 from harness.search import suggest
-from harness.search.extrapolation import ENDED, ExtrapolatingGPSampler, complete, extrapolated
+from harness.search.extrapolation import ENDED, ExtrapolatingGPSampler, complete, extrapolated, thinned
 from harness.store.records import has_diverged, without_values
 
 
@@ -72,6 +72,7 @@ class Sampler(_Asked):
 # Pruners that keep state in the storage, and cannot repeat an uninterrupted study. `harness.search.rehearsal` finds
 # samplers that cannot.
 NOT_RESUMABLE = ("SuccessiveHalvingPruner", "HyperbandPruner")
+MOST_EARLIER = 50  # trials of an earlier study and of this one, together
 
 
 @dataclass(frozen=True)
@@ -131,14 +132,18 @@ def with_earlier(study: Study, earlier: Sequence[Mapping[str, Any]], history: li
     """Put an earlier study's trials before a history, and give both the scores of their ranks as values.
 
     Other data or epochs give values of another scale; ranks are comparable (Salinas et al., "A quantile-based approach
-    for hyperparameter transfer learning", 2020).
+    for hyperparameter transfer learning", 2020). What is best there need not be best here: every trial of this study
+    takes the place of an earlier one, until none of them is left among MOST_EARLIER.
     """
+    if (most := MOST_EARLIER - len(history)) <= 0:
+        return history
     shown = []
     ranges = {path: _distribution(dimension) for path, dimension in study.space.items()}
     scores = _scores([each["value"] for each in earlier])
-    for number, (each, score) in enumerate(zip(earlier, scores, strict=True), -len(earlier)):
-        trial = optuna.trial.create_trial(params=each["params"], distributions=ranges, value=score)
-        trial.number = trial._trial_id = number
+    for place in sorted(thinned(sorted(range(len(earlier)), key=lambda place: (-scores[place], place)), most)):
+        params = earlier[place]["params"]
+        trial = optuna.trial.create_trial(params=params, distributions=ranges, value=scores[place])
+        trial.number = trial._trial_id = place - len(earlier)
         shown.append(trial)
     ended = [trial for trial in history if trial.state in ENDED]
     values = extrapolated([trial.intermediate_values for trial in ended], [trial.value for trial in ended])

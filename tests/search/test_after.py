@@ -13,7 +13,7 @@ from harness.base.errors import InputError
 from harness.cli.commands import main
 from harness.config.space import Choice, Float
 from harness.config.study import Study
-from harness.search.samplers import earlier_trials, gp, grid, tpe, with_earlier
+from harness.search.samplers import MOST_EARLIER, Sampler, earlier_trials, gp, grid, tpe, with_earlier
 from harness.store.store import Store
 from harness.study.replay import replay
 from tests.analytic import ceiling, memory_store, run_analytic
@@ -81,6 +81,20 @@ def test_values_enter_by_rank() -> None:
     assert [trial.value for trial in shown[:5]] == [trial.value for trial in shown[5:]]
     best = max(history, key=lambda trial: trial.value or 0.0)
     assert max(shown[:5], key=lambda trial: trial.value or 0.0).params == best.params
+
+
+def test_every_trial_takes_the_place_of_an_earlier_one() -> None:
+    study = make_study("cache", sampler=Sampler("RandomSampler"))
+    store = memory_store(study)
+    run_analytic(study, store, MOST_EARLIER + 1)
+    history = store.optuna_study.trials
+    kept = earlier_trials(study, history, study.definition())
+    for own in (0, 1, 20, MOST_EARLIER - 1):
+        shown = with_earlier(study, kept, history[:own])
+        assert len(shown) == MOST_EARLIER
+        best = max(shown[: MOST_EARLIER - own], key=lambda trial: trial.value or 0.0)
+        assert best.params == max(history, key=lambda trial: trial.value or 0.0).params
+    assert with_earlier(study, kept, history[:MOST_EARLIER]) == history[:MOST_EARLIER]
 
 
 def test_trials_of_another_space_are_completed_from_the_definition_and_those_outside_are_left_out() -> None:
