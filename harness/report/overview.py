@@ -37,6 +37,7 @@ def overview(name: str, store: Store, tracking: str) -> dict[str, Any]:
         "choice": store.choice(),
         "rerank": None if facts.rerank is None else _rerank(facts.rerank),
         "ledger": {"lines": store.ledger_lines(), "fault": store.ledger_fault()},
+        "suspects": None if facts.suspects is None else _suspects(facts.suspects),
         "duplicates": facts.duplicates,
         "audit": facts.audit,
         "test": None if tested is None else described(tested),
@@ -64,6 +65,10 @@ def _rerank(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _without_epochs(seeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in seed.items() if key != "epochs"} for seed in seeds]
+
+
+def _suspects(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: record[name] for name in ("trials", "images", "found", "rows")}
 
 
 def subject(store: Store) -> TrialRecord | None:
@@ -209,6 +214,13 @@ def frame(store: Store) -> pandas.DataFrame:
         for trial in trial_records(store)
     ]
     return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=["number", "state", "value"])
+
+
+def suspects_frame(record: Mapping[str, Any]) -> pandas.DataFrame:
+    """Return a row per suspect: path, label, taken_for, missed_by, and how many trials count."""
+    import pandas
+
+    return pandas.DataFrame(record["rows"]).assign(trials=record["trials"])
 
 
 def cost(trials: Sequence[TrialRecord], definition: Mapping[str, Any]) -> dict[str, Any]:

@@ -126,6 +126,7 @@ class StudyFacts:
     final: FinalResult | None = None
     predictions: dict[str, Any] | None = None  # `harness.final.predictions`
     thumbnails: dict[str, str] = field(default_factory=dict)  # by number of the test image
+    suspects: dict[str, Any] | None = None  # `harness.final.suspects`
     duplicates: dict[str, Any] | None = None  # `harness.data.duplicates`
     audit: dict[str, Any] | None = None  # `harness.final.pruning_cost.record`
     files: dict[str, str] = field(default_factory=dict)  # the sha256 of the model's files
