@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.base.files import replace_file
-from harness.base.words import OBJECTIVES, duration, percent
+from harness.base.words import OBJECTIVES, duration, money, percent, rate
 from harness.config.final_result import FinalResult, value_of
 from harness.final import sentences
 from harness.final.pruning_cost import audit_sentences
@@ -22,6 +22,7 @@ from harness.report.overview import (
     frame,
     in_words,
     overview,
+    price_sentence,
     subject,
     suspects_frame,
     trial_records,
@@ -58,6 +59,8 @@ def _rendered(view: Mapping[str, Any]) -> str:
         "short": _short,
         "percent": percent,
         "duration": duration,
+        "money": money,
+        "rate": rate,
         "quote": shlex.quote,
     }
     # Of a study, only the figures are marked as safe, and they escape "<".
@@ -158,9 +161,10 @@ def _remarks(store: Store, final: FinalResult | None) -> list[str]:
 
 
 def _cost(seen: Mapping[str, Any]) -> list[str]:
-    """Return the search's time, and what pruning saved; an audit replaces the latter."""
+    """Return the search's time, what pruning saved, and the money; an audit replaces the second."""
     spent, *saved = cost_sentences(seen["cost"])
-    return [spent, *(saved if seen["audit"] is None else audit_sentences(seen["audit"]))]
+    lines = [spent, *(saved if seen["audit"] is None else audit_sentences(seen["audit"]))]
+    return [*lines, *filter(None, [price_sentence(seen["price"])])]
 
 
 def _table(store: Store) -> dict[str, Any]:

@@ -119,6 +119,7 @@ class StudyFacts:
     runtime: dict[str, Any] | None = None  # `Runtime.to_dict()`
     versions: dict[str, str] = field(default_factory=dict)
     wanted: int = 0  # trials
+    price: float | None = None  # of a device-hour
     stopped: dict[str, Any] | None = None  # `Store.stop`
     # After the search
     choice: dict[str, Any] | None = None  # `harness.final.choice.choose`
