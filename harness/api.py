@@ -212,7 +212,7 @@ class Result:
             return Report(path, test_sentence(store))
 
     def write_report(self, folder: Path | None = None) -> Path:
-        """Write report.html and trials.csv, and return the page's path. Raises Halt if the disk is full."""
+        """Write report.html, trials.csv and suspects.csv; return the page's path. Raises Halt if the disk is full."""
         with self.store() as store:
             return write_report(self.name, store, self.tracking_uri, folder or self._found.beside(self.url, ".report"))
 

@@ -44,7 +44,10 @@ FREE_OF_TORCH = (
     ),
     *(f"store.{name}" for name in ("database", "leases", "ledger", "locks", "opening", "queue", "records", "store")),
     *(f"search.{name}" for name in ("extrapolation", "pruners", "rehearsal", "samplers", "suggest")),
-    *(f"final.{name}" for name in ("model_files", "predictions", "pruning_cost", "sentences", "statistics")),
+    *(
+        f"final.{name}"
+        for name in ("model_files", "predictions", "pruning_cost", "sentences", "statistics", "suspects")
+    ),
     *(f"report.{name}" for name in ("display", "overview", "write")),
     *(f"cli.{name}" for name in ("arguments", "commands", "run")),
     "api",

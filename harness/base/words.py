@@ -21,6 +21,16 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.2f} %"
 
 
+def money(amount: float) -> str:
+    """Format an amount of money, in any currency: 1,234.50, 0.50, 0.0042."""
+    return f"{amount:,.2f}" if amount >= 0.1 or amount == 0 else f"{amount:.2g}"
+
+
+def rate(price: float) -> str:
+    """Format a price with all its decimals, and at least two."""
+    return f"{price:,.2f}" if round(price, 2) == price else f"{price:,}"
+
+
 def duration(seconds: float) -> str:
     """Format seconds: 8.3 s, 4 min 10 s, 3 h 20 min, 2.5 days."""
     if round(seconds, 1) < 60:

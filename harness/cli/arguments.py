@@ -143,6 +143,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--patience", metavar="N", type=_whole(1, MOST_TRIALS), help=patience)
     until = "stop when a trial reaches this value of the objective, a share such as 0.97"
     add("--until", metavar="V", type=_positive(1), help=until)
+    price = "price of an hour of one worker's training, in any currency; `show` and the report say what is spent"
+    add("--price", metavar="P", type=_positive(1_000_000), help=price)
     _add_shared(parser, "--data-root", "--set")
     add("--device", help=f"{DEVICE} (default: the study's, else auto)")
     _add_workers(parser)

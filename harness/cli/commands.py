@@ -173,7 +173,9 @@ def _report(args: argparse.Namespace) -> int:
             raise
         raise InputError(f"{error} Or give another --output.") from error
     print(page)
-    print(page.with_name("trials.csv"))
+    for table in (page.with_name("trials.csv"), page.with_name("suspects.csv")):
+        if table.exists():
+            print(table)
     return DONE
 
 

@@ -13,7 +13,7 @@ Objective = Literal["accuracy", "balanced_accuracy", "macro_f1", "loss"]
 class Metrics:
     """Counts over one pass of a split. Accuracy is always correct / total, never an average of batches.
 
-    With another objective, `contributions` takes the place of `hits`.
+    With another objective, `contributions` are what the value is the mean of.
     """
 
     loss: float
@@ -25,6 +25,7 @@ class Metrics:
     contributions: str | None = field(default=None, compare=False)  # see `harness.training.objective`; packed float32
     # After the last epoch: what calibrates the probabilities of these images, `harness.training.objective.temperature`.
     temperature: float | None = field(default=None, compare=False)
+    missed: str | None = field(default=None, compare=False)  # and the predicted class of each missed one; packed uint16
 
     @property
     def accuracy(self) -> float:
@@ -77,7 +78,9 @@ class EpochResult:
 
     def without_hits(self) -> EpochResult:
         """Return a copy without numbers per image."""
-        return self if self.val is None else replace(self, val=replace(self.val, hits=None, contributions=None))
+        if self.val is None:
+            return self
+        return replace(self, val=replace(self.val, hits=None, contributions=None, missed=None))
 
     @staticmethod
     def from_dict(record: dict[str, Any]) -> EpochResult:

@@ -17,6 +17,7 @@ class RunOptions:
     hours: float | None = None  # as in the study
     patience: int | None = None
     until: float | None = None
+    price: float | None = None  # of a device-hour; None: as known to the study
     set: tuple[str, ...] = ()  # PATH=VALUE
     data_root: str | None = None
     device: str | None = None

@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from harness.base.errors import shown
 from harness.base.files import replace_file
 from harness.config.contracts import Dataset, SplitName
 from harness.data.cache import WORKERS
 from harness.data.layout import split_of
+from harness.data.splits import item_name
 
 if TYPE_CHECKING:
     import torch
@@ -68,11 +68,9 @@ def find(dataset: Dataset, images: dict[SplitName, tuple[Sequence[Any], torch.Te
 
 
 def _name(dataset: Dataset, split: SplitName, item: Any) -> str:
-    """Return a file's path in the data root, or another item's text; with the split, unless the path has it."""
-    root = getattr(dataset, "root", None)
-    inside = root is not None and isinstance(item, Path) and item.is_relative_to(root)
-    text = shown(item.relative_to(root).as_posix() if inside else str(item))
-    return text if inside and split_of(Path(text).parts[0]) == split else f"{text} ({split})"
+    """Return an item's name; with the split, unless the path has it."""
+    text = item_name(dataset, item)
+    return text if split_of(text.split("/")[0]) == split else f"{text} ({split})"
 
 
 def _equal(contents: Sequence[str]) -> list[Pair]:

@@ -176,6 +176,13 @@ def items_of(dataset: Dataset, split: SplitName) -> list[Any]:
     return _select(dataset, split)[0]
 
 
+def item_name(dataset: Dataset, item: Any) -> str:
+    """Return a file's path in the data root, or another item's text."""
+    root = getattr(dataset, "root", None)
+    inside = root is not None and isinstance(item, Path) and item.is_relative_to(root)
+    return shown(item.relative_to(root).as_posix() if inside else str(item))
+
+
 def load_train_and_val(dataset: Dataset, preprocessing: Preprocessing) -> ImageSet:
     """Load both as one training set, for the final run."""
     import torch

@@ -32,6 +32,7 @@ from harness.final.model_files import keep_check_images, record_files, save_mode
 from harness.final.predictions import pictured, temperature_of, thumbnails
 from harness.final.retrain import Context, Retraining, threads_of
 from harness.final.statistics import balanced_accuracy, bootstrap_interval, compare, selection_excess, wilson
+from harness.final.suspects import record_suspects
 from harness.store import ledger
 from harness.store.leases import LeaseLost
 from harness.store.store import POLL_SECONDS, Store, TrialRecord, wanted
@@ -64,6 +65,7 @@ def after_search(context: Context, model_folder: Path, reason: str | None) -> Ge
         try:
             yield from rerank(context)
             record_choice(context.study, store)
+            record_suspects(context.study, store)
             yield from final_run(context, model_folder, reason)
         except LeaseLost:
             continue

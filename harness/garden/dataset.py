@@ -21,6 +21,9 @@ class Seedling(NamedTuple):
     seed: int
     size: int  # pixels
 
+    def __str__(self) -> str:
+        return f"{self.species.name}, seed {self.seed}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Garden(DataConfig):

@@ -15,11 +15,11 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 
-from harness.base.words import A_DAY_SECONDS, OBJECTIVES, duration, percent
+from harness.base.words import A_DAY_SECONDS, OBJECTIVES, duration, money, percent, rate
 from harness.config import events
 from harness.config.events import EpochEnded, EpochResult, TrialEnded, TrialStarted
 from harness.config.study import Study
-from harness.report.overview import in_short
+from harness.report.overview import after_seconds, in_short
 from harness.store.store import Store, wanted
 from harness.training import interrupt
 
@@ -57,6 +57,7 @@ class Display:
         self._final_ratio = 1.0  # length of a final run's epoch, with the validation images, relative to a trial's
         self._forecast = self._waiting = False  # whether the line was printed
         self._heard = False  # whether an event has arrived
+        self._price, self._after_seconds = store.facts().price, after_seconds(store)
         self._begun = 0  # number of started trainings after the search, including earlier processes'
         self._compares = study.final.compare_base  # whether the base is trained too
         # Each process's first epoch compiles the model: it says nothing about the others.
@@ -118,6 +119,8 @@ class Display:
         epochs = self._study.train.epochs if started is None else started.epochs
         if started is not None and isinstance(started.progress, events.Reached):
             started.progress.ended(result)
+        if not _is_trial(event.name):
+            self._after_seconds += result.seconds
         compiled = self._compiling > 0
         self._compiling -= compiled
         if not compiled and (result.val or not self._epoch_seconds):
@@ -128,7 +131,11 @@ class Display:
             self._say(f"{event.name}  epoch {result.epoch}/{epochs}  loss {result.train.loss:.3f}  {measured}")
         if not self._forecast and not compiled:
             self._forecast = True
-            self._say(forecast(result.seconds, self._left() or 0.0, pruning_known=bool(self._trial_seconds)))
+            costs = ""
+            if self._price is not None:
+                left = sum(map(sum, self._missing())) / 3600
+                costs = f", for about {money(left * self._price)} at {rate(self._price)} per hour"
+            self._say(forecast(result.seconds, self._left() or 0.0, bool(self._trial_seconds), costs))
         if result.epoch == epochs and not _is_trial(event.name):
             self._under_way.pop(event.name, None)
 
@@ -149,12 +156,22 @@ class Display:
         """Return the estimated seconds until the end, from the trials so far; None before the first epoch."""
         if not self._epoch_seconds:
             return None
+        return sum(side_by_side(each, self._workers) for each in self._missing())
+
+    def _missing(self) -> tuple[list[float], list[float]]:
+        """Return the estimated seconds of each training that is left: of the search, and after it."""
         epoch = statistics.fmean(self._epoch_seconds)
         training = epoch * self._study.train.epochs
         trial = statistics.fmean(self._trial_seconds) if self._trial_seconds else training
         search = self._seconds(True, self._asked - self._finished, trial)
         after = self._seconds(False, self._trainings(), training * self._final_ratio)
-        return side_by_side(search, self._workers) + side_by_side(after, self._workers)
+        return search, after
+
+    def _spent(self) -> float:
+        """Return the price of the trainings so far, whole epochs of those under way included."""
+        trials = [started for started in list(self._under_way.values()) if _is_trial(started.name)]
+        running = sum(result.seconds for started in trials for result in started.progress.epochs)
+        return (sum(self._trial_seconds) + running + self._after_seconds) / 3600 * (self._price or 0.0)
 
     def _seconds(self, trials: bool, missing: int, each: float) -> list[float]:
         """Return the remaining seconds of each of the `missing` trials, or later trainings; running ones first."""
@@ -171,6 +188,7 @@ class Display:
             if kind == "final" and (chosen := self._store.chosen()) is not None and chosen.number == 0:
                 self._compares = False
             self._begun = max(self._begun, place + 1)
+            self._after_seconds += sum(result.seconds for result in event.progress.epochs)
         self._under_way[event.name] = event
 
     def _trainings(self) -> int:
@@ -195,7 +213,7 @@ class Display:
             grid.add_row(started.name, ProgressBar(epochs, done), f"epoch {min(progress.epoch, epochs)}/{epochs}")
         best = "none yet" if self._best is None else f"{self._best.value:.2%} (trial {self._best.number})"
         time = "time left …" if left is None else f"time left {duration(left)}" if left else "nearly done"
-        last = f"best {best}   {time}"
+        last = f"best {best}   {time}" + ("" if self._price is None else f"   spent {money(self._spent())}")
         if not self._heard:
             last = "The workers are starting …" if self._workers > 1 else "Starting …"
         return Group(grid, interrupt.NOTICE if interrupt.requested() else last)
@@ -213,10 +231,10 @@ def _is_trial(name: str) -> bool:
     return name.startswith("trial ")
 
 
-def forecast(epoch_seconds: float, left: float, pruning_known: bool) -> str:
-    """Return the forecast after the first epoch; both times are in seconds."""
+def forecast(epoch_seconds: float, left: float, pruning_known: bool, costs: str = "") -> str:
+    """Return the forecast after the first epoch; both times are in seconds, and `costs` follows them."""
     aside = "" if pruning_known else ", without pruning"
-    text = f"An epoch takes {duration(epoch_seconds)} here: about {duration(left)} left{aside}."
+    text = f"An epoch takes {duration(epoch_seconds)} here: about {duration(left)} left{aside}{costs}."
     if left > A_DAY_SECONDS:
         text += (
             " That is more than a day. To save time: a GPU, fewer --trials, fewer epochs (--set epochs=5), fewer "

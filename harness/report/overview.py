@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.base.errors import masked
 from harness.base.files import sqlite_file
-from harness.base.words import duration
+from harness.base.words import duration, money, rate
 from harness.config.final_result import FinalResult
 from harness.final import sentences
 from harness.final.predictions import described
@@ -38,10 +38,12 @@ def overview(name: str, store: Store, tracking: str) -> dict[str, Any]:
         "rerank": None if facts.rerank is None else _rerank(facts.rerank),
         "ledger": {"lines": store.ledger_lines(), "fault": store.ledger_fault()},
         "after": None if facts.after is None else {**facts.after, "trials": len(facts.after["trials"])},
+        "suspects": None if facts.suspects is None else _suspects(facts.suspects),
         "duplicates": facts.duplicates,
         "audit": facts.audit,
         "test": None if tested is None else described(tested),
         "cost": cost(trial_records(store), facts.definition or {}),
+        "price": price(store),
         "runtime": facts.runtime,
         "environment": store.environment(),
         "command": facts.command,
@@ -65,6 +67,10 @@ def _rerank(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _without_epochs(seeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in seed.items() if key != "epochs"} for seed in seeds]
+
+
+def _suspects(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: record[name] for name in ("trials", "images", "found", "rows")}
 
 
 def subject(store: Store) -> TrialRecord | None:
@@ -131,6 +137,7 @@ def summary(name: str, store: Store, tracking: str) -> str:
             f"final     {sentences.test_sentence(store)}",
             *(f"          {line}" for line in _remarks(store)),
             *_audit_lines(store),
+            *(f"cost      {line}" for line in filter(None, [price_sentence(price(store))])),
             f"runtime   {in_words(store.facts().runtime)}",
             f"storage   {masked(store.url)}",
             f"tracking  {masked(tracking)}",
@@ -213,6 +220,13 @@ def frame(store: Store) -> pandas.DataFrame:
     return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=["number", "state", "value"])
 
 
+def suspects_frame(record: Mapping[str, Any]) -> pandas.DataFrame:
+    """Return a row per suspect: path, label, taken_for, missed_by, and how many trials count."""
+    import pandas
+
+    return pandas.DataFrame(record["rows"]).assign(trials=record["trials"])
+
+
 def cost(trials: Sequence[TrialRecord], definition: Mapping[str, Any]) -> dict[str, Any]:
     """Return seconds and epochs of the search; `saved_seconds` estimates the time of the epochs that pruning saved.
 
@@ -235,6 +249,38 @@ def cost(trials: Sequence[TrialRecord], definition: Mapping[str, Any]) -> dict[s
         "saved_seconds": saved,
         "saved_share": saved / (spent + saved) if spent + saved else 0.0,
     }
+
+
+def after_seconds(store: Store) -> float:
+    """Return the recorded seconds of the trainings after the search: reranking, the seeds, those of the base."""
+    final, reranked = store.facts().final, (store.facts().rerank or {}).get("results", {})
+    seeds = [] if final is None else [*final.per_seed, *(final.base.per_seed if final.base else ())]
+    epochs = [
+        *(seed.epochs for seed in seeds),
+        *(each.get("epochs", []) for seeds in reranked.values() for each in seeds),
+    ]
+    return sum(epoch["seconds"] for each in epochs for epoch in each)
+
+
+def price(store: Store) -> dict[str, float] | None:
+    """Return the price of a device-hour, the device-hours of all recorded trainings, and what they cost.
+
+    None if no price was given. Each worker counts as a device.
+    """
+    per_hour = store.facts().price
+    if per_hour is None:
+        return None
+    hours = (sum(trial.seconds or 0.0 for trial in store.trials()) + after_seconds(store)) / 3600
+    return {"per_hour": per_hour, "device_hours": hours, "spent": hours * per_hour}
+
+
+def price_sentence(found: Mapping[str, float] | None) -> str | None:
+    """State what was spent; None without a price."""
+    if found is None:
+        return None
+    hours = found["device_hours"]
+    time = f"{hours:,.1f} h" if hours >= 1 else duration(3600 * hours)
+    return f"Spent {time} in all, {money(found['spent'])} at {rate(found['per_hour'])} per hour."
 
 
 def cost_sentences(found: Mapping[str, Any]) -> list[str]:

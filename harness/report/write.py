@@ -12,20 +12,36 @@ from pathlib import Path
 from typing import Any
 
 from harness.base.files import replace_file
-from harness.base.words import OBJECTIVES, duration, percent
+from harness.base.words import OBJECTIVES, duration, money, percent, rate
 from harness.config.final_result import FinalResult, value_of
 from harness.final import sentences
 from harness.final.pruning_cost import audit_sentences
 from harness.report.final_figures import final_plots
-from harness.report.overview import cost_sentences, frame, in_words, overview, subject, trial_records
+from harness.report.overview import (
+    cost_sentences,
+    frame,
+    in_words,
+    overview,
+    price_sentence,
+    subject,
+    suspects_frame,
+    trial_records,
+)
 from harness.report.search_figures import search_plots, time_plot
 from harness.store.store import Store, TrialRecord
 
 
 def write_report(name: str, store: Store, tracking: str, folder: Path) -> Path:
-    """Write report.html and trials.csv into `folder`; return the page's path. Raises Halt if the disk is full."""
+    """Write report.html and trials.csv into `folder`, and suspects.csv if there are any; return the page's path.
+
+    Raises Halt if the disk is full.
+    """
     written = folder / "report.html"
     replace_file(folder / "trials.csv", frame(store).to_csv(index=False).encode())
+    if (record := store.facts().suspects) is None:
+        (folder / "suspects.csv").unlink(missing_ok=True)
+    else:
+        replace_file(folder / "suspects.csv", suspects_frame(record).to_csv(index=False).encode())
     replace_file(written, _rendered(_view(name, store, tracking)).encode())
     return written
 
@@ -43,6 +59,8 @@ def _rendered(view: Mapping[str, Any]) -> str:
         "short": _short,
         "percent": percent,
         "duration": duration,
+        "money": money,
+        "rate": rate,
         "quote": shlex.quote,
     }
     # Of a study, only the figures are marked as safe, and they escape "<".
@@ -75,6 +93,7 @@ def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
         "search": search_plots(store, trials),
         "test": [] if tested is None else final_plots(store.facts().predictions or {}, tested),
         "thumbnails": store.facts().thumbnails,
+        "suspects": (store.facts().suspects or {}).get("thumbnails", []),
         "cost": _cost(seen),
         "time": time_plot(trials),
         "failures": [trial for trial in trials if trial.state in ("failed", "diverged")],
@@ -143,9 +162,10 @@ def _remarks(store: Store, final: FinalResult | None) -> list[str]:
 
 
 def _cost(seen: Mapping[str, Any]) -> list[str]:
-    """Return the search's time, and what pruning saved; an audit replaces the latter."""
+    """Return the search's time, what pruning saved, and the money; an audit replaces the second."""
     spent, *saved = cost_sentences(seen["cost"])
-    return [spent, *(saved if seen["audit"] is None else audit_sentences(seen["audit"]))]
+    lines = [spent, *(saved if seen["audit"] is None else audit_sentences(seen["audit"]))]
+    return [*lines, *filter(None, [price_sentence(seen["price"])])]
 
 
 def _table(store: Store) -> dict[str, Any]:

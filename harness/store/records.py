@@ -122,6 +122,7 @@ class StudyFacts:
     runtime: dict[str, Any] | None = None  # `Runtime.to_dict()`
     versions: dict[str, str] = field(default_factory=dict)
     wanted: int = 0  # trials
+    price: float | None = None  # of a device-hour
     stopped: dict[str, Any] | None = None  # `Store.stop`
     # After the search
     choice: dict[str, Any] | None = None  # `harness.final.choice.choose`
@@ -129,6 +130,7 @@ class StudyFacts:
     final: FinalResult | None = None
     predictions: dict[str, Any] | None = None  # `harness.final.predictions`
     thumbnails: dict[str, str] = field(default_factory=dict)  # by number of the test image
+    suspects: dict[str, Any] | None = None  # `harness.final.suspects`
     duplicates: dict[str, Any] | None = None  # `harness.data.duplicates`
     audit: dict[str, Any] | None = None  # `harness.final.pruning_cost.record`
     files: dict[str, str] = field(default_factory=dict)  # the sha256 of the model's files

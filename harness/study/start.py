@@ -63,6 +63,7 @@ def run(
                 _check_reopening(study, store)
             saved = _is_saved(study, store, model)
             if store.is_complete(study) and saved and not options.reopen_test:
+                _keep_price(options, store)
                 with telling(options, study, store):
                     _look_at_mlflow(command, store)
                     finished = store.finished()
@@ -84,6 +85,8 @@ def _asked_for(
         raise InputError("--ray-address needs --engine ray; give both, or omit the option.")
     if options.on_event is not None:
         check_command(options.on_event)
+    if options.price is not None:
+        _check_price(options.price)
     if options.engine == "ray":  # even if a finished study needs no cluster
         ray_cluster.check_address(options.ray_address)
     study = found.study.with_settings(options.set).located(found.home, options.data_root, options.device)
@@ -98,6 +101,17 @@ def _asked_for(
     if (risk := mounts.warning(sqlite_file(url))) is not None:
         print(f"Warning: {risk}", file=sys.stderr)
     return Command(options=options, found=found, study=study, url=url, console=console, hooks=hooks)
+
+
+def _check_price(price: object) -> None:
+    if not isinstance(price, int | float) or isinstance(price, bool) or not 0 < price <= 1e6:
+        raise InputError(f"price must be a number above 0 and at most 1,000,000, not {price!r}.")
+
+
+def _keep_price(options: RunOptions, store: Store) -> None:
+    """Store the price, if one is given, outside of the study's definition."""
+    if options.price is not None:
+        store.set_attribute("price", options.price)
 
 
 def _look_at_mlflow(command: Command, store: Store) -> None:
@@ -206,6 +220,7 @@ def _run_what_is_missing(command: Command, begun: bool) -> None:
             if earlier is not None:
                 store.set_attribute("after", earlier)
             store.set_attribute("command", options.command)
+            _keep_price(options, store)
             store.set_attribute("file", found.file.name)
             store.set_attribute("data_root", options.data_root and str(Path(options.data_root).resolve()))
             keep_imports()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.base.packing import pack, pack_bits
+from harness.base.packing import pack, pack_bits, unpack_bits
 from harness.base.seeds import derive_seed
 from harness.config.events import EpochResult, Metrics, Objective
 from harness.config.train import TrainConfig
@@ -219,7 +219,7 @@ def _result(training: Training) -> EpochResult:
         val = measure(logits, training.val.labels, training.objective)
         if progress.epoch == config.epochs:
             found = temperature(logits.cpu().numpy(), training.val.labels.cpu().numpy())
-            val = replace(val, temperature=found)
+            val = replace(val, temperature=found, missed=_missed(logits, val))
     return EpochResult(
         epoch=progress.epoch,
         lr=training.groups[0].lr * _lr_factor(training, last),
@@ -230,6 +230,12 @@ def _result(training: Training) -> EpochResult:
         diverged_step=last + 1 if len(bad) else None,
         micro_batch=min(progress.micro_batch or config.batch_size, config.batch_size),
     )
+
+
+def _missed(logits: Tensor, val: Metrics) -> str:
+    """Pack the predicted classes of the images that `val` counts as missed, in order."""
+    predicted = logits.argmax(1).cpu().numpy()
+    return pack(predicted[~unpack_bits(val.hits or "", val.total)].astype("uint16"))
 
 
 @contextmanager
@@ -272,7 +278,7 @@ def measure(logits: Tensor, labels: Tensor, objective: Objective = "accuracy") -
     losses = F.cross_entropy(logits, labels, reduction="none")
     found = contributions(objective, *(each.cpu().numpy() for each in (labels, logits.argmax(1), losses.double())))
     packed = pack(found.astype("float32"))
-    return replace(counted, hits=None, objective=objective, score=float(found.mean()), contributions=packed)
+    return replace(counted, objective=objective, score=float(found.mean()), contributions=packed)
 
 
 def logits_of(model: nn.Module, images: Source, runtime: Runtime) -> Tensor:

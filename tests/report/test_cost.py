@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from harness.base.words import duration
-from harness.report.overview import cost, cost_sentences
+import harness
+from harness.base.errors import InputError
+from harness.base.words import duration, money, rate
+from harness.config.events import Completed, Pruned
+from harness.final.test_set import summary as final_of
+from harness.report.overview import cost, cost_sentences, digest, overview, price, price_sentence, summary
+from harness.report.write import write_report
 from harness.store.store import TrialRecord
-from tests.analytic import epoch_result
+from tests.analytic import NOT_COMPARED, epoch_result, memory_store
+from tests.conftest import make_study
+from tests.small import small_study
 
 
 def trial(number: int, state: str, ran: int, seconds: float | None, **params: Any) -> TrialRecord:
@@ -77,3 +86,64 @@ def test_durations_are_said_in_words(seconds: float, words: str) -> None:
 def test_no_duration_counts_sixty_seconds_or_minutes(seconds: float) -> None:
     words = duration(seconds).split()
     assert not {("60.0", "s"), ("60", "s"), ("60", "min"), ("24", "h")} & set(zip(words[::2], words[1::2], strict=True))
+
+
+# -- money -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_spent_counts_every_training(tmp_path: Path) -> None:
+    study = make_study("cache")
+    store = memory_store(study)
+    store.tell(store.ask(study), Completed(value=0.6), [epoch_result(1, 0.6)], seconds=5400.0)
+    store.tell(store.ask(study), Pruned(epoch=1), [epoch_result(1, 0.3)], seconds=4320.0)
+    assert price(store) is None
+    assert "cost" not in summary("tiny", store, "sqlite:///mlflow.db")
+    before = digest(store), store.facts().definition
+    store.set_attribute("price", 2.4)
+    assert (digest(store), store.facts().definition) == before
+    assert price_sentence(price(store)) == "Spent 2.7 h in all, 6.48 at 2.40 per hour."
+    epochs = [dataclasses.replace(epoch_result(n, 0.5), seconds=180.0).to_dict() for n in (1, 2)]
+    seeds = [{"seed": 0, "correct": 5, "total": 8, "accuracy": 0.625, "weights": "", "epochs": epochs}]
+    base = final_of(seeds) | {"trial": 0}
+    final = {"trial": 0, "fit_on": "train", "test_openings": 1} | NOT_COMPARED | {"base": base}
+    store.set_attribute("final", final_of(seeds) | final)
+    store.set_attribute("rerank", {"candidates": [0], "results": {"0": [seeds[0], seeds[0]]}, "chosen": 0})
+    found = overview("tiny", store, "sqlite:///mlflow.db")["price"]
+    assert found == {"per_hour": 2.4, "device_hours": pytest.approx(3.1), "spent": pytest.approx(7.44)}
+    sentence = "Spent 3.1 h in all, 7.44 at 2.40 per hour."
+    assert f"cost      {sentence}" in summary("tiny", store, "sqlite:///mlflow.db").splitlines()
+    text = write_report("tiny", store, "sqlite:///mlflow.db", tmp_path).read_text(encoding="utf-8")
+    assert sentence in text
+    assert "<dt>spent</dt><dd>7.44</dd>" in text
+
+
+@pytest.mark.parametrize(("amount", "words"), [(0.0, "0.00"), (0.00421, "0.0042"), (0.5, "0.50"), (1234.5, "1,234.50")])
+def test_money_is_said_with_cents_or_what_there_is_of_them(amount: float, words: str) -> None:
+    assert money(amount) == words
+
+
+@pytest.mark.parametrize(("price", "words"), [(2.4, "2.40"), (0.526, "0.526"), (1200.0, "1,200.00")])
+def test_a_price_is_said_as_it_was_given(price: float, words: str) -> None:
+    assert rate(price) == words
+
+
+@pytest.mark.usefixtures("mlruns")
+def test_the_price_is_remembered_and_changes_no_result(image_cache: Path, tmp_path: Path) -> None:
+    study = dataclasses.replace(small_study(image_cache), trials=2)
+    result = harness.run(study, home=tmp_path, progress=False, price=3600.0)
+    with result.store() as store:
+        facts, trials = store.facts(), store.trials()
+    assert not [name for name in facts.definition or {} if "price" in name]
+    found = result.overview()["price"]
+    assert facts.final is not None
+    epochs = sum(each["seconds"] for each in facts.final.per_seed[0].epochs)
+    assert found["spent"] >= (sum(trial.seconds or 0.0 for trial in trials) + epochs) * 0.999999
+    assert found["spent"] == 3600 * found["device_hours"]
+    digest, resumed = result.digest(), harness.run(study, home=tmp_path, progress=False)
+    assert (resumed.overview()["price"], resumed.digest()) == (found, digest)
+    cheaper = harness.run(study, home=tmp_path, progress=False, price=1)
+    assert "at 1.00 per hour" in cheaper.summary()
+    for wrong in (0, -1.0, float("nan"), float("inf"), "2.40", True):
+        with pytest.raises(InputError, match="price must be a number above 0 and at most 1,000,000, not"):
+            harness.run(study, home=tmp_path, progress=False, price=wrong)
+    assert "at 1.00 per hour" in cheaper.summary()

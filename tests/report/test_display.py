@@ -276,6 +276,26 @@ def test_several_trials_under_way_share_the_time_that_is_left(store: Store) -> N
     assert "trial 1  epoch 1/2" in out.getvalue()
 
 
+def test_a_price_shows_what_is_spent_and_what_the_rest_costs(store: Store) -> None:
+    study = make_study("cache", trials=4, final=FinalConfig(seeds=1, fit_on="train", compare_base=False))
+    store.set_attribute("price", 3600.0)  # 1 a second
+    store.tell(store.ask(study), Completed(value=0.6), [epoch_result(1, 0.3), epoch_result(2, 0.6)], 1.5)
+    out = io.StringIO()
+    display = Display(study, store, Console(file=out), workers=2)
+    for number in (1, 2):
+        display.show(started(f"trial {number}", number))
+        display.show(EpochEnded(key=None, name=f"trial {number}", number=number, result=epoch_result(1, 0.5)))
+    # After the first epoch: 1.0 and 1.5 of the trials under way, 1.5 of the last one, 1.0 of the seed.
+    assert "about 3.5 s left, for about 5.00 at 3,600.00 per hour." in out.getvalue()
+    assert display._spent() == 1.5 + 0.5 + 0.5
+    assert "spent 2.50" in rendered(display)
+    display.show(started("final seed 0", 0))
+    display.show(EpochEnded(key=None, name="final seed 0", number=0, result=epoch_result(1, 0.5)))
+    assert display._spent() == 3.0
+    store.set_attribute("price", None)
+    assert "spent" not in rendered(Display(study, store, Console(file=out)))
+
+
 def test_the_best_trial_so_far_is_marked(store: Store) -> None:
     lines = shown(STUDY, store, [Completed(value=0.5), Completed(value=0.4), Completed(value=0.6)]).splitlines()
     assert [("best so far" in line) for line in lines if "complete" in line] == [True, False, True]

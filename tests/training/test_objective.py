@@ -67,7 +67,7 @@ def test_measured_values_are_stored_with_the_epoch() -> None:
     assert plain.value == plain.accuracy
     assert (plain.score, plain.contributions) == (None, None)
     assert other.value == pytest.approx(metrics.f1_score(labels, logits.argmax(1), average="macro"))
-    assert (other.loss, other.correct, other.hits) == (plain.loss, plain.correct, None)
+    assert (other.loss, other.correct, other.hits) == (plain.loss, plain.correct, plain.hits)
 
 
 # -- class weights -----------------------------------------------------------------------------------------------------
