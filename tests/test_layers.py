@@ -44,8 +44,11 @@ FREE_OF_TORCH = (
     ),
     *(f"store.{name}" for name in ("database", "leases", "ledger", "locks", "opening", "queue", "records", "store")),
     *(f"search.{name}" for name in ("extrapolation", "pruners", "rehearsal", "samplers", "suggest")),
-    *(f"final.{name}" for name in ("model_files", "predictions", "pruning_cost", "sentences", "statistics")),
-    *(f"report.{name}" for name in ("display", "overview", "write")),
+    *(
+        f"final.{name}"
+        for name in ("comparison", "model_files", "predictions", "pruning_cost", "sentences", "statistics")
+    ),
+    *(f"report.{name}" for name in ("compare", "display", "overview", "write")),
     *(f"cli.{name}" for name in ("arguments", "commands", "run")),
     "api",
     *(f"study.{name}" for name in ("command", "coordinator", "publish", "replay", "start")),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy
 
 from harness.base.errors import InputError
 from harness.base.files import sqlite_file
@@ -106,6 +107,22 @@ def read_store(name: str, url: str, any_format: bool = False) -> Iterator[Store]
         if not any_format:
             check_format(name, store)
         yield store
+    finally:
+        dispose(storage)
+
+
+def names_in(url: str) -> list[str]:
+    """Return the names of all studies in a database, the oldest first. Raises InputError if it cannot be opened."""
+    if not check_database(url):
+        return []
+    storage = connect(url, writing=False)
+
+    def read() -> list[str]:
+        with storage.engine.connect() as connection:
+            return list(connection.scalars(sqlalchemy.text("SELECT study_name FROM studies ORDER BY study_id")))
+
+    try:
+        return outlast(url, read)
     finally:
         dispose(storage)
 
