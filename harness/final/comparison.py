@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -55,36 +56,25 @@ def pairs(tested: Mapping[str, Predictions | str]) -> list[Pair]:
 
 def _pair(first: str, second: str, tested: Mapping[str, Predictions | str]) -> Pair:
     one, other = tested[first], tested[second]
+    untested = partial(Pair, first=first, second=second)
     if isinstance(one, str) or isinstance(other, str):
-        why = " ".join(each for each in (one, other) if isinstance(each, str))
-        return Pair(first=first, second=second, why=why)
+        return untested(why=" ".join(each for each in (one, other) if isinstance(each, str)))
     if set(one.classes) != set(other.classes):
-        why = f"{first} and {second} have different classes, so their accuracies are not comparable."
-        return Pair(first=first, second=second, why=why)
+        return untested(why=f"{first} and {second} have different classes, so their accuracies are not comparable.")
     places, others = _places(one), _places(other)
     shared = [image for image in places if image in others]
     if not shared:
         unknown = [name for name, each in ((first, one), (second, other)) if each.images is None]
         recorded = f"Which test images {' and '.join(unknown)} had is not recorded."
-        return Pair(
-            first=first,
-            second=second,
-            why=recorded if unknown else f"{first} and {second} were tested on different images; they share none.",
-        )
+        return untested(why=recorded if unknown else f"{first} and {second} share no test image.")
     hits = one.hits[:, [places[image] for image in shared]], other.hits[:, [others[image] for image in shared]]
-    found = compare(*hits)
-    why = "With one seed or one image, the spread is unknown: set final.seeds to 2 or more."
-    return Pair(
-        first=first,
-        second=second,
-        images=found.images,
-        seeds=(len(hits[0]), len(hits[1])),
-        difference=found.difference,
-        low=found.low,
-        high=found.high,
-        p=found.p,
-        why=why if found.p is None else None,
-    )
+    found, why = compare(*hits), None
+    if found.p is None:
+        few = "one seed" if found.seeds < 2 else "one image"
+        why = f"There is no test of {first} and {second}: with {few}, the spread is unknown."
+        why += " Set final.seeds to 2 or more." if found.seeds < 2 else ""
+    seeds = len(hits[0]), len(hits[1])
+    return Pair(first=first, second=second, **asdict(found) | {"seeds": seeds, "why": why})
 
 
 def _places(found: Predictions) -> dict[tuple[int, str], int]:
@@ -102,7 +92,7 @@ def conclusion(found: Sequence[Pair]) -> str:
     clear = [(each.first, each.second)[:: 1 if (each.difference or 0) > 0 else -1] for each in found if each.is_clear]
     if not clear:
         return "No study is shown to be better than another on the test images."
-    return ", ".join(f"{better} is better than {worse}" for better, worse in clear) + " on the test images."
+    return ", and ".join(f"{better} is better than {worse}" for better, worse in clear) + " on the test images."
 
 
 def sentence(pair: Pair) -> str:
@@ -111,11 +101,12 @@ def sentence(pair: Pair) -> str:
         return pair.why or ""
     said = f"The test accuracy of {pair.first} minus that of {pair.second} is {100 * pair.difference:+.2f} points"
     if pair.low is not None and pair.high is not None:
-        said += f" (95 % interval {100 * pair.low:+.2f} to {100 * pair.high:+.2f}, p = {pair.p:.2g}"
-        said += ")" if pair.corrected == pair.p else f", corrected {pair.corrected:.2g})"
-    return f"{said}, over {pair.seeds[0]} and {pair.seeds[1]} seeds and {pair.images:,} test images of both." + (
-        f" {pair.why}" if pair.why else ""
-    )
+        corrected = "" if pair.corrected == pair.p else f", corrected {pair.corrected:.2g}"
+        said += f" (95 % interval {100 * pair.low:+.2f} to {100 * pair.high:+.2f}, p = {pair.p:.2g}{corrected})"
+    one, other = pair.seeds
+    seeds = f"{one} seed{'s' * (one > 1)} of each" if one == other else f"{one} and {other} seeds"
+    said += f", over {seeds} and {pair.images:,} test image{'s' * (pair.images > 1)} of both."
+    return said if pair.why is None else f"{said} {pair.why}"
 
 
 def in_reach(urls: Sequence[str]) -> list[str]:

@@ -113,9 +113,8 @@ def best_so_far(trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
 
 def _definition(study: Study, store: Store) -> dict[str, Any]:
     """Return the stored definition; fields that are newer than the study have their defaults."""
-    stored = store.facts().definition or {}
-    newer = {path: value for path, value in study.definition().items() if study.has_default(path)}
-    return newer | stored
+    now, stored = study.definition(), store.facts().definition or {}
+    return {path: stored.get(path, now.get(path)) for path in now | stored if path in stored or study.has_default(path)}
 
 
 def _differing(definitions: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -265,7 +264,7 @@ def _figure(
             y=[point["value"] for point in points],
             mode="lines+markers",
             line={"color": colour, "width": 2, "shape": "hv", "dash": dash},
-            marker={"size": [0] * (len(points) - 1) + [8], "opacity": 1},  # a point at the end
+            marker={"size": [0] * (len(points) - 1) + [8], "opacity": 1, "line": {"width": 0}},  # a point at the end
             name=name,
             hovertemplate=f"%{{y:.2%}} after %{{x:.4~g}} {unit}<extra>{name}</extra>",
         )

@@ -169,8 +169,8 @@ def test_more_than_two_are_corrected() -> None:
 @pytest.mark.parametrize(
     ("other", "why"),
     [
-        (record([[1, 0]], [1, 2]), "With one seed or one image, the spread is unknown"),
-        (record([[1, 0], [1, 1]], [3, 4]), "they share none."),
+        (record([[1, 0]], [1, 2]), "There is no test of one and two: with one seed, the spread is unknown"),
+        (record([[1, 0], [1, 1]], [3, 4]), "one and two share no test image."),
         (record([[1, 0], [1, 1]], None), "Which test images two had is not recorded."),
         (record([[1, 0], [1, 1]], [1, 2], ["rose", "daisy"]), "one and two have different classes"),
     ],
