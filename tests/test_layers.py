@@ -48,7 +48,7 @@ FREE_OF_TORCH = (
         f"final.{name}"
         for name in ("model_files", "predictions", "pruning_cost", "sentences", "statistics", "suspects")
     ),
-    *(f"report.{name}" for name in ("display", "overview", "write")),
+    *(f"report.{name}" for name in ("compare", "comparison", "display", "overview", "write")),
     *(f"cli.{name}" for name in ("arguments", "commands", "run")),
     "api",
     *(f"study.{name}" for name in ("command", "coordinator", "publish", "replay", "start")),

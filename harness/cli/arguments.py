@@ -80,6 +80,12 @@ def _add_overviews(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the commands that are not about one study."""
     listed = add("list", "list the studies here: state, trials, best and test result", False)
     listed.add_argument("--json", action="store_true", help="print a JSON list")
+    compare = add("compare", "compare studies: definitions, best so far, test results (HTML)", False)
+    compare.add_argument("studies", metavar="STUDY", nargs="+", help="two or more studies, by their names or files")
+    compare.add_argument("--json", action="store_true", help="print one JSON object, and write no page")
+    folder = "the folder of the page (default: studies/NAME.report of the first study)"
+    compare.add_argument("--output", metavar="DIR", type=_path, help=folder)
+    _add_shared(compare, "--storage")
     init = add("init", "look at photographs and write a study file for them", False)
     init.add_argument(
         "path", metavar="PATH", type=_path, help="a folder of photographs, or a table (CSV, JSON lines, Parquet)"

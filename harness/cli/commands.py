@@ -14,7 +14,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from harness.base.errors import DONE, FAILED, INTERRUPTED, WRONG_INPUT, Halt, InputError, Told, no_room
@@ -164,18 +165,37 @@ def _print_json(value: object) -> None:
 
 def _report(args: argparse.Namespace) -> int:
     result = _result(args)
-    if args.output is not None and args.output.exists() and not args.output.is_dir():
-        raise InputError(f"--output {args.output} is a file; give a folder.")
-    try:
-        page = result.write_report(args.output)
-    except Halt as error:
-        if error.__cause__ is not None and no_room(error.__cause__):
-            raise
-        raise InputError(f"{error} Or give another --output.") from error
+    page = _written(args.output, result.write_report)
     print(page)
     for table in (page.with_name("trials.csv"), page.with_name("suspects.csv")):
         if table.exists():
             print(table)
+    return DONE
+
+
+def _written(output: Path | None, write: Callable[[Path | None], Path]) -> Path:
+    """Return the page that `write` writes into the folder `output`. Raises InputError if it cannot be written to."""
+    if output is not None and output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file; give a folder.")
+    try:
+        return write(output)
+    except Halt as error:
+        if error.__cause__ is not None and no_room(error.__cause__):
+            raise
+        raise InputError(f"{error} Or give another --output.") from error
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from harness.report.compare import compared, write_comparison
+    from harness.report.display import print_comparison
+
+    found, folder = compared(args.studies, args.storage)
+    if args.json:
+        _print_json(found)
+        return DONE
+    page = _written(args.output, lambda output: write_comparison(found, output or folder))
+    print_comparison(found)
+    print(page)
     return DONE
 
 
@@ -268,6 +288,7 @@ COMMANDS = {
     "models": _models,
     "show": _show,
     "report": _report,
+    "compare": _compare,
     "reproduce": _reproduce,
     "replay": _replay,
     "audit": _audit,

@@ -49,9 +49,7 @@ def find(dataset: Dataset, images: dict[SplitName, tuple[Sequence[Any], torch.Te
     """
     names = [_name(dataset, split, item) for split, (items, _) in images.items() for item in items]
     place = [split for split, (items, _) in images.items() for _ in items]
-    with ThreadPoolExecutor(WORKERS) as pool:
-        flat = [item for items, _ in images.values() for item in items]
-        contents = list(pool.map(lambda item: hashlib.sha256(dataset.content(item)).hexdigest(), flat))
+    contents = contents_of(dataset, [item for items, _ in images.values() for item in items])
     described = json.dumps([FORMAT, NEAR_BITS, NEAR_CORRELATION, place, names, contents]).encode(errors="surrogatepass")
     kept = cache / "duplicates" / f"{hashlib.sha256(described).hexdigest()[:32]}.json"
     if kept.is_file():
@@ -65,6 +63,12 @@ def find(dataset: Dataset, images: dict[SplitName, tuple[Sequence[Any], torch.Te
     }
     replace_file(kept, json.dumps(found, indent=1).encode())
     return found
+
+
+def contents_of(dataset: Dataset, items: Sequence[Any]) -> list[str]:
+    """Return the sha256 of each item's content."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return list(pool.map(lambda item: hashlib.sha256(dataset.content(item)).hexdigest(), items))
 
 
 def _name(dataset: Dataset, split: SplitName, item: Any) -> str:

@@ -16,7 +16,7 @@ import numpy
 from numpy.typing import NDArray
 
 from harness.base.errors import InputError
-from harness.base.packing import unpack
+from harness.base.packing import pack, unpack
 from harness.final.statistics import calibration_error, reliability, wilson
 
 if TYPE_CHECKING:
@@ -39,6 +39,12 @@ class Predictions:
     predicted: NDArray[Any]  # int [S, N]
     confidence: NDArray[Any]  # float [S, N], of the predicted class
     classes: tuple[str, ...]  # C names
+    images: NDArray[Any] | None  # uint64 [N], `marks` of their contents; None: not recorded
+
+    @property
+    def hits(self) -> NDArray[Any]:
+        """Whether each prediction is right: bool [S, N]."""
+        return self.predicted == self.labels
 
     @property
     def matrix(self) -> NDArray[Any]:
@@ -46,6 +52,11 @@ class Predictions:
         counts = numpy.zeros((len(self.classes), len(self.classes)), dtype=int)
         numpy.add.at(counts, (self.labels, self.predicted), 1)
         return counts
+
+
+def marks(contents: Sequence[str]) -> str:
+    """Return the first 64 bits of each sha256, packed: they tell the test images of all studies apart."""
+    return pack(numpy.array([int(each[:16], 16) for each in contents], dtype="uint64"))
 
 
 def temperature_of(trial: TrialRecord, epochs: Sequence[EpochResult]) -> float | None:
@@ -67,15 +78,17 @@ def from_record(record: Mapping[str, Any]) -> Predictions:
         labels = unpack(record["labels"], "uint16").astype(int)
         predicted = numpy.stack([unpack(each["predicted"], "uint16").astype(int) for each in record["seeds"]])
         confidence = numpy.stack([unpack(each["confidence"], "float32") for each in record["seeds"]])
+        images = unpack(record["images"], "uint64") if "images" in record else None
         count = 1 + max(int(labels.max()), int(predicted.max()))
         names = record["classes"]
-        if len(names) < count or not predicted.shape == confidence.shape == (len(predicted), len(labels)):
+        fits = predicted.shape == confidence.shape == (len(predicted), len(labels))
+        if len(names) < count or not fits or (images is not None and len(images) != len(labels)):
             raise ValueError(f"{len(labels)} labels of {len(names)} classes do not fit")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"The study's 'predictions' are damaged ({error}); restore the storage from a backup."
         ) from error
-    return Predictions(labels=labels, predicted=predicted, confidence=confidence, classes=tuple(names))
+    return Predictions(labels=labels, predicted=predicted, confidence=confidence, classes=tuple(names), images=images)
 
 
 def per_class(found: Predictions) -> list[dict[str, Any]]:
@@ -166,7 +179,7 @@ def described(record: Mapping[str, Any]) -> dict[str, Any]:
     `ece_saved` is the saved model's, `ece_calibrated` the same with its `temperature`, if it has one.
     """
     found = from_record(record)
-    hits = found.predicted == found.labels
+    hits = found.hits
     bins, alone = reliability(found.confidence.ravel(), hits.ravel()), reliability(found.confidence[0], hits[0])
     saved = record["seeds"][0]
     calibrated = {}

@@ -52,20 +52,21 @@ def balanced_accuracy(labels: NDArray[Any], predicted: NDArray[Any]) -> float:
 def compare(first: NDArray[Any], second: NDArray[Any]) -> Comparison:
     """Compare two configurations by their hits or contributions, [seeds, images] each, on the same images.
 
-    Seeds and images are samples. The variance of the difference of the mean hits has three parts: that
-    of each configuration's seeds, and that of the images, each with the mean of its hits over the seeds (Owen, "The
-    pigeonhole bootstrap", 2007). Student's t has the degrees of freedom of Welch (1947) and Satterthwaite (1946).
+    The numbers of seeds may differ; `Comparison.seeds` is the smaller one. Seeds and images are samples. The variance
+    of the difference of the mean hits has three parts: that of each configuration's seeds, and that of the images, each
+    with the mean of its hits over the seeds (Owen, "The pigeonhole bootstrap", 2007). Student's t has the degrees of
+    freedom of Welch (1947) and Satterthwaite (1946).
     The images are paired; the seeds are not, since that would leave half of the degrees of freedom and exceed
     the error rate (benchmarks/false_claims.py). If a seed affects both alike, this is conservative.
     """
     from scipy.special import stdtr, stdtrit  # Student's t: its distribution function, and the inverse
 
-    seeds, images = first.shape
+    seeds, images = min(len(first), len(second)), first.shape[1]
     by_image = first.mean(axis=0) - second.mean(axis=0)
     difference = float(by_image.mean())
     if seeds < 2 or images < 2:
         return Comparison(difference=difference, low=None, high=None, p=None, seeds=seeds, images=images)
-    parts = [(float(hits.mean(axis=1).var(ddof=1)) / seeds, seeds - 1) for hits in (first, second)]
+    parts = [(float(hits.mean(axis=1).var(ddof=1)) / len(hits), len(hits) - 1) for hits in (first, second)]
     parts.append((float(by_image.var(ddof=1)) / images, images - 1))
     variance = sum(part for part, _ in parts)
     if variance == 0:  # all seeds and all images agree
@@ -77,6 +78,15 @@ def compare(first: NDArray[Any], second: NDArray[Any]) -> Comparison:
         p = float(2 * stdtr(freedom, -abs(difference) / error))
     low, high = difference - half, difference + half
     return Comparison(difference=difference, low=low, high=high, p=p, seeds=seeds, images=images)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number (Holm, 1979): one below ALPHA is significant among all of them."""
+    corrected, highest = [1.0] * len(p), 0.0
+    for rank, place in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        highest = max(highest, min((len(p) - rank) * p[place], 1.0))
+        corrected[place] = highest
+    return corrected
 
 
 def selection_excess(hits: NDArray[Any], seed: int = 0, resamples: int = RESAMPLES) -> Selection | None:

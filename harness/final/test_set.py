@@ -24,12 +24,12 @@ from harness.config.contracts import Dataset, SplitName
 from harness.config.events import Elsewhere, Event
 from harness.config.final_result import FinalResult, SeedResult, value_of
 from harness.config.train import fingerprint
-from harness.data.duplicates import find
+from harness.data.duplicates import contents_of, find
 from harness.data.splits import ImageSet, items_of, load_split, load_test
 from harness.final import model_files
 from harness.final.choice import per_image, record_choice, rerank
 from harness.final.model_files import keep_check_images, record_files, save_model
-from harness.final.predictions import pictured, temperature_of, thumbnails
+from harness.final.predictions import marks, pictured, temperature_of, thumbnails
 from harness.final.retrain import Context, Retraining, threads_of
 from harness.final.statistics import balanced_accuracy, bootstrap_interval, compare, selection_excess, wilson
 from harness.final.suspects import record_suspects
@@ -196,6 +196,7 @@ def _open_test_set(
     predictions = {
         "classes": list(saved.classes),
         "labels": pack(test.labels.numpy().astype("uint16")),
+        "images": marks(contents_of(seeds[0].config.data, items_of(seeds[0].config.data, "test"))),
         "seeds": [result.predictions for result in results],
         "base": [result.predictions for result in against],
     }

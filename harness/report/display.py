@@ -6,7 +6,7 @@ import heapq
 import os
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,6 +19,7 @@ from harness.base.words import A_DAY_SECONDS, OBJECTIVES, duration, money, perce
 from harness.config import events
 from harness.config.events import EpochEnded, EpochResult, TrialEnded, TrialStarted
 from harness.config.study import Study
+from harness.report.compare import definition_rows, outline_rows
 from harness.report.overview import after_seconds, in_short
 from harness.store.store import Store, wanted
 from harness.training import interrupt
@@ -273,6 +274,30 @@ def print_studies(rows: Sequence[Any]) -> None:
     for row in rows:
         if row.note is not None:
             print(row.note, file=sys.stderr)
+
+
+def print_comparison(found: Mapping[str, Any]) -> None:
+    """Print a comparison (`harness.report.compare`) as tables and sentences."""
+    console = StudyConsole()
+    differing = definition_rows(found)
+    for head, rows in (("", outline_rows(found)), ("differs in", differing)):
+        columns = [Column(name, overflow="fold") for name in (head, *found["studies"])]
+        table = Table(*columns, box=None, pad_edge=False, header_style="")
+        for what, values in rows:
+            table.add_row(what, *values)
+        if rows:
+            console.print(table)
+            console.say("")
+    if not differing:
+        console.say("The studies have the same definition.")
+    for name, each in found["studies"].items():
+        if each["fault"] is not None:
+            console.say(f"Do not trust {name}: {each['fault']}.")
+    for line in dict.fromkeys([*(each["sentence"] for each in found["tests"]), found["conclusion"]]):
+        console.say(line)
+    console.say(found["openings"]["sentence"])
+    for line in found["openings"]["unread"]:
+        print(line, file=sys.stderr)
 
 
 def print_models(models: Sequence[Any]) -> None:

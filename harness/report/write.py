@@ -16,7 +16,7 @@ from harness.base.words import OBJECTIVES, duration, money, percent, rate
 from harness.config.final_result import FinalResult, value_of
 from harness.final import sentences
 from harness.final.pruning_cost import audit_sentences
-from harness.report.final_figures import final_plots
+from harness.report.figures import final_plots
 from harness.report.overview import (
     cost_sentences,
     frame,
@@ -42,11 +42,11 @@ def write_report(name: str, store: Store, tracking: str, folder: Path) -> Path:
         (folder / "suspects.csv").unlink(missing_ok=True)
     else:
         replace_file(folder / "suspects.csv", suspects_frame(record).to_csv(index=False).encode())
-    replace_file(written, _rendered(_view(name, store, tracking)).encode())
+    replace_file(written, rendered("report.html", _view(name, store, tracking)).encode())
     return written
 
 
-def _rendered(view: Mapping[str, Any]) -> str:
+def rendered(template: str, view: Mapping[str, Any]) -> str:
     """Render `view` as a page with all text escaped, one copy of plotly.js, and no fonts."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -64,7 +64,7 @@ def _rendered(view: Mapping[str, Any]) -> str:
         "quote": shlex.quote,
     }
     # Of a study, only the figures are marked as safe, and they escape "<".
-    return environment.get_template("report.html").render(**view, plotly=Markup(get_plotlyjs()))
+    return environment.get_template(template).render(**view, plotly=Markup(get_plotlyjs()))
 
 
 def _short(value: Any) -> str:
@@ -104,26 +104,37 @@ def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
 
 
 def _strip(final: FinalResult) -> dict[str, Any]:
-    """Return positions of interval, seeds and base on the strip, in percent of its width."""
-    (low, high), base = final.interval, final.base
-    seeds = [seed.value for seed in final.per_seed]
-    points = [low, high, *seeds, *([] if base is None else [base.value])]
-    # The ends are multiples of 10 %, so that they do not look like an interval.
+    """Return positions of interval, seeds and base on the strip."""
+    base, seeds = final.base, [seed.value for seed in final.per_seed]
+    ends = ends_of([*final.interval, *seeds, *([] if base is None else [base.value])])
+    other = None if base is None else (place(base.value, ends), percent(base.value))
+    return strip(final.value, final.interval, seeds, ends) | {"base": other}
+
+
+def ends_of(points: Sequence[float]) -> tuple[int, int]:
+    """Return the ends of a strip, in tenths: multiples of 10 %, so that they do not look like an interval."""
     first = min(math.floor(10 * min(points)), 9)
-    last = max(math.ceil(10 * max(points)), first + 1)
-    start, end = first / 10, last / 10
+    return first, max(math.ceil(10 * max(points)), first + 1)
 
-    def place(value: float) -> float:
-        return round(100 * (value - start) / (end - start), 2)
 
+def place(value: float, ends: tuple[int, int]) -> float:
+    """Return a position on the strip, in percent of its width."""
+    first, last = ends
+    return round(100 * (10 * value - first) / (last - first), 2)
+
+
+def strip(value: float, interval: Sequence[float], seeds: Sequence[float], ends: tuple[int, int]) -> dict[str, Any]:
+    """Return positions of a test result, its interval and its seeds on a strip."""
+    low, high = (place(each, ends) for each in interval)
+    first, last = ends
     return {
-        "low": place(low),
-        "width": round(place(high) - place(low), 2),
-        "mean": place(final.value),
-        "seeds": [(place(value), percent(value)) for value in seeds],
-        "base": None if base is None else (place(base.value), percent(base.value)),
+        "low": low,
+        "width": round(high - low, 2),
+        "mean": place(value, ends),
+        "seeds": [(place(seed, ends), percent(seed)) for seed in seeds],
+        "base": None,
         "ends": (f"{10 * first} %", f"{10 * last} %"),
-        "interval": (percent(low), percent(high)),
+        "interval": tuple(percent(each) for each in interval),
     }
 
 

@@ -89,23 +89,12 @@ def read_earlier(name: str, url: str, folder: Path) -> Iterator[Store]:
     file = folder / f"{name}.db"
     place = sqlite_url(file) if file.is_file() else url
     try:
-        if (known := _names(place)) and name not in known and len(known) == 1:  # --fresh has renamed the file
+        if (known := names_in(place)) and name not in known and len(known) == 1:  # --fresh has renamed the file
             (name,) = known
         with read_store(name, place) as store:
             yield store
     except NotBegun as error:
         raise InputError(f"after: there is no study {name!r} in {file} nor in {url}; run it first.") from error
-
-
-def _names(url: str) -> list[str]:
-    """Return the names of the studies in a database."""
-    if not check_database(url):
-        return []
-    storage = connect(url, writing=False)
-    try:
-        return outlast(url, lambda: optuna.get_all_study_names(storage))
-    finally:
-        dispose(storage)
 
 
 @contextmanager
@@ -144,10 +133,13 @@ def names_in(url: str) -> list[str]:
     if not check_database(url):
         return []
     storage = connect(url, writing=False)
-    query = sqlalchemy.text("SELECT study_name FROM studies ORDER BY study_id")
-    try:
+
+    def read() -> list[str]:
         with storage.engine.connect() as connection:
-            return outlast(url, lambda: list(connection.execute(query).scalars()))
+            return list(connection.scalars(sqlalchemy.text("SELECT study_name FROM studies ORDER BY study_id")))
+
+    try:
+        return outlast(url, read)
     finally:
         dispose(storage)
 

@@ -64,6 +64,18 @@ def test_two_configurations_are_compared_over_seeds_and_images() -> None:
     assert (other.difference, other.p) == (pytest.approx(-0.3), pytest.approx(found.p))
 
 
+def test_the_numbers_of_seeds_may_differ() -> None:
+    first = np.array([[True] * right + [False] * (10 - right) for right in (8, 7, 9)])
+    second = np.array([[True] * right + [False] * (10 - right) for right in (5, 7)])
+    found = compare(first, second)
+    by_image = first.mean(axis=0) - second.mean(axis=0)
+    parts = [0.01 / 3, 0.02 / 2, by_image.var(ddof=1) / 10]
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 1 + parts[2] ** 2 / 9)
+    assert found.difference == pytest.approx(0.2)
+    assert found.p == pytest.approx(2 * t.sf(0.2 / sum(parts) ** 0.5, freedom))
+    assert compare(first, second[:1]).p is None
+
+
 def test_of_one_seed_nothing_is_claimed_and_equal_hits_do_not_differ() -> None:
     hits = np.array([[True, False, True], [True, True, False]])
     assert compare(hits[:1], hits[1:]).p is None
