@@ -242,6 +242,14 @@ class Result:
         with interrupt.handled():
             audit_study(RunOptions.of(given), self._found, fraction, seed)
 
+    def ablate(self, **options: Any) -> None:
+        """Train from the base to the chosen configuration, one field at a time; print what each one gained."""
+        from harness.study.ablate import ablate_study
+
+        given = {"storage": self.url, "tracking_uri": self._tracking_uri} | options
+        with interrupt.handled():
+            ablate_study(RunOptions.of(given), self._found)
+
     def doctor(self, fix: bool = False) -> bool:
         """Print, or `fix`, disagreements of storage, MLflow, checkpoints and processes. Return whether all agree."""
         from harness.study.doctor import consult

@@ -22,6 +22,11 @@ def rerank_key(trial: int, seed_number: int) -> str:
     return f"rerank-seed-{seed_number}-of-trial-{trial}"
 
 
+def ablation_key(step: int, seed_number: int) -> str:
+    """Return the key of a training with the first fields of the chosen trial, of which there are `step`."""
+    return f"ablation-seed-{seed_number}-of-step-{step}"
+
+
 def audit_key(trial: int) -> str:
     """Return the key of the training that completes a pruned trial."""
     return f"audit-of-trial-{trial}"

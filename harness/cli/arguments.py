@@ -56,6 +56,7 @@ def build_parser(program: str) -> argparse.ArgumentParser:
         "--fraction", metavar="F", type=_positive(1), default=0.1, help=f"minimum share of the pruned trials {IS}"
     )
     audit.add_argument("--seed", metavar="N", type=_whole(0, LARGEST), default=0, help=f"seed of the sample {IS}")
+    ablate = add("ablate", "from the base to the chosen configuration, one field at a time: what made the difference?")
     queued = add("try", "queue a configuration in a study, which may be running")
     queued.add_argument("settings", metavar="PATH=VALUE", nargs="+", type=_recorded, help="a searched field's value")
     skip = add("skip", "end a trial at its next batch")
@@ -64,11 +65,11 @@ def build_parser(program: str) -> argparse.ArgumentParser:
     doctor.add_argument("--fix", action="store_true", help="repair what differs from the storage")
     export = add("export", "write the final model as an ONNX file")
     export.add_argument("--onnx", metavar="FILE", type=_path, required=True, help="the file")
-    for command in (reproduce, audit):
+    for command in (reproduce, audit, ablate):
         _add_shared(command, "--data-root", "--device")
-    for command in (show, report, reproduce, replay, audit, queued, skip, doctor, export):
+    for command in (show, report, reproduce, replay, audit, ablate, queued, skip, doctor, export):
         _add_shared(command, "--storage")
-    for command in (show, report, reproduce, audit, doctor):
+    for command in (show, report, reproduce, audit, ablate, doctor):
         _add_shared(command, "--tracking-uri")
     _add_predict(add("predict", "classify photographs with the saved model"))
     _add_demo(add("demo", "open a page where the saved model names the flower in a photograph"))

@@ -220,6 +220,12 @@ def _audit(args: argparse.Namespace) -> int:
     return DONE
 
 
+@resumable
+def _ablate(args: argparse.Namespace) -> int:
+    _result(args).ablate(data_root=args.data_root, device=args.device)
+    return DONE
+
+
 def _try(args: argparse.Namespace) -> int:
     from harness.search import by_hand
 
@@ -292,6 +298,7 @@ COMMANDS = {
     "reproduce": _reproduce,
     "replay": _replay,
     "audit": _audit,
+    "ablate": _ablate,
     "try": _try,
     "skip": _skip,
     "doctor": _doctor,

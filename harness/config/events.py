@@ -138,7 +138,7 @@ TrialOutcome = Completed | Pruned | Diverged | Failed
 
 # Events of a study. All can be pickled; of `TrialStarted`, the copy that `sendable` returns.
 
-Kind = Literal["trial", "final", "base", "rerank"]
+Kind = Literal["trial", "final", "base", "rerank", "ablation"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,6 +107,25 @@ def choose(trials: Sequence[TrialRecord], space: Space) -> dict[str, Any] | None
     }
 
 
+def ablation_path(
+    trials: Sequence[TrialRecord], space: Space, base: dict[str, Any], chosen: dict[str, Any]
+) -> list[str]:
+    """Return the fields in which two configurations differ, the one with the highest predicted gain first at each step.
+
+    Without a prediction, as few trials are, in the order of the space.
+    """
+    left, path, params = [name for name in space if base.get(name) != chosen.get(name)], [], dict(base)
+    fitted = _fitted([trial for trial in trials if trial.curve and trial.state != "running"], space)
+    while left:
+        values = [0.0] * len(left)
+        if fitted is not None:
+            values = fitted[2].predict(np.array([_point(space, params | {name: chosen[name]}) for name in left]))
+        name = left.pop(int(np.argmax(values)))
+        path.append(name)
+        params[name] = chosen[name]
+    return path
+
+
 def _fitted(trials: Sequence[TrialRecord], space: Space) -> tuple[list[int], NDArray[Any], Any] | None:
     """Return numbers and coordinates of finished trials, and a Gaussian process over their final accuracies.
 

@@ -12,7 +12,7 @@ import torch
 
 from harness.base.environment import environment
 from harness.base.errors import Halt
-from harness.base.keys import base_key, final_key, rerank_key
+from harness.base.keys import ablation_key, base_key, final_key, rerank_key
 from harness.base.seeds import derive_seed
 from harness.config.events import EpochEnded, EpochResult, Event, Kind, RetrainingEnded, TrialStarted
 from harness.config.jobs import Train, Workers
@@ -23,7 +23,7 @@ from harness.training.checkpoint import SUFFIX, Checkpoint, fingerprint, identit
 from harness.training.loop import Training, fit
 from harness.training.step import Runtime
 
-KEYS = {"final": final_key, "base": base_key, "rerank": rerank_key}
+KEYS = {"final": final_key, "base": base_key, "rerank": rerank_key, "ablation": ablation_key}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +59,8 @@ class Retraining:
         self._context = context
         self._path = context.checkpoints / f"{self.key}{SUFFIX}"
         self._seed = derive_seed(context.study.seed, "rerank" if kind == "rerank" else "final", number)
-        # Reranking compares on the validation images, so it must not train on them.
-        self._fit_on = "train" if kind == "rerank" else context.study.final.fit_on
+        # What compares on the validation images must not train on them.
+        self._fit_on = "train" if kind in ("rerank", "ablation") else context.study.final.fit_on
 
     def train(self) -> Iterator[Event]:
         """Train to the end, from the checkpoint if there is one; leaves the trained weights in it."""

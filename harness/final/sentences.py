@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy
+from numpy.typing import NDArray
+
 from harness.base.errors import InputError
+from harness.base.packing import unpack, unpack_bits
 from harness.base.words import OBJECTIVES, percent
 from harness.config.final_result import FinalResult, value_of
 from harness.final.predictions import from_record
-from harness.final.statistics import ALPHA
+from harness.final.statistics import ALPHA, compare
 from harness.store.ledger import openings
 from harness.store.store import Store
 
@@ -52,6 +57,43 @@ def stop_sentence(store: Store) -> str | None:
     if facts.stopped is None or store.finished() > facts.stopped["trials"]:
         return None
     return f"The search stopped after {facts.stopped['trials']} of {facts.wanted} trials: {facts.stopped['reason']}."
+
+
+def ablation_sentences(record: Mapping[str, Any]) -> list[str]:
+    """Describe an ablation's record (`harness.study.ablate`): the gain of each field, in points."""
+    scores = [_scores(results) for _, results in sorted(record["results"].items(), key=lambda item: int(item[0]))]
+    if len(scores) <= len(record["fields"]):
+        return ["The ablation is not complete; run the same command again."]
+    seeds, images = scores[0].shape
+    ends = [percent(float(each.mean())) for each in (scores[0], scores[-1])]
+    lines = [
+        f"From the base ({ends[0]}) to trial {record['trial']} ({ends[1]}), field by field; each step trained on "
+        f"{seeds} seed{'s' if seeds > 1 else ''} and judged on {images:,} validation images."
+    ]
+    for path, before, after in zip(record["fields"], scores, scores[1:], strict=False):
+        found, (old, new) = compare(after, before), record["values"][path]
+        line = f"{path} from {short(old)} to {short(new)}: {100 * found.difference:+.2f} points"
+        if found.low is not None and found.high is not None and found.p is not None:
+            line += f" ({100 * found.low:+.2f} to {100 * found.high:+.2f})"
+            line += "" if found.p < ALPHA else ", no difference shown"
+        lines.append(f"{line}.")
+    return [*lines, "The trial was chosen on these images, so its gains are biased upwards."]
+
+
+def _scores(results: Sequence[Mapping[str, Any]]) -> NDArray[Any]:
+    """Return hits or contributions [seeds, images]."""
+    return numpy.stack(
+        [
+            unpack(each["contributions"], "float32")
+            if each["contributions"]
+            else unpack_bits(each["hits"], each["images"])
+            for each in results
+        ]
+    )
+
+
+def short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def all_equal(store: Store) -> bool:

@@ -41,6 +41,7 @@ def overview(name: str, store: Store, tracking: str) -> dict[str, Any]:
         "suspects": None if facts.suspects is None else _suspects(facts.suspects),
         "duplicates": facts.duplicates,
         "audit": facts.audit,
+        "ablation": None if facts.ablation is None else _ablation(facts.ablation),
         "test": None if tested is None else described(tested),
         "cost": cost(trial_records(store), facts.definition or {}),
         "price": price(store),
@@ -71,6 +72,12 @@ def _without_epochs(seeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _suspects(record: Mapping[str, Any]) -> dict[str, Any]:
     return {name: record[name] for name in ("trials", "images", "found", "rows")}
+
+
+def _ablation(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an ablation without numbers per image; each step has the values of its seeds."""
+    values = {step: [each["value"] for each in results] for step, results in record["results"].items()}
+    return {**record, "results": values, "sentences": sentences.ablation_sentences(record)}
 
 
 def subject(store: Store) -> TrialRecord | None:
@@ -123,7 +130,7 @@ def summary(name: str, store: Store, tracking: str) -> str:
     counted = counts(store)
     del counted["running" if counted["interrupted"] else "interrupted"]
     chosen = store.chosen()
-    best = chosen if chosen is not None and chosen.number == 0 else store.best()
+    best, facts = chosen if chosen is not None and chosen.number == 0 else store.best(), store.facts()
     began = [sentences.earlier_sentence(store), sentences.stop_sentence(store)]
     params = f"\n          {in_short(best.params)}" if best is not None and best.params else ""
     fault = store.ledger_fault()
@@ -136,9 +143,10 @@ def summary(name: str, store: Store, tracking: str) -> str:
             *_chosen_line(store),
             f"final     {sentences.test_sentence(store)}",
             *(f"          {line}" for line in _remarks(store)),
-            *_audit_lines(store),
+            *_titled("audit", [] if facts.audit is None else audit_sentences(facts.audit)),
+            *_titled("ablation", [] if facts.ablation is None else sentences.ablation_sentences(facts.ablation)),
             *(f"cost      {line}" for line in filter(None, [price_sentence(price(store))])),
-            f"runtime   {in_words(store.facts().runtime)}",
+            f"runtime   {in_words(facts.runtime)}",
             f"storage   {masked(store.url)}",
             f"tracking  {masked(tracking)}",
         ]
@@ -171,11 +179,8 @@ def _remarks(store: Store) -> list[str]:
     return [*filter(None, lines)]
 
 
-def _audit_lines(store: Store) -> list[str]:
-    """Return an audit's findings, if there was one."""
-    record = store.facts().audit
-    lines = [] if record is None else audit_sentences(record)
-    return [f"{'' if number else 'audit':<10}{line}" for number, line in enumerate(lines)]
+def _titled(title: str, lines: Sequence[str]) -> list[str]:
+    return [f"{'' if number else title:<10}{line}" for number, line in enumerate(lines)]
 
 
 def in_words(runtime: dict[str, Any] | None) -> str:

@@ -133,6 +133,7 @@ class StudyFacts:
     suspects: dict[str, Any] | None = None  # `harness.final.suspects`
     duplicates: dict[str, Any] | None = None  # `harness.data.duplicates`
     audit: dict[str, Any] | None = None  # `harness.final.pruning_cost.record`
+    ablation: dict[str, Any] | None = None  # `harness.study.ablate.begun`
     files: dict[str, str] = field(default_factory=dict)  # the sha256 of the model's files
     published: int | None = None  # number of finished trials when MLflow had everything
     registered: int | None = None  # the trial whose model is in MLflow's registry

@@ -59,10 +59,10 @@ def audit_study(options: RunOptions, found: Found, fraction: float, seed: int) -
                 print(line, flush=True)
         store.check_file()
         print("\n".join(audit.audit_sentences(store.facts().audit or {})))
-        _write_report(study, store, found, options.tracking_uri)
+        write_report_again(study, store, found, options.tracking_uri)
 
 
-def _write_report(study: Study, store: Store, found: Found, tracking_uri: str | None) -> None:
+def write_report_again(study: Study, store: Store, found: Found, tracking_uri: str | None) -> None:
     """Rewrite the study's report, and its copy in MLflow if there is one. Raises Halt if the disk is full."""
     folder = found.beside(store.url, ".report")
     page = write_report(study.name, store, uri_of(tracking_uri, found.mlruns), folder)
@@ -71,8 +71,8 @@ def _write_report(study: Study, store: Store, found: Found, tracking_uri: str | 
         tracker = attached(tracking_uri, found.mlruns, study, store)
         if tracker is not None:
             tracker.replace_folder(folder)
-    except InputError as error:  # the audit itself is complete
-        print(f"{error} The report there lacks this audit; run the same command to write it, without training.")
+    except InputError as error:  # what was asked for is complete
+        print(f"{error} The report there lacks this; run the same command to write it, without training.")
 
 
 def check_ended(study: Study, store: Store) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from pathlib import Path
 
-from harness.base.keys import audit_key, base_key, final_key, rerank_key, trial_key
+from harness.base.keys import ablation_key, audit_key, base_key, final_key, rerank_key, trial_key
 from harness.config.events import Event
 from harness.config.study import Study
 from harness.final.retrain import Context
@@ -48,9 +48,10 @@ def wanted_keys(study: Study, store: Store) -> set[str]:
     audited = (store.facts().audit or {}).get("results", {})
     pruned = [trial.number for trial in store.trials() if trial.is_pruned]
     keys |= {audit_key(number) for number in pruned if str(number) not in audited}
+    seeds = range(study.final.seeds)
+    keys |= {ablation_key(step, number) for step in range(len(study.space) + 1) for number in seeds}
     if store.has_final():
         return keys
-    seeds = range(study.final.seeds)
     keys |= {rerank_key(trial.number, number) for trial in store.candidates(study.final.rerank) for number in seeds}
     if (chosen := store.chosen()) is not None:
         keys |= {key for number in seeds for key in (final_key(chosen.number, number), base_key(0, number))}
