@@ -27,13 +27,14 @@ from harness.final.retrain import KEYS, Context
 from harness.store.database import outlast
 from harness.store.leases import LeaseLost, renewing
 from harness.store.opening import check_definition, open_store
+from harness.store.records import StudyFacts
 from harness.store.store import Asked, Store
 from harness.training import interrupt
 from harness.training.checkpoint import SUFFIX, remove
 from harness.workers.worker import Message, WorkerConfig, context_of, do
 
 CHECK_SECONDS = 2.0  # between two lease checks of a trial
-READ = ("attributes", "facts", "trials", "finished", "stop")  # store methods that a worker calls
+READ = ("attributes", "trials", "finished", "stop")  # store methods that a worker calls
 ON_A_TRIAL = ("check", "is_skipped", "report", "should_prune", "spend", "tell")
 
 
@@ -45,6 +46,10 @@ class Ask(Protocol):
 
 class HeadLost(KeyboardInterrupt):
     """The head has ended, or cannot be reached; its worker stops as after Ctrl-C."""
+
+
+class Ended(HeadLost):
+    """The coordinator needs no workers any more."""
 
 
 class Replaced(Exception):
@@ -69,6 +74,9 @@ class Head:
         self._study = config.study()
         if sqlite_file(config.url) is not None:
             self._store = self._kept.enter_context(open_store(self._study, config.url, joining=True))
+
+    def close(self) -> None:
+        self._kept.close()
 
     def enter(self, owner: str) -> None:
         """Register a starting worker."""
@@ -98,6 +106,8 @@ class Head:
 
     def call(self, owner: str, method: str, *arguments: Any) -> Any:
         """Call a method of the store for this worker; `ask` gets the study that is open here."""
+        if method not in ("ask", *READ, *ON_A_TRIAL):
+            raise Halt(f"A worker cannot call {method!r}.")
         study = (self._study,) if method == "ask" else ()
         return getattr(self._of(owner), method)(*study, *arguments)
 
@@ -124,6 +134,9 @@ class _Served:
     @property
     def uid(self) -> str:
         return cast(str, self.attributes()["uid"])
+
+    def facts(self) -> StudyFacts:
+        return StudyFacts.of(self.attributes())
 
     def ask(self, study: Study, at_most: int | None = None) -> Asked:
         return cast(Asked, self._call("ask", at_most))
@@ -175,17 +188,17 @@ def opened_through(ask: Ask, owner: str, config: WorkerConfig) -> Iterator[Conte
 
 
 def prepare(context: Context) -> None:
-    """Create the files that all workers of this machine need, once. Raises InputError if the data set differs."""
-    from harness.data.splits import prepare
+    """Create the files that all workers of this machine need, once. Raises InputError if images or weights differ."""
+    from harness.data.splits import content_of
     from harness.training.features import keep_features
 
     study = context.study
     name = hashlib.sha256(str(study.train.data.cache).encode()).hexdigest()[:16]
     with filelock.FileLock(Path(tempfile.gettempdir()) / f"harness-{os.getuid()}-{name}.lock"):
-        content = prepare(study.train.data, *study.preprocessings())
-        begun = (context.store.facts().definition or {}).get("content of data")
-        if begun not in (None, content):
-            raise InputError("The data set differs from the study's; copy the study's data set here.")
+        here, begun = content_of(study), context.store.facts().definition or {}
+        for name, what in (("data", "data set"), ("weights", "pretrained weights")):
+            if begun.get(f"content of {name}") not in (None, here[name]):
+                raise InputError(f"The {what} here differs from the study's; copy the study's to this machine.")
         keep_features(study.train, context.runtime, with_validation=study.final.fit_on == "train+val")
 
 
