@@ -6,6 +6,8 @@ Exports every name that a study file or a program needs; each is imported on fir
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from harness.base import __version__ as __version__
+
 if TYPE_CHECKING:
     from harness.api import Result as Result
     from harness.api import list_models as list_models
@@ -44,8 +46,6 @@ if TYPE_CHECKING:
     from harness.search.samplers import gp as gp
     from harness.search.samplers import grid as grid
     from harness.search.samplers import tpe as tpe
-
-__version__ = "0.1.0"
 
 _WHERE = {
     "api": ("Result", "list_models", "open", "run", "studies"),

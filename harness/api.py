@@ -68,13 +68,13 @@ def run(
     if on_event is not None and not callable(on_event):
         raise InputError(f"on_event must be a function that takes an event, not {on_event!r}.")
     found = _found(study, home)
-    if found.study is study and (workers != 1 or options.get("engine", "processes") != "processes"):
+    given = {"trials": trials, "workers": workers, "storage": storage, "tracking_uri": tracking_uri} | options
+    asked = RunOptions.of(given, command=_command(found.study.name, given))
+    if found.study is study and not asked.trains_itself:
         raise InputError(
             "Workers load a study from its file, but this study has no file; give the name or the file of a study, or "
             "workers=1."
         )
-    given = {"trials": trials, "workers": workers, "storage": storage, "tracking_uri": tracking_uri} | options
-    asked = RunOptions.of(given, command=_command(found.study.name, given))
     if found.study is study and storage is None:
         found.file.parent.mkdir(parents=True, exist_ok=True)
     with interrupt.handled():

@@ -49,7 +49,7 @@ def test_every_command_of_the_program_is_in_the_readme() -> None:
     known = re.findall(r"^    (\w+)(?: |$)", help_text, re.M)
     assert (
         " ".join(known)
-        == "run list compare init branch models show report reproduce replay audit ablate try skip doctor export "
+        == "run list compare init branch models work show report reproduce replay audit ablate try skip doctor export "
         "predict demo ui"
     )
     for command in known[1:]:

@@ -99,6 +99,7 @@ def _add_overviews(add: Callable[..., argparse.ArgumentParser]) -> None:
     models = add("models", "list the models that a study file can name", False)
     models.add_argument("pattern", metavar="PATTERN", nargs="?", default="", help="a part of the name, or * and ?")
     models.add_argument("--json", action="store_true", help="print a JSON list")
+    _add_work(add("work", "train for a study that another machine runs with --serve", False))
 
 
 def _add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
@@ -176,6 +177,20 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
     add("--engine", choices=["processes", "ray"], default="processes", help=engine)
     cluster = "with --engine ray: the cluster (default: auto, the cluster of this machine)"
     add("--ray-address", metavar="auto|HOST:PORT", type=_recorded, help=cluster)
+    serve = "listen there for workers on other machines (`work`); this one trains only with --workers"
+    add("--serve", metavar="HOST:PORT", type=_recorded, help=serve)
+    _add_key_file(parser, "beside the study's database; a new one if there is none")
+
+
+def _add_key_file(parser: argparse.ArgumentParser, default: str) -> None:
+    known = f"the key that the machines share (default: HARNESS_KEY_FILE, else {default})"
+    parser.add_argument("--key-file", metavar="FILE", type=_recorded, help=known)
+
+
+def _add_work(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("address", metavar="HOST:PORT", type=_recorded, help="the address that `run --serve` prints")
+    _add_key_file(parser, "none")
+    _add_shared(parser, "--data-root", "--device")
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:

@@ -240,6 +240,16 @@ def _skip(args: argparse.Namespace) -> int:
     return DONE
 
 
+@resumable
+def _work(args: argparse.Namespace) -> int:
+    from harness.study.start import keep_imports
+    from harness.workers.client import work
+
+    keep_imports()
+    work(args.address, args.key_file, args.data_root, args.device)
+    return DONE
+
+
 def _doctor(args: argparse.Namespace) -> int:
     return DONE if _result(args).doctor(fix=args.fix) else FAILED
 
@@ -301,6 +311,7 @@ COMMANDS = {
     "ablate": _ablate,
     "try": _try,
     "skip": _skip,
+    "work": _work,
     "doctor": _doctor,
     "predict": _predict,
     "demo": _demo,

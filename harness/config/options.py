@@ -21,10 +21,12 @@ class RunOptions:
     set: tuple[str, ...] = ()  # PATH=VALUE
     data_root: str | None = None
     device: str | None = None
-    workers: int = 0  # 0: one, or on Ray as many as fit
+    workers: int = 0  # 0: one, on Ray as many as fit, with `serve` those that connect
     workers_per_gpu: int = 1
     engine: Literal["processes", "ray"] = "processes"
     ray_address: str | None = None
+    serve: str | None = None  # HOST:PORT where workers on other machines connect
+    key_file: str | None = None
     reopen_test: str | None = None  # why the test set may be opened again
     fresh: bool = False
     json: bool = False  # print notices instead of text
@@ -32,6 +34,11 @@ class RunOptions:
     storage: str | None = None
     tracking_uri: str | None = None
     command: str | None = None  # resumes the run; shown to the user
+
+    @property
+    def trains_itself(self) -> bool:
+        """Whether the coordinator trains, and has no workers."""
+        return self.engine == "processes" and self.workers == 1 and self.serve is None
 
     @staticmethod
     def of(given: Mapping[str, Any], command: str | None = None) -> RunOptions:

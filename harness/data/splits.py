@@ -16,6 +16,7 @@ import numpy as np
 from harness.base.errors import InputError, no_room, shown
 from harness.base.seeds import derive_seed
 from harness.config.contracts import Dataset, Preprocessing, SplitName, Square
+from harness.config.study import Study
 from harness.config.train import TrainConfig
 from harness.data.cache import content_keys, keyed
 from harness.data.layout import check_names
@@ -106,6 +107,12 @@ def _on_cuda(images: ImageSet, device: torch.device) -> ImageSet:
 def fits(size_bytes: int, free_bytes: int) -> bool:
     """Return whether data leave enough free device memory for training."""
     return size_bytes <= free_bytes * SHARE_OF_DEVICE
+
+
+def content_of(study: Study) -> dict[str, str]:
+    """Return fingerprints of the images and weights; the first call decodes the images."""
+    weights = ", ".join(each.fingerprint() for each in study.backbones())
+    return {"data": prepare(study.train.data, *study.preprocessings()), "weights": weights}
 
 
 def prepare(dataset: Dataset, *preprocessings: Preprocessing) -> str:

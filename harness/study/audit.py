@@ -19,11 +19,11 @@ from harness.config.events import EpochResult
 from harness.config.find import Found
 from harness.config.options import RunOptions
 from harness.config.study import Study
+from harness.data.splits import content_of
 from harness.final import pruning_cost as audit
 from harness.report.write import write_report
 from harness.store import opening
 from harness.store.store import Store, TrialRecord
-from harness.study.command import content_of
 from harness.study.reproduce import Compared, again, explanation
 from harness.study.start import keep_imports
 from harness.tracking.places import attached, tracker_at, uri_of

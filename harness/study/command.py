@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,8 @@ from harness.config.events import Event
 from harness.config.find import Found
 from harness.config.options import RunOptions
 from harness.config.study import Study
-from harness.data.splits import prepare
 from harness.report.display import StudyConsole
+from harness.workers.wire import KEY_VARIABLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +30,7 @@ class Command:
         """Return a folder of the study's results."""
         return self.found.beside(self.url, suffix)
 
-
-def content_of(study: Study) -> dict[str, str]:
-    """Return fingerprints of the images and weights; the first call decodes the images."""
-    weights = ", ".join(each.fingerprint() for each in study.backbones())
-    return {"data": prepare(study.train.data, *study.preprocessings()), "weights": weights}
+    def key_file(self) -> Path:
+        """Return the file of the key that workers on other machines have, too."""
+        given = self.options.key_file or os.environ.get(KEY_VARIABLE)
+        return Path(given) if given else self.beside(".key")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from harness.study.command import Command
 from harness.study.publish import START, describe_model, register
 from harness.tracking import expected
 from harness.tracking.mlflow import MLflowTracker
-from harness.workers import pool, ray_cluster
+from harness.workers import pool, ray_cluster, wire
 from harness.workers.worker import WorkerConfig
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def _begin(command: Command, store: Store, tracker: MLflowTracker) -> Runtime:
         if len(study.backbones()) == 1:
             depths = {by: [name_of(each) for each in study.backbones()[0].depths(by)] for by in ("block", "layer")}
             store.set_attribute("depths", depths)
-        if options.engine == "processes" and options.workers == 1 and store.finished() < wanted(study, store):
+        if options.trains_itself and store.finished() < wanted(study, store):
             _name_changes(store, runtime.device)  # workers keep their shares of the cores between runs
         keep_features(study.train, runtime, with_validation=study.final.fit_on == "train+val")
         tracker.start(study, store, expected.facts(study, runtime.to_dict(), environment(runtime.device)))
@@ -163,7 +164,7 @@ def _workers(
     """Yield the workers; None if this process trains alone, or nothing is left to train."""
     options, study = command.options, command.study
     here = options.engine == "processes"
-    if (here and options.workers == 1) or (store.finished() >= wanted(study, store) and store.is_settled()):
+    if options.trains_itself or (store.finished() >= wanted(study, store) and store.is_settled()):
         yield None
         return
     config = WorkerConfig(
@@ -177,8 +178,8 @@ def _workers(
         checkpoints=command.beside(".checkpoints"),
     )
     if here:
-        environments = pool.surroundings(options.workers, options.workers_per_gpu, runtime.device.type)
-        with pool.Pool(config, environments[:useful], tracker.show) as processes:
+        environments = pool.surroundings(options.workers, options.workers_per_gpu, runtime.device.type)[:useful]
+        with _here(command, config, environments, tracker) as processes:
             yield processes
         return
     from harness.workers.ray_workers import RayWorkers
@@ -190,6 +191,22 @@ def _workers(
         with command.console.status(f"{text} …"):
             workers = kept.enter_context(RayWorkers(config, store, asked, tracker.show))
         yield workers
+
+
+def _here(
+    command: Command, config: WorkerConfig, environments: Sequence[Mapping[str, str]], tracker: MLflowTracker
+) -> pool.Pool:
+    """Return the workers of this machine; with --serve also those that connect."""
+    if command.options.serve is None:
+        return pool.Pool(config, environments, tracker.show)
+    from harness.workers.server import Server
+
+    file = command.key_file()
+    wire.make_key(file)
+    server = Server(config, environments, tracker.show, command.options.serve, wire.read_key(file))
+    work = f"python -m harness work {server.address} --key-file {shlex.quote(str(file))}"
+    command.console.say(f"Waiting for workers on other machines. With a copy of the key file, run there:\n{work}")
+    return server
 
 
 def _name_changes(store: Store, device: torch.device) -> None:

@@ -12,9 +12,9 @@ from harness.base.seeds import derive_seed
 from harness.config.events import EpochResult
 from harness.config.find import Found
 from harness.config.study import Study
+from harness.data.splits import content_of
 from harness.store import opening
 from harness.store.store import TrialRecord
-from harness.study.command import content_of
 from harness.training.assemble import assemble, decide_runtime
 from harness.training.checkpoint import differences
 from harness.training.loop import Training, fit

@@ -21,7 +21,7 @@ from harness.config.events import Event
 from harness.config.find import Found
 from harness.config.options import RunOptions
 from harness.config.study import LIMITS, Study
-from harness.data.splits import remarks
+from harness.data.splits import content_of, remarks
 from harness.final import model_files
 from harness.report import overview
 from harness.report.display import StudyConsole
@@ -33,11 +33,11 @@ from harness.store import database, opening
 from harness.store.locks import holder
 from harness.store.store import Store, wanted
 from harness.study import coordinator, publish
-from harness.study.command import Command, content_of
+from harness.study.command import Command
 from harness.tracking.expected import expected_runs
 from harness.tracking.files import ARTIFACTS, lacking, move_in
 from harness.tracking.places import check_writable, tracker_for, uri_of
-from harness.workers import pool, ray_cluster
+from harness.workers import pool, ray_cluster, wire
 
 
 def run(
@@ -83,6 +83,8 @@ def _asked_for(
     """Return the study, changed by the options; check that its database can be opened or created."""
     if options.ray_address is not None and options.engine != "ray":
         raise InputError("--ray-address needs --engine ray; give both, or omit the option.")
+    if options.serve is None and options.key_file is not None:
+        raise InputError("--key-file needs --serve; give both, or omit the option.")
     if options.on_event is not None:
         check_command(options.on_event)
     if options.price is not None:
@@ -100,7 +102,22 @@ def _asked_for(
     database.check_writable(sqlite_file(url))
     if (risk := mounts.warning(sqlite_file(url))) is not None:
         print(f"Warning: {risk}", file=sys.stderr)
-    return Command(options=options, found=found, study=study, url=url, console=console, hooks=hooks)
+    command = Command(options=options, found=found, study=study, url=url, console=console, hooks=hooks)
+    if options.serve is not None:
+        _check_serving(command, options.serve)
+    return command
+
+
+def _check_serving(command: Command, address: str) -> None:
+    """Raise InputError unless workers on other machines can connect at this address, with a key."""
+    if wire.parts(address) is None:
+        raise InputError(f"--serve {address!r} is not HOST:PORT, for example 0.0.0.0:7000.")
+    if command.options.engine == "ray":
+        raise InputError("--serve and --engine ray are two ways to other machines; give one of them.")
+    if sqlite_file(command.url) is None:
+        raise InputError("--serve is for SQLite; with PostgreSQL, run the same command on every machine instead.")
+    if command.key_file().exists():
+        wire.read_key(command.key_file())
 
 
 def _check_price(price: object) -> None:
@@ -260,7 +277,8 @@ def _with_workers(options: RunOptions, named: str, device: str) -> RunOptions:
 
     Raises InputError if the `device`, given as `named`, has no room for them.
     """
-    if named.startswith("cuda:") and (options.engine == "ray" or (options.workers or 1) > 1):
+    several = options.engine == "ray" or options.serve is not None or options.workers > 1
+    if named.startswith("cuda:") and several:
         raise InputError(
             f"--device {named} names one GPU, but each worker gets its own; give --device cuda, and select GPUs with "
             "CUDA_VISIBLE_DEVICES."
@@ -274,8 +292,10 @@ def _with_workers(options: RunOptions, named: str, device: str) -> RunOptions:
         ray_cluster.connect(options.ray_address)
         count = ray_cluster.needs(options.workers or None, options.workers_per_gpu, device).workers
     else:
-        count = options.workers or 1
+        count = options.workers or int(options.serve is None)
         pool.surroundings(count, options.workers_per_gpu, device)
+    if options.serve is not None:
+        wire.listen(options.serve).close()  # before the images are decoded
     return dataclasses.replace(options, workers=count)
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 DEATHS_IN_A_ROW = 3  # of one worker, without an epoch of any worker in between
 FAREWELL_SECONDS = 60.0  # for the current batch and its checkpoint
+POLL_SECONDS = 0.5  # between two looks for workers that have connected (`harness.workers.server`)
 
 
 def surroundings(workers: int, per_gpu: int, device: str) -> list[dict[str, str]]:
@@ -39,6 +40,8 @@ def surroundings(workers: int, per_gpu: int, device: str) -> list[dict[str, str]
 
     Raises InputError if there are not enough GPUs.
     """
+    if not workers:
+        return []
     if device != "cuda":
         share = max(1, cores() // workers)
         return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(share))}] * workers
@@ -63,12 +66,33 @@ def of_use(asked: int, study: Study, store: Store, reopening: bool) -> int:
     return min(asked, max(study.trials - store.finished(), after, 1))
 
 
-class _Worker:
-    """One process, its pipe, and its current job."""
+class Worker:
+    """A worker's number, its pipe, and its current job."""
+
+    line: connection.Connection
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.job: Job | None = None
+
+    def take(self, job: Job) -> None:
+        self.job = job
+        with contextlib.suppress(OSError):  # it has died; the next receive raises that
+            self.line.send(job)
+
+    def stop(self) -> None:
+        """Ask it to end, as Ctrl-C does if it has a job."""
+
+    def end(self) -> None:
+        """Wait for its end."""
+
+
+class _Process(Worker):
+    """A worker process of this machine."""
 
     def __init__(self, config: WorkerConfig, number: int, environment: Mapping[str, str]) -> None:
-        self.number, self.environment = number, environment
-        self.job: Job | None = None
+        super().__init__(number)
+        self.environment = environment
         context = multiprocessing.get_context("spawn")  # threads and CUDA do not survive a fork
         self.line, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(
@@ -79,10 +103,18 @@ class _Worker:
             self.process.start()
         theirs.close()
 
-    def take(self, job: Job) -> None:
-        self.job = job
-        with contextlib.suppress(OSError):  # it has died; the next receive raises that
-            self.line.send(job)
+    def stop(self) -> None:
+        if self.job is not None:
+            self.process.terminate()
+        else:
+            with contextlib.suppress(OSError):
+                self.line.send(None)
+
+    def end(self) -> None:
+        self.process.join(FAREWELL_SECONDS)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
 
 
 class Crew:
@@ -129,24 +161,17 @@ class Pool(Crew):
         self, config: WorkerConfig, environments: Sequence[Mapping[str, str]], tell: Callable[[Event], None]
     ) -> None:
         super().__init__(config, len(environments), tell)
-        self._workers = [_Worker(config, number, each) for number, each in enumerate(environments)]
+        self._workers: list[Worker] = [_Process(config, number, each) for number, each in enumerate(environments)]
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Stop running jobs as Ctrl-C does."""
         if kind is KeyboardInterrupt and any(worker.job is not None for worker in self._workers):
             interrupt.notice()
         for worker in self._workers:
-            if worker.job is not None:
-                worker.process.terminate()
-            else:
-                with contextlib.suppress(OSError):
-                    worker.line.send(None)
+            worker.stop()
         for worker in self._workers:
             self._heard_late(_rest(worker))
-            worker.process.join(FAREWELL_SECONDS)
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
+            worker.end()
 
     @property
     def at_once(self) -> int:
@@ -159,9 +184,9 @@ class Pool(Crew):
                 if worker.job is None and waiting:
                     worker.take(waiting.popleft())
             busy = {worker.line: worker for worker in self._workers if worker.job is not None}
-            if not busy:
+            if not busy and not waiting:
                 return
-            for line in connection.wait(list(busy)):
+            for line in connection.wait(list(busy), POLL_SECONDS):
                 worker = busy[line]  # type: ignore[index]
                 try:
                     message: Message = worker.line.recv()
@@ -170,11 +195,14 @@ class Pool(Crew):
                     waiting.appendleft(worker.job)
                     self._replace(worker)
                 else:
+                    if isinstance(message, Done) and isinstance(worker.job, Search):
+                        waiting.clear()  # the search is over
                     if isinstance(message, Done | Stopped):
                         worker.job = None
                     yield from self._heard(message)
 
-    def _replace(self, dead: _Worker) -> None:
+    def _replace(self, dead: Worker) -> None:
+        assert isinstance(dead, _Process)
         dead.process.join()
         code = dead.process.exitcode
         if code == INTERRUPTED:  # it was asked to stop, as are the others
@@ -183,10 +211,10 @@ class Pool(Crew):
         again = f"Workers die repeatedly ({how}); signal 9 suggests a lack of memory: give fewer --workers."
         self._note_death(dead.number, again)
         print(f"Worker {dead.number} died ({how}); starting another.", file=sys.stderr)
-        self._workers[dead.number] = _Worker(self._config, dead.number, dead.environment)
+        self._workers[dead.number] = _Process(self._config, dead.number, dead.environment)
 
 
-def _rest(worker: _Worker) -> Iterator[Message]:
+def _rest(worker: Worker) -> Iterator[Message]:
     """Yield a worker's last messages until it ends."""
     try:
         while worker.line.poll(FAREWELL_SECONDS):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harness.base.errors import InputError, first_line
+from harness.workers.wire import parts
 
 PROBE_SECONDS = 3.0  # timeout of a port; Ray itself would retry for minutes
 # Read when Ray is imported. Ray's log messages about nodes are replaced by our own lines.
@@ -84,14 +85,9 @@ def check_address(given: str | None) -> tuple[str, str]:
     option, address = "--ray-address", given or "auto"
     if address == "auto" and os.environ.get("RAY_ADDRESS"):
         option, address = "RAY_ADDRESS", os.environ["RAY_ADDRESS"]
-    if address != "auto" and _parts(address) is None:
+    if address != "auto" and parts(address) is None:
         raise InputError(f"{option} {address!r} is neither auto nor HOST:PORT, as `ray start --head` prints it.")
     return option, address
-
-
-def _parts(address: str) -> tuple[str, int] | None:
-    found = re.fullmatch(r"\[?([^\s/]+?)\]?:(\d{1,5})", address)
-    return (found[1], int(found[2])) if found is not None and int(found[2]) <= 65535 else None
 
 
 def _last_joined() -> str:
@@ -103,7 +99,7 @@ def _last_joined() -> str:
 
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # hide which of several nodes it uses
     found: str = get_ray_address_from_environment("auto", None)
-    if _parts(found) is None:
+    if parts(found) is None:
         raise ConnectionError(f"Ray's address file holds {found!r}")
     return found
 
@@ -111,7 +107,7 @@ def _last_joined() -> str:
 def _probe(address: str, message: str, remedy: str) -> None:
     """Raise InputError with `message`, the reason and `remedy` unless a Ray cluster listens at HOST:PORT."""
     try:
-        socket.create_connection(_parts(address), PROBE_SECONDS).close()  # type: ignore[arg-type]
+        socket.create_connection(parts(address), PROBE_SECONDS).close()  # type: ignore[arg-type]
     except OSError as error:
         raise InputError(f"{message} ({error.strerror or first_line(error)}); {remedy}") from error
     import ray

@@ -6,11 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import os
 import socket
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,24 +15,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
 import ray
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from harness.base.errors import Halt, InputError, first_line
-from harness.base.files import replace_file, sqlite_file
+from harness.base.files import sqlite_file
 from harness.base.processes import name_of_this
 from harness.config.events import Event
-from harness.config.jobs import Job, Search, Train
-from harness.final.retrain import KEYS, Context
+from harness.config.jobs import Job, Search
+from harness.final.retrain import Context
 from harness.store.store import Store
 from harness.training import interrupt
-from harness.training.checkpoint import SUFFIX, remove
+from harness.workers.head import Ask, do_through, opened_through, prepare, tell
 from harness.workers.pool import FAREWELL_SECONDS, Crew
 from harness.workers.ray_cluster import Needs, in_words
-from harness.workers.ray_head import Arrived, Head, Replaced, answer, served
-from harness.workers.worker import Message, Stopped, WorkerConfig, context_of, do, opened
+from harness.workers.ray_head import Arrived, RayHead, answer, ask
+from harness.workers.worker import Message, Stopped, WorkerConfig, opened
 
 POLL_SECONDS = 0.2  # between two fetches of messages
 
@@ -59,7 +55,7 @@ class RayWorkers(Crew):
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         environment = {"env_vars": self._needs.environment()}
         options = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": environment}
-        self._head = ray.remote(Head).options(**options).remote()
+        self._head = ray.remote(RayHead).options(**options).remote()
         self._ask(self._head.open.remote(self._config, Path.cwd()))
         if (places := self._needs.places) < self._count:
             none = f"no room for a worker now, which needs {in_words(self._needs)}; they start"
@@ -96,7 +92,7 @@ class RayWorkers(Crew):
                 yield from self._heard(message)
             for task in ended:
                 _, job = self._tasks.pop(task)
-                if not self._ended(task, job):
+                if not self._ended(task):
                     waiting.appendleft(job)
                 elif isinstance(job, Search):
                     self._withdraw()
@@ -140,10 +136,10 @@ class RayWorkers(Crew):
             self._note_death(message.number, again)
             print(f"Worker {message.number} died; Ray restarted it on {message.where}.", file=sys.stderr)
 
-    def _ended(self, task: Any, job: Job) -> bool:
+    def _ended(self, task: Any) -> bool:
         """Return whether a task ended by itself; False if something else cancelled it."""
         try:
-            content = ray.get(task)
+            ray.get(task)
         except TaskCancelledError:
             return False
         except RayTaskError as error:
@@ -151,83 +147,31 @@ class RayWorkers(Crew):
             raise Halt(f"A worker failed ({first_line(error.cause)}).") from error
         except RayError as error:
             raise InputError(f"Ray cannot run the workers: {' '.join(str(error).split())[:500]}") from error
-        if content is not None:
-            assert isinstance(job, Train)
-            replace_file(self._config.checkpoints / _file(job), content)
         return True
 
 
 @ray.remote(max_calls=1)
-def _work(config: WorkerConfig, job: Job, number: int, head: Any) -> bytes | None:
-    """Do a job. Return the trained weights if the coordinator does not see their file."""
+def _work(config: WorkerConfig, job: Job, number: int, head: Any) -> None:
     interrupt.install()
-    owner, where = name_of_this(), socket.gethostname()
-    tell = functools.partial(_tell, head, owner)
-    answer(head.arrive.remote(number, owner, where))
+    owner, where, asked = name_of_this(), socket.gethostname(), functools.partial(ask, head)
+    asked("arrive", number, owner, where)
     try:
-        with _opened(config, head, owner) as context:
-            _prepare(context)
-            do(job, context, tell)
-        return _to_carry(config, job, head)
+        with _opened(asked, owner, config) as context:
+            do_through(asked, owner, job, context)
     except InputError as error:
-        tell(Stopped(InputError(f"On {where}: {error}")))
-        return None
+        tell(asked, owner, Stopped(InputError(f"On {where}: {error}")))
     finally:
-        answer(head.leave.remote(owner))
-
-
-def _tell(head: Any, owner: str, message: Message) -> None:
-    try:
-        with interrupt.undivided():
-            answer(head.hear.remote(owner, message))
-    except Replaced:  # another worker does this job
-        raise KeyboardInterrupt from None
+        asked("leave", owner)
 
 
 @contextmanager
-def _opened(config: WorkerConfig, head: Any, owner: str) -> Iterator[Context]:
+def _opened(asked: Ask, owner: str, config: WorkerConfig) -> Iterator[Context]:
     """Open the study for this worker: SQLite through the head, else its database."""
-    from harness.store.opening import check_definition
-
-    if sqlite_file(config.url) is None:
-        with opened(config) as context:
-            context.store.leases.owner = owner  # the name that the coordinator has
+    if sqlite_file(config.url) is not None:
+        with opened_through(asked, owner, config) as context:
             yield context
         return
-    study = config.study()
-    with served(head, owner, config.url) as store:
-        check_definition(study, store, None)
-        yield context_of(config, study, store)
-
-
-def _prepare(context: Context) -> None:
-    """Create the files that all workers of this node need, once. Raises InputError if the data set differs."""
-    from harness.data.splits import prepare
-    from harness.training.features import keep_features
-
-    study = context.study
-    name = hashlib.sha256(str(study.train.data.cache).encode()).hexdigest()[:16]
-    with filelock.FileLock(Path(tempfile.gettempdir()) / f"harness-{os.getuid()}-{name}.lock"):
-        content = prepare(study.train.data, *study.preprocessings())
-        begun = (context.store.facts().definition or {}).get("content of data")
-        if begun not in (None, content):
-            raise InputError("the data set differs from the study's; copy the study's data set here.")
-        keep_features(study.train, context.runtime, with_validation=study.final.fit_on == "train+val")
-
-
-def _to_carry(config: WorkerConfig, job: Job, head: Any) -> bytes | None:
-    """Return a training's file, unless the coordinator sees it in its checkpoint folder."""
-    if isinstance(job, Search):
-        return None
-    path = config.checkpoints / _file(job)
-    if not path.exists():  # the job stopped with an error that the coordinator has
-        return None
-    content = path.read_bytes()
-    if answer(head.holds.remote(path.name, hashlib.sha256(content).hexdigest())):
-        return None
-    remove(path)
-    return content
-
-
-def _file(job: Train) -> str:
-    return f"{KEYS[job.kind](job.trial, job.seed_number)}{SUFFIX}"
+    with opened(config) as context:
+        context.store.leases.owner = owner  # the name that the coordinator has
+        prepare(context)
+        yield context

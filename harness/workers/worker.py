@@ -68,14 +68,17 @@ class Stopped:
 Message = Event | Done | Stopped
 
 
-def do(job: Job, context: Context, tell: Callable[[Message], None]) -> None:
-    """Do a job to its end; `tell` its events, then Done or Stopped."""
+def do(
+    job: Job, context: Context, tell: Callable[[Message], None], finish: Callable[[], object] = lambda: None
+) -> None:
+    """Do a job to its end; `tell` its events, then Done or Stopped. `finish` is called before Done."""
     from harness.search.loop import TooManyFailures
 
     try:
         with closing(_events(job, context)) as events:
             for event in events:
                 tell(event.sendable() if isinstance(event, TrialStarted) else event)
+        finish()
     except (TooManyFailures, Halt, InputError) as error:
         tell(Stopped(error))
     else:
