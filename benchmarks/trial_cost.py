@@ -77,7 +77,7 @@ def place() -> Iterator[Path]:
 
 
 def book(study: Study, store: Store, show: Callable[[Event], None] = lambda event: None) -> None:
-    """What `harness.search.trial` does for a trial, without a training."""
+    """What `harness.search.loop` does for a trial, without a training."""
     asked = store.ask(study)
     key, name = trial_key(asked.number), f"trial {asked.number}"
     about: dict[str, Any] = {"key": key, "number": asked.number}

@@ -24,9 +24,9 @@ from harness.config.train import TrainConfig
 from harness.final.sentences import test_sentence
 from harness.report import overview
 from harness.report.write import write_report
+from harness.search.replay import replay_study
 from harness.store.opening import as_begun, exists, read_store, url_of
 from harness.store.store import Store
-from harness.study.replay import replay_study
 from harness.tracking.places import uri_of
 from harness.training import interrupt
 

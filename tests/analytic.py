@@ -1,6 +1,6 @@
 """Learning curves with a known answer, so that the search is tested in milliseconds and without torch.
 
-`run_analytic` does to a Store what `harness.search.trial.evaluate_trial` does, in the same order; only the training is
+`run_analytic` does to a Store what `harness.search.loop.evaluate_trial` does, in the same order; only the training is
 replaced by a formula. A test can stop it at a chosen point as a dying process would, leaving the trial running.
 """
 
@@ -73,7 +73,7 @@ def evaluate(
     curve: Curve = accuracy,
     stop_after: tuple[int, int, str] | None = None,
 ) -> TrialOutcome:
-    """One trial: report, ask the pruner, tell, as `harness.search.trial` does.
+    """One trial: report, ask the pruner, tell, as `harness.search.loop` does.
 
     `stop_after` is (trial number, epoch, "ask" | "report" | "prune" | "tell"): where the process dies. "prune" is
     after the pruner's verdict, "tell" before the outcome is told; for both "ask" and "tell" the epoch does not matter.

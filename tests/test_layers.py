@@ -43,7 +43,7 @@ FREE_OF_TORCH = (
         for name in ("contracts", "events", "final_result", "find", "jobs", "options", "space", "study")
     ),
     *(f"store.{name}" for name in ("database", "leases", "ledger", "locks", "opening", "queue", "records", "store")),
-    *(f"search.{name}" for name in ("extrapolation", "pruners", "rehearsal", "samplers", "suggest")),
+    *(f"search.{name}" for name in ("extrapolation", "pruners", "rehearsal", "replay", "samplers", "suggest")),
     *(
         f"final.{name}"
         for name in ("model_files", "predictions", "pruning_cost", "sentences", "statistics", "suspects")
@@ -51,7 +51,7 @@ FREE_OF_TORCH = (
     *(f"report.{name}" for name in ("compare", "comparison", "display", "overview", "write")),
     *(f"cli.{name}" for name in ("arguments", "commands", "run")),
     "api",
-    *(f"study.{name}" for name in ("command", "coordinator", "publish", "replay", "start")),
+    *(f"study.{name}" for name in ("command", "coordinator", "publish", "start")),
 )
 
 

@@ -57,10 +57,7 @@ def build_parser(program: str) -> argparse.ArgumentParser:
     )
     audit.add_argument("--seed", metavar="N", type=_whole(0, LARGEST), default=0, help=f"seed of the sample {IS}")
     ablate = add("ablate", "from the base to the chosen configuration, one field at a time: what made the difference?")
-    queued = add("try", "queue a configuration in a study, which may be running")
-    queued.add_argument("settings", metavar="PATH=VALUE", nargs="+", type=_recorded, help="a searched field's value")
-    skip = add("skip", "end a trial at its next batch")
-    skip.add_argument("trial", metavar="N", type=_whole(0), help="the trial's number")
+    queued, skip = _add_by_hand(add)
     doctor = add("doctor", "check that storage, MLflow, checkpoints and processes agree")
     doctor.add_argument("--fix", action="store_true", help="repair what differs from the storage")
     export = add("export", "write the final model as an ONNX file")
@@ -75,6 +72,15 @@ def build_parser(program: str) -> argparse.ArgumentParser:
     _add_demo(add("demo", "open a page where the saved model names the flower in a photograph"))
     _add_ui(add("ui", "open the MLflow UI on the logged runs", of_a_study=False))
     return parser
+
+
+def _add_by_hand(add: Callable[..., argparse.ArgumentParser]) -> tuple[argparse.ArgumentParser, ...]:
+    """Add the commands that change a running study."""
+    queued = add("try", "queue a configuration in a study, which may be running")
+    queued.add_argument("settings", metavar="PATH=VALUE", nargs="+", type=_recorded, help="a searched field's value")
+    skip = add("skip", "end a trial at its next batch")
+    skip.add_argument("trial", metavar="N", type=_whole(0), help="the trial's number")
+    return queued, skip
 
 
 def _add_overviews(add: Callable[..., argparse.ArgumentParser]) -> None:

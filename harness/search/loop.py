@@ -1,27 +1,38 @@
-"""The search of a study: ask, evaluate, tell, until enough trials are finished."""
+"""The search of a study: ask, evaluate, tell, until enough trials are finished. A trial is evaluated by training it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from itertools import chain
 from pathlib import Path
 
-from harness.config.events import Event, Failed, SearchStopped, TrialLost
+from harness.base.environment import environment
+from harness.base.errors import Halt, no_room
+from harness.base.keys import trial_key
+from harness.base.seeds import derive_seed
+from harness.config import events
 from harness.config.study import Study
 from harness.search import limits
-from harness.search.trial import evaluate_trial
 from harness.store.leases import LeaseLost
-from harness.store.store import POLL_SECONDS, NoTrialFree, Store, wanted
+from harness.store.store import POLL_SECONDS, Asked, NoTrialFree, Store, wanted
+from harness.training.assemble import assemble
+from harness.training.checkpoint import SUFFIX, Checkpoint, identity_of, remove
+from harness.training.loop import Training, fit
+from harness.training.optim import group_table
 from harness.training.step import Runtime
 
 FAILURES_IN_A_ROW = 3
+SKIPPED = "skipped by hand"
 
 
 class TooManyFailures(Exception):
     """Several trials in a row ended with an exception, so the hyperparameters are not the cause."""
 
 
-def search(study: Study, store: Store, runtime: Runtime, checkpoints: Path) -> Iterator[Event]:
+def search(study: Study, store: Store, runtime: Runtime, checkpoints: Path) -> Iterator[events.Event]:
     """Run trials until there are as many as `wanted`, yielding events.
 
     Raises TooManyFailures after three failed trials in a row.
@@ -31,7 +42,7 @@ def search(study: Study, store: Store, runtime: Runtime, checkpoints: Path) -> I
     while store.finished() < (count := wanted(study, store)):
         try:
             if (reason := limits.reason_to_stop(study, store)) is not None:
-                yield SearchStopped(trials=store.stop(study.limits(), reason), reason=reason)
+                yield events.SearchStopped(trials=store.stop(study.limits(), reason), reason=reason)
                 continue
             asked = store.ask(study, at_most=count)
             outcome = yield from evaluate_trial(study, asked, store, runtime, checkpoints)
@@ -39,11 +50,105 @@ def search(study: Study, store: Store, runtime: Runtime, checkpoints: Path) -> I
             time.sleep(POLL_SECONDS)  # a worker of a running trial may die
             continue
         except LeaseLost:
-            yield TrialLost(number=asked.number)
+            yield events.TrialLost(number=asked.number)
             continue
-        failures = failures + 1 if isinstance(outcome, Failed) else 0
-        if failures >= FAILURES_IN_A_ROW and isinstance(outcome, Failed):
+        failures = failures + 1 if isinstance(outcome, events.Failed) else 0
+        if failures >= FAILURES_IN_A_ROW and isinstance(outcome, events.Failed):
             raise TooManyFailures(
                 f"{failures} trials in a row failed, the last one with {outcome.reason}; "
                 f"the traceback is in MLflow, in the run of trial {asked.number}."
             )
+
+
+class Skipped(Exception):
+    """The user has asked to end this trial."""
+
+
+def evaluate_trial(
+    study: Study, asked: Asked, store: Store, runtime: Runtime, checkpoints: Path
+) -> Generator[events.Event, None, events.TrialOutcome]:
+    """Train one configuration, yielding events; the generator returns the outcome, already stored.
+
+    An exception inside the trial is an outcome, too (Failed). What stops the process is not: the trial is resumed
+    later, from a checkpoint if there was time to write one. Neither is a fault that affects all trials (Halt), nor a
+    takeover by another process (LeaseLost).
+    """
+    start = time.monotonic()
+    config, key = study.config(asked.params), trial_key(asked.number)
+    seed = derive_seed(study.seed, "trial", asked.number)
+    checkpoint = None
+    try:
+        training = assemble(config, runtime, seed, study.objective)
+        identity = identity_of(store.uid, key, seed, config)
+        here = environment(runtime.device)
+        path = checkpoints / f"{key}{SUFFIX}"
+        checkpoint = Checkpoint(path, identity, training, here, check=lambda: store.check(asked))
+        outcome = yield from _train(training, study, asked, store, checkpoint)
+    except Skipped:
+        outcome = events.Pruned(epoch=len(training.progress.epochs), reason=SKIPPED)
+    except (Halt, LeaseLost):
+        raise
+    except Exception as error:
+        if no_room(error):
+            raise Halt(f"{error}; make room.") from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        outcome = events.Failed(reason=reason, traceback=traceback.format_exc())
+    if checkpoint is None:
+        store.tell(asked, outcome, [], time.monotonic() - start)
+    else:
+        epochs = [result for result in training.progress.epochs if result.is_finite()]
+        with checkpoint.saved_when_stopped():
+            store.tell(asked, outcome, epochs, checkpoint.seconds(), checkpoint.environments)
+        remove(checkpoint.path)
+    yield events.TrialEnded(key=key, number=asked.number, params=asked.params, outcome=outcome)
+    return outcome
+
+
+def _train(
+    training: Training, study: Study, asked: Asked, store: Store, checkpoint: Checkpoint
+) -> Generator[events.Event, None, events.TrialOutcome]:
+    key, name, last = trial_key(asked.number), f"trial {asked.number}", training.config.epochs
+    checkpoint.restore()
+    restored = tuple(training.progress.epochs)
+    # Epochs it went beyond: with newer results of other workers the pruner might decide otherwise.
+    judged = restored if training.progress.step else restored[:-1]
+    yield events.TrialStarted(
+        key=key,
+        kind="trial",
+        name=name,
+        number=asked.number,
+        trial=asked.number,
+        params=asked.params,
+        epochs=last,
+        resumed=asked.resumed,
+        groups=group_table(training.groups),
+        progress=training.progress,
+    )
+
+    def after_batch() -> None:
+        store.check(asked)
+        if store.is_skipped(asked):
+            raise Skipped
+        checkpoint.after_batch()
+
+    with checkpoint.saved_when_stopped(), closing(fit(training, after_batch)) as results:
+        for result in chain(restored, results):
+            if not result.is_finite():
+                return events.Diverged(
+                    epoch=result.epoch, step=result.diverged_step, lr=result.lr, grad_norm=result.grad_norm
+                )
+            if result.val is None:
+                raise ValueError("A trial needs a validation split.")
+            value = result.val.value
+            store.report(asked, result.epoch, value)
+            if result not in restored:
+                yield events.EpochEnded(key=key, name=name, number=asked.number, result=result)
+            if result.epoch == last or result in judged:
+                continue
+            if store.should_prune(asked, result.epoch):
+                return events.Pruned(epoch=result.epoch)
+            if study.hours is not None:
+                store.spend(asked, checkpoint.seconds())
+                if asked.number and limits.hours_left(study, store) <= 0:
+                    return events.Pruned(epoch=result.epoch, reason=limits.OUT_OF_HOURS)
+    return events.Completed(value=value)

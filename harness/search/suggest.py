@@ -2,7 +2,7 @@
 
 Several workers ask at different times, so every suggestion has its own history: the trials with a lower
 number that had ended, and the parameters of those that were running. Their numbers are stored with the trial, so
-that the suggestion can be repeated (`harness.study.replay`). With one worker, all lower numbers are in the history.
+that the suggestion can be repeated (`harness.search.replay`). With one worker, all lower numbers are in the history.
 """
 
 from __future__ import annotations

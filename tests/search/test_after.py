@@ -13,9 +13,9 @@ from harness.base.errors import InputError
 from harness.cli.commands import main
 from harness.config.space import Choice, Float
 from harness.config.study import Study
+from harness.search.replay import replay
 from harness.search.samplers import MOST_EARLIER, Sampler, earlier_trials, gp, grid, tpe, with_earlier
 from harness.store.store import Store
-from harness.study.replay import replay
 from tests.analytic import ceiling, memory_store, run_analytic
 from tests.conftest import make_study
 from tests.small import study_in

@@ -15,9 +15,9 @@ from harness.config import events
 from harness.config.find import Found, find
 from harness.config.study import Study
 from harness.search import by_hand
+from harness.search.replay import replay
 from harness.search.samplers import grid
 from harness.store.store import LOOK_SECONDS
-from harness.study.replay import replay
 from tests.analytic import memory_store, run_analytic
 from tests.conftest import make_study
 from tests.small import study_in

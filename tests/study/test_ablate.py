@@ -147,7 +147,7 @@ def test_the_sentences() -> None:
     found["results"] |= {"1": step(80, 82), "2": step(81, 81)}
     first, lr, hidden, last = ablation_sentences(found)
     assert first == (
-        "From the base (51 %) to trial 7 (81 %), field by field; each step trained on 2 seeds and judged on 100 "
+        "From the base (51.00 %) to trial 7 (81.00 %), field by field; each step trained on 2 seeds and judged on 100 "
         "validation images."
     )
     assert lr.startswith("optim.base_lr from 0.001 to 0.00312: +30.00 points (+")

@@ -24,10 +24,10 @@ from harness.config.events import Completed, Diverged, Failed, Pruned
 from harness.config.space import Choice
 from harness.config.study import Study
 from harness.search.pruners import asha
+from harness.search.replay import replay, replay_study
 from harness.search.samplers import Sampler, gp, grid, tpe
 from harness.store.opening import open_store, read_store
 from harness.store.store import Asked, NoTrialFree, Store
-from harness.study.replay import replay, replay_study
 from tests.analytic import epoch_result, evaluate, memory_store, run_analytic
 from tests.conftest import make_study
 

@@ -19,7 +19,7 @@ from harness.config.events import Failed
 from harness.config.study import Study
 from harness.data.augment import IMAGENET
 from harness.data.splits import prepare
-from harness.search.trial import evaluate_trial
+from harness.search.loop import evaluate_trial
 from harness.store.opening import as_begun, open_store, read_store
 from harness.store.store import Store
 from harness.study.reproduce import reproduce

@@ -14,9 +14,8 @@ from harness.config.events import EpochEnded
 from harness.config.study import Study
 from harness.final.retrain import Context
 from harness.final.test_set import final_run
-from harness.search.loop import search
+from harness.search.loop import evaluate_trial, search
 from harness.search.pruners import no_pruning
-from harness.search.trial import evaluate_trial
 from harness.store.opening import open_store
 from harness.store.store import Store
 from harness.training import checkpoint
