@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.base.errors import InputError
+from harness.base.words import metric_name
 from harness.config.events import EpochEnded, Event, Failed, RetrainingEnded, TrialEnded, TrialStarted
 from harness.config.space import label, leaves
 from harness.tracking.client import STATE, STATUS, STUDY, TRACEBACK, UID, StudyClient
@@ -69,6 +72,7 @@ class MLflowTracker(StudyClient):
         self._shown: dict[str, MLflowRun] = {}  # the runs of running trainings, by key
         self._ended_as: str | None = None  # the study's own run, before this start
         self._behind = True
+        self._values = {trial.number: trial.value for trial in store.trials() if trial.state != "running"}
         self.flush()
         with self._as_input_error():
             try:
@@ -89,6 +93,8 @@ class MLflowTracker(StudyClient):
             self._restore_own_run()
         self._ended_as = self._runs[STUDY].data.tags.get(STATE) if STUDY in self._runs else None
         self.parent = self.open_run(STUDY, {}, self._tags)
+        self._best: float | None = None  # that MLflow shows; None: unknown
+        self._log_best()
 
     def _catch_up(self) -> bool:
         """Write what MLflow lacks from the storage, if it answers; return whether it is complete."""
@@ -164,6 +170,8 @@ class MLflowTracker(StudyClient):
                 if isinstance(event.outcome, Failed):
                     run.text(event.outcome.traceback, TRACEBACK)
                 run.end(event.outcome.state)
+                self._values[event.number] = getattr(event.outcome, "value", None)
+                self.tell(self._log_best)
             case RetrainingEnded():
                 run = self._run_of(event, event.key)
                 for result in event.epochs:
@@ -229,6 +237,23 @@ class MLflowTracker(StudyClient):
             steps = {step + 1 for name in new for step, _ in self.history(self.parent, name)}
             trials = sum(key.startswith("trial-") for key in self.known_runs())
             self.log(self.parent, {max(steps | {trials}): (new, now)})
+
+    def _log_best(self) -> None:
+        """Log each new best value to the study's own run, at the number of trials so far; MLflow draws a chart of it.
+
+        Trials count in the order of their numbers, so a trial waits for those before it.
+        """
+        name = f"best_val_{metric_name(self.study.objective)}"
+        best, self._best = self._best, None  # until the request succeeds
+        if best is None:
+            best = max((value for _, value in self.history(self.parent, name)), default=-math.inf)
+        now, new = milliseconds(), {}
+        for number in itertools.takewhile(self._values.__contains__, itertools.count()):
+            if (value := self._values[number]) is not None and value > best:
+                best, new[number + 1] = value, ({name: value}, now)
+        if new:
+            self.log(self.parent, new)
+        self._best = best
 
     def leave(self) -> bool:
         """Write waiting entries, and leave the parent run to another coordinator; return whether all are written."""

@@ -20,7 +20,7 @@ import pytest
 
 from harness.base.errors import InputError
 from harness.base.keys import final_key, trial_key
-from harness.config.events import Completed, Diverged, Failed, Pruned, TrialOutcome
+from harness.config.events import Completed, Diverged, Failed, Pruned, TrialEnded, TrialOutcome
 from harness.config.study import Study
 from harness.search.pruners import no_pruning
 from harness.store.opening import open_store
@@ -114,6 +114,35 @@ def test_a_study_is_one_parent_with_one_child_a_trial(study: Study, store: Store
     for run in runs.values():
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.data.tags["harness.study_uid"] == store.attributes().get("uid")
+
+
+def test_the_studys_run_has_each_new_best_once_in_the_order_of_the_trials(
+    study: Study, store: Store, mlruns: Path
+) -> None:
+    asked = store.ask(study)
+
+    def end(tracker: MLflowTracker, number: int, outcome: TrialOutcome) -> None:
+        tracker.show(TrialEnded(key=trial_key(number), number=number, params=asked.params, outcome=outcome))
+
+    def shown() -> list[tuple[int, float]]:
+        history = client_of(mlruns).get_metric_history(runs_of(mlruns)["study"].info.run_id, "best_val_accuracy")
+        return [(each.step, each.value) for each in history]
+
+    tracker = local_tracker(mlruns)
+    tracker.start(study, store, {})
+    store.tell(asked, Completed(value=0.5), [], seconds=1.0)
+    end(tracker, 0, Completed(value=0.5))
+    tracker.interrupt()
+    assert shown() == [(1, 0.5)]
+    tracker = local_tracker(mlruns)
+    tracker.start(study, store, {})
+    end(tracker, 2, Completed(value=0.7))
+    assert tracker.flush()
+    assert shown() == [(1, 0.5)]  # trial 1 may still be better
+    for number, outcome in enumerate((Completed(value=0.6), Pruned(epoch=1), Completed(value=0.65))):
+        end(tracker, (1, 3, 4)[number], outcome)
+    tracker.finish({"best_val_accuracy": 0.7}, [], "complete")
+    assert shown() == [(1, 0.5), (2, 0.6), (3, 0.7)]
 
 
 def test_the_status_of_a_run_is_the_state_of_its_trial(study: Study, store: Store, mlruns: Path) -> None:
