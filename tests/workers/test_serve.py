@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -533,3 +534,34 @@ def test_a_machine_with_a_file_system_of_its_own(
     check_server(process)
     machines.check_against(single)
     assert list((tmp_path / "there" / "studies").glob("tiny.checkpoints/*")) == []
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1800)
+def test_machines_killed_at_random_lose_nothing_and_do_nothing_twice(image_cache: Path, tmp_path: Path) -> None:
+    seed = int(os.environ.get("CHAOS_SEED") or random.SystemRandom().randrange(10**6))
+    print(f"CHAOS_SEED={seed}")
+    chance, found, kills = random.Random(seed), [], 0
+    for number in range(2):
+        machines = Machines(tmp_path / str(number), image_cache, epochs=4, trials=40)
+        process, workers = machines.serve(), [machines.work() for _ in range(3)]
+        while process.poll() is None:
+            time.sleep(chance.uniform(0.5, 2.5))
+            if not machines.begun() or kills >= 12 * (number + 1):
+                continue
+            kills += 1
+            if chance.random() < 0.2:
+                process.kill()
+                process.communicate()
+                process = machines.serve()
+            else:
+                lost = workers.pop(chance.randrange(3))
+                lost.kill()
+                lost.communicate()
+                workers.append(machines.work())
+        check_server(process)
+        ended_well(*workers)
+        machines.check()
+        found.append(machines.results())
+    assert found[0] == found[1]
+    assert kills >= 12
