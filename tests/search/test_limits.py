@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,12 @@ from harness.base.errors import InputError
 from harness.config import events
 from harness.config.study import Study
 from harness.search import limits
+from harness.store.opening import read_store
 from harness.store.store import Store
 from tests.analytic import evaluate, memory_store, run_analytic
-from tests.conftest import make_study
+from tests.conftest import PROJECT, make_study
+from tests.forked import Process
+from tests.patience import PATIENCE_SECONDS
 from tests.small import small_study, study_in
 
 STUDY = make_study("cache", trials=30)
@@ -153,17 +159,57 @@ def test_hours_end_a_search_in_time_for_its_final_run(
     monkeypatch.chdir(tmp_path)
     study, _ = study_in(tmp_path, image_cache)  # workers load it from its file
     result = harness.run("tiny", hours=4 / 3600, trials=200, workers=workers, progress=False)
+    check_hours(study, result, 4.0, workers)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("mlruns")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_hours_are_kept_over_three_kills(
+    image_cache: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    study, url = study_in(tmp_path, image_cache)
+    options = ["--hours", str(6 / 3600), "--trials", "400", "--workers", str(workers)]
+    command = [str(PROJECT / "run_study.py"), "--study", "tiny", *options]
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    ended = 0
+    for _ in range(3):
+        process = Process(command, cwd=tmp_path, env=environment, start_new_session=True)
+        until = time.monotonic() + PATIENCE_SECONDS
+        while finished(url) <= ended + 2:
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        ended = finished(url)
+    process = Process(command, cwd=tmp_path, env=environment)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    check_hours(study, harness.open("tiny"), 6.0, workers)
+
+
+def finished(url: str) -> int:
+    try:
+        with read_store("tiny", url) as store:
+            return store.finished()
+    except InputError:  # it is being made
+        return 0
+
+
+def check_hours(study: Study, result: harness.Result, seconds: float, workers: int) -> None:
+    """The limit is exact to the epoch that each worker was in, and to what lies around its epochs."""
     assert result.final is not None
     with result.store() as store:
         trials = store.trials()
         spent = sum(trial.seconds or 0.0 for trial in trials)
         assert trials[0].state == "complete"
-        assert len(trials) < 200
+        assert len(trials) < 200 * seconds / 4
         longest = max(result.seconds for trial in trials for result in trial.epochs)
-        # Exact to the epoch that each worker was in, and to what lies around its epochs.
         around = max((trial.seconds or 0.0) - sum(each.seconds for each in trial.epochs) for trial in trials)
         reserved = limits.final_seconds(study, trials)
-        assert spent + reserved <= 4 + workers * (longest + around) + reserved / 2
+        assert spent + reserved <= seconds + workers * (longest + around) + reserved / 2
     assert "h are used" in result.summary()
     assert result.replay()
 
