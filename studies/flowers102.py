@@ -25,7 +25,7 @@ STUDY = Study(
         "optim.depth_lr_mult": Float(0.1, 1.0),
     },
     sampler=gp(),
-    pruner=asha(first=0.08),
+    pruner=asha(min_epochs=4),
     trials=50,
     final=FinalConfig(seeds=3, fit_on="train+val"),
 )

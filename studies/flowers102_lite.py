@@ -35,7 +35,7 @@ STUDY = Study(
         "label_smoothing": Float(0.0, 0.2),
     },
     sampler=gp(),
-    pruner=asha(first=0.08),
+    pruner=asha(min_epochs=4),
     trials=20,
     final=FinalConfig(seeds=3, fit_on="train+val"),
 )
