@@ -56,9 +56,11 @@ class Policy:
 POLICIES = {
     "TPE, nothing pruned": Policy(tpe(), no_pruning()),
     "TPE, asha(5, 2)": Policy(tpe(), asha(min_epochs=5, reduction=2)),
+    "TPE, asha(4, 2)": Policy(tpe(), asha(min_epochs=4, reduction=2)),
     "TPE, asha(0.08)": Policy(tpe(), asha(first=0.08)),
     "random, asha(3, 2)": Policy(Sampler("RandomSampler"), asha(min_epochs=3, reduction=2)),
     "GP as Optuna asks it, asha(5, 2)": Policy(Sampler("GPSampler"), asha(min_epochs=5, reduction=2)),
+    "gp(), nothing pruned": Policy(gp(), no_pruning()),
     "gp(), asha(5, 2)": Policy(gp(), asha(min_epochs=5, reduction=2)),
     "gp(), asha(0.08)": Policy(gp(), asha(first=0.08)),
     "gp(), asha(4, 2)": Policy(gp(), asha(min_epochs=4, reduction=2)),
@@ -185,7 +187,12 @@ def _one_run(which: str, number: int, policy: str, seed: int, images: int | None
 
 
 def replays(
-    which: str, seeds: int, processes: int, keep: Path | None, policies: Sequence[str], images: int | None = None
+    which: str,
+    seeds: Sequence[int],
+    processes: int,
+    keep: Path | None,
+    policies: Sequence[str],
+    images: int | None = None,
 ) -> list[dict[str, Any]]:
     """A run for each task, policy and seed; what `keep` has of them is not run again."""
     kept = [json.loads(line) for line in keep.read_text().splitlines()] if keep and keep.exists() else []
@@ -194,7 +201,7 @@ def replays(
     chosen = [n for n, task in enumerate(tasks(which)) if images is None or not task.name.startswith("TaskSet")]
     wanted = [
         (which, number, policy, seed, images)
-        for seed in range(seeds)
+        for seed in seeds
         for number in chosen
         for policy in policies
         if (tasks(which)[number].name, policy, seed, images) not in done
@@ -209,7 +216,7 @@ def replays(
     return [
         each
         for each in kept
-        if each["task"] in names and each["policy"] in policies and each["seed"] < seeds and each["images"] == images
+        if each["task"] in names and each["policy"] in policies and each["seed"] in seeds and each["images"] == images
     ]
 
 
@@ -235,10 +242,13 @@ def show_choices(runs: list[dict[str, Any]], policies: Sequence[str], images: in
                 )
 
 
-def full(tasks: str, seeds: int, processes: int, keep: Path | None, images: int | None, policies: list[str]) -> None:
+def full(
+    tasks: str, seeds: int, first: int, processes: int, keep: Path | None, images: int | None, policies: list[str]
+) -> None:
+    """As many arguments as the command has."""
     if tasks != "own" and not REPLAY.is_dir():
         sys.exit(f"error: the curves are not in {REPLAY}.")
-    runs = replays(tasks, seeds, processes, keep, policies, images)
+    runs = replays(tasks, range(first, first + seeds), processes, keep, policies, images)
     if images is None:
         show(runs, policies)
     else:
@@ -250,7 +260,7 @@ def quick() -> dict[str, float]:
     if not curves.is_complete():
         return {}
     left = {
-        policy: np.mean([np.mean(each["regret"]) for each in replays("own", 5, 1, None, [policy])])
+        policy: np.mean([np.mean(each["regret"]) for each in replays("own", range(5), 1, None, [policy])])
         for policy in (REFERENCE, SHIPPED)
     }
     return {"regret of TPE / of gp()": float(left[REFERENCE] / left[SHIPPED])}
@@ -318,7 +328,8 @@ if __name__ == "__main__":
         quick,
         {
             "--tasks": {"choices": ["design", "check", "all", "own"], "default": "design"},
-            "--seeds": {"type": int, "default": 10},
+            "--seeds": {"type": int, "default": 10, "help": "their number"},
+            "--first": {"type": int, "default": 0, "help": "the first of them"},
             "--processes": {"type": int, "default": 1},
             "--keep": {"type": Path, "help": "file of JSON lines with finished runs, to resume from"},
             "--images": {"type": int, "help": "measure how often the choice by N images is worse than the base"},
