@@ -144,7 +144,7 @@ def _watch(child: _Child) -> None:
     """Wrap what the phases are made of. Nothing that they compute is changed."""
     from harness.final import model_files
     from harness.final import test_set as final
-    from harness.search import trial as objective
+    from harness.search import loop as objective
     from harness.store.store import Store
     from harness.tracking.writer import MLflowRun
     from harness.training import checkpoint

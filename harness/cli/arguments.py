@@ -10,9 +10,9 @@ from typing import Any
 
 from harness.base.errors import is_utf8, shown
 from harness.base.files import as_meant
+from harness.config.options import MOST_WORKERS
 from harness.config.space import LARGEST, MOST_TRIALS, shortened
 
-MOST_WORKERS = 10_000  # a larger number is a typo
 DEVICE = "auto, cpu, cuda, cuda:1 or mps"
 IS = "(default: %(default)s)"
 

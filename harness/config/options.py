@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from harness.base.errors import InputError
 
+MOST_WORKERS = 10_000  # a larger number is a typo
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
@@ -48,4 +50,8 @@ class RunOptions:
             raise InputError(f"There is no option {unknown[0]!r}; choose from {', '.join(sorted(known))}.")
         if isinstance(given.get("set"), str):
             raise InputError(f"set takes a list of settings; write set=[{given['set']!r}].")
+        for name, least in (("workers", 0), ("workers_per_gpu", 1)):
+            count = given.get(name, least)
+            if not isinstance(count, int) or isinstance(count, bool) or not least <= count <= MOST_WORKERS:
+                raise InputError(f"{name} is a whole number from {least} to {MOST_WORKERS:,}, not {count!r}.")
         return RunOptions(**dict(given) | {"set": tuple(given.get("set", ())), "command": command})

@@ -37,7 +37,10 @@ def verdict(store: Store) -> str:
     if best.number == 0:
         return sentence + ": no trial beats the base configuration, trial 0."
     if base is None or base.value is None:
-        return sentence + "; the base configuration, trial 0, did not complete."
+        running = base is None or base.state == "running"
+        return (
+            sentence + f"; the base configuration, trial 0, {'is not complete yet' if running else 'did not complete'}."
+        )
     points = 100 * (best.value - base.value)  # type: ignore[operator]
     return sentence + f", {points:.2f} points above the base configuration, trial 0."
 

@@ -160,7 +160,7 @@ def _openings_sentence(found: Mapping[str, Any]) -> str:
     if not times:
         return "No study in reach has opened these test images."
     by = f"{len(studies):,} studies" if len(studies) > 1 else "one study"
-    said = f"These test images were opened {'once' if times == 1 else f'{times:,} times'}, by {by} in reach."
+    said = f"Test images of these studies were opened {'once' if times == 1 else f'{times:,} times'}, by {by} in reach."
     if unsure := sum(each["openings"] for each in studies if each["shared"] is None):
         said += f" Counted by the fields of their data, as the test images are not recorded: {unsure:,}."
     return said

@@ -22,7 +22,10 @@ def settings(study: Study, given: Sequence[str]) -> dict[str, Any]:
             raise InputError(f"{spaces.shortened(each)} has no value; write PATH=VALUE.")
         if path not in study.space:
             raise InputError(f"{path} is not searched; choose from {', '.join(study.space)}.")
-        changes[path] = spaces.parse(study.train, path, text)
+        dimension = study.space[path]
+        labels = {str(label): label for label in dimension.labels} if isinstance(dimension, spaces.Choice) else {}
+        known = dimension.option(labels[text]) if isinstance(dimension, spaces.Choice) and text in labels else None
+        changes[path] = spaces.parse(study.train, path, text) if known is None else known
     return changes
 
 
@@ -38,11 +41,11 @@ def queue(found: Found, storage: str | None, given: Sequence[str]) -> str:
         if len(store.optuna_study.trials) <= len(study.first):
             raise InputError("The study has not begun its first configurations; try again when it has.")
         number = store.queue(params)
-        finished, facts = store.finished(), store.facts()
+        facts = store.facts()
         when = (
             "is next"
-            if finished < facts.limited(facts.wanted)
-            else f"runs when the study is asked for more trials: --trials {finished + 1}"
+            if number < facts.limited(facts.wanted)
+            else f"runs when the study is asked for more trials: --trials {number + 1}"
         )
         return f"Trial {number} is queued with this configuration; it {when}."
 
@@ -50,6 +53,8 @@ def queue(found: Found, storage: str | None, given: Sequence[str]) -> str:
 def skip(found: Found, storage: str | None, number: int) -> str:
     """Ask the worker of an unfinished trial to end it at its next batch; return a sentence about it."""
     study, url = _begun(found, storage)
+    if number == 0:
+        raise InputError("Trial 0 is the base configuration, which the others are compared with; it is not skipped.")
     with opening.open_store(study, url, joining=True) as store:
         store.skip(number)
         running = trial_key(number) in store.active_workers()

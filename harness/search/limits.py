@@ -38,7 +38,8 @@ def reason_to_stop(study: Study, store: StudyView) -> str | None:
             f"trial {best.number} has a validation {noun} of {percent(best.value)} ({percent(study.until)} asked for)"
         )
     if study.patience is not None and sum(each.number > best.number for each in ended) >= study.patience:
-        return f"{study.patience} trials without a new best after trial {best.number}"
+        count = f"{study.patience} trials" if study.patience > 1 else "1 trial"
+        return f"{count} without a new best after trial {best.number}"
     if study.hours is not None and _hours_left(study, trials) <= _first_rung(study) * _epoch_seconds(trials) / 3600:
         return f"{study.hours:g} h are used, or set aside for the final run"
     return None

@@ -7,6 +7,7 @@ however many trials there are.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import optuna
@@ -37,13 +38,19 @@ class Row:
 
 
 def take(
-    study: Study, of: optuna.Study, engine: sqlalchemy.Engine | None, held: Leases | None, at_most: int | None
+    study: Study,
+    of: optuna.Study,
+    engine: sqlalchemy.Engine | None,
+    held: Leases | None,
+    most: Callable[[], int | None],
 ) -> tuple[int, bool]:
     """Claim a free trial, created if none is left over; return its number and whether it was running before.
 
-    `engine` is that of the storage of `of`, None for one in memory. Raises NoTrialFree.
+    `engine` is that of the storage of `of`, None for one in memory. `most` returns how many trials there may be; it is
+    called when no other worker can take one, or end the search. Raises NoTrialFree.
     """
     with contextlib.nullcontext() if held is None else held.exclusive():
+        at_most = most()
         # Leases first: a worker ends its trial before it releases the lease, so one of the two queries sees it.
         others = {} if held is None else held.others()
         count, unfinished = _look(of, engine)

@@ -181,10 +181,14 @@ class Store(StudyView):
     def ask(self, study: Study, at_most: int | None = None) -> Asked:
         """Return the next trial to evaluate: an interrupted one with its number and parameters, else a new one.
 
-        This process holds its lease until `tell`, or until it expires. Raises NoTrialFree if the finished trials and
-        those of other workers make `at_most`.
+        This process holds its lease until `tell`. Raises NoTrialFree if trials, also of other workers, make `at_most`.
         """
-        number, resumed = queue.take(study, self._study, self._engine, self._leases, at_most)
+
+        def most() -> int | None:
+            limits = study.limits()
+            return self.facts().limited(at_most, limits) if at_most and any(limits.values()) else at_most
+
+        number, resumed = queue.take(study, self._study, self._engine, self._leases, most)
         trials = self._study.get_trials(deepcopy=False)
         taken = trials[number]
         try:

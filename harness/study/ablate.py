@@ -89,6 +89,7 @@ def train(context: Context, record: dict[str, Any]) -> Generator[str, None, None
     Writes the study's attribute "ablation" only. Killed anywhere, it resumes to the same record.
     """
     store, base, chosen = context.store, _base(context.store), _chosen(context.store)
+    store.set_attribute("ablation", record)  # its checkpoints are in use from here on
     for step, number in missing(context.study, record):
         changed = {path: chosen.params[path] for path in record["fields"][:step]}
         trial = dataclasses.replace(base, number=step, params=base.params | changed)

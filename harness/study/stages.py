@@ -48,10 +48,13 @@ def wanted_keys(study: Study, store: Store) -> set[str]:
     audited = (store.facts().audit or {}).get("results", {})
     pruned = [trial.number for trial in store.trials() if trial.is_pruned]
     keys |= {audit_key(number) for number in pruned if str(number) not in audited}
-    seeds = range(study.final.seeds)
-    keys |= {ablation_key(step, number) for step in range(len(study.space) + 1) for number in seeds}
+    if store.facts().ablation is not None:
+        keys |= {
+            ablation_key(step, number) for step in range(len(study.space) + 1) for number in range(study.final.seeds)
+        }
     if store.has_final():
         return keys
+    seeds = range(study.final.seeds)
     keys |= {rerank_key(trial.number, number) for trial in store.candidates(study.final.rerank) for number in seeds}
     if (chosen := store.chosen()) is not None:
         keys |= {key for number in seeds for key in (final_key(chosen.number, number), base_key(0, number))}

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -116,8 +117,10 @@ def _check_serving(command: Command, address: str) -> None:
         raise InputError("--serve and --engine ray are two ways to other machines; give one of them.")
     if sqlite_file(command.url) is None:
         raise InputError("--serve is for SQLite; with PostgreSQL, run the same command on every machine instead.")
-    if command.key_file().exists():
-        wire.read_key(command.key_file())
+    if (file := command.key_file()).exists():
+        wire.read_key(file)
+    elif not os.access(file.parent, os.W_OK):
+        raise InputError(f"No key can be written to {file}; give --key-file in a folder that can be written to.")
 
 
 def _check_price(price: object) -> None:

@@ -39,6 +39,8 @@ def parts(address: str) -> tuple[str, int] | None:
 
 def read_key(file: Path) -> bytes:
     """Return the key in a file. Raises InputError if it is missing, short, or readable by other users."""
+    if file.is_dir():
+        raise InputError(f"{file} is a folder; give the key file.")
     if not file.is_file():
         raise InputError(f"There is no key file {file}; copy the one of `run --serve` to this machine.")
     if stat.S_IMODE(file.stat().st_mode) & 0o077:

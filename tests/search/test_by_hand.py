@@ -93,6 +93,23 @@ def test_a_queued_configuration_is_the_next_trial(begun: Study, capsys: pytest.C
     assert result.doctor()
 
 
+def test_the_base_is_not_skipped_and_each_queued_trial_says_when_it_runs(
+    begun: Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["skip", "tiny", "0"]) == 2
+    assert "Trial 0 is the base configuration" in capsys.readouterr().err
+    for number, value in ((2, "16-8"), (3, "16")):  # as the table of trials writes it, and as the study file does
+        assert main(["try", "tiny", f"backbone.hidden={value}", f"optim.base_lr=0.00{number}"]) == 0
+        assert f"Trial {number} is queued" in (said := capsys.readouterr().out)
+        assert f"--trials {number + 1}." in said
+
+
+@pytest.mark.parametrize("count", [-1, 1.5, "a", True, 10**6])
+def test_a_number_of_workers_that_is_none_is_refused(begun: Study, count: object) -> None:
+    with pytest.raises(InputError, match="workers is a whole number from 0 to 10,000"):
+        harness.run("tiny", workers=count, progress=False)  # type: ignore[arg-type]
+
+
 def test_a_skipped_trial_ends_at_its_next_batch(begun: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LOOK_SECONDS, "sqlite", 0.0)
 
