@@ -19,7 +19,6 @@ from harness.base.words import A_DAY_SECONDS, OBJECTIVES, duration, money, perce
 from harness.config import events
 from harness.config.events import EpochEnded, EpochResult, TrialEnded, TrialStarted
 from harness.config.study import Study
-from harness.report.compare import definition_rows, outline_rows
 from harness.report.overview import after_seconds, in_short
 from harness.store.store import Store, wanted
 from harness.training import interrupt
@@ -278,6 +277,8 @@ def print_studies(rows: Sequence[Any]) -> None:
 
 def print_comparison(found: Mapping[str, Any]) -> None:
     """Print a comparison (`harness.report.compare`) as tables and sentences."""
+    from harness.report.compare import definition_rows, outline_rows  # of no use to other commands
+
     console = StudyConsole()
     differing = definition_rows(found)
     for head, rows in (("", outline_rows(found)), ("differs in", differing)):

@@ -268,9 +268,9 @@ def after_seconds(store: Store) -> float:
 
 
 def price(store: Store) -> dict[str, float] | None:
-    """Return the price of a device-hour, the device-hours of all recorded trainings, and what they cost.
+    """Return the price of a device-hour, the device-hours of the trials and of the trainings after, and what they cost.
 
-    None if no price was given. Each worker counts as a device.
+    None if no price was given. Each worker counts as a device; trainings of `audit` and `ablate` do not count.
     """
     per_hour = store.facts().price
     if per_hour is None:

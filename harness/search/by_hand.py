@@ -23,9 +23,10 @@ def settings(study: Study, given: Sequence[str]) -> dict[str, Any]:
         if path not in study.space:
             raise InputError(f"{path} is not searched; choose from {', '.join(study.space)}.")
         dimension = study.space[path]
-        labels = {str(label): label for label in dimension.labels} if isinstance(dimension, spaces.Choice) else {}
-        known = dimension.option(labels[text]) if isinstance(dimension, spaces.Choice) and text in labels else None
-        changes[path] = spaces.parse(study.train, path, text) if known is None else known
+        if isinstance(dimension, spaces.Choice) and text in dimension.labels:  # as tables of trials write it
+            changes[path] = dimension.option(text)
+        else:
+            changes[path] = spaces.parse(study.train, path, text)
     return changes
 
 

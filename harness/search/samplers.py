@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import math
 import warnings
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -162,7 +163,8 @@ def _distribution(dimension: Dimension) -> BaseDistribution:
 def _scores(values: Sequence[float | None]) -> list[float]:
     """Return quantiles of the normal distribution for the ranks of values; None and NaN rank last, equal ones alike."""
     known = [-math.inf if value is None or math.isnan(value) else value for value in values]
-    ranks = [sum(other < value for other in known) + known.count(value) / 2 for value in known]
+    ranked = sorted(known)
+    ranks = [(bisect_left(ranked, value) + bisect_right(ranked, value)) / 2 for value in known]
     return [NormalDist().inv_cdf(rank / len(known)) for rank in ranks]
 
 

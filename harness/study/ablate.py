@@ -45,7 +45,7 @@ def ablate_study(options: RunOptions, found: Found) -> None:
             print(f"Study {study.name!r} chose the base configuration; there is nothing to ablate.")
             return
         runtime = decide_runtime(study.train, store.facts().runtime)
-        content = content_of(study) if missing(study, record) else None
+        content = content_of(study) if missing(record) else None
         opening.as_begun(study, store, content)
     if (risk := mounts.warning(sqlite_file(url))) is not None:
         print(f"Warning: {risk}", file=sys.stderr)
@@ -77,7 +77,7 @@ def begun(study: Study, store: Store) -> dict[str, Any]:
     return {"trial": chosen.number, "seeds": seeds, "fields": fields, "values": values, "results": {}}
 
 
-def missing(study: Study, record: dict[str, Any]) -> list[tuple[int, int]]:
+def missing(record: dict[str, Any]) -> list[tuple[int, int]]:
     """Return step and seed of each training that the record lacks."""
     steps = range(len(record["fields"]) + 1)
     return [(step, n) for step in steps for n in record["seeds"][len(record["results"].get(str(step), [])) :]]
@@ -90,7 +90,7 @@ def train(context: Context, record: dict[str, Any]) -> Generator[str, None, None
     """
     store, base, chosen = context.store, _base(context.store), _chosen(context.store)
     store.set_attribute("ablation", record)  # its checkpoints are in use from here on
-    for step, number in missing(context.study, record):
+    for step, number in missing(record):
         changed = {path: chosen.params[path] for path in record["fields"][:step]}
         trial = dataclasses.replace(base, number=step, params=base.params | changed)
         retraining = Retraining(context, "ablation", trial, number, logged=False)
