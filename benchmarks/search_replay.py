@@ -80,7 +80,7 @@ class Search:
     truth: list[float] = dataclasses.field(default_factory=list)  # final values as recorded
     trials: list[FrozenTrial] = dataclasses.field(default_factory=list)
     spent: int = 0
-    seconds: float = 0.0  # of all questions
+    seconds: list[float] = dataclasses.field(default_factory=list)  # of each question
 
     def run(self) -> Iterator[float]:
         """The value of every complete trial, as it ends."""
@@ -121,7 +121,7 @@ class Search:
         )
         began = time.perf_counter()
         asking.ask(study, memory, trial_id, number, self.trials)
-        self.seconds += time.perf_counter() - began
+        self.seconds.append(time.perf_counter() - began)
         trial = memory._storage.get_trial(trial_id)
         trial.number = trial._trial_id = number
         return trial
@@ -139,7 +139,7 @@ def regrets(task: Task, policy: Policy, seed: int) -> tuple[list[float], float]:
         if value > best:
             best = value
             found[search.spent - 1 :] = min(1.0, (task.best - best) / (task.best - task.median))
-    return found.tolist(), search.seconds / len(search.trials)
+    return found.tolist(), float(np.mean(search.seconds))
 
 
 def handed_out(task: Task, policy: Policy, seed: int, images: int) -> dict[str, Any]:
