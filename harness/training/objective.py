@@ -1,7 +1,7 @@
 """What a study maximizes, as one number per image whose mean is the objective.
 
-A mean over images has an interval, and two of them a comparison, whatever the objective. Where it is no mean itself
-(macro F1, likelihood), the numbers are its influence function (Hampel, 1974) around its value.
+A mean over images has an interval, and two of them a comparison, whatever the objective. Where it is no mean over
+images itself (all but accuracy), the numbers are its influence function (Hampel, 1974) around its value.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ def contributions(
         return numpy.asarray(likelihood * (1 + losses.mean() - losses), dtype=numpy.float64)
     classes = numpy.unique(labels)
     if objective == "balanced_accuracy":
-        return hits * len(labels) / (len(classes) * _counts(labels, labels))
+        images = _counts(labels, labels)  # of each image's class
+        recall = _counts(labels[hits == 1], labels) / images
+        mean = float(numpy.mean([recall[labels == each][0] for each in classes]))
+        return mean + (hits - recall) * len(labels) / (len(classes) * images)
     both = _counts(labels, labels) + _counts(predicted, labels)  # of each image's class, in labels and predictions
     right = 2 * _counts(labels[hits == 1], labels)
     f1 = right / both
