@@ -1,14 +1,16 @@
 """Measure how often the intervals of test results hold the truth: `python -m benchmarks.coverage --studies 2000`
 
-Draws test sets from a known population: images of a class are right with the class's own probability, else mostly taken
-for one other class; losses are exponential, larger where the prediction is wrong. Prints, for each objective, the share of
-test sets whose 95 % interval, as the report gives it, holds the population's value, and the median width of the interval.
+Draws test sets from a known population: images of a class are right with the class's own probability, else mostly
+taken for one other class; losses are exponential, larger where the prediction is wrong. Prints, for each objective, the
+share of test sets whose 95 % interval, as the report gives it, holds the population's value, the share of intervals
+that are below it, and their median width.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -63,7 +65,7 @@ class Population:
             return float((2 * np.diag(joint) / (joint.sum(axis=1) + joint.sum(axis=0))).mean())
         return float(np.exp(-(LOSS_RIGHT * self.shares @ right + LOSS_WRONG * self.shares @ (1 - right))))
 
-    def sample(self, images: int, draw: np.random.Generator) -> tuple[NDArray[np.int64], ...]:
+    def sample(self, images: int, draw: np.random.Generator) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """Labels, predicted classes and losses, [images] each."""
         labels = draw.choice(len(self.shares), images, p=self.shares)
         below = self.predicted.cumsum(axis=1)[labels] < draw.random((images, 1))
@@ -73,7 +75,7 @@ class Population:
 
 
 def covered(population: Population, objective: Objective, images: int, studies: int) -> tuple[float, float, float]:
-    """The share of intervals below, around and above the truth are 1 - a - b, ...: coverage, too low, median width."""
+    """The share of intervals that hold the truth, the share of those below it, and the median width."""
     truth, draw = population.value(objective), np.random.default_rng(derive_seed("coverage", objective, images))
     ends = []
     for number in range(studies):
