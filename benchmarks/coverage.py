@@ -87,9 +87,7 @@ def covered(population: Population, objective: Objective, images: int, studies: 
 
 def full(studies: int) -> None:
     """Print a row for each setting and objective."""
-    print(
-        "| images | classes | largest / smallest class | objective | value | coverage | interval too low | width, points |"
-    )
+    print("| images | classes | largest / smallest | objective | value | coverage | too low | width, points |")
     print("|---|---|---|---|---|---|---|---|")
     for images, classes, ratio, accuracy in SETTINGS:
         population = Population.of(classes, ratio, accuracy)
