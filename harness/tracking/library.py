@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -11,9 +12,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from harness.base.errors import masked
+from harness.base.errors import InputError, masked
+
+if TYPE_CHECKING:
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 # Before mlflow is imported anywhere: no telemetry, no background jobs.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -127,6 +131,28 @@ def drop_connections(uri: str) -> None:
     for store in (Tracking, Registry):
         if uri in store._engine_map:
             store._engine_map[uri].dispose()
+
+
+def wants_system_metrics() -> bool:
+    """Return whether MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING asks for them. Raises InputError for user errors."""
+    from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING as VARIABLE
+
+    try:
+        wanted = bool(VARIABLE.get())
+    except ValueError as error:
+        raise InputError(f"{VARIABLE.name}={os.environ[VARIABLE.name]} is neither true nor false; unset it.") from error
+    if wanted and importlib.util.find_spec("psutil") is None:
+        raise InputError(f"System metrics need psutil; pip install psutil, or unset {VARIABLE.name}.")
+    return wanted
+
+
+def system_monitor(run_id: str, uri: str) -> SystemMetricsMonitor:
+    """Start a thread that logs the machine's load to a run; it goes on at the step after the run's last one."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=uri)
+    monitor.start()
+    return monitor
 
 
 def milliseconds() -> int:

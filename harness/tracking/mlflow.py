@@ -31,7 +31,9 @@ from harness.tracking.library import (
     first_line,
     is_refusal,
     milliseconds,
+    wants_system_metrics,
 )
+from harness.tracking.views import newest_view, view_of
 from harness.tracking.writer import MLflowRun
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class MLflowTracker(StudyClient):
 
     def check(self, name: str | None = None) -> None:
         """Raise InputError unless the server or database answers and accepts the study `name`; create no run."""
+        wants_system_metrics()  # raises
         with self._as_input_error():
             self.connect()
             if name is not None and (text := self.deleted(name)) is not None:
@@ -58,8 +61,13 @@ class MLflowTracker(StudyClient):
 
     def pages(self) -> list[tuple[str, str]]:
         """Return each experiment's name and its path in MLflow's UI; requires a connection."""
-        known = [each for each in self.client.search_experiments() if each.name != "Default"]
-        return sorted((each.name, f"#/experiments/{each.experiment_id}/runs{TRAINING}") for each in known)
+        found = []
+        for each in self.client.search_experiments():
+            if each.name != "Default":
+                view = newest_view(each.tags)
+                opened = f"{TRAINING}&viewStateShareKey={view}" if view else TRAINING
+                found.append((each.name, f"#/experiments/{each.experiment_id}/runs{opened}"))
+        return sorted(found)
 
     def start(self, study: Study, store: Store, facts: Mapping[str, str]) -> None:
         """Open or reopen the study's parent run, and synchronise its runs with the storage.
@@ -69,6 +77,7 @@ class MLflowTracker(StudyClient):
         """
         self.study, self._store, self._tags = study, store, {UID: store.uid, **facts}
         self._data = data_of(study, store)
+        self._monitored = wants_system_metrics()
         self._shown: dict[str, MLflowRun] = {}  # the runs of running trainings, by key
         self._ended_as: str | None = None  # the study's own run, before this start
         self._behind = True
@@ -88,6 +97,9 @@ class MLflowTracker(StudyClient):
         if self.file is not None and self.artifacts is not None:
             move_in(self.file, self.artifacts)
         self._experiment = self._get_experiment()
+        key, view = view_of(self.study)
+        if key not in self.client.get_experiment(self._experiment).tags:  # else the user may have changed it
+            self.client.set_experiment_tag(self._experiment, key, view)
         self._runs = self.known_runs()
         if STUDY not in self._runs:
             self._restore_own_run()
@@ -157,6 +169,8 @@ class MLflowTracker(StudyClient):
         match event:
             case TrialStarted(key=str(key)):
                 self._shown[key] = run = self._run_of(event, key)
+                if self._monitored:
+                    run.monitor()
                 if event.groups is not None:
                     run.text(event.groups, GROUPS)
                 for result in event.progress.epochs:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from harness.config.events import EpochResult
 from harness.tracking.client import StudyClient
-from harness.tracking.library import milliseconds
+from harness.tracking.library import milliseconds, system_monitor
 
 EPOCHS_IN_A_REQUEST = 50  # MLflow accepts 1,000 metrics per request; an epoch must not be split
 
@@ -24,6 +25,7 @@ class MLflowRun:
         self._losses: dict[int, float] | None = None  # of the logged epochs; None if unknown
         self._epochs: list[tuple[EpochResult, int]] = []  # with their timestamps
         self._written = 0  # number of written epochs
+        self._monitor: Any = None  # of the machine, while the training runs
         tracker.tell(self._open)
 
     def epoch(self, result: EpochResult) -> None:
@@ -45,8 +47,22 @@ class MLflowRun:
     def text(self, content: str, name: str) -> None:
         self._tracker.tell_file(lambda: self._tracker.add_file(self._open(), name, content))
 
+    def monitor(self) -> None:
+        """Log system metrics, from a thread of MLflow's, until the run ends."""
+
+        def start() -> None:
+            if self._monitor is None:
+                self._monitor = system_monitor(self._open(), self._tracker.uri)
+
+        self._tracker.tell(start)
+
     def end(self, state: str) -> None:
-        self._tracker.tell(lambda: self._tracker.close_run(self._open(), state))
+        def write() -> None:
+            if self._monitor is not None:
+                self._monitor.finish()
+            self._tracker.close_run(self._open(), state)
+
+        self._tracker.tell(write)
 
     def _log_epochs(self, first: int) -> None:
         """Write the epochs from `first` on, in one request; later calls skip written epochs."""

@@ -17,7 +17,9 @@ import pytest
 from harness.cli.commands import main
 from harness.tracking.client import EXPERIMENT
 from harness.tracking.places import local_tracker
+from harness.tracking.views import newest_view, view_of
 from tests.browser import page
+from tests.conftest import make_study
 from tests.patience import PATIENCE_SECONDS
 from tests.refusal import assert_refused
 
@@ -53,20 +55,24 @@ def test_the_page_answers_on_this_machine_and_goes_with_the_command(workspace: P
     tracker.check()
     number = tracker.client.create_experiment("demo", tags=EXPERIMENT)
     tracker.client.create_run(number, run_name="a trial of it")
+    key, view = view_of(make_study(workspace))
+    tracker.client.set_experiment_tag(number, key, view)
     port = free_port()
     command = [sys.executable, "-m", "harness", "ui", "--port", str(port)]
     process = subprocess.Popen(command, cwd=workspace, stdout=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{port}/"
+    opened = f"#/experiments/{number}/runs?workflowType=machine_learning&viewStateShareKey={newest_view({key: view})}"
     try:
         assert answers(url, PATIENCE_SECONDS)
         with page() as browser:
-            browser.goto(f"{url}#/experiments/{number}/runs?workflowType=machine_learning")
-            browser.get_by_text("a trial of it").first.wait_for(timeout=1000 * PATIENCE_SECONDS)
+            browser.goto(f"{url}{opened}")
+            for text in ("a trial of it", "val_accuracy", "optim.base_lr"):
+                browser.get_by_text(text).first.wait_for(timeout=1000 * PATIENCE_SECONDS)
     finally:
         os.kill(process.pid, signal.SIGTERM)
     said, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130
-    assert f"demo      {url}#/experiments/{number}/runs?workflowType=machine_learning\n" in said
+    assert f"demo      {url}{opened}\n" in said
     assert not answers(url, seconds=0)
 
 

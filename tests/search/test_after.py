@@ -229,13 +229,26 @@ def test_an_earlier_study_that_is_not_there(begun: Path, capsys: pytest.CaptureF
     assert not (begun / "studies" / "wide.db").exists()
 
 
-def test_an_earlier_study_outside_of_the_space(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("setting", "space", "said"),
+    [
+        (
+            "optim.base_lr=1e-4",
+            "'optim.base_lr': Float(1e-4, 1.01e-4)",
+            "none of the 3 trials of 'tiny' fits",
+        ),
+        ("batch_size=16", "'batch_size': Choice((8, 16))", "'tiny' searched none of this study's hyperparameters"),
+    ],
+)
+def test_an_earlier_study_outside_of_the_space(
+    begun: Path, capsys: pytest.CaptureFixture[str], setting: str, space: str, said: str
+) -> None:
     text = (begun / "studies" / "tiny.py").read_text()
     (begun / "studies" / "new.py").write_text(
         text
-        + "import dataclasses\nfrom harness import Choice\n"
-        + "STUDY = dataclasses.replace(STUDY.branch('new', 'batch_size=8'), space={'batch_size': Choice((4, 8))})\n"
+        + "import dataclasses\nfrom harness import Choice, Float\n"
+        + f"STUDY = dataclasses.replace(STUDY.branch('new', {setting!r}), space={{{space}}})\n"
     )
     assert main(["run", "--study", "new", "--trials", "2"]) == 2
-    assert "after: none of the 3 trials of 'tiny' fits this study's space; remove after." in capsys.readouterr().err
+    assert f"after: {said}" in capsys.readouterr().err
     assert not (begun / "studies" / "new.db").exists()

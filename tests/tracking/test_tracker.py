@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -20,7 +22,8 @@ import pytest
 
 from harness.base.errors import InputError
 from harness.base.keys import final_key, trial_key
-from harness.config.events import Completed, Diverged, Failed, Pruned, TrialEnded, TrialOutcome
+from harness.config.events import Completed, Diverged, Failed, Pruned, TrialEnded, TrialOutcome, TrialStarted
+from harness.config.space import Float
 from harness.config.study import Study
 from harness.search.pruners import no_pruning
 from harness.store.opening import open_store
@@ -28,8 +31,10 @@ from harness.store.store import Store
 from harness.tracking.expected import facts
 from harness.tracking.mlflow import MLflowTracker
 from harness.tracking.places import check_writable, local_tracker, local_uri, tracker_at
+from harness.training.loop import Progress
 from tests.analytic import epoch_result
 from tests.conftest import PROJECT, make_study
+from tests.patience import PATIENCE_SECONDS
 
 RUNTIME = {"device": "cpu", "precision": "fp32", "channels_last": False}
 OUTCOMES: tuple[TrialOutcome, ...] = (
@@ -143,6 +148,67 @@ def test_the_studys_run_has_each_new_best_once_in_the_order_of_the_trials(
         end(tracker, (1, 3, 4)[number], outcome)
     tracker.finish({"best_val_accuracy": 0.7}, [], "complete")
     assert shown() == [(1, 0.5), (2, 0.6), (3, 0.7)]
+
+
+def test_the_results_are_a_saved_view_which_the_user_may_change(study: Study, store: Store, mlruns: Path) -> None:
+    def tags(changed: Study) -> dict[str, str]:
+        tracker = local_tracker(mlruns)
+        tracker.start(changed, store, {})
+        tracker.interrupt()
+        found = client_of(mlruns).get_experiment_by_name("tiny").tags
+        return {key: value for key, value in found.items() if key.startswith("mlflow.sharedViewState.")}
+
+    ((key, view),) = tags(study).items()
+    columns = json.loads(json.loads(view)["state"])["selectedColumns"]
+    assert columns[:2] == ["metrics.`val_accuracy`", "metrics.`test_accuracy`"]
+    assert [f"params.`{path}`" for path in study.space] == columns[2:-1]
+    client_of(mlruns).set_experiment_tag(client_of(mlruns).get_experiment_by_name("tiny").experiment_id, key, "{}")
+    assert tags(study) == {key: "{}"}
+    narrower = dataclasses.replace(study, space={"backbone.dropout": Float(0.0, 0.6)})
+    assert len(tags(narrower)) == 2
+
+
+def test_system_metrics_are_logged_while_a_training_runs_if_asked_for(
+    study: Study, store: Store, mlruns: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    asked = store.ask(study)
+    about = {"key": trial_key(0), "number": 0, "params": asked.params}
+
+    def steps() -> list[int]:
+        return sorted(steps_of(mlruns, runs_of(mlruns)["trial-0"], "system/system_memory_usage_percentage"))
+
+    def train(until: int) -> None:
+        """A start of the trial, until that many values were logged."""
+        tracker = local_tracker(mlruns)
+        tracker.start(study, store, {})
+        started = TrialStarted(
+            **about, kind="trial", name="trial 0", trial=0, epochs=3, resumed=False, groups=None, progress=Progress()
+        )
+        tracker.show(started)
+        assert tracker.flush()
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while len(steps()) < until:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        if until == 1:
+            return tracker.interrupt()
+        tracker.show(TrialEnded(**about, outcome=Completed(value=0.5)))
+        tracker.finish({}, [], "complete")
+        assert not [each for each in threading.enumerate() if each.name == "SystemMetricsMonitor"]
+
+    train(1)
+    train(3)
+    assert steps() == list(range(len(steps())))  # the second start goes on
+
+
+def test_a_wish_for_system_metrics_that_is_no_yes_or_no_is_refused(
+    mlruns: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "maybe")
+    with pytest.raises(InputError, match="MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=maybe is neither true nor false"):
+        local_tracker(mlruns).check()
 
 
 def test_the_status_of_a_run_is_the_state_of_its_trial(study: Study, store: Store, mlruns: Path) -> None:
