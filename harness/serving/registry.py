@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from harness.base.keys import final_key
 from harness.data.splits import ImageSet, items_of, load_split
 from harness.final.model_files import CHECK_IMAGES
 from harness.final.sentences import test_sentence
+from harness.serving.checker import Checker
 from harness.serving.export import EXAMPLE_BATCH, disagreement, logits_of, weights_of
 from harness.tracking.client import UID
 from harness.tracking.library import artifact_store, faults, first_line, found_set, is_refusal, no_stray_folder
@@ -48,18 +48,6 @@ VERSIONS = "mlflow.modelVersions"  # MLflow's own tag: the registered versions o
 MEASURED = ("val_accuracy", "test_accuracy", "test_loss")  # of the run that trained the model
 PASSED = "passed"
 SERVE = "mlflow models serve -m models:/{}@champion --env-manager local"
-CHECK_SECONDS = 600
-
-# Runs in a process without this project, and with torch only as far as MLflow imports it.
-CHECKER = """
-import sys
-
-import mlflow.pyfunc
-import numpy
-
-model = mlflow.pyfunc.load_model(sys.argv[1])
-numpy.save(sys.argv[3], model.predict(numpy.load(sys.argv[2], allow_pickle=False)))
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,13 +100,15 @@ def validation_fingerprint(data: Dataset, split: ImageSet) -> str:
     return digest.hexdigest()[:16]
 
 
-def publish(tracker: MLflowTracker, wanted: Candidate, say: Callable[[str], object] = print) -> bool:
+def publish(
+    tracker: MLflowTracker, wanted: Candidate, say: Callable[[str], object] = print, checker: Checker | None = None
+) -> bool:
     """Log, register, check and promote the model, and print the outcome; return whether MLflow accepted it.
 
     It becomes the `champion` if it passes the check and there is no champion, or one whose trial's accuracy on the same
     validation images is lower; test images do not count. A champion with other validation images stays: the two are not
     comparable, and a smaller trial run should not replace a served model. The tracker must have written the study's own
-    run. What MLflow refuses permanently is reported and skipped.
+    run. What MLflow refuses permanently is reported and skipped. A `checker` that was started before saves time.
     """
     client = tracker.client
     try:
@@ -130,7 +120,7 @@ def publish(tracker: MLflowTracker, wanted: Candidate, say: Callable[[str], obje
             version = _registered(client, run, logged, wanted)
         _show_registered(client, logged.model_id, version)
         if CHECK not in version.tags:
-            wrong = _wrong(tracker.uri, logged, wanted)
+            wrong = _wrong(tracker.uri, logged, wanted, checker)
             client.set_model_version_tag(wanted.name, version.version, CHECK, wrong or PASSED)
             version = client.get_model_version(wanted.name, version.version)
         said = _placed(client, version)
@@ -256,7 +246,7 @@ def _show_registered(client: Any, model_id: str, version: ModelVersion) -> None:
         client.set_logged_model_tags(model_id, {VERSIONS: json.dumps([*known, entry])})
 
 
-def _wrong(uri: str, logged: LoggedModel, wanted: Candidate) -> str | None:
+def _wrong(uri: str, logged: LoggedModel, wanted: Candidate, checker: Checker | None) -> str | None:
     """Return what is wrong with the stored model; None if a new process gets the same logits from it.
 
     Raises MLflow's error if the model cannot be downloaded.
@@ -267,20 +257,9 @@ def _wrong(uri: str, logged: LoggedModel, wanted: Candidate) -> str | None:
         kept = logged.artifact_location
         with artifact_store():
             folder = mlflow.artifacts.download_artifacts(artifact_uri=kept, dst_path=place, tracking_uri=uri)
-        images, logits = Path(place) / "images.npy", Path(place) / "logits.npy"
-        numpy.save(images, wanted.images.numpy())
-        command = [sys.executable, "-I", "-c", CHECKER, str(folder), str(images), str(logits)]
-        # MLflow would load a CPU model on the first GPU; and only tensors may be unpickled.
-        settings = {"MLFLOW_DEFAULT_PREDICTION_DEVICE": "cpu", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
-        try:
-            done = subprocess.run(
-                command, env=os.environ | settings, capture_output=True, text=True, timeout=CHECK_SECONDS
-            )
-        except subprocess.TimeoutExpired:
-            return f"does not answer within {CHECK_SECONDS} s"
-        if done.returncode != 0:
-            return f"cannot be loaded ({(done.stderr.strip() or 'no reason given').splitlines()[-1]})"
-        return disagreement(numpy.load(logits, allow_pickle=False), logits_of(wanted.saved, wanted.images))
+        with nullcontext(checker) if checker else Checker() as process:
+            found = process.logits(Path(folder), wanted.images.numpy())
+    return found if isinstance(found, str) else disagreement(found, logits_of(wanted.saved, wanted.images))
 
 
 def _placed(client: Any, version: ModelVersion) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from harness.base.environment import environment, versions
@@ -18,6 +18,7 @@ from harness.final.model_files import is_untested
 from harness.report import overview
 from harness.report.display import Display
 from harness.report.write import write_report
+from harness.serving.checker import Checker
 from harness.store.store import Store, wanted
 from harness.study.command import Command
 from harness.study.publish import START, describe_model, register
@@ -139,14 +140,15 @@ def _end(command: Command, store: Store, tracker: MLflowTracker, failure: Except
         store.check_file()
         return check_result(store, failure)
     model_folder, report_folder = map(command.beside, (".model", ".report"))
-    write_report(study.name, store, tracker.uri, report_folder)
-    model = describe_model(command, store)
-    folders = [report_folder] if is_untested(model_folder) else [report_folder, model_folder]
-    told = tracker.finish(expected.study_metrics(store), folders, "failed" if failure else "complete")
-    if failure:
-        return check_result(store, failure)
-    if told and model is not None and model_folder in folders:
-        told = register(command, store, tracker, model)
+    with Checker() if study.final.publish and store.has_final() else nullcontext() as checker:
+        write_report(study.name, store, tracker.uri, report_folder)
+        model = describe_model(command, store)
+        folders = [report_folder] if is_untested(model_folder) else [report_folder, model_folder]
+        told = tracker.finish(expected.study_metrics(store), folders, "failed" if failure else "complete")
+        if failure:
+            return check_result(store, failure)
+        if told and model is not None and model_folder in folders:
+            told = register(command, store, tracker, model, checker)
     if told:
         store.set_attribute("published", store.finished())
     else:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from harness.base.errors import InputError, masked
 from harness.final.model_files import PROGRAM, has_model, is_registered, published, record_files
 from harness.serving.card import CARD, write_card
+from harness.serving.checker import Checker
 from harness.serving.export import write_program
 from harness.serving.registry import candidate, publish
 from harness.store.store import Store
@@ -57,10 +58,12 @@ def describe_model(command: Command, store: Store) -> SavedModel | None:
     return model
 
 
-def register(command: Command, store: Store, tracker: MLflowTracker, model: SavedModel) -> bool:
+def register(
+    command: Command, store: Store, tracker: MLflowTracker, model: SavedModel, checker: Checker | None = None
+) -> bool:
     """Register the model in MLflow; return whether that succeeded."""
     with command.console.status("Registering and checking the final model in MLflow …"):
-        done = publish(tracker, candidate(command.study.name, store, model), command.console.say)
+        done = publish(tracker, candidate(command.study.name, store, model), command.console.say, checker)
     if done:
         store.set_attribute("registered", model.description["trial"])
     return done

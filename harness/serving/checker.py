@@ -1,0 +1,71 @@
+"""Load a model that MLflow keeps in a process without this project."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+CHECK_SECONDS = 600
+
+# It waits for the paths with MLflow's libraries imported, and ends with the process that asks.
+SCRIPT = """
+import json
+import sys
+
+import mlflow.pyfunc
+import mlflow.pytorch
+import numpy
+
+model, images, logits = json.loads(sys.stdin.readline())
+numpy.save(logits, mlflow.pyfunc.load_model(model).predict(numpy.load(images, allow_pickle=False)))
+"""
+
+
+class Checker:
+    """A process that computes a model's logits, once; it imports its libraries beside what is done in between.
+
+    A context manager.
+    """
+
+    def __enter__(self) -> Checker:
+        # MLflow would load a CPU model on the first GPU; and only tensors may be unpickled.
+        settings = {"MLFLOW_DEFAULT_PREDICTION_DEVICE": "cpu", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-c", SCRIPT],
+            env=os.environ | settings,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def logits(self, model: Path, images: NDArray[Any]) -> NDArray[Any] | str:
+        """Return the logits of standardised images; or, as a clause, why there are none."""
+        with tempfile.TemporaryDirectory() as place:
+            given, found = Path(place) / "images.npy", Path(place) / "logits.npy"
+            numpy.save(given, images)
+            try:
+                asked = json.dumps([str(model), str(given), str(found)])
+                _, errors = self._process.communicate(asked, timeout=CHECK_SECONDS)
+            except subprocess.TimeoutExpired:
+                return f"does not answer within {CHECK_SECONDS} s"
+            if self._process.returncode != 0:
+                return f"cannot be loaded ({(errors.strip() or 'no reason given').splitlines()[-1]})"
+            logits: NDArray[Any] = numpy.load(found, allow_pickle=False)
+            return logits

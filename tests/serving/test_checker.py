@@ -1,0 +1,49 @@
+"""The process that loads a registered model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+
+from harness.serving.checker import Checker
+from tests.workers.test_pool import alive, wait_until_gone
+
+HOLD = """
+import time
+from harness.serving.checker import Checker
+
+with Checker() as checker:
+    print(checker._process.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_what_is_no_model_cannot_be_loaded(tmp_path: Path) -> None:
+    with Checker() as checker:
+        said = checker.logits(tmp_path, numpy.zeros((1, 3, 8, 8), dtype="float32"))
+    assert isinstance(said, str)
+    assert said.startswith("cannot be loaded (")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_it_ends_with_the_process_that_began_it(how: signal.Signals) -> None:
+    process = subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    pid = int(process.stdout.readline())
+    assert alive(pid)
+    os.kill(process.pid, how)
+    process.communicate()
+    wait_until_gone([pid])
+
+
+def test_it_ends_unasked() -> None:
+    with Checker() as checker:
+        pid = checker._process.pid
+    assert not alive(pid)
