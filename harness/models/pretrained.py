@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 SCRATCH = "train from scratch with --set backbone.pretrained=false"
 COMPUTED = ("relative_position_index", "num_batches_tracked")
+KEPT = 2  # files whose weights stay in memory
 WRAPPERS = ("state_dict", "model")  # keys under which training scripts save the weights
 
 
@@ -29,9 +32,11 @@ def fingerprint(file: str) -> str:
         with open(file, "rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
     except OSError as error:
-        raise InputError(
-            f"backbone.weights {file} cannot be read ({error.strerror}); give a file, or {SCRATCH}."
-        ) from error
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: str, error: OSError) -> InputError:
+    return InputError(f"backbone.weights {file} cannot be read ({error.strerror or error}); give a file, or {SCRATCH}.")
 
 
 def path(weights: WeightsEnum) -> Path:
@@ -42,7 +47,16 @@ def path(weights: WeightsEnum) -> Path:
 
 
 def published(weights: WeightsEnum) -> dict[str, Tensor]:
-    """Return published weights from torch's hub cache, downloaded if missing. Raises InputError if that fails."""
+    """Return published weights from torch's hub cache, downloaded if missing. Raises InputError if that fails.
+
+    They are read once in a process; see `read`.
+    """
+    place = path(weights)
+    return dict(_published(weights, _stamp(place) if place.is_file() else None))
+
+
+@lru_cache(KEPT)
+def _published(weights: WeightsEnum, _stamp: tuple[int, ...] | None) -> dict[str, Tensor]:
     from urllib.error import URLError
 
     place = path(weights)
@@ -61,12 +75,31 @@ def published(weights: WeightsEnum) -> dict[str, Tensor]:
 
 
 def read(file: str) -> dict[str, Tensor]:
-    """Read a state dictionary: safetensors, or saved by torch. Raises InputError if the file holds none."""
+    """Read a state dictionary: safetensors, or saved by torch. Raises InputError if the file holds none.
+
+    It is read once in a process, unless it changes: every trial begins with it. Do not change the tensors in place.
+    """
+    try:
+        stamp = _stamp(file)
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    return dict(_read(file, stamp))
+
+
+def _stamp(file: str | Path) -> tuple[int, ...]:
+    """Return numbers that change with a file."""
+    stat = os.stat(file)
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+@lru_cache(KEPT)
+def _read(file: str, _stamp: tuple[int, ...]) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    fingerprint(file)
     try:
         state: Any = load_file(file) if file.endswith(".safetensors") else _unpickled(file)
+    except OSError as error:
+        raise _unreadable(file, error) from error
     # A damaged file can raise any exception. torch's text would advise to run the code in it.
     except Exception as error:
         raise InputError(f"backbone.weights {file} is not a file of weights; save a model's state_dict().") from error

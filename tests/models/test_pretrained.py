@@ -1,0 +1,39 @@
+"""Files of weights: read once, and again when they change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from harness.base.errors import InputError
+from harness.models.pretrained import read
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_weights_are_read_once_until_the_file_changes(tmp_path: Path, suffix: str) -> None:
+    file = str(tmp_path / f"weights{suffix}")
+
+    def write(value: float) -> None:
+        state = {"layer.weight": torch.full((3,), value)}
+        save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
+
+    write(1.0)
+    first = read(file)
+    assert read(file)["layer.weight"] is first["layer.weight"]
+    first.clear()
+    assert read(file)["layer.weight"].tolist() == [1.0] * 3
+    Path(file).unlink()
+    write(2.0)
+    assert read(file)["layer.weight"].tolist() == [2.0] * 3
+    Path(file).unlink()
+    with pytest.raises(InputError, match="cannot be read \\(No such file or directory\\)"):
+        read(file)
+
+
+def test_a_folder_is_no_file_of_weights(tmp_path: Path) -> None:
+    (tmp_path / "weights.pth").mkdir()
+    with pytest.raises(InputError, match=r"weights\.pth (cannot be read|is not a file of weights)"):
+        read(str(tmp_path / "weights.pth"))
