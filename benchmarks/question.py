@@ -1,7 +1,7 @@
 """Measure how long `gp()` takes to suggest a configuration: `python -m benchmarks.question`
 
-Searches our own curves, interpolated (four dimensions, see benchmarks/CURVES.md), for 1,000 trials from each of SEEDS
-seeds, on one thread.
+Searches our own curves, interpolated (four dimensions, see benchmarks/CURVES.md), for 1,000 trials from each of some
+seeds (--seeds), on one thread.
 """
 
 from __future__ import annotations

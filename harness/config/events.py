@@ -58,12 +58,13 @@ class EpochResult:
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics that MLflow and the report show."""
+        images = self.train.total + (self.val.total if self.val else 0)  # as `seconds` has both
         flat = {
             "train_loss": self.train.loss,
             "train_accuracy": self.train.accuracy,
             "lr": self.lr,
             "epoch_seconds": self.seconds,
-            "train_images_per_second": self.train.total / self.seconds if self.seconds else 0.0,
+            "images_per_second": images / self.seconds if self.seconds else 0.0,
         }
         if self.grad_norm is not None:
             flat["grad_norm"] = self.grad_norm

@@ -21,6 +21,7 @@ CONFIDENCE = 0.95
 ALPHA = 0.05  # a difference with a larger p-value is not significant
 RESAMPLES = 2000
 BINS = 10
+EQUAL = 1e-9
 
 
 def wilson(correct: float, total: int) -> tuple[float, float]:
@@ -35,9 +36,12 @@ def wilson(correct: float, total: int) -> tuple[float, float]:
 def bootstrap_interval(scores: NDArray[Any], seed: int = 0) -> tuple[float, float]:
     """Return the 95 % interval of the mean of `scores` [images], within 0 to 1.
 
-    Percentiles over bootstrap resamples of the images (Efron and Tibshirani, 1993, chapter 13).
+    Percentiles over bootstrap resamples of the images (Efron and Tibshirani, 1993, chapter 13). If all images score
+    alike, `wilson`'s, as resamples do not differ then.
     """
     images = len(scores)
+    if numpy.ptp(scores) < EQUAL:
+        return wilson(float(scores.sum()), images)
     draws = numpy.random.default_rng(seed).multinomial(images, numpy.full(images, 1 / images), size=RESAMPLES)
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = numpy.percentile(draws @ scores / images, (tail, 100 - tail)).clip(0, 1)

@@ -49,14 +49,20 @@ def path(weights: WeightsEnum) -> Path:
 def published(weights: WeightsEnum) -> dict[str, Tensor]:
     """Return published weights from torch's hub cache, downloaded if missing. Raises InputError if that fails.
 
-    They are read once in a process; see `read`.
+    They stay in memory; see `read`.
     """
     place = path(weights)
-    return dict(_published(weights, _stamp(place) if place.is_file() else None))
+    if not os.path.isfile(place):
+        return _downloaded(weights)
+    return dict(_published(weights, _stamp(place)))
 
 
 @lru_cache(KEPT)
-def _published(weights: WeightsEnum, _stamp: tuple[int, ...] | None) -> dict[str, Tensor]:
+def _published(weights: WeightsEnum, _stamp: tuple[int, ...]) -> dict[str, Tensor]:
+    return _downloaded(weights)
+
+
+def _downloaded(weights: WeightsEnum) -> dict[str, Tensor]:
     from urllib.error import URLError
 
     place = path(weights)

@@ -14,6 +14,8 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
+from harness.tracking.library import StoreFault
+
 CHECK_SECONDS = 600
 
 # It waits for the paths with MLflow's libraries imported, and ends with the process that asks.
@@ -55,8 +57,14 @@ class Checker:
         self._process.kill()
         self._process.communicate()
 
+    def lives(self) -> bool:
+        return self._process.poll() is None
+
     def logits(self, model: Path, images: NDArray[Any]) -> NDArray[Any] | str:
-        """Return the logits of standardised images; or, as a clause, why there are none."""
+        """Return the logits of standardised images; or, as a clause, why there are none.
+
+        Raises StoreFault if the process was killed, which says nothing about the model.
+        """
         with tempfile.TemporaryDirectory() as place:
             given, found = Path(place) / "images.npy", Path(place) / "logits.npy"
             numpy.save(given, images)
@@ -65,6 +73,8 @@ class Checker:
                 _, errors = self._process.communicate(asked, timeout=CHECK_SECONDS)
             except subprocess.TimeoutExpired:
                 return f"does not answer within {CHECK_SECONDS} s"
+            if self._process.returncode < 0:
+                raise StoreFault(f"the process that checked it was ended by signal {-self._process.returncode}")
             if self._process.returncode != 0:
                 return f"cannot be loaded ({(errors.strip() or 'no reason given').splitlines()[-1]})"
             logits: NDArray[Any] = numpy.load(found, allow_pickle=False)

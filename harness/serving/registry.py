@@ -257,7 +257,7 @@ def _wrong(uri: str, logged: LoggedModel, wanted: Candidate, checker: Checker | 
         kept = logged.artifact_location
         with artifact_store():
             folder = mlflow.artifacts.download_artifacts(artifact_uri=kept, dst_path=place, tracking_uri=uri)
-        with nullcontext(checker) if checker else Checker() as process:
+        with nullcontext(checker) if checker and checker.lives() else Checker() as process:
             found = process.logits(Path(folder), wanted.images.numpy())
     return found if isinstance(found, str) else disagreement(found, logits_of(wanted.saved, wanted.images))
 

@@ -140,8 +140,9 @@ def _end(command: Command, store: Store, tracker: MLflowTracker, failure: Except
         store.check_file()
         return check_result(store, failure)
     model_folder, report_folder = map(command.beside, (".model", ".report"))
-    with Checker() if study.final.publish and store.has_final() else nullcontext() as checker:
-        write_report(study.name, store, tracker.uri, report_folder)
+    write_report(study.name, store, tracker.uri, report_folder)
+    publishing = study.final.publish and failure is None and store.has_final()
+    with Checker() if publishing else nullcontext() as checker:
         model = describe_model(command, store)
         folders = [report_folder] if is_untested(model_folder) else [report_folder, model_folder]
         told = tracker.finish(expected.study_metrics(store), folders, "failed" if failure else "complete")

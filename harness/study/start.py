@@ -266,7 +266,7 @@ def _earlier(study: Study, name: str, url: str, folder: Path) -> dict[str, Any]:
     with opening.read_earlier(name, url, folder) as store:
         trials = store.optuna_study.get_trials(deepcopy=False)
         definition = store.facts().definition or {}
-        if not study.space.keys() & {path for trial in trials for path in trial.params}:
+        if trials and not study.space.keys() & {path for trial in trials for path in trial.params}:
             raise InputError(f"after: {name!r} searched none of this study's hyperparameters; remove after.")
         kept = earlier_trials(study, trials, definition)
         if not kept:

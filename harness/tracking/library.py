@@ -48,7 +48,8 @@ SET_ASIDE = (
 )
 # Variables for the connection to a server or store are kept (MLFLOW_TRACKING_USERNAME, _PASSWORD, _TOKEN, _AUTH,
 # certificates, MLFLOW_WORKSPACE, MLFLOW_HTTP_*, _S3_*, _GCS_*, *_MULTIPART_*, MLFLOW_SQLALCHEMYSTORE_*);
-# MLFLOW_TRUNCATE_LONG_VALUES has no effect; the others are for tracing, gateways and flavours not used here.
+# MLFLOW_TRUNCATE_LONG_VALUES has no effect; those of system metrics are read below. The others are for tracing,
+# gateways and flavours not used here.
 
 REFUSALS = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
 
@@ -135,15 +136,25 @@ def drop_connections(uri: str) -> None:
 
 def wants_system_metrics() -> bool:
     """Return whether MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING asks for them. Raises InputError for user errors."""
-    from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING as VARIABLE
+    from mlflow import environment_variables as known
 
+    wanted = known.MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
     try:
-        wanted = bool(VARIABLE.get())
+        if not wanted.get():
+            return False
     except ValueError as error:
-        raise InputError(f"{VARIABLE.name}={os.environ[VARIABLE.name]} is neither true nor false; unset it.") from error
-    if wanted and importlib.util.find_spec("psutil") is None:
-        raise InputError(f"System metrics need psutil; pip install psutil, or unset {VARIABLE.name}.")
-    return wanted
+        raise InputError(f"{wanted.name}={wanted.get_raw()} is neither true nor false; unset it.") from error
+    if importlib.util.find_spec("psutil") is None:
+        raise InputError(f"System metrics need psutil; pip install psutil, or unset {wanted.name}.")
+    numbers = (known.MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL, known.MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING)
+    for variable in numbers:
+        try:
+            fits = (value := variable.get()) is None or value > 0
+        except ValueError:
+            fits = False
+        if not fits:
+            raise InputError(f"{variable.name}={variable.get_raw()} is not a number above 0; change or unset it.")
+    return True
 
 
 def system_monitor(run_id: str, uri: str) -> SystemMetricsMonitor:
@@ -209,4 +220,5 @@ def quiet() -> None:
     import logging
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # it warns when a run has ended
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # its errors are reported by us

@@ -33,7 +33,7 @@ from harness.tracking.library import (
     milliseconds,
     wants_system_metrics,
 )
-from harness.tracking.views import newest_view, view_of
+from harness.tracking.views import TAG, VIEW, view_of
 from harness.tracking.writer import MLflowRun
 
 if TYPE_CHECKING:
@@ -51,9 +51,14 @@ class MLflowTracker(StudyClient):
     If MLflow becomes unreachable after the start, entries wait in order until it is back, or until the next start.
     """
 
+    def __init__(self, uri: str, artifacts: Path | None) -> None:
+        super().__init__(uri, artifacts)
+        self._shown: dict[str, MLflowRun] = {}  # the runs of running trainings, by key
+
     def check(self, name: str | None = None) -> None:
         """Raise InputError unless the server or database answers and accepts the study `name`; create no run."""
-        wants_system_metrics()  # raises
+        if name is not None:
+            wants_system_metrics()  # raises
         with self._as_input_error():
             self.connect()
             if name is not None and (text := self.deleted(name)) is not None:
@@ -64,8 +69,7 @@ class MLflowTracker(StudyClient):
         found = []
         for each in self.client.search_experiments():
             if each.name != "Default":
-                view = newest_view(each.tags)
-                opened = f"{TRAINING}&viewStateShareKey={view}" if view else TRAINING
+                opened = f"{TRAINING}&viewStateShareKey={VIEW}" if TAG in each.tags else TRAINING
                 found.append((each.name, f"#/experiments/{each.experiment_id}/runs{opened}"))
         return sorted(found)
 
@@ -78,7 +82,6 @@ class MLflowTracker(StudyClient):
         self.study, self._store, self._tags = study, store, {UID: store.uid, **facts}
         self._data = data_of(study, store)
         self._monitored = wants_system_metrics()
-        self._shown: dict[str, MLflowRun] = {}  # the runs of running trainings, by key
         self._ended_as: str | None = None  # the study's own run, before this start
         self._behind = True
         self._values = {trial.number: trial.value for trial in store.trials() if trial.state != "running"}
@@ -97,9 +100,7 @@ class MLflowTracker(StudyClient):
         if self.file is not None and self.artifacts is not None:
             move_in(self.file, self.artifacts)
         self._experiment = self._get_experiment()
-        key, view = view_of(self.study)
-        if key not in self.client.get_experiment(self._experiment).tags:  # else the user may have changed it
-            self.client.set_experiment_tag(self._experiment, key, view)
+        self.client.set_experiment_tag(self._experiment, TAG, view_of(self.study))
         self._runs = self.known_runs()
         if STUDY not in self._runs:
             self._restore_own_run()
@@ -124,6 +125,8 @@ class MLflowTracker(StudyClient):
 
     def _end(self, write: Callable[[], bool]) -> bool:
         """Write once, then stop the outbox; return whether MLflow is complete."""
+        for run in self._shown.values():
+            run.stop_monitor()
         try:
             return write()
         finally:

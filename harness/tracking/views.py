@@ -7,8 +7,6 @@ ignore both.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from harness.base.words import metric_name
@@ -18,26 +16,18 @@ from harness.tracking.library import milliseconds
 if TYPE_CHECKING:
     from harness.config.study import Study
 
-PREFIX, OURS = "mlflow.sharedViewState.", "harness-"
+VIEW = "harness-results"
+TAG = f"mlflow.sharedViewState.{VIEW}"
 MOST = 20  # hyperparameters; the tag is limited to 5,000 characters
 
 
-def view_of(study: Study) -> tuple[str, str]:
-    """Return a study's view as a tag's key and value; the key changes with the columns."""
-    value, test = (f"{split}_{metric_name(study.objective)}" for split in ("val", "test"))
+def view_of(study: Study) -> str:
+    """Return a study's view, the value of TAG."""
     columns = [
-        *(f"metrics.`{name}`" for name in (value, test)),
+        *(f"metrics.`{split}_{metric_name(study.objective)}`" for split in ("val", "test")),
         *(f"params.`{path}`" for path in list(study.space)[:MOST]),
         f"tags.`{STATE}`",
     ]
     state = {"selectedColumns": columns, "columnOrder": columns, "orderByKey": columns[0], "orderByAsc": False}
     now = milliseconds()
-    view = {"name": "Results", "createdAt": now, "updatedAt": now, "state": json.dumps(state)}
-    return f"{PREFIX}{OURS}{sha256(json.dumps(columns).encode()).hexdigest()[:8]}", json.dumps(view)
-
-
-def newest_view(tags: Mapping[str, str]) -> str | None:
-    """Return the id of a study's newest view by its experiment's tags; None without one."""
-    ours = {key: value for key, value in tags.items() if key.startswith(PREFIX + OURS)}
-    newest = max(ours, key=lambda key: json.loads(ours[key])["createdAt"], default=None)
-    return None if newest is None else newest.removeprefix(PREFIX)
+    return json.dumps({"name": "Results", "createdAt": now, "updatedAt": now, "state": json.dumps(state)})

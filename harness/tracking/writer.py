@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.config.events import EpochResult
 from harness.tracking.client import StudyClient
-from harness.tracking.library import milliseconds, system_monitor
+from harness.tracking.library import first_line, milliseconds, system_monitor
 
 EPOCHS_IN_A_REQUEST = 50  # MLflow accepts 1,000 metrics per request; an epoch must not be split
 
@@ -51,18 +51,25 @@ class MLflowRun:
         """Log system metrics, from a thread of MLflow's, until the run ends."""
 
         def start() -> None:
-            if self._monitor is None:
-                self._monitor = system_monitor(self._open(), self._tracker.uri)
+            run_id = self._open()
+            try:
+                self._monitor = system_monitor(run_id, self._tracker.uri)
+            except Exception as error:  # noqa: BLE001  psutil and the driver's library raise errors of many kinds
+                self._tracker.say(f"System metrics are not logged ({first_line(error)}).")
 
         self._tracker.tell(start)
 
-    def end(self, state: str) -> None:
-        def write() -> None:
-            if self._monitor is not None:
-                self._monitor.finish()
-            self._tracker.close_run(self._open(), state)
+    def stop_monitor(self) -> None:
+        def stop() -> None:
+            monitor, self._monitor = self._monitor, None
+            if monitor is not None:
+                monitor.finish()
 
-        self._tracker.tell(write)
+        self._tracker.tell(stop)
+
+    def end(self, state: str) -> None:
+        self.stop_monitor()
+        self._tracker.tell(lambda: self._tracker.close_run(self._open(), state))
 
     def _log_epochs(self, first: int) -> None:
         """Write the epochs from `first` on, in one request; later calls skip written epochs."""

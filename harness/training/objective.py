@@ -1,7 +1,9 @@
 """What a study maximizes, as one number per image whose mean is the objective.
 
 A mean over images has an interval, and two of them a comparison, whatever the objective. Where it is no mean over
-images itself (all but accuracy), the numbers are its influence function (Hampel, 1974) around its value.
+images itself (all but accuracy), the numbers are its influence function (Hampel, 1974) around its value. Where it is a
+mean over classes, the influence is around that mean and not around the class's own value: a class of a few images that
+are all right would have no variance (benchmarks/coverage.py).
 """
 
 from __future__ import annotations
@@ -34,26 +36,27 @@ def contributions(
         likelihood = numpy.exp(-losses.mean())
         return numpy.asarray(likelihood * (1 + losses.mean() - losses), dtype=numpy.float64)
     classes = numpy.unique(labels)
+    scale = len(labels) / len(classes)
     if objective == "balanced_accuracy":
         images = _counts(labels, labels)  # of each image's class
-        recall = _counts(labels[hits == 1], labels) / images
-        mean = float(numpy.mean([recall[labels == each][0] for each in classes]))
-        return mean + (hits - recall) * len(labels) / (len(classes) * images)
+        mean = _mean_of_classes(_counts(labels[hits == 1], labels) / images, labels)
+        return mean + (hits - mean) / images * scale
     both = _counts(labels, labels) + _counts(predicted, labels)  # of each image's class, in labels and predictions
-    right = 2 * _counts(labels[hits == 1], labels)
-    f1 = right / both
-    mean = float(numpy.mean([f1[labels == each][0] for each in classes]))
+    mean = _mean_of_classes(2 * _counts(labels[hits == 1], labels) / both, labels)
     of_predicted = numpy.zeros(len(labels))
     known = numpy.isin(predicted, classes)
-    shares = {int(each): f1[labels == each][0] / both[labels == each][0] for each in classes}
-    of_predicted[known] = [shares[int(each)] for each in predicted[known]]
-    influence = 2 * hits / both - f1 / both - of_predicted
-    return mean + influence * len(labels) / len(classes)
+    of_predicted[known] = 1 / (_counts(labels, predicted[known]) + _counts(predicted, predicted[known]))
+    return mean + ((2 * hits - mean) / both - mean * of_predicted) * scale
+
+
+def _mean_of_classes(values: NDArray[Any], labels: NDArray[Any]) -> float:
+    """Return the mean over the classes of a value [N] that is equal for all images of a class."""
+    return float(numpy.mean(values[numpy.unique(labels, return_index=True)[1]]))
 
 
 def _counts(of: NDArray[Any], wanted: NDArray[Any]) -> NDArray[Any]:
     """Return how often each of `wanted` is in `of`."""
-    return numpy.bincount(of, minlength=int(wanted.max()) + 1)[wanted]
+    return numpy.bincount(of, minlength=int(wanted.max(initial=0)) + 1)[wanted]
 
 
 def class_weights(labels: NDArray[Any], classes: int, power: float) -> NDArray[numpy.float64]:

@@ -17,7 +17,7 @@ import pytest
 from harness.cli.commands import main
 from harness.tracking.client import EXPERIMENT
 from harness.tracking.places import local_tracker
-from harness.tracking.views import newest_view, view_of
+from harness.tracking.views import TAG, VIEW, view_of
 from tests.browser import page
 from tests.conftest import make_study
 from tests.patience import PATIENCE_SECONDS
@@ -55,13 +55,12 @@ def test_the_page_answers_on_this_machine_and_goes_with_the_command(workspace: P
     tracker.check()
     number = tracker.client.create_experiment("demo", tags=EXPERIMENT)
     tracker.client.create_run(number, run_name="a trial of it")
-    key, view = view_of(make_study(workspace))
-    tracker.client.set_experiment_tag(number, key, view)
+    tracker.client.set_experiment_tag(number, TAG, view_of(make_study(workspace)))
     port = free_port()
     command = [sys.executable, "-m", "harness", "ui", "--port", str(port)]
     process = subprocess.Popen(command, cwd=workspace, stdout=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{port}/"
-    opened = f"#/experiments/{number}/runs?workflowType=machine_learning&viewStateShareKey={newest_view({key: view})}"
+    opened = f"#/experiments/{number}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
     try:
         assert answers(url, PATIENCE_SECONDS)
         with page() as browser:

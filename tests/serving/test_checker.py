@@ -12,6 +12,7 @@ import numpy
 import pytest
 
 from harness.serving.checker import Checker
+from harness.tracking.library import StoreFault
 from tests.workers.test_pool import alive, wait_until_gone
 
 HOLD = """
@@ -32,15 +33,23 @@ def test_what_is_no_model_cannot_be_loaded(tmp_path: Path) -> None:
     assert said.startswith("cannot be loaded (")
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_it_ends_with_the_process_that_began_it(how: signal.Signals) -> None:
+def test_it_ends_with_the_process_that_began_it() -> None:
     process = subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     pid = int(process.stdout.readline())
     assert alive(pid)
-    os.kill(process.pid, how)
+    process.kill()
     process.communicate()
     wait_until_gone([pid])
+
+
+def test_that_it_is_killed_is_no_verdict(tmp_path: Path) -> None:
+    with Checker() as checker:
+        assert checker.lives()
+        os.kill(checker._process.pid, signal.SIGKILL)
+        with pytest.raises(StoreFault, match="ended by signal 9"):
+            checker.logits(tmp_path, numpy.zeros((1, 3, 8, 8), dtype="float32"))
+        assert not checker.lives()
 
 
 def test_it_ends_unasked() -> None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from harness.store.store import Store
 from harness.tracking.expected import facts
 from harness.tracking.mlflow import MLflowTracker
 from harness.tracking.places import check_writable, local_tracker, local_uri, tracker_at
+from harness.tracking.views import view_of
 from harness.training.loop import Progress
 from tests.analytic import epoch_result
 from tests.conftest import PROJECT, make_study
@@ -150,22 +152,23 @@ def test_the_studys_run_has_each_new_best_once_in_the_order_of_the_trials(
     assert shown() == [(1, 0.5), (2, 0.6), (3, 0.7)]
 
 
-def test_the_results_are_a_saved_view_which_the_user_may_change(study: Study, store: Store, mlruns: Path) -> None:
-    def tags(changed: Study) -> dict[str, str]:
+def test_the_results_are_a_saved_view_of_the_searched_hyperparameters(study: Study, store: Store, mlruns: Path) -> None:
+    def columns(changed: Study) -> list[str]:
         tracker = local_tracker(mlruns)
         tracker.start(changed, store, {})
+        ((_, path),) = tracker.pages()
+        assert path.endswith("&viewStateShareKey=harness-results")
         tracker.interrupt()
-        found = client_of(mlruns).get_experiment_by_name("tiny").tags
-        return {key: value for key, value in found.items() if key.startswith("mlflow.sharedViewState.")}
+        view = client_of(mlruns).get_experiment_by_name("tiny").tags["mlflow.sharedViewState.harness-results"]
+        found: list[str] = json.loads(json.loads(view)["state"])["selectedColumns"]
+        return found
 
-    ((key, view),) = tags(study).items()
-    columns = json.loads(json.loads(view)["state"])["selectedColumns"]
-    assert columns[:2] == ["metrics.`val_accuracy`", "metrics.`test_accuracy`"]
-    assert [f"params.`{path}`" for path in study.space] == columns[2:-1]
-    client_of(mlruns).set_experiment_tag(client_of(mlruns).get_experiment_by_name("tiny").experiment_id, key, "{}")
-    assert tags(study) == {key: "{}"}
+    metrics, state = ["metrics.`val_accuracy`", "metrics.`test_accuracy`"], ["tags.`harness.state`"]
+    assert columns(study) == metrics + [f"params.`{path}`" for path in study.space] + state
     narrower = dataclasses.replace(study, space={"backbone.dropout": Float(0.0, 0.6)})
-    assert len(tags(narrower)) == 2
+    assert columns(narrower) == [*metrics, "params.`backbone.dropout`", *state]
+    many: Any = SimpleNamespace(objective="accuracy", space=[f"optim.field_with_a_long_name_{n}" for n in range(99)])
+    assert len(view_of(many)) < 5000  # characters, which MLflow takes
 
 
 def test_system_metrics_are_logged_while_a_training_runs_if_asked_for(
@@ -203,12 +206,48 @@ def test_system_metrics_are_logged_while_a_training_runs_if_asked_for(
     assert steps() == list(range(len(steps())))  # the second start goes on
 
 
-def test_a_wish_for_system_metrics_that_is_no_yes_or_no_is_refused(
-    mlruns: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "maybe", "is neither true nor false"),
+        ("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "ten", "is not a number above 0"),
+        ("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", "-1", "is not a number above 0"),
+    ],
+)
+def test_wrong_variables_of_system_metrics_are_refused(
+    mlruns: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
 ) -> None:
-    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "maybe")
-    with pytest.raises(InputError, match="MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=maybe is neither true nor false"):
-        local_tracker(mlruns).check()
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"{name}={value} {said}"):
+        local_tracker(mlruns).check("tiny")
+    local_tracker(mlruns).check()  # as `ui` does, which logs nothing
+
+
+def test_a_machine_without_system_metrics_is_said_once_and_logged_as_before(
+    study: Study, store: Store, mlruns: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import psutil
+
+    def refused() -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+    monkeypatch.setattr(psutil, "net_io_counters", refused)
+    tracker = local_tracker(mlruns)
+    tracker.start(study, store, {})
+    for number in range(2):
+        asked = store.ask(study)
+        about = {"key": trial_key(number), "number": number, "params": asked.params}
+        tracker.show(
+            TrialStarted(
+                **about, kind="trial", name="", trial=number, epochs=3, resumed=False, groups=None, progress=Progress()
+            )
+        )
+        tracker.show(TrialEnded(**about, outcome=Completed(value=0.5)))
+    tracker.finish({}, [], "complete")
+    assert {run.info.status for run in runs_of(mlruns).values()} == {"FINISHED"}
+    assert capsys.readouterr().err.count("System metrics are not logged") == 1
 
 
 def test_the_status_of_a_run_is_the_state_of_its_trial(study: Study, store: Store, mlruns: Path) -> None:
