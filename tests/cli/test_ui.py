@@ -54,7 +54,9 @@ def test_the_page_answers_on_this_machine_and_goes_with_the_command(workspace: P
     tracker = local_tracker(workspace / "mlruns")
     tracker.check()
     number = tracker.client.create_experiment("demo", tags=EXPERIMENT)
-    tracker.client.create_run(number, run_name="a trial of it")
+    run = tracker.client.create_run(number, run_name="a trial of it").info.run_id
+    tracker.client.log_metric(run, "val_accuracy", 0.5)
+    tracker.client.log_param(run, "optim.base_lr", "0.1")
     tracker.client.set_experiment_tag(number, TAG, view_of(make_study(workspace)))
     port = free_port()
     command = [sys.executable, "-m", "harness", "ui", "--port", str(port)]
