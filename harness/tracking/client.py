@@ -5,6 +5,7 @@ A thread writes the entries, run by run, so that training does not wait for MLfl
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from harness.base.errors import masked
 from harness.base.files import sqlite_path
+from harness.base.words import metric_name
 from harness.tracking.library import (
     LONGEST_PARAM,
     LONGEST_TAG,
@@ -23,6 +25,7 @@ from harness.tracking.library import (
     fitted,
     is_refusal,
     let_commits_return,
+    milliseconds,
     no_stray_folder,
     quiet,
     set_aside,
@@ -39,6 +42,21 @@ UID, KEY, STATE = "harness.study_uid", "harness.key", "harness.state"
 STUDY, PARENT = "study", "mlflow.parentRunId"  # the key of a study's own run, and the tag of its children
 TRACEBACK = "traceback.txt"
 EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}  # model training, in the UI
+VIEW = "harness-results"
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"  # a saved view, for MLflow 3.15 and newer
+MOST_COLUMNS = 20  # of hyperparameters; a tag is limited to 5,000 characters
+
+
+def view_of(study: Study) -> str:
+    """Return the saved view of a study's runs: its results and searched hyperparameters, the best first."""
+    columns = [
+        *(f"metrics.`{split}_{metric_name(study.objective)}`" for split in ("val", "test")),
+        *(f"params.`{path}`" for path in list(study.space)[:MOST_COLUMNS]),
+        f"tags.`{STATE}`",
+    ]
+    state = {"selectedColumns": columns, "columnOrder": columns, "orderByKey": columns[0], "orderByAsc": False}
+    now = milliseconds()
+    return json.dumps({"name": "Results", "createdAt": now, "updatedAt": now, "state": json.dumps(state)})
 
 
 class StudyClient:

@@ -20,7 +20,17 @@ from harness.base.errors import InputError
 from harness.base.words import metric_name
 from harness.config.events import EpochEnded, Event, Failed, RetrainingEnded, TrialEnded, TrialStarted
 from harness.config.space import label, leaves
-from harness.tracking.client import STATE, STATUS, STUDY, TRACEBACK, UID, StudyClient
+from harness.tracking.client import (
+    STATE,
+    STATUS,
+    STUDY,
+    TRACEBACK,
+    UID,
+    VIEW,
+    VIEW_TAG,
+    StudyClient,
+    view_of,
+)
 from harness.tracking.expected import Expected, data_of, expected_runs, retraining_tags, trial_tags
 from harness.tracking.files import make_database, move_in
 from harness.tracking.library import (
@@ -33,7 +43,6 @@ from harness.tracking.library import (
     milliseconds,
     wants_system_metrics,
 )
-from harness.tracking.views import TAG, VIEW, view_of
 from harness.tracking.writer import MLflowRun
 
 if TYPE_CHECKING:
@@ -69,7 +78,7 @@ class MLflowTracker(StudyClient):
         found = []
         for each in self.client.search_experiments():
             if each.name != "Default":
-                opened = f"{TRAINING}&viewStateShareKey={VIEW}" if TAG in each.tags else TRAINING
+                opened = f"{TRAINING}&viewStateShareKey={VIEW}" if VIEW_TAG in each.tags else TRAINING
                 found.append((each.name, f"#/experiments/{each.experiment_id}/runs{opened}"))
         return sorted(found)
 
@@ -100,7 +109,7 @@ class MLflowTracker(StudyClient):
         if self.file is not None and self.artifacts is not None:
             move_in(self.file, self.artifacts)
         self._experiment = self._get_experiment()
-        self.client.set_experiment_tag(self._experiment, TAG, view_of(self.study))
+        self.client.set_experiment_tag(self._experiment, VIEW_TAG, view_of(self.study))
         self._runs = self.known_runs()
         if STUDY not in self._runs:
             self._restore_own_run()

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 
 from harness.cli.commands import main
-from harness.tracking.client import EXPERIMENT
+from harness.tracking.client import EXPERIMENT, VIEW, VIEW_TAG, view_of
 from harness.tracking.places import local_tracker
-from harness.tracking.views import TAG, VIEW, view_of
 from tests.browser import page
 from tests.conftest import make_study
 from tests.patience import PATIENCE_SECONDS
@@ -57,7 +56,7 @@ def test_the_page_answers_on_this_machine_and_goes_with_the_command(workspace: P
     run = tracker.client.create_run(number, run_name="a trial of it").info.run_id
     tracker.client.log_metric(run, "val_accuracy", 0.5)
     tracker.client.log_param(run, "optim.base_lr", "0.1")
-    tracker.client.set_experiment_tag(number, TAG, view_of(make_study(workspace)))
+    tracker.client.set_experiment_tag(number, VIEW_TAG, view_of(make_study(workspace)))
     port = free_port()
     command = [sys.executable, "-m", "harness", "ui", "--port", str(port)]
     process = subprocess.Popen(command, cwd=workspace, stdout=subprocess.PIPE, text=True)

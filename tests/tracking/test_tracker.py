@@ -29,10 +29,10 @@ from harness.config.study import Study
 from harness.search.pruners import no_pruning
 from harness.store.opening import open_store
 from harness.store.store import Store
+from harness.tracking.client import view_of
 from harness.tracking.expected import facts
 from harness.tracking.mlflow import MLflowTracker
 from harness.tracking.places import check_writable, local_tracker, local_uri, tracker_at
-from harness.tracking.views import view_of
 from harness.training.loop import Progress
 from tests.analytic import epoch_result
 from tests.conftest import PROJECT, make_study
