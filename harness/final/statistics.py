@@ -21,7 +21,7 @@ CONFIDENCE = 0.95
 ALPHA = 0.05  # a difference with a larger p-value is not significant
 RESAMPLES = 2000
 BINS = 10
-EQUAL = 1e-9
+EQUAL = 1e-9  # scores that differ by rounding alone
 
 
 def wilson(correct: float, total: int) -> tuple[float, float]:

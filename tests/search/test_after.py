@@ -235,9 +235,13 @@ def test_an_earlier_study_that_is_not_there(begun: Path, capsys: pytest.CaptureF
         (
             "optim.base_lr=1e-4",
             "'optim.base_lr': Float(1e-4, 1.01e-4)",
-            "none of the 3 trials of 'tiny' fits",
+            "none of the 3 trials of 'tiny' fits this study's space; remove after.",
         ),
-        ("batch_size=16", "'batch_size': Choice((8, 16))", "'tiny' searched none of this study's hyperparameters"),
+        (
+            "batch_size=16",
+            "'batch_size': Choice((8, 16))",
+            "'tiny' searched none of this study's hyperparameters; remove after.",
+        ),
     ],
 )
 def test_an_earlier_study_outside_of_the_space(
