@@ -2,7 +2,8 @@
 
 Fine-tunes EfficientNet-Lite0 (ImageNet weights) on the 1,020 training images of Flowers-102 with each part alone, from
 several seeds, and compares with today's recipe from the same seeds, at equal epochs. A test image is evaluated once per
-training and decides nothing. KEEP holds finished trainings, one JSON line each; a training resumes from a checkpoint.
+training and decides nothing: what is kept is chosen by the validation images. KEEP holds finished trainings, one JSON
+line each; a training resumes from a checkpoint.
 
 Takes some hours; requires the extra `lite`, and the photographs in ../shared.
 """
@@ -34,6 +35,7 @@ from harness.training.checkpoint import remove
 
 KEEP = Path(__file__).with_name("recipe.jsonl")
 TODAY = "today"
+VALIDATION_IMAGES = 1020
 RECIPES: dict[str, dict[str, Any]] = {
     TODAY: {},
     "mixup 0.2": {"augment.mixup": 0.2},
@@ -95,29 +97,38 @@ def train(
 
 
 def show(lines: Sequence[Mapping[str, Any]]) -> None:
-    """Print the table: mean test accuracy, and the difference from TODAY, paired over the seeds, with its interval."""
+    """Print mean accuracies, and the differences from TODAY, paired over the seeds, with 95 % intervals.
+
+    The validation images decide what is kept; the test images say what it is worth.
+    """
     found = {name: {each["seed"]: each for each in lines if each["recipe"] == name} for name in RECIPES}
-    print("| recipe | n | test accuracy | difference, points (95 % interval) | p | seconds a training |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| recipe | n | validation | difference, points | test accuracy | difference, points | p | seconds a training |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for name, runs in found.items():
         if not runs:
             continue
-        accuracy = {seed: 100 * run["test_correct"] / run["test_total"] for seed, run in runs.items()}
-        paired = [
-            value - 100 * found[TODAY][seed]["test_correct"] / found[TODAY][seed]["test_total"]
-            for seed, value in accuracy.items()
-            if name != TODAY and seed in found[TODAY]
-        ]
-        difference = p = ""
-        if len(paired) > 1:
-            error = statistics.stdev(paired) / math.sqrt(len(paired))
-            half = stats.t.ppf(0.975, len(paired) - 1) * error
-            gain = statistics.fmean(paired)
-            difference = f"{gain:+.2f} ({gain - half:+.2f} to {gain + half:+.2f})"
-            p = f"{stats.ttest_1samp(paired, 0).pvalue:.2g}"
+        val, test = (accuracies(found, name, split) for split in ("val", "test"))
         seconds = statistics.median(run["seconds"] for run in runs.values())
-        mean = statistics.fmean(accuracy.values())
-        print(f"| {name} | {len(runs)} | {mean:.2f} % | {difference} | {p} | {seconds:.0f} |")
+        print(f"| {name} | {len(runs)} | {val[0]} | {val[1]} | {test[0]} | {test[1]} | {test[2]} | {seconds:.0f} |")
+
+
+def accuracies(found: Mapping[str, Mapping[int, Mapping[str, Any]]], name: str, split: str) -> tuple[str, str, str]:
+    """Return the mean accuracy of a recipe, its difference from TODAY with the interval, and its p."""
+    share, today = ({seed: percent(run, split) for seed, run in found[each].items()} for each in (name, TODAY))
+    paired = [value - today[seed] for seed, value in share.items() if name != TODAY and seed in today]
+    mean = f"{statistics.fmean(share.values()):.2f} %"
+    if len(paired) < 2:
+        return mean, "", ""
+    gain = statistics.fmean(paired)
+    half = stats.t.ppf(0.975, len(paired) - 1) * statistics.stdev(paired) / math.sqrt(len(paired))
+    interval = f"{gain:+.2f} ({gain - half:+.2f} to {gain + half:+.2f})"
+    return mean, interval, f"{stats.ttest_1samp(paired, 0).pvalue:.2g}"
+
+
+def percent(run: Mapping[str, Any], split: str) -> float:
+    return 100 * float(run[f"{split}_correct"]) / float(run.get(f"{split}_total", VALIDATION_IMAGES))
 
 
 def main() -> None:
