@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +38,35 @@ class Runtime(Protocol):
     def move(self, images: torch.Tensor) -> torch.Tensor: ...
 
 
+class Reader:
+    """Reads a batch's images in another thread, beside the step before; into pinned memory for a CUDA device."""
+
+    def __init__(self, images: torch.Tensor, device: torch.device) -> None:
+        self._images, self._device = images, device
+        self._thread = ThreadPoolExecutor(1)
+        self._expected: tuple[torch.Tensor, Future[torch.Tensor]] | None = None
+
+    def expect(self, chosen: torch.Tensor) -> None:
+        """Begin to read the chosen images, int64 [B]."""
+        self._expected = chosen, self._thread.submit(self._read, chosen)
+
+    def read(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Return the chosen images, int64 [B], as stored, in host memory."""
+        expected, self._expected = self._expected, None
+        if expected is None or expected[0] is not chosen:  # an epoch's first batch, or after an interruption
+            return self._read(chosen)
+        return expected[1].result()
+
+    def _read(self, chosen: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        found = _chosen(self._images, chosen)
+        if self._device.type != "cuda":
+            return found
+        with torch.cuda.device(self._device):  # a thread begins with the first one
+            return found.pin_memory()  # then the copy to the device waits for nothing
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
     """`images` uint8 [N, side, side, 3], mapped from the cache and never written to; `labels` int64 [N]."""
@@ -45,6 +75,7 @@ class ImageSet:
     labels: torch.Tensor
     preprocessing: Preprocessing
     key: str = ""  # cache key of the images; empty if they are of several splits
+    reader: Reader | None = None  # for a CUDA device on which they have no room
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,11 +86,14 @@ class ImageSet:
 
     def stored(self, chosen: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Return the chosen images, int64 [B], as stored: uint8 [B, side, side, 3] on the device."""
-        # index_select copies whole images; images[chosen] goes byte by byte, which takes four times as long.
-        stored = self.images.index_select(0, chosen.to(self.images.device))
-        if device.type == "cuda" and stored.device.type == "cpu":  # the copy then runs beside the step before
-            return stored.pin_memory().to(device, non_blocking=True)
-        return stored.to(device)
+        if self.reader:
+            return self.reader.read(chosen).to(device, non_blocking=True)
+        return _chosen(self.images, chosen).to(device)
+
+    def expect(self, chosen: torch.Tensor) -> None:
+        """Begin to read the next batch's images, if they are read in another thread."""
+        if self.reader:
+            self.reader.expect(chosen)
 
     def batch(
         self, chosen: torch.Tensor, config: TrainConfig, runtime: Runtime, generator: torch.Generator
@@ -79,7 +113,7 @@ class ImageSet:
             yield normalise(part.to(runtime.device), self.preprocessing)
 
     def on(self, device: torch.device) -> ImageSet:
-        """Move these images to a CUDA device if they fit there comfortably; else return them unchanged.
+        """Move these images to a CUDA device if they fit there comfortably; else read them beside the steps before.
 
         An epoch then sends only each batch's maps to the device. All trials of a process share the copy.
         """
@@ -100,8 +134,13 @@ def _on_cuda(images: ImageSet, device: torch.device) -> ImageSet:
     import torch
 
     if not fits(images.images.nbytes, torch.cuda.mem_get_info(device)[0]):
-        return images
+        return replace(images, reader=Reader(images.images, device))
     return replace(images, images=images.images.to(device), labels=images.labels.to(device))
+
+
+def _chosen(images: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    # index_select copies whole images; images[chosen] goes byte by byte, which takes four times as long.
+    return images.index_select(0, chosen.to(images.device))
 
 
 def fits(size_bytes: int, free_bytes: int) -> bool:

@@ -54,6 +54,9 @@ class FeatureSet:
     def device(self) -> torch.device:
         return self.features.device
 
+    def expect(self, chosen: Tensor) -> None:
+        """Do nothing: features are in memory."""
+
     def batch(self, chosen: Tensor, config: TrainConfig, runtime: Runtime, generator: torch.Generator) -> Tensor:
         """Return a uniformly random version of every chosen image: [B, ...] on the device."""
         version = torch.randint(self.features.shape[1], (len(chosen),), generator=generator)

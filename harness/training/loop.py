@@ -68,6 +68,9 @@ class Source(Protocol):
     @property
     def device(self) -> torch.device: ...  # of images or features, labels, and the indices of a batch
     def __len__(self) -> int: ...
+    def expect(self, chosen: Tensor) -> None:
+        """Begin to prepare the next batch, if that takes long; `batch` follows with the same tensor."""
+
     def batch(self, chosen: Tensor, config: TrainConfig, runtime: Runtime, generator: torch.Generator) -> Tensor:
         """Return a training step's inputs for the chosen images [B], on the device; random by `generator`."""
 
@@ -140,7 +143,7 @@ def _train_epoch(training: Training, after_batch: Callable[[], None]) -> None:
             set_random_states(progress.random_states, runtime.device)
         while progress.step < len(batches):
             with progress.moving():
-                _train_batch(training, config, batches[progress.step], generator, weights)
+                _train_batch(training, config, batches, generator, weights)
                 progress.random_states = {**random_states(runtime.device), "augment": generator.get_state()}
                 progress.step += 1
             after_batch()
@@ -155,9 +158,10 @@ def _in_epoch(config: TrainConfig, epoch: int) -> TrainConfig:
 
 
 def _train_batch(
-    training: Training, config: TrainConfig, batch: Tensor, generator: torch.Generator, weights: Tensor | None
+    training: Training, config: TrainConfig, batches: list[Tensor], generator: torch.Generator, weights: Tensor | None
 ) -> None:
     runtime, progress = training.runtime, training.progress
+    batch, *following = batches[progress.step : progress.step + 2]
     set_lr(training.optimizer, _lr_factor(training, progress.step), _body_factor(training))
     inputs, target = mix(
         training.train.batch(batch, config, runtime, generator),
@@ -165,6 +169,8 @@ def _train_batch(
         config.augment,
         generator,
     )
+    for each in following:
+        training.train.expect(each)
     done = train_step(
         training.learner,
         runtime.move(inputs),

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from harness.data.augment import IMAGENET
-from harness.data.splits import Splits, fits, load_splits, load_test, load_train_and_val, prepare
+from harness.data.splits import Reader, Splits, fits, load_splits, load_test, load_train_and_val, prepare
 from harness.datasets.image_folder import ImageFolder
 from harness.garden.dataset import Garden
 from tests.conftest import PROJECT
@@ -66,6 +66,24 @@ def test_the_test_split_has_the_models_size_and_its_own_images(garden: Garden) -
 def test_a_batch_holds_the_images_asked_for(garden: Garden) -> None:
     train, order = load_splits(garden, IMAGENET).train, torch.tensor([5, 0, 31, 5])
     assert torch.equal(train.stored(order, torch.device("cpu")), train.images[order])
+
+
+def test_images_read_beside_the_step_before_are_those_asked_for(garden: Garden) -> None:
+    train = load_splits(garden, IMAGENET).train
+    reading = dataclasses.replace(train, reader=Reader(train.images, torch.device("cpu")))
+    first, second, other = torch.tensor([5, 0, 31, 5]), torch.tensor([1, 2]), torch.tensor([1, 2])
+    for chosen, expected in ((first, second), (second, first), (other, None), (first, None)):
+        assert torch.equal(reading.stored(chosen, torch.device("cpu")), train.images[chosen])
+        if expected is not None:
+            reading.expect(expected)
+
+
+def test_an_error_of_the_reading_thread_is_raised_where_the_images_are_needed(garden: Garden) -> None:
+    train, beyond = load_splits(garden, IMAGENET).train, torch.tensor([5, 99])
+    reading = dataclasses.replace(train, reader=Reader(train.images, torch.device("cpu")))
+    reading.expect(beyond)
+    with pytest.raises(IndexError):
+        reading.stored(beyond, torch.device("cpu"))
 
 
 def test_images_move_to_a_device_only_when_they_leave_most_of_its_memory_free(garden: Garden) -> None:

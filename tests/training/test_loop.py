@@ -20,7 +20,7 @@ from torch import Tensor
 from harness.config.events import EpochResult, Metrics
 from harness.config.study import Study
 from harness.data.augment import IMAGENET, normalise
-from harness.data.splits import ImageSet
+from harness.data.splits import ImageSet, Reader
 from harness.training.assemble import assemble, with_validation_images
 from harness.training.loop import EVALUATION_BATCH, Training, _batches, evaluate, fit, logits_of
 from harness.training.optim import lr_factor
@@ -57,6 +57,16 @@ def test_the_same_seed_gives_the_same_results_and_weights_bit_for_bit(study: Stu
     np.random.rand(3)
     assert timeless(list(fit(again))) == results
     assert equal(state(first), state(again))
+
+
+@pytest.mark.slow
+def test_images_read_beside_the_step_before_give_the_same_bits(study: Study) -> None:
+    usual, beside = training_of(study), training_of(study)
+    assert isinstance(beside.train, ImageSet)
+    reading = dataclasses.replace(beside.train, reader=Reader(beside.train.images, CPU.device))
+    beside = dataclasses.replace(beside, train=reading)
+    assert timeless(list(fit(usual))) == timeless(list(fit(beside)))
+    assert equal(state(usual), state(beside))
 
 
 @pytest.mark.slow
