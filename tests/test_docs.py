@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -11,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from harness.cli import commands as cli
 from harness.cli.arguments import build_parser
@@ -119,6 +122,26 @@ def test_the_commands_of_a_page_do_what_it_says(name: str, workspace: Path) -> N
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_parts_of_study_files_are_what_a_study_takes(tmp_path: Path) -> None:
+    places = ("steering.md", "first = "), ("study-file.md", "backbone = "), ("study-file.md", "space = ")
+    parts = ["from harness import Choice, Float", *(fragment(page, start) for page, start in places)]
+    (tmp_path / "parts.py").write_text("\n".join(parts), encoding="utf-8")
+    names = runpy.run_path(str(tmp_path / "parts.py"), {"my_model": lambda: nn.Linear(1, 1)})
+    study = catalogue.find("flowers102").study
+    assert len(dataclasses.replace(study, first=names["first"]).first) == 2
+    for backbone in names["space"]["backbone"].options:
+        train = space.replace(dataclasses.replace(study.train, backbone=backbone), "backbone.dropout", 0.5)
+        built = dataclasses.replace(train.backbone, pretrained=False).build(3, 224)  # type: ignore[type-var, arg-type]
+        assert any(isinstance(each, nn.Dropout) and each.p == 0.5 for each in built.modules())
+
+
+def fragment(page: str, start: str) -> str:
+    """Return a page's block of Python that has a line with this start."""
+    found = [body for info, body in BLOCK.findall(PAGES[page]) if info == "python" and f"\n{start}" in f"\n{body}"]
+    assert len(found) == 1
+    return found[0]
 
 
 @pytest.mark.slow

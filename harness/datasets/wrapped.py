@@ -68,10 +68,10 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Wrapped(DataConfig):
-    """Three map-style torch Datasets: Wrapped(train, val, test, classes=("daisy", "rose")).
+    """Three map-style torch Datasets: Wrapped(train, val, test, names=("daisy", "rose")).
 
     Each gives (image, label): a PIL image, or a uint8 tensor [3, H, W] or [1, H, W], without augmentation, which the
-    harness adds, and a class number from 0. Without `classes`, the names are those of `train.classes`, or the numbers.
+    harness adds, and a class number from 0. Without `names`, the names are those of `train.classes`, or the numbers.
     All images are read at every start, to see whether they have changed; one of them twice, to find random transforms.
     """
 

@@ -45,7 +45,7 @@ class MaxViTT(Torchvision):
 class TinyMaxViT(PretrainedBackbone):
     """The same class with three blocks of one layer: 0.4 M parameters for 64 x 64 pixels.
 
-    Its pretrained weights ship with the project; `python -m harness.garden.pretrain` recreates them.
+    Its pretrained weights ship with the project; `python -m harness.garden.pretrain` trains such weights.
     """
 
     hidden: tuple[int, ...] = (128,)

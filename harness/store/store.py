@@ -220,7 +220,7 @@ class Store(StudyView):
         """Ask the worker of a trial to end it. Raises InputError unless the trial is unfinished."""
         trial = next((each for each in self._study.get_trials(deepcopy=False) if each.number == number), None)
         if trial is None or trial.state is TrialState.WAITING:
-            raise InputError(f"There is no trial {number} yet; `show` lists the trials.")
+            raise InputError(f"There is no trial {number} yet; `report` lists the trials.")
         if trial.state in FINISHED:
             raise InputError(
                 f"Trial {number} has ended ({record_of(trial).state}); only an unfinished one can be skipped."

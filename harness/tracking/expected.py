@@ -108,7 +108,7 @@ class Finding:
 def data_of(study: Study, store: Store) -> dict[str, str]:
     """Return what MLflow shows of the data set: name, digest (at most 36 characters), source and profile."""
     data, facts = study.train.data, store.facts()
-    content = str((facts.definition or {}).get("data", "unknown"))
+    content = str((facts.definition or {}).get("content of data", "unknown"))
     return {
         "name": type(data).__name__,
         "digest": content if len(content) <= LONGEST_DIGEST else hashlib.sha256(content.encode()).hexdigest()[:16],
