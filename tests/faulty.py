@@ -104,7 +104,8 @@ def complete(
     look: Callable[[Store], Any] = everything,
 ) -> Any:
     """Run here whatever the study in `place` lacks, calling `at` at every event; returns what `look` sees."""
-    tensors._load.cache_clear()  # as a new process would
+    for loaded in (tensors._load, tensors.load_train_and_val):
+        loaded.cache_clear()  # as a new process would
     with open_store(study, f"sqlite:///{place}/tiny.db") as store:
         if tracker is not None:
             tracker.start(study, store, {})
@@ -135,7 +136,6 @@ class CommandLine:
 
     def run(self, *arguments: str) -> Ended:
         (self.place / "studies" / "tiny.py").write_text(STUDY_FILE)
-        tensors._load.cache_clear()
         self._capsys.readouterr()
         code = main(["run", "--study", "tiny", *arguments])
         out, err = self._capsys.readouterr()

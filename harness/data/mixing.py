@@ -50,6 +50,8 @@ def mix(
     if cuts.any():
         kept = torch.from_numpy(_outside_of_boxes(drawn, images.shape[2], images.shape[3], random))
         shares = torch.where(torch.from_numpy(cuts).view(-1, 1, 1, 1), kept, shares)
+    if device.type == "cuda":  # otherwise the copy of a mask waits for the step before
+        shares = shares.pin_memory()
     shares = shares.to(device, non_blocking=True)
     mixed = torch.lerp(images[partner], images, shares)
     return mixed, Target(labels=labels, others=labels[partner], share=shares.flatten(1).mean(1))

@@ -131,9 +131,8 @@ class Splits:
 
 @lru_cache(maxsize=4)  # by identity, as no two sets have the same tensors
 def _on_cuda(images: ImageSet, device: torch.device) -> ImageSet:
-    import torch
 
-    if not fits(images.images.nbytes, torch.cuda.mem_get_info(device)[0]):
+    if not fits(images.images.nbytes, free_bytes(device)):
         return replace(images, reader=Reader(images.images, device))
     return replace(images, images=images.images.to(device), labels=images.labels.to(device))
 
@@ -141,6 +140,14 @@ def _on_cuda(images: ImageSet, device: torch.device) -> ImageSet:
 def _chosen(images: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     # index_select copies whole images; images[chosen] goes byte by byte, which takes four times as long.
     return images.index_select(0, chosen.to(images.device))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the free memory of a CUDA device, with what this process has reserved and does not use."""
+    import torch
+
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + reserved
 
 
 def fits(size_bytes: int, free_bytes: int) -> bool:
@@ -160,6 +167,8 @@ def prepare(dataset: Dataset, *preprocessings: Preprocessing) -> str:
     Returns a fingerprint of all images and labels for each preprocessing. Raises InputError if the data are missing,
     a class is missing from a split, or a file is not an image.
     """
+    for loaded in (_load, load_train_and_val):
+        loaded.cache_clear()  # in a program's second study, files may have changed
     check_names(dataset.classes(), dataset.classes(), "in the data set")
     try:
         Path(dataset.cache).mkdir(parents=True, exist_ok=True)
@@ -229,6 +238,7 @@ def item_name(dataset: Dataset, item: Any) -> str:
     return shown(item.relative_to(root).as_posix() if inside else str(item))
 
 
+@lru_cache(maxsize=1)  # all seeds of the final run share them, here and on a device
 def load_train_and_val(dataset: Dataset, preprocessing: Preprocessing) -> ImageSet:
     """Load both as one training set, for the final run."""
     import torch

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -55,8 +56,9 @@ def change(images: Tensor, operations: Operations) -> None:
     for name in set(operations.chosen.tolist()):
         if name >= len(GEOMETRY):
             places = (operations.chosen == name).nonzero().flatten()
-            strength = operations.strength[places].view(-1, 1, 1, 1).to(images.device)
-            places = places.to(images.device)
+            later = images.device.type == "cuda"  # a copy of a few bytes need not be waited for
+            strength = operations.strength[places].view(-1, 1, 1, 1).to(images.device, non_blocking=later)
+            places = places.to(images.device, non_blocking=later)
             images[places] = COLOUR[NAMES[name]](images[places], strength)
 
 
@@ -98,7 +100,17 @@ def _blend(images: Tensor, others: Tensor, strength: Tensor) -> Tensor:
 
 
 def _grey(images: Tensor) -> Tensor:
-    return (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+    return (images * _luma(images.device)).sum(1, keepdim=True)
+
+
+@cache
+def _luma(device: torch.device) -> Tensor:
+    return torch.tensor(LUMA, device=device).view(3, 1, 1)
+
+
+@cache
+def _smoothing(device: torch.device) -> Tensor:
+    return torch.tensor([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]], device=device).div_(13).expand(3, 1, 3, 3)
 
 
 def _brightness(images: Tensor, strength: Tensor) -> Tensor:
@@ -114,10 +126,9 @@ def _contrast(images: Tensor, strength: Tensor) -> Tensor:
 
 
 def _sharpness(images: Tensor, strength: Tensor) -> Tensor:
-    kernel = images.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]]).div_(13).expand(3, 1, 3, 3)
     blurred = images.clone()  # the border stays
     if min(images.shape[2:]) > 2:
-        blurred[:, :, 1:-1, 1:-1] = F.conv2d(images, kernel, groups=3)
+        blurred[:, :, 1:-1, 1:-1] = F.conv2d(images, _smoothing(images.device), groups=3)
     return _blend(images, blurred, strength)
 
 

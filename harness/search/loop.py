@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from harness.base.environment import environment
-from harness.base.errors import Halt, no_room
+from harness.base.errors import Halt, first_line, no_room
 from harness.base.keys import trial_key
 from harness.base.seeds import derive_seed
 from harness.config import events
@@ -22,7 +22,7 @@ from harness.training.assemble import assemble
 from harness.training.checkpoint import SUFFIX, Checkpoint, identity_of, remove
 from harness.training.loop import Training, fit
 from harness.training.optim import group_table
-from harness.training.step import Runtime
+from harness.training.step import Runtime, is_device_failure
 
 FAILURES_IN_A_ROW = 3
 SKIPPED = "skipped by hand"
@@ -91,6 +91,8 @@ def evaluate_trial(
     except Exception as error:
         if no_room(error):
             raise Halt(f"{error}; make room.") from error
+        if is_device_failure(error):
+            raise Halt(f"The device failed ({first_line(error)}); run the same command again.") from error
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         outcome = events.Failed(reason=reason, traceback=traceback.format_exc())
     if checkpoint is None:

@@ -76,6 +76,7 @@ def _begin(command: Command, store: Store, tracker: MLflowTracker) -> Runtime:
     """Prepare the first trial: decide the runtime, store it, and open the study's MLflow run."""
     from harness.training.assemble import decide_runtime
     from harness.training.features import keep_features
+    from harness.training.step import free_memory
 
     options, study = command.options, command.study
     with store.exclusive(START):
@@ -94,6 +95,8 @@ def _begin(command: Command, store: Store, tracker: MLflowTracker) -> Runtime:
         if options.trains_itself and store.finished() < wanted(study, store):
             _name_changes(store, runtime.device)  # workers keep their shares of the cores between runs
         keep_features(study.train, runtime, with_validation=study.final.fit_on == "train+val")
+        if runtime.device.type != "cpu":
+            free_memory(runtime.device)  # for the workers
         tracker.start(study, store, expected.facts(study, runtime.to_dict(), environment(runtime.device)))
     return runtime
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness.base.files import METADATA, Damaged, remove_abandoned, replace_file
 from harness.base.processes import is_abandoned
@@ -218,11 +218,14 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Restore the state in the parameters' memory layout: fused steps go by storage order, not by index."""
-    parameters: list[nn.Parameter] = [each for group in optimizer.param_groups for each in group["params"]]
+    parameters = [(each, group) for group in optimizer.param_groups for each in group["params"]]
     for key, value in tensors.items():
         number, name = key.split("/")
-        parameter = parameters[int(number)]
-        if value.shape == parameter.shape:
+        parameter, group = parameters[int(number)]
+        on_device = group.get("fused") or group.get("capturable") or isinstance(optimizer, torch.optim.ASGD)
+        if name in ("step", "mu_product") and not on_device:
+            kept = value  # read in every step, which would wait for the device
+        elif value.shape == parameter.shape:
             kept = torch.empty_like(parameter, requires_grad=False, dtype=value.dtype).copy_(value)
         else:
             kept = value.to(parameter.device)

@@ -29,7 +29,7 @@ from harness.base.seeds import derive_seed
 from harness.config.contracts import Backbone, Preprocessing, name_of
 from harness.config.train import AugmentConfig, TrainConfig
 from harness.data.augment import IMAGENET, augment, normalise
-from harness.data.splits import ImageSet, load_split
+from harness.data.splits import ImageSet, fits, free_bytes, load_split
 from harness.training.checkpoint import SUFFIX, fingerprint, read_tensors, write_tensors
 from harness.training.loop import EVALUATION_BATCH, outputs_of
 from harness.training.step import Runtime, seeded
@@ -156,7 +156,10 @@ class FrozenBody:
                 write_tensors(path, {"features": features}, place)
                 work.done(len(features))
             found.append(features)
-        return torch.cat(found).unflatten(0, (len(versions), -1)).transpose(0, 1).contiguous().to(self._runtime.device)
+        features = torch.cat(found).unflatten(0, (len(versions), -1)).transpose(0, 1).contiguous()
+        device = self._runtime.device
+        has_room = device.type != "cuda" or fits(features.nbytes, free_bytes(device))
+        return features.to(device) if has_room else features
 
     def _name(self, images: ImageSet, view: View | None) -> str:
         """Hash all that affects the features of a version."""
@@ -234,6 +237,7 @@ def keep_features(config: TrainConfig, runtime: Runtime, with_validation: bool) 
     """
     if config.feature_views is None:
         return
+    _frozen_body.cache_clear()  # in a program's second study, a file of weights may have changed
     features_to_train_on(config, runtime, "train")
     if with_validation:
         features_to_train_on(config, runtime, "val")

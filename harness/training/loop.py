@@ -165,7 +165,7 @@ def _train_batch(
     set_lr(training.optimizer, _lr_factor(training, progress.step), _body_factor(training))
     inputs, target = mix(
         training.train.batch(batch, config, runtime, generator),
-        training.train.labels[batch].to(runtime.device),
+        training.train.labels[batch].to(runtime.device, non_blocking=runtime.device.type == "cuda"),
         config.augment,
         generator,
     )

@@ -238,7 +238,8 @@ def train_step(
 
 def _update(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Take the optimizer's step; the first one allocates its state, of twice the parameters' size for Adam."""
-    if not optimizer.state and device.type != "cpu":
+    has_state = not isinstance(optimizer, torch.optim.SGD) or optimizer.defaults["momentum"]
+    if has_state and not optimizer.state and device.type != "cpu":
         free_memory(device)
     try:
         optimizer.step()
@@ -298,10 +299,19 @@ def halving(attempt: Callable[[int], ResultT], size: int, device: torch.device) 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether torch ran out of memory; on a CPU and on MPS only the error's text tells."""
-    words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")  # cuBLAS's and cuDNN's
+    """Return whether torch ran out of memory; on a CPU and on MPS only the error's text tells.
+
+    cuBLAS and cuDNN have texts of their own, for example if no engine has room for its workspace.
+    """
+    words = ["can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED"]
+    words += ["unable to find an engine", "CUBLAS_STATUS_NOT_INITIALIZED"]
     said = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
     return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def is_device_failure(error: BaseException) -> bool:
+    """Return whether the device failed: all later calls of this process would fail, too."""
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
 
 
 def free_memory(device: torch.device) -> None:

@@ -42,9 +42,9 @@ def surroundings(workers: int, per_gpu: int, device: str) -> list[dict[str, str]
     """
     if not workers:
         return []
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // workers)))}
     if device != "cuda":
-        share = max(1, cores() // workers)
-        return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(share))}] * workers
+        return [threads] * workers
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -54,7 +54,7 @@ def surroundings(workers: int, per_gpu: int, device: str) -> list[dict[str, str]
             f"--workers {workers} needs {-(-workers // per_gpu)} GPUs with --workers-per-gpu {per_gpu}, but there are "
             f"{len(gpus)}; give fewer --workers or more --workers-per-gpu."
         )
-    return [{"CUDA_VISIBLE_DEVICES": gpus[number // per_gpu]} for number in range(workers)]
+    return [threads | {"CUDA_VISIBLE_DEVICES": gpus[number // per_gpu]} for number in range(workers)]
 
 
 def of_use(asked: int, study: Study, store: Store, reopening: bool) -> int:

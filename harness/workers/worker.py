@@ -73,12 +73,15 @@ def do(
 ) -> None:
     """Do a job to its end; `tell` its events, then Done or Stopped. `finish` is called before Done."""
     from harness.search.loop import TooManyFailures
+    from harness.training.step import free_memory
 
     try:
         with closing(_events(job, context)) as events:
             for event in events:
                 tell(event.sendable() if isinstance(event, TrialStarted) else event)
         finish()
+        if context.runtime.device.type != "cpu":
+            free_memory(context.runtime.device)  # others may need it
     except (TooManyFailures, Halt, InputError) as error:
         tell(Stopped(error))
     else:

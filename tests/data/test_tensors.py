@@ -38,6 +38,18 @@ def folder(tmp_path: Path) -> ImageFolder:
     return ImageFolder(root=str(tmp_path / "photos"), image_size=8, stored_size=10, cache=str(tmp_path / "cache"))
 
 
+def test_a_programs_next_study_sees_the_photographs_as_they_are_now(folder: ImageFolder) -> None:
+    prepare(folder, IMAGENET)
+    before = [load_splits(folder, IMAGENET).val.images, load_train_and_val(folder, IMAGENET).images]
+    Image.new("RGB", (20, 20), "white").save(Path(folder.root) / "val" / "rose" / "1.png")
+    prepare(folder, IMAGENET)
+    after = [load_splits(folder, IMAGENET).val.images, load_train_and_val(folder, IMAGENET).images]
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(old[:-1], new[:-1])
+        assert (new[-1] == 255).all()
+        assert not torch.equal(old[-1], new[-1])
+
+
 def test_train_has_the_stored_size_and_val_the_models_size_in_uint8(garden: Garden) -> None:
     splits = load_splits(garden, IMAGENET)
     assert splits.classes == garden.classes()

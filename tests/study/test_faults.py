@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from harness.base.errors import Halt
 from harness.config.events import EpochEnded, Event, TrialEnded
 from harness.config.space import Float
 from harness.config.study import Study
@@ -151,6 +152,25 @@ def test_an_exception_fails_the_trial_and_its_traceback_is_kept_twice(
     assert (run.info.status, run.data.tags["harness.state"]) == ("FAILED", "failed")
     artifact = Path(run.info.artifact_uri.removeprefix("file://")) / "traceback.txt"
     assert artifact.read_text() == trials[0].traceback
+
+
+@pytest.mark.slow
+def test_a_device_that_fails_stops_the_study_and_the_trial_goes_on_in_the_next_process(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: Any) -> Any:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with")
+
+    straight, failing = tmp_path / "straight", tmp_path / "failing"
+    for place in (straight, failing):
+        place.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("harness.training.step.accumulate_gradient", fails)
+        with pytest.raises(
+            Halt, match=r"^The device failed \(CUDA error: .* encountered\); run the same command again"
+        ):
+            complete(study, failing)
+    assert complete(study, failing) == complete(study, straight)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from harness.base.errors import Halt, InputError
 from harness.config.train import RuntimeConfig
 from harness.models.maxvit import TinyMaxViT
 from harness.training.runtime import resolve
-from harness.training.step import Runtime, find_device, free_memory, predict, train_step
+from harness.training.step import Runtime, _update, find_device, free_memory, predict, train_step
 from tests.conftest import PROJECT
 
 
@@ -302,6 +302,19 @@ def test_an_optimizer_without_memory_for_its_state_says_so() -> None:
     options = {"label_smoothing": 0.0, "clip_norm": None}
     with pytest.raises(MemoryError, match=r"out of memory for the optimizer's state .*ALLOC_FAILED"):
         train_step(model, torch.ones(2, 3), torch.tensor([0, 1]), Greedy(model.parameters()), runtime(), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("optimizer", "times"), [("SGD", 0), ("AdamW", 1)])
+def test_memory_is_freed_once_for_an_optimizers_state(
+    optimizer: str, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, freed = nn.Linear(3, 2), []
+    monkeypatch.setattr("harness.training.step.free_memory", freed.append)
+    chosen = getattr(torch.optim, optimizer)(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model(torch.ones(2, 3)).sum().backward()
+        _update(chosen, torch.device("cuda"))
+    assert len(freed) == times
 
 
 def test_freeing_memory_also_collects_cyclic_garbage() -> None:

@@ -412,7 +412,11 @@ def test_workers_cannot_share_a_gpu_where_there_is_none(engine: Literal["process
 
 def test_each_worker_has_a_gpu_of_its_own_unless_they_are_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    assert surroundings(2, 1, "cuda") == [{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "7"}]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert surroundings(2, 1, "cuda") == [
+        {"OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": "4"},
+        {"OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": "7"},
+    ]
     shared = [each["CUDA_VISIBLE_DEVICES"] for each in surroundings(4, 2, "cuda")]
     assert shared == ["4", "4", "7", "7"]
     with pytest.raises(InputError, match=r"--workers 3 needs 3 GPUs .* there are 2; give fewer --workers"):
