@@ -338,7 +338,7 @@ def _row(name: str, url: str, trials: int) -> Row:
     if not exists(name, url):
         return Row(study=name, state="not begun", trials=trials)
     with read_store(name, url) as store:
-        best, final, facts = store.chosen() or store.best(), store.facts().final, store.facts()
+        best, final, facts = store.best(), store.facts().final, store.facts()
         return Row(
             study=name,
             state=overview.state_of(store),

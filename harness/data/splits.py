@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
+MOST_CLASSES = 2**16  # predictions are stored in 16 bits
 SHARE_OF_DEVICE = 1 / 4  # of its free memory, for images
 
 
@@ -170,6 +171,8 @@ def prepare(dataset: Dataset, *preprocessings: Preprocessing) -> str:
     for loaded in (_load, load_train_and_val):
         loaded.cache_clear()  # in a program's second study, files may have changed
     check_names(dataset.classes(), dataset.classes(), "in the data set")
+    if len(dataset.classes()) > MOST_CLASSES:
+        raise InputError(f"The data set has {len(dataset.classes()):,} classes; at most {MOST_CLASSES:,} are possible.")
     try:
         Path(dataset.cache).mkdir(parents=True, exist_ok=True)
     except OSError as error:

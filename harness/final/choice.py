@@ -65,8 +65,12 @@ def rerank(context: Context) -> Iterator[Event]:
         yield from retraining.train()
         training = retraining.trained()
         val = training.progress.epochs[-1].val
-        assert val is not None, "reranking needs validation images"
-        counted = {"correct": val.correct, "total": val.total, "accuracy": val.accuracy, "score": val.value}
+        if retraining.diverged:
+            assert training.val is not None, "reranking needs validation images"
+            counted = {"correct": 0, "total": len(training.val), "accuracy": 0.0, "score": 0.0}
+        else:
+            assert val is not None, "reranking needs validation images"
+            counted = {"correct": val.correct, "total": val.total, "accuracy": val.accuracy, "score": val.value}
         results.setdefault(str(retraining.trial.number), []).append(retraining.record(training) | counted)
         store.set_as_leader({"rerank": {"candidates": numbers, "results": results, "chosen": None}})
         yield from retraining.end()
@@ -153,7 +157,9 @@ def _fitted(
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
-    ends = extrapolated([trial.curve for trial in trials], [trial.value for trial in trials])
+    # A curve that diverged says nothing about its end: it is the worst, as for the samplers.
+    curves = [{} if trial.state == "diverged" else trial.curve for trial in trials]
+    ends = extrapolated(curves, [trial.value for trial in trials])
     ends = clipped(ends, share)  # the best may be close together, and the base far below
     # Candidates come first, and the highest of them always stays.
     ranked = sorted(range(len(trials)), key=lambda n: (trials[n].number != 0, trials[n].value is None, -ends[n]))

@@ -74,6 +74,7 @@ def write_description(
         "temperature": temperature_of(chosen, epochs),  # by which predictions divide the logits
         "fit_on": final.fit_on,
         "trial": chosen.number,
+        "objective": store.facts().objective,  # of the next line
         "trial_validation_accuracy": chosen.value,  # not this model's, which may have trained on these images
         "test": {key: getattr(tested, key) for key in ("seed", "correct", "total", "accuracy")},
     }

@@ -53,6 +53,11 @@ class Predictions:
         numpy.add.at(counts, (self.labels, self.predicted), 1)
         return counts
 
+    @property
+    def totals(self) -> NDArray[Any]:
+        """Test images of each class, over all seeds: int [C]."""
+        return len(self.predicted) * numpy.bincount(self.labels, minlength=len(self.classes))
+
 
 def marks(contents: Sequence[str]) -> str:
     """Return the first 64 bits of each sha256, packed: they tell the test images of all studies apart."""
@@ -93,10 +98,12 @@ def from_record(record: Mapping[str, Any]) -> Predictions:
 
 def per_class(found: Predictions) -> list[dict[str, Any]]:
     """Return each class's accuracy over all seeds, the worst first; the interval counts an image once."""
-    matrix, seeds = found.matrix, len(found.predicted)
+    seeds, totals = len(found.predicted), found.totals
+    right = numpy.broadcast_to(found.labels, found.predicted.shape)[found.hits]
+    hits = numpy.bincount(right, minlength=len(found.classes))
     rows = []
     for number, name in enumerate(found.classes):
-        correct, total = int(matrix[number, number]), int(matrix[number].sum())
+        correct, total = int(hits[number]), int(totals[number])
         if total:
             interval = list(wilson(correct / seeds, total // seeds))
             counted = {"class": name, "correct": correct, "total": total, "accuracy": correct / total}
@@ -110,20 +117,20 @@ def confusions(found: Predictions) -> list[dict[str, Any]]:
     `image` is the number of the test image that was most confidently taken for the other class; `like` is
     the one of the other class that was most confidently recognised, None if none was.
     """
-    matrix = found.matrix
-    apart = matrix * ~numpy.eye(len(matrix), dtype=bool)
-    order = numpy.argsort(-apart, axis=None, kind="stable")[:PAIRS].tolist()
-    pairs = [divmod(place, len(matrix)) for place in order if apart.flat[place]]
+    totals, numbered = found.totals, found.labels * len(found.classes) + found.predicted  # a number for each pair
+    pairs, counts = numpy.unique(numbered[~found.hits], return_counts=True)
+    order = numpy.argsort(-counts, kind="stable")[:PAIRS].tolist()
+    worst = [(*divmod(int(pairs[place]), len(found.classes)), int(counts[place])) for place in order]
     return [
         {
             "class": found.classes[true],
             "predicted": found.classes[predicted],
-            "count": int(apart[true, predicted]),
-            "of": int(matrix[true].sum()),
+            "count": count,
+            "of": int(totals[true]),
             "image": _surest(found, true, predicted),
             "like": _surest(found, predicted, predicted),
         }
-        for true, predicted in pairs
+        for true, predicted, count in worst
     ]
 
 

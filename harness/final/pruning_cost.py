@@ -16,7 +16,7 @@ from typing import Any
 import numpy
 
 from harness.base.seeds import derive_seed
-from harness.base.words import duration, percent
+from harness.base.words import OBJECTIVES, duration, percent
 from harness.final.statistics import CONFIDENCE
 
 FEW = 10  # a rank correlation over fewer trials is called a hint
@@ -164,13 +164,13 @@ def rank_correlation(first: Sequence[float], second: Sequence[float], weights: S
 # -- sentences -----------------------------------------------------------------------------------------------------
 
 
-def audit_sentences(record: Mapping[str, Any]) -> list[str]:
+def audit_sentences(record: Mapping[str, Any], objective: str) -> list[str]:
     """Describe an audit's record, for the command and the report."""
     time, share = duration(record["saved"]["seconds"]), percent(record["saved"]["share"])
     return [
         _sample_sentence(record),
         f"Pruning saved {time}, {share} of what the search would have taken without it.",
-        *_winner_sentences(record),
+        *_winner_sentences(record, OBJECTIVES[objective]),
         *_rank_sentences(record),
         _repetition_sentence(record),
     ]
@@ -189,7 +189,7 @@ def _was(count: int) -> str:
     return "was" if count == 1 else "were"
 
 
-def _winner_sentences(record: Mapping[str, Any]) -> list[str]:
+def _winner_sentences(record: Mapping[str, Any], noun: str) -> list[str]:
     winner, best, tied = record["winner"], record["best_audited"], record["tied"]
     low, high = record["interval"]
     too = f", {tied:,} would have tied with it" if tied else ""
@@ -198,7 +198,7 @@ def _winner_sentences(record: Mapping[str, Any]) -> list[str]:
         share += f", 95 % interval {percent(low)} to {percent(high)} (hypergeometric, exact)"
     first = (
         f"{record['better']:,} of the {record['audited']:,} would have beaten the winner, trial {winner['trial']} with "
-        f"a validation accuracy of {percent(winner['value'])}{too}: {share}. That is a lower "
+        f"a validation {noun} of {percent(winner['value'])}{too}: {share}. That is a lower "
         "bound: the winner's value was selected as the highest, so it is biased upwards."
     )
     if best["value"] is None:

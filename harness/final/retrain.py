@@ -55,6 +55,7 @@ class Retraining:
         self.key = KEYS[kind](trial.number, number)
         # Set by `trained`: the training's epochs, and the environments it ran in.
         self.epochs: tuple[EpochResult, ...] = ()
+        self.diverged: EpochResult | None = None  # set by `train`: the epoch in which it diverged
         self.environments: Sequence[Mapping[str, str]] = ()
         self._context = context
         self._path = context.checkpoints / f"{self.key}{SUFFIX}"
@@ -63,11 +64,15 @@ class Retraining:
         self._fit_on = "train" if kind in ("rerank", "ablation") else context.study.final.fit_on
 
     def train(self) -> Iterator[Event]:
-        """Train to the end, from the checkpoint if there is one; leaves the trained weights in it."""
+        """Train to the end, from the checkpoint if there is one; leaves the trained weights in it.
+
+        A training that diverges ends there, see `diverged`.
+        """
         checkpoint = self._checkpoint()
         training = checkpoint.training
         resumed = checkpoint.restore()
-        if training.progress.epoch > self.config.epochs:
+        self.diverged = next((each for each in training.progress.epochs if not each.is_finite()), None)
+        if self.diverged or training.progress.epoch > self.config.epochs:
             return
         of = f" of trial {self.trial.number}" if self.kind == "rerank" else ""
         name = f"{self.kind} seed {self.number}{of}"
@@ -86,6 +91,9 @@ class Retraining:
         )
         with checkpoint.saved_when_stopped(), closing(fit(training, checkpoint.after_batch)) as results:
             for result in results:
+                if not result.is_finite():
+                    self.diverged = result
+                    break
                 yield EpochEnded(key=key, name=name, number=self.number, result=result)
             checkpoint.save()
 
@@ -95,8 +103,16 @@ class Retraining:
         if not checkpoint.restore():
             raise Halt(f"The trained weights {self._path} are missing or damaged; run the same command again.")
         self.environments = checkpoint.environments
-        self.epochs = tuple(result.without_hits() for result in checkpoint.training.progress.epochs)
+        self.epochs = tuple(each.without_hits() for each in checkpoint.training.progress.epochs if each.is_finite())
         return checkpoint.training
+
+    def divergence(self) -> str:
+        """Describe, as a clause, where it diverged."""
+        assert self.diverged is not None
+        step = f" at step {self.diverged.diverged_step}" if self.diverged.diverged_step else ""
+        return (
+            f"{self.kind} seed {self.number} of trial {self.trial.number} diverged in epoch {self.diverged.epoch}{step}"
+        )
 
     def record(self, training: Training) -> dict[str, Any]:
         """Return the training's record for the storage: the weights' sha256, environments, and every epoch."""

@@ -64,9 +64,10 @@ def stop_sentence(store: Store) -> str | None:
 
 def ablation_sentences(record: Mapping[str, Any]) -> list[str]:
     """Describe an ablation's record (`harness.study.ablate`): the gain of each field, in points."""
-    scores = [_scores(results) for _, results in sorted(record["results"].items(), key=lambda item: int(item[0]))]
-    if len(scores) <= len(record["fields"]):
+    steps = [record["results"].get(str(step), []) for step in range(len(record["fields"]) + 1)]
+    if any(len(results) < len(record["seeds"]) for results in steps):
         return ["The ablation is not complete; run the same command again."]
+    scores = [_scores(results) for results in steps]
     seeds, images = scores[0].shape
     ends = [percent(float(each.mean())) for each in (scores[0], scores[-1])]
     lines = [

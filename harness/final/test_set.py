@@ -19,6 +19,7 @@ import numpy
 import torch
 
 from harness.base.environment import git_commit
+from harness.base.errors import StudyFailed
 from harness.base.packing import pack, unpack
 from harness.config.contracts import Dataset, SplitName
 from harness.config.events import Elsewhere, Event
@@ -78,8 +79,9 @@ def final_run(context: Context, folder: Path, reason: str | None = None) -> Iter
     A seed that was trained before an interruption is not trained again: its last checkpoint stays until the result
     is recorded. If the result exists and only the weights are lost, their seed is retrained, and the test
     set stays closed. It also stays closed if it was opened for another trial and no `reason` is given. Does nothing
-    if no trial is complete. Raises LeaseLost, with nothing recorded, if another process has taken over, and
-    InputError if the model in `folder` is another study's.
+    if no trial is complete. Raises LeaseLost, with nothing recorded, if another process has taken over,
+    InputError if the model in `folder` is another study's, and StudyFailed, with the test set closed, if a seed
+    diverges; a base that does is not compared.
     """
     study, store = context.study, context.store
     chosen = store.chosen()
@@ -100,9 +102,20 @@ def final_run(context: Context, folder: Path, reason: str | None = None) -> Iter
     yield from context.ahead([*seeds, *base])
     for retraining in [*seeds, *base]:
         yield from retraining.train()
-    tested = _open_test_set(context, seeds, base, folder, reason)
-    for retraining, metrics in zip([*seeds, *base], tested, strict=True):
+    if lost := next((each for each in seeds if each.diverged), None):
+        raise StudyFailed(
+            f"The test set stays closed, because {lost.divergence()}. Run more trials, with a larger --trials, or "
+            "start a new study with lower learning rates, a longer warm-up, or clipped gradients (optim.clip_norm)."
+        )
+    compared = base
+    if lost := next((each for each in base if each.diverged), None):
+        print(f"The base configuration is not compared, because {lost.divergence()}.", file=sys.stderr)
+        compared = []
+    tested = _open_test_set(context, seeds, compared, folder, reason)
+    for retraining, metrics in zip([*seeds, *compared], tested, strict=True):
         yield from retraining.end(metrics)
+    for retraining in base[len(compared) :]:
+        yield from retraining.end()
 
 
 def _mend(context: Context, chosen: TrialRecord, folder: Path) -> Iterator[Event]:
@@ -287,7 +300,9 @@ def flipped(training: Training, images: ImageSet, logits: torch.Tensor) -> float
     runtime = training.runtime
     mirror = outputs_of(training.learner, lambda size: (part.flip(3) for part in images.parts(size, runtime)), runtime)
     both = (torch.softmax(logits, dim=1) + torch.softmax(mirror.cpu(), dim=1)) / 2
-    return measure(both.log(), images.labels, training.objective).value
+    # Both may underflow to 0.
+    logits = both.clamp(min=torch.finfo(both.dtype).tiny).log()
+    return measure(logits, images.labels, training.objective).value
 
 
 def selection(store: Store) -> dict[str, Any] | None:

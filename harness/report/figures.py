@@ -27,6 +27,7 @@ ACCURACIES = {"tickformat": SHARE, "minallowed": 0, "maxallowed": 1}
 HEIGHT = 360
 MARKS = 10  # at most, on an axis of whole numbers
 FEW = 10  # predictions: with fewer, a bar says little
+IN_A_MATRIX = 500  # classes; with more the page would be many megabytes
 NAMED = 20  # classes; with more, their names do not fit on the axes
 # Make confusions of a few percent visible beside a diagonal of nearly one.
 STEPS = (0.0, 0.04, 0.15, 0.5, 1.0)
@@ -91,7 +92,8 @@ def empty(height: int = HEIGHT, legend: bool = False, **layout: Any) -> Figure:
 
 def final_plots(record: Mapping[str, Any], tested: Mapping[str, Any]) -> list[Plot]:
     """Return the figures for the attribute "predictions" and the result of `predictions.described`."""
-    return [_per_class(tested["per_class"]), _confusion(record), _reliability(tested)]
+    confusion = [_confusion(record)] if len(record["classes"]) <= IN_A_MATRIX else []
+    return [_per_class(tested["per_class"]), *confusion, _reliability(tested)]
 
 
 def _per_class(rows: Sequence[Mapping[str, Any]]) -> Plot:

@@ -143,7 +143,7 @@ def summary(name: str, store: Store, tracking: str) -> str:
             *_chosen_line(store),
             f"final     {sentences.test_sentence(store)}",
             *(f"          {line}" for line in _remarks(store)),
-            *_titled("audit", [] if facts.audit is None else audit_sentences(facts.audit)),
+            *_titled("audit", [] if facts.audit is None else audit_sentences(facts.audit, facts.objective)),
             *_titled("ablation", [] if facts.ablation is None else sentences.ablation_sentences(facts.ablation)),
             *(f"cost      {line}" for line in filter(None, [price_sentence(price(store))])),
             f"runtime   {in_words(facts.runtime)}",
@@ -219,7 +219,7 @@ def frame(store: Store) -> pandas.DataFrame:
     rows = [
         {name: getattr(trial, name) for name in columns}
         | {"epochs": len(trial.curve), "reason": trial.reason or ("queued by hand" if trial.queued else None)}
-        | trial.params
+        | {f"{name} (searched)" if name in columns else name: value for name, value in trial.params.items()}
         for trial in trial_records(store)
     ]
     return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=["number", "state", "value"])

@@ -83,6 +83,7 @@ def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
         "seen": seen,
         "objective": OBJECTIVES[store.facts().objective if final is None else final.objective],
         "value": None if final is None else final.value,
+        "measured": final is not None and final.objective not in ("accuracy", "balanced_accuracy"),
         "leads": sentences.all_equal(store) or (final is not None and final.trial == 0),
         "sentence": sentences.test_sentence(store),
         "verdict": sentences.verdict(store),
@@ -94,7 +95,7 @@ def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:
         "test": [] if tested is None else final_plots(store.facts().predictions or {}, tested),
         "thumbnails": store.facts().thumbnails,
         "suspects": (store.facts().suspects or {}).get("thumbnails", []),
-        "cost": _cost(seen),
+        "cost": _cost(seen, store.facts().objective),
         "time": time_plot(trials),
         "failures": [trial for trial in trials if trial.state in ("failed", "diverged")],
         "values": {trial.number: trial.value for trial in trials},
@@ -172,10 +173,10 @@ def _remarks(store: Store, final: FinalResult | None) -> list[str]:
     return [*filter(None, lines)]
 
 
-def _cost(seen: Mapping[str, Any]) -> list[str]:
+def _cost(seen: Mapping[str, Any], objective: str) -> list[str]:
     """Return the search's time, what pruning saved, and the money; an audit replaces the second."""
     spent, *saved = cost_sentences(seen["cost"])
-    lines = [spent, *(saved if seen["audit"] is None else audit_sentences(seen["audit"]))]
+    lines = [spent, *(saved if seen["audit"] is None else audit_sentences(seen["audit"], objective))]
     return [*lines, *filter(None, [price_sentence(seen["price"])])]
 
 

@@ -37,6 +37,8 @@ def queue(found: Found, storage: str | None, given: Sequence[str]) -> str:
     outside of the space or known.
     """
     study, url = _begun(found, storage)
+    if study.sampler.name == "grid":
+        raise InputError("A grid tries every point in its own order; wait for it, or use another sampler.")
     params = study.params(settings(study, given))
     with opening.open_store(study, url, joining=True) as store:
         if len(store.optuna_study.trials) <= len(study.first):

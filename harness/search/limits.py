@@ -31,7 +31,8 @@ def reason_to_stop(study: Study, store: StudyView) -> str | None:
     complete = [trial for trial in ended if trial.value is not None]
     best = max(complete, key=lambda trial: (trial.value or 0.0, -trial.number), default=None)
     if best is None:
-        return None
+        used = study.hours is not None and any(trial.number == 0 for trial in ended) and _hours_left(study, trials) <= 0
+        return f"{study.hours:g} h are used, and no trial is complete" if used else None
     if study.until is not None and (best.value or 0.0) >= study.until:
         noun = OBJECTIVES[study.objective]
         return (

@@ -127,7 +127,8 @@ class StudyView:
         if record is None:
             choice = self.choice()
             return self.best() if choice is None else next(t for t in self.trials() if t.number == choice["trial"])
-        candidates = self.candidates(len(record["candidates"]))
+        asked = (self.facts().definition or {}).get("final.rerank", len(record["candidates"]))
+        candidates = self.candidates(int(asked))  # may be more than when there were fewer trials
         if [trial.number for trial in candidates] != record["candidates"]:
             return None
         return next((trial for trial in candidates if trial.number == record["chosen"]), None)

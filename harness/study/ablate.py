@@ -15,6 +15,7 @@ from contextlib import closing
 from typing import Any
 
 from harness.base import mounts
+from harness.base.errors import StudyFailed
 from harness.base.files import sqlite_file
 from harness.config.events import EpochEnded, Metrics
 from harness.config.find import Found
@@ -99,6 +100,9 @@ def train(context: Context, record: dict[str, Any]) -> Generator[str, None, None
                 what = f"with {record['fields'][step - 1]}" if step else "base"
                 epoch = f"epoch {event.result.epoch}/{retraining.config.epochs}"
                 yield f"{what}, seed {number}  {epoch}  val {event.result.val.value:.2%}"
+        if retraining.diverged:
+            why = f"with {', '.join(changed) or 'the base'} the {retraining.divergence()}"
+            raise StudyFailed(f"The study cannot be ablated, because {why}.")
         val = retraining.trained().progress.epochs[-1].val
         assert val is not None, "an ablation needs validation images"
         record["results"].setdefault(str(step), []).append(_result(val))

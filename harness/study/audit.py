@@ -58,7 +58,7 @@ def audit_study(options: RunOptions, found: Found, fraction: float, seed: int) -
                 store.check_file()
                 print(line, flush=True)
         store.check_file()
-        print("\n".join(audit.audit_sentences(store.facts().audit or {})))
+        print("\n".join(audit.audit_sentences(store.facts().audit or {}, store.facts().objective)))
         write_report_again(study, store, found, options.tracking_uri)
 
 

@@ -67,7 +67,7 @@ def run_study(command: Command, store: Store, tracker: MLflowTracker) -> None:
                     display.show(event)
                     for hook in command.hooks:
                         hook(event)
-            except TooManyFailures as error:
+            except (TooManyFailures, StudyFailed) as error:
                 failure = error
     _end(command, store, tracker, failure)
 

@@ -243,7 +243,7 @@ def test_one_that_diverges_is_below_all_others() -> None:
 def test_the_sentences_of_a_partial_audit() -> None:
     number = drawing_order([1, 3], 0)[0]
     results = {str(number): {"curve": [0.05, 0.1, 0.2], **LAW}}
-    assert audit_sentences(record(COURSES, results, 2, 0)) == [
+    assert audit_sentences(record(COURSES, results, 2, 0), "accuracy") == [
         "Of 5 trials 2 were pruned; 1 of them, drawn at random, was trained to the end. 1 more was requested; run the "
         "same command again.",
         "Pruning saved 6.0 s, 23.08 % of what the search would have taken without it.",
@@ -260,7 +260,7 @@ def test_the_sentences_of_a_partial_audit() -> None:
 def test_the_sentences_of_a_whole_audit_name_what_was_not_repeated() -> None:
     moved = {"curve": [0.3, 0.2, 0.9], "state": "complete", "same": False, "explanation": "Different from then: x."}
     results = {"1": {"curve": [0.05], **LAW, "state": "diverged"}, "3": moved}
-    said = audit_sentences(record(COURSES, results, 2, 0))
+    said = audit_sentences(record(COURSES, results, 2, 0), "accuracy")
     assert said[0] == "Of 5 trials 2 were pruned; all of them were trained to the end."
     assert ": 50.00 % of the pruned trials. That is a lower bound: " in said[2]
     assert said[3] == "The best of them, trial 3, reached 90.00 %; 1 diverged."
@@ -364,7 +364,7 @@ def test_pruned_trials_are_trained_to_the_end_that_they_would_have_had(
         alone = [result.val.accuracy for result in fit(training) if result.val is not None]
         assert found["results"][str(number)] == {"curve": alone, **LAW}
     report = place / "studies" / "tiny.report" / "report.html"
-    assert out.endswith("\n".join([*audit_sentences(found), f"report    {report}"]) + "\n")
+    assert out.endswith("\n".join([*audit_sentences(found, "accuracy"), f"report    {report}"]) + "\n")
     assert not (place / "studies" / "tiny.checkpoints").exists()
 
 
@@ -388,7 +388,7 @@ def test_the_report_and_its_copy_in_mlflow_have_the_audit(place: Path, run: Run,
     before = (folder / "report.html").read_text(encoding="utf-8")
     assert run("--fraction", "0.1")[0] == 0
     after = (folder / "report.html").read_text(encoding="utf-8")
-    sentence = audit_sentences(stored(place)[1] or {})[0]
+    sentence = audit_sentences(stored(place)[1] or {}, "accuracy")[0]
     assert sentence in after
     assert sentence not in before
     (copy,) = mlruns.rglob("artifacts/**/report.html")

@@ -104,6 +104,23 @@ def test_only_complete_trials_are_candidates_and_stopped_ones_are_weighed() -> N
     assert choose([*trials, running], SPACE) == found
 
 
+def test_the_edge_of_divergence_is_not_chosen_for_what_diverged_beyond_it() -> None:
+    def course(number: int, lr: float, end: float, epochs: int, state: str) -> TrialRecord:
+        curve = {epoch: round(1000 * end * (1 - math.exp(-epoch / 3))) / 1000 for epoch in range(1, epochs + 1)}
+        results = tuple(epoch_result(epoch, value) for epoch, value in curve.items())
+        found = trial(number, lr, curve[epochs], state)
+        return dataclasses.replace(found, curve=curve, epochs=results)
+
+    trials = []
+    for number in range(16):
+        lr = 10 ** (-4 + 2.1 * number / 15)
+        trials.append(course(number, lr, 0.86 - 0.03 * (math.log10(lr) + 2.6) ** 2, 10, "complete"))
+    beyond = [course(16 + each, 10 ** (-1.85 + 0.85 * each / 7), 0.88, 5, "diverged") for each in range(8)]
+    found = choose([*trials, *beyond], SPACE)
+    assert found is not None
+    assert abs(math.log10(trials[found["trial"]].params["lr"]) + 2.6) < 0.3
+
+
 def test_whole_numbers_choices_and_missing_parameters_are_coordinates() -> None:
     space = SPACE | {"size": Int(1, 64, log=True), "kind": Choice(("a", "b"))}
     trials = [

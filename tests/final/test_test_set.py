@@ -41,7 +41,7 @@ from harness.store.store import Store
 from harness.study.stages import run
 from harness.tracking.expected import expected_runs
 from harness.training.step import Runtime
-from tests.analytic import epoch_result
+from tests.analytic import epoch_result, run_analytic
 from tests.faulty import CommandLine, one_sentence
 from tests.small import small_study
 
@@ -562,6 +562,20 @@ def test_rerank_chooses_by_the_mean_of_fresh_seeds(study: Study, store: Store, t
         seeds = {each["weights"] for found in kept["results"].values() for each in found}
         assert len(seeds) == 4  # two configurations, two seeds each
         assert overview("tiny", store, "nowhere")["chosen"] == kept["chosen"]
+
+
+def test_a_reranking_that_may_grow_is_open_again(study: Study, tmp_path: Path) -> None:
+    study = dataclasses.replace(study, final=FinalConfig(seeds=1, rerank=4), trials=8)
+    with open_store(study, f"sqlite:///{tmp_path}/growing.db") as store:
+        run_analytic(study, store, 3)
+        numbers = [trial.number for trial in store.candidates(4)]
+        store.set_attribute("rerank", {"candidates": numbers, "results": {}, "chosen": numbers[0]})
+        chosen = store.chosen()
+        assert chosen is not None
+        assert chosen.number == numbers[0]
+        while len(store.candidates(4)) == len(numbers):
+            run_analytic(study, store, store.finished() + 1)
+        assert store.chosen() is None
 
 
 @pytest.mark.slow

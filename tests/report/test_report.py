@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -21,7 +22,7 @@ from PIL import Image
 from harness.base.words import percent
 from harness.config.events import Completed, Diverged, Pruned
 from harness.config.final_result import FinalResult
-from harness.config.space import Choice, Float
+from harness.config.space import Choice, Float, Int
 from harness.config.study import Study
 from harness.final.predictions import pictured, thumbnails
 from harness.final.pruning_cost import Course, audit_sentences, drawing_order, record
@@ -235,6 +236,15 @@ def test_the_table_is_the_same_in_memory(study: Study, store: Store) -> None:
     every_state(study, store)
     text = frame(store).to_csv(index=False)
     assert len(pandas.read_csv(io.StringIO(text))) == len(store.trials())
+
+
+def test_searched_epochs_do_not_hide_how_many_were_trained(study: Study) -> None:
+    study = dataclasses.replace(study, space={**study.space, "epochs": Int(2, 9)})
+    store = memory_store(study)
+    run_analytic(study, store, 6, epochs=2)
+    table = frame(store)
+    assert list(table["epochs"]) == [len(trial.curve) for trial in store.trials()]
+    assert list(table["epochs (searched)"]) == [trial.params["epochs"] for trial in store.trials()]
 
 
 # -- the page ------------------------------------------------------------------------------------------------------
@@ -537,7 +547,7 @@ def test_an_audit_says_what_pruning_saved_in_place_of_the_estimate(study: Study,
     store.set_attribute("audit", audited)
     _, page = page_of(store, tmp_path)
     assert "Pruning ended" not in page.words
-    assert all(sentence in page.words for sentence in audit_sentences(audited))
+    assert all(sentence in page.words for sentence in audit_sentences(audited, "accuracy"))
 
 
 def test_the_page_is_about_the_trial_that_was_tested(study: Study, store: Store, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from harness.config.study import Study
 from harness.search import by_hand
 from harness.search.replay import replay
 from harness.search.samplers import grid
+from harness.store.opening import open_store
 from harness.store.store import LOOK_SECONDS
 from tests.analytic import memory_store, run_analytic
 from tests.conftest import make_study
@@ -125,6 +126,16 @@ def test_a_skipped_trial_ends_at_its_next_batch(begun: Study, monkeypatch: pytes
     assert result.replay()
     assert result.doctor()
     assert harness.run("tiny", trials=4, progress=False).digest() == result.digest()
+
+
+def test_a_grid_has_no_queue(tmp_path: Path) -> None:
+    space = {"optim.base_lr": harness.Choice((1e-3, 1e-2))}
+    study = make_study("cache", sampler=grid(), space=space, trials=1)
+    url = f"sqlite:///{tmp_path}/tiny.db"
+    with open_store(study, url) as store:
+        run_analytic(study, store, 1, curve=lambda params, epoch: 0.5)
+    with pytest.raises(InputError, match=r"^A grid tries every point in its own order; wait for it, or use another"):
+        by_hand.queue(Found(study=study, file=tmp_path / "tiny.py", home=tmp_path), url, ["optim.base_lr=0.01"])
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import harness
 from harness.base.errors import InputError
 from harness.config import events
 from harness.config.study import Study
+from harness.config.train import OptimConfig
 from harness.search import limits
 from harness.store.opening import read_store
 from harness.store.store import Store
@@ -99,6 +100,18 @@ def test_no_trial_begins_that_cannot_reach_its_first_rung() -> None:
     enough, too_few = ((needed + factor * epoch) / 3600 for factor in (2.1, 1.9))  # no pruning: a rung is two epochs
     assert limits.reason_to_stop(with_hours(enough), store) is None
     assert "are used, or set aside for the final run" in (limits.reason_to_stop(with_hours(too_few), store) or "")
+
+
+def test_the_hours_also_end_a_search_without_a_complete_trial() -> None:
+    study = with_hours(
+        0.001, train=dataclasses.replace(STUDY.train, optim=OptimConfig(base_lr=9e-3, depth_lr_mult=0.5))
+    )
+    store = memory_store(study)
+    assert limits.reason_to_stop(study, store) is None
+    evaluate(study, store, store.ask(study))
+    assert store.best() is None
+    assert limits.reason_to_stop(study, store) == "0.001 h are used, and no trial is complete"
+    assert limits.reason_to_stop(with_hours(9.0), store) is None
 
 
 # -- whole studies -----------------------------------------------------------------------------------------------------

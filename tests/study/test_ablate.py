@@ -144,7 +144,9 @@ def test_the_sentences() -> None:
     values = {"optim.base_lr": [1e-3, 0.00312], "backbone.hidden": ["256", "512"]}
     found = {"trial": 7, "seeds": [0, 1], "fields": list(values), "values": values, "results": {"0": step(50, 52)}}
     assert ablation_sentences(found) == ["The ablation is not complete; run the same command again."]
-    found["results"] |= {"1": step(80, 82), "2": step(81, 81)}
+    found["results"] |= {"1": step(80, 82), "2": step(81)}
+    assert ablation_sentences(found) == ["The ablation is not complete; run the same command again."]
+    found["results"] |= {"2": step(81, 81)}
     first, lr, hidden, last = ablation_sentences(found)
     assert first == (
         "From the base (51.00 %) to trial 7 (81.00 %), field by field; each step trained on 2 seeds and judged on 100 "

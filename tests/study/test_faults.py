@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from harness.base.errors import Halt
-from harness.config.events import EpochEnded, Event, TrialEnded
+from harness.base.errors import Halt, StudyFailed
+from harness.config.events import EpochEnded, Event, TrialEnded, TrialStarted
 from harness.config.space import Float
 from harness.config.study import Study
-from harness.config.train import OptimConfig
+from harness.config.train import FinalConfig, OptimConfig
 from harness.data import augment
 from harness.search.samplers import tpe
+from harness.store.opening import open_store
 from harness.store.store import Store, TrialRecord
 from harness.tracking.places import local_tracker
 from harness.training.step import accumulate_gradient
@@ -152,6 +153,73 @@ def test_an_exception_fails_the_trial_and_its_traceback_is_kept_twice(
     assert (run.info.status, run.data.tags["harness.state"]) == ("FAILED", "failed")
     artifact = Path(run.info.artifact_uri.removeprefix("file://")) / "traceback.txt"
     assert artifact.read_text() == trials[0].traceback
+
+
+def diverging(kind: str, number: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[Event], None]:
+    """Let one training after the search diverge in its first step; to be called at every event."""
+
+    def without_number(*arguments: Any) -> Any:
+        loss, correct = accumulate_gradient(*arguments)
+        return loss * math.nan, correct
+
+    def at(event: Event) -> None:
+        if isinstance(event, TrialStarted):
+            harmed = event.kind == kind and event.number == number
+            broken = without_number if harmed else accumulate_gradient
+            monkeypatch.setattr("harness.training.step.accumulate_gradient", broken)
+
+    return at
+
+
+@pytest.mark.slow
+def test_a_final_seed_that_diverges_keeps_the_test_set_closed(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = dataclasses.replace(study, final=FinalConfig(seeds=2, publish=False))
+    why = (
+        r"^The test set stays closed, because final seed 1 of trial \d diverged in epoch 1 at step 1\. Run more trials"
+    )
+    with pytest.raises(StudyFailed, match=why):
+        complete(study, tmp_path, at=diverging("final", 1, monkeypatch))
+    monkeypatch.undo()
+    with pytest.raises(StudyFailed, match=why):  # its checkpoint says so
+        complete(study, tmp_path)
+    with open_store(study, f"sqlite:///{tmp_path}/tiny.db") as store:
+        assert store.ledger() == []
+        assert store.facts().final is None
+
+
+@pytest.mark.slow
+def test_a_base_that_diverges_is_not_compared(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = dataclasses.replace(study, trials=12, final=FinalConfig(seeds=2, publish=False))
+    with open_store(study, f"sqlite:///{tmp_path}/tiny.db") as store:
+        run_analytic(study, store, 12, epochs=2)
+        assert store.choice() is None
+        best = store.best()
+    assert best is not None
+    assert best.number != 0
+    complete(study, tmp_path, at=diverging("base", 1, monkeypatch))
+    said = "The base configuration is not compared, because base seed 1 of trial 0 diverged in epoch 1 at step 1."
+    assert said in capsys.readouterr().err
+    with open_store(study, f"sqlite:///{tmp_path}/tiny.db") as store:
+        final = store.facts().final
+        assert final is not None
+        assert (len(final.per_seed), final.base, final.comparison) == (2, None, None)
+    assert list((tmp_path / "tiny.checkpoints").glob("*")) == []
+
+
+@pytest.mark.slow
+def test_a_candidate_that_diverges_in_the_reranking_counts_as_the_worst(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = dataclasses.replace(study, final=FinalConfig(seeds=1, rerank=2, publish=False))
+    complete(study, tmp_path, at=diverging("rerank", 0, monkeypatch))
+    with open_store(study, f"sqlite:///{tmp_path}/tiny.db") as store:
+        record = store.facts().rerank or {}
+    scores = [record["results"][str(number)][0]["score"] for number in record["candidates"]]
+    assert scores == [0.0, 0.0]
 
 
 @pytest.mark.slow
