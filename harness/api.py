@@ -287,8 +287,6 @@ class Model:
         import torch
         from PIL import Image
 
-        from harness.serving.model import preprocess
-
         if isinstance(images, str | Path | Image.Image):
             raise InputError("predict takes a list of photographs; put the photograph into brackets.")
         if not images:
@@ -296,11 +294,7 @@ class Model:
         for each in images:
             if isinstance(each, str | Path) and not Path(each).is_file():
                 raise InputError(f"There is no file {each}.")
-        config = self.predictor.saved.config
-        tensors = [
-            self.predictor.photograph(Path(each)) if isinstance(each, str | Path) else preprocess([each], config)[0]
-            for each in images
-        ]
+        tensors = [self.predictor.photograph(Path(each) if isinstance(each, str) else each) for each in images]
         return self.predictor.guesses(torch.stack(tensors), min(top, len(self.classes)))
 
 

@@ -99,6 +99,14 @@ def test_a_table_gets_a_study(photos: Path, name: str) -> None:
         assert type(find(str(made.file)).study.train.data).__name__ == "ImageTable"
 
 
+@pytest.mark.parametrize("inside", [".", "rose"])
+def test_init_inside_of_the_photographs_is_refused(photos: Path, inside: str) -> None:
+    before = tree(photos)
+    with pytest.raises(InputError, match=r"Run init outside of the photographs, for example in .*: studies/ would lie"):
+        harness.init(photos, home=photos / inside)
+    assert tree(photos) == before
+
+
 def test_copies_across_splits_are_named(photos: Path) -> None:
     for split in ("train", "valid", "test"):
         shutil.copytree(photos / "rose", photos.parent / "split" / split / "rose")

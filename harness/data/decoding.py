@@ -191,6 +191,14 @@ def _factor(width: int, height: int) -> int:
     return factor
 
 
+def flat_rgb(image: Image.Image, *, turn: bool = False) -> Image.Image:
+    """Return an image in memory as one from a file would be; by its EXIF orientation only with `turn`."""
+    if not turn:
+        image = image.copy()
+        image.info.pop("exif", None)
+    return _rgb(Path("the image"), image, 1)
+
+
 def _rgb(path: Path, image: Image.Image, factor: int) -> Image.Image:
     turn = TURNS.get(_orientation(image))
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):

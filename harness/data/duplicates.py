@@ -11,7 +11,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ LOW = 8  # low frequencies per side in the hash
 # Differing bits of 64, and correlation of the grey squares. Checked by eye on Oxford Flowers-102: pairs just inside
 # show one flower twice, pairs just outside two flowers of a species.
 NEAR_BITS, NEAR_CORRELATION = 12, 0.92
+MOST = 10_000  # pairs of a kind (also in report.html): frames of one fixed camera are all nearly equal
 ROWS = 512  # hashes compared with all others at once
 
 Pair = tuple[int, int]
@@ -44,8 +45,8 @@ def find(dataset: Dataset, images: dict[SplitName, tuple[Sequence[Any], torch.Te
 
     `exact` pairs have the same bytes. `near` ones have perceptual hashes (pHash: the signs of the low cosine
     frequencies of a small grey image; Zauner, 2010) at most 12 of 64 bits apart, and grey images with a correlation of
-    at least 0.92: one photograph in two sizes, or two of one flower a moment apart. The result is cached in the
-    folder `cache`.
+    at least 0.92: one photograph in two sizes, or two of one flower a moment apart. There are MOST of each at most. The
+    result is cached in the folder `cache`.
     """
     names = [_name(dataset, split, item) for split, (items, _) in images.items() for item in items]
     place = [split for split, (items, _) in images.items() for _ in items]
@@ -54,9 +55,10 @@ def find(dataset: Dataset, images: dict[SplitName, tuple[Sequence[Any], torch.Te
     kept = cache / "duplicates" / f"{hashlib.sha256(described).hexdigest()[:32]}.json"
     if kept.is_file():
         return json.loads(kept.read_text())
-    across = [pair for pair in _equal(contents) if place[pair[0]] != place[pair[1]]]
+    across = sorted(islice((pair for pair in _equal(contents) if place[pair[0]] != place[pair[1]]), MOST))
     squares = np.concatenate([grey(pixels) for _, pixels in images.values()])
-    near = sorted({pair for pair in near_pairs(squares) if place[pair[0]] != place[pair[1]]} - set(across))
+    seen = islice((pair for pair in near_pairs(squares) if place[pair[0]] != place[pair[1]]), MOST + len(across))
+    near = sorted(set(seen) - set(across))[:MOST]
     found: dict[str, Any] = {"images": len(names)} | {
         kind: [[names[first], names[second]] for first, second in pairs]
         for kind, pairs in (("exact", across), ("near", near))
@@ -77,11 +79,11 @@ def _name(dataset: Dataset, split: SplitName, item: Any) -> str:
     return text if split_of(text.split("/")[0]) == split else f"{text} ({split})"
 
 
-def _equal(contents: Sequence[str]) -> list[Pair]:
+def _equal(contents: Sequence[str]) -> Iterator[Pair]:
     places = defaultdict(list)
     for place, content in enumerate(contents):
         places[content].append(place)
-    return sorted(pair for same in places.values() for pair in combinations(same, 2))
+    return (pair for same in places.values() for pair in combinations(same, 2))
 
 
 def grey(images: torch.Tensor) -> NDArray[np.float32]:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -84,9 +85,10 @@ class ImageTable(ImageFiles):
     def samples(self, split: SplitName) -> list[tuple[Path, int]]:
         """Return a split. Raises InputError for a class that the table's own split leaves without images in it."""
         labels = {name: label for label, name in enumerate(self.classes())}
-        chosen = [row for row in self._rows() if (row.split or self._split(row)) == split]
-        counts = Counter(row.label for row in chosen)
         given = any(row.split for row in self._rows())
+        hashes = {} if given else self._hashes()
+        chosen = [row for row in self._rows() if (row.split or _split(row, hashes)) == split]
+        counts = Counter(row.label for row in chosen)
         if given and not chosen:
             raise InputError(f"{self.file} has no rows of the {split} split; add some, or leave the column out.")
         if absent := [name for name in labels if not counts[name] and (given or split == "train")]:
@@ -94,12 +96,6 @@ class ImageTable(ImageFiles):
                 f"Class {absent[0]!r} has no images in the {split} split of {self.file}; add some, or remove the class."
             )
         return [(row.path, labels[row.label]) for row in chosen]
-
-    def _split(self, row: Row) -> SplitName:
-        """Return the split of a row without one."""
-        if row.group:
-            return by_content(hashlib.sha256(row.group.encode(errors="surrogatepass")).hexdigest())
-        return by_content(self._hashes()[row.path])
 
     def _hashes(self) -> dict[Path, str]:
         """Return the content hashes of the photographs without a group."""
@@ -118,6 +114,13 @@ class ImageTable(ImageFiles):
                 f"There is no table {path} ({error.strerror}); correct data.file, or give its folder with --data-root."
             ) from error
         return _read(path, stat.st_mtime_ns, stat.st_size)
+
+
+def _split(row: Row, hashes: Mapping[Path, str]) -> SplitName:
+    """Return the split of a row without one."""
+    if row.group:
+        return by_content(hashlib.sha256(row.group.encode(errors="surrogatepass")).hexdigest())
+    return by_content(hashes[row.path])
 
 
 @lru_cache(maxsize=4)
@@ -159,7 +162,15 @@ def _checked(frame: pandas.DataFrame, name: str, folder: Path, first: int) -> li
             raise InputError(f"{name} has no column {key!r}, but {there}; add it, or rename one.")
     if not len(frame):
         raise InputError(f"{name} has no rows; list the photographs.")
-    texts = {key: list(map(_text, frame[column])) for key, column in columns.items() if column is not None}
+    if twice := [column for column in columns.values() if column is not None and list(frame.columns).count(column) > 1]:
+        raise InputError(f"{name} has two columns {twice[0]!r}; rename one.")
+    cells = {key: list(frame[column]) for key, column in columns.items() if column is not None}
+    for key, column in cells.items():
+        for place, value in enumerate(column):
+            if isinstance(value, list | dict | tuple | set) or hasattr(value, "__array__"):
+                what = f"Row {first + place} of {name} has as {key} a {type(value).__name__}"
+                raise InputError(f"{what}; write one {'path' if key == 'path' else 'value'} per photograph.")
+    texts = {key: list(map(_text, column)) for key, column in cells.items()}
     rows: list[Row] = []
     seen: dict[Path, int] = {}
     groups: dict[str, Row] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
+from itertools import islice
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
@@ -17,6 +18,7 @@ from harness.config.train import DataConfig
 if TYPE_CHECKING:
     from PIL import Image
 
+READ_TWICE = 16  # images; a random flip leaves one as it is half of the time
 LOCK = Lock()  # few datasets may be read by several threads
 
 
@@ -49,8 +51,9 @@ class Source(str):
             found = list(_items(self))
             if not found:
                 raise InputError(f"{self} is empty; give a dataset with images.")
-            if next(_items(self)) != found[0]:
-                raise InputError(f"Image 0 of {self} differs between two reads; remove its random transforms.")
+            for before, again in zip(found, islice(_items(self), READ_TWICE), strict=False):
+                if again != before:
+                    raise InputError(f"{before[0]} differs between two reads; remove the dataset's random transforms.")
             self.found = found
         return self.found
 
@@ -72,7 +75,8 @@ class Wrapped(DataConfig):
 
     Each gives (image, label): a PIL image, or a uint8 tensor [3, H, W] or [1, H, W], without augmentation, which the
     harness adds, and a class number from 0. Without `names`, the names are those of `train.classes`, or the numbers.
-    All images are read at every start, to see whether they have changed; one of them twice, to find random transforms.
+    All images are read at every start, to see whether they have changed; the first ones twice, to find random
+    transforms.
     """
 
     train: Any
@@ -123,29 +127,37 @@ def _image(source: Source, index: int) -> tuple[Image.Image, int]:
     """Return an RGB image and its label. Raises InputError if the dataset gives something else."""
     from PIL import Image
 
+    from harness.data.decoding import flat_rgb
+
     what = f"image {index} of {source}"
     try:
         with LOCK:
             given = source.dataset[index]
+        if isinstance(given, tuple | list) and len(given) == 2:  # what else it is, is said below
+            image, label = given
+            if isinstance(image, Image.Image):
+                image.load()
+            else:
+                image = np.asarray(image)
     except Exception as error:  # the dataset's own code may raise any
         raise InputError(
             f"{what} cannot be read ({type(error).__name__}: {first_line(error)}); correct the dataset."
         ) from error
     if not isinstance(given, tuple | list) or len(given) != 2:
         raise InputError(f"{what} is {type(given).__name__}; give pairs (image, label).")
-    image, label = given
-    if not isinstance(image, Image.Image):
-        array = np.asarray(image)
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[0] not in (1, 3):
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3) or not image.size:
             raise InputError(
-                f"{what} is {type(image).__name__} {array.dtype} {array.shape}; give PIL images, or uint8 tensors "
+                f"{what} is {type(given[0]).__name__} {image.dtype} {image.shape}; give PIL images, or uint8 tensors "
                 "[3, H, W], without normalisation."
             )
-        image = Image.fromarray(np.broadcast_to(array, (3, *array.shape[1:])).transpose(1, 2, 0).copy())
+        image = Image.fromarray(np.broadcast_to(image, (3, *image.shape[1:])).transpose(1, 2, 0).copy())
+    if not all(image.size):
+        raise InputError(f"{what} has no pixels; correct the dataset.")
     try:
         number = int(label)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"The label of {what} is {label!r}; give a class number from 0.") from error
     if number != label or number < 0:
         raise InputError(f"The label of {what} is {label!r}; give a class number from 0.")
-    return image.convert("RGB"), number
+    return flat_rgb(image), number

@@ -85,10 +85,11 @@ def _timm(pattern: str) -> Iterator[Model]:
 
     from harness.models.timm import parameters
 
-    names = timm.list_models(pattern, pretrained=True)
+    known = (name for name in timm.list_models(pretrained=True) if fnmatch.fnmatch(name.lower(), pattern.lower()))
+    names = list(filter(_can_be_named, known))
     for name in names:
         settings = get_pretrained_cfg(name)
-        if isinstance(settings.classifier, str):
+        if settings is not None:
             yield Model(
                 model=f'Timm("{name}")',
                 parameters=parameters(name) if len(names) <= COUNTED else None,
@@ -96,6 +97,17 @@ def _timm(pattern: str) -> Iterator[Model]:
                 weights_here=_downloaded(settings.hf_hub_id, settings.url),
                 licence=settings.license or "unknown",
             )
+
+
+def _can_be_named(name: str) -> bool:
+    """Return whether the model has one head, and prepares images in a way that is supported."""
+    from harness.models.timm import Timm
+
+    try:
+        Timm(name).preprocessing()
+    except InputError:
+        return False
+    return True
 
 
 def _downloaded(repository: str | None, url: str) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.ops.misc import ConvNormActivation
 
 from harness.base.errors import InputError, first_line
-from harness.models.backbone import last_linear
+from harness.models.backbone import last_linear, with_head
 
 Depths = list[tuple[str, ...]]  # per depth, the prefixes of its parameters' names; the longest matching prefix counts
 
@@ -91,6 +91,20 @@ def skeleton(build: Callable[[], nn.Module]) -> nn.Module:
             return build().to("meta")
 
 
+def _check_head(name: str, model: nn.Module, last: str, image: torch.Tensor) -> None:
+    """Raise InputError unless a new head in place of the layer `last` gives the logits."""
+    shape: object = None
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), torch.no_grad():
+            shape = with_head(model, (), 0.0, 2)(image).shape
+    except RuntimeError:  # a layer after it takes another width
+        pass
+    if shape != (1, 2):
+        raise InputError(
+            f"{last}, the last linear layer of {name}, does not give the logits; define the layer that does last."
+        )
+
+
 def check_size(name: str, build: Callable[[], nn.Module], image_size: int) -> None:
     """Pass an image through a model's skeleton.
 
@@ -98,11 +112,12 @@ def check_size(name: str, build: Callable[[], nn.Module], image_size: int) -> No
     """
     try:
         model = skeleton(build).eval()
-        last_linear(model, name)
+        last, image = last_linear(model, name), torch.empty(1, 3, image_size, image_size, device="meta")
         with torch.no_grad():
-            logits = model(torch.empty(1, 3, image_size, image_size, device="meta"))
+            logits = model(image)
         if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
             raise InputError(f"The forward of {name} returns {type(logits).__name__}; return logits [B, classes].")
+        _check_head(name, model, last, image)
     except InputError:
         raise
     # Models refuse a size in many ways.

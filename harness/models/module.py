@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import CodeType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from harness.base.errors import InputError, first_line
@@ -70,12 +71,26 @@ def _sources(of: Any, known: set[Any]) -> Iterator[str]:
     except OSError as error:
         raise InputError(f"The source of {of.__qualname__} cannot be read; define it in a file.") from error
     around = vars(sys.modules[of.__module__])
-    names = [name for each in (*vars(of).values(), of) if inspect.isfunction(each) for name in each.__code__.co_names]
+    functions = filter(inspect.isfunction, (*map(_plain, vars(of).values()), of))
+    names = [name for each in functions for name in _names(each.__code__)]
     bases = of.__bases__ if inspect.isclass(of) else ()
     for used in (*bases, *(around.get(name) for name in names)):
         mine = (inspect.isfunction(used) or inspect.isclass(used)) and used.__module__ == of.__module__
         if mine and used not in known:
             yield from _sources(used, known)
+
+
+def _plain(member: Any) -> Any:
+    """Return the function of a static method, a class method or a property; anything else unchanged."""
+    return getattr(member, "__func__", None) or (member.fget if isinstance(member, property) else member)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Yield the names that a function uses, also inside its comprehensions and lambdas."""
+    yield from code.co_names
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            yield from _names(each)
 
 
 def Module(
@@ -129,6 +144,7 @@ class OwnModule(PretrainedBackbone):
             raise InputError(
                 f"{self.function.plain}() failed ({why}); it must build a model without arguments."
             ) from error
+        _check_parameters(self.function)
         check_size(self.function.plain, self.function.model, image_size)
         depths, names, head = self.depths("block"), _parameters(self.function), _head(self.function)
         for name in names:
@@ -157,6 +173,24 @@ class OwnModule(PretrainedBackbone):
 
     def licence(self) -> str:
         return "as its function builds it"
+
+
+def _check_parameters(function: Function) -> None:
+    """Raise InputError for parameters that the harness cannot train as they are."""
+    import torch
+    from torch.nn.parameter import is_lazy
+
+    for name, each in _skeleton(function).named_parameters():
+        what = f"{function.plain}: {name}"
+        if is_lazy(each):
+            raise InputError(f"{what} is of a lazy layer; give the layer its size.")
+        if each.dtype != torch.float32:
+            raise InputError(f"{what} is {str(each.dtype).removeprefix('torch.')}; return a model in float32.")
+        if not each.requires_grad:
+            raise InputError(
+                f"{what} is frozen, but the harness would train it; leave it trainable, and freeze the backbone with "
+                "optim.depth_lr_mult=0."
+            )
 
 
 def _skeleton(function: Function) -> nn.Module:

@@ -122,7 +122,7 @@ def _tensors(state: Any, source: str, remedy: str) -> dict[str, Tensor]:
 
     if (
         not isinstance(state, Mapping)
-        or not all(isinstance(each, torch.Tensor) for each in state.values())
+        or not all(isinstance(name, str) and isinstance(each, torch.Tensor) for name, each in state.items())
         or not state
     ):
         raise InputError(f"{source} is not a dictionary of tensors; {remedy}.")

@@ -71,8 +71,9 @@ class Timm(PretrainedBackbone):
         state = self.state() if self.pretrained else None
         if state is not None:
             # timm ignores tensors that do not fit when it replaces the classes, so the file gets as many as the model.
-            head, width = _settings(self.name)["classifier"], _skeleton(self.name).num_features
-            state |= {f"{head}.weight": torch.zeros(1, width), f"{head}.bias": torch.zeros(1)}
+            head = _settings(self.name)["classifier"]
+            shapes = {name: each.shape for name, each in _skeleton(self.name).state_dict().items()}
+            state |= {name: torch.zeros(shape) for name, shape in shapes.items() if name.startswith(f"{head}.")}
             changes = {"pretrained_cfg_overlay": {"state_dict": state, "num_classes": 1, "label_offset": 0}}
         if self.stochastic_depth is not None:
             changes["drop_path_rate"] = self.stochastic_depth
@@ -207,13 +208,16 @@ def _no_decay(name: str) -> frozenset[str]:
 
 @lru_cache
 def _depths(name: str, by: Literal["block", "layer"]) -> Depths:
-    """Return timm's own layer groups; the last one is the module of the head."""
+    """Return timm's own layer groups, or those of its modules if it has none; the last is the module of the head."""
     from timm.models import group_parameters
 
-    from harness.models.depths import whole_modules
+    from harness.models.depths import depths_of, whole_modules
 
-    model = _skeleton(name)
-    top = _settings(name)["classifier"].split(".")[0] + "."
-    groups = group_parameters(model, model.group_matcher(coarse=by == "block"))
+    model, head = _skeleton(name), _settings(name)["classifier"]
+    top = head.split(".")[0] + "."
+    try:
+        groups = group_parameters(model, model.group_matcher(coarse=by == "block"))
+    except (AttributeError, AssertionError):
+        return depths_of(model, head, by)
     depths = [{each for each in names if not each.startswith(top)} for names in groups.values()]
     return [*(tuple(whole_modules(model, names)) for names in depths if names), (top,)]

@@ -50,7 +50,7 @@ class Torchvision(PretrainedBackbone):
         replace_stochastic_depth(model, self.stochastic_depth)
         if self.pretrained:
             state = self._state()
-            if isinstance(model, VisionTransformer):
+            if isinstance(model, VisionTransformer) and "encoder.pos_embedding" in state:
                 state = interpolate_embeddings(image_size, model.patch_size, OrderedDict(state))
             source = self.weights if pretrained.is_file(self.weights) else str(pretrained.path(self._version()))
             pretrained.load(model, state, last_linear(model), source)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 import torch
+from PIL.Image import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -21,7 +22,7 @@ from harness.base.errors import InputError, shown
 from harness.base.files import replacing
 from harness.config.find import Found
 from harness.data.cache import WORKERS
-from harness.data.decoding import SUFFIXES, check_proportions, open_image
+from harness.data.decoding import SUFFIXES, check_proportions, flat_rgb, open_image
 from harness.data.layout import made_by_system
 from harness.serving.model import SavedModel, load_saved, preprocess
 from harness.store.opening import located, read_store, url_of
@@ -55,13 +56,14 @@ class Predictor:
         self._runtime = Runtime(device=device, bf16=False, channels_last=False)
         self._model = self._runtime.place(saved.model)
 
-    def photograph(self, path: Path) -> Tensor:
-        """Return an image file of any size, mode and orientation as model input, float32 [3, S, S].
+    def photograph(self, given: Path | Image) -> Tensor:
+        """Return an image (file) of any size, mode and orientation as model input, float32 [3, S, S].
 
         Raises InputError naming the file if it is not an image, damaged, or too large or too narrow to decode safely.
         """
-        image = open_image(path)
-        check_proportions(path, *image.size, self.saved.image_size)
+        image = open_image(given) if isinstance(given, Path) else flat_rgb(given, turn=True)
+        name = given if isinstance(given, Path) else Path("the image")
+        check_proportions(name, *image.size, self.saved.image_size)
         return preprocess([image], self.saved.config)[0]
 
     def guesses(self, images: Tensor, count: int) -> list[list[Guess]]:
@@ -136,7 +138,12 @@ def find_images(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def _in_folder(folder: Path) -> Iterator[Path]:
-    for place, folders, files in os.walk(folder, onerror=_refuse):
+    seen = set[str]()  # a link may lead back
+    for place, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not made_by_system(name))
         yield from (Path(place, name) for name in sorted(files) if not made_by_system(name))
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,10 @@ def write_tensors(
     """
     text = json.dumps(record)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    places = Counter(tensor.untyped_storage().data_ptr() for tensor in plain.values())
+    for name, tensor in plain.items():
+        if places[tensor.untyped_storage().data_ptr()] > 1:  # tied weights, which safetensors refuses
+            plain[name] = tensor.clone()
     # One entry: safetensors writes several in any order, and equal trainings should give equal files.
     checked = json.dumps({"record": text, "sha256": fingerprint(plain, text)})
     replace_file(path, save(plain, {METADATA: checked}), check)

@@ -105,6 +105,16 @@ def test_drawn_flowers_of_one_species_are_not_taken_for_the_same(tmp_path: Path)
     assert found(data, tmp_path) == {"images": 384, "exact": [], "near": []}
 
 
+def test_the_frames_of_a_fixed_camera_are_not_all_paired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.data.duplicates.MOST", 7)
+    data = Garden(train_per_class=2, val_per_class=2, test_per_class=2, cache=str(tmp_path))
+    images = torch.randint(0, 255, (1, SIDE, SIDE, 3), dtype=torch.uint8).repeat(32, 1, 1, 1)
+    splits: dict[SplitName, Any] = {
+        split: ([item for item, _ in data.samples(split)], images) for split in ("train", "val", "test")
+    }
+    assert len(find(data, splits, tmp_path)["near"]) == 7
+
+
 def test_pictures_of_one_colour_are_not_alike(tmp_path: Path) -> None:
     """Nothing can be said about them, and nothing is divided by zero."""
     data, plain = Garden(), torch.full((1, SIDE, SIDE, 3), 7, dtype=torch.uint8)

@@ -79,6 +79,13 @@ def test_without_a_split_photographs_stay_in_theirs_when_rows_are_added(photos: 
     assert min(map(len, after.values())) > 0
 
 
+def test_contents_are_looked_up_once_for_a_split(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, calls = at(photos, listed(60)), []
+    monkeypatch.setattr(ImageTable, "stamp", lambda self, item: calls.append(item) or str(item))
+    data.samples("val")
+    assert len(calls) == 60
+
+
 def test_a_group_is_in_one_split_only(photos: Path) -> None:
     data = at(photos, listed(group=lambda number: f"plant {number // 4}" if number < 40 else ""))
     found = {name: split for split, each in names(data).items() for name in each}

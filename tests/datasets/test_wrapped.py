@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 import harness
 from harness.base.errors import InputError
 from harness.config.contracts import Preprocessing
+from harness.data.decoding import open_image
 from harness.data.splits import load_split
 from harness.datasets.wrapped import Wrapped
 from tests.conftest import make_study
@@ -76,9 +77,30 @@ def test_it_survives_copies_and_pickling(tmp_path: Path) -> None:
     assert [label for _, label in copied.samples("val")] == [0, 1] * 4
 
 
+def test_transparent_and_deep_images_are_as_files_of_them_are(tmp_path: Path) -> None:
+    deep = Image.fromarray((np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8))
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    images = {}
+    for name, image in (("deep", deep), ("clear", clear)):
+        data = wrapped(tmp_path, train=Colours(0, made=lambda pixels, image=image: image.copy()))
+        images[name] = data.open(data.samples("train")[0][0])
+        image.save(file := tmp_path / f"{name}.png")
+        assert images[name].tobytes() == open_image(file).tobytes()
+    assert images["clear"].getpixel((0, 0)) == (255, 255, 255)
+    assert len(set(images["deep"].getdata())) > 32
+
+
+def test_a_truncated_image_is_named(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(file := tmp_path / "cut.png")
+    file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(InputError, match=r"image 0 of Colours-8-train cannot be read \(OSError"):
+        wrapped(tmp_path, train=Colours(0, made=lambda pixels: Image.open(file))).samples("train")
+
+
 @pytest.mark.parametrize(
     ("dataset", "words"),
     [
+        (Colours(0, label=lambda n: float("inf")), "is inf; give a class number from 0"),
         (iter([1]), "needs map-style datasets"),
         (Colours(0, count=0), "is empty"),
         (Colours(0, made=lambda pixels: tensor(pixels).float()), r"is Tensor float32 \(3, 8, 8\); give PIL images"),
@@ -90,7 +112,7 @@ def test_it_survives_copies_and_pickling(tmp_path: Path) -> None:
         (Colours(0, label=lambda n: 0.5), r"is 0\.5; give a class number"),
         (
             Colours(0, made=lambda pixels: Image.fromarray(pixels + np.random.randint(0, 99, dtype=np.uint8))),
-            "differs between two reads; remove its random transforms",
+            "differs between two reads; remove the dataset's random transforms",
         ),
     ],
 )

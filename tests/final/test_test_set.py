@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import html
 import json
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,12 +26,16 @@ from harness.config.space import Choice
 from harness.config.study import Study
 from harness.config.train import FinalConfig
 from harness.data import splits as tensors
+from harness.data.splits import content_of
+from harness.datasets.image_folder import ImageFolder
 from harness.final import test_set as final
 from harness.final.choice import rerank
 from harness.final.retrain import Context, Retraining
 from harness.final.sentences import conclusion, final_sentence
 from harness.final.statistics import compare
 from harness.final.test_set import final_run
+from harness.garden.drawing import draw
+from harness.garden.species import DEMO_SPECIES
 from harness.report.overview import overview, summary
 from harness.report.write import write_report
 from harness.search.loop import search
@@ -614,3 +619,25 @@ def test_a_rerank_of_one_is_wrong_input(value: int) -> None:
 def test_show_json_is_json(study: Study, store: Store, tmp_path: Path) -> None:
     everything(study, store, tmp_path)
     assert json.loads(json.dumps(overview("tiny", store, "nowhere")))["final"]["trial"] is not None
+
+
+@pytest.mark.slow
+def test_images_that_changed_during_the_search_keep_the_test_set_closed(study: Study, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    for split, count in (("train", 4), ("val", 3), ("test", 3)):
+        for name, species in zip(("daisy", "rose"), DEMO_SPECIES, strict=False):
+            (photos / split / name).mkdir(parents=True)
+            for number in range(count):
+                draw(species, number + 10 * len(split), 32).save(photos / split / name / f"{number}.png")
+    data = ImageFolder(root=str(photos), image_size=64, stored_size=72, cache=str(tmp_path / "cache"))
+    study = dataclasses.replace(study, trials=1, train=dataclasses.replace(study.train, data=data))
+    with open_store(study, f"sqlite:///{tmp_path}/changed.db", content_of(study)) as store:
+        place = context_of(study, store, tmp_path)
+        list(search(study, store, place.runtime, place.checkpoints))
+        shutil.copy(photos / "test" / "rose" / "0.png", photos / "test" / "rose" / "new.png")
+        with pytest.raises(InputError, match="the images differ from those at the start"):
+            list(final_run(place, tmp_path / "model"))
+        assert store.ledger() == []
+        (photos / "test" / "rose" / "new.png").unlink()
+        list(final_run(place, tmp_path / "model"))
+        assert len(store.ledger()) == 2

@@ -53,16 +53,49 @@ def nothing() -> Any:
     return None
 
 
+class HeadFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.projection = nn.Linear(8, 10), nn.Linear(3, 8)
+
+    def forward(self, x: Any) -> Any:
+        return self.head(self.projection(x.mean((2, 3))))
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(5), nn.Linear(5, 10))
+
+
+def frozen() -> nn.Module:
+    model = small()
+    model[0].weight.requires_grad_(False)  # type: ignore[index, union-attr]
+    return model
+
+
+def half() -> nn.Module:
+    return small().half()
+
+
 def test_its_last_linear_layer_becomes_the_head() -> None:
     model = Module(build=small, hidden=(12,), dropout=0.3).build(5, 64)
     assert [type(layer) for layer in model[-1]] == [nn.Linear, nn.ReLU, nn.Dropout, nn.Linear]  # type: ignore[index]
     assert model.eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
 
 
-def test_what_it_uses_of_its_file_belongs_to_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "use",
+    [
+        "def build():\n    return Net()",
+        "def build():\n    return nn.Sequential(*[Net() for _ in range(2)])",
+        "def build():\n    return nn.Sequential(*map(lambda _: Net(), range(2)))",
+        "class build(nn.Module):\n    @staticmethod\n    def part():\n        return Net()",
+        "class build(nn.Module):\n    @property\n    def part(self):\n        return Net()",
+    ],
+)
+def test_what_it_uses_of_its_file_belongs_to_it(use: str, tmp_path: Path) -> None:
     names = set()
     for layer in ("ReLU", "SiLU", "ReLU"):
-        source = f"from torch import nn\nclass Net(nn.{layer}):\n    pass\ndef build():\n    return Net()\n"
+        source = f"from torch import nn\nclass Net(nn.{layer}):\n    pass\n{use}\n"
         (tmp_path / "own.py").write_text(source)
         linecache.checkcache()
         spec = importlib.util.spec_from_file_location("own", tmp_path / "own.py")
@@ -112,6 +145,10 @@ def test_it_is_the_same_if_its_source_is_and_survives_pickling() -> None:
         ({"build": failing}, r"failing\(\) failed \(RuntimeError: boom\); it must build a model"),
         ({"build": in_pairs}, "The forward of in_pairs returns tuple; return logits"),
         ({"build": nothing}, "returned NoneType; return a torch.nn.Module"),
+        ({"build": HeadFirst}, "projection, the last linear layer of HeadFirst, does not give the logits"),
+        ({"build": lazy}, r"lazy: 1\.weight is of a lazy layer; give the layer its size"),
+        ({"build": frozen}, r"frozen: 0\.weight is frozen, but the harness would train it"),
+        ({"build": half}, r"half: 0\.weight is float16; return a model in float32"),
         ({"build": no_head}, "has no linear layer to replace"),
         ({"build": flat}, "does not take images of 64 x 64 pixels"),
         ({"build": small, "depths": ["0."]}, r"the parameter 3\.weight matches none of them"),

@@ -82,6 +82,21 @@ def test_weights_from_a_file_give_the_same_features(suffix: str, tmp_path: Path)
     assert len(backbone.fingerprint()) == 16
 
 
+def test_weights_from_a_file_fit_a_head_that_is_wider_than_the_features(tmp_path: Path) -> None:
+    theirs = timm.create_model("mobilenetv3_small_050", pretrained=False)
+    save_file(theirs.state_dict(), file := tmp_path / "weights.safetensors")
+    ours = Timm("mobilenetv3_small_050", weights=str(file)).build(5, 64)
+    for name in ("conv_stem.weight", "conv_head.weight"):
+        assert torch.equal(ours.state_dict()[name], theirs.state_dict()[name])
+
+
+@pytest.mark.parametrize("name", ["caformer_s18", "rdnet_tiny"])
+def test_models_without_groups_of_their_own_have_those_of_their_modules(name: str) -> None:
+    backbone = Timm(name, pretrained=False)
+    backbone.check(64)
+    assert len(backbone.depths("block")) > 3
+
+
 def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     state = timm.create_model(SMALL, pretrained=False).state_dict()
     first = next(iter(state))

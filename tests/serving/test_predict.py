@@ -338,6 +338,17 @@ def test_folders_are_walked_for_images(tmp_path: Path) -> None:
     assert find_images([tmp_path / "notes.txt"]) == ([tmp_path / "notes.txt"], [])  # who names a file means it
 
 
+def test_linked_folders_are_walked_once(tmp_path: Path) -> None:
+    for name in ("elsewhere/rose.jpg", "photos/daisy.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    (tmp_path / "photos" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "photos")
+    found, left_out = find_images([tmp_path / "photos"])
+    assert [str(each.relative_to(tmp_path)) for each in found] == ["photos/daisy.jpg", "photos/linked/rose.jpg"]
+    assert left_out == []
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
 def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0)

@@ -159,6 +159,15 @@ def test_what_is_written_is_what_is_read(tmp_path: Path, named: dict[str, Tensor
     assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_tied_weights_are_written_for_each_of_their_names(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    write_tensors(tmp_path / "a.safetensors", model.state_dict(), {})
+    kept, _ = read_tensors(tmp_path / "a.safetensors")
+    assert kept.keys() == model.state_dict().keys()
+    assert torch.equal(kept["1.weight"], model[0].weight)
+
+
 @pytest.mark.parametrize("dtype", TORCH_TYPES.values())
 def test_every_type_of_tensor_is_checked_without_torch_as_with_it(tmp_path: Path, dtype: str) -> None:
     write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(3).to(getattr(torch, dtype))}, {"step": 3})
