@@ -8,12 +8,12 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.base.errors import InputError, masked
-from harness.base.files import sqlite_url
+from harness.base.files import sqlite_file, sqlite_url
 from harness.config import find as finding
 from harness.config.events import Event
 from harness.config.final_result import FinalResult
@@ -27,6 +27,7 @@ from harness.report.write import write_report
 from harness.search.replay import replay_study
 from harness.store.opening import as_begun, exists, read_store, url_of
 from harness.store.store import Store
+from harness.tracking.library import variables_back
 from harness.tracking.places import uri_of
 from harness.training import interrupt
 
@@ -75,9 +76,9 @@ def run(
             "Workers load a study from its file, but this study has no file; give the name or the file of a study, or "
             "workers=1."
         )
-    if found.study is study and storage is None:
-        found.file.parent.mkdir(parents=True, exist_ok=True)
-    with interrupt.handled():
+    with interrupt.handled(), variables_back():
+        if found.study is study and storage is None:
+            found.file.parent.mkdir(parents=True, exist_ok=True)
         start.run(asked, found, StudyConsole(quiet=not progress), [] if on_event is None else [on_event])
     return Result(found, storage, tracking_uri)
 
@@ -93,7 +94,7 @@ def studies(home: str | Path | None = None) -> pandas.DataFrame:
     """Return a row for each study in `home`/studies: its state, trials, best validation and test accuracy."""
     import pandas
 
-    return pandas.DataFrame([asdict(row) for row in rows(home)])
+    return pandas.DataFrame([asdict(row) for row in rows(home)], columns=[field.name for field in fields(overview.Row)])
 
 
 def list_models(pattern: str = "") -> pandas.DataFrame:
@@ -119,7 +120,7 @@ def _found(study: Study | str | Path, home: str | Path | None) -> Found:
     if isinstance(study, Study):
         place = Path(home) if home is not None else Path.cwd()
         return finding.Found(study=study, file=place.resolve() / "studies" / f"{study.name}.py", home=place.resolve())
-    return finding.find(str(study), None if home is None else Path(home))
+    return finding.find(str(study), None if home is None else Path(home).resolve())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +150,9 @@ class Result:
 
     def __init__(self, found: Found, storage: str | None = None, tracking_uri: str | None = None) -> None:
         self.name = found.study.name
-        self.url = url_of(found, storage)
-        self._found, self._tracking_uri = found, tracking_uri
+        file = sqlite_file(url := url_of(found, storage))
+        self.url = url if file is None or "?" in url else sqlite_url(file.absolute())
+        self._found, self._tracking_uri = found, None if tracking_uri is None else str(tracking_uri)
 
     def store(self) -> AbstractContextManager[Store]:
         """Return a context manager that opens the study's storage read-only."""
@@ -214,7 +216,9 @@ class Result:
     def write_report(self, folder: Path | None = None) -> Path:
         """Write report.html, trials.csv and suspects.csv; return the page's path. Raises Halt if the disk is full."""
         with self.store() as store:
-            return write_report(self.name, store, self.tracking_uri, folder or self._found.beside(self.url, ".report"))
+            return write_report(
+                self.name, store, self.tracking_uri, Path(folder or self._found.beside(self.url, ".report"))
+            )
 
     @property
     def model(self) -> Model:
@@ -239,7 +243,7 @@ class Result:
         from harness.study.audit import audit_study
 
         given = {"storage": self.url, "tracking_uri": self._tracking_uri} | options
-        with interrupt.handled():
+        with interrupt.handled(), variables_back():
             audit_study(RunOptions.of(given), self._found, fraction, seed)
 
     def ablate(self, **options: Any) -> None:
@@ -247,14 +251,15 @@ class Result:
         from harness.study.ablate import ablate_study
 
         given = {"storage": self.url, "tracking_uri": self._tracking_uri} | options
-        with interrupt.handled():
+        with interrupt.handled(), variables_back():
             ablate_study(RunOptions.of(given), self._found)
 
     def doctor(self, fix: bool = False) -> bool:
         """Print, or `fix`, disagreements of storage, MLflow, checkpoints and processes. Return whether all agree."""
         from harness.study.doctor import consult
 
-        return consult(self._found, self.url, self._tracking_uri, fix)
+        with variables_back():
+            return consult(self._found, self.url, self._tracking_uri, fix)
 
     def export_onnx(self, path: str | Path) -> None:
         """Write the final model as one ONNX file. Raises InputError for user errors."""
@@ -298,21 +303,7 @@ class Model:
         return self.predictor.guesses(torch.stack(tensors), min(top, len(self.classes)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A study in a list; values of its objective are 0 to 1."""
-
-    study: str
-    state: str  # not begun, running, interrupted, finished, failed, or cannot be read
-    finished: int = 0  # trials
-    trials: int = 0  # asked for
-    best: float | None = None  # on the validation images
-    test: float | None = None  # on the test images
-    objective: str = "accuracy"
-    note: str | None = None  # why it cannot be read
-
-
-def rows(home: str | Path | None = None) -> list[Row]:
+def rows(home: str | Path | None = None) -> list[overview.Row]:
     """Return the studies in `home`/studies, in order: those with a file, then those that a program ran there."""
     place = finding.find_home() if home is None else Path(home)
     files = {file.stem: file for file in (place / "studies").glob("*.db") if "." not in file.stem}
@@ -322,23 +313,17 @@ def rows(home: str | Path | None = None) -> list[Row]:
             each = finding.find(name, place)
             found.append(_row(each.study.name, url_of(each, None), each.study.trials))
         except InputError as error:
-            found.append(Row(study=name, state="cannot be read", note=str(error)))
+            found.append(overview.Row(study=name, state="cannot be read", note=str(error)))
     seen = {row.study for row in found}
     found += [_row(name, sqlite_url(file.resolve()), 0) for name, file in sorted(files.items()) if name not in seen]
     return found
 
 
-def _row(name: str, url: str, trials: int) -> Row:
-    if not exists(name, url):
-        return Row(study=name, state="not begun", trials=trials)
-    with read_store(name, url) as store:
-        best, final, facts = store.best(), store.facts().final, store.facts()
-        return Row(
-            study=name,
-            state=overview.state_of(store),
-            finished=store.finished(),
-            trials=facts.limited(facts.wanted or trials),
-            best=None if best is None else best.value,
-            test=None if final is None else final.value,
-            objective=facts.objective,
-        )
+def _row(name: str, url: str, trials: int) -> overview.Row:
+    try:
+        if not exists(name, url):
+            return overview.Row(study=name, state="not begun", trials=trials)
+        with read_store(name, url) as store:
+            return overview.row_of(name, store, trials)
+    except InputError as error:  # for example another program's database
+        return overview.Row(study=name, state="cannot be read", note=str(error))

@@ -19,6 +19,7 @@ from harness.base.errors import InputError
 from harness.cli.commands import main
 from harness.config.events import EpochEnded, Event, TrialEnded
 from harness.config.study import Study
+from harness.tracking.library import set_aside, variables_back
 from harness.training import interrupt
 from tests.conftest import PROJECT
 from tests.small import small_study, study_in
@@ -128,6 +129,52 @@ def test_one_where_a_list_is_meant_is_refused(study: Study, tmp_path: Path) -> N
         Model(None).predict(["nowhere.jpg"])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"reopen_test": True}, "reopen_test must be .*, not True"),
+        ({"engine": "foo"}, "engine must be processes or ray, not 'foo'"),
+        ({"set": [1]}, "set must be "),
+    ],
+)
+def test_options_of_another_type_are_refused(options: Any, said: str, study: Study, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=said):
+        harness.run(study, home=tmp_path, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_thread_is_refused_while_a_study_runs(study: Study, tmp_path: Path) -> None:
+    found: list[str] = []
+
+    def run() -> None:
+        try:
+            harness.run(study, home=tmp_path)
+        except InputError as error:
+            found.append(str(error))
+
+    with interrupt.handled(), interrupt.handled():  # an event of a study may run another one
+        other = threading.Thread(target=run)
+        other.start()
+        other.join()
+    assert found == ["This process runs a study in another thread; wait for its end, or use another process."]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mlflow_does_not_write_into_the_studys_database(study: Study, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/all.db"
+    with pytest.raises(InputError, match=r"all\.db is the study's own database; give MLflow another file"):
+        harness.run(study, home=tmp_path, storage=url, tracking_uri=url)
+    assert not (tmp_path / "all.db").exists()
+
+
+def test_variables_of_mlflow_are_back_after_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mine.db")
+    with variables_back():
+        set_aside("sqlite:///other.db")
+        assert "MLFLOW_TRACKING_URI" not in os.environ
+    assert os.environ["MLFLOW_TRACKING_URI"] == "sqlite:///mine.db"
+
+
 def test_what_cannot_be_called_is_refused_before_anything_is_written(study: Study, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="on_event must be a function"):
         harness.run(study, on_event="runs.csv", home=tmp_path)  # type: ignore[arg-type]
@@ -207,3 +254,10 @@ def test_the_list_names_studies_that_cannot_be_read(workspace: Path, capsys: pyt
     assert "broken" in said.out
     assert "ZeroDivisionError" in said.err
     assert {"broken", "demo", "flowers102"} <= set(harness.studies(workspace)["study"])
+    (workspace / "studies" / "Thumbs.db").write_text("another program's")
+    states = harness.studies(workspace).set_index("study")["state"]
+    assert (states["Thumbs"], states["demo"]) == ("cannot be read", "not begun")
+
+
+def test_the_list_of_an_empty_folder_has_columns(tmp_path: Path) -> None:
+    assert {"study", "state", "best"} <= set(harness.studies(tmp_path).columns)

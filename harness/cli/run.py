@@ -59,8 +59,8 @@ def _command() -> str:
 
 
 def lasting_command() -> str:
-    """Return the command line without --reopen-test, which applies once."""
-    words = shlex.split(_command())
+    """Return the command line without --fresh and --reopen-test, which apply once."""
+    words = [word for word in shlex.split(_command()) if word != "--fresh"]
     places = [place for place, word in enumerate(words) if word.startswith("--reopen-test")]
     for place in reversed(places):
         del words[place : place + (1 if "=" in words[place] else 2)]

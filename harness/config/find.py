@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 import traceback
@@ -103,7 +104,8 @@ def _load(file: Path) -> Study:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there, if the study defines any
     try:
-        spec.loader.exec_module(module)
+        with contextlib.redirect_stdout(sys.stderr):  # stdout may be for JSON
+            spec.loader.exec_module(module)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
     except (Exception, SystemExit) as error:

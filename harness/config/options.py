@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from harness.base.errors import InputError
+from harness.config.space import check_types
 
 MOST_WORKERS = 10_000  # a larger number is a typo
 
@@ -54,4 +56,7 @@ class RunOptions:
             count = given.get(name, least)
             if not isinstance(count, int) or isinstance(count, bool) or not least <= count <= MOST_WORKERS:
                 raise InputError(f"{name} is a whole number from {least} to {MOST_WORKERS:,}, not {count!r}.")
-        return RunOptions(**dict(given) | {"set": tuple(given.get("set", ())), "command": command})
+        texts = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+        options = RunOptions(**texts | {"set": tuple(given.get("set") or ()), "command": command})
+        check_types(options)
+        return options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import heapq
 import os
 import statistics
@@ -41,7 +42,23 @@ class StudyConsole(Console):
 
     def on_broken_pipe(self) -> None:
         StudyConsole.left = self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        unread()
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError as error:
+            if error.errno != errno.EIO:  # the terminal was closed
+                raise
+            self.on_broken_pipe()
+
+
+def unread() -> None:
+    """Print to nowhere from now on, as nobody reads; also errors, if they go to the same place."""
+    nowhere, there = os.open(os.devnull, os.O_WRONLY), os.fstat(sys.stdout.fileno())
+    if os.path.samestat(there, os.fstat(sys.stderr.fileno())):
+        os.dup2(nowhere, sys.stderr.fileno())
+    os.dup2(nowhere, sys.stdout.fileno())
 
 
 class Display:
@@ -262,7 +279,7 @@ def _outcome(outcome: events.TrialOutcome) -> str:
 
 
 def print_studies(rows: Sequence[Any]) -> None:
-    """Print a table of `harness.api.Row`."""
+    """Print a table of `harness.report.overview.Row`."""
     numbers = [Column(name, justify="right") for name in ("trials", "best", "test")]
     others = any(row.objective != "accuracy" for row in rows)
     table = Table("study", "state", *numbers, *["objective"] * others, box=None, pad_edge=False, header_style="")

@@ -63,7 +63,13 @@ class Messenger:
                 print(f"--on-event {self._command!r} failed ({fault}); the study goes on.", file=sys.stderr)
 
     def _fault(self, line: str) -> str | None:
-        options: dict[str, Any] = {"text": True, "capture_output": True, "timeout": SECONDS}
+        options: dict[str, Any] = {
+            "text": True,
+            "encoding": "utf-8",
+            "errors": "replace",
+            "capture_output": True,
+            "timeout": SECONDS,
+        }
         try:  # a session of its own: Ctrl-C is for the study
             done = subprocess.run(self._words, input=f"{line}\n", start_new_session=True, **options)
         except subprocess.TimeoutExpired:
@@ -77,7 +83,12 @@ class Messenger:
 
 
 def _print(line: str) -> None:
-    print(line, flush=True)
+    from harness.report.display import unread
+
+    try:
+        print(line, flush=True)
+    except (BrokenPipeError, ConnectionResetError):  # nobody reads them any more: the study goes on
+        unread()
 
 
 class Notices:

@@ -80,6 +80,34 @@ def _ablation(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, "results": values, "sentences": sentences.ablation_sentences(record)}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """A study in a list; values of its objective are 0 to 1."""
+
+    study: str
+    state: str  # not begun, running, interrupted, finished, failed, or cannot be read
+    finished: int = 0  # trials
+    trials: int = 0  # asked for
+    best: float | None = None  # on the validation images
+    test: float | None = None  # on the test images
+    objective: str = "accuracy"
+    note: str | None = None  # why it cannot be read
+
+
+def row_of(name: str, store: Store, trials: int) -> Row:
+    """Return the row of a study; `trials` are those of its file."""
+    best, final, facts = store.best(), store.facts().final, store.facts()
+    return Row(
+        study=name,
+        state=state_of(store),
+        finished=store.finished(),
+        trials=facts.limited(facts.wanted or trials),
+        best=None if best is None else best.value,
+        test=None if final is None else final.value,
+        objective=facts.objective,
+    )
+
+
 def subject(store: Store) -> TrialRecord | None:
     """Return the trial of the report: the tested one; before the test, the chosen one or the best so far."""
     final = store.facts().final

@@ -19,6 +19,7 @@ import sqlalchemy
 from sqlalchemy.exc import SQLAlchemyError
 
 from harness.base.processes import is_gone, name_of_this
+from harness.store.locks import lock_file
 
 LEASE_SECONDS = 45.0  # a dead worker is noticed within this time
 RENEWAL_SECONDS = 10.0
@@ -61,7 +62,7 @@ class Leases:
         self._by_itself = owner is None
         self._engine, self._study, self._file, self._seconds = engine, study, file, seconds
         self._now = NOW[engine.dialect.name]
-        self._exclusive = None if file is None else filelock.FileLock(f"{file}.queue.lock")
+        self._exclusive = None if file is None else filelock.FileLock(lock_file(file, ".queue"))
         self._held: dict[str, float] = {}  # key -> earliest expiry, by this process's clock
         self._renewal: threading.Thread | None = None
         self._closed = threading.Event()

@@ -90,19 +90,24 @@ def free_name(file: Path, word: str) -> Path:
 
 def holder(file: Path | None) -> str | None:
     """Return the PID of the process that holds a SQLite study, None if it is free."""
-    if file is None or not Path(f"{file}.lock").exists():
+    if file is None or not lock_file(file).exists():
         return None
     if not may_write(file):  # the lock cannot be tried: rely on the holder's PID file
         return _pid(file) if pid_file(file).exists() else None
     try:
-        with filelock.FileLock(f"{file}.lock", blocking=False):
+        with filelock.FileLock(lock_file(file), blocking=False):
             return None
     except filelock.Timeout:
         return _pid(file)
 
 
+def lock_file(file: Path, word: str = "") -> Path:
+    """Return the lock file of a database, the same for all links to it."""
+    return Path(f"{file.resolve()}{word}.lock")
+
+
 def pid_file(file: Path) -> Path:
-    return Path(f"{file}.pid")
+    return Path(f"{file.resolve()}.pid")
 
 
 def _pid(file: Path) -> str:
@@ -118,7 +123,7 @@ def study_lock(file: Path | None, name: str) -> Iterator[None]:
     if not file.parent.is_dir():
         raise InputError(f"--storage: there is no folder {file.parent}; create it first.")
     check_writable(file)
-    lock, pid = filelock.FileLock(f"{file}.lock"), pid_file(file)
+    lock, pid = filelock.FileLock(lock_file(file)), pid_file(file)
     try:
         lock.acquire(timeout=LOCK_SECONDS)
     except filelock.Timeout as error:

@@ -175,6 +175,7 @@ def _workers(
         return
     config = WorkerConfig(
         file=command.found.file,
+        home=command.found.home,
         settings=options.set,
         data_root=options.data_root,
         device=options.device,

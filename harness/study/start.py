@@ -99,6 +99,7 @@ def _asked_for(
         if not is_utf8(json.dumps(value, ensure_ascii=False, default=str)):
             raise InputError(f"{path} is {value}, which is not UTF-8 and cannot be stored; rename it.")
     url = opening.url_of(found, options.storage)
+    _check_apart(url, options.tracking_uri)
     database.check_database(url)
     database.check_writable(sqlite_file(url))
     if (risk := mounts.warning(sqlite_file(url))) is not None:
@@ -107,6 +108,16 @@ def _asked_for(
     if options.serve is not None:
         _check_serving(command, options.serve)
     return command
+
+
+def _check_apart(url: str, tracking_uri: str | None) -> None:
+    """Raise InputError if MLflow would write into the study's database."""
+    file = sqlite_file(url)
+    if file is None or tracking_uri is None or not tracking_uri.startswith("sqlite"):
+        return
+    other = sqlite_file(tracking_uri)
+    if other is not None and other.resolve() == file.resolve():
+        raise InputError(f"--tracking-uri {tracking_uri} is the study's own database; give MLflow another file.")
 
 
 def _check_serving(command: Command, address: str) -> None:

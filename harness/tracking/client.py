@@ -90,7 +90,8 @@ class StudyClient:
         let_commits_return()
         set_aside(self.uri)
         with no_stray_folder(self.uri):
-            self.client = MlflowClient(tracking_uri=self.uri)
+            # A program may have set another registry for all clients.
+            self.client = MlflowClient(self.uri, None if self.uri.startswith("databricks") else self.uri)
             self.client.search_experiments(max_results=1)
         if self.file is not None:
             self._inode = self.file.stat().st_ino

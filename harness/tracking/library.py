@@ -74,6 +74,16 @@ def set_aside(uri: str) -> None:
             print(f"{name} is set and ignored: {LEADING_ELSEWHERE[name].format(uri=masked(uri))}.", file=sys.stderr)
 
 
+@contextlib.contextmanager
+def variables_back() -> Iterator[None]:
+    """Set the variables that `set_aside` removes inside again, for a program's own use of MLflow."""
+    before = {name: os.environ[name] for name in SET_ASIDE if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
 # Clients of artifact stores: Python module to pip package.
 PACKAGES = {
     "boto3": "boto3",

@@ -13,14 +13,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
-from harness.base.errors import INTERRUPTED
+from harness.base.errors import INTERRUPTED, InputError
 
 NOTICE = "Stopping after this batch and a checkpoint. Press Ctrl-C again to stop at once."
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: the terminal was closed
+_ALONE = threading.RLock()  # an event of a study may run another one
 UNHEARD_SECONDS = 0.01  # until a request that was swallowed, or came in an import, is repeated
 
 
@@ -50,7 +51,21 @@ def install(*, quiet: bool = False) -> None:
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Handle signals as `install` does, inside the block; do nothing in a thread, which gets no signals."""
+    """Handle signals as `install` does, inside the block; not in a thread, which gets no signals.
+
+    Raises InputError if another thread of this process is inside: torch's global generators are one for a process.
+    """
+    if not _ALONE.acquire(blocking=False):
+        raise InputError("This process runs a study in another thread; wait for its end, or use another process.")
+    try:
+        with _signals():
+            yield
+    finally:
+        _ALONE.release()
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is _handle:
         yield
         return
@@ -100,7 +115,8 @@ def notice() -> None:
     """Print once that stopping takes a moment."""
     if not _State.noticed:
         _State.noticed = True
-        os.write(2, f"{NOTICE}\n".encode())  # print is not reentrant
+        with suppress(OSError):
+            os.write(2, f"{NOTICE}\n".encode())  # print is not reentrant
 
 
 def _handle(number: int, frame: Any) -> None:

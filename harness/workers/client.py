@@ -106,6 +106,7 @@ def _here(config: WorkerConfig, data_root: str | None, device: str | None) -> Wo
         root = None
     return dataclasses.replace(
         config,
+        home=None,
         file=file.resolve(),
         checkpoints=checkpoints.resolve(),
         data_root=data_root or root,

@@ -44,11 +44,12 @@ class WorkerConfig:
     url: str
     checkpoints: Path
     limits: dict[str, Any] = dataclasses.field(default_factory=dict)
+    home: Path | None = None  # None: that of the file
 
     def study(self) -> Study:
         from harness.config.find import find
 
-        found = find(str(self.file))
+        found = find(str(self.file), self.home)
         study = found.study.with_settings(self.settings).located(found.home, self.data_root, self.device)
         return dataclasses.replace(study, trials=self.trials, **self.limits)
 

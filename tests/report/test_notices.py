@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +12,12 @@ from typing import Any
 
 import pytest
 
+import harness
 from harness.cli.commands import main
+from harness.cli.run import lasting_command
 from harness.config import events
 from harness.report import notices
+from tests.conftest import PROJECT
 from tests.small import study_in
 
 HEARD = "heard.jsonl"
@@ -51,6 +56,26 @@ def test_a_command_hears_what_happens_in_order(run: Run, tmp_path: Path) -> None
     assert (lines[0]["finished"], lines[-1]["finished"], lines[-1]["trials"]) == (0, 3, 3)
     low, high = lines[-1]["test"]["interval"]
     assert low <= lines[-1]["test"]["value"] <= high
+
+
+def test_an_answer_that_is_no_utf_8_silences_nothing(run: Run, tmp_path: Path) -> None:
+    command = script(tmp_path, f"sys.stdout.buffer.write(b'\\xe9')\nopen({HEARD!r}, 'a').write(line)")
+    assert run("--on-event", command) == 0
+    assert heard(tmp_path)[-1]["event"] == "finished"
+
+
+def test_a_reader_that_goes_away_does_not_stop_the_study(run: Run, tmp_path: Path) -> None:
+    line = f"{sys.executable} -m harness run --study tiny --trials 3 --json | head -1; exit ${{PIPESTATUS[0]}}"
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["event"] == "begun"
+    assert harness.open("tiny", home=tmp_path).final is not None
+
+
+def test_the_command_that_resumes_does_not_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["run_study.py", "--fresh", "--json", "--reopen-test", "why", "--trials", "9"])
+    assert lasting_command().endswith("run_study.py --json --trials 9")
 
 
 def test_json_is_all_that_is_printed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

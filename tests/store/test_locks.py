@@ -16,6 +16,7 @@ from harness.base.errors import Halt
 from harness.config.events import EpochEnded, Event
 from harness.report.display import Display
 from harness.search.samplers import Sampler
+from harness.store.locks import holder, study_lock
 from harness.store.opening import open_store, read_store
 from tests.analytic import run_analytic
 from tests.conftest import make_study
@@ -77,6 +78,16 @@ def test_a_lost_file_is_named_and_what_was_stored_is_saved_beside_it(
     with open_store(STUDY, f"sqlite:///{file}") as store:
         assert store.finished() == 3
         run_analytic(STUDY, store, 4)
+
+
+def test_a_link_to_a_database_has_its_locks(tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    there, link = tmp_path / "big" / "demo.db", tmp_path / "demo.db"
+    there.touch()
+    link.symlink_to(there)
+    with study_lock(link, "demo"):
+        assert holder(there) == holder(link) == str(os.getpid())
+    assert holder(there) is None
 
 
 def test_an_older_saved_file_is_kept(tmp_path: Path) -> None:

@@ -89,6 +89,12 @@ def test_ctrl_c_after_a_request_stops_at_once(names: tuple[str, ...]) -> None:
     assert "Traceback" not in said
 
 
+def test_a_request_is_heard_though_nobody_reads_what_it_says() -> None:
+    gone = "reader, writer = os.pipe()\nos.close(reader)\nos.dup2(writer, 2)\n"
+    words, _ = child(gone + INSIDE.format(signals="'SIGTERM'"))
+    assert words == ["finished", "stopped"]
+
+
 def test_what_another_process_says_is_not_said_again() -> None:
     code = "interrupt.install(quiet=True)\ninterrupt.notice()\n" + INSIDE.format(signals="'SIGINT'")
     assert child(code) == (["finished", "stopped"], "")
