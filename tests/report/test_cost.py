@@ -144,6 +144,6 @@ def test_the_price_is_remembered_and_changes_no_result(image_cache: Path, tmp_pa
     cheaper = harness.run(study, home=tmp_path, progress=False, price=1)
     assert "at 1.00 per hour" in cheaper.summary()
     for wrong in (0, -1.0, float("nan"), float("inf"), "2.40", True):
-        with pytest.raises(InputError, match="price must be a number above 0 and at most 1,000,000, not"):
+        with pytest.raises(InputError, match="price must be a number"):
             harness.run(study, home=tmp_path, progress=False, price=wrong)
     assert "at 1.00 per hour" in cheaper.summary()
