@@ -123,7 +123,7 @@ def _data(place: Path, home: Path, cache: str) -> tuple[Any, str]:
     root = place if table is None else table.parent
     resolved = root.resolve()
     shown = resolved.relative_to(home).as_posix() if resolved.is_relative_to(home) else resolved.as_posix()
-    if home.is_relative_to(resolved):
+    if table is None and home.is_relative_to(resolved):
         raise InputError(
             f"Run init outside of the photographs, for example in {resolved.parent}: studies/ would lie among them."
         )

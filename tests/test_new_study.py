@@ -99,6 +99,12 @@ def test_a_table_gets_a_study(photos: Path, name: str) -> None:
         assert type(find(str(made.file)).study.train.data).__name__ == "ImageTable"
 
 
+def test_a_table_may_lie_where_the_study_is_written(photos: Path) -> None:
+    lines = [f"{each.relative_to(photos.parent)},{each.parent.name}" for each in sorted(photos.rglob("*.png"))]
+    (photos.parent / "labels.csv").write_text("\n".join(["path,label", *lines]))
+    assert harness.init(photos.parent / "labels.csv", home=photos.parent).file.is_file()
+
+
 @pytest.mark.parametrize("inside", [".", "rose"])
 def test_init_inside_of_the_photographs_is_refused(photos: Path, inside: str) -> None:
     before = tree(photos)

@@ -168,7 +168,7 @@ def prepare(dataset: Dataset, *preprocessings: Preprocessing) -> str:
     Returns a fingerprint of all images and labels for each preprocessing. Raises InputError if the data are missing,
     a class is missing from a split, or a file is not an image.
     """
-    for loaded in (_load, load_train_and_val):
+    for loaded in (_load, load_train_and_val, _on_cuda):
         loaded.cache_clear()  # in a program's second study, files may have changed
     check_names(dataset.classes(), dataset.classes(), "in the data set")
     if len(dataset.classes()) > MOST_CLASSES:

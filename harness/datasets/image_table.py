@@ -167,7 +167,7 @@ def _checked(frame: pandas.DataFrame, name: str, folder: Path, first: int) -> li
     cells = {key: list(frame[column]) for key, column in columns.items() if column is not None}
     for key, column in cells.items():
         for place, value in enumerate(column):
-            if isinstance(value, list | dict | tuple | set) or hasattr(value, "__array__"):
+            if isinstance(value, list | dict | tuple | set) or getattr(value, "ndim", 0) > 0:
                 what = f"Row {first + place} of {name} has as {key} a {type(value).__name__}"
                 raise InputError(f"{what}; write one {'path' if key == 'path' else 'value'} per photograph.")
     texts = {key: list(map(_text, column)) for key, column in cells.items()}

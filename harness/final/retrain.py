@@ -11,17 +11,19 @@ from typing import Any
 import torch
 
 from harness.base.environment import environment
-from harness.base.errors import Halt
+from harness.base.errors import Halt, first_line
 from harness.base.keys import ablation_key, base_key, final_key, rerank_key
 from harness.base.seeds import derive_seed
 from harness.config.events import EpochEnded, EpochResult, Event, Kind, RetrainingEnded, TrialStarted
 from harness.config.jobs import Train, Workers
 from harness.config.study import Study
+from harness.data.splits import content_of
+from harness.store.opening import check_definition
 from harness.store.store import Store, TrialRecord
 from harness.training.assemble import assemble, with_validation_images
 from harness.training.checkpoint import SUFFIX, Checkpoint, fingerprint, identity_of, remove
 from harness.training.loop import Training, fit
-from harness.training.step import Runtime
+from harness.training.step import Runtime, is_device_failure
 
 KEYS = {"final": final_key, "base": base_key, "rerank": rerank_key, "ablation": ablation_key}
 
@@ -35,6 +37,11 @@ class Context:
     runtime: Runtime
     checkpoints: Path
     workers: Workers | None = None  # train for this process; None: it trains itself
+
+    def check_content(self) -> None:
+        """Raise InputError if images or weights are no longer those of the study's start, where they were recorded."""
+        if any(path.startswith("content of ") for path in self.store.facts().definition or {}):
+            check_definition(self.study, self.store, content_of(self.study))
 
     def ahead(self, retrainings: Sequence[Retraining]) -> Iterator[Event]:
         """Have the workers, if any, train these in parallel; `train` then has nothing left to do."""
@@ -89,13 +96,18 @@ class Retraining:
             groups=None,
             progress=training.progress,
         )
-        with checkpoint.saved_when_stopped(), closing(fit(training, checkpoint.after_batch)) as results:
-            for result in results:
-                if not result.is_finite():
-                    self.diverged = result
-                    break
-                yield EpochEnded(key=key, name=name, number=self.number, result=result)
-            checkpoint.save()
+        try:
+            with checkpoint.saved_when_stopped(), closing(fit(training, checkpoint.after_batch)) as results:
+                for result in results:
+                    if not result.is_finite():
+                        self.diverged = result
+                        break
+                    yield EpochEnded(key=key, name=name, number=self.number, result=result)
+                checkpoint.save()
+        except RuntimeError as error:
+            if is_device_failure(error):
+                raise Halt(f"The device failed ({first_line(error)}); run the same command again.") from error
+            raise
 
     def trained(self) -> Training:
         """Restore the trained model from its checkpoint. Raises Halt if that is missing or damaged."""

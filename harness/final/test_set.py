@@ -26,7 +26,7 @@ from harness.config.events import Elsewhere, Event
 from harness.config.final_result import FinalResult, SeedResult, value_of
 from harness.config.train import fingerprint
 from harness.data.duplicates import contents_of, find
-from harness.data.splits import ImageSet, content_of, items_of, load_split, load_test
+from harness.data.splits import ImageSet, items_of, load_split, load_test
 from harness.final import model_files
 from harness.final.choice import per_image, record_choice, rerank
 from harness.final.model_files import keep_check_images, record_files, save_model
@@ -36,7 +36,6 @@ from harness.final.statistics import balanced_accuracy, bootstrap_interval, comp
 from harness.final.suspects import record_suspects
 from harness.store import ledger
 from harness.store.leases import LeaseLost
-from harness.store.opening import check_definition
 from harness.store.store import POLL_SECONDS, Store, TrialRecord, wanted
 from harness.training.assemble import evaluation_of
 from harness.training.checkpoint import differences, read_tensors
@@ -94,7 +93,7 @@ def final_run(context: Context, folder: Path, reason: str | None = None) -> Iter
             yield from _mend(context, chosen, folder)
         return
     store.ledger()  # raises before hours of training if it was edited
-    _check_content(context)
+    context.check_content()
     _repair(context, chosen)
     if reason is None and (why := store.why_closed()) is not None:
         print(why, file=sys.stderr)
@@ -138,6 +137,9 @@ def _mend(context: Context, chosen: TrialRecord, folder: Path) -> Iterator[Event
     seed = Retraining(context, "final", chosen, 0, logged=False)
     with threads_of(environments):
         yield from seed.train()
+        if seed.diverged:
+            text = f"The model cannot be retrained here, because {seed.divergence()}"
+            raise StudyFailed(f"{text}; copy {folder.name} from the machine that trained it first.")
         training = seed.trained()
     save_model(store, folder, training, chosen, final)
     if final.per_seed[0].weights != sha256_of(training.model.state_dict()):
@@ -190,7 +192,7 @@ def _open_test_set(
     # The only place where the test split is read. Everything is trained; nothing is decided after this line.
     store, chosen = context.store, seeds[0].trial
     store.check_lead()
-    _check_content(context)
+    context.check_content()
     _write_opening(store, chosen, fingerprint(seeds[0].config), reason)
     test = load_test(seeds[0].config.data, seeds[0].config.backbone.preprocessing())
     saved, flip = seeds[0].trained(), context.study.final.flip
@@ -235,12 +237,6 @@ def _open_test_set(
 
 def _summed(results: Sequence[Tested]) -> dict[str, Any]:
     return summary([each.record for each in results], [each.scores for each in results])
-
-
-def _check_content(context: Context) -> None:
-    """Raise InputError if the images or weights are no longer those of the study's start, where they were recorded."""
-    if any(path.startswith("content of ") for path in context.store.facts().definition or {}):
-        check_definition(context.study, context.store, content_of(context.study))
 
 
 def _write_opening(store: Store, chosen: TrialRecord, configuration: str, reason: str | None) -> None:

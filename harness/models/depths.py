@@ -94,11 +94,17 @@ def skeleton(build: Callable[[], nn.Module]) -> nn.Module:
 def _check_head(name: str, model: nn.Module, last: str, image: torch.Tensor) -> None:
     """Raise InputError unless a new head in place of the layer `last` gives the logits."""
     shape: object = None
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model = with_head(model, (), 0.0, 2)
     try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]), torch.no_grad():
-            shape = with_head(model, (), 0.0, 2)(image).shape
-    except RuntimeError:  # a layer after it takes another width
-        pass
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            shape = model(image).shape
+    # A layer after it takes another width, or the forward uses the layer's own fields.
+    except Exception as error:
+        raise InputError(
+            f"The forward of {name} fails with a new head in place of {last}, its last linear layer "
+            f"({first_line(error)}); define the layer that gives the logits last, and do not use its weights."
+        ) from error
     if shape != (1, 2):
         raise InputError(
             f"{last}, the last linear layer of {name}, does not give the logits; define the layer that does last."

@@ -92,7 +92,11 @@ def evaluate_trial(
         if no_room(error):
             raise Halt(f"{error}; make room.") from error
         if is_device_failure(error):
-            raise Halt(f"The device failed ({first_line(error)}); run the same command again.") from error
+            skip = f"python -m harness skip {study.name} {asked.number}"
+            raise Halt(
+                f"The device failed ({first_line(error)}); run the same command again. If trial {asked.number} fails "
+                f"each time: {skip}"
+            ) from error
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         outcome = events.Failed(reason=reason, traceback=traceback.format_exc())
     if checkpoint is None:
@@ -133,6 +137,8 @@ def _train(
             raise Skipped
         checkpoint.after_batch()
 
+    if store.is_skipped(asked):
+        raise Skipped
     with checkpoint.saved_when_stopped(), closing(fit(training, after_batch)) as results:
         for result in chain(restored, results):
             if not result.is_finite():

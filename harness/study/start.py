@@ -113,10 +113,8 @@ def _asked_for(
 def _check_apart(url: str, tracking_uri: str | None) -> None:
     """Raise InputError if MLflow would write into the study's database."""
     file = sqlite_file(url)
-    if file is None or tracking_uri is None or not tracking_uri.startswith("sqlite"):
-        return
-    other = sqlite_file(tracking_uri)
-    if other is not None and other.resolve() == file.resolve():
+    other = None if tracking_uri is None else sqlite_path(tracking_uri)
+    if file is not None and other is not None and other.resolve() == file.resolve():
         raise InputError(f"--tracking-uri {tracking_uri} is the study's own database; give MLflow another file.")
 
 

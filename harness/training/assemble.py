@@ -68,8 +68,9 @@ def with_validation_images(training: Training) -> Training:
         both = load_train_and_val(config.data, config.backbone.preprocessing())
         return replace(training, train=both.on(runtime.device), val=None)
     train, val = (features_to_train_on(config, runtime, name) for name in ("train", "val"))
-    features = torch.cat([train.features, val.features])
-    joint = FeatureSet(features=features, labels=torch.cat([train.labels, val.labels]))
+    device = train.device if train.device == val.device else torch.device("cpu")  # one may have had no room
+    features = torch.cat([each.features.to(device) for each in (train, val)])
+    joint = FeatureSet(features=features, labels=torch.cat([each.labels.to(device) for each in (train, val)]))
     return replace(training, train=joint, val=None)
 
 

@@ -220,7 +220,7 @@ def _result(training: Training) -> EpochResult:
     last = int(bad[0]) if len(bad) else progress.steps - 1
     val = None
     if training.val is not None and not len(bad):
-        with _averaged(training.average):
+        with _averaged(training):
             logits = logits_of(training.learner, training.val, training.runtime)
         val = measure(logits, training.val.labels, training.objective)
         if progress.epoch == config.epochs:
@@ -245,16 +245,23 @@ def _missed(logits: Tensor, val: Metrics) -> str:
 
 
 @contextmanager
-def _averaged(average: Average | None) -> Iterator[None]:
-    """Give the model the average of its weights for a time."""
+def _averaged(training: Training) -> Iterator[None]:
+    """Give the model the average of its weights for a time.
+
+    A stop between two tensors would leave a mixture of both in the checkpoint, so it waits for the end of a swap.
+    """
+    average, progress = training.average, training.progress
     if average is None:
         yield
         return
-    average.swap()
     try:
+        with progress.moving():
+            average.swap()
         yield
     finally:
-        average.swap()
+        if progress.whole:  # False after a second Ctrl-C inside of a swap, when no checkpoint is written
+            with progress.moving():
+                average.swap()
 
 
 def _batches(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas
 import pytest
 from PIL import Image
@@ -77,6 +78,13 @@ def test_without_a_split_photographs_stay_in_theirs_when_rows_are_added(photos: 
     assert sum(map(len, after.values())) == 60
     assert len(after["train"]) > 30
     assert min(map(len, after.values())) > 0
+
+
+def test_nullable_columns_are_as_others(photos: Path) -> None:
+    frame, numbers = pandas.DataFrame(listed(20)), pandas.Series([number % 2 for number in range(20)])
+    for label in (numbers.astype("Int64"), pandas.Series([np.int64(each) for each in numbers], dtype=object)):
+        table: Any = frame.assign(label=label)
+        assert ImageTable(file=table, root=str(photos), cache=str(photos / "cache")).classes() == ("0", "1")
 
 
 def test_contents_are_looked_up_once_for_a_split(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,17 @@ def nothing() -> Any:
     return None
 
 
+class Reading(nn.Module):
+    """Reads a small tensor of its own in the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 10)
+
+    def forward(self, x: Any) -> Any:
+        return self.head(x.mean((2, 3)) * torch.tensor(2.0).item())
+
+
 class HeadFirst(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -109,6 +120,10 @@ def test_what_it_uses_of_its_file_belongs_to_it(use: str, tmp_path: Path) -> Non
     assert len(names) == 2
 
 
+def test_a_forward_may_read_tensors_of_its_own() -> None:
+    Module(build=Reading).check(64)
+
+
 def test_depths_and_preprocessing_are_the_given_ones_or_found() -> None:
     preset = Preprocessing(mean=(0.5, 0.5, 0.5))
     assert Module(build=small).depths("block") == [("0.",), ("3.",)]
@@ -145,7 +160,7 @@ def test_it_is_the_same_if_its_source_is_and_survives_pickling() -> None:
         ({"build": failing}, r"failing\(\) failed \(RuntimeError: boom\); it must build a model"),
         ({"build": in_pairs}, "The forward of in_pairs returns tuple; return logits"),
         ({"build": nothing}, "returned NoneType; return a torch.nn.Module"),
-        ({"build": HeadFirst}, "projection, the last linear layer of HeadFirst, does not give the logits"),
+        ({"build": HeadFirst}, "new head in place of projection, its last linear layer"),
         ({"build": lazy}, r"lazy: 1\.weight is of a lazy layer; give the layer its size"),
         ({"build": frozen}, r"frozen: 0\.weight is frozen, but the harness would train it"),
         ({"build": half}, r"half: 0\.weight is float16; return a model in float32"),

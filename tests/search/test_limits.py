@@ -104,13 +104,13 @@ def test_no_trial_begins_that_cannot_reach_its_first_rung() -> None:
 
 def test_the_hours_also_end_a_search_without_a_complete_trial() -> None:
     study = with_hours(
-        0.001, train=dataclasses.replace(STUDY.train, optim=OptimConfig(base_lr=9e-3, depth_lr_mult=0.5))
+        0.0001, train=dataclasses.replace(STUDY.train, optim=OptimConfig(base_lr=9e-3, depth_lr_mult=0.5))
     )
     store = memory_store(study)
     assert limits.reason_to_stop(study, store) is None
     evaluate(study, store, store.ask(study))
     assert store.best() is None
-    assert limits.reason_to_stop(study, store) == "0.001 h are used, and no trial is complete"
+    assert limits.reason_to_stop(study, store) == "0.0001 h are used, and no trial is complete"
     assert limits.reason_to_stop(with_hours(9.0), store) is None
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import os
+import signal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -22,12 +25,13 @@ from harness.data.augment import normalise
 from harness.data.mixing import Target
 from harness.data.splits import load_test
 from harness.models.maxvit import TinyMaxViT
+from harness.training import interrupt
 from harness.training.assemble import assemble, check_early_size
 from harness.training.loop import fit
-from harness.training.optim import lr_factor
+from harness.training.optim import Average, lr_factor
 from harness.training.step import predict, train_step
 from tests.small import SmallNet
-from tests.training.test_checkpoint import RUNTIMES, check_every_stop
+from tests.training.test_checkpoint import RUNTIMES, check_every_stop, fresh, run_until, uninterrupted
 from tests.training.test_loop import equal, state, timeless
 
 CPU = RUNTIMES["fp32"]
@@ -97,6 +101,34 @@ def test_momentum_and_decay_reach_the_optimizer(plain: TrainConfig) -> None:
 
 
 # --- the average of the weights ---
+
+
+@pytest.mark.parametrize("at", [1, 2])  # before the validation of the first epoch, and after it
+def test_a_stop_inside_a_swap_leaves_no_mixture(
+    at: int, plain: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, path = dataclasses.replace(plain, ema=0.5), tmp_path / "a.safetensors"
+    swaps = itertools.count(1)
+    results, weights = uninterrupted(config, CPU)
+
+    def stopped(average: Average) -> None:
+        stops = next(swaps) == at
+        for name, current in average._current.items():
+            kept = current.clone()
+            current.copy_(average.tensors[name])
+            average.tensors[name].copy_(kept)
+            if stops:
+                os.kill(os.getpid(), signal.SIGTERM)
+                stops = False
+
+    with interrupt.handled(), monkeypatch.context() as patch:
+        patch.setattr(Average, "swap", stopped)
+        run_until(fresh(path, config), (9, 9))
+    again = fresh(path, config)
+    assert again.restore()
+    run_until(again)
+    assert timeless(again.training.progress.epochs) == results
+    assert equal(state(again.training), weights)
 
 
 def test_the_average_is_validated_and_remains(plain: TrainConfig) -> None:
