@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from harness.base.keys import trial_key
 from harness.config.find import PROJECT
 from harness.store.opening import read_store
 from tests.forked import Process
@@ -108,12 +109,13 @@ def tasks(nodes: Sequence[Any]) -> list[int]:
 
 
 def working(url: str, nodes: Sequence[Any]) -> Any:
-    """The first of the nodes that is found at work on a trial: by the parent of the process that holds it."""
+    """A node at work on a trial, one with an epoch first: by the parent of the process that holds the trial."""
     raylets = {each.process.pid: node for node in nodes for each in node.all_processes["raylet"]}
     with read_store("tiny", url) as store:
         until = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < until:
-            for key, owner in store.active_workers().items():
+            begun = {trial_key(trial.number) for trial in store.trials() if trial.curve}
+            for key, owner in sorted(store.active_workers().items(), key=lambda each: each[0] not in begun):
                 status = Path("/proc", owner.rpartition("/")[2].partition(" ")[0], "status")
                 parent = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("PPid")]
                 if key.startswith("trial") and int(parent[0]) in raylets:
