@@ -213,7 +213,7 @@ class Result:
         with self.store() as store:
             return Report(path, test_sentence(store))
 
-    def write_report(self, folder: Path | None = None) -> Path:
+    def write_report(self, folder: str | Path | None = None) -> Path:
         """Write report.html, trials.csv and suspects.csv; return the page's path. Raises Halt if the disk is full."""
         with self.store() as store:
             return write_report(

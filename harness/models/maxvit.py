@@ -55,9 +55,7 @@ class TinyMaxViT(PretrainedBackbone):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fits = self.weights is None or pretrained.is_file(self.weights)
-        endings = ", ".join(pretrained.SUFFIXES)
-        require(fits, f"backbone.weights must be null or a file ({endings}), not {self.weights!r}.")
+        pretrained.check_file(self.weights)
 
     def check_size(self, image_size: int) -> None:
         require(image_size % 64 == 0, f"data.image_size must be a multiple of 64 for TinyMaxViT, not {image_size}.")

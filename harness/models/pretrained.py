@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from harness.base.errors import InputError, first_line
+from harness.config.train import require
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,6 +25,12 @@ WRAPPERS = ("state_dict", "model")  # keys under which training scripts save the
 
 def is_file(weights: str | None) -> TypeGuard[str]:
     return weights is not None and weights.endswith(SUFFIXES)
+
+
+def check_file(weights: str | None) -> None:
+    """Raise InputError unless the weights are a file, or None."""
+    fits, endings = weights is None or is_file(weights), ", ".join(SUFFIXES)
+    require(fits, f"backbone.weights must be null or a file ({endings}), not {weights!r}.")
 
 
 def fingerprint(file: str) -> str:

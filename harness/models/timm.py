@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from harness.base.errors import InputError, first_line
 from harness.config.contracts import Preprocessing
-from harness.config.train import require
 from harness.models import pretrained
 from harness.models.backbone import PretrainedBackbone
 
@@ -36,9 +35,7 @@ class Timm(PretrainedBackbone):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fits = self.weights is None or pretrained.is_file(self.weights)
-        endings = ", ".join(pretrained.SUFFIXES)
-        require(fits, f"backbone.weights must be null or a file ({endings}), not {self.weights!r}.")
+        pretrained.check_file(self.weights)
 
     def check_size(self, image_size: int) -> None:
         _check_size(self.name, image_size)

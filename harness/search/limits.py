@@ -31,9 +31,8 @@ def reason_to_stop(study: Study, store: StudyView) -> str | None:
     complete = [trial for trial in ended if trial.value is not None]
     best = max(complete, key=lambda trial: (trial.value or 0.0, -trial.number), default=None)
     if best is None:
-        spent = sum(trial.seconds or 0.0 for trial in trials)
-        used = study.hours is not None and spent >= 3600 * study.hours
-        return f"{study.hours:g} h are used, and no trial is complete" if used else None
+        used = study.hours is not None and any(trial.number == 0 for trial in ended) and _hours_left(study, trials) <= 0
+        return f"{study.hours:g} h are used, or set aside, and no trial is complete" if used else None
     if study.until is not None and (best.value or 0.0) >= study.until:
         noun = OBJECTIVES[study.objective]
         return (
@@ -55,7 +54,8 @@ def hours_left(study: Study, store: StudyView) -> float:
 def _hours_left(study: Study, trials: Sequence[TrialRecord]) -> float:
     assert study.hours is not None
     spent = sum(trial.seconds or 0.0 for trial in trials)
-    after = final_seconds(study, trials) if any(trial.value is not None for trial in trials) else 0.0
+    # Where all have diverged or failed, there is nothing to set time aside for.
+    after = final_seconds(study, trials) if any(trial.state in ("complete", "pruned") for trial in trials) else 0.0
     return study.hours - (spent + after) / 3600
 
 

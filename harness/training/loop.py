@@ -248,18 +248,21 @@ def _missed(logits: Tensor, val: Metrics) -> str:
 def _averaged(training: Training) -> Iterator[None]:
     """Give the model the average of its weights for a time.
 
-    A stop between two tensors would leave a mixture of both in the checkpoint, so it waits for the end of a swap.
+    Meanwhile no checkpoint is whole, and a stop waits for the end of a swap: neither a mixture nor the average must be
+    taken for the weights.
     """
-    average, progress = training.average, training.progress
+    average, progress, swapped = training.average, training.progress, False
     if average is None:
         yield
         return
     try:
-        with progress.moving():
+        with undivided():
+            progress.whole = False
             average.swap()
+            swapped = True
         yield
     finally:
-        if progress.whole:  # False after a second Ctrl-C inside of a swap, when no checkpoint is written
+        if swapped:
             with progress.moving():
                 average.swap()
 

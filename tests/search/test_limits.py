@@ -110,7 +110,7 @@ def test_the_hours_also_end_a_search_without_a_complete_trial() -> None:
     assert limits.reason_to_stop(study, store) is None
     evaluate(study, store, store.ask(study))
     assert store.best() is None
-    assert limits.reason_to_stop(study, store) == "0.0001 h are used, and no trial is complete"
+    assert limits.reason_to_stop(study, store) == "0.0001 h are used, or set aside, and no trial is complete"
     assert limits.reason_to_stop(with_hours(9.0), store) is None
 
 
