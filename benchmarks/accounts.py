@@ -20,7 +20,7 @@ PARTS: dict[
 ] = {  # of innermost names the time is counted; what is named nowhere is "the rest"
     "training steps": {"harness.training.loop": ["train_step"]},
     "augmentation": {"harness.data.augment": ["augment"]},
-    "validation": {"harness.training.loop": ["evaluate"], "harness.final.test_set": ["logits_of", "measure"]},
+    "validation": {place: ["logits_of", "measure"] for place in ("harness.training.loop", "harness.final.test_set")},
     "loop around the steps": {"harness.search.loop": ["fit"], "harness.final.retrain": ["fit"]},
     "data: decoding and cache": {"harness.study.start": ["content_of"]},
     "data: loading": {

@@ -35,7 +35,7 @@ from harness.data.splits import load_test
 from harness.datasets.flowers102 import Flowers102
 from harness.training.assemble import assemble, decide_runtime
 from harness.training.checkpoint import Checkpoint, identity_of, remove
-from harness.training.loop import evaluate, fit
+from harness.training.loop import fit, logits_of, measure
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TABLE = Path(__file__).with_name("curves.parquet")
@@ -161,9 +161,8 @@ def record(config: TrainConfig, seed: int, file: Path) -> dict[str, Any]:
     with checkpoint.saved_when_stopped(), closing(fit(training, checkpoint.after_batch)) as results:
         for _ in takewhile(EpochResult.is_finite, results):
             pass
-    test = evaluate(
-        training.learner, load_test(config.data, config.backbone.preprocessing()).on(runtime.device), runtime
-    )
+    images = load_test(config.data, config.backbone.preprocessing()).on(runtime.device)
+    test = measure(logits_of(training.learner, images, runtime), images.labels)
     return {
         "epochs": [_epoch(result) for result in training.progress.epochs],
         "test_correct": test.correct,

@@ -41,7 +41,8 @@ CACHE = "cache"
 SECOND = """
 import json, sys, time
 import numpy, scipy.io, torch, torchvision
-from harness.data import flowers102, image_folder, splits as tensors
+from harness.data import splits as tensors
+from harness.datasets import flowers102, image_folder
 from harness.data.augment import IMAGENET
 kind, fields = json.loads(sys.argv[1])
 data = {"Flowers102": flowers102.Flowers102, "ImageFolder": image_folder.ImageFolder}[kind](**fields)

@@ -4,7 +4,7 @@
 
 Compares in turns eager fp32, eager bf16, timm's maxvit_tiny_rw_224 in bf16 (if timm is installed), and the harness's
 step (bf16, channels last, blocks compiled, fused AdamW, clipping). Images are noise on the device. The study (50 trials
-of 30 epochs and the final run) needs Optuna and MLflow, and is skipped if they are missing.
+of 15 epochs and the final run) needs Optuna and MLflow, and is skipped if they are missing.
 
 The parts run in the order of their worth, and one that fails does not stop the others. With --keep FILE, what they
 print is added to FILE, and a second run begins with the parts that are not in it.
@@ -34,7 +34,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.measure import Figures, alternate, ratios, script
-from harness.base.errors import first_line
+from harness.base.errors import Told, first_line
 from harness.config.contracts import SplitName
 from harness.config.train import OptimConfig, RuntimeConfig, TrainConfig
 from harness.models.maxvit import MaxViTT, TinyMaxViT
@@ -52,7 +52,7 @@ BACKBONE: Any = MaxViTT(pretrained=False) if CUDA else TinyMaxViT(pretrained=Fal
 GFLOP = 33.3  # of one training image of MaxViT-T at 224 px, forward and backward
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312}  # dense bf16, from the data sheets
 STEPS = 10 if CUDA else 2
-TRIALS, EPOCHS = 50, 30
+TRIALS, EPOCHS = 50, 15
 PLAIN = Runtime(device=DEVICE, bf16=False, channels_last=False)
 HARNESS = Runtime(device=DEVICE, bf16=CUDA, channels_last=True, compiled=True)
 
@@ -193,7 +193,8 @@ def speed(size: int, rounds: int, runtime: Runtime) -> Figures:
     seconds = alternate(steps, rounds)
     for name, each in seconds.items():
         rate = Figures(tuple(size / value for value in each.values))
-        print(f"batch {size}, {name}: {rate.text('images/s', 1)}{_mfu(rate.median)}")
+        mfu = _mfu(rate.median) if name in ("eager bf16", "harness") else ""  # others compute another model, or fp32
+        print(f"batch {size}, {name}: {rate.text('images/s', 1)}{mfu}")
     if lacking := {"eager bf16", "harness"} - seconds.keys():
         raise MemoryError(f"no ratio without {' and '.join(sorted(lacking))}")
     gain = ratios(seconds["eager bf16"], seconds["harness"])
@@ -228,31 +229,35 @@ def trials(count: int) -> None:
             )
 
 
-def study() -> None:
+def study(keep: Path | None) -> None:
     """A whole study through the command, in a process of its own."""
     if absent := [name for name in ("optuna", "mlflow") if not importlib.util.find_spec(name)]:
-        print(f"study of {TRIALS} trials: not measured, {' and '.join(absent)} not installed")
-        return
+        raise RuntimeError(f"not measured, {' and '.join(absent)} not installed")
     if not CUDA:
-        print(f"study of {TRIALS} trials of {EPOCHS} epochs: not measured, no GPU")
-        return
+        raise RuntimeError("not measured, no GPU")
     text = (
         "from benchmarks.gpu import Noise, BACKBONE, config\n"
         "from harness.config.study import Study\nfrom harness.config.space import Float\n"
         "from harness.search.pruners import asha\nfrom harness.search.samplers import tpe\n"
         "import dataclasses\n"
         f"STUDY = Study(name='gpu', train=dataclasses.replace(config('cache'), epochs={EPOCHS}), sampler=tpe(),\n"
-        "    pruner=asha(min_epochs=10), space={'optim.base_lr': Float(1e-5, 3e-3, log=True),\n"
+        "    pruner=asha(min_epochs=5), space={'optim.base_lr': Float(1e-5, 3e-3, log=True),\n"
         "    'optim.depth_lr_mult': Float(0.1, 1.0), 'backbone.dropout': Float(0.0, 0.6)})\n"
     )
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "gpu.py"
+    with contextlib.ExitStack() as kept:
+        folder = keep.with_suffix(".study") if keep else Path(kept.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(exist_ok=True)
+        file, runs = folder / "gpu.py", folder / "began"  # its lines: when a process began
         file.write_text(text)
+        with runs.open("a") as began:
+            began.write(f"{time.time()}\n")
         command = [sys.executable, "-m", "harness", "run", "--study", str(file), "--trials", str(TRIALS)]
         environment = {**os.environ, "PYTHONPATH": os.getcwd()}
         start = time.perf_counter()
         subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
-        print(f"study of {TRIALS} trials of {EPOCHS} epochs, with its final run: {time.perf_counter() - start:.0f} s")
+        count, seconds = len(runs.read_text().splitlines()), time.perf_counter() - start
+        took = f"{seconds:.0f} s" if count == 1 else f"{seconds:.0f} s for the last of {count} runs, each resumed"
+        print(f"study of {TRIALS} trials of {EPOCHS} epochs, with its final run: {took}")
 
 
 def same_bits() -> None:
@@ -269,26 +274,27 @@ def same_bits() -> None:
 PARTS: dict[str, Callable[[], Any]] = {
     "same bits": same_bits,
     **{f"batch {size}": partial(speed, size, 5, HARNESS) for size in BATCHES},
-    "study": study,
     "trials": partial(trials, 4),
 }
 
 
 def full(keep: Path | None) -> None:
     done = keep.read_text() if keep and keep.exists() else ""
-    for name, part in PARTS.items():
-        if f"# {name}\n" in done:
+    device = torch.cuda.get_device_name() if CUDA else "CPU"
+    parts: dict[str, Callable[[], Any]] = {**PARTS, "study": partial(study, keep)}
+    for name, part in parts.items():
+        if f"# {name}, {device}\n" in done:
             continue
         said = io.StringIO()
         try:
             with contextlib.redirect_stdout(Both(said)):
                 part()
-        except (RuntimeError, MemoryError, OSError, subprocess.CalledProcessError) as error:
+        except (Told, RuntimeError, MemoryError, OSError, ValueError, subprocess.SubprocessError) as error:
             print(f"{name}: failed, {type(error).__name__}: {first_line(error)}", flush=True)
             continue
         if keep:
             with keep.open("a") as file:
-                file.write(f"# {name}\n{said.getvalue()}")
+                file.write(f"# {name}, {device}\n{said.getvalue()}")
 
 
 class Both(io.StringIO):

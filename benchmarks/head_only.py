@@ -29,7 +29,7 @@ from harness.search.loop import search
 from harness.store.opening import open_store, read_store
 from harness.training.assemble import assemble, decide_runtime
 from harness.training.features import keep_features
-from harness.training.loop import EVALUATION_BATCH, Training, fit, logits_of
+from harness.training.loop import CPU_BATCH, EVALUATION_BATCH, Training, fit, logits_of
 from harness.training.step import Runtime, predict, train_step
 
 PROJECT = Path(__file__).parent.parent
@@ -76,7 +76,8 @@ def per_trial(study: Study, runtime: Runtime) -> None:
     whole = assemble(dataclasses.replace(config, feature_views=None), runtime, 0)
     assert whole.val is not None
     batches = itertools.cycle(torch.arange(len(whole.train)).split(config.batch_size))
-    parts = itertools.cycle(whole.val.parts(EVALUATION_BATCH, runtime))
+    size = CPU_BATCH if runtime.device.type == "cpu" else EVALUATION_BATCH  # as the harness evaluates
+    parts = itertools.cycle(whole.val.parts(size, runtime))
     generator = torch.Generator().manual_seed(0)
     whole.model.eval()
     last: list[Training] = []

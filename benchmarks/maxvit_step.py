@@ -101,15 +101,19 @@ def contestant(study: str, images: int, runtime: Runtime | None) -> Iterator[Cal
     here, there = spawn.Pipe()
     process = spawn.Process(target=serve, args=(there, study, images, runtime))
     process.start()
+    there.close()  # else a dead process would be waited for
 
     def step() -> float:
         here.send(True)
         seconds: float = here.recv()
         return seconds
 
-    yield step
-    here.send(False)
-    process.join()
+    try:
+        yield step
+        here.send(False)
+        process.join()
+    finally:
+        process.kill()
 
 
 def compare(study: str, sizes: Sequence[int], rounds: int) -> dict[int, float]:

@@ -1,7 +1,7 @@
 """Check that a study run in pieces ends with the same digest as an uninterrupted one.
 
-    python benchmarks/pieces.py --study demo --trials 8
-    python benchmarks/pieces.py --study flowers102 --data-root DIR --trials 2 --set backbone.pretrained=false ...
+    python -m benchmarks.pieces --study demo --trials 8
+    python -m benchmarks.pieces --study flowers102 --data-root DIR --trials 2 --set backbone.pretrained=false ...
 
 All arguments except --pieces and --seed are passed to run_study.py. Pieces end in turns with SIGKILL and SIGTERM, at
 random times in equal parts of the uninterrupted run.

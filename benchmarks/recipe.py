@@ -11,14 +11,15 @@ Takes some hours; requires the extra `lite`, and the photographs in ../shared.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 import multiprocessing
+import os
 import statistics
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from scipy import stats
 from benchmarks.curves import SHARED, record
 from benchmarks.machine import describe
 from harness.config import space
-from harness.config.train import OptimConfig, RuntimeConfig, TrainConfig
+from harness.config.train import OptimConfig, RuntimeConfig, TrainConfig, fingerprint
 from harness.datasets.flowers102 import Flowers102
 from harness.models.timm import EfficientNetLite0
 from harness.training.checkpoint import remove
@@ -67,21 +68,41 @@ def base(cache: Path, size: int, epochs: int) -> TrainConfig:
     )
 
 
+def configured(recipe: str, folder: Path, size: int, epochs: int) -> TrainConfig:
+    config = base(folder / "cache", size, epochs)
+    for path, value in RECIPES[recipe].items():
+        config = space.replace(config, path, value)
+    return config
+
+
 def kept(keep: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in keep.read_text().splitlines()] if keep.exists() else []
 
 
 def trained(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Train one recipe from one seed; in a process of its own."""
-    config = base(folder / "cache", job["size"], job["epochs"])
-    for path, value in RECIPES[job["recipe"]].items():
-        config = space.replace(config, path, value)
+    config = configured(job["recipe"], folder, job["size"], job["epochs"])
     file = folder / f"{job['recipe']}-{job['size']}-{job['epochs']}-{job['seed']}.safetensors"
     found = record(config, job["seed"], file)
-    remove(file)
     last = found["epochs"][-1]
-    measured = {"val_correct": last["val_correct"], "test_correct": found["test_correct"]}
-    return {**job, **measured, "test_total": found["test_total"], "seconds": round(found["seconds"], 1)}
+    # A training that diverged has learned nothing.
+    measured = {"val_correct": last["val_correct"] or 0, "test_correct": found["test_correct"] or 0}
+    about = {"definition": fingerprint(config), "machine": describe()}
+    seconds = {"test_total": found["test_total"], "seconds": round(found["seconds"], 1)}
+    return {**job, **measured, **seconds, **about, "checkpoint": str(file)}
+
+
+def begin(threads: int) -> None:
+    """Prepare a process: it ends with the one that started it, else it would train on unseen."""
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def train(
@@ -89,10 +110,13 @@ def train(
 ) -> Iterator[dict[str, Any]]:
     """Run the jobs, and add a line for each to `keep` as it ends."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (threads,)) as pool:
-        for found in pool.map(functools.partial(trained, folder=folder), jobs):
+    with ProcessPoolExecutor(processes, context, begin, (threads,)) as pool:
+        for done in as_completed([pool.submit(trained, job, folder) for job in jobs]):
+            found = done.result()
+            checkpoint = Path(found.pop("checkpoint"))
             with keep.open("a") as file:
                 file.write(json.dumps(found) + "\n")
+            remove(checkpoint)
             yield found
 
 
@@ -102,6 +126,8 @@ def show(lines: Sequence[Mapping[str, Any]]) -> None:
     The validation images decide what is kept; the test images say what it is worth.
     """
     found = {name: {each["seed"]: each for each in lines if each["recipe"] == name} for name in RECIPES}
+    for machine in sorted({each["machine"] for each in lines}):
+        print(machine)
     print(
         "| recipe | n | validation | difference, points | test accuracy | difference, points | p | seconds a training |"
     )
@@ -146,7 +172,9 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := [name for name in args.recipes if name not in RECIPES]:
         sys.exit(f"error: there is no recipe {unknown[0]!r}; choose from {', '.join(RECIPES)}.")
-    lines = kept(args.keep)
+    # Those of another configuration of the same name do not count.
+    now = {name: fingerprint(configured(name, args.folder, args.size, args.epochs)) for name in RECIPES}
+    lines = [each for each in kept(args.keep) if each["definition"] == now.get(each["recipe"])]
     if not args.table:
         if not (SHARED / "flowers-102").is_dir():
             sys.exit(f"error: the photographs are not in {SHARED}.")
@@ -160,8 +188,7 @@ def main() -> None:
         for found in train(missing, args.keep, args.folder, args.processes, args.threads):
             print(found, flush=True)
             lines.append(found)
-    print(describe())
-    show([each for each in lines if (each["size"], each["epochs"]) == (args.size, args.epochs)])
+    show(lines)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ images, as a new study with an existing MLflow database, and as an interrupted s
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -106,11 +105,9 @@ def compare(names: list[str], rounds: int) -> dict[str, Figures]:
         return alternate(chosen, rounds)
 
 
-def full() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=7)
+def full(rounds: int) -> None:
     names = ["--help", "show", "first step, everything new", "first step, new study", "first step, resumed"]
-    figures = compare(names, parser.parse_args(sys.argv[1:]).rounds)
+    figures = compare(names, rounds)
     peer = figures["peer"]
     print(f"{'peer: ' + PEER:<48} {peer.text()}")
     for name in names:
@@ -123,4 +120,4 @@ def quick() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    script(full, quick)
+    script(full, quick, {"--rounds": {"type": int, "default": 7}})

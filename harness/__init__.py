@@ -3,6 +3,7 @@
 Exports every name that a study file or a program needs; each is imported on first access.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
     from harness.search.samplers import gp as gp
     from harness.search.samplers import grid as grid
     from harness.search.samplers import tpe as tpe
+
+# cuBLAS reads it once, at a program's first product on a GPU; training is deterministic only with it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 _WHERE = {
     "api": ("Result", "list_models", "open", "run", "studies"),

@@ -6,8 +6,8 @@ The command line is a thin layer over this module. torch, MLflow and pandas are 
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,11 +76,20 @@ def run(
             "Workers load a study from its file, but this study has no file; give the name or the file of a study, or "
             "workers=1."
         )
-    with interrupt.handled(), variables_back():
+    with _as_before():
         if found.study is study and storage is None:
             found.file.parent.mkdir(parents=True, exist_ok=True)
         start.run(asked, found, StudyConsole(quiet=not progress), [] if on_event is None else [on_event])
     return Result(found, storage, tracking_uri)
+
+
+@contextmanager
+def _as_before() -> Iterator[None]:
+    """Leave signals, environment variables and torch's modes to a program as it had them."""
+    from harness.training.step import modes_back
+
+    with interrupt.handled(), variables_back(), modes_back():
+        yield
 
 
 def open(study: Study | str | Path, storage: str | None = None, *, home: str | Path | None = None) -> Result:
@@ -243,7 +252,7 @@ class Result:
         from harness.study.audit import audit_study
 
         given = {"storage": self.url, "tracking_uri": self._tracking_uri} | options
-        with interrupt.handled(), variables_back():
+        with _as_before():
             audit_study(RunOptions.of(given), self._found, fraction, seed)
 
     def ablate(self, **options: Any) -> None:
@@ -251,7 +260,7 @@ class Result:
         from harness.study.ablate import ablate_study
 
         given = {"storage": self.url, "tracking_uri": self._tracking_uri} | options
-        with interrupt.handled(), variables_back():
+        with _as_before():
             ablate_study(RunOptions.of(given), self._found)
 
     def doctor(self, fix: bool = False) -> bool:

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import math
 import re
+import shlex
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from harness.base.errors import InputError
+from harness.base.errors import InputError, masked
+from harness.base.files import replace_file, sqlite_file, sqlite_url
 from harness.base.words import duration
 from harness.config import find as finding
 from harness.config.contracts import SplitName
@@ -42,6 +44,14 @@ class NewStudy:
 
     file: Path
     findings: list[str]
+    storage: str | None = None  # of the study, if not beside its file
+
+    def command(self) -> str:
+        """Return the command that runs it, from the current folder."""
+        by_name = finding.find_home().resolve() / "studies" / self.file.name
+        study = self.file.stem if by_name == self.file.resolve() else str(self.file)
+        other = f" --storage {shlex.quote(masked(self.storage))}" if self.storage else ""
+        return finding.run_command(study) + other
 
 
 def init(
@@ -61,24 +71,21 @@ def init(
         folder = place.resolve().parent if place.is_file() else place.resolve()
         name = re.sub(r"[^A-Za-z0-9_-]+", "_", folder.name).strip("_") or "photographs"
     file = _new_file(home / "studies", name, "--name")
-    with TemporaryDirectory() as cache:
+    with TemporaryDirectory() as temporary:
+        own = home / "data" / "cache"  # which may lie among the photographs
         try:
-            data, written = _data(place, home, cache)
+            data, written = _data(place, home, str(own) if own.is_dir() else temporary)
             look = _Look(data)
         except InputError as error:
-            raise InputError(str(error).replace(" with --data-root", "")) from error
+            text = str(error).replace(" with --data-root", "").replace("; is --data-root right?", "; move it away.")
+            raise InputError(text) from error
     backbone, said = _backbone(model)
     size = _size_for(backbone, look)
     plan = _plan(backbone, size, look)
     data_line = f"{written}, image_size={size}, stored_size={round(size * 8 / 7)})"
     text = _text(name, look, data_line, backbone, plan)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
-    try:
-        finding.find(str(file))
-    except InputError:
-        file.unlink()
-        raise
+    _write(file, text.encode(), name)
     return NewStudy(file=file, findings=[*look.findings(), *said, plan.sentence()])
 
 
@@ -94,12 +101,26 @@ def branch(old: str, name: str, settings: Sequence[str] = (), storage: str | Non
     if not finished:
         raise InputError(f"Study {found.study.name!r} has no finished trials yet; change it with --fresh.")
     new = found.study.branch(name, *settings)
-    called = ", ".join(map(repr, (name, *settings)))
+    called = ", ".join(map(ascii, (name, *settings)))  # in whatever encoding the file is
     lines = f"\n# The sampler's history begins with the trials of {found.study.name}.\nSTUDY = STUDY.branch({called})\n"
-    file.write_text(found.file.read_text(encoding="utf-8").rstrip() + "\n" + lines, encoding="utf-8")
+    _write(file, found.file.read_bytes().rstrip() + b"\n" + lines.encode(), name)
     changed = {path: value for path, value in new.definition().items() if path != "after" and stored.get(path) != value}
     findings = [f"{path} was {stored.get(path)!r}, is {value!r}" for path, value in changed.items()]
-    return NewStudy(file=file, findings=findings)
+    old_file = sqlite_file(storage) if storage else None  # which holds one study
+    place = sqlite_url(old_file.with_name(f"{name}.db")) if old_file else storage
+    return NewStudy(file=file, findings=findings, storage=place)
+
+
+def _write(file: Path, content: bytes, name: str) -> None:
+    """Write a study file. Raises InputError, with nothing written, unless it defines the study `name`."""
+    replace_file(file, content)
+    try:
+        made = finding.find(str(file)).study.name
+        if made != name:
+            raise InputError(f"{file} would define the study {made!r} and not {name!r}; write its name as a text.")
+    except InputError:
+        file.unlink()
+        raise
 
 
 def _new_file(folder: Path, name: str, option: str) -> Path:
@@ -280,7 +301,7 @@ def _text(name: str, look: _Look, data: str, backbone: Any, plan: _Plan) -> str:
     objective="balanced_accuracy",  # a class has {few} to {many} photographs"""
     return f'''"""{look.findings()[0]} Written by `python -m harness init`; change what you like.
 
-    python run_study.py --study {name}
+    {finding.run_command(name)}
 """
 
 from harness import {", ".join(sorted(classes | {"Study", "TrainConfig"}))}, asha, gp

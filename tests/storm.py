@@ -251,7 +251,7 @@ def _watch(child: _Child) -> None:
     put(checkpoint.Checkpoint, "after_batch", after_batch)
     put(trainer, "_train_batch", train_batch)
     put(trainer, "_result", result)
-    put(trainer, "evaluate", validate)
+    put(trainer, "logits_of", validate)
     put(checkpoint, "replace_file", replace_file)
     put(model_files, "replace_file", replace_file)
     put(Path, "replace", rename)

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import importlib
+import itertools
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from benchmarks import __main__ as benchmarks
+from benchmarks import gpu
 from benchmarks.accounts import PARTS
 from benchmarks.clock import _owner
 from benchmarks.machine import Others, kind
 from benchmarks.measure import Figures, alternate, ratios
+from harness.base.errors import Halt
+from harness.config.train import fingerprint
+from tests.conftest import PROJECT
+from tests.workers.test_pool import wait_until_gone
 
 
 def test_every_script_says_in_its_first_line_what_it_measures(
@@ -114,3 +124,88 @@ def test_what_goodput_counts_is_there_under_the_name_by_which_it_is_counted() ->
         for place, attributes in places.items():
             for attribute in attributes:
                 assert callable(getattr(_owner(place), attribute, None)), f"{name}: {place}.{attribute}"
+
+
+def test_every_name_that_a_script_imports_of_the_harness_is_there() -> None:
+    """In the code that it runs in other processes, too."""
+    for file in sorted(Path(benchmarks.__file__).parent.rglob("*.py")):
+        trees = [ast.parse(file.read_text(encoding="utf-8"))]
+        for text in (each.value for each in ast.walk(trees[0]) if isinstance(each, ast.Constant)):
+            with contextlib.suppress(SyntaxError, ValueError):
+                trees += [ast.parse(text)] if isinstance(text, str) and "import" in text else []
+        for each in itertools.chain.from_iterable(map(ast.walk, trees)):
+            if isinstance(each, ast.ImportFrom) and (each.module or "").startswith("harness"):
+                module = importlib.import_module(each.module or "")
+                for alias in each.names:
+                    if not hasattr(module, alias.name):
+                        importlib.import_module(f"{each.module}.{alias.name}")
+
+
+def test_goodput_counts_every_validation(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from benchmarks import accounts\n"
+        "small = ['epochs=2', 'final.seeds=1', 'final.publish=false', 'final.compare_base=false']\n"
+        "small += [f'data.{split}_per_class=4' for split in ('train', 'val', 'test')]\n"
+        "given = [f'--set={each}' for each in small]\n"
+        "found = accounts.study(Path(sys.argv[1]), ['--trials', '1', *given])\n"
+        "print(found['validation'] / found['training steps'])"
+    )
+    said = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=PROJECT, capture_output=True, text=True)
+    assert float(said.stdout.splitlines()[-1]) > 0.05, said.stderr
+
+
+def test_a_gpu_part_that_was_not_measured_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried = []
+
+    def fails(error: Exception) -> None:
+        tried.append(error)
+        raise error
+
+    parts = {
+        "one": partial(fails, Halt("The model uses x, whose results differ")),
+        "two": partial(fails, RuntimeError("not measured, no GPU")),
+        "three": partial(print, "three is measured"),
+    }
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu, "study", lambda keep: None)
+    for _ in range(2):
+        gpu.full(tmp_path / "kept.txt")
+    assert len(tried) == 4
+    assert (tmp_path / "kept.txt").read_text().count("three is measured") == 1
+    assert "whose results differ" in capsys.readouterr().out
+
+
+def test_a_recipe_of_another_configuration_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = pytest.importorskip("benchmarks.recipe")
+    now = fingerprint(recipe.configured(recipe.TODAY, tmp_path, 128, 12))
+    line = {"recipe": recipe.TODAY, "size": 128, "epochs": 12, "machine": "a machine", "test_total": 100}
+    kept = [
+        line | {"seed": seed, "definition": now, "test_correct": 80, "val_correct": 0, "seconds": 1.0}
+        for seed in (0, 1)
+    ]
+    kept.append(kept[0] | {"seed": 2, "definition": "of a former recipe"})
+    (tmp_path / "kept.jsonl").write_text("".join(json.dumps(each) + "\n" for each in kept))
+    monkeypatch.setattr("sys.argv", ["recipe", "--table", "--keep", str(tmp_path / "kept.jsonl")])
+    recipe.main()
+    assert "| today | 2 | 0.00 % |  | 80.00 % |" in capsys.readouterr().out
+
+
+def test_the_processes_of_a_benchmark_end_with_it() -> None:
+    code = (
+        "import os, time; from concurrent.futures import ProcessPoolExecutor; import multiprocessing\n"
+        "from benchmarks.recipe import begin\n"
+        "if __name__ == '__main__':\n"
+        "    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), begin, (1,)) as pool:\n"
+        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "        time.sleep(600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    pid = int(process.stdout.readline())
+    process.kill()
+    process.communicate()
+    wait_until_gone([pid])

@@ -10,7 +10,7 @@ import pytest
 
 import harness
 from harness import new_study
-from harness.base.errors import InputError
+from harness.base.errors import Halt, InputError
 from harness.cli.commands import main
 from harness.config.find import find
 from harness.config.study import Study
@@ -52,7 +52,7 @@ def test_a_folder_of_photographs_gets_a_study(photos: Path, capsys: pytest.Captu
     assert main(["init", str(photos)]) == 0
     said = capsys.readouterr().out
     assert "72 photographs of 3 classes" in said
-    assert "run_study.py --study my_photos" in said
+    assert "python -m harness run --study my_photos" in said, "there is no run_study.py here"
     study: Study = find("my_photos").study
     assert study.train.data.root == "my photos"  # type: ignore[attr-defined]
     assert study.train.data.classes() == ("daisy", "rose", "tulip")
@@ -157,3 +157,27 @@ def test_what_was_written_runs_as_it_is(photos: Path) -> None:
     assert main(["run", "--study", "my_photos", *short]) == 0
     result = harness.open("my_photos")
     assert result.final is not None
+
+
+def test_a_cache_among_the_photographs_is_no_class(photos: Path) -> None:
+    photos.rename(photos.parent / "data")
+    (photos.parent / "data" / "cache").mkdir()
+    (photos.parent / "data" / "cache" / "0123.hashes").touch()
+    made = harness.init("data", home=photos.parent)
+    assert find(str(made.file)).study.train.data.classes() == ("daisy", "rose", "tulip")
+
+
+def test_a_table_without_enough_rows_for_a_validation_split_is_refused(photos: Path) -> None:
+    lines = ["path,label,group", *(f"{label}/{number}.png,{label},same" for label in COUNTS for number in range(2))]
+    (photos / "labels.csv").write_text("\r\n".join(lines), encoding="utf-8-sig")
+    before = tree(photos.parent)
+    with pytest.raises(InputError, match=r"None of the 6 rows of labels.csv is in the \w+ split; add some, or name"):
+        harness.init(photos / "labels.csv", home=photos.parent)
+    assert tree(photos.parent) == before
+
+
+def test_a_full_disk_leaves_no_study(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(Halt, match="make room"):
+        harness.init(photos, home=photos.parent)
+    assert not list((photos.parent / "studies").glob("*.py"))

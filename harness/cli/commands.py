@@ -113,7 +113,7 @@ def _init(args: argparse.Namespace) -> int:
     made = init(args.path, args.model, args.name)
     for sentence in made.findings:
         print(sentence)
-    print(f"\nWrote {made.file}. Run it with: python run_study.py --study {made.file.stem}")
+    print(f"\nWrote {made.file}. Run it with: {made.command()}")
     return DONE
 
 
@@ -123,7 +123,7 @@ def _branch(args: argparse.Namespace) -> int:
     made = branch(args.study, args.new, args.set, args.storage)
     for line in made.findings:
         print(line)
-    print(f"Wrote {made.file}. Run it with: python run_study.py --study {made.file.stem}")
+    print(f"Wrote {made.file}. Run it with: {made.command()}")
     return DONE
 
 

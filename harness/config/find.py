@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
+import shlex
 import sys
 import traceback
 from dataclasses import dataclass
@@ -61,7 +63,7 @@ def find(name: str, home: Path | None = None) -> Found:
     Raises InputError if there is none, or its file defines no study.
     """
     is_path = name.endswith(".py") or "/" in name
-    file = Path(name).resolve() if is_path else (home or find_home()).resolve() / "studies" / f"{name}.py"
+    file = Path(os.path.abspath(name)) if is_path else (home or find_home()).resolve() / "studies" / f"{name}.py"
     if file.is_file() and file.suffix != ".py":
         raise InputError(f"{file} is not a study file; give the study's .py file or its name.")
     if not file.is_file():
@@ -79,6 +81,12 @@ def find(name: str, home: Path | None = None) -> Found:
         raise InputError(f"The path {file} is not UTF-8 and cannot be stored; rename it.")
     place = file.parent.parent if file.parent.name == "studies" else file.parent
     return Found(study=_load(file), file=file, home=home or place)
+
+
+def run_command(study: str) -> str:
+    """Return a command that runs a study, given by name or path, from the current folder."""
+    program = "run_study.py" if Path("run_study.py").is_file() else "-m harness run"
+    return f"python {program} --study {shlex.quote(study)}"
 
 
 def names(home: Path | None = None) -> list[str]:

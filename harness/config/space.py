@@ -60,7 +60,8 @@ class Int:
             raise InputError(f"{self} is logarithmic and needs low >= 1; write the smallest value you want to try.")
 
     def contains(self, value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and self.low <= value <= self.high
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        return whole and not isinstance(value, bool) and self.low <= value <= self.high
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,8 +215,12 @@ def _replace(config: Any, names: list[str], value: Any, path: str) -> Any:
 
 def _checked(owner: type, name: str, value: Any, path: str) -> Any:
     from pydantic import ValidationError
+    from pydantic.errors import PydanticUserError
 
-    hint, adapter = _adapter(owner, name)
+    try:
+        hint, adapter = _adapter(owner, name)
+    except PydanticUserError as error:
+        raise InputError(f"{path} cannot be set here; change it in the study file.") from error
     try:
         checked = adapter.validate_python(value)
     except ValidationError as error:

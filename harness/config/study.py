@@ -86,6 +86,11 @@ class Study:
             require_count("patience", self.patience, spaces.MOST_TRIALS)
         require(self.until is None or 0 < self.until <= 1, f"until is a share between 0 and 1, not {self.until}.")
         spaces.check(self.space, self.train)
+        computed = {path for path, _ in spaces.leaves(self.train, identity_only=True)}
+        for path in self.space:
+            fits = path in computed.union(spaces.holders(self.train)) and not path.startswith("runtime.")
+            require(fits, f"{path} is decided once per study and cannot be searched; remove it from the space.")
+            require(path != "data.limit", "data.limit cannot be searched: trials would be measured on other images.")
         require(
             hasattr(self.sampler, "check"), f'sampler must be tpe(), grid() or Sampler("NAME"), not {self.sampler!r}.'
         )
@@ -124,14 +129,16 @@ class Study:
 
         Raises InputError if a field is not searched, or a value does not fit it or lies outside of its range.
         """
-        config = self.train
+        config, params = self.train, spaces.encode(self.space, self.train)
         for path, value in changes.items():
             if path not in self.space:
                 raise InputError(f"{path} is not searched; choose from {', '.join(self.space)}.")
             config = spaces.replace(config, path, value)
             if not self.space[path].contains(spaces.get(config, path)):
                 raise InputError(f"{path} = {value!r} is outside of {self.space[path]}; choose a value within.")
-        return spaces.encode(self.space, config)
+            params[path] = spaces.label(spaces.get(config, path))  # of a searched backbone only what was given
+        self.config(params)  # raises
+        return params
 
     def params_of(self, params: Mapping[str, Any], definition: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return another study's stored parameters as this study's; its `definition` has what it did not search.

@@ -48,6 +48,10 @@ class DataConfig:
         require(stored >= size, f"data.stored_size ({stored}) must not be smaller than data.image_size ({size}).")
         require(limit is None or limit >= 1, f"data.limit must be at least 1, or null for all images, not {limit}.")
 
+    def is_here(self) -> bool:
+        """Return False if `samples` would download the images first."""
+        return True
+
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:

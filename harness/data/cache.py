@@ -74,7 +74,8 @@ def keyed(
                 text = f"The image cache {folder / key}.npy was written but cannot be read back; check the disk."
                 raise OSError(text)
             found[size] = key, images
-            replace_file(remembered[size], key.encode())
+            with contextlib.suppress(Halt):  # in a read-only folder, the images are hashed every time
+                replace_file(remembered[size], key.encode())
     return found
 
 
@@ -124,7 +125,7 @@ def _open(folder: Path, key: str) -> NDArray[np.uint8] | None:
     array, record = folder / f"{key}.npy", folder / f"{key}.json"
     if not (array.exists() and record.exists()):
         return None
-    known = _read(record)
+    known = read_record(record)
     if known.get("file") != (file := _state(array)):
         if _checksum(array) != known.get("sha256"):
             print(f"The image cache {array} is damaged (its checksum is wrong); rebuilding it.", file=sys.stderr)
@@ -143,7 +144,7 @@ def damaged(folder: Path) -> Iterator[Path]:
     """Yield the arrays in a cache folder whose checksum is wrong; reads all of them."""
     for array in sorted(folder.glob("*.npy")):
         record = array.with_suffix(".json")
-        if record.exists() and _checksum(array) != _read(record).get("sha256"):
+        if record.exists() and _checksum(array) != read_record(record).get("sha256"):
             yield array
 
 
@@ -158,7 +159,7 @@ def _checksum(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_record(file: Path) -> dict[str, Any]:
     """Read a JSON object from a file; empty if the file is missing or invalid."""
     try:
         known = json.loads(file.read_bytes())
@@ -221,7 +222,7 @@ def _real(folder: str) -> str:
 
 def content_hashes(stamps: Mapping[Path, str], kept: Path) -> dict[Path, str]:
     """Return every file's sha256, given a stamp that changes with the file; reads files with stamps not in `kept`."""
-    known = {stamp: digest for stamp, digest in _read(kept).items() if SHA256.fullmatch(str(digest))}
+    known = {stamp: digest for stamp, digest in read_record(kept).items() if SHA256.fullmatch(str(digest))}
     unread = [file for file, stamp in stamps.items() if stamp not in known]
     with ThreadPoolExecutor(WORKERS) as pool:
         known |= zip((stamps[file] for file in unread), pool.map(_checksum, unread), strict=True)

@@ -197,6 +197,14 @@ def flat_rgb(image: Image.Image, *, turn: bool = False) -> Image.Image:
 
     Raises InputError if it is damaged or empty.
     """
+    with _noting() as notes:
+        found = _flat_rgb(image, turn)
+    for note in dict.fromkeys(notes):
+        print(f"The image was read with a warning: {shown(note)}", file=sys.stderr)
+    return found
+
+
+def _flat_rgb(image: Image.Image, turn: bool) -> Image.Image:
     name = Path("the image")
     with _guard(name):
         image.load()

@@ -43,7 +43,7 @@ def mix(
     count, device = len(images), images.device
     # torch's Beta distribution takes no generator.
     random = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-    partner = torch.from_numpy(random.permutation(count)).to(device, non_blocking=True)
+    partner = torch.from_numpy(random.permutation(count)).to(device, non_blocking=device.type == "cuda")
     cuts = random.random(count) < (0.5 if config.mixup else 1.0) if config.cutmix else np.zeros(count, dtype=bool)
     drawn = random.beta(*[np.where(cuts, config.cutmix or 1.0, config.mixup or 1.0)] * 2)
     shares = torch.from_numpy(drawn).float().view(-1, *[1] * (images.ndim - 1))
@@ -52,7 +52,7 @@ def mix(
         shares = torch.where(torch.from_numpy(cuts).view(-1, 1, 1, 1), kept, shares)
     if device.type == "cuda":  # otherwise the copy of a mask waits for the step before
         shares = shares.pin_memory()
-    shares = shares.to(device, non_blocking=True)
+    shares = shares.to(device, non_blocking=device.type == "cuda")
     mixed = torch.lerp(images[partner], images, shares)
     return mixed, Target(labels=labels, others=labels[partner], share=shares.flatten(1).mean(1))
 

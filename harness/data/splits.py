@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 MOST_CLASSES = 2**16  # predictions are stored in 16 bits
 SHARE_OF_DEVICE = 1 / 4  # of its free memory, for images
+JOINED_BYTES = 2**30  # most that the final run joins in memory; more is mapped from a file of its own
 
 
 class Runtime(Protocol):
@@ -247,7 +248,12 @@ def load_train_and_val(dataset: Dataset, preprocessing: Preprocessing) -> ImageS
     import torch
 
     train, val = (load_split(dataset, preprocessing, split, margin=True) for split in ("train", "val"))
-    images, labels = torch.cat([train.images, val.images]), torch.cat([train.labels, val.labels])
+    if train.images.nbytes + val.images.nbytes > JOINED_BYTES:
+        items = [*items_of(dataset, "train"), *items_of(dataset, "val")]
+        _, images = _mapped(dataset, items, preprocessing.training(dataset.stored_size))
+    else:
+        images = torch.cat([train.images, val.images])
+    labels = torch.cat([train.labels, val.labels])
     return ImageSet(images=images, labels=labels, preprocessing=preprocessing)
 
 
@@ -261,12 +267,19 @@ def _load(dataset: Dataset, split: SplitName, size: Square, preprocessing: Prepr
     import torch
 
     items, labels = _select(dataset, split)
+    key, images = _mapped(dataset, items, size)
+    return ImageSet(images=images, labels=torch.tensor(labels, dtype=torch.int64), preprocessing=preprocessing, key=key)
+
+
+def _mapped(dataset: Dataset, items: Sequence[Any], size: Square) -> tuple[str, torch.Tensor]:
+    """Return the cache key of images, and the images, mapped from the cache."""
+    import torch
+
     with warnings.catch_warnings():
         # torch warns that a read-only array gives a writable tensor; nothing here writes into one.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         key, array = keyed(dataset, items, [size])[size]
-        images = torch.from_numpy(array)
-    return ImageSet(images=images, labels=torch.tensor(labels, dtype=torch.int64), preprocessing=preprocessing, key=key)
+        return key, torch.from_numpy(array)
 
 
 def _select(dataset: Dataset, split: SplitName) -> tuple[list[Any], list[int]]:

@@ -35,6 +35,9 @@ class Flowers102(ImageFiles):
 
         return tuple(Source.classes)
 
+    def is_here(self) -> bool:
+        return _complete(Path(self.root) / "flowers-102")
+
     def samples(self, split: SplitName) -> list[tuple[Path, int]]:
         """Return a split. Raises InputError if the data cannot be downloaded or a file is missing."""
         samples = _listing(self.root, split)

@@ -89,8 +89,11 @@ class ImageTable(ImageFiles):
         hashes = {} if given else self._hashes()
         chosen = [row for row in self._rows() if (row.split or _split(row, hashes)) == split]
         counts = Counter(row.label for row in chosen)
-        if given and not chosen:
-            raise InputError(f"{self.file} has no rows of the {split} split; add some, or leave the column out.")
+        if not chosen:
+            why = "leave the column out" if given else "name each row's split yourself"  # 70 / 15 / 15 by content
+            raise InputError(
+                f"None of the {len(self._rows())} rows of {self.file} is in the {split} split; add some, or {why}."
+            )
         if absent := [name for name in labels if not counts[name] and (given or split == "train")]:
             raise InputError(
                 f"Class {absent[0]!r} has no images in the {split} split of {self.file}; add some, or remove the class."

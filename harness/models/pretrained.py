@@ -43,7 +43,9 @@ def fingerprint(file: str) -> str:
 
 
 def _unreadable(file: str, error: OSError) -> InputError:
-    return InputError(f"backbone.weights {file} cannot be read ({error.strerror or error}); give a file, or {SCRATCH}.")
+    place = "" if os.path.isabs(file) else f" in {os.getcwd()}"
+    why = f"backbone.weights {file} cannot be read{place} ({error.strerror or error})"
+    return InputError(f"{why}; give a file, or {SCRATCH}.")
 
 
 def path(weights: WeightsEnum) -> Path:

@@ -92,10 +92,10 @@ def evaluate_trial(
         if no_room(error):
             raise Halt(f"{error}; make room.") from error
         if is_device_failure(error):
-            skip = f"python -m harness skip {study.name} {asked.number}"
+            remedy = f"python -m harness skip {study.name} {asked.number}" if asked.number else "change the base"
             raise Halt(
                 f"The device failed ({first_line(error)}); run the same command again. If trial {asked.number} fails "
-                f"each time: {skip}"
+                f"each time: {remedy}"
             ) from error
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         outcome = events.Failed(reason=reason, traceback=traceback.format_exc())
@@ -133,11 +133,14 @@ def _train(
 
     def after_batch() -> None:
         store.check(asked)
-        if store.is_skipped(asked):
+        if training.progress.step and store.is_skipped(asked):  # not before an epoch's value is stored
             raise Skipped
         checkpoint.after_batch()
 
     if store.is_skipped(asked):
+        for result in restored:
+            if result.val is not None and result.is_finite():
+                store.report(asked, result.epoch, result.val.value)
         raise Skipped
     with checkpoint.saved_when_stopped(), closing(fit(training, after_batch)) as results:
         for result in chain(restored, results):

@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from harness.base.environment import versions
 from harness.base.errors import InputError
+from harness.config.find import run_command
 from harness.config.study import Study
 from harness.store.database import outlast
 from harness.store.records import Snapshot
@@ -80,8 +81,7 @@ def replay_study(study: Study, store: Store) -> bool:
             differing.append(each.number)
             print(each.line(), flush=True)
     if not asked:
-        run = f"python run_study.py --study {study.name}"
-        raise InputError(f"Study {study.name!r} has no trials yet; run it with '{run}'.")
+        raise InputError(f"Study {study.name!r} has no trials yet; run it with '{run_command(study.name)}'.")
     print(_conclusion(asked, differing, store.facts().versions))
     return not differing
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from harness.tracking.library import StoreFault
 
 CHECK_SECONDS = 600
+NO_VERDICT = ("ModuleNotFoundError", "No space left on device", "MemoryError")  # of a traceback's last line
 
 # It waits for the paths with MLflow's libraries imported, and ends with the process that asks.
 SCRIPT = """
@@ -42,7 +43,7 @@ class Checker:
         # MLflow would load a CPU model on the first GPU; and only tensors may be unpickled.
         settings = {"MLFLOW_DEFAULT_PREDICTION_DEVICE": "cpu", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-c", SCRIPT],
+            [sys.executable, "-P", "-c", SCRIPT],
             env=os.environ | settings,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -63,7 +64,7 @@ class Checker:
     def logits(self, model: Path, images: NDArray[Any]) -> NDArray[Any] | str:
         """Return the logits of standardised images; or, as a clause, why there are none.
 
-        Raises StoreFault if the process was killed, which says nothing about the model.
+        Raises StoreFault if the process was killed, found no room or lacks a package: the model may be good.
         """
         with tempfile.TemporaryDirectory() as place:
             given, found = Path(place) / "images.npy", Path(place) / "logits.npy"
@@ -72,10 +73,13 @@ class Checker:
                 asked = json.dumps([str(model), str(given), str(found)])
                 _, errors = self._process.communicate(asked, timeout=CHECK_SECONDS)
             except subprocess.TimeoutExpired:
-                return f"does not answer within {CHECK_SECONDS} s"
+                raise StoreFault(f"the process that checked it did not answer within {CHECK_SECONDS} s") from None
             if self._process.returncode < 0:
                 raise StoreFault(f"the process that checked it was ended by signal {-self._process.returncode}")
             if self._process.returncode != 0:
-                return f"cannot be loaded ({(errors.strip() or 'no reason given').splitlines()[-1]})"
+                why = (errors.strip() or "no reason given").splitlines()[-1]
+                if any(word in why for word in NO_VERDICT):
+                    raise StoreFault(f"the process that checked it failed: {why}")
+                return f"cannot be loaded ({why})"
             logits: NDArray[Any] = numpy.load(found, allow_pickle=False)
             return logits

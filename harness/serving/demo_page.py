@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.base.errors import InputError
 from harness.base.words import percent
+from harness.config.train import DataConfig
 from harness.serving.predict import TOP, Predictor
 
 if TYPE_CHECKING:
@@ -96,6 +97,9 @@ def write_examples(predictor: Predictor, folder: Path) -> list[Path]:
     config: Any = predictor.saved.config
     data = dataclasses.replace(config.data, stored_size=max(EXAMPLE_PIXELS, config.data.stored_size))
     files: list[Path] = []
+    if isinstance(data, DataConfig) and not data.is_here():
+        print("The page shows no examples: the images are not on this machine.", file=sys.stderr)
+        return files
     try:
         first = {label: item for item, label in reversed(data.samples("val"))}
         labels = sorted(first)
@@ -180,10 +184,12 @@ def build_page(predictor: Predictor, examples: Sequence[Path], folder: Path) -> 
 def heading(description: Mapping[str, Any]) -> str:
     """Return the page's heading from model.json: the saved seed's numbers, as in the model card."""
     test = description["test"]
+    lost = " These weights were retrained after the tested ones were lost; the result is that of the tested ones."
     return (
         "# Which flower is this?\n\nDrop an image of a flower and press Submit. The model knows "
         f"{len(description['classes'])} classes; trained from seed {test['seed']}, it was right on "
         f"{test['correct']:,} of the {test['total']:,} test images ({percent(test['accuracy'])})."
+        f"{'' if description['weights'].get('tested') else lost}"
     )
 
 
@@ -204,9 +210,9 @@ def _answering(predictor: Predictor) -> Callable[[str | None], tuple[dict[str, f
             return None, _sentence("There is no image yet; drop one, or select an example.")
         try:
             image = predictor.photograph(Path(path))
+            guesses = predictor.guesses(image.unsqueeze(0), min(TOP, len(predictor.saved.classes)))[0]
         except InputError as error:
             return None, _sentence(str(error).replace(path, Path(path).name))
-        guesses = predictor.guesses(image.unsqueeze(0), min(TOP, len(predictor.saved.classes)))[0]
         return {guess.name: guess.probability for guess in guesses}, ""
 
     return answer

@@ -27,7 +27,8 @@ from harness.data.layout import made_by_system
 from harness.serving.model import SavedModel, load_saved, preprocess
 from harness.store.opening import located, read_store, url_of
 from harness.training.loop import outputs_of
-from harness.training.step import Runtime, find_device
+from harness.training.runtime import find_device
+from harness.training.step import Runtime, is_out_of_memory
 
 BATCH = 32  # photographs per batch; the next ones are decoded meanwhile
 TOP = 5
@@ -53,7 +54,9 @@ class Predictor:
 
     def __init__(self, saved: SavedModel, device: torch.device) -> None:
         self.saved = saved
-        self._runtime = Runtime(device=device, bf16=False, channels_last=False)
+        self._runtime = Runtime(
+            device=device, bf16=False, channels_last=False, deterministic=saved.config.runtime.deterministic
+        )
         self._model = self._runtime.place(saved.model)
 
     def photograph(self, given: Path | Image) -> Tensor:
@@ -69,10 +72,17 @@ class Predictor:
     def guesses(self, images: Tensor, count: int) -> list[list[Guess]]:
         """Return the `count` likeliest classes of each image [B, 3, S, S], likeliest first, the earlier of equals.
 
-        The images are from `photograph`. Raises MemoryError if the device has no room for one.
+        The images are from `photograph`. Raises InputError if the device has no room for one.
         """
         device = self._runtime.device
-        logits = outputs_of(self._model, lambda size: (part.to(device) for part in images.split(size)), self._runtime)
+
+        def parts(size: int) -> Iterator[Tensor]:
+            return (part.to(device) for part in images.split(size))
+
+        try:
+            logits = outputs_of(self._model, parts, self._runtime)
+        except MemoryError as error:
+            raise InputError("The device has no room for one image; free its memory, or give --device cpu.") from error
         values, labels = torch.softmax(logits, dim=1).cpu().sort(dim=1, descending=True, stable=True)
         return [
             [Guess(name=self.saved.classes[label], probability=value) for value, label in zip(*each, strict=True)]
@@ -103,7 +113,13 @@ def load_predictor(found: Found, storage: str | None, device: str, data_root: st
     where = find_device(device)
     with read_store(found.study.name, url_of(found, storage)) as store:
         study = located(found, store, data_root)
-        return Predictor(load_saved(study, store, found.beside(store.url, ".model")), where)
+        saved = load_saved(study, store, found.beside(store.url, ".model"))
+    try:
+        return Predictor(saved, where)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(f"--device {device}: it has no room for the model; give --device cpu.") from error
 
 
 def top(count: int | None, classes: int) -> int:

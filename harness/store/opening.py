@@ -16,7 +16,7 @@ import sqlalchemy
 
 from harness.base.errors import InputError
 from harness.base.files import sqlite_file, sqlite_url
-from harness.config.find import Found, defines
+from harness.config.find import Found, defines, run_command
 from harness.config.study import Study
 from harness.store.database import BUSY_TIMEOUT_SECONDS, check_database, connect, dispose, outlast, setup_lock
 from harness.store.leases import Leases, make_table
@@ -82,12 +82,13 @@ class NotBegun(InputError):
 
 @contextmanager
 def read_earlier(name: str, url: str, folder: Path) -> Iterator[Store]:
-    """Open the study that `after` names: the only one in `folder`/NAME.db, or one of this name at `url`.
+    """Open the study that `after` names: at `url`, else the only one in NAME.db beside it or in `folder`.
 
     Raises InputError if there is none.
     """
-    file = folder / f"{name}.db"
-    place = sqlite_url(file) if file.is_file() else url
+    beside = (sqlite_file(url) or folder / "any").with_name(f"{name}.db")
+    file = beside if beside.is_file() else folder / f"{name}.db"
+    place = url if name in names_in(url) or not file.is_file() else sqlite_url(file)
     try:
         if (known := names_in(place)) and name not in known and len(known) == 1:  # --fresh has renamed the file
             (name,) = known
@@ -278,7 +279,7 @@ def check_movable(url: str) -> None:
 
 
 def _begin(name: str) -> str:
-    return f"run it with 'python run_study.py --study {name}'"
+    return f"run it with '{run_command(name)}'"
 
 
 def _anew(url: str) -> str:

@@ -299,11 +299,11 @@ class Store(StudyView):
 
     @outlasting
     def should_prune(self, asked: Asked, epoch: int) -> bool:
-        """Return whether to prune after `epoch`; False for an epoch that an earlier process passed."""
+        """Return whether to prune after `epoch`; not the base, nor at an epoch that an earlier process passed."""
         pruner = self._study.pruner
         # A pruner with rungs is asked at its rungs only: asking reads all trials.
         here = getattr(pruner, "rung", lambda _: not isinstance(pruner, optuna.pruners.NopPruner))
-        if epoch != max(self._curves[asked.number], default=None) or not here(epoch):
+        if asked.number == 0 or epoch != max(self._curves[asked.number], default=None) or not here(epoch):
             return False
         return pruner.prune(self._study, self._study._storage.get_trial(self._id(asked)))
 

@@ -147,7 +147,7 @@ def _to_the_end(
         "state": "complete" if len(now) == config.epochs else "diverged",
         "curve": [result.val.value for result in now if result.val is not None],
         "same": same,
-        "explanation": None if same else explanation(trial, runtime),
+        "explanation": None if same else explanation(config, trial, runtime),
     }
 
 

@@ -24,7 +24,7 @@ from harness.store.opening import located, open_store, read_store
 from harness.store.store import Store
 from harness.study.stages import wanted_keys
 from harness.tracking.check import disagreements, model_missing
-from harness.tracking.expected import Finding, expected_runs, facts, study_metrics
+from harness.tracking.expected import Finding, expected_runs, recorded_facts, study_metrics
 from harness.tracking.mlflow import MLflowTracker
 from harness.tracking.places import attached, tracker_for
 from harness.training.checkpoint import fingerprint, read_tensors, remove, stale
@@ -95,10 +95,14 @@ def _mend(study: Study, store: Store, found: Found, tracking_uri: str | None) ->
     """Repair all that can be repaired; return whether all agree. The study must be locked."""
     tracker = tracker_for(tracking_uri, found.mlruns)
     tracker.restore(study.name)
-    tracker.start(study, store, facts(study, store.facts().runtime or {}, store.environment() or {}))
-    for finding in list(examine(study, store, tracker, found, living=False)):
-        if finding.mend is not None:
-            finding.mend()
+    tracker.start(study, store, recorded_facts(study, store))
+    try:
+        for finding in list(examine(study, store, tracker, found, living=False)):
+            if finding.mend is not None:
+                finding.mend()
+    except InputError:
+        tracker.settle()
+        raise
     if _was_published(store):
         folders = model_files.published(store, found.beside(store.url, ".model"))
         told = tracker.finish(study_metrics(store), folders, "complete")
@@ -145,10 +149,11 @@ def examine(study: Study, store: Store, tracker: MLflowTracker | None, found: Fo
     metrics, folders = (
         (study_metrics(store), model_files.published(store, model)) if _was_published(store) else ({}, [])
     )
-    yield from disagreements(tracker, expected, metrics, running, living, [folder.name for folder in folders])
-    if model_files.is_registered(study, store, model) and model_missing(tracker, study.name):
-        text = "MLflow's registry lacks the model; run the study again to register it"
-        yield Finding(text, partial(store.set_attribute, "registered", None))
+    with tracker.as_input_error():
+        yield from disagreements(tracker, expected, metrics, running, living, [folder.name for folder in folders])
+        if model_files.is_registered(study, store, model) and model_missing(tracker, study.name):
+            text = "MLflow's registry lacks the model; run the study again to register it"
+            yield Finding(text, partial(store.set_attribute, "registered", None))
 
 
 def _checkpoints(study: Study, store: Store, folder: Path) -> Iterator[Finding]:

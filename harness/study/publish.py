@@ -28,7 +28,7 @@ def write_again(command: Command, store: Store, tracker: MLflowTracker) -> None:
 
     study, model = command.study, command.beside(".model")
     with store.exclusive(START):
-        tracker.start(study, store, expected.facts(study, store.facts().runtime or {}))
+        tracker.start(study, store, expected.recorded_facts(study, store))
     told = tracker.finish(expected.study_metrics(store), published(store, model), "complete")
     if told and is_registered(study, store, model):
         told = register(command, store, tracker, load_saved(study, store, model))

@@ -12,6 +12,7 @@ from harness.base.seeds import derive_seed
 from harness.config.events import EpochResult
 from harness.config.find import Found
 from harness.config.study import Study
+from harness.config.train import TrainConfig
 from harness.data.splits import content_of
 from harness.store import opening
 from harness.store.store import TrialRecord
@@ -76,7 +77,8 @@ class Reproduction:
     def verdict(self) -> str:
         """Return the outcome in a sentence, and why it may differ."""
         if not self.same:
-            return f"Trial {self.trial.number} is not reproduced. {explanation(self.trial, self._runtime)}"
+            config = self._study.config(self.trial.params)
+            return f"Trial {self.trial.number} is not reproduced. {explanation(config, self.trial, self._runtime)}"
         count = f"{len(self.trial.epochs)} epochs" if len(self.trial.epochs) > 1 else "1 epoch"
         return f"Trial {self.trial.number} is reproduced to the last bit: {count}."
 
@@ -94,17 +96,23 @@ def reproduction(found: Found, url: str, number: int, data_root: str | None, dev
     return Reproduction(study, trials[number], runtime)
 
 
-def explanation(trial: TrialRecord, runtime: Runtime) -> str:
+def explanation(config: TrainConfig, trial: TrialRecord, runtime: Runtime) -> str:
     """Return why the numbers may differ: another version, device or number of threads."""
     here = environment(runtime.device)
     found = [text for each in trial.environments if (text := differences(each, here))]
     if any(each.micro_batch != trial.epochs[0].micro_batch for each in trial.epochs):
         found.append("the trial ran out of memory, and used a smaller micro-batch from there on")
+    elif 2 * (trial.epochs[0].micro_batch or config.batch_size) <= 1 + min(config.batch_size, _images(trial)):
+        found.append("the trial ran out of memory in its first step, whose images BatchNorm then saw twice")
     if len(trial.environments) > 1:
         found.append("the trial was interrupted and resumed elsewhere")
     if not found:
         return "Versions, device, threads and commit are the same; uncommitted code or the machine differs."
     return "Different from then: " + "; ".join(found) + "." + _remedy(trial, here)
+
+
+def _images(trial: TrialRecord) -> int:
+    return trial.epochs[0].train.total
 
 
 def _remedy(trial: TrialRecord, here: Mapping[str, str]) -> str:

@@ -7,6 +7,7 @@ import gc
 import itertools
 import json
 import os
+import sqlite3
 import sys
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -101,6 +102,7 @@ def _asked_for(
     url = opening.url_of(found, options.storage)
     _check_apart(url, options.tracking_uri)
     database.check_database(url)
+    _check_own_file(options, study, url)
     database.check_writable(sqlite_file(url))
     if (risk := mounts.warning(sqlite_file(url))) is not None:
         print(f"Warning: {risk}", file=sys.stderr)
@@ -108,6 +110,15 @@ def _asked_for(
     if options.serve is not None:
         _check_serving(command, options.serve)
     return command
+
+
+def _check_own_file(options: RunOptions, study: Study, url: str) -> None:
+    """Raise InputError if the study would share a SQLite file: checkpoints, model and `--fresh` are the file's."""
+    known = opening.names_in(url) if sqlite_file(url) is not None else []
+    others = [name for name in known if name != study.name]
+    if others and (study.name not in known or options.fresh):
+        text = f"{sqlite_file(url)} holds the study {others[0]!r}"
+        raise InputError(f"{text}; give {study.name!r} a file of its own with --storage.")
 
 
 def _check_apart(url: str, tracking_uri: str | None) -> None:
@@ -150,8 +161,14 @@ def _look_at_mlflow(command: Command, store: Store) -> None:
     file = sqlite_path(uri_of(uri, mlruns))
     if file is None:  # a server: `doctor` checks it
         return
-    if file.is_file():
-        move_in(file, file.parent / ARTIFACTS)
+    if file.is_file() and file.stat().st_size:
+        try:
+            move_in(file, file.parent / ARTIFACTS)
+        except sqlite3.Error as error:
+            raise InputError(
+                f"MLflow's database {file} cannot be used ({error}); wait for the process that writes it, or move it "
+                "away: the same command then writes a new one."
+            ) from error
     lack = lacking(
         file,
         store.uid,
@@ -214,7 +231,7 @@ def _check_reopening(study: Study, store: Store) -> None:
 
 def _run_what_is_missing(command: Command, begun: bool) -> None:
     from harness.training.assemble import check_early_size
-    from harness.training.step import find_device
+    from harness.training.runtime import find_device
 
     study, found, url = command.study, command.found, command.url
     rehearse(study)

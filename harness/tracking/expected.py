@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.base.environment import HARDWARE, git_commit, versions
-from harness.base.errors import masked
+from harness.base.errors import InputError, masked
 from harness.base.keys import base_key, final_key, rerank_key, trial_key
 from harness.base.seeds import derive_seed
 from harness.base.words import metric_name
@@ -109,12 +109,17 @@ def data_of(study: Study, store: Store) -> dict[str, str]:
     """Return what MLflow shows of the data set: name, digest (at most 36 characters), source and profile."""
     data, facts = study.train.data, store.facts()
     content = str((facts.definition or {}).get("content of data", "unknown"))
+    classes: int | None
+    try:
+        classes = len(data.classes())
+    except InputError:  # the images are no longer here
+        classes = len((facts.predictions or {}).get("classes", ())) or None
     return {
         "name": type(data).__name__,
         "digest": content if len(content) <= LONGEST_DIGEST else hashlib.sha256(content.encode()).hexdigest()[:16],
         "source_type": "local",
         "source": json.dumps({"uri": str(getattr(data, "root", "") or type(data).__name__)}),
-        "profile": json.dumps({"images": facts.images, "classes": len(data.classes())}),
+        "profile": json.dumps({"images": facts.images, "classes": classes}),
     }
 
 
@@ -126,6 +131,16 @@ def study_metrics(store: Store) -> dict[str, float]:
     if final is None:
         return metrics
     return metrics | {"test_accuracy": final.accuracy, f"test_{metric_name(final.objective)}": final.value}
+
+
+def recorded_facts(study: Study, store: Store) -> dict[str, str]:
+    """Return the tags of `facts` for a study that ran before, as far as its storage knows them."""
+    known, environment = store.facts(), store.environment() or {}
+    found = facts(study, known.runtime or {}, environment) | {f"version.{n}": v for n, v in known.versions.items()}
+    del found["harness.command"], found["mlflow.source.name"]  # those of the repair
+    if known.command is not None:
+        found["harness.command"] = known.command
+    return found | ({"mlflow.source.git.commit": environment["commit"]} if "commit" in environment else {})
 
 
 def facts(study: Study, runtime: Mapping[str, Any], environment: Mapping[str, str] = {}) -> dict[str, str]:

@@ -37,7 +37,7 @@ BUSY_SECONDS = 20.0  # as long as MLflow waits
 def make_database(file: Path, *, ours: bool = False) -> None:
     """Create a database unless it exists, completely and once; two studies may start at the same time."""
     with filelock.FileLock(f"{file}.lock"):
-        if not file.exists():
+        if not file.exists() or file.stat().st_size == 0:
             _create_database(file)
         if ours:
             # WAL mode makes writes several times as fast, and readers (the UI) do not block them.
@@ -128,8 +128,8 @@ def lacking(file: Path, uid: str, keys: Collection[str], folders: Collection[str
 
     `keys` are those of its runs, `folders` the artifacts of its own run, `model` is its name if it was registered.
     """
-    if not file.is_file():
-        return f"MLflow's database {file} does not exist."
+    if not file.is_file() or file.stat().st_size == 0:
+        return f"MLflow's database {file} does not exist, or is empty."
     try:
         with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as connection:
             runs = dict(connection.execute(RUNS, {"uid": uid}))
@@ -157,5 +157,5 @@ VERSIONS = """
 SELECT versions.source FROM model_versions AS versions
 JOIN model_version_tags AS uids ON uids.name = versions.name AND uids.version = versions.version
 AND uids.key = 'harness.study_uid' AND uids.value = :uid
-WHERE versions.name = :name ORDER BY versions.version DESC
+WHERE versions.name = :name AND versions.current_stage != 'Deleted_Internal' ORDER BY versions.version DESC
 """

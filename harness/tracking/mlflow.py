@@ -68,7 +68,7 @@ class MLflowTracker(StudyClient):
         """Raise InputError unless the server or database answers and accepts the study `name`; create no run."""
         if name is not None:
             wants_system_metrics()  # raises
-        with self._as_input_error():
+        with self.as_input_error():
             self.connect()
             if name is not None and (text := self.deleted(name)) is not None:
                 raise Deleted(text)
@@ -95,7 +95,7 @@ class MLflowTracker(StudyClient):
         self._behind = True
         self._values = {trial.number: trial.value for trial in store.trials() if trial.state != "running"}
         self.flush()
-        with self._as_input_error():
+        with self.as_input_error():
             try:
                 self._begin()
             except faults() as error:
@@ -143,7 +143,7 @@ class MLflowTracker(StudyClient):
 
     def attach(self, study: Study, store: Store) -> None:
         """Attach to a study's runs read-only. Raises InputError if MLflow cannot be reached."""
-        with self._as_input_error():
+        with self.as_input_error():
             self.connect()
             experiment = self.client.get_experiment_by_name(study.name)
             self._experiment = None if experiment is None else experiment.experiment_id
@@ -151,13 +151,16 @@ class MLflowTracker(StudyClient):
 
     def replace_folder(self, folder: Path) -> None:
         """Write a folder of the study's own run again, if the run exists. Raises InputError if MLflow fails."""
-        with self._as_input_error():
+        with self.as_input_error():
+            if self.file is not None and self.artifacts is not None:
+                move_in(self.file, self.artifacts)
             if (run := self.known_runs().get(STUDY)) is not None:
                 with artifact_store():
                     self.client.log_artifacts(run.info.run_id, str(folder), folder.name)
 
     @contextlib.contextmanager
-    def _as_input_error(self) -> Iterator[None]:
+    def as_input_error(self) -> Iterator[None]:
+        """Turn errors of MLflow into InputError."""
         try:
             yield
         except Deleted as error:
@@ -300,7 +303,7 @@ class MLflowTracker(StudyClient):
 
     def restore(self, name: str) -> None:
         """Restore the experiment of this name. Raises InputError if MLflow cannot be reached."""
-        with self._as_input_error():
+        with self.as_input_error():
             self.connect()
             if self.deleted(name) is not None:
                 self.client.restore_experiment(self.client.get_experiment_by_name(name).experiment_id)

@@ -43,9 +43,11 @@ def attached(given: str | None, folder: Path, study: Study, store: Store) -> MLf
 
 
 def local_tracker(folder: Path) -> MLflowTracker:
-    """Return a tracker on `folder`/mlflow.db. Raises InputError if the folder cannot be written."""
+    """Return a tracker on `folder`/mlflow.db. Raises InputError if the folder cannot be written, or the file read."""
     check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "mlflow.db").is_file():
+        tables(folder / "mlflow.db", "--tracking-uri, or move the file away")
     make_database(folder / "mlflow.db", ours=True)
     return MLflowTracker(local_uri(folder), folder / ARTIFACTS)
 

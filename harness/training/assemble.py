@@ -19,8 +19,8 @@ from harness.data.splits import ImageSet, load_split, load_splits, load_train_an
 from harness.training.features import FeatureSet, features_to_train_on, frozen_body, split
 from harness.training.loop import Source, Training
 from harness.training.optim import Average, build_optimizer, freeze, groups_for, without_weights
-from harness.training.runtime import Work, check_compiler, resolve
-from harness.training.step import Runtime, compile_parts, find_device, predict, seeded
+from harness.training.runtime import Work, check_compiler, find_device, resolve
+from harness.training.step import Runtime, compile_parts, predict, seeded
 
 
 def assemble(config: TrainConfig, runtime: Runtime, seed: int, objective: Objective = "accuracy") -> Training:

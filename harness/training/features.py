@@ -60,7 +60,7 @@ class FeatureSet:
     def batch(self, chosen: Tensor, config: TrainConfig, runtime: Runtime, generator: torch.Generator) -> Tensor:
         """Return a uniformly random version of every chosen image: [B, ...] on the device."""
         version = torch.randint(self.features.shape[1], (len(chosen),), generator=generator)
-        version = version.to(self.device, non_blocking=True)
+        version = version.to(self.device, non_blocking=self.device.type == "cuda")
         return self.features[chosen, version].to(runtime.device)
 
     def parts(self, size: int, runtime: Runtime) -> Iterator[Tensor]:
@@ -135,6 +135,8 @@ class FrozenBody:
 
     def with_views(self, plain: ImageSet, stored: ImageSet, config: AugmentConfig, views: int) -> FeatureSet:
         """Return features of training images: the `plain` ones, and `views` augmented from `stored` ones."""
+        # What does not change a view must not change its name.
+        config = replace(config, mixup=0.0, cutmix=0.0, early_size=None, tail=AugmentConfig.tail)
         drawn = [(stored, View(config=config, size=self._size, number=number)) for number in range(views)]
         features = self._kept([(plain, None), *drawn])
         return FeatureSet(features=features, labels=plain.labels.to(features.device))

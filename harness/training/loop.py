@@ -152,7 +152,7 @@ def _train_epoch(training: Training, after_batch: Callable[[], None]) -> None:
 def _in_epoch(config: TrainConfig, epoch: int) -> TrainConfig:
     """Return the configuration in an epoch: in the tail without mixing and in full size."""
     augment = config.augment
-    if epoch <= config.epochs * (1 - augment.tail):
+    if epoch <= round(config.epochs * (1 - augment.tail), 9):  # 5 * (1 - 0.8) is less than 1
         return config
     return replace(config, augment=replace(augment, mixup=0.0, cutmix=0.0, early_size=None))
 
@@ -214,7 +214,7 @@ def _body_factor(training: Training) -> float:
 def _result(training: Training) -> EpochResult:
     """Sum up the finished batches, and validate."""
     config, progress, total = training.config, training.progress, len(training.train)
-    trace = progress.trace.double().cpu()
+    trace = progress.trace.cpu().double()
     bad = (~trace.isfinite().all(1)).nonzero()
     good = trace[: int(bad[0]) if len(bad) else len(trace)]
     last = int(bad[0]) if len(bad) else progress.steps - 1
@@ -278,11 +278,6 @@ def _batches(
     return list(torch.tensor_split(order, -(-count // batch_size)))
 
 
-def evaluate(model: nn.Module, images: Source, runtime: Runtime, objective: Objective = "accuracy") -> Metrics:
-    """Return loss (cross-entropy), correct / total, hits, and the objective of a split, dropout off."""
-    return measure(logits_of(model, images, runtime), images.labels, objective)
-
-
 def measure(logits: Tensor, labels: Tensor, objective: Objective = "accuracy") -> Metrics:
     """Return metrics of logits float32 [N, classes], labels int64 [N]."""
     labels = labels.to(logits.device)
@@ -291,8 +286,8 @@ def measure(logits: Tensor, labels: Tensor, objective: Objective = "accuracy") -
     counted = Metrics(loss=loss, correct=int(hits.sum()), total=len(hits), hits=pack_bits(hits))
     if objective == "accuracy":
         return counted
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    found = contributions(objective, *(each.cpu().numpy() for each in (labels, logits.argmax(1), losses.double())))
+    losses = F.cross_entropy(logits, labels, reduction="none").cpu().double()  # MPS has no doubles
+    found = contributions(objective, *(each.cpu().numpy() for each in (labels, logits.argmax(1), losses)))
     packed = pack(found.astype("float32"))
     return replace(counted, objective=objective, score=float(found.mean()), contributions=packed)
 

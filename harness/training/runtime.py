@@ -17,7 +17,7 @@ from torch import nn
 
 from harness.base.errors import InputError, first_line
 from harness.config.train import RuntimeConfig
-from harness.training.step import Runtime, compile_parts, find_device, seeded, train_step
+from harness.training.step import Runtime, compile_parts, seeded, train_step
 
 # Parameters from which bf16 or channels-last pay on a CPU: of 16 models with 2 to 87 million all larger ones became
 # faster, but for those with many depthwise convolutions; TinyMaxViT (0.4 million) becomes slower.
@@ -29,6 +29,25 @@ WORTHWHILE = 1.15
 # Compiling takes minutes, and so does trying it; in a shorter study it could not gain much.
 LONG_ENOUGH_SECONDS = 1800.0
 IMAGES = 4  # in the steps that time precision and layout
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of a name; "auto" prefers CUDA, then MPS, then the CPU.
+
+    Raises InputError if the device is missing.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: torch knows no such device; use cpu, cuda, cuda:0, mps or auto.") from error
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(device.type, False):
+        raise InputError(f"--device {name}: this machine or this build of torch has none; use --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices, from cuda:0 on.")
+    return device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ from harness.base.errors import Halt, InputError, first_line
 from harness.data.mixing import Target, mean_loss
 
 # Graphs of one block: for training and for evaluation, for each batch size; blocks of a kind share their code.
-# At torch's own limit of 8 it would silently run uncompiled.
-GRAPHS = 64
+# At torch's own limit of 8 it would silently run uncompiled, and a resumed study, which begins without any, would not.
+GRAPHS = 2**16
 
 NOT_DETERMINISTIC = "does not have a deterministic implementation"  # in torch's error
 
@@ -65,8 +65,8 @@ class Runtime:
         )
 
     def place(self, model: nn.Module) -> nn.Module:
-        if self.deterministic and (self.compiled or self.device.type == "cuda"):
-            compute_deterministically()
+        if self.compiled or self.device.type == "cuda":
+            compute_deterministically(self.deterministic)
         if self.device.type == "cuda":  # otherwise fp32 convolutions are computed with 10 bits of mantissa
             torch.backends.cudnn.allow_tf32 = False
         if self.device.type == "cpu":
@@ -84,18 +84,30 @@ class Runtime:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
 
-@cache
-def compute_deterministically() -> None:
-    """Choose kernels that sum in the same order in every run; once per process.
+def compute_deterministically(wanted: bool) -> None:
+    """Choose kernels that sum in the same order in every run, or torch's own choice.
 
     Otherwise cuDNN and cuBLAS may choose others, and compiled code adds the gradients of position tables atomically.
     An operation without such a kernel raises an error, see `train_step`.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(wanted)
     # A debugging aid that costs a pass over each new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = False
+    if wanted:
+        torch.backends.cudnn.benchmark = False
+
+
+@contextlib.contextmanager
+def modes_back() -> Iterator[None]:
+    """Restore what `Runtime.place` changes in torch, for a program's own use of it."""
+    fill: Any = torch.utils.deterministic
+    wanted, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = fill.fill_uninitialized_memory, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(wanted, warn_only=warns)
+        fill.fill_uninitialized_memory, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = before
 
 
 @cache
@@ -139,7 +151,7 @@ def compile_parts(model: nn.Module, parts: Iterable[str]) -> None:
     """
     import torch._dynamo
 
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = GRAPHS
     modules = dict(model.named_modules())
     for part in parts:
         if part in modules:  # a depth may also be a parameter, such as a class token
@@ -167,25 +179,6 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-def find_device(name: str) -> torch.device:
-    """Return the device of a name; "auto" prefers CUDA, then MPS, then the CPU.
-
-    Raises InputError if the device is missing.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name}: torch knows no such device; use cpu, cuda, cuda:0, mps or auto.") from error
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(device.type, False):
-        raise InputError(f"--device {name}: this machine or this build of torch has none; use --device cpu.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices, from cuda:0 on.")
-    return device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +276,11 @@ def halving(attempt: Callable[[int], ResultT], size: int, device: torch.device) 
         try:
             return attempt(size), size
         except (RuntimeError, MemoryError) as error:
+            if "CUBLAS_WORKSPACE_CONFIG" in str(error):
+                raise Halt(
+                    "This program used the GPU with other settings of cuBLAS before; restart it (in a notebook, the "
+                    "kernel), or start the study anew with --set runtime.deterministic=false."
+                ) from error
             if NOT_DETERMINISTIC in str(error):
                 operation = str(error).partition(NOT_DETERMINISTIC)[0].strip()
                 raise Halt(

@@ -16,9 +16,11 @@ from harness.config.study import Study
 from harness.config.train import FinalConfig, TrainConfig
 from harness.datasets.image_folder import ImageFolder
 from harness.models.maxvit import MaxViTT
+from harness.models.module import Module
 from harness.search.pruners import asha
 from harness.search.samplers import tpe
 from tests.conftest import make_study
+from tests.contracts.test_backbones import net
 
 STUDY = make_study("cache")
 # The same with a frozen backbone and without weight decay, for what goes with no other.
@@ -325,3 +327,30 @@ def test_a_configuration_of_stored_parameters_differs_from_the_base_in_them_only
     changed = {path for path, value in leaves(config) if value != dict(leaves(STUDY.train))[path]}
     assert changed == set(params)
     assert config.backbone.hidden == (16, 8)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("path", "dimension", "said"),
+    [
+        ("runtime.precision", Choice(("auto", "fp32")), "runtime.precision is decided once per study"),
+        ("data.cache", Choice(("data/cache", "other")), "data.cache is decided once per study"),
+        ("data.limit", Choice((None, 32)), "data.limit cannot be searched: trials would be measured on other images"),
+    ],
+)
+def test_what_no_trial_has_for_itself_cannot_be_searched(path: str, dimension: Choice, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        make_study("data/cache", space={path: dimension})
+
+
+def test_whole_numbers_of_a_field_of_real_ones_may_be_searched() -> None:
+    study = make_study("cache", space={"augment.rotation_degrees": Int(0, 45)})
+    assert study.params({"augment.rotation_degrees": 15})["augment.rotation_degrees"] == 15
+    assert study.with_settings(["augment.rotation_degrees=20"]).train.augment.rotation_degrees == 20
+
+
+def test_a_field_without_a_type_for_text_is_left_to_the_study_file() -> None:
+    backbone = Module(build=net, hidden=(8,))
+    study = make_study("cache", space={"epochs": Int(1, 2)})
+    study = dataclasses.replace(study, train=dataclasses.replace(study.train, backbone=backbone))
+    with pytest.raises(InputError, match=r"backbone\.function cannot be set here; change it in the study file"):
+        study.with_settings(["backbone.function=x"])

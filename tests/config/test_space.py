@@ -293,7 +293,8 @@ def test_both_ends_of_a_range_belong_to_it() -> None:
     assert not Float(0.0, 1.0).contains(float("nan"))
     assert not Float(0.0, 1.0).contains(True)
     assert not Float(0.0, 1.0).contains("0.5")
-    assert not Int(1, 4).contains(2.0)
+    assert Int(1, 4).contains(2.0)
+    assert not Int(1, 4).contains(2.5)
     assert not Int(0, 1).contains(True)
     assert not Choice((1, 2)).contains(3)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
+from harness.base.errors import Halt
 from harness.config.contracts import SplitName
 from harness.data.augment import IMAGENET
 from harness.data.duplicates import _name, find
@@ -125,3 +126,18 @@ def test_pictures_of_one_colour_are_not_alike(tmp_path: Path) -> None:
     }
     with np.errstate(all="raise"):
         assert find(data, splits, tmp_path)["near"] == []
+
+
+def test_a_cache_that_cannot_be_written_or_is_damaged_stops_nothing(
+    photographs: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = found(photographs, tmp_path / "kept")
+    (file,) = (tmp_path / "kept" / "duplicates").iterdir()
+    file.write_text("{")
+    assert found(photographs, tmp_path / "kept") == right
+
+    def refused(*arguments: object) -> None:
+        raise Halt("the cache cannot be written")
+
+    monkeypatch.setattr("harness.data.duplicates.replace_file", refused)
+    assert found(photographs, tmp_path / "other") == right

@@ -200,3 +200,15 @@ def test_prepare_decodes_everything_a_study_needs(folder: ImageFolder) -> None:
     assert len(load_splits(folder, IMAGENET).train) == 4
     assert len(load_train_and_val(folder, IMAGENET)) == 8
     assert len(load_test(folder, IMAGENET)) == 4
+
+
+def test_a_large_training_set_of_the_final_run_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    garden = Garden(train_per_class=2, val_per_class=1, test_per_class=1, cache=str(tmp_path))
+    joined = load_train_and_val(garden, IMAGENET)
+    load_train_and_val.cache_clear()
+    monkeypatch.setattr("harness.data.splits.JOINED_BYTES", 0)
+    mapped = load_train_and_val(garden, IMAGENET)
+    load_train_and_val.cache_clear()
+    assert torch.equal(mapped.images, joined.images)
+    assert torch.equal(mapped.labels, joined.labels)
+    assert len(list(tmp_path.glob("*.npy"))) == 3  # of train, val, and both

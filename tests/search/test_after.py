@@ -11,10 +11,12 @@ import pytest
 import harness
 from harness.base.errors import InputError
 from harness.cli.commands import main
+from harness.config.find import find
 from harness.config.space import Choice, Float
 from harness.config.study import Study
 from harness.search.replay import replay
 from harness.search.samplers import MOST_EARLIER, Sampler, earlier_trials, gp, grid, tpe, with_earlier
+from harness.store.opening import read_earlier
 from harness.store.store import Store
 from tests.analytic import ceiling, memory_store, run_analytic
 from tests.conftest import make_study
@@ -152,7 +154,7 @@ def test_a_branch_goes_on_after_a_change_that_is_refused(begun: Path, capsys: py
     assert main(["branch", "tiny", "wide", "--set", "batch_size=8"]) == 0
     file = begun / "studies" / "wide.py"
     assert capsys.readouterr().out == (
-        f"batch_size was 16, is 8\nWrote {file}. Run it with: python run_study.py --study wide\n"
+        f"batch_size was 16, is 8\nWrote {file}. Run it with: python -m harness run --study wide\n"
     )
     assert main(["run", "--study", "wide", "--trials", "3"]) == 0
     capsys.readouterr()
@@ -256,3 +258,31 @@ def test_an_earlier_study_outside_of_the_space(
     assert main(["run", "--study", "new", "--trials", "2"]) == 2
     assert f"after: {said}" in capsys.readouterr().err
     assert not (begun / "studies" / "new.db").exists()
+
+
+def test_a_branch_from_a_database_elsewhere_says_where_it_goes_on(
+    begun: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (begun / "big").mkdir()
+    (begun / "studies" / "tiny.db").rename(begun / "big" / "tiny.db")
+    assert main(["branch", "tiny", "wide", "--storage", f"sqlite:///{begun}/big/tiny.db"]) == 0
+    url = f"sqlite:///{begun}/big/wide.db"
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f" --study wide --storage {url}")
+    with read_earlier("tiny", url, begun / "studies") as store:
+        assert store.url == f"sqlite:///{begun}/big/tiny.db"
+
+
+def test_a_branch_of_a_file_that_computes_its_name_is_refused(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = begun / "studies" / "tiny.py"
+    lines = "import dataclasses, pathlib\nSTUDY = dataclasses.replace(STUDY, name=pathlib.Path(__file__).stem)\n"
+    file.write_text(f"{file.read_text()}\n{lines}")
+    assert main(["branch", "tiny", "wide"]) == 2
+    assert "after is the name of an earlier study, not 'wide'" in capsys.readouterr().err
+    assert not (begun / "studies" / "wide.py").exists()
+
+
+def test_a_branch_of_a_file_in_another_encoding(begun: Path) -> None:
+    file = begun / "studies" / "tiny.py"
+    file.write_bytes(b"# -*- coding: latin-1 -*-\n# L\xf6wenzahn\n" + file.read_bytes())
+    assert main(["branch", "tiny", "wide"]) == 0
+    assert find("wide").study.after == "tiny"

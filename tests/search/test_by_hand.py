@@ -10,6 +10,7 @@ import pytest
 
 import harness
 from harness.base.errors import InputError
+from harness.base.seeds import derive_seed
 from harness.cli.commands import main
 from harness.config import events
 from harness.config.find import Found, find
@@ -19,6 +20,7 @@ from harness.search.replay import replay
 from harness.search.samplers import grid
 from harness.store.opening import open_store
 from harness.store.store import LOOK_SECONDS
+from harness.training import loop
 from tests.analytic import memory_store, run_analytic
 from tests.conftest import make_study
 from tests.small import study_in
@@ -177,3 +179,23 @@ def test_a_queue_waits_for_the_first_configurations(
     found = Found(study=first, file=tmp_path / "studies" / "other.py", home=tmp_path)
     with pytest.raises(InputError, match="has not begun its first configurations"):
         by_hand.queue(found, None, ["optim.base_lr=0.005"])
+
+
+def test_a_trial_that_is_skipped_while_it_validates_keeps_the_epochs_value(
+    begun: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LOOK_SECONDS, "sqlite", 0.0)
+    genuine = loop._result
+
+    def result(training: Any) -> Any:
+        found = genuine(training)
+        if training.seed == derive_seed(0, "trial", 2) and found.epoch == 1:
+            assert main(["skip", "tiny", "2"]) == 0
+        return found
+
+    monkeypatch.setattr(loop, "_result", result)
+    study = harness.run("tiny", trials=3, progress=False)
+    with study.store() as store:
+        skipped = store.trials()[2]
+    assert (skipped.state, len(skipped.curve), len(skipped.epochs)) == ("pruned", 1, 1)
+    assert study.doctor()

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy
 import pytest
 
+from harness.serving import checker
 from harness.serving.checker import Checker
 from harness.tracking.library import StoreFault
 from tests.workers.test_pool import alive, wait_until_gone
 
+IMAGES = numpy.zeros((1, 3, 8, 8), dtype="float32")
 HOLD = """
 import time
 from harness.serving.checker import Checker
@@ -56,3 +58,28 @@ def test_it_ends_unasked() -> None:
     with Checker() as checker:
         pid = checker._process.pid
     assert not alive(pid)
+
+
+def test_it_has_the_packages_of_this_process_wherever_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "only_here.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(checker, "SCRIPT", "import only_here, sys; sys.exit('imported')")
+    with Checker() as process:
+        assert process.logits(tmp_path, IMAGES) == "cannot be loaded (imported)"
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("import a_package_that_is_missing", "No module named 'a_package_that_is_missing'"),
+        ("raise OSError(28, 'No space left on device')", "No space left on device"),
+        ("import time; time.sleep(600)", "did not answer within 0.5 s"),
+    ],
+)
+def test_that_it_could_not_check_is_no_verdict(
+    script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checker, "SCRIPT", script)
+    monkeypatch.setattr(checker, "CHECK_SECONDS", 0.5 if "time" in script else 600)
+    with Checker() as process, pytest.raises(StoreFault, match=said):
+        process.logits(tmp_path, IMAGES)

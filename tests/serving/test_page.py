@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+import harness
 from harness.base.words import percent
 from harness.cli.commands import main
 from harness.config.find import find
@@ -389,3 +390,18 @@ def test_a_study_without_a_model_is_refused(
         assert_refused(home, capsys, ["demo", "tiny", "--port", str(free_port())], ["holds no model"])
     finally:
         model.with_name("aside").rename(model)
+
+
+def test_it_says_that_its_weights_are_not_the_tested_ones(predictor: Predictor) -> None:
+    retrained = {**predictor.saved.description, "weights": {"tested": False}}
+    assert "retrained after the tested ones were lost" in heading(retrained)
+    assert "retrained" not in heading(predictor.saved.description)
+
+
+def test_images_that_are_not_on_this_machine_are_not_downloaded_for_examples(
+    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.datasets.flowers102._download", pytest.fail)
+    config = dataclasses.replace(predictor.saved.config, data=harness.Flowers102(root=str(tmp_path / "none")))
+    there = Predictor(dataclasses.replace(predictor.saved, config=config), torch.device("cpu"))
+    assert write_examples(there, tmp_path) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -414,3 +415,33 @@ def test_an_image_of_a_line_of_pixels_does_not_fill_the_memory(predictor: Predic
     Image.new("RGB", (50_000, 1)).save(tmp_path / "line.png")
     with pytest.raises(InputError, match="too narrow"):
         predictor.photograph(tmp_path / "line.png")
+
+
+def test_a_device_without_room_is_one_sentence(
+    at_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: object) -> None:
+        raise MemoryError("out of memory with one image at a time")
+
+    monkeypatch.setattr("harness.serving.predict.outputs_of", full)
+    assert main(["predict", "tiny", "pictures/000.png"]) == 2
+    assert capsys.readouterr().err == (
+        "error: The device has no room for one image; free its memory, or give --device cpu.\n"
+    )
+
+
+def test_a_model_whose_study_is_not_deterministic_predicts_likewise(predictor: Predictor) -> None:
+    runtime = dataclasses.replace(predictor.saved.config.runtime, deterministic=False)
+    config = dataclasses.replace(predictor.saved.config, runtime=runtime)
+    saved = dataclasses.replace(predictor.saved, config=config)
+    assert not Predictor(saved, torch.device("cpu"))._runtime.deterministic
+
+
+def test_an_image_in_memory_whose_exif_cannot_be_read_is_not_turned(
+    flower: Image.Image, predictor: Predictor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flower.save(tmp_path / "bad.png", exif=b"Exif\0\0no header of a TIFF")
+    with Image.open(tmp_path / "bad.png") as image:
+        found = predictor.photograph(image)
+    assert torch.equal(found, predictor.photograph(tmp_path / "bad.png"))
+    assert "The image was read with a warning: its EXIF cannot be read" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -46,7 +47,7 @@ from harness.serving.registry import (
 from harness.store.opening import open_store
 from harness.store.store import Store
 from harness.tracking.check import model_missing
-from harness.tracking.files import local_folder
+from harness.tracking.files import lacking, local_folder
 from harness.tracking.mlflow import MLflowTracker
 from harness.tracking.places import local_tracker, tracker_at
 from tests.conftest import make_study
@@ -345,6 +346,16 @@ def test_the_fingerprint_is_of_the_images_not_of_their_side(image_cache: Path) -
 
     assert fingerprint() == fingerprint(image_size=32) == fingerprint(train_per_class=3)
     assert len({fingerprint(), fingerprint(val_per_class=3), fingerprint(seed=1), fingerprint(limit=16)}) == 4
+
+
+def test_a_version_that_was_deleted_is_missing(finished: Finished, tracker: MLflowTracker, unchecked: None) -> None:
+    assert publish(tracker, finished.wanted)
+    assert tracker.file is not None
+    look = functools.partial(lacking, tracker.file, finished.store.uid, ["study"], [], "tiny")
+    assert look() is None
+    tracker.client.delete_registered_model_alias("tiny", CHAMPION)
+    tracker.client.delete_model_version("tiny", "1")
+    assert look() == f"MLflow's registry in {tracker.file} lacks the study's model."
 
 
 # -- a server, and MLflow away -------------------------------------------------------------------------------------

@@ -98,3 +98,29 @@ def test_a_copy_with_a_storage_of_its_own_is_left_alone(workspace: Path) -> None
     copy(workspace, "mine")
     url = f"sqlite:///{workspace}/mine.db"
     assert url_of(catalogue.find("mine"), url) == url
+
+
+@pytest.mark.parametrize("fresh", [[], ["--fresh"]])
+def test_a_file_that_holds_another_study_is_refused(
+    fresh: list[str], workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its checkpoints and its model lie beside it, and --fresh would rename it."""
+    begun("demo", remembered=False)
+    copy(workspace, "mine", old='"demo"', new='"mine"')
+    shared = f"sqlite:///{workspace}/studies/demo.db"
+    words = ["demo.db holds the study 'demo'", "give 'mine' a file of its own with --storage"]
+    assert_refused(workspace, capsys, ["run", "--study", "mine", "--storage", shared, *fresh], words)
+
+
+def test_a_linked_folder_of_studies_is_one_place(workspace: Path) -> None:
+    (workspace / "elsewhere").mkdir()
+    (workspace / "studies").rename(workspace / "elsewhere" / "studies")
+    (workspace / "studies").symlink_to(workspace / "elsewhere" / "studies")
+    by_name, by_path = catalogue.find("demo"), catalogue.find("studies/demo.py")
+    assert (by_name.file, by_name.home, by_name.storage_url) == (by_path.file, by_path.home, by_path.storage_url)
+
+
+def test_the_command_that_is_printed_fits_the_folder(workspace: Path) -> None:
+    assert catalogue.run_command("demo") == "python -m harness run --study demo"
+    (workspace / "run_study.py").touch()
+    assert catalogue.run_command("my study.py") == "python run_study.py --study 'my study.py'"

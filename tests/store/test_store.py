@@ -881,3 +881,17 @@ def test_a_read_that_is_interrupted_leaves_no_traceback(caplog: pytest.LogCaptur
         connection.connection.invalidate()
         connection._safe_close_cursor(cursor)
     assert "closing cursor" not in caplog.text
+
+
+def test_the_base_is_not_pruned_even_if_another_worker_is_ahead(tmp_path: Path) -> None:
+    study, url = make_study("cache", pruner=asha(min_epochs=1)), f"sqlite:///{tmp_path}/tiny.db"
+    with open_store(study, url) as one, open_store(study, url, joining=True) as two:
+        base, other = one.ask(study), two.ask(study)
+        assert (base.number, other.number) == (0, 1)
+        two.report(other, 1, 0.9)
+        one.report(base, 1, 0.1)
+        assert not one.should_prune(base, 1)
+        two.tell(other, Completed(value=0.9), [epoch_result(1, 0.9)], 1.0)
+        third = two.ask(study)
+        two.report(third, 1, 0.1)
+        assert two.should_prune(third, 1)

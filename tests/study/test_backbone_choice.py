@@ -10,6 +10,7 @@ import pytest
 import harness
 from harness import Choice, Float, Module, Preprocessing
 from harness.config.study import Study
+from tests.analytic import memory_store, run_analytic
 from tests.contracts.test_backbones import net
 from tests.small import small_study
 
@@ -54,3 +55,21 @@ def test_stopped_and_resumed_it_is_the_same(image_cache: Path, tmp_path: Path) -
         parts = harness.run(study, trials=trials, home=tmp_path / "parts", progress=False)
     assert parts.overview()["trials"] == whole.overview()["trials"]
     assert parts.trials().drop(columns="seconds").equals(whole.trials().drop(columns="seconds"))
+
+
+def test_a_field_of_a_searched_backbone_is_changed_alone(image_cache: Path) -> None:
+    study = searched(image_cache)
+    options = study.space["backbone"]
+    assert isinstance(options, Choice)
+    other, name = options.options[1], options.labels[1]
+    base = study.params({})
+    assert study.params({"backbone.dropout": 0.4}) == {**base, "backbone.dropout": 0.4}
+    assert study.params({"backbone": other}) == {**base, "backbone": name}
+    both = {**base, "backbone": name, "backbone.dropout": 0.4}
+    assert study.params({"backbone": other, "backbone.dropout": 0.4}) == both
+    assert study.params({"backbone.dropout": 0.4, "backbone": other}) == both
+    assert study.config(both).backbone.dropout == 0.4  # type: ignore[attr-defined]
+    first = dataclasses.replace(study, first=({"backbone.dropout": 0.4},))
+    store = memory_store(first)
+    run_analytic(first, store, 2, curve=lambda params, epoch: 0.5)
+    assert store.trials()[1].params == {**base, "backbone.dropout": 0.4}

@@ -52,6 +52,7 @@ def test_killed_once_in_each_phase_a_study_ends_as_one_that_was_not(
     expected = left_alone(tmp_path / "alone", server, 3, sampler).result()
     chance = random.Random(seed)
     aims = [
+        aim("search", "validation", "SIGKILL", chance, latest=2),
         aim("checkpoint", "before the rename", "SIGKILL", chance),
         aim("tell", "before recording", "SIGTERM", chance),
         aim("search", "batch", "SIGKILL", chance, latest=4),
@@ -61,6 +62,7 @@ def test_killed_once_in_each_phase_a_study_ends_as_one_that_was_not(
     rage(storm, aims, print)
     storm.check(expected)
     assert {kill.aim.phase for kill in storm.kills()} == set(POINTS)
+    assert "validation" in {kill.aim.point for kill in storm.kills()}
 
 
 @pytest.mark.chaos

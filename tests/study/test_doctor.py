@@ -720,3 +720,33 @@ def test_lost_metrics_of_the_studys_own_run_are_written_again(place: Path, docto
     assert doctor("--fix")[0] == 0
     assert doctor()[0] == 0
     assert shown(place) == before
+
+
+def test_mlflow_that_fails_half_way_is_one_sentence_and_leaves_no_run_open(
+    place: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.exceptions import MlflowException
+
+    def fail(*arguments: object) -> None:
+        raise MlflowException("502 Bad Gateway")
+
+    before = shown(place)
+    monkeypatch.setattr("harness.tracking.check._compare", fail)
+    for options in ([], ["--fix"]):
+        code, lines = doctor(*options)
+        assert code == 2
+        assert len(lines) == 1
+        assert "cannot be used (502 Bad Gateway); check --tracking-uri." in lines[0]
+    assert {key: each[0] for key, each in shown(place).items()} == {key: each[0] for key, each in before.items()}
+
+
+def test_what_is_written_again_has_the_versions_and_the_command_of_its_run(place: Path, doctor: Doctor) -> None:
+    with open_store(small_study("cache"), f"sqlite:///{place}/studies/tiny.db") as store:
+        store.set_attribute("versions", {"torch": "1.0"})
+        store.set_attribute("command", "python run_study.py --study tiny")
+    (place / "mlruns" / "mlflow.db").unlink()
+    assert doctor("--fix")[0] == 0
+    with mlflow(place) as database:
+        tags = dict(database.execute("SELECT key, value FROM tags WHERE run_uuid = ?", (run_id(database, "study"),)))
+    assert tags["version.torch"] == "1.0"
+    assert tags["harness.command"] == "python run_study.py --study tiny"

@@ -20,7 +20,7 @@ from harness.store.store import Store, TrialRecord
 from harness.training import loop as trainer
 from harness.training import step as engine
 from harness.training.assemble import assemble
-from harness.training.loop import evaluate
+from harness.training.loop import logits_of, measure
 from harness.training.step import Runtime, accumulate_gradient, train_step
 from tests.conftest import PROJECT
 from tests.faulty import CommandLine, Died, Pebble, complete, images, one_sentence, small_study
@@ -165,7 +165,7 @@ def test_evaluation_without_memory_halves_its_batches_and_gives_the_same(
 ) -> None:
     training = assemble(study.train, CPU, seed=0)
     assert training.val is not None
-    wanted = evaluate(training.model, training.val, CPU)
+    wanted = measure(logits_of(training.model, training.val, CPU), training.val.labels)
     passed, predict = [], trainer.predict
 
     def limited(model: nn.Module, batch: Tensor, runtime: Runtime) -> Tensor:
@@ -175,7 +175,7 @@ def test_evaluation_without_memory_halves_its_batches_and_gives_the_same(
         return predict(model, batch, runtime)
 
     monkeypatch.setattr("harness.training.loop.predict", limited)
-    found = evaluate(training.model, training.val, CPU)
+    found = measure(logits_of(training.model, training.val, CPU), training.val.labels)
     assert (found.correct, found.total) == (wanted.correct, wanted.total)
     assert found.loss == pytest.approx(wanted.loss, rel=1e-6)
     assert max(passed[-8:]) == 4
@@ -190,7 +190,7 @@ def test_evaluation_without_memory_for_one_image_says_so(study: Study, monkeypat
     assert training.val is not None
     monkeypatch.setattr("harness.training.loop.predict", none)
     with pytest.raises(MemoryError, match=r"out of memory with one image at a time \(CUDA out of memory\)"):
-        evaluate(training.model, training.val, CPU)
+        logits_of(training.model, training.val, CPU)
 
 
 @pytest.mark.slow

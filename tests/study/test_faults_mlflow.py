@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from harness.cli.commands import main
 from harness.config.events import EpochEnded, Event, TrialEnded, TrialStarted
 from harness.config.study import Study
 from harness.store.store import Store
@@ -23,6 +24,7 @@ from harness.tracking.places import local_tracker
 from tests.faulty import CommandLine, complete, everything, one_sentence, small_disk, small_study
 from tests.mlflow_server import Proxy, Server
 from tests.patience import PATIENCE_SECONDS
+from tests.small import study_in
 
 pytestmark = pytest.mark.slow
 
@@ -323,3 +325,27 @@ def test_no_room_for_mlflows_database_is_said_before_anything_is_begun(line: Com
         assert not (line.place / "studies" / "tiny.db").exists()
         disk.resize(4 * 16_384)
         assert line.run("--trials", "1").code == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"this is no database " * 100], ids=["empty", "garbage"])
+def test_a_finished_study_beside_a_damaged_database_of_mlflow(
+    content: bytes,
+    tmp_path: Path,
+    image_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    study_in(tmp_path, image_cache)
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "--study", "tiny", "--trials", "1"]) == 0
+    file = tmp_path / "mlruns" / "mlflow.db"
+    file.write_bytes(content)
+    for trials in ("1", "2"):  # finished, and unfinished
+        code = main(["run", "--study", "tiny", "--trials", trials])
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        if content:
+            assert (code, file.read_bytes()) == (2, content)
+            assert str(file) in said
+        else:
+            assert code == 0, said

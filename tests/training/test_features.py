@@ -25,7 +25,7 @@ from harness.models.maxvit import MaxViTT, TinyMaxViT
 from harness.store.opening import read_store
 from harness.training.assemble import assemble, evaluation_of, with_validation_images
 from harness.training.features import FeatureSet, FrozenBody, View, keep_features, split
-from harness.training.loop import Training, _batches, evaluate, fit, logits_of
+from harness.training.loop import Training, _batches, fit, logits_of, measure
 from harness.training.optim import build_optimizer, lr_factor, set_lr
 from harness.training.step import seeded
 from tests.conftest import make_study
@@ -178,7 +178,8 @@ def test_the_loss_curve_is_that_of_a_plain_loop_through_the_whole_model(cache: P
     results = list(fit(assemble(config, CPU, 3)))
     whole = assemble(config, CPU, 3)
     assert [each.train.loss for each in results] == pytest.approx(by_hand(whole, 3), rel=1e-4)
-    live = evaluate(whole.model, load_split(config.data, IMAGENET, "val"), CPU)
+    shown = load_split(config.data, IMAGENET, "val")
+    live = measure(logits_of(whole.model, shown, CPU), shown.labels)
     assert results[-1].val is not None
     assert (results[-1].val.correct, results[-1].val.loss) == (live.correct, pytest.approx(live.loss, rel=1e-4))
 
@@ -373,7 +374,8 @@ def test_a_whole_study_ends_with_a_whole_model_and_every_trial_is_reproduced(
     net = SmallNet(hidden=(16,)).build(16, 64)
     net.load_state_dict(load_file(model / "model.safetensors"))
     data = Garden(train_per_class=2, val_per_class=2, test_per_class=2, cache=str(tmp_path / "data/cache"))
-    assert evaluate(net, load_test(data, IMAGENET), CPU).correct == said["correct"]
+    test = load_test(data, IMAGENET)
+    assert measure(logits_of(net, test, CPU), test.labels).correct == said["correct"]
     assert json.loads((model / "model.json").read_text())["configuration"]["feature_views"] == 2
 
 
@@ -418,3 +420,12 @@ def test_a_study_file_that_searches_the_multiplier_is_refused(
 ) -> None:
     demo_with(workspace, "bad", "batch_size=24,", "batch_size=24,\n        feature_views=2,")
     assert_refused(workspace, capsys, ["run", "--study", "bad"], ["bad.py", "optim.depth_lr_mult is or may become"])
+
+
+def test_what_changes_no_view_makes_no_other_features(cache: Path) -> None:
+    plain = head_only(cache)
+    assemble(plain, CPU, 0)
+    before = files(cache)
+    augment = dataclasses.replace(plain.augment, mixup=0.3, tail=0.5)
+    assemble(dataclasses.replace(plain, augment=augment), CPU, 0)
+    assert files(cache) == before

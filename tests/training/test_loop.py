@@ -22,7 +22,7 @@ from harness.config.study import Study
 from harness.data.augment import IMAGENET, normalise
 from harness.data.splits import ImageSet, Reader
 from harness.training.assemble import assemble, with_validation_images
-from harness.training.loop import EVALUATION_BATCH, Training, _batches, evaluate, fit, logits_of
+from harness.training.loop import EVALUATION_BATCH, Training, _batches, fit, logits_of, measure
 from harness.training.optim import lr_factor
 from harness.training.step import Runtime, predict
 
@@ -129,7 +129,7 @@ def test_evaluation_counts_what_the_logits_say(study: Study) -> None:
     expected = Metrics(
         loss=F.cross_entropy(logits, labels).item(), correct=int((logits.argmax(1) == labels).sum()), total=32
     )
-    assert evaluate(training.model, training.val, CPU) == expected
+    assert measure(logits, labels) == expected
 
 
 def test_logits_come_in_the_order_of_the_images_over_several_batches(study: Study) -> None:
@@ -150,8 +150,8 @@ def test_evaluation_changes_neither_weights_nor_statistics(study: Study) -> None
     training = training_of(study)
     assert training.val is not None
     before = state(training)
-    first, again = (evaluate(training.model, training.val, CPU) for _ in range(2))
-    assert first == again
+    first, again = (logits_of(training.model, training.val, CPU) for _ in range(2))
+    assert torch.equal(first, again)
     assert equal(state(training), before)
 
 

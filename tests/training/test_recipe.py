@@ -27,9 +27,10 @@ from harness.data.splits import load_test
 from harness.models.maxvit import TinyMaxViT
 from harness.training import interrupt
 from harness.training.assemble import assemble, check_early_size
-from harness.training.loop import fit
+from harness.training.loop import _in_epoch, fit
 from harness.training.optim import Average, lr_factor
 from harness.training.step import predict, train_step
+from tests.conftest import PROJECT
 from tests.small import SmallNet
 from tests.training.test_checkpoint import RUNTIMES, check_every_stop, fresh, run_until, uninterrupted
 from tests.training.test_loop import equal, state, timeless
@@ -289,3 +290,18 @@ def test_a_study_reports_images_and_mirror_images_beside_its_result(study: Study
     assert f"Averaged over each image and its mirror image: {100 * result.final.flipped:.2f} %." in result.summary()
     with pytest.raises(InputError, match=r"final\.flip needs images, but feature_views trains on features"):
         study.with_settings(["final.flip=true", "optim.depth_lr_mult=0", "feature_views=1"])
+
+
+@pytest.mark.parametrize("epochs", [1, 5, 10, 15, 60])
+def test_the_tail_has_its_share_of_the_epochs(plain: TrainConfig, epochs: int) -> None:
+    for twentieths in range(21):
+        config = changed(plain, {"epochs": epochs, "augment.mixup": 0.2, "augment.tail": twentieths / 20})
+        mixed = sum(_in_epoch(config, epoch).augment.mixup > 0 for epoch in range(1, epochs + 1))
+        assert mixed == epochs * (20 - twentieths) // 20
+
+
+def test_nothing_is_asked_of_mps_that_it_cannot_do() -> None:
+    """It has no doubles, and an asynchronous copy to it reads memory that was freed meanwhile (pytorch 189690)."""
+    source = {each.name: each.read_text(encoding="utf-8") for each in (PROJECT / "harness").rglob("*.py")}
+    assert not any(".double().cpu()" in text for text in source.values())
+    assert [name for name, text in source.items() if "non_blocking=True" in text] == ["splits.py"]  # a CUDA device's

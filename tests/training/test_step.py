@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from harness.base.errors import Halt, InputError
 from harness.config.train import RuntimeConfig
 from harness.models.maxvit import TinyMaxViT
-from harness.training.runtime import resolve
-from harness.training.step import Runtime, _update, find_device, free_memory, predict, train_step
+from harness.training.runtime import find_device, resolve
+from harness.training.step import Runtime, _update, free_memory, halving, modes_back, predict, train_step
 from tests.conftest import PROJECT
 
 
@@ -329,3 +329,23 @@ def test_freeing_memory_also_collects_cyclic_garbage() -> None:
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_torchs_modes_are_as_before_and_follow_each_study() -> None:
+    compiled = dataclasses.replace(runtime(), compiled=True)
+    with modes_back():
+        compiled.place(nn.Linear(2, 2))
+        assert torch.are_deterministic_algorithms_enabled()
+        dataclasses.replace(compiled, deterministic=False).place(nn.Linear(2, 2))
+        assert not torch.are_deterministic_algorithms_enabled()
+        compiled.place(nn.Linear(2, 2))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_program_that_has_used_the_gpu_before_is_told_to_restart() -> None:
+    def attempt(size: int) -> None:
+        raise RuntimeError("Deterministic behavior was enabled ... CUBLAS_WORKSPACE_CONFIG=:4096:8")
+
+    with pytest.raises(Halt, match="used the GPU with other settings of cuBLAS before; restart it"):
+        halving(attempt, 4, torch.device("cpu"))
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
