@@ -60,8 +60,7 @@ class Int:
             raise InputError(f"{self} is logarithmic and needs low >= 1; write the smallest value you want to try.")
 
     def contains(self, value: Any) -> bool:
-        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        return whole and not isinstance(value, bool) and self.low <= value <= self.high
+        return type(value) in (int, float) and self.low <= value <= self.high and value == int(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,15 +213,13 @@ def _replace(config: Any, names: list[str], value: Any, path: str) -> Any:
 
 
 def _checked(owner: type, name: str, value: Any, path: str) -> Any:
-    from pydantic import ValidationError
-    from pydantic.errors import PydanticUserError
+    from pydantic import PydanticUserError, ValidationError
 
     try:
         hint, adapter = _adapter(owner, name)
+        checked = adapter.validate_python(value)
     except PydanticUserError as error:
         raise InputError(f"{path} cannot be set here; change it in the study file.") from error
-    try:
-        checked = adapter.validate_python(value)
     except ValidationError as error:
         raise InputError(f"{path} must be {in_words(hint)}, not {shortened(value)}.") from error
     for each in checked if isinstance(checked, tuple) else (checked,):
@@ -276,8 +273,7 @@ def parse(config: Any, path: str, text: str) -> Any:
     """
     _check_path(config, path)
     value, current = _literal(text), get(config, path)
-    if isinstance(value, list):
-        value = tuple(value)
+    value = tuple(value) if isinstance(value, list) else value
     if isinstance(current, tuple) and not isinstance(value, tuple):
         value = (value,)
     return value
@@ -295,8 +291,7 @@ def _literal(text: str) -> Any:
 
 
 def _check_path(config: Any, path: str) -> None:
-    known = paths(config)
-    if path not in known:
+    if path not in (known := paths(config)):
         raise unknown_field(path, known)
 
 

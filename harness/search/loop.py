@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
@@ -110,6 +110,15 @@ def evaluate_trial(
     return outcome
 
 
+def _end_if_skipped(asked: Asked, store: Store, restored: Sequence[events.EpochResult]) -> None:
+    """Raise Skipped if a person asked for that, with the values of the checkpoint's epochs stored."""
+    if store.is_skipped(asked):
+        for result in restored:
+            if result.val is not None and result.is_finite():
+                store.report(asked, result.epoch, result.val.value)
+        raise Skipped
+
+
 def _train(
     training: Training, study: Study, asked: Asked, store: Store, checkpoint: Checkpoint
 ) -> Generator[events.Event, None, events.TrialOutcome]:
@@ -137,11 +146,7 @@ def _train(
             raise Skipped
         checkpoint.after_batch()
 
-    if store.is_skipped(asked):
-        for result in restored:
-            if result.val is not None and result.is_finite():
-                store.report(asked, result.epoch, result.val.value)
-        raise Skipped
+    _end_if_skipped(asked, store, restored)
     with checkpoint.saved_when_stopped(), closing(fit(training, after_batch)) as results:
         for result in chain(restored, results):
             if not result.is_finite():
