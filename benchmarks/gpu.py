@@ -247,7 +247,7 @@ def study(keep: Path | None) -> None:
     with contextlib.ExitStack() as kept:
         folder = keep.with_suffix(".study") if keep else Path(kept.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(exist_ok=True)
-        file, runs = folder / "gpu.py", folder / "began"  # its lines: when a process began
+        file, runs = folder / "gpu.py", folder / "began"  # a line for each process
         file.write_text(text)
         with runs.open("a") as began:
             began.write(f"{time.time()}\n")

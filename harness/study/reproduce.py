@@ -100,19 +100,16 @@ def explanation(config: TrainConfig, trial: TrialRecord, runtime: Runtime) -> st
     """Return why the numbers may differ: another version, device or number of threads."""
     here = environment(runtime.device)
     found = [text for each in trial.environments if (text := differences(each, here))]
-    if any(each.micro_batch != trial.epochs[0].micro_batch for each in trial.epochs):
+    first = trial.epochs[0]
+    if any(each.micro_batch != first.micro_batch for each in trial.epochs):
         found.append("the trial ran out of memory, and used a smaller micro-batch from there on")
-    elif 2 * (trial.epochs[0].micro_batch or config.batch_size) <= 1 + min(config.batch_size, _images(trial)):
+    elif 2 * (first.micro_batch or config.batch_size) <= 1 + min(config.batch_size, first.train.total):
         found.append("the trial ran out of memory in its first step, whose images BatchNorm then saw twice")
     if len(trial.environments) > 1:
         found.append("the trial was interrupted and resumed elsewhere")
     if not found:
         return "Versions, device, threads and commit are the same; uncommitted code or the machine differs."
     return "Different from then: " + "; ".join(found) + "." + _remedy(trial, here)
-
-
-def _images(trial: TrialRecord) -> int:
-    return trial.epochs[0].train.total
 
 
 def _remedy(trial: TrialRecord, here: Mapping[str, str]) -> str:
