@@ -74,6 +74,7 @@ def test_an_epoch_that_a_trial_went_beyond_is_not_judged_again(
     """By then other workers' results are there, and the pruner might say otherwise."""
     study = dataclasses.replace(study, train=dataclasses.replace(study.train, epochs=3), pruner=no_pruning())
     with open_store(study, f"sqlite:///{tmp_path}/tiny.db") as store:
+        list(evaluate_trial(study, store.ask(study), store, CPU, tmp_path / "checkpoints"))  # the base, never pruned
         begun = evaluate_trial(study, store.ask(study), store, CPU, tmp_path / "checkpoints")
         for event in begun:
             if isinstance(event, EpochEnded):
@@ -85,5 +86,5 @@ def test_an_epoch_that_a_trial_went_beyond_is_not_judged_again(
         store._study.pruner = Always()
         resumed = evaluate_trial(study, store.ask(study), store, CPU, tmp_path / "checkpoints")
         assert [event.result.epoch for event in resumed if isinstance(event, EpochEnded)] == [2]
-        (trial,) = store.trials()
+        _, trial = store.trials()
     assert (trial.state, list(trial.curve)) == ("pruned", [1, 2])
