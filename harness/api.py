@@ -6,7 +6,7 @@ The command line is a thin layer over this module. torch, MLflow and pandas are 
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -293,7 +293,7 @@ class Model:
     def classes(self) -> Sequence[str]:
         return self.predictor.saved.classes
 
-    def predict(self, images: Sequence[str | Path | Image.Image], top: int = 5) -> list[list[Guess]]:
+    def predict(self, images: Iterable[str | Path | Image.Image], top: int = 5) -> list[list[Guess]]:
         """Return the `top` likeliest classes of each photograph, likeliest first, with `name` and `probability`.
 
         `images` are files or Pillow images of any size. Raises InputError naming a file that is not an image.
@@ -303,7 +303,7 @@ class Model:
 
         if isinstance(images, str | Path | Image.Image):
             raise InputError("predict takes a list of photographs; put the photograph into brackets.")
-        if not images:
+        if not (images := list(images)):
             return []
         for each in images:
             if isinstance(each, str | Path) and not Path(each).is_file():

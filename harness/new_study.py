@@ -69,7 +69,7 @@ def init(
     place = Path(path)
     if name is None:
         folder = place.resolve().parent if place.is_file() else place.resolve()
-        name = re.sub(r"[^A-Za-z0-9_-]+", "_", folder.name).strip("_") or "photographs"
+        name = re.sub(r"[^A-Za-z0-9_-]+", "_", folder.name).strip("_-") or "photographs"
     file = _new_file(home / "studies", name, "--name")
     with TemporaryDirectory() as temporary:
         own = home / "data" / "cache"  # which may lie among the photographs
@@ -77,8 +77,7 @@ def init(
             data, written = _data(place, home, str(own) if own.is_dir() else temporary)
             look = _Look(data)
         except InputError as error:
-            text = str(error).replace(" with --data-root", "").replace("; is --data-root right?", "; move it away.")
-            raise InputError(text) from error
+            raise InputError(_without_options(str(error), place)) from error
     backbone, said = _backbone(model)
     size = _size_for(backbone, look)
     plan = _plan(backbone, size, look)
@@ -125,8 +124,8 @@ def _write(file: Path, content: bytes, name: str) -> None:
 
 def _new_file(folder: Path, name: str, option: str) -> Path:
     """Return the path of a new study's file. Raises InputError if the name does not fit, or the file exists."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise InputError(f"{option} {name!r}: a study's name has letters, digits, - and _ only.")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
+        raise InputError(f"{option} {name!r}: a study's name has letters, digits, - and _ only, and no - first.")
     file = folder / f"{name}.py"
     if file.exists():
         raise InputError(f"{file} exists; give another {option}, or remove it.")
@@ -140,7 +139,7 @@ def _data(place: Path, home: Path, cache: str) -> tuple[Any, str]:
 
     if not place.exists():
         raise InputError(f"There is no {place}; give a folder of photographs, or a table of them.")
-    table = place if place.is_file() else next((place / name for name in TABLES if (place / name).is_file()), None)
+    table = place if place.is_file() else _table_in(place)
     root = place if table is None else table.parent
     resolved = root.resolve()
     shown = resolved.relative_to(home).as_posix() if resolved.is_relative_to(home) else resolved.as_posix()
@@ -151,6 +150,22 @@ def _data(place: Path, home: Path, cache: str) -> tuple[Any, str]:
     if table is None:
         return ImageFolder(root=str(root), cache=cache), f"ImageFolder(root={shown!r}"
     return ImageTable(root=str(root), file=table.name, cache=cache), f"ImageTable(root={shown!r}, file={table.name!r}"
+
+
+def _table_in(folder: Path) -> Path | None:
+    return next((folder / name for name in TABLES if (folder / name).is_file()), None)
+
+
+def _without_options(text: str, place: Path) -> str:
+    """Return what is wrong with the data, without the options of `run`, which `init` does not have."""
+    for said, instead in (
+        (" with --data-root", ""),
+        ("; is --data-root right?", "; move it away."),
+        ("--data-root is the folder above", "give init the folder above"),
+    ):
+        text = text.replace(said, instead)
+    folders = place.is_dir() and _table_in(place) and any(each.is_dir() for each in place.iterdir())
+    return f"{text[:-1]}; or move the table away, so that its folders are the classes." if folders else text
 
 
 class _Look:

@@ -130,6 +130,9 @@ def test_copies_across_splits_are_named(photos: Path) -> None:
         ("my photos", {"model": "resnet5"}, "has no model 'resnet5'; nearest: .*resnet50"),
         ("my photos", {"model": "resnet18"}, "weights are missing and cannot be downloaded.*choose another --model"),
         ("my photos", {"name": "a b"}, "a study's name has letters, digits"),
+        ("my photos", {"name": "-ab"}, "a study's name has letters, digits, - and _ only, and no - first"),
+        ("tables", {}, "has no column 'path', but id, title; .*; or move the table away, so that its folders are"),
+        ("outer", {}, r"holds one folder, 'my photos', .*; give .*my photos\.$"),
         ("my photos", {"name": "there"}, "there.py exists; give another --name"),
         ("broken", {}, r"2 of 72 photographs cannot be read; the first: .*0\.png"),
     ],
@@ -143,6 +146,10 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
         shutil.copytree(photos, photos.parent / "broken")
         (photos.parent / "broken" / "rose" / "0.png").write_bytes(b"")
         (photos.parent / "broken" / "rose" / "1.png").write_bytes(b"text")
+    if path in ("tables", "outer"):
+        shutil.copytree(photos, photos.parent / path / ("" if path == "tables" else "my photos"))
+    if path == "tables":
+        (photos.parent / "tables" / "metadata.csv").write_text("id,title\n1,roses\n")
     before = tree(photos.parent)
     with pytest.raises(InputError, match=words):
         harness.init(path, home=photos.parent, **options)  # type: ignore[arg-type]

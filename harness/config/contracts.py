@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
+from harness.base.errors import InputError
+from harness.config.space import check_types
+
 if TYPE_CHECKING:
     from PIL import Image
     from torch import nn
@@ -68,6 +71,12 @@ class Preprocessing:
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        check_types(self, "preprocessing.")
+        for name, value in (("resize", self.resize), ("crop", self.crop), ("std", min(self.std))):
+            if not value > 0:
+                raise InputError(f"preprocessing.{name} must be positive, not {value}.")
 
     def evaluation(self, image_size: int) -> Square:
         """Return how images are evaluated at this size."""

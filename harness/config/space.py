@@ -259,8 +259,8 @@ def in_words(hint: Any) -> str:
         return " or ".join(str(each) for each in inner)
     if kind is tuple:
         several = WORDS.get(inner[0], str(inner[0])).removeprefix("a ") + "s"
-        example = "(512, 256)" if inner[0] is int else "(0.5, 1.0)"
-        return f"a tuple of {several if inner[-1] is Ellipsis else f'{len(inner)} {several}'} such as {example}"
+        examples = {int: "512, 256", str: "'daisy', 'rose'"}.get(inner[0], "0.5, " * (len(inner) - 1) + "1.0")
+        return f"a tuple of {several if inner[-1] is Ellipsis else f'{len(inner)} {several}'} such as ({examples})"
     if kind in (types.UnionType, typing.Union):
         return " or ".join(in_words(each) for each in inner)
     return WORDS.get(hint) or str(getattr(hint, "__name__", hint))

@@ -239,7 +239,7 @@ class Study:
         if hasattr(data, "root"):
             changes["root"] = str(Path(data_root).resolve() if data_root else home / data.root)
         elif data_root is not None:
-            raise InputError(f"--data-root: {type(data).__name__} draws its own images; leave the option out.")
+            raise InputError(f"--data-root: {type(data).__name__} reads no folder; leave the option out.")
         train = dataclasses.replace(self.train, data=dataclasses.replace(data, **changes))
         if device is not None:
             train = dataclasses.replace(train, runtime=dataclasses.replace(train.runtime, device=device))

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from harness.base.environment import cores
-from harness.base.errors import Halt
+from harness.base.errors import Halt, InputError
 from harness.base.files import replace_file, replacing
 from harness.config.contracts import Dataset, Square
 from harness.config.train import DataConfig, location
@@ -201,7 +201,10 @@ class ImageFiles(DataConfig):
     root: str = location("data")
 
     def stamp(self, item: Path) -> str:
-        stat = os.stat(item)
+        try:
+            stat = os.stat(item)
+        except OSError as error:
+            raise InputError(f"{item} cannot be read ({error.strerror}); correct it, or remove it.") from error
         place = _real(os.path.dirname(item))
         # Increment the last number when `revision` covers more files.
         return f"{place}/{item.name}\x1f{stat.st_size}\x1f{stat.st_mtime_ns}\x1f{stat.st_ino}\x1f2"

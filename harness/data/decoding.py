@@ -192,29 +192,29 @@ def _factor(width: int, height: int) -> int:
     return factor
 
 
-def flat_rgb(image: Image.Image, *, turn: bool = False) -> Image.Image:
+def flat_rgb(image: Image.Image, *, name: str = "the image", turn: bool = False) -> Image.Image:
     """Return an image in memory as one from a file would be; by its EXIF orientation only with `turn`.
 
-    Raises InputError if it is damaged or empty.
+    Raises InputError with its `name` if it is damaged or empty.
     """
     with _noting() as notes:
-        found = _flat_rgb(image, turn)
+        found = _flat_rgb(image, Path(name), turn)
     for note in dict.fromkeys(notes):
-        print(f"The image was read with a warning: {shown(note)}", file=sys.stderr)
+        print(f"{name} was read with a warning: {shown(note)}", file=sys.stderr)
     return found
 
 
-def _flat_rgb(image: Image.Image, turn: bool) -> Image.Image:
-    name = Path("the image")
+def _flat_rgb(image: Image.Image, name: Path, turn: bool) -> Image.Image:
     with _guard(name):
         image.load()
     if not all(image.size):
-        raise InputError("The image has no pixels; give another.")
+        raise InputError(f"{name} has no pixels; give another.")
     if not turn:
         image = image.copy()
         for key in ORIENTATIONS:
             image.info.pop(key, None)
-    return _rgb(name, image, 1)
+    with _guard(name):
+        return _rgb(name, image, 1)
 
 
 def _rgb(path: Path, image: Image.Image, factor: int) -> Image.Image:

@@ -200,6 +200,8 @@ def remarks(dataset: Dataset) -> list[str]:
     said, classes = list(getattr(dataset, "remarks", list)()), dataset.classes()
     counts = {split: Counter(label for _, label in dataset.samples(split)) for split in SPLITS}
     every = sum(counts.values(), Counter())
+    if dataset.limit is not None and (beyond := len(classes) - dataset.limit) > 0:
+        said.append(f"data.limit={dataset.limit} leaves {beyond} of {len(classes)} classes without a training image.")
     for split in SPLITS:
         if absent := [label for label in range(len(classes)) if label not in counts[split]]:
             said.append(

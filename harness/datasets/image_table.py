@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import os
-import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -49,7 +49,7 @@ class Frame(str):
     def __new__(cls, frame: pandas.DataFrame) -> Self:
         content = frame.to_csv(index=False).encode(errors="surrogatepass")
         name = super().__new__(cls, f"DataFrame-{hashlib.sha256(content).hexdigest()[:16]}")
-        name.frame = frame
+        name.frame = frame.copy()  # which the caller may change
         return name
 
     def __getnewargs__(self) -> tuple[Any]:
@@ -128,7 +128,7 @@ def _split(row: Row, hashes: Mapping[Path, str]) -> SplitName:
 
 @lru_cache(maxsize=4)
 def _of_frame(name: Frame, root: str) -> list[Row]:
-    return _checked(name.frame, name, Path(root), first=0)
+    return _checked(name.frame, name, Path(root), range(len(name.frame)))
 
 
 @lru_cache(maxsize=4)
@@ -136,26 +136,43 @@ def _read(path: Path, _time: int, _size: int) -> list[Row]:
     import pandas
 
     readers: dict[str, Any] = {
-        ".csv": lambda: pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False),
+        ".csv": lambda: _csv(path),
         ".jsonl": lambda: pandas.read_json(path, lines=True, dtype=False, encoding="utf-8-sig"),
         ".parquet": lambda: pandas.read_parquet(path),
     }
     if path.suffix.lower() not in readers:
         raise InputError(f"{path} is no table; give a file that ends with {', '.join(readers)}.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pandas.errors.ParserWarning)  # rows with more cells than the header
-            frame = readers[path.suffix.lower()]()
+        frame = readers[path.suffix.lower()]()
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8; save it as UTF-8.") from error
-    except (ValueError, OSError, ImportError, pandas.errors.ParserWarning) as error:  # ParserError is a ValueError
+    except (ValueError, OSError, ImportError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as a table ({first_line(error)}); correct it.") from error
-    return _checked(frame, str(path), path.parent, first=2 if path.suffix.lower() == ".csv" else 1)
+    is_csv = path.suffix.lower() == ".csv"
+    return _checked(frame, str(path), path.parent, list(frame.index) if is_csv else range(1, 1 + len(frame)))
 
 
-def _checked(frame: pandas.DataFrame, name: str, folder: Path, first: int) -> list[Row]:
+def _csv(path: Path) -> pandas.DataFrame:
+    """Read all cells as text, indexed by their lines; pandas would rename the second of two equal columns."""
+    import pandas
+
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file)
+        lines = [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
+    if not lines:
+        raise ValueError("it is empty")
+    (_, header), *rows = lines
+    for number, cells in rows:
+        if len(cells) > len(header):
+            raise ValueError(f"line {number} has {len(cells)} cells, its header {len(header)}")
+    table = [[*cells, *[""] * (len(header) - len(cells))] for _, cells in rows]
+    return pandas.DataFrame(table, columns=header, index=[number for number, _ in rows], dtype=str)
+
+
+def _checked(frame: pandas.DataFrame, name: str, folder: Path, numbers: Sequence[int]) -> list[Row]:
     """Return the rows. Raises InputError naming the first row that is wrong."""
-    found = {str(column).strip().casefold(): column for column in frame.columns}
+    names = [str(column).strip().casefold() for column in frame.columns]
+    found = dict(zip(names, frame.columns, strict=True))
     columns = {key: next((found[name] for name in names if name in found), None) for key, names in COLUMNS.items()}
     for key in ("path", "label"):
         if columns[key] is None:
@@ -165,20 +182,20 @@ def _checked(frame: pandas.DataFrame, name: str, folder: Path, first: int) -> li
             raise InputError(f"{name} has no column {key!r}, but {there}; add it, or rename one.")
     if not len(frame):
         raise InputError(f"{name} has no rows; list the photographs.")
-    if twice := [column for column in columns.values() if column is not None and list(frame.columns).count(column) > 1]:
+    if twice := [each for each in columns.values() if names.count(str(each).strip().casefold()) > 1]:
         raise InputError(f"{name} has two columns {twice[0]!r}; rename one.")
     cells = {key: list(frame[column]) for key, column in columns.items() if column is not None}
     for key, column in cells.items():
         for place, value in enumerate(column):
             if isinstance(value, list | dict | tuple | set) or getattr(value, "ndim", 0) > 0:
-                what = f"Row {first + place} of {name} has as {key} a {type(value).__name__}"
+                what = f"Row {numbers[place]} of {name} has as {key} a {type(value).__name__}"
                 raise InputError(f"{what}; write one {'path' if key == 'path' else 'value'} per photograph.")
-    texts = {key: list(map(_text, column)) for key, column in cells.items()}
+    texts = {key: list(map(_group if key == "group" else _text, column)) for key, column in cells.items()}
     rows: list[Row] = []
     seen: dict[Path, int] = {}
     groups: dict[str, Row] = {}
     for place in range(len(frame)):
-        row = _row(name, first + place, folder, {key: column[place] for key, column in texts.items()})
+        row = _row(name, numbers[place], folder, {key: column[place] for key, column in texts.items()})
         if (other := seen.setdefault(row.path, row.number)) != row.number:
             raise InputError(f"Rows {other} and {row.number} of {name} both list {row.path}; remove one of them.")
         if row.group and (other_row := groups.setdefault(row.group, row)).split != row.split:
@@ -198,7 +215,7 @@ def _row(name: str, number: int, folder: Path, texts: dict[str, str]) -> Row:
     if "split" in texts and split is None:
         raise InputError(f"Row {number} of {name} has the split {texts['split']!r}; write train, val or test.")
     path = Path(os.path.normpath(folder / texts["path"]))
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, for names of any length
         raise InputError(
             f"Row {number} of {name} lists {path}, which is no file; correct the path, which is relative to {folder}."
         )
@@ -209,4 +226,11 @@ def _text(value: Any) -> str:
     """Return a cell's text; empty for None and NaN."""
     import pandas
 
-    return "" if pandas.isna(value) else str(value).strip()
+    if pandas.isna(value):
+        return ""
+    return value.decode() if isinstance(value, bytes) else str(value).strip()
+
+
+def _group(value: Any) -> str:
+    """Return a group's name. pandas makes 7 to 7.0 where a row has none, and names decide the split."""
+    return _text(int(value) if isinstance(value, float) and value.is_integer() else value)

@@ -36,7 +36,7 @@ class Source(str):
     found: list[tuple[Item, int]]
 
     def __new__(cls, dataset: MapStyle, split: str) -> Self:
-        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        if isinstance(dataset, type) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
             raise InputError(f"Wrapped needs map-style datasets, with len() and an index, not {dataset!r} as {split}.")
         name = super().__new__(cls, f"{type(dataset).__qualname__}-{len(dataset)}-{split}")
         name.dataset, name.found = dataset, []
@@ -89,14 +89,19 @@ class Wrapped(DataConfig):
         for split in ("train", "val", "test"):
             if not isinstance(given := getattr(self, split), Source):
                 object.__setattr__(self, split, Source(given, split))
+        if isinstance(self.names, list):  # as torchvision's datasets have them
+            object.__setattr__(self, "names", tuple(self.names))
         super().__post_init__()
         if len({id(each.dataset) for each in (self.train, self.val, self.test)}) < 3:
             raise InputError("Wrapped needs three datasets; the same one is given for two splits.")
 
     def classes(self) -> tuple[str, ...]:
-        if names := self.names or tuple(map(str, getattr(self.train.dataset, "classes", ()))):
-            return names
-        return tuple(str(label) for label in range(1 + max(label for _, label in self.train.read())))
+        known = getattr(self.train.dataset, "classes", ())
+        names = self.names or tuple(map(str, known if isinstance(known, list | tuple) else ()))
+        names = names or tuple(str(label) for label in range(1 + max(label for _, label in self.train.read())))
+        if len(names) < 2:
+            raise InputError(f"{self.train} has one class, {names[0]!r}; a classifier needs at least two.")
+        return names
 
     def samples(self, split: SplitName) -> list[tuple[Item, int]]:
         """Return a split. Raises InputError for an item that is no image with a label, or changes between two reads."""
@@ -160,4 +165,4 @@ def _image(source: Source, index: int) -> tuple[Image.Image, int]:
         raise InputError(f"The label of {what} is {label!r}; give a class number from 0.") from error
     if number != label or number < 0:
         raise InputError(f"The label of {what} is {label!r}; give a class number from 0.")
-    return flat_rgb(image), number
+    return flat_rgb(image, name=what), number

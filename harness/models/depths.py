@@ -15,6 +15,7 @@ from harness.models.backbone import last_linear, with_head
 Depths = list[tuple[str, ...]]  # per depth, the prefixes of its parameters' names; the longest matching prefix counts
 
 SHARE = 0.9  # of the parameters: a part that holds more is only a container of the blocks
+ALL = 0.99  # of the parameters: a part that holds more and the head only wraps the model
 Unit = tuple[str, nn.Module | None]  # a prefix and its module; None for a parameter
 
 
@@ -23,9 +24,9 @@ def depths_of(model: nn.Module, head: str, by: Literal["block", "layer"]) -> Dep
 
     Blocks are the parts of the innermost module that holds most of the parameters; layers are the repeated parts of
     these. Norms and parameters outside layers (a class token) belong to the depth before them, the first ones to the
-    stem. The last depth is the top-level module that holds the head.
+    stem. The last depth is the top-level module that holds the head, inside what only wraps the model.
     """
-    top = head.split(".")[0] + "."
+    top = _top(model, head)
     total = sum(parameter.numel() for name, parameter in model.named_parameters() if not name.startswith(top))
     units = list(_blocks(model, "", SHARE * total, top))
     if by == "layer":
@@ -39,7 +40,19 @@ def depths_of(model: nn.Module, head: str, by: Literal["block", "layer"]) -> Dep
         else:
             found.append((prefix,))
         stem |= begins
-    return [*found, (top,)]
+    names = [name for name, _ in model.named_parameters()]  # without a tied layer's own
+    kept = [tuple(each for each in depth if any(name.startswith(each) for name in names)) for depth in found]
+    return [*filter(None, kept), (top,)]
+
+
+def _top(model: nn.Module, head: str) -> str:
+    """Return the prefix of the outermost module that holds the head and not the whole model."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    parts = head.split(".")
+    prefixes = [".".join(parts[: place + 1]) + "." for place in range(len(parts))]
+    most = ALL * sum(sizes.values())
+    inside = (each for each in prefixes if sum(size for name, size in sizes.items() if name.startswith(each)) <= most)
+    return next(inside, prefixes[-1])
 
 
 def _blocks(module: nn.Module, prefix: str, most: float, top: str) -> Iterator[Unit]:
@@ -87,7 +100,7 @@ def skeleton(build: Callable[[], nn.Module]) -> nn.Module:
         try:
             with torch.device("meta"):
                 return build()
-        except RuntimeError:  # regnets and others compute their widths with tensors
+        except (RuntimeError, TypeError):  # regnets and others compute their widths with tensors
             return build().to("meta")
 
 

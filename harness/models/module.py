@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import hashlib
 import inspect
 import sys
@@ -36,10 +37,15 @@ class Function(str):
         if not (inspect.isfunction(build) or inspect.isclass(build)):
             what = shortened(build)
             raise InputError(f"build must be a function without arguments, or a class, not {what}; write one.")
-        # Variables of an enclosing function are as much of it as its source.
+        # Variables of an enclosing function and default arguments are as much of it as its source.
         cells = [cell.cell_contents for cell in getattr(build, "__closure__", None) or ()]
+        defaults = [getattr(build, "__defaults__", None) or (), getattr(build, "__kwdefaults__", None) or {}]
+        cells += [each for each in defaults if each]
         if not is_plain(cells):
-            raise InputError(f"{build.__qualname__} uses objects of an enclosing function; define it at the top level.")
+            raise InputError(
+                f"{build.__qualname__} uses objects of an enclosing function, or as a default; define it at the top "
+                "level, without arguments."
+            )
         source = "\n".join([*_sources(build, set()), repr(cells) if cells else ""])
         name = super().__new__(cls, f"{build.__qualname__}-{hashlib.sha256(source.encode()).hexdigest()[:8]}")
         name.build = build  # type: ignore[assignment]
@@ -71,8 +77,10 @@ def _sources(of: Any, known: set[Any]) -> Iterator[str]:
     except OSError as error:
         raise InputError(f"The source of {of.__qualname__} cannot be read; define it in a file.") from error
     around = vars(sys.modules[of.__module__])
-    functions = filter(inspect.isfunction, (*map(_plain, vars(of).values()), of))
+    functions = list(filter(inspect.isfunction, (*map(_plain, vars(of).values()), of)))
     names = [name for each in functions for name in _names(each.__code__)]
+    globals_ = sorted({name for each in functions for name in _globals(each.__code__)} & around.keys())
+    yield from (f"{name} = {around[name]!r}" for name in globals_ if is_plain(around[name]))
     bases = of.__bases__ if inspect.isclass(of) else ()
     for used in (*bases, *(around.get(name) for name in names)):
         mine = (inspect.isfunction(used) or inspect.isclass(used)) and used.__module__ == of.__module__
@@ -91,6 +99,14 @@ def _names(code: CodeType) -> Iterator[str]:
     for each in code.co_consts:
         if isinstance(each, CodeType):
             yield from _names(each)
+
+
+def _globals(code: CodeType) -> Iterator[str]:
+    """Yield the global names that a function reads, also inside its comprehensions and lambdas."""
+    yield from (each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            yield from _globals(each)
 
 
 def Module(

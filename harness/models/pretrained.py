@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -163,4 +164,6 @@ def load(model: nn.Module, state: Mapping[str, Tensor], head: str, source: str) 
             raise InputError(f"{source} has the tensor {name} of shape {found} instead of {needed}; {other}.")
     if extra := sorted(given.keys() - wanted.keys()):
         raise InputError(f"{source} has the tensor {extra[0]}, which the model lacks; {other}.")
-    model.load_state_dict(given, strict=False)
+    versioned = OrderedDict(given)
+    versioned._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]  # MNASNet loads nothing without
+    model.load_state_dict(versioned, strict=False)

@@ -6,6 +6,7 @@ Nothing here imports torch before a model is built, so that a study loads quickl
 from __future__ import annotations
 
 import difflib
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 # Their auxiliary classifiers are for training from scratch.
 AUXILIARY = ("googlenet", "inception_v3")
 AUXILIARY_TENSORS = ("aux1.", "aux2.", "AuxLogits.")
+# Published files have names of older versions, which torchvision's own loaders change.
+OLD_NAMES = (
+    (r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2."),
+    (r"\.mlp\.linear_1\.", ".mlp.0."),
+    (r"\.mlp\.linear_2\.", ".mlp.3."),
+)
 
 
 @dataclass(frozen=True)
@@ -78,14 +85,24 @@ class Torchvision(PretrainedBackbone):
             return versions["DEFAULT"]
         if self.weights not in versions.__members__:
             known = ", ".join(versions.__members__)
-            raise InputError(f"{self.name} has no weights {self.weights!r}; choose from {known}, or give a file.")
+            files = ", ".join(pretrained.SUFFIXES)
+            raise InputError(
+                f"{self.name} has no weights {self.weights!r}; choose from {known}, or give a file ({files})."
+            )
         return versions[self.weights]
 
     def _state(self) -> dict[str, Tensor]:
-        if pretrained.is_file(self.weights):
-            return pretrained.read(self.weights)
-        state = pretrained.published(self._version())
-        return {name: tensor for name, tensor in state.items() if not name.startswith(AUXILIARY_TENSORS)}
+        file = self.weights if pretrained.is_file(self.weights) else None
+        state = pretrained.read(file) if file is not None else pretrained.published(self._version())
+        if self.name in AUXILIARY:
+            state = {name: each for name, each in state.items() if not name.startswith(AUXILIARY_TENSORS)}
+        return {_name(name): each for name, each in state.items()}
+
+
+def _name(name: str) -> str:
+    for old, new in OLD_NAMES:
+        name = re.sub(old, new, name)
+    return name
 
 
 def names() -> list[str]:

@@ -95,10 +95,13 @@ def _shallow(module: nn.Module) -> nn.Module:
 class FrozenBody:
     """The part of a model that does not train, and the folder that caches its features.
 
-    Raises InputError if the model is not this body followed by its head.
+    `code` is a digest of the model's code, if it is not a library's. Raises InputError if the model is not this body
+    followed by its head.
     """
 
-    def __init__(self, model: nn.Module, head: str, image_size: int, runtime: Runtime, folder: Path) -> None:
+    def __init__(
+        self, model: nn.Module, head: str, image_size: int, runtime: Runtime, folder: Path, code: str = ""
+    ) -> None:
         if head not in dict(model.named_modules()):
             raise InputError(f"The last depth, {head}, is not a module: features cannot be cached; {WHOLE}.")
         self.head = head
@@ -113,6 +116,7 @@ class FrozenBody:
             "format": FORMAT,
             "weights": fingerprint(self._body.state_dict()),
             "layers": hashlib.sha256(repr(self._body).encode()).hexdigest(),
+            "code": code,
             "runtime": runtime.to_dict(),
             "versions": {name: versions()[name] for name in ("torch", "torchvision")},
             "batch": EVALUATION_BATCH,
@@ -263,7 +267,8 @@ def frozen_body(config: TrainConfig, runtime: Runtime) -> FrozenBody:
 def _frozen_body(backbone: Backbone, classes: int, image_size: int, runtime: Runtime, folder: Path) -> FrozenBody:
     with seeded(derive_seed("frozen body"), runtime.device):
         model = runtime.place(backbone.build(classes, image_size))
-    return FrozenBody(model, name_of(backbone.depths("block")[-1]), image_size, runtime, folder)
+    code = str(getattr(backbone, "function", ""))
+    return FrozenBody(model, name_of(backbone.depths("block")[-1]), image_size, runtime, folder, code)
 
 
 def features_to_train_on(config: TrainConfig, runtime: Runtime, split: Literal["train", "val"]) -> FeatureSet:

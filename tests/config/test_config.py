@@ -227,7 +227,7 @@ def test_located_sets_the_device_only_if_one_is_given(tmp_path: Path) -> None:
 
 
 def test_a_data_root_for_drawn_flowers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="Garden draws its own images"):
+    with pytest.raises(InputError, match="Garden reads no folder; leave the option out"):
         STUDY.located(tmp_path, str(tmp_path), None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from torchvision.models import get_model_weights
 
+from harness.base.errors import InputError
 from harness.config.contracts import Backbone, Preprocessing, Square
 from harness.data.augment import augment, normalise
 from harness.data.cache import square
@@ -84,3 +86,19 @@ def test_the_package_never_forgets_which_preprocessing() -> None:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 wanted = {"normalise": 2, "augment": 5}.get(node.func.id, 0)
                 assert len(node.args) >= wanted, f"{file}:{node.lineno}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"mean": [0.5, 0.5, 0.5]}, r"mean must be a tuple of 3 numbers such as \(0\.5, 0\.5, 1\.0\), not \[0\.5"),
+        ({"mean": 0.5}, "mean must be a tuple"),
+        ({"std": (0.5,)}, "std must be a tuple of 3"),
+        ({"std": (0.5, 0.0, 0.5)}, "std must be positive, not 0"),
+        ({"crop": 0}, "crop must be positive, not 0"),
+        ({"interpolation": "area"}, "interpolation must be bilinear or bicubic, not 'area'"),
+    ],
+)
+def test_what_is_no_preset_is_refused(fields: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Preprocessing(**fields)

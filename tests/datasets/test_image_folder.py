@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -300,6 +301,8 @@ def test_a_class_without_a_photograph_to_learn_from_is_refused(flat_root: Path, 
 def test_a_class_that_is_not_measured_is_named_and_moves_nothing(flat_root: Path, splits: tuple[str, ...]) -> None:
     before: Any = {split: contents(flat_root, split) for split in SPLITS}
     assert remarks(at(flat_root)) == []
+    limited = dataclasses.replace(at(flat_root), limit=1)
+    assert remarks(limited) == ["data.limit=1 leaves 1 of 2 classes without a training image."]
     small_class(flat_root, splits)
     assert remarks(at(flat_root)) == [
         f"1 of 3 classes have no image in the {split} split, which does not measure them ('tulip' has {len(splits)} in "

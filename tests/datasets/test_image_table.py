@@ -112,6 +112,33 @@ def test_a_frame_belongs_to_the_definition_by_its_content(photos: Path) -> None:
     assert hash(one) == hash(same)
 
 
+def test_a_frame_that_changes_later_changes_no_table(photos: Path) -> None:
+    frame = pandas.DataFrame(listed(split=lambda number: SPLITS[number // 2 % 3]))
+    before = ImageTable(root=str(photos), file=frame)  # type: ignore[arg-type]
+    first = names(before)
+    frame["split"] = frame["split"].map({"train": "val", "val": "test", "test": "train"})
+    assert names(ImageTable(root=str(photos), file=frame)) != first == names(before)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", "frame"])
+def test_numbered_groups_stay_in_their_split_when_a_row_without_one_is_added(photos: Path, suffix: str) -> None:
+    whole = names(at(photos, listed(58, group=lambda number: number // 2), suffix))
+    more = names(at(photos, listed(59, group=lambda number: number // 2 if number < 58 else None), suffix))
+    assert all(set(each) <= set(more[split]) for split, each in whole.items())
+
+
+def test_cells_of_bytes_are_text(photos: Path) -> None:
+    rows = [{"path": row["path"].encode(), "label": row["label"].encode()} for row in listed()]
+    assert at(photos, rows, ".parquet").classes() == ("daisy", "rose")
+
+
+def test_blank_lines_and_lines_in_a_cell_leave_the_numbers_of_an_editor(photos: Path) -> None:
+    lines = ["", "path,label,note", "a/0.png,daisy,", "", ",,", 'a/1.png,rose,"two\nlines"', "a/2.png,,"]
+    (photos / "labels.csv").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=r"Row 8 of .*labels\.csv has no label"):
+        ImageTable(root=str(photos)).classes()
+
+
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
@@ -149,6 +176,9 @@ def test_what_is_wrong_is_said_with_its_row(photos: Path, rows: Rows, words: str
         ("labels.csv", b"path,label\n", "has no rows"),
         ("labels.csv", b"path,label\na/0.png,rose,3\na/1.png,rose,3\n", "cannot be read as a table"),
         ("labels.csv", b"path,label\na/0.png,\xff\n", "is not UTF-8; save it as UTF-8"),
+        ("labels.csv", b"path,label,label\na/0.png,rose,5\n", "has two columns 'label'; rename one"),
+        ("labels.csv", b"path,Label,label\na/0.png,rose,5\n", "has two columns 'label'; rename one"),
+        ("labels.csv", b"image,label\n" + b"A" * 5000 + b",rose\n", r"Row 2 of .* lists .*which is no file"),
         ("labels.jsonl", b"{", "cannot be read as a table"),
         ("labels.parquet", b"PAR1", "cannot be read as a table"),
         ("labels.xlsx", b"PK", r"is no table; give a file that ends with \.csv"),

@@ -102,6 +102,11 @@ def test_a_truncated_image_is_named(tmp_path: Path) -> None:
     [
         (Colours(0, label=lambda n: float("inf")), "is inf; give a class number from 0"),
         (iter([1]), "needs map-style datasets"),
+        (Colours, "needs map-style datasets"),
+        (
+            Colours(0, made=lambda pixels: Image.fromarray(np.array([[0, 9], [9, 0]], np.int32))),
+            r"image 0 of Colours-8-train is almost black",
+        ),
         (Colours(0, count=0), "is empty"),
         (Colours(0, made=lambda pixels: tensor(pixels).float()), r"is Tensor float32 \(3, 8, 8\); give PIL images"),
         (Colours(0, made=lambda pixels: "x"), "is str"),
@@ -121,9 +126,19 @@ def test_what_is_no_image_with_a_label_is_refused(tmp_path: Path, dataset: Any, 
         wrapped(tmp_path, train=dataset).samples("train")
 
 
+def test_names_may_be_a_list_and_classes_a_method(tmp_path: Path) -> None:
+    assert wrapped(tmp_path, names=["daisy", "rose"]).classes() == ("daisy", "rose")
+    dataset = Colours(0)
+    dataset.classes = lambda: ["daisy", "rose"]  # type: ignore[attr-defined]
+    assert wrapped(tmp_path, train=dataset).classes() == ("0", "1")
+    with pytest.raises(InputError, match="has one class, '0'; a classifier needs at least two"):
+        wrapped(tmp_path, train=Colours(0, label=lambda number: 0)).classes()
+
+
 def test_a_label_without_a_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is 1, but there are 1 classes"):
-        dataclasses.replace(wrapped(tmp_path), names=("rose",)).samples("train")
+    data = dataclasses.replace(wrapped(tmp_path, train=Colours(0, label=lambda n: n % 3)), names=("daisy", "rose"))
+    with pytest.raises(InputError, match="is 2, but there are 2 classes"):
+        data.samples("train")
 
 
 @pytest.mark.slow

@@ -15,9 +15,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torchvision.models import resnet18
 
 from harness import Module, Preprocessing
 from harness.base.errors import InputError
+from harness.models.depths import depths_of
+
+ACTIVATION = nn.ReLU()
 
 
 def small() -> nn.Module:
@@ -93,6 +97,23 @@ def test_its_last_linear_layer_becomes_the_head() -> None:
     assert model.eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
 
 
+def fingerprints(sources: list[str], folder: Path) -> list[str]:
+    """The fingerprint of `build` as each source of one file defines it."""
+    found = []
+    for number, source in enumerate(sources):
+        (folder / "own.py").write_text(f"from torch import nn\n{source}\n")
+        os.utime(folder / "own.py", ns=(number * 10**9, number * 10**9))
+        linecache.checkcache()
+        spec = importlib.util.spec_from_file_location("own", folder / "own.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules["own"] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found.append(Module(build=module.build).fingerprint())
+    del sys.modules["own"]
+    return found
+
+
 @pytest.mark.parametrize(
     "use",
     [
@@ -104,20 +125,57 @@ def test_its_last_linear_layer_becomes_the_head() -> None:
     ],
 )
 def test_what_it_uses_of_its_file_belongs_to_it(use: str, tmp_path: Path) -> None:
-    names = set()
-    for layer in ("ReLU", "SiLU", "ReLU"):
-        source = f"from torch import nn\nclass Net(nn.{layer}):\n    pass\n{use}\n"
-        (tmp_path / "own.py").write_text(source)
-        linecache.checkcache()
-        spec = importlib.util.spec_from_file_location("own", tmp_path / "own.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules["own"] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        names.add(Module(build=module.build).fingerprint())
-        os.utime(tmp_path / "own.py", ns=(len(names) * 10**9, len(names) * 10**9))
-    del sys.modules["own"]
-    assert len(names) == 2
+    sources = [f"class Net(nn.{layer}):\n    pass\n{use}" for layer in ("ReLU", "SiLU", "ReLU")]
+    one, other, again = fingerprints(sources, tmp_path)
+    assert one == again != other
+
+
+def test_constants_and_defaults_belong_to_it_and_names_of_attributes_do_not(tmp_path: Path) -> None:
+    sources = [
+        f"WIDTH, weight = {width}, {number}\ndef build():\n    return nn.Linear(3, WIDTH).weight"
+        for number, width in enumerate((8, 16, 8))
+    ]
+    one, other, again = fingerprints(sources, tmp_path)
+    assert one == again != other
+    made = [Module(build=lambda width=width: nn.Linear(3, width)) for width in (8, 16, 8)]
+    assert made[0] == made[2] != made[1]
+
+
+class Wrapping(nn.Module):
+    """Holds a model in one attribute, as Lightning's modules do, and a normalisation of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.net = nn.Parameter(torch.ones(1)), resnet18()
+
+    def forward(self, x: Any) -> Any:
+        return self.net(x * self.scale)
+
+
+def test_what_only_wraps_a_model_is_no_depth() -> None:
+    own = Module(build=Wrapping)
+    own.check(64)
+    inner = [tuple("net." + each for each in depth) for depth in depths_of(resnet18(), "fc", "block")]
+    assert own.depths("block") == [("scale", *inner[0]), *inner[1:]]
+    assert own.depths("block")[-1] == ("net.fc.",)
+
+
+def test_a_layer_with_the_weights_of_another_has_no_depth_of_its_own() -> None:
+    def build() -> nn.Module:
+        model = nn.Sequential(nn.Flatten(), *(nn.Linear(48, 48, bias=False) for _ in range(2)), nn.Linear(48, 10))
+        model[2].weight = model[1].weight
+        return model
+
+    own = Module(build=build)
+    own.check(4)
+    assert own.depths("block") == [("1.",), ("3.",)]
+
+
+def test_a_build_may_compute_with_numpy() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, int(torch.linspace(1, 8, 4).numpy()[-1]), 3), *list(small())[1:])
+
+    Module(build=build).check(64)
 
 
 def test_a_forward_may_read_tensors_of_its_own() -> None:
@@ -172,6 +230,7 @@ def test_it_is_the_same_if_its_source_is_and_survives_pickling() -> None:
         ({"build": small, "weights": "x"}, "weights must be a file of weights, not 'x'"),
         ({"build": small, "weights": "x.pth"}, r"x\.pth cannot be read"),
         ({"build": small, "stochastic_depth": 0.1}, "stochastic_depth cannot be set"),
+        ({"build": lambda layer=ACTIVATION: layer}, "uses objects of an enclosing function, or as a default"),
     ],
 )
 def test_what_does_not_fit_is_refused(fields: Any, words: str) -> None:

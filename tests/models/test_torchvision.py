@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,36 @@ def test_versions_have_their_own_preset_and_fingerprint() -> None:
 def test_without_a_network_the_file_and_its_place_are_named() -> None:
     with pytest.raises(InputError, match=r"cannot be downloaded .* save https://\S+\.pth as \S+\.pth"):
         Torchvision("resnet18").check(224)
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs"),
+    [
+        ("densenet121", [(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.")]),
+        ("vit_b_32", [(r"mlp\.0\.", "mlp.linear_1."), (r"mlp\.3\.", "mlp.linear_2.")]),
+        ("mnasnet0_5", []),
+    ],
+)
+def test_published_files_have_names_of_older_versions(name: str, pairs: list[tuple[str, str]], tmp_path: Path) -> None:
+    state = models.get_model(name, weights=None).state_dict()
+    first = next(each for each in state if ".weight" in each)
+    for old, new in pairs:
+        state = {re.sub(old, new, each): tensor for each, tensor in state.items()}  # type: ignore[assignment]
+        assert any(re.search(new.replace("\\1.\\2", r"norm\.1"), each) for each in state)
+    save_file(state, tmp_path / "w.safetensors")
+    size = 32 if name != "vit_b_32" else 64
+    model = Torchvision(name, weights=str(tmp_path / "w.safetensors")).build(5, size)
+    assert torch.equal(dict(model.named_parameters())[first], state[first])
+
+
+def test_a_file_may_have_the_auxiliary_tensors_of_the_published_one(tmp_path: Path) -> None:
+    state = models.get_model("googlenet", weights=None, init_weights=False).state_dict()
+    assert any(name.startswith("aux1.") for name in state)
+    save_file(state, tmp_path / "w.safetensors")
+    model = Torchvision("googlenet", weights=str(tmp_path / "w.safetensors")).build(5, 64)
+    assert torch.equal(model.conv1.conv.weight, state["conv1.conv.weight"])  # type: ignore[union-attr]
+
+
+def test_a_file_with_another_suffix_is_told_which_fit() -> None:
+    with pytest.raises(InputError, match=r"or give a file \(\.safetensors, \.pth, \.pt, \.bin\)"):
+        small(pretrained=True, weights="x.ckpt").build(5, 64)
