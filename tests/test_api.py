@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -123,6 +124,15 @@ def test_workers_do_not_run_the_program_again(tmp_path: Path, image_cache: Path)
 def test_one_where_a_list_is_meant_is_refused(study: Study, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"write set=\['epochs=1'\]"):
         harness.run(study, set="epochs=1", home=tmp_path)
+    with pytest.raises(InputError, match=r"write set=\['epochs=1', 'batch_size=8'\]"):
+        harness.run(study, set={"epochs": 1, "batch_size": 8}, home=tmp_path)
+    with pytest.raises(InputError, match=r"There is no folder .*nowhere; create it first"):
+        harness.run(study, home=tmp_path / "nowhere")
+    for top in (0, -1, "2", True):
+        with pytest.raises(InputError, match="top is a number of classes from 1, not "):
+            Model(None).predict([], top=top)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="predict takes files or Pillow images, not 3"):
+        Model(None).predict([3])  # type: ignore[arg-type, list-item]
     with pytest.raises(InputError, match="put the photograph into brackets"):
         Model(None).predict("photo.jpg")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"There is no file nowhere\.jpg"):
@@ -255,8 +265,12 @@ def test_the_list_names_studies_that_cannot_be_read(workspace: Path, capsys: pyt
     assert "ZeroDivisionError" in said.err
     assert {"broken", "demo", "flowers102"} <= set(harness.studies(workspace)["study"])
     (workspace / "studies" / "Thumbs.db").write_text("another program's")
+    damaged = workspace / "studies" / "damaged.db"
+    with sqlite3.connect(damaged) as connection:
+        connection.executescript("CREATE TABLE alembic_version (x); CREATE TABLE studies (x); CREATE TABLE trials (x);")
+    damaged.write_bytes(damaged.read_bytes()[:4096] + b"x" * 8192)
     states = harness.studies(workspace).set_index("study")["state"]
-    assert (states["Thumbs"], states["demo"]) == ("cannot be read", "not begun")
+    assert (states["Thumbs"], states["damaged"], states["demo"]) == ("cannot be read", "cannot be read", "not begun")
 
 
 def test_the_list_of_an_empty_folder_has_columns(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def _written(output: Path | None, write: Callable[[Path | None], Path]) -> Path:
     try:
         return write(output)
     except Halt as error:
-        if error.__cause__ is not None and no_room(error.__cause__):
+        if not isinstance(error.__cause__, OSError) or no_room(error.__cause__):
             raise
         raise InputError(f"{error} Or give another --output.") from error
 

@@ -37,7 +37,7 @@ class Found:
     def beside(self, url: str, suffix: str) -> Path:
         """Return a folder for the results at `url`: beside a SQLite file, else beside the study file."""
         file = sqlite_file(url) or self.file.with_name(f"{self.study.name}.db")
-        return file.absolute().with_suffix(suffix)
+        return file.absolute().with_name(f"{file.name.removesuffix('.db')}{suffix}")
 
     def kept(self, url: str) -> list[Path]:
         """Return the files and folders of the study and its results at `url`, which nothing else may replace."""

@@ -50,8 +50,12 @@ class RunOptions:
         known = {field.name for field in fields(RunOptions)} - {"command"}
         if unknown := sorted(set(given) - known):
             raise InputError(f"There is no option {unknown[0]!r}; choose from {', '.join(sorted(known))}.")
-        if isinstance(given.get("set"), str):
-            raise InputError(f"set takes a list of settings; write set=[{given['set']!r}].")
+        settings = given.get("set")
+        if isinstance(settings, Mapping):
+            settings = ", ".join(repr(f"{path}={value}") for path, value in settings.items())
+            raise InputError(f"set takes a list of settings; write set=[{settings}].")
+        if isinstance(settings, str):
+            raise InputError(f"set takes a list of settings; write set=[{settings!r}].")
         for name, least in (("workers", 0), ("workers_per_gpu", 1)):
             count = given.get(name, least)
             if not isinstance(count, int) or isinstance(count, bool) or not least <= count <= MOST_WORKERS:

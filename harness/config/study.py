@@ -92,18 +92,21 @@ class Study:
             require(fits, f"{path} is decided once per study and cannot be searched; remove it from the space.")
             require(path != "data.limit", "data.limit cannot be searched: trials would be measured on other images.")
         require(
-            hasattr(self.sampler, "check"), f'sampler must be tpe(), grid() or Sampler("NAME"), not {self.sampler!r}.'
+            hasattr(self.sampler, "check"),
+            f'sampler must be gp(), tpe(), grid() or Sampler("NAME"), not {self.sampler!r}.',
         )
-        require(hasattr(self.pruner, "of"), f'pruner must be asha() or Pruner("NAME"), not {self.pruner!r}.')
+        wanted = 'asha(), no_pruning() or Pruner("NAME")'
+        require(hasattr(self.pruner, "of"), f"pruner must be {wanted}, not {self.pruner!r}.")
         self._check_first()
         fits = self.after is None or (self.after.strip() != "" and self.after != self.name)
         require(fits, f"after is the name of an earlier study, not {self.after!r}.")
         require(self.after is None or self.sampler.name != "grid", "A grid has its own order; remove after.")
         for path, value in self.definition().items():
+            require(not isinstance(value, type), f"{path} is a class; write {getattr(value, '__name__', '')}(...).")
             require(
                 survives(value),
-                f"{path} is {value!r}, which a study cannot store and compare on resume; use numbers, strings, "
-                "true, false, null, or tuples of them.",
+                f"{path} is {spaces.shortened(value)}, which a study cannot store and compare on resume; use numbers, "
+                "strings, true, false, null, or tuples of them.",
             )
         self.sampler.check(self)
 

@@ -200,7 +200,7 @@ def flat_rgb(image: Image.Image, *, name: str = "the image", turn: bool = False)
     with _noting() as notes:
         found = _flat_rgb(image, Path(name), turn)
     for note in dict.fromkeys(notes):
-        print(f"{name} was read with a warning: {shown(note)}", file=sys.stderr)
+        print(f"{name[:1].upper()}{name[1:]} was read with a warning: {shown(note)}", file=sys.stderr)
     return found
 
 

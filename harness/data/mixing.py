@@ -24,10 +24,10 @@ class Target:
     others: Tensor
     share: Tensor
 
-    def split(self, size: int) -> list[Target]:
+    def tensor_split(self, parts: int) -> list[Target]:
         """Split as a tensor does."""
-        parts = zip(*(each.split(size) for each in (self.labels, self.others, self.share)), strict=True)
-        return [Target(labels=labels, others=others, share=share) for labels, others, share in parts]
+        split = zip(*(each.tensor_split(parts) for each in (self.labels, self.others, self.share)), strict=True)
+        return [Target(labels=labels, others=others, share=share) for labels, others, share in split]
 
     def larger(self) -> Tensor:
         """Return each image's label with the larger share, int64 [B]."""

@@ -204,9 +204,10 @@ def remarks(dataset: Dataset) -> list[str]:
         said.append(f"data.limit={dataset.limit} leaves {beyond} of {len(classes)} classes without a training image.")
     for split in SPLITS:
         if absent := [label for label in range(len(classes)) if label not in counts[split]]:
+            have, them = ("has", "it") if len(absent) == 1 else ("have", "them")
             said.append(
-                f"{len(absent)} of {len(classes)} classes have no image in the {split} split, which does not measure "
-                f"them ({classes[absent[0]]!r} has {every[absent[0]]} in total); add some."
+                f"{len(absent)} of {len(classes)} classes {have} no image in the {split} split, which does not measure "
+                f"{them} ({classes[absent[0]]!r} has {every[absent[0]]} in total); add some."
             )
     return [shown(each) for each in said]
 

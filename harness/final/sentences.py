@@ -140,6 +140,11 @@ def _compared(store: Store) -> str:
             "No configuration is shown to be better than another: with one seed of the base, the spread of seeds "
             "is unknown; set final.seeds to 2 or more."
         )
+    if found is not None and found.p is None and found.seeds > 1:
+        return (
+            "No configuration is shown to be better than another: all images and seeds differ alike, by "
+            f"{100 * found.difference:+.2f} points, so the spread is unknown."
+        )
     if found is None or found.p is None:
         return "The best configuration was not compared with the base configuration on the test set."
     difference, low, high = (f"{100 * each:+.2f}" for each in (found.difference, found.low or 0.0, found.high or 0.0))

@@ -20,6 +20,7 @@ from harness.config.final_result import Comparison, Selection
 CONFIDENCE = 0.95
 ALPHA = 0.05  # a difference with a larger p-value is not significant
 RESAMPLES = 2000
+BLOCK = 2**25  # resamples times images that are in memory at a time
 BINS = 10
 EQUAL = 1e-9  # scores that differ by rounding alone
 
@@ -42,10 +43,19 @@ def bootstrap_interval(scores: NDArray[Any], seed: int = 0) -> tuple[float, floa
     images = len(scores)
     if numpy.ptp(scores) < EQUAL:
         return wilson(float(scores.sum()), images)
-    draws = numpy.random.default_rng(seed).multinomial(images, numpy.full(images, 1 / images), size=RESAMPLES)
     tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = numpy.percentile(draws @ scores / images, (tail, 100 - tail)).clip(0, 1)
+    low, high = numpy.percentile(_resampled(scores, seed, RESAMPLES), (tail, 100 - tail)).clip(0, 1)
     return float(low), float(high)
+
+
+def _resampled(scores: NDArray[Any], seed: int, resamples: int) -> NDArray[Any]:
+    """Return the means of `scores` [images, ...] over resamples of the images, [resamples, ...]."""
+    images, generator = len(scores), numpy.random.default_rng(seed)
+    # How often each image is drawn, times its scores: one product instead of copies.
+    blocks = -(-resamples * images // BLOCK)
+    sizes = [len(each) for each in numpy.array_split(numpy.arange(resamples), blocks)]
+    equal = numpy.full(images, 1 / images)
+    return numpy.concatenate([generator.multinomial(images, equal, size=size) @ scores / images for size in sizes])
 
 
 def balanced_accuracy(labels: NDArray[Any], predicted: NDArray[Any]) -> float:
@@ -73,9 +83,10 @@ def compare(first: NDArray[Any], second: NDArray[Any]) -> Comparison:
     parts = [(float(hits.mean(axis=1).var(ddof=1)) / len(hits), len(hits) - 1) for hits in (first, second)]
     parts.append((float(by_image.var(ddof=1)) / images, images - 1))
     variance = sum(part for part, _ in parts)
-    if variance == 0:  # all seeds and all images agree
-        half, p = 0.0, 1.0 if difference == 0 else 0.0
-    else:
+    if variance == 0 and difference:  # on every image alike: nothing says how much it varies
+        return Comparison(difference=difference, low=None, high=None, p=None, seeds=seeds, images=images)
+    half, p = 0.0, 1.0
+    if variance:
         freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
         error = math.sqrt(variance)
         half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * error
@@ -104,9 +115,7 @@ def selection_excess(hits: NDArray[Any], seed: int = 0, resamples: int = RESAMPL
     if candidates < 2 or images < 1:
         return None
     scores = hits.mean(axis=1)
-    # How often each image is drawn, times each candidate's hits: one product instead of `resamples` copies.
-    draws = numpy.random.default_rng(seed).multinomial(images, numpy.full(images, 1 / images), size=resamples)
-    resampled = draws @ hits.T.astype(numpy.float64) / images
+    resampled = _resampled(hits.T.astype(numpy.float64), seed, resamples)
     winners = resampled.argmax(axis=1)
     noise = resampled - scores
     lead = scores.max() - scores.mean()

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class PretrainedBackbone(Backbone):
     """A model with pretrained weights and a new head.
 
-    `weights` is a file instead of the published ones: safetensors, or a state dictionary saved by torch.
+    `weights` is a file instead of the published ones: safetensors, or a state dictionary saved by torch. Without
+    `pretrained` there are none, whatever `weights` says.
     `stochastic_depth` is the largest probability. None keeps the library's value.
     """
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.util
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.base.errors import InputError
-from harness.models import pretrained
+from harness.models import pretrained, torchvision
+from harness.models.backbone import PretrainedBackbone
 from harness.models.maxvit import MaxViTT, TinyMaxViT
-from harness.models.timm import EfficientNetLite0
+from harness.models.timm import EfficientNetLite0, Timm
 
+OWN = (MaxViTT, EfficientNetLite0, TinyMaxViT)
 COUNTED = 40  # models of timm; with more, counting their parameters takes too long
 
 
@@ -39,6 +42,34 @@ def find_models(pattern: str = "") -> list[Model]:
             f"No model's name has {pattern!r} in it; give another part of a name, or a pattern with * or ?."
         )
     return found
+
+
+def backbone_named(name: str, hidden: tuple[int, ...]) -> PretrainedBackbone:
+    """Return the model that `find_models` lists as `name`, or whose name in torchvision or timm it is.
+
+    Raises InputError if there is none.
+    """
+    own: dict[str, type[PretrainedBackbone]] = {each.__name__.lower(): each for each in OWN}
+    written = re.fullmatch(r"""(\w+)\(["']?([^"']*)["']?\)""", name)
+    library, model = written.groups() if written else ("", name)
+    if kind := own.get((library if written and not model else model).lower()):
+        return kind(hidden=hidden)
+    if library != "Timm" and model.lower() in (known := torchvision.names()):
+        return torchvision.Torchvision(model.lower(), hidden=hidden)
+    if library == "Torchvision" or importlib.util.find_spec("timm") is None:
+        near, timm = pretrained.nearest(model, torchvision.names()), 'for timm\'s, run: pip install -e ".[timm]"'
+        raise InputError(f"torchvision has no model {model!r}; {near}{'' if library else f'; {timm}'}.")
+    backbone = Timm(model, hidden=hidden)
+    try:
+        backbone.preprocessing()
+    except InputError as error:
+        import timm as package
+
+        if package.is_model(model) or library:
+            raise
+        known = [*torchvision.names(), *package.list_models()]
+        raise InputError(f"There is no model {model!r}; {pretrained.nearest(model, known)}.") from error
+    return backbone
 
 
 def _ours(pattern: str) -> Iterator[Model]:

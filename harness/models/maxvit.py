@@ -32,6 +32,11 @@ class MaxViTT(Torchvision):
     hidden: tuple[int, ...] = (1024,)
     bn_momentum: float | None = MOMENTUM
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fits = self.name == MaxViTT.name
+        require(fits, f"backbone.name of MaxViTT is fixed; write Torchvision({self.name!r}) in the study file.")
+
     def check_size(self, image_size: int) -> None:
         # Attention partitions are 7 x 7, and the stem and four stages halve the size: 7 * 2**5.
         require(image_size % 224 == 0, f"data.image_size must be a multiple of 224 for MaxViTT, not {image_size}.")

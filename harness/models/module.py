@@ -131,7 +131,7 @@ def Module(
 class OwnModule(PretrainedBackbone):
     """What `Module` returns.
 
-    Its source, and that of what it uses of its file, is part of the definition: after a change, resuming is refused.
+    Its source, and what it uses of its file, are part of the definition: after a change, resuming is refused.
     """
 
     function: Function

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -22,6 +23,12 @@ SCRATCH = "train from scratch with --set backbone.pretrained=false"
 COMPUTED = ("relative_position_index", "num_batches_tracked")
 KEPT = 2  # files whose weights stay in memory
 WRAPPERS = ("state_dict", "model")  # keys under which training scripts save the weights
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return a remedy for a model's name that is unknown."""
+    near = difflib.get_close_matches(name.lower(), known, 3)
+    return f"nearest: {', '.join(near)}" if near else "find one with `python -m harness models PATTERN`"
 
 
 def is_file(weights: str | None) -> TypeGuard[str]:

@@ -5,7 +5,6 @@ Nothing here imports torch before a model is built, so that a study loads quickl
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from harness.base.errors import InputError, first_line
 from harness.config.contracts import Preprocessing
+from harness.config.train import require
 from harness.models import pretrained
 from harness.models.backbone import PretrainedBackbone
 
@@ -100,6 +100,11 @@ class EfficientNetLite0(Timm):
 
     name: str = "tf_efficientnet_lite0"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fits = self.name == EfficientNetLite0.name
+        require(fits, f"backbone.name of EfficientNetLite0 is fixed; write Timm({self.name!r}) in the study file.")
+
     def state(self) -> dict[str, Tensor] | None:
         if self.weights is not None:
             return super().state()
@@ -129,8 +134,7 @@ def _check_name(name: str) -> None:
     timm = _timm()
     if not timm.is_model(name):
         architecture = name.split(".")[0]
-        near = difflib.get_close_matches(architecture, timm.list_models(), 3) or timm.list_models()[:3]
-        raise InputError(f"timm has no model {architecture!r}; nearest: {', '.join(near)}.")
+        raise InputError(f"timm has no model {architecture!r}; {pretrained.nearest(architecture, timm.list_models())}.")
 
 
 def _settings(name: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Nothing here imports torch before a model is built, so that a study loads quickl
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -114,8 +113,7 @@ def names() -> list[str]:
 
 def _check_name(name: str) -> None:
     if name not in (known := names()):
-        near = difflib.get_close_matches(name, known, 3) or known[:3]
-        raise InputError(f"torchvision has no model {name!r}; nearest: {', '.join(near)}.")
+        raise InputError(f"torchvision has no model {name!r}; {pretrained.nearest(name, known)}.")
 
 
 @lru_cache

@@ -70,7 +70,7 @@ def _pair(first: str, second: str, tested: Mapping[str, Predictions | str]) -> P
     hits = one.hits[:, [places[image] for image in shared]], other.hits[:, [others[image] for image in shared]]
     found, why = compare(*hits), None
     if found.p is None:
-        few = "one seed" if found.seeds < 2 else "one image"
+        few = "one seed" if found.seeds < 2 else "one image" if found.images < 2 else "one difference on all images"
         why = f"There is no test of {first} and {second}: with {few}, the spread is unknown."
         why += " Set final.seeds to 2 or more." if found.seeds < 2 else ""
     seeds = len(hits[0]), len(hits[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import heapq
+import itertools
 import os
 import statistics
 import sys
@@ -21,6 +22,7 @@ from harness.config import events
 from harness.config.events import EpochEnded, EpochResult, TrialEnded, TrialStarted
 from harness.config.study import Study
 from harness.report.overview import after_seconds, in_short
+from harness.search.limits import hours_left
 from harness.store.store import Store, wanted
 from harness.training import interrupt
 
@@ -80,16 +82,19 @@ class Display:
         # Each process's first epoch compiles the model: it says nothing about the others.
         self._compiling = workers if (store.facts().runtime or {}).get("compile") else 0
         self._look()
-        self._is_live = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+        terminal = console.is_terminal and not console.is_dumb_terminal  # where Live shows nothing
+        self._is_live = terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Display:
         if self._is_live:
             self._live.start()
+            interrupt.displayed(True)
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._is_live:
+            interrupt.displayed(False)
             self._live.stop()
 
     def show(self, event: events.Event) -> None:
@@ -119,6 +124,7 @@ class Display:
         ended = [trial for trial in self._store.trials() if trial.state != "running"]
         self._finished, self._best = self._store.finished(), self._store.best()
         self._asked = wanted(self._study, self._store)
+        self._hours = None if self._study.hours is None else hours_left(self._study, self._store)
         self._settled = self._best is not None and self._store.is_settled()
         self._trial_seconds = [trial.seconds for trial in ended if trial.seconds is not None]
         epochs = [epoch for trial in ended for epoch in trial.epochs]
@@ -181,6 +187,10 @@ class Display:
         training = epoch * self._study.train.epochs
         trial = statistics.fmean(self._trial_seconds) if self._trial_seconds else training
         search = self._seconds(True, self._asked - self._finished, trial)
+        if self._hours is not None:
+            ends = [0.0, *itertools.accumulate(search)]
+            search = [min(each, 3600 * self._hours - before) for each, before in zip(search, ends, strict=False)]
+            search = [each for each in search if each > 0]
         after = self._seconds(False, self._trainings(), training * self._final_ratio)
         return search, after
 

@@ -99,8 +99,8 @@ def final_plots(record: Mapping[str, Any], tested: Mapping[str, Any]) -> list[Pl
 def _per_class(rows: Sequence[Mapping[str, Any]]) -> Plot:
     figure = empty(height=300, xaxis_range=[-0.8, len(rows) - 0.2], yaxis=ACCURACIES)
     figure.add_scatter(
-        # Names are escaped, because plotly interprets tags.
-        x=[html.escape(row["class"]) for row in rows],
+        # Names are escaped, because plotly interprets tags; it has no &quot;.
+        x=[html.escape(row["class"], quote=False) for row in rows],
         y=[row["accuracy"] for row in rows],
         mode="markers",
         marker={"color": ACCENT, "size": 8 if len(rows) <= NAMED else 6},
@@ -121,7 +121,7 @@ def _per_class(rows: Sequence[Mapping[str, Any]]) -> Plot:
 
 def _confusion(record: Mapping[str, Any]) -> Plot:
     found = from_record(record)
-    matrix, names = found.matrix.tolist(), [html.escape(name) for name in found.classes]
+    matrix, names = found.matrix.tolist(), [html.escape(name, quote=False) for name in found.classes]
     axis = {"type": "category", "showticklabels": len(names) <= NAMED, "showgrid": False, "ticks": "", "mirror": True}
     x, y = axis | {"title": "predicted", "tickangle": -50}, axis | {"title": "true", "autorange": "reversed"}
     figure = empty(height=560, xaxis=x, yaxis=y)

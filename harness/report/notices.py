@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +23,7 @@ from harness.base.errors import Halt, InputError, first_line
 from harness.config import events
 from harness.config.options import RunOptions
 from harness.config.study import Study
+from harness.store.database import without_waiting
 from harness.store.store import Store, wanted
 
 SECONDS = 30.0  # that a command may take for a notice
@@ -63,23 +66,22 @@ class Messenger:
                 print(f"--on-event {self._command!r} failed ({fault}); the study goes on.", file=sys.stderr)
 
     def _fault(self, line: str) -> str | None:
-        options: dict[str, Any] = {
-            "text": True,
-            "encoding": "utf-8",
-            "errors": "replace",
-            "capture_output": True,
-            "timeout": SECONDS,
-        }
+        options: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        options |= {"text": True, "encoding": "utf-8", "errors": "replace"}
         try:  # a session of its own: Ctrl-C is for the study
-            done = subprocess.run(self._words, input=f"{line}\n", start_new_session=True, **options)
-        except subprocess.TimeoutExpired:
-            return f"it took longer than {SECONDS:g} s"
+            process = subprocess.Popen(self._words, start_new_session=True, **options)
         except OSError as error:
             return str(error)
-        if not done.returncode:
+        with process:
+            try:
+                _, said = process.communicate(f"{line}\n", SECONDS)
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+                return f"it took longer than {SECONDS:g} s"
+        if not process.returncode:
             return None
-        said = done.stderr.strip().splitlines()
-        return f"exit code {done.returncode}" + (f": {said[-1]}" if said else "")
+        return f"exit code {process.returncode}" + (f": {said.splitlines()[-1]}" if said.strip() else "")
 
 
 def _print(line: str) -> None:
@@ -101,9 +103,9 @@ class Notices:
     def tell(self, event: str, **about: Any) -> None:
         """Send a notice with the study's progress."""
         progress: dict[str, Any] = {}
-        with contextlib.suppress(Halt):  # the database is lost, which is why the study stops
+        with contextlib.suppress(Halt), without_waiting():  # the database may be lost, which is why the study stops
             progress = {"finished": self._store.finished(), "trials": wanted(self._study, self._store)}
-        line = json.dumps({"event": event, "study": self._study.name, **about, **progress}, ensure_ascii=False)
+        line = json.dumps({"event": event, "study": self._study.name, **about, **progress})
         for output in self._outputs:
             output(line)
 

@@ -270,14 +270,14 @@ def cost(trials: Sequence[TrialRecord], definition: Mapping[str, Any]) -> dict[s
     left_out, saved = 0, 0.0
     for trial in trials:
         planned = trial.params.get("epochs", definition.get("epochs"))
-        if trial.state == "pruned" and trial.epochs and planned is not None:
+        if trial.is_pruned and trial.epochs and planned is not None:
             missing = max(planned - len(trial.epochs), 0)
             left_out += missing
             saved += missing * sum(epoch.seconds for epoch in trial.epochs) / len(trial.epochs)
     return {
         "seconds": spent,
         "epochs": sum(len(trial.epochs) for trial in trials),
-        "pruned": sum(trial.state == "pruned" for trial in trials),
+        "pruned": sum(trial.is_pruned for trial in trials),
         "epochs_not_run": left_out,
         "saved_seconds": saved,
         "saved_share": saved / (spent + saved) if spent + saved else 0.0,

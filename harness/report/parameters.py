@@ -161,7 +161,7 @@ def _parameter(name: str, trials: Sequence[Any]) -> Axis:
         return _numbers(name, values, log=distribution.log, share=False)
     options = list(distribution.choices)
     heights = {option: place / max(len(options) - 1, 1) for place, option in enumerate(options)}
-    marks = {height: html.escape(str(option)) for option, height in heights.items()}
+    marks = {height: html.escape(str(option), quote=False) for option, height in heights.items()}
     return Axis(name=name, places=[heights[value] for value in values], marks=marks)
 
 

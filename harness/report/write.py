@@ -168,7 +168,8 @@ def _remarks(store: Store, final: FinalResult | None) -> list[str]:
                 f"{percent(base.value)} ({measured}{base.correct:,} correct of {base.total:,}: {seeds} "
                 f"seed{'s' if seeds > 1 else ''})."
             )
-        unknown = "The selection bias of the best validation score is not recorded."
+        complete = [trial for trial in store.trials() if trial.state == "complete"]
+        unknown = "The selection bias of the best validation score is not recorded." if len(complete) > 1 else None
         lines += [sentences.selection_sentence(final) or unknown, store.why_closed()]
     return [*filter(None, lines)]
 

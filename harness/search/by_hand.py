@@ -45,11 +45,11 @@ def queue(found: Found, storage: str | None, given: Sequence[str]) -> str:
             raise InputError("The study has not begun its first configurations; try again when it has.")
         number = store.queue(params)
         facts = store.facts()
-        when = (
-            "is next"
-            if number < facts.limited(facts.wanted)
-            else f"runs when the study is asked for more trials: --trials {number + 1}"
-        )
+        when = f"runs when the study is asked for more trials: --trials {number + 1}"
+        if facts.stopped is not None and number >= facts.stopped["trials"]:
+            when = f"runs when the limit that stopped the search ({facts.stopped['reason']}) is larger, or removed"
+        elif number < facts.limited(facts.wanted):
+            when = "is next"
         return f"Trial {number} is queued with this configuration; it {when}."
 
 

@@ -54,8 +54,7 @@ class ExtrapolatingGPSampler(optuna.samplers.GPSampler):
 def _as_complete(study: optuna.Study) -> optuna.Study:
     trials = study.get_trials(deepcopy=False)
     ended = [trial for trial in trials if trial.state in ENDED]
-    predicted = extrapolated([trial.intermediate_values for trial in ended], [trial.value for trial in ended])
-    values = dict(zip((trial.number for trial in ended), clipped(predicted), strict=True))
+    values = dict(zip((trial.number for trial in ended), clipped(final_values(ended)), strict=True))
     kept = set(thinned(sorted(values, key=lambda number: (-values[number], number))))
     shown = [complete(trial, values[trial.number]) for trial in ended if trial.number in kept]
     return ShownStudy.of(study, shown + [trial for trial in trials if trial.state is TrialState.RUNNING])
@@ -75,6 +74,13 @@ def complete(trial: FrozenTrial, value: float) -> FrozenTrial:
     shown = copy.copy(trial)
     shown.state, shown.value = TrialState.COMPLETE, value
     return shown
+
+
+def final_values(trials: Sequence[FrozenTrial]) -> list[float]:
+    """Return each trial's final value, extrapolated if it was stopped; see `extrapolated`."""
+    # Optuna gives a pruned trial its last value.
+    ends = [trial.value if trial.state is TrialState.COMPLETE else None for trial in trials]
+    return extrapolated([trial.intermediate_values for trial in trials], ends)
 
 
 def extrapolated(curves: Sequence[Mapping[int, float]], values: Sequence[float | None]) -> list[float]:

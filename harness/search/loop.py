@@ -119,11 +119,18 @@ def _end_if_skipped(asked: Asked, store: Store, restored: Sequence[events.EpochR
         raise Skipped
 
 
+def _restore(checkpoint: Checkpoint, asked: Asked, store: Store) -> None:
+    checkpoint.restore()
+    if asked.resumed:  # its checkpoint may be lost, or on another machine
+        known = next((trial.seconds for trial in store.trials() if trial.number == asked.number), None)
+        checkpoint.seconds_before = max(checkpoint.seconds_before, known or 0.0)
+
+
 def _train(
     training: Training, study: Study, asked: Asked, store: Store, checkpoint: Checkpoint
 ) -> Generator[events.Event, None, events.TrialOutcome]:
     key, name, last = trial_key(asked.number), f"trial {asked.number}", training.config.epochs
-    checkpoint.restore()
+    _restore(checkpoint, asked, store)
     restored = tuple(training.progress.epochs)
     # Epochs it went beyond: with newer results of other workers the pruner might decide otherwise.
     judged = restored if training.progress.step else restored[:-1]

@@ -25,7 +25,7 @@ from harness.base.errors import InputError
 from harness.config.space import Choice, Dimension, Int, encode, is_plain
 from harness.config.study import Study
 from harness.search import suggest
-from harness.search.extrapolation import ENDED, ExtrapolatingGPSampler, complete, extrapolated, thinned
+from harness.search.extrapolation import ENDED, ExtrapolatingGPSampler, complete, final_values, thinned
 from harness.store.records import has_diverged, without_values
 
 
@@ -121,10 +121,9 @@ def earlier_trials(study: Study, trials: Iterable[FrozenTrial], definition: Mapp
     None is the value of a trial that diverged. Failed and unfinished trials are left out.
     """
     ended = [without_values(each) if has_diverged(each) else each for each in trials if each.state in ENDED]
-    values = extrapolated([each.intermediate_values for each in ended], [each.value for each in ended])
     return [
         {"params": params, "value": None if math.isnan(value) else value}
-        for trial, value in zip(ended, values, strict=True)
+        for trial, value in zip(ended, final_values(ended), strict=True)
         if (params := study.params_of(trial.params, definition)) is not None
     ]
 
@@ -147,8 +146,7 @@ def with_earlier(study: Study, earlier: Sequence[Mapping[str, Any]], history: li
         trial.number = trial._trial_id = place - len(earlier)
         shown.append(trial)
     ended = [trial for trial in history if trial.state in ENDED]
-    values = extrapolated([trial.intermediate_values for trial in ended], [trial.value for trial in ended])
-    shown += [complete(trial, score) for trial, score in zip(ended, _scores(values), strict=True)]
+    shown += [complete(trial, score) for trial, score in zip(ended, _scores(final_values(ended)), strict=True)]
     return shown + [trial for trial in history if trial.state is TrialState.RUNNING]
 
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +52,7 @@ REMEDIES = {
     "too many clients": "raise its max_connections, or start fewer workers",
     "permission denied": "let this user create tables in it",
 }
+_hurry: ContextVar[bool] = ContextVar("hurry", default=False)  # see `without_waiting`
 SETTING_UP = 7_283_911  # the key of PostgreSQL's advisory lock
 CONFLICTS = ("40001", "40P01")  # PostgreSQL's serialization failure and deadlock: a retry helps
 OPTUNA_TABLES = {"studies", "study_directions", "trials", "version_info"}
@@ -104,9 +106,7 @@ def _check_server(url: str) -> None:
     """Raise InputError unless the URL names a PostgreSQL database and its driver is installed."""
     parsed = sqlalchemy.engine.make_url(url)
     if parsed.get_backend_name() != "postgresql":
-        raise InputError(
-            f"--storage {url!r}: a study needs SQLite or PostgreSQL; write sqlite:///FILE or postgresql://..."
-        )
+        raise InputError(f"--storage {url!r}: a study needs SQLite or PostgreSQL: sqlite:///FILE or postgresql://...")
     if url.partition("://")[2].partition("?")[0].count("@") > 1:  # a part of the password would be printed as the host
         raise InputError(f"--storage {url!r} has more than one @; write %40 for an @ in the password.")
     check_driver(url, "--storage")
@@ -132,15 +132,24 @@ def outlast(url: str, operation: Callable[[], T]) -> T:
     `operation` may be interrupted anywhere and called again. Raises Halt if the database fails.
     """
     try:
-        return _waiting(url, operation, AWAY_SECONDS)
+        return _waiting(url, operation, 0.0 if _hurry.get() else AWAY_SECONDS)
     except (StorageInternalError, SQLAlchemyError) as error:
         raise _failed(url, _cause(error)) from error
 
 
+@contextmanager
+def without_waiting() -> Iterator[None]:
+    """Inside, ask a server that does not answer once."""
+    token = _hurry.set(True)
+    try:
+        yield
+    finally:
+        _hurry.reset(token)
+
+
 def _waiting(url: str, operation: Callable[[], T], away_seconds: float = 0.0) -> T:
     """Return what `operation` returns; retry while the error is transient."""
-    end = time.monotonic() + away_seconds
-    said = False
+    end, said = time.monotonic() + away_seconds, False
     while True:
         try:
             return operation()
@@ -186,8 +195,7 @@ def _inner(error: BaseException) -> BaseException:
 
 def _cause(error: BaseException) -> str:
     """Return the database's own message."""
-    error = _inner(error)
-    return first_line(getattr(error, "orig", None) or error)
+    return first_line(getattr(_inner(error), "orig", None) or _inner(error))
 
 
 def _failed(url: str, cause: str) -> Halt:
@@ -285,8 +293,7 @@ def connect(url: str, *, writing: bool = True) -> optuna.storages.RDBStorage:
     Raises InputError if the URL cannot be opened, Halt if the disk is full.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    file = sqlite_file(url)
-    place = url
+    file, place = sqlite_file(url), url
     if file is not None and file.exists() and not may_write(file):  # SQLAlchemy decodes the URI, then SQLite does
         place = f"sqlite:///{_to_read(file).replace('%', '%25')}&uri=true"
     try:

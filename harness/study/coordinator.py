@@ -6,10 +6,12 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from harness.base.environment import environment, versions
 from harness.base.errors import InputError, StudyFailed, masked
+from harness.base.files import sqlite_file
 from harness.base.processes import in_words
 from harness.config.contracts import name_of
 from harness.config.jobs import Workers
@@ -19,6 +21,7 @@ from harness.report import overview
 from harness.report.display import Display
 from harness.report.write import write_report
 from harness.serving.checker import Checker
+from harness.store import database
 from harness.store.store import Store, wanted
 from harness.study.command import Command
 from harness.study.publish import START, describe_model, register
@@ -83,6 +86,9 @@ def _begin(command: Command, store: Store, tracker: MLflowTracker) -> Runtime:
         _check_versions(store)
         among_others = store.facts().wanted if store.active_workers() else 0
         store.set_attribute("wanted", max(among_others, study.trials))
+        if sqlite_file(store.url) is None:  # others must see this command before it has a trial
+            key = f"command-{sha256(store.leases.owner.encode()).hexdigest()[:16]}"
+            database.outlast(store.url, lambda: store.leases.claim(key))
         stopped = store.facts().stopped
         if stopped is not None and stopped["limits"] != study.limits():
             store.set_attribute("stopped", None)
@@ -170,7 +176,8 @@ def _workers(
     """Yield the workers; None if this process trains alone, or nothing is left to train."""
     options, study = command.options, command.study
     here = options.engine == "processes"
-    if options.trains_itself or (store.finished() >= wanted(study, store) and store.is_settled()):
+    settled = store.is_settled() and not options.reopen_test
+    if options.trains_itself or (settled and store.finished() >= wanted(study, store)):
         yield None
         return
     config = WorkerConfig(

@@ -128,7 +128,7 @@ def examine(study: Study, store: Store, tracker: MLflowTracker | None, found: Fo
     """
     model = found.beside(store.url, ".model")
     if not living:
-        yield from _checkpoints(study, store, found.beside(store.url, ".checkpoints"))
+        yield from _checkpoints(study, store, found.beside(store.url, ".checkpoints"), model)
     if (wrong := store.ledger_fault()) is not None:
         yield Finding(f"In the storage, {wrong}; do not trust the test result; restore the storage from a backup")
     if (predictions := store.facts().predictions) is not None:
@@ -156,8 +156,8 @@ def examine(study: Study, store: Store, tracker: MLflowTracker | None, found: Fo
             yield Finding(text, partial(store.set_attribute, "registered", None))
 
 
-def _checkpoints(study: Study, store: Store, folder: Path) -> Iterator[Finding]:
-    useless = stale(folder, wanted_keys(study, store))
+def _checkpoints(study: Study, store: Store, folder: Path, model: Path) -> Iterator[Finding]:
+    useless = stale(folder, wanted_keys(study, store, model))
     for path in useless:
         yield Finding(f"{path} is left over and unused", partial(remove, path))
     for path in sorted(path for path in folder.glob("*") if path.is_file() and path not in useless):

@@ -8,6 +8,7 @@ from pathlib import Path
 from harness.base.keys import ablation_key, audit_key, base_key, final_key, rerank_key, trial_key
 from harness.config.events import Event
 from harness.config.study import Study
+from harness.final.model_files import has_model
 from harness.final.retrain import Context
 from harness.final.test_set import after_search
 from harness.search.loop import search
@@ -22,7 +23,7 @@ def run(context: Context, model_folder: Path, reason: str | None = None) -> Gene
     """
     study, store, checkpoints = context.study, context.store, context.checkpoints
     if not store.active_workers():
-        for path in stale(checkpoints, wanted_keys(study, store)):
+        for path in stale(checkpoints, wanted_keys(study, store, model_folder)):
             remove(path)  # its process died after recording the result
     done = False
     while not done:
@@ -31,18 +32,18 @@ def run(context: Context, model_folder: Path, reason: str | None = None) -> Gene
         elif store.finished() < wanted(study, store):
             yield from context.workers.search()
         done = yield from after_search(context, model_folder, reason)
-    for path in left_over(study, store, checkpoints):
+    for path in left_over(context, model_folder):
         remove(path)  # of trainings that another machine took over and ended
 
 
-def left_over(study: Study, store: Store, folder: Path) -> list[Path]:
+def left_over(context: Context, model_folder: Path) -> list[Path]:
     """Return the unused checkpoints, without those that are being written."""
-    files = list(folder.glob(f"*{SUFFIX}"))  # list the files before asking which trials are running
-    wanted = wanted_keys(study, store)
+    files = list(context.checkpoints.glob(f"*{SUFFIX}"))  # list the files before asking which trials are running
+    wanted = wanted_keys(context.study, context.store, model_folder)
     return [path for path in files if path.stem not in wanted]
 
 
-def wanted_keys(study: Study, store: Store) -> set[str]:
+def wanted_keys(study: Study, store: Store, model_folder: Path) -> set[str]:
     """Return the keys of trainings whose checkpoints are needed: interrupted trials, audits, and the final run."""
     keys = {trial_key(trial.number) for trial in store.trials() if trial.state == "running"}
     audited = (store.facts().audit or {}).get("results", {})
@@ -52,8 +53,9 @@ def wanted_keys(study: Study, store: Store) -> set[str]:
         keys |= {
             ablation_key(step, number) for step in range(len(study.space) + 1) for number in range(study.final.seeds)
         }
-    if store.has_final():
-        return keys
+    if (final := store.facts().final) is not None and store.has_final():
+        # A lost model is trained again.
+        return keys if has_model(model_folder) else keys | {final_key(final.trial, 0)}
     seeds = range(study.final.seeds)
     keys |= {rerank_key(trial.number, number) for trial in store.candidates(study.final.rerank) for number in seeds}
     if (chosen := store.chosen()) is not None:

@@ -10,12 +10,13 @@ import os
 import sqlite3
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from harness.base import mounts
-from harness.base.errors import InputError, is_utf8
+from harness.base.errors import Halt, InputError, is_utf8
 from harness.base.files import sqlite_file, sqlite_path, sqlite_url
 from harness.base.processes import in_words
 from harness.config import space as spaces
@@ -275,10 +276,15 @@ def _run_what_is_missing(command: Command, begun: bool) -> None:
         except BaseException as error:
             tracker.interrupt()
             if isinstance(error, KeyboardInterrupt):
-                finished, asked = store.finished(), wanted(study, store)
-                missing = ", the final run is missing" if finished >= asked and not store.is_settled() else ""
-                command.console.say(f"Interrupted with {overview.finished_of(finished, asked)}{missing}.")
+                _say_how_far(command, store)
             raise
+
+
+def _say_how_far(command: Command, store: Store) -> None:
+    with suppress(Halt), database.without_waiting():  # the server may be why it is interrupted
+        finished, asked = store.finished(), wanted(command.study, store)
+        missing = ", the final run is missing" if finished >= asked and not store.is_settled() else ""
+        command.console.say(f"Interrupted with {overview.finished_of(finished, asked)}{missing}.")
 
 
 def _knows_earlier(study: Study, url: str) -> bool:

@@ -31,6 +31,7 @@ class _State:
     swallowing = False  # Python swallows exceptions now
     put_off = False  # a request came where it cannot take effect, and will be repeated
     noticed = False  # the notice was printed, or another process prints it
+    displayed = False  # a live display shows it
     turn = 0  # a delayed request of an earlier turn is dropped
 
 
@@ -111,6 +112,11 @@ def undivided() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def displayed(live: bool) -> None:
+    """Tell whether a live display shows the notice from now on."""
+    _State.displayed = live
+
+
 def notice() -> None:
     """Print once that stopping takes a moment."""
     if not _State.noticed:
@@ -128,7 +134,7 @@ def _handle(number: int, frame: Any) -> None:
     if again and not (at_once or repeated):
         return
     if _State.undivided and not at_once:
-        if not sys.stdout.isatty():  # a live display shows it itself
+        if not _State.displayed:
             notice()
         return
     if _is_importing(frame) and not at_once:

@@ -7,7 +7,7 @@ import ctypes
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -123,7 +123,8 @@ def keep_freed_memory() -> None:
         return
     library = ctypes.CDLL(None)
     if hasattr(library, "gnu_get_libc_version"):
-        library.mallopt(M_MMAP_THRESHOLD, 2**30)
+        if not library.mallopt(M_MMAP_THRESHOLD, 2**30):  # up to version 2.34 it takes no more than 32 MB
+            library.mallopt(M_MMAP_THRESHOLD, 2**25)
         library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
@@ -139,7 +140,7 @@ def strided_depthwise_in_fp32(model: nn.Module) -> None:
 
 def _in_fp32(module: nn.Conv2d, x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        return nn.Conv2d.forward(module, x.float()).to(x.dtype)
+        return type(module).forward(module, x.float()).to(x.dtype)  # timm's own class pads first
 
 
 def compile_parts(model: nn.Module, parts: Iterable[str]) -> None:
@@ -252,12 +253,14 @@ def accumulate_gradient(
     size: int,
     class_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Add the gradient of the batch's mean loss to the parameters, `size` images at a time: (summed loss, correct).
+    """Add the gradient of the batch's mean loss to the parameters, at most `size` images at a time: (loss, correct).
 
     As many arguments as a step has parts.
     """
     losses, hits = [], []
-    for part, wanted in zip(images.split(size), labels.split(size), strict=True):
+    parts = -(-len(images) // size)  # of even sizes, for BatchNorm cannot take one image
+    targets: Sequence[Tensor | Target] = labels.tensor_split(parts)
+    for part, wanted in zip(images.tensor_split(parts), targets, strict=True):
         with runtime.autocast():
             logits = model(part)
         loss = mean_loss(logits.float(), wanted, label_smoothing, class_weights)

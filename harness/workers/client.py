@@ -74,7 +74,7 @@ def work(address: str, key_file: str | None, data_root: str | None, device: str 
             _work(ask, address, data_root, device)
         except HeadLost:
             if ask.ended:
-                print(f"The study at {address} has ended.")
+                print(f"The study at {address} has ended, or was interrupted.")
                 return
             print(f"The connection to {address} is lost.", file=sys.stderr, flush=True)
             before = True
@@ -100,7 +100,7 @@ def _here(config: WorkerConfig, data_root: str | None, device: str | None) -> Wo
         file = find_home() / "studies" / file.name
     if not file.is_file():
         raise InputError(f"There is no study file {file} here, nor {config.file}; copy the server's to this machine.")
-    if not checkpoints.parent.is_dir():
+    if not os.access(checkpoints.parent, os.W_OK):
         checkpoints = file.with_name(checkpoints.name)
     if root is not None and not Path(root).is_dir():
         root = None
@@ -120,8 +120,10 @@ def _connected(address: str, file: Path, key: bytes, before: bool) -> Connection
     while True:
         try:
             return _attempt(address, key)
-        except socket.gaierror as error:
-            raise InputError(f"The host of {address} is unknown ({error.strerror}); check its name.") from error
+        except (socket.gaierror, UnicodeError) as error:  # the second: of a name such as first..example
+            reason = getattr(error, "strerror", None) or first_line(error)
+            if not before:  # else the network may be down
+                raise InputError(f"The host of {address} is unknown ({reason}); check its name.") from error
         except AuthenticationError as error:
             raise InputError(f"{address} has another key than {file}; copy its key file to this machine.") from error
         except (OSError, EOFError) as error:

@@ -91,13 +91,17 @@ class Head:
 
     def holds(self, name: str, sha256: str) -> bool:
         """Return whether the coordinator's checkpoint folder has this file with this content."""
+        if Path(name).name != name:
+            return False
         try:
             return hashlib.sha256((self._checkpoints / name).read_bytes()).hexdigest() == sha256
         except OSError:
             return False
 
     def keep(self, job: Train, content: bytes) -> None:
-        """Write a training's file into the coordinator's checkpoint folder."""
+        """Write a training's file into the coordinator's checkpoint folder. Raises Halt for a name with a folder."""
+        if Path(_file(job)).name != _file(job):
+            raise Halt(f"A worker cannot write {_file(job)!r}.")
         replace_file(self._checkpoints / _file(job), content)
 
     def renew(self, owner: str) -> None:

@@ -108,8 +108,9 @@ def _probe(address: str, message: str, remedy: str) -> None:
     """Raise InputError with `message`, the reason and `remedy` unless a Ray cluster listens at HOST:PORT."""
     try:
         socket.create_connection(parts(address), PROBE_SECONDS).close()  # type: ignore[arg-type]
-    except OSError as error:
-        raise InputError(f"{message} ({error.strerror or first_line(error)}); {remedy}") from error
+    except (OSError, UnicodeError) as error:  # the second: of a name such as first..example
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{message} ({why}); {remedy}") from error
     import ray
     from ray.exceptions import AuthenticationError, RayError
 

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import answer_challenge, deliver_challenge
 from pathlib import Path
@@ -30,7 +30,7 @@ from harness.store.leases import LEASE_SECONDS, RENEWAL_SECONDS
 from harness.workers import wire
 from harness.workers.head import Ended, Head
 from harness.workers.pool import POLL_SECONDS, Pool, Worker
-from harness.workers.worker import Message, WorkerConfig
+from harness.workers.worker import Message, Stopped, WorkerConfig
 
 GOODBYE_SECONDS = RENEWAL_SECONDS + 5.0  # each worker asks something within this time, and hears of the end
 
@@ -42,6 +42,7 @@ class _Guest(Worker):
         super().__init__(number)
         self.line, self.theirs = multiprocessing.Pipe()
         self.owner = self.where = ""
+        self.halted: Halt | None = None  # why it can do no job
 
 
 class Server(Pool):
@@ -102,11 +103,16 @@ class Server(Pool):
 
     def _accept(self) -> None:
         while not self._ending:
-            with suppress(TimeoutError, ConnectionError):  # nobody came, or has left at once
+            try:
                 connected, (host, *_) = self._listener.accept()
-                thread = threading.Thread(target=self._attend, args=(connected, host), daemon=True)
-                self._threads.append(thread)
-                thread.start()
+            except TimeoutError:
+                continue
+            except OSError:  # it has left at once, or there are too many open files; others may come
+                time.sleep(POLL_SECONDS)
+                continue
+            thread = threading.Thread(target=self._attend, args=(connected, host), daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def _attend(self, connected: socket.socket, host: str) -> None:
         guest = _Guest(next(self._numbers))
@@ -155,10 +161,17 @@ class Server(Pool):
 
     def _job(self, guest: _Guest) -> Job | None:
         """Return the worker's next job; None if there is none yet."""
+        if guest.halted is not None:
+            raise guest.halted
         if guest not in self._workers:
             print(f"Worker {guest.number} connected from {guest.where}.", file=sys.stderr)
             self._workers.append(guest)
         return guest.theirs.recv() if guest.theirs.poll(POLL_SECONDS) else None
 
     def _hear(self, guest: _Guest, _owner: str, message: Message) -> None:
-        guest.theirs.send(message)
+        if isinstance(message, Stopped) and type(message.error) is Halt:  # such as a full disk of that machine
+            print(f"Worker {guest.number} on {guest.where} stopped: {message.error}", file=sys.stderr)
+            guest.halted = message.error
+            guest.theirs.close()  # as if it had gone
+        else:
+            guest.theirs.send(message)

@@ -105,7 +105,7 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "an unknown field of the final run": (["--set", "final.seed=1"], ["seeds", "fit_on"]),
     "no seeds": (["--set", "final.seeds=0"], ["final.seeds must be at least 1"]),
     "a base outside of the space": (["--set", "optim.base_lr=0.5"], ["outside of its search range"]),
-    "a data root for drawn flowers": (["--data-root", "pictures"], ["--data-root", "Garden draws its own images"]),
+    "a data root for drawn flowers": (["--data-root", "pictures"], ["--data-root", "Garden reads no folder"]),
     "an empty data root": (["--data-root="], ["argument --data-root", "it is empty"]),
     "an unknown device": (["--device", "abacus"], ["--device abacus", "cpu"]),
     "an empty device": (["--device="], ["--device", "cpu"]),

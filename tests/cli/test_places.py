@@ -135,7 +135,7 @@ ROWS: dict[str, tuple[Preparation | None, list[str], list[str]]] = {
     "a data root for drawn flowers": (
         as_begun,
         ["reproduce", "demo", "0", "--data-root", "x"],
-        ["Garden draws its own images"],
+        ["Garden reads no folder"],
     ),
     # databases
     "a server that is away": (None, ["run", "--study", "demo", "--storage", POSTGRES], REFUSED),

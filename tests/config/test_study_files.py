@@ -103,8 +103,8 @@ STUDIES: dict[str, Row] = {
         ["bad.py, line 1", "no_such_package", "fix the study file"],
     ),
     "an argument of the sampler that is unknown to it": changed("gp(n_startup_trials=4)", "gp(startup=4)", "startup"),
-    "a sampler that is none": changed("gp(n_startup_trials=4)", "gp", "sampler must be tpe()"),
-    "a pruner that is none": changed("asha(min_epochs=2, reduction=2)", "None", "pruner must be asha()"),
+    "a sampler that is none": changed("gp(n_startup_trials=4)", "gp", "sampler must be gp(), tpe()"),
+    "a pruner that is none": changed("asha(min_epochs=2, reduction=2)", "None", "pruner must be asha(), no_pruning()"),
     "a pruner of broken epochs": changed("min_epochs=2", "min_epochs=1.5", "whole numbers", "not 1.5 and 2"),
     "a sampler that needs a package": changed(
         "gp(n_startup_trials=4)",

@@ -76,8 +76,8 @@ def test_features_are_mixed_as_images_are() -> None:
 
 def test_a_target_splits_as_a_batch_does() -> None:
     target = mixed(mixup=0.4)[1]
-    parts = target.split(24)
-    assert [len(part.labels) for part in parts] == [24, 24, 16]
+    parts = target.tensor_split(3)
+    assert [len(part.labels) for part in parts] == [22, 21, 21]
     assert torch.equal(torch.cat([part.share for part in parts]), target.share)
     assert torch.equal(torch.cat([part.larger() for part in parts]), target.larger())
     assert torch.equal(target.larger(), torch.where(target.share >= 0.5, target.labels, target.others))

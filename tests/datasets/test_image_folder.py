@@ -305,7 +305,7 @@ def test_a_class_that_is_not_measured_is_named_and_moves_nothing(flat_root: Path
     assert remarks(limited) == ["data.limit=1 leaves 1 of 2 classes without a training image."]
     small_class(flat_root, splits)
     assert remarks(at(flat_root)) == [
-        f"1 of 3 classes have no image in the {split} split, which does not measure them ('tulip' has {len(splits)} in "
+        f"1 of 3 classes has no image in the {split} split, which does not measure it ('tulip' has {len(splits)} in "
         "total); add some."
         for split in SPLITS
         if split not in splits

@@ -353,7 +353,7 @@ def test_pruned_trials_are_trained_to_the_end_that_they_would_have_had(
     study = pruning_study(image_cache)
     with read_store("tiny", f"sqlite:///{place}/studies/tiny.db") as store:
         pruned = {trial.number: trial for trial in store.trials() if trial.state == "pruned"}
-        assert wanted_keys(study, store) == set()
+        assert wanted_keys(study, store, place / "studies" / "tiny.model") == set()
     assert len(pruned) > 1
     assert sorted(trained(out)) == sorted(pruned)
     assert found["audited"] == len(pruned)
@@ -530,4 +530,4 @@ def test_checkpoints_of_audits_are_left_alone_until_the_trial_is_recorded(place:
     study = pruning_study(image_cache)
     with read_store("tiny", f"sqlite:///{place}/studies/tiny.db") as store:
         pruned = [trial.number for trial in store.trials() if trial.state == "pruned"]
-        assert wanted_keys(study, store) == {audit_key(number) for number in pruned}
+        assert wanted_keys(study, store, place / "studies" / "tiny.model") == {audit_key(number) for number in pruned}

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from scipy.stats import t
 
 from benchmarks.false_claims import OWN, hits, latent, mcnemar, ours
+from harness.final import statistics
 from harness.final.statistics import (
     balanced_accuracy,
+    bootstrap_interval,
     calibration_error,
     compare,
     reliability,
@@ -82,6 +84,19 @@ def test_of_one_seed_nothing_is_claimed_and_equal_hits_do_not_differ() -> None:
     assert compare(hits[:1], hits[1:]).low is None
     same = compare(np.tile(hits[:1], (2, 1)), np.tile(hits[:1], (2, 1)))
     assert (same.difference, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_where_all_images_and_seeds_differ_alike_nothing_is_claimed() -> None:
+    right = np.ones((2, 5), dtype=bool)
+    found = compare(right, ~right)
+    assert (found.difference, found.low, found.high, found.p) == (1.0, None, None, None)
+
+
+def test_resamples_drawn_in_parts_are_those_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hits = np.random.default_rng(0).random((3, 400)) < 0.7
+    whole = selection_excess(hits), bootstrap_interval(hits[0].astype(float))
+    monkeypatch.setattr(statistics, "BLOCK", 4000)  # ten resamples of these images
+    assert whole == (selection_excess(hits), pytest.approx(bootstrap_interval(hits[0].astype(float)), abs=1e-12))
 
 
 @pytest.mark.parametrize("own", [0.0, OWN])

@@ -13,8 +13,10 @@ from torchvision import models
 import harness
 from harness.base.errors import InputError
 from harness.cli.commands import main
+from harness.models.catalog import backbone_named
 from harness.models.maxvit import MaxViTT, TinyMaxViT
-from harness.models.timm import EfficientNetLite0
+from harness.models.timm import EfficientNetLite0, Timm
+from harness.models.torchvision import Torchvision
 
 
 def test_every_model_of_torchvision_that_has_a_head_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,3 +62,33 @@ def test_weights_that_were_downloaded_are_here(tmp_path: object, monkeypatch: py
 def test_a_pattern_without_a_model_is_refused() -> None:
     with pytest.raises(InputError, match="No model's name has 'nope' in it"):
         harness.list_models("nope")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("TinyMaxViT", TinyMaxViT(hidden=(8,))),
+        ("tinymaxvit()", TinyMaxViT(hidden=(8,))),
+        ("EfficientNetLite0", EfficientNetLite0(hidden=(8,))),
+        ("ResNet18", Torchvision("resnet18", hidden=(8,))),
+        ('Torchvision("resnet18")', Torchvision("resnet18", hidden=(8,))),
+        ('Timm("resnet18.a1_in1k")', Timm("resnet18.a1_in1k", hidden=(8,))),
+        ("resnet26", Timm("resnet26", hidden=(8,))),
+    ],
+)
+def test_what_is_listed_can_be_named(name: str, expected: Any) -> None:
+    assert backbone_named(name, (8,)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("resnet5", "There is no model 'resnet5'; nearest: resnet50"),
+        ("../x.pth", r"There is no model '\.\./x\.pth'; find one with"),
+        ('Torchvision("resnet5")', "torchvision has no model 'resnet5'; nearest: resnet50"),
+        ("", "There is no model ''"),
+    ],
+)
+def test_what_is_not_listed_is_refused(name: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        backbone_named(name, ())

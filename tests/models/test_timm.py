@@ -11,7 +11,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from harness.base.errors import InputError
-from harness.models.timm import Timm
+from harness.config.space import replace
+from harness.models.maxvit import MaxViTT
+from harness.models.timm import EfficientNetLite0, Timm
+from harness.training.step import strided_depthwise_in_fp32
 
 timm = pytest.importorskip("timm")
 FAMILIES = {  # depths by block and by layer, and an image size
@@ -117,6 +120,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     [
         (Timm("vgg11", pretrained=False), 8, "vgg11 does not take images of 8 x 8 pixels"),
         (Timm("resnet5", pretrained=False), 64, "timm has no model 'resnet5'; nearest: resnet50"),
+        (Timm("zzz", pretrained=False), 64, "no model 'zzz'; find one with `python -m harness models PATTERN`"),
         (Timm("resnet18.nope", pretrained=False), 64, "timm has no weights 'resnet18.nope'; choose from resnet18.a1"),
         (Timm("deit_tiny_distilled_patch16_224", pretrained=False), 224, "has several heads"),
     ],
@@ -134,3 +138,22 @@ def test_fields_are_checked() -> None:
     model = Timm("resnet18", pretrained=False, bn_momentum=0.3, stochastic_depth=0.2).build(2, 64)
     assert {module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)} == {0.3}
     assert any(type(module).__name__ == "DropPath" for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "maxvit_tiny_tf_224"])
+def test_a_runtime_keeps_what_a_models_own_convolutions_do(name: str) -> None:
+    """Those of models from TensorFlow pad by the image's size."""
+    size = 64 if "lite" in name else 224
+    model = Timm(name, pretrained=False).build(5, size).eval()
+    images = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        expected = model(images)
+        strided_depthwise_in_fp32(model)
+        assert torch.equal(model(images), expected)
+
+
+def test_a_class_for_one_model_has_no_other_name() -> None:
+    with pytest.raises(InputError, match=r"EfficientNetLite0 is fixed; write Timm\('resnet18'\) in the study file"):
+        replace(EfficientNetLite0(pretrained=False), "name", "resnet18")
+    with pytest.raises(InputError, match=r"MaxViTT is fixed; write Torchvision\('maxvit_s'\)"):
+        MaxViTT(name="maxvit_s")

@@ -73,6 +73,14 @@ def test_the_estimate_counts_the_base_and_the_second_look_at_the_best() -> None:
     assert seconds_left(every, 10, 3.0, None, 1.0) == (3 + 3 + 2 * 3) * 2 * 3.0
 
 
+def test_hours_bound_the_estimate_of_the_search_and_not_of_the_final_run(store: Store) -> None:
+    endless = make_study("cache", trials=10_000, final=ALONE, hours=0.01)
+    store.tell(store.ask(endless), Completed(value=0.6), [epoch_result(1, 0.3), epoch_result(2, 0.6)], 4.0)
+    left = Display(endless, store, Console(file=io.StringIO()))._left()
+    after = 3 * 2 * 1.0  # its epochs take a second each
+    assert left == pytest.approx(36.0 - 4.0 - after + after)
+
+
 def test_the_estimate_is_never_negative() -> None:
     assert seconds_left(STUDY, 99, 3.0, None, 1.0) == 3 * 2 * 3.0
 
@@ -331,6 +339,11 @@ def test_in_a_terminal_trials_are_printed_and_epochs_are_not(store: Store) -> No
     text = shown(STUDY, store, [Completed(value=0.6)], terminal=True)
     assert "complete" in text
     assert "trial 0  epoch 1/2" not in text
+
+
+def test_a_dumb_terminal_gets_lines(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    assert "trial 0  epoch 1/2" in shown(STUDY, store, [Completed(value=0.6)], terminal=True)
 
 
 @pytest.mark.parametrize("width", [40, 80])

@@ -125,6 +125,24 @@ def test_a_command_that_fails_is_named_once_and_the_study_goes_on(
     assert f"failed ({fault}); the study goes on." in said
 
 
+def test_what_a_command_has_started_ends_with_it(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(notices, "SECONDS", 1.0)
+    assert run("--on-event", f"sh -c 'sleep 600 & echo $! >> {tmp_path / 'started'}; wait'") == 0
+    assert "it took longer than 1 s" in capsys.readouterr().err
+    numbers = [int(each) for each in (tmp_path / "started").read_text().split()]
+    assert numbers
+    assert not [each for each in numbers if is_alive(each)]
+
+
+def is_alive(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [

@@ -406,7 +406,9 @@ def test_the_ladder_gives_every_depth_its_rate_and_names_the_frozen_ones() -> No
         assert frozen in plot.caption
 
 
-def test_what_is_not_recorded_is_said(study: Study, store: Store, tmp_path: Path) -> None:
+def test_what_is_not_recorded_is_said(study: Study, tmp_path: Path) -> None:
+    study = dataclasses.replace(study, pruner=no_pruning())
+    store = memory_store(study)
     run_analytic(study, store, 3)
     store.set_attribute("final", final_result())
     _, page = page_of(store, tmp_path)

@@ -199,7 +199,7 @@ def test_a_start_that_was_interrupted_reads_it_again(begun: Path, monkeypatch: p
     ("arguments", "said"),
     [
         (["tiny", "tiny"], "tiny.py exists; give another NEW, or remove it."),
-        (["tiny", "a b"], "NEW 'a b': a study's name has letters, digits, - and _ only."),
+        (["tiny", "a b"], "NEW 'a b': a study's name has letters, digits, - and _ only, and no - first."),
         (["none", "wide"], "There is no study 'none'"),
         (["tiny", "wide", "--set", "batch_size=x"], "batch_size must be"),
         (["tiny", "wide", "--set", "sampler=grid"], "sampler"),

@@ -107,6 +107,13 @@ def test_the_base_is_not_skipped_and_each_queued_trial_says_when_it_runs(
         assert f"--trials {number + 1}." in said
 
 
+def test_a_trial_that_is_queued_after_a_limit_says_so(begun: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    harness.run("tiny", trials=20, patience=1, progress=False)
+    assert main(["try", "tiny", "optim.base_lr=0.005"]) == 0
+    said = capsys.readouterr().out
+    assert "runs when the limit that stopped the search (1 trial without a new best after trial" in said
+
+
 @pytest.mark.parametrize("count", [-1, 1.5, "a", True, 10**6])
 def test_a_number_of_workers_that_is_none_is_refused(begun: Study, count: object) -> None:
     with pytest.raises(InputError, match="workers is a whole number from 0 to 10,000"):

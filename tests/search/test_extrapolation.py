@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, TrialState
 
 from harness.base.errors import InputError
-from harness.search.extrapolation import clipped
+from harness.config.events import Completed, Pruned
+from harness.search.extrapolation import clipped, final_values
 from harness.search.extrapolation import extrapolated as extrapolated_curves
 from harness.search.pruners import asha, no_pruning
 from harness.search.rehearsal import rehearse
-from harness.search.samplers import Sampler, gp
-from tests.analytic import memory_store, run_analytic
+from harness.search.samplers import Sampler, earlier_trials, gp
+from tests.analytic import epoch_result, memory_store, run_analytic
 from tests.conftest import make_study
 
 EPOCHS = 8
@@ -122,6 +123,23 @@ def test_pruned_trials_count_among_those_that_start_it() -> None:
     new = memory.ask()
     space = built.infer_relative_search_space(memory, memory.get_trials()[new.number])
     assert set(built.sample_relative(memory, memory.get_trials()[new.number], space)) == {"x"}
+
+
+def test_a_trial_that_the_pruner_stopped_is_extrapolated_as_it_was_recorded() -> None:
+    """Optuna gives it its last value, which is none to expect after all epochs."""
+    study = make_study("cache", pruner=no_pruning(), trials=3)
+    store = memory_store(study)
+    for values in ((0.1, 0.5), (0.2, 0.6), (0.15,)):
+        asked = store.ask(study)
+        for epoch, value in enumerate(values, 1):
+            store.report(asked, epoch, value)
+        ended = Completed(value=values[-1]) if len(values) == 2 else Pruned(epoch=1)
+        store.tell(asked, ended, [epoch_result(epoch, value) for epoch, value in enumerate(values, 1)], 1.0)
+    trials = store.optuna_study.get_trials(deepcopy=False)
+    assert [each.state.name for each in trials] == ["COMPLETE", "COMPLETE", "PRUNED"]
+    assert final_values(trials) == pytest.approx([0.5, 0.6, 0.15 + 0.4 * 2 / 4])
+    kept = earlier_trials(study, trials, study.definition())
+    assert kept[2]["value"] == pytest.approx(0.35)
 
 
 # -- any sampler ---------------------------------------------------------------------------------------------------

@@ -95,6 +95,11 @@ def test_a_request_is_heard_though_nobody_reads_what_it_says() -> None:
     assert words == ["finished", "stopped"]
 
 
+def test_what_a_live_display_shows_is_not_printed() -> None:
+    code = "interrupt.displayed(True)\n" + INSIDE.format(signals="'SIGINT'")
+    assert child(code) == (["finished", "stopped"], "")
+
+
 def test_what_another_process_says_is_not_said_again() -> None:
     code = "interrupt.install(quiet=True)\ninterrupt.notice()\n" + INSIDE.format(signals="'SIGINT'")
     assert child(code) == (["finished", "stopped"], "")

@@ -21,7 +21,16 @@ from harness.base.errors import Halt, InputError
 from harness.config.train import RuntimeConfig
 from harness.models.maxvit import TinyMaxViT
 from harness.training.runtime import find_device, resolve
-from harness.training.step import Runtime, _update, free_memory, halving, modes_back, predict, train_step
+from harness.training.step import (
+    Runtime,
+    _update,
+    accumulate_gradient,
+    free_memory,
+    halving,
+    modes_back,
+    predict,
+    train_step,
+)
 from tests.conftest import PROJECT
 
 
@@ -349,3 +358,22 @@ def test_a_program_that_has_used_the_gpu_before_is_told_to_restart() -> None:
     with pytest.raises(Halt, match="used the GPU with other settings of cuBLAS before; restart it"):
         halving(attempt, 4, torch.device("cpu"))
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
+
+
+@pytest.mark.parametrize(("count", "size"), [(34, 3), (34, 9), (5, 3), (4, 8)])
+def test_images_that_do_not_fit_at_once_are_split_evenly(count: int, size: int) -> None:
+    """A part of one image would fail in BatchNorm over 1 x 1 pixels."""
+    seen: list[int] = []
+
+    class Noting(nn.Linear):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(len(images))
+            return super().forward(images)
+
+    model, labels = Noting(3, 2), torch.zeros(count, dtype=torch.int64)
+    images = torch.randn(count, 3)
+    loss, _ = accumulate_gradient(model, images, labels, runtime(), 0.0, size)
+    torch.testing.assert_close(loss, F.cross_entropy(model(images), labels, reduction="sum").detach())
+    assert max(seen[:-1]) <= size
+    assert max(seen[:-1]) - min(seen[:-1]) <= 1
+    assert min(seen) > 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import os
 import random
@@ -15,6 +16,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -257,6 +259,36 @@ def test_trained_weights_come_back_unless_they_are_there(served: Served) -> None
         assert file.exists()
 
 
+def test_a_worker_writes_and_reads_in_the_checkpoint_folder_only(served: Served) -> None:
+    outside = served.key.with_name("evil.safetensors")
+    with joined(served) as (line, _):
+        with pytest.raises(Halt, match="A worker cannot write"):
+            line("keep", jobs.Train("final", "../../evil", 0), b"x")  # type: ignore[arg-type]
+        sha = hashlib.sha256(served.key.read_bytes()).hexdigest()
+        assert line("holds", str(served.key), sha) is False
+    assert not list(served.key.parent.rglob("*evil*"))
+    assert not outside.exists()
+
+
+def test_a_machine_that_fails_does_not_stop_the_others(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    search = served.server.search()
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.extend(search), daemon=True)
+    thread.start()
+    with joined(served) as (line, owner):
+        until(lambda: line("job") is not None)
+        line("hear", owner, Stopped(Halt("the disk is full; make room")))
+        with pytest.raises(Halt, match="the disk is full"):
+            line("job")
+    until(lambda: not served.server._workers)
+    with joined(served) as (line, owner):
+        until(lambda: line("job") is not None)  # the work of the other
+        line("hear", owner, Done())
+    thread.join(PATIENCE_SECONDS)
+    assert not thread.is_alive()
+    assert "on elsewhere stopped: the disk is full; make room" in capsys.readouterr().err
+
+
 def test_strangers_do_not_hold_up_a_worker(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     host, port = wire.parts(served.server.address) or ("", 0)
     other = served.key.with_name("other.key")
@@ -331,6 +363,7 @@ WRONG = {
     "no key file": (["work", "127.0.0.1:9", "--key-file", "no.key"], ["There is no key file no.key"]),
     "no address": (["work", "localhost", "--key-file", "a.key"], ["'localhost' is not HOST:PORT"]),
     "an unknown host": (["work", "db.invalid:7000", "--key-file", "a.key"], ["The host of db.invalid:7000 is unknown"]),
+    "no host's name": (["work", "first..example:7000", "--key-file", "a.key"], ["first..example:7000 is unknown"]),
     "nobody there": (["work", "127.0.0.1:9", "--key-file", "a.key"], ["No server at 127.0.0.1:9", "run --serve"]),
 }
 
