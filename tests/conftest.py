@@ -14,10 +14,6 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import pytest
 
-# Nothing is judged by its time: machines are shared.
-hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-hypothesis.settings.load_profile("untimed")
-
 # One thread, in child processes too: thread counts change the bits of a sum, and the threads of several processes on a
 # busy machine wait for each other (seen: 30 s of work in 7 minutes).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,6 +34,10 @@ from harness.tracking.places import local_tracker
 from harness.training import interrupt
 from tests.postgres import database, postgres  # noqa: F401  (fixtures)
 from tests.ray_nodes import cluster  # noqa: F401  (a fixture)
+
+# Nothing is judged by its time: machines are shared.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 pytest.register_assert_rewrite("tests.refusal")  # its assertions speak for the tests that call it
 if TYPE_CHECKING:
