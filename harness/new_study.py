@@ -26,6 +26,7 @@ from harness.config.contracts import SplitName
 from harness.config.space import label
 from harness.data.cache import WORKERS
 from harness.data.splits import SPLITS, remarks
+from harness.store import opening
 from harness.store.opening import read_store, url_of
 
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "labels.csv")  # looked for in a folder
@@ -95,17 +96,20 @@ def branch(old: str, name: str, settings: Sequence[str] = (), storage: str | Non
     found = finding.find(old)
     file = _new_file(found.file.parent, name, "NEW")
     with read_store(found.study.name, url_of(found, storage)) as store:
-        finished, stored = store.finished(), store.facts().definition or {}
+        finished, stored, uid = store.finished(), store.facts().definition or {}, store.uid
     if not finished:
         raise InputError(f"Study {found.study.name!r} has no finished trials yet; change it with --fresh.")
+    old_file = sqlite_file(storage) if storage else None  # which holds one study
+    place = sqlite_url(old_file.with_name(f"{name}.db")) if old_file else storage
+    if opening.earlier_uid(found.study.name, place or sqlite_url(file.with_suffix(".db")), file.parent) != uid:
+        where = f"name it {found.study.name}.db, in a folder without another"
+        raise InputError(f"Study {name!r} would not find the trials of {storage}; {where}, and give that as --storage.")
     new = found.study.branch(name, *settings)
     called = ", ".join(map(ascii, (name, *settings)))  # in whatever encoding the file is
     lines = f"\n# The sampler's history begins with the trials of {found.study.name}.\nSTUDY = STUDY.branch({called})\n"
     _write(file, found.file.read_bytes().rstrip() + b"\n" + lines.encode(), name)
     changed = {path: value for path, value in new.definition().items() if path != "after" and stored.get(path) != value}
     findings = [f"{path} was {stored.get(path)!r}, is {value!r}" for path, value in changed.items()]
-    old_file = sqlite_file(storage) if storage else None  # which holds one study
-    place = sqlite_url(old_file.with_name(f"{name}.db")) if old_file else storage
     return NewStudy(file=file, findings=findings, storage=place)
 
 

@@ -98,6 +98,15 @@ def read_earlier(name: str, url: str, folder: Path) -> Iterator[Store]:
         raise InputError(f"after: there is no study {name!r} in {file} nor in {url}; run it first.") from error
 
 
+def earlier_uid(name: str, url: str, folder: Path) -> str | None:
+    """Return the uid of the study that `read_earlier` opens; None if there is none."""
+    try:
+        with read_earlier(name, url, folder) as store:
+            return store.uid
+    except InputError:
+        return None
+
+
 @contextmanager
 def read_store(name: str, url: str, any_format: bool = False) -> Iterator[Store]:
     """Open a study read-only; it may be running. Raises NotBegun, and InputError if it has another format.

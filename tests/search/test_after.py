@@ -216,6 +216,19 @@ def test_a_wrong_branch_writes_nothing(
     assert sorted((begun / "studies").iterdir()) == before
 
 
+def test_a_branch_of_trials_that_it_would_not_find_is_refused(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The new study would silently take those of tiny.db."""
+    harness.run("tiny", trials=1, progress=False, fresh=True)
+    (moved,) = (begun / "studies").glob("tiny.*.db")
+    assert main(["branch", "tiny", "wide", "--storage", f"sqlite:///{moved}"]) == 2
+    assert "would not find the trials of sqlite:///" in capsys.readouterr().err
+    assert not (begun / "studies" / "wide.py").exists()
+    (begun / "old").mkdir()
+    moved.rename(begun / "old" / "tiny.db")
+    assert main(["branch", "tiny", "wide", "--storage", f"sqlite:///{begun}/old/tiny.db"]) == 0
+    assert f"--storage sqlite:///{begun}/old/wide.db" in capsys.readouterr().out
+
+
 def test_a_branch_of_a_study_that_has_not_begun(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (begun / "studies" / "tiny.py").read_text()
     (begun / "studies" / "new.py").write_text(text + "STUDY = STUDY.branch('new')\n")
