@@ -50,6 +50,8 @@ def test_every_trial_trains_the_backbone_that_was_chosen(image_cache: Path, tmp_
 @pytest.mark.usefixtures("mlruns")
 def test_stopped_and_resumed_it_is_the_same(image_cache: Path, tmp_path: Path) -> None:
     study = searched(image_cache)
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
     whole = harness.run(study, home=tmp_path / "whole", progress=False)
     for trials in (1, 3, 5):
         parts = harness.run(study, trials=trials, home=tmp_path / "parts", progress=False)
