@@ -167,7 +167,8 @@ def _without_options(text: str, place: Path) -> str:
         ("--data-root is the folder above", "give init the folder above"),
     ):
         text = text.replace(said, instead)
-    folders = place.is_dir() and _table_in(place) and any(each.is_dir() for each in place.iterdir())
+    unfit = " has no column " in text and place.is_dir() and _table_in(place)
+    folders = unfit and any(each.is_dir() for each in place.iterdir())
     return f"{text[:-1]}; or move the table away, so that its folders are the classes." if folders else text
 
 

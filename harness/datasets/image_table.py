@@ -157,7 +157,7 @@ def _csv(path: Path) -> pandas.DataFrame:
     import pandas
 
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
+        reader = csv.reader(file, strict=True)  # else a quote without an end hides the rows after it
         lines = [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
     if not lines:
         raise ValueError("it is empty")
@@ -228,7 +228,7 @@ def _text(value: Any) -> str:
 
     if pandas.isna(value):
         return ""
-    return value.decode() if isinstance(value, bytes) else str(value).strip()
+    return (str(value, errors="replace") if isinstance(value, bytes) else str(value)).strip()
 
 
 def _group(value: Any) -> str:

@@ -50,13 +50,13 @@ def backbone_named(name: str, hidden: tuple[int, ...]) -> PretrainedBackbone:
     Raises InputError if there is none.
     """
     own: dict[str, type[PretrainedBackbone]] = {each.__name__.lower(): each for each in OWN}
-    written = re.fullmatch(r"""(\w+)\(["']?([^"']*)["']?\)""", name)
-    library, model = written.groups() if written else ("", name)
-    if kind := own.get((library if written and not model else model).lower()):
+    if kind := own.get(name.lower().removesuffix("()")):
         return kind(hidden=hidden)
-    if library != "Timm" and model.lower() in (known := torchvision.names()):
-        return torchvision.Torchvision(model.lower(), hidden=hidden)
-    if library == "Torchvision" or importlib.util.find_spec("timm") is None:
+    written = re.fullmatch(r"""(timm|torchvision)\(["']?(.*?)["']?\)""", name.lower())
+    library, model = written.groups() if written else ("", name.lower())
+    if library != "timm" and model in torchvision.names():
+        return torchvision.Torchvision(model, hidden=hidden)
+    if library == "torchvision" or importlib.util.find_spec("timm") is None:
         near, timm = pretrained.nearest(model, torchvision.names()), 'for timm\'s, run: pip install -e ".[timm]"'
         raise InputError(f"torchvision has no model {model!r}; {near}{'' if library else f'; {timm}'}.")
     backbone = Timm(model, hidden=hidden)

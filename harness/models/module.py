@@ -6,7 +6,7 @@ import dis
 import hashlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import CodeType
@@ -79,13 +79,23 @@ def _sources(of: Any, known: set[Any]) -> Iterator[str]:
     around = vars(sys.modules[of.__module__])
     functions = list(filter(inspect.isfunction, (*map(_plain, vars(of).values()), of)))
     names = [name for each in functions for name in _names(each.__code__)]
-    globals_ = sorted({name for each in functions for name in _globals(each.__code__)} & around.keys())
-    yield from (f"{name} = {around[name]!r}" for name in globals_ if is_plain(around[name]))
+    used_globals = {name for each in functions for name in _globals(each.__code__)} & around.keys()
+    yield from _constants({name: around[name] for name in sorted(used_globals)})
+    yield from _constants(vars(of) if inspect.isclass(of) else {})
+    for each in functions:
+        yield from _constants({"defaults": each.__defaults__ or None, "keywords": each.__kwdefaults__ or None})
     bases = of.__bases__ if inspect.isclass(of) else ()
     for used in (*bases, *(around.get(name) for name in names)):
         mine = (inspect.isfunction(used) or inspect.isclass(used)) and used.__module__ == of.__module__
         if mine and used not in known:
             yield from _sources(used, known)
+
+
+def _constants(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the numbers and texts among values; not what Python sets, such as the path of the file."""
+    for name, value in values.items():
+        if value is not None and not name.startswith("__") and is_plain(value):
+            yield f"{name} = {value!r}"
 
 
 def _plain(member: Any) -> Any:

@@ -89,7 +89,7 @@ class Display:
     def __enter__(self) -> Display:
         if self._is_live:
             self._live.start()
-            interrupt.displayed(True)
+            interrupt.displayed(not self._console.quiet)
         return self
 
     def __exit__(self, *error: object) -> None:

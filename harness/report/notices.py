@@ -27,6 +27,7 @@ from harness.store.database import without_waiting
 from harness.store.store import Store, wanted
 
 SECONDS = 30.0  # that a command may take for a notice
+ENDING_SECONDS = 5.0  # to end a command that takes longer
 
 
 def check_command(command: str) -> list[str]:
@@ -56,7 +57,7 @@ class Messenger:
     def close(self) -> None:
         """Wait for the last notices, no longer than for one that fails."""
         self._lines.put(None)
-        self._thread.join(SECONDS)
+        self._thread.join(SECONDS + ENDING_SECONDS)
 
     def _work(self) -> None:
         while (line := self._lines.get()) is not None:
@@ -76,7 +77,7 @@ class Messenger:
             try:
                 _, said = process.communicate(f"{line}\n", SECONDS)
             except subprocess.TimeoutExpired:
-                with contextlib.suppress(ProcessLookupError):
+                with contextlib.suppress(OSError):  # it has ended, or belongs to another user
                     os.killpg(process.pid, signal.SIGKILL)  # with what it has started
                 return f"it took longer than {SECONDS:g} s"
         if not process.returncode:
@@ -103,7 +104,7 @@ class Notices:
     def tell(self, event: str, **about: Any) -> None:
         """Send a notice with the study's progress."""
         progress: dict[str, Any] = {}
-        with contextlib.suppress(Halt), without_waiting():  # the database may be lost, which is why the study stops
+        with contextlib.suppress(Halt):  # the database is lost, which is why the study stops
             progress = {"finished": self._store.finished(), "trials": wanted(self._study, self._store)}
         line = json.dumps({"event": event, "study": self._study.name, **about, **progress})
         for output in self._outputs:
@@ -122,7 +123,8 @@ class Notices:
 
     def stopped(self, error: BaseException) -> None:
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else first_line(error)
-        self.tell("stopped", reason=reason, command=self._resume)
+        with without_waiting():  # for a server whose absence may be the reason
+            self.tell("stopped", reason=reason, command=self._resume)
 
     def finished(self) -> None:
         final, chosen = self._store.facts().final, self._store.chosen()

@@ -91,7 +91,7 @@ class Store(StudyView):
 
     @outlasting
     def active_workers(self) -> dict[str, str]:
-        """Return the leases of other processes: the owner (machine, process) by trial key or "final"."""
+        """Return the leases of other processes: the owner (machine, process) by trial, "final" or command."""
         if self._leases is not None:
             return self._leases.others()
         return {} if self._engine is None else leases.holders(self._engine, self.uid)

@@ -15,6 +15,7 @@ from harness.base.files import sqlite_file
 from harness.base.processes import in_words
 from harness.config.contracts import name_of
 from harness.config.jobs import Workers
+from harness.config.study import Study
 from harness.data.splits import SPLITS, items_of
 from harness.final.model_files import is_untested
 from harness.report import overview
@@ -84,6 +85,7 @@ def _begin(command: Command, store: Store, tracker: MLflowTracker) -> Runtime:
     options, study = command.options, command.study
     with store.exclusive(START):
         _check_versions(store)
+        _keep_depths(study, store)
         among_others = store.facts().wanted if store.active_workers() else 0
         store.set_attribute("wanted", max(among_others, study.trials))
         if sqlite_file(store.url) is None:  # others must see this command before it has a trial
@@ -95,9 +97,6 @@ def _begin(command: Command, store: Store, tracker: MLflowTracker) -> Runtime:
         runtime = decide_runtime(study.train, store.facts().runtime, study.trials)
         store.set_attribute("runtime", runtime.to_dict())
         store.set_attribute("published", None)  # until MLflow has everything of this start
-        if len(study.backbones()) == 1:
-            depths = {by: [name_of(each) for each in study.backbones()[0].depths(by)] for by in ("block", "layer")}
-            store.set_attribute("depths", depths)
         if options.trains_itself and store.finished() < wanted(study, store):
             _name_changes(store, runtime.device)  # workers keep their shares of the cores between runs
         keep_features(study.train, runtime, with_validation=study.final.fit_on == "train+val")
@@ -118,6 +117,19 @@ def _check_versions(store: Store) -> None:
             "install the same versions, or wait for its end."
         )
     store.set_attribute("versions", versions())
+
+
+def _keep_depths(study: Study, store: Store) -> None:
+    """Store the names of the model's depths. Raises InputError if they differ from those of the study's start."""
+    if len(study.backbones()) > 1:
+        return
+    depths = {by: [name_of(each) for each in study.backbones()[0].depths(by)] for by in ("block", "layer")}
+    if store.facts().depths not in (None, depths):
+        raise InputError(
+            "The model's depths differ from those of the study's start, which had another version of this project or "
+            "of the model's library; install that version, or start anew with --fresh."
+        )
+    store.set_attribute("depths", depths)
 
 
 def _say_what_begins(command: Command, useful: int, store: Store, runtime: Runtime) -> None:

@@ -42,6 +42,7 @@ class _Guest(Worker):
         super().__init__(number)
         self.line, self.theirs = multiprocessing.Pipe()
         self.owner = self.where = ""
+        self.told = ""  # the last error of this machine that it was told
         self.halted: Halt | None = None  # why it can do no job
 
 
@@ -97,6 +98,8 @@ class Server(Pool):
         if not isinstance(dead, _Guest):
             return super()._replace(dead)
         self._workers.remove(dead)
+        if dead.halted is not None:  # several in a row: not for a reason of one machine
+            self._note_death(-1, str(dead.halted))
         print(f"Worker {dead.number} on {dead.where} has gone; another one resumes its work.", file=sys.stderr)
 
     # -- in threads ---------------------------------------------------------------------------------------------------
@@ -144,6 +147,7 @@ class Server(Pool):
             with self._one_at_a_time if method == "call" else nullcontext():
                 return True, getattr(self._head, method)(*arguments)
         except Exception as error:  # noqa: BLE001  the worker raises it
+            guest.told = str(error)
             if type(error).__name__ in wire.known():
                 return False, error
             traceback.print_exc()
@@ -169,7 +173,8 @@ class Server(Pool):
         return guest.theirs.recv() if guest.theirs.poll(POLL_SECONDS) else None
 
     def _hear(self, guest: _Guest, _owner: str, message: Message) -> None:
-        if isinstance(message, Stopped) and type(message.error) is Halt:  # such as a full disk of that machine
+        of_its_own = isinstance(message, Stopped) and str(message.error) != guest.told
+        if of_its_own and isinstance(message, Stopped) and type(message.error) is Halt:  # such as its full disk
             print(f"Worker {guest.number} on {guest.where} stopped: {message.error}", file=sys.stderr)
             guest.halted = message.error
             guest.theirs.close()  # as if it had gone

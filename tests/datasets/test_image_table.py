@@ -174,6 +174,7 @@ def test_what_is_wrong_is_said_with_its_row(photos: Path, rows: Rows, words: str
         ("labels.csv", None, "There is no table"),
         ("labels.csv", b"", "cannot be read as a table"),
         ("labels.csv", b"path,label\n", "has no rows"),
+        ("labels.csv", b'path,label,note\na/0.png,rose,"5 inch\na/1.png,daisy,\n', "unexpected end of data"),
         ("labels.csv", b"path,label\na/0.png,rose,3\na/1.png,rose,3\n", "cannot be read as a table"),
         ("labels.csv", b"path,label\na/0.png,\xff\n", "is not UTF-8; save it as UTF-8"),
         ("labels.csv", b"path,label,label\na/0.png,rose,5\n", "has two columns 'label'; rename one"),

@@ -137,6 +137,19 @@ def test_constants_and_defaults_belong_to_it_and_names_of_attributes_do_not(tmp_
     ]
     one, other, again = fingerprints(sources, tmp_path)
     assert one == again != other
+    for use in ("WIDTH", "Net.width", "Net().own"):
+        sources = [
+            f"WIDTH = {width}\nclass Net:\n    width = WIDTH\n    def __init__(self, own=WIDTH):\n"
+            "        self.own = own\n"
+            f"def build():\n    return nn.Linear(3, {use})"
+            for width in (8, 16, 8)
+        ]
+        one, other, again = fingerprints(sources, tmp_path)
+        assert one == again != other
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    source = "def build():\n    return nn.Linear(3, len(__file__))"
+    assert fingerprints([source], tmp_path) == fingerprints([source], elsewhere)
     made = [Module(build=lambda width=width: nn.Linear(3, width)) for width in (8, 16, 8)]
     assert made[0] == made[2] != made[1]
 
