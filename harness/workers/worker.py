@@ -128,11 +128,12 @@ def work(config: WorkerConfig, line: connection.Connection) -> None:
     try:
         interrupt.install(quiet=True)
         _end_with_coordinator()
-        with opened(config) as context:
-            while (job := line.recv()) is not None:
-                do(job, context, tell)
-    except (Halt, InputError) as error:
-        tell(Stopped(error))
+        try:
+            with opened(config) as context:
+                while (job := line.recv()) is not None:
+                    do(job, context, tell)
+        except (Halt, InputError) as error:
+            tell(Stopped(error))  # which may be interrupted, too
     except (KeyboardInterrupt, EOFError, BrokenPipeError):
         os._exit(INTERRUPTED)  # all is in the storage and the checkpoints; the coordinator prints the messages
 
