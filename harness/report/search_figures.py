@@ -98,7 +98,9 @@ def _learning_curves(trials: Sequence[TrialRecord], store: Store) -> Plot:
         if group := [trial for trial in begun if trial.state == state]:
             _add_curves(figure, group, state, {"color": colour, "width": 1.2}, opacity=0.55)
     if (shown := subject(store)) is not None and shown.curve:
-        word = "the best so far" if store.chosen() is None else "chosen"
+        best = store.best()
+        is_best_so_far = store.facts().final is None and best is not None and shown.number == best.number
+        word = "the best so far" if is_best_so_far else "chosen"
         _add_curves(figure, [shown], f"trial {shown.number}, {word}", {"color": ACCENT, "width": 3.5})
     pruned = [trial for trial in begun if trial.state == "pruned"]
     dotted = _add_ends(figure, pruned, last, (store.facts().choice or {}).get("estimates") or {})

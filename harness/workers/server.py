@@ -173,10 +173,10 @@ class Server(Pool):
         return guest.theirs.recv() if guest.theirs.poll(POLL_SECONDS) else None
 
     def _hear(self, guest: _Guest, _owner: str, message: Message) -> None:
-        of_its_own = isinstance(message, Stopped) and str(message.error) != guest.told
-        if of_its_own and isinstance(message, Stopped) and type(message.error) is Halt:  # such as its full disk
-            print(f"Worker {guest.number} on {guest.where} stopped: {message.error}", file=sys.stderr)
-            guest.halted = message.error
+        error = message.error if isinstance(message, Stopped) else None
+        if isinstance(error, Halt) and str(error) != guest.told:  # of that machine, such as its full disk
+            print(f"Worker {guest.number} on {guest.where} stopped: {error}", file=sys.stderr)
+            guest.halted = error
             guest.theirs.close()  # as if it had gone
         else:
             guest.theirs.send(message)
