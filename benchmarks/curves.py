@@ -33,6 +33,7 @@ from harness.config.space import Choice, Dimension, Float, apply, encode
 from harness.config.train import OptimConfig, RuntimeConfig, TrainConfig
 from harness.data.splits import load_test
 from harness.datasets.flowers102 import Flowers102
+from harness.final.test_set import flipped
 from harness.training.assemble import assemble, decide_runtime
 from harness.training.checkpoint import Checkpoint, identity_of, remove
 from harness.training.loop import fit, logits_of, measure
@@ -151,8 +152,11 @@ def trainings() -> Iterator[tuple[int, int]]:
         yield COUNT, seed
 
 
-def record(config: TrainConfig, seed: int, file: Path) -> dict[str, Any]:
-    """Every epoch's validation, and the test accuracy at the end; the training goes on from its checkpoint `file`."""
+def record(config: TrainConfig, seed: int, file: Path, flip: bool = False) -> dict[str, Any]:
+    """Every epoch's validation, and the test accuracy at the end; the training goes on from its checkpoint `file`.
+
+    With `flip`, also the accuracy of the mean probabilities of each image and its mirror image.
+    """
     runtime = decide_runtime(config, None)
     training = assemble(config, runtime, seed)
     identity = identity_of("curves", file.stem, seed, config)
@@ -162,8 +166,10 @@ def record(config: TrainConfig, seed: int, file: Path) -> dict[str, Any]:
         for _ in takewhile(EpochResult.is_finite, results):
             pass
     images = load_test(config.data, config.backbone.preprocessing()).on(runtime.device)
-    test = measure(logits_of(training.learner, images, runtime), images.labels)
-    return {
+    logits = logits_of(training.learner, images, runtime).cpu()
+    test = measure(logits, images.labels)
+    also = {"test_flipped": flipped(training, images, logits)} if flip else {}
+    return also | {
         "epochs": [_epoch(result) for result in training.progress.epochs],
         "test_correct": test.correct,
         "test_total": test.total,

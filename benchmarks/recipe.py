@@ -83,13 +83,14 @@ def trained(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Train one recipe from one seed; in a process of its own."""
     config = configured(job["recipe"], folder, job["size"], job["epochs"])
     file = folder / f"{job['recipe']}-{job['size']}-{job['epochs']}-{job['seed']}.safetensors"
-    found = record(config, job["seed"], file)
+    found = record(config, job["seed"], file, flip=True)
     last = found["epochs"][-1]
     # A training that diverged has learned nothing.
     measured = {"val_correct": last["val_correct"] or 0, "test_correct": found["test_correct"] or 0}
     about = {"definition": fingerprint(config), "machine": describe()}
-    seconds = {"test_total": found["test_total"], "seconds": round(found["seconds"], 1)}
-    return {**job, **measured, **seconds, **about, "checkpoint": str(file)}
+    other = {"test_total": found["test_total"], "test_flipped": found["test_flipped"]}
+    seconds = {"seconds": round(found["seconds"], 1)}
+    return {**job, **measured, **other, **seconds, **about, "checkpoint": str(file)}
 
 
 def begin(threads: int) -> None:

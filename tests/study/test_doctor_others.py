@@ -203,15 +203,19 @@ def test_a_second_study_does_not_overwrite_the_model_of_the_first(
 
 
 @pytest.mark.slow
-def test_two_sqlite_files_with_one_stem_have_one_folder(line: CommandLine) -> None:
+def test_two_sqlite_files_with_one_stem_have_a_folder_each(line: CommandLine) -> None:
+    studies = line.place / "studies"
     assert line.run("--trials", "1").code == 0
-    other = f"sqlite:///{line.place}/studies/tiny.sqlite3"
-    ended = line.run("--storage", other, "--trials", "1")
-    assert (ended.code, one_sentence(ended.err)) == (2, True)
-    assert "give another --storage" in ended.err
-    assert not (line.place / "studies" / "tiny.sqlite3").exists()
-    again = line.run("--fresh", "--trials", "1")
+    first = tree(studies / "tiny.model")
+    other = ("--storage", f"sqlite:///{studies}/tiny.sqlite3", "--trials", "1")
+    ended = line.run(*other)
+    assert ended.code == 0, ended.err
+    assert tree(studies / "tiny.model") == first
+    description = json.loads((studies / "tiny.sqlite3.model" / "model.json").read_text())
+    assert description["study_uid"] != json.loads((studies / "tiny.model" / "model.json").read_text())["study_uid"]
+    again = line.run(*other, "--fresh")
     assert again.code == 0, again.err
+    assert tree(studies / "tiny.model") == first
 
 
 @pytest.mark.slow
