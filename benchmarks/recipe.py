@@ -53,6 +53,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "no label smoothing": {"label_smoothing": 0.0},
     "no rotation": {"augment.rotation_degrees": 0.0},
     "batch of 17": {"batch_size": 17},
+    "crops from 0.25": {"augment.crop_scale": (0.25, 1.0)},
+    "stochastic depth 0.1": {"backbone.stochastic_depth": 0.1},
 }
 
 

@@ -19,17 +19,26 @@ from harness.tracking.library import StoreFault
 CHECK_SECONDS = 600
 NO_VERDICT = ("ModuleNotFoundError", "No space left on device", "MemoryError")  # of a traceback's last line
 
-# It waits for the paths with MLflow's libraries imported, and ends with the process that asks.
+# It waits for the paths with MLflow's libraries imported, and what torch imports to read a first program. It ends with
+# the process that asks.
 SCRIPT = """
+import io
 import json
+import os
 import sys
 
 import mlflow.pyfunc
 import mlflow.pytorch
 import numpy
+import torch
+
+file = io.BytesIO()
+torch.export.save(torch.export.export(torch.nn.Flatten(), (torch.zeros(2, 1),)), file)
+torch.export.load(file).module()
 
 model, images, logits = json.loads(sys.stdin.readline())
 numpy.save(logits, mlflow.pyfunc.load_model(model).predict(numpy.load(images, allow_pickle=False)))
+os._exit(0)  # taking the libraries down would take as long as reading the model
 """
 
 

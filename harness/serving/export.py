@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from harness.config.find import Found
     from harness.serving.model import SavedModel
 
-WEIGHTS = "weights.sha256"  # the archive's entry with the fingerprint of its weights
+WEIGHTS = "weights.json"  # the archive's entry with the fingerprint of its weights
 TOLERANCE = 1e-4  # of a logit
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 BATCHES = (1, 3)  # a program with a fixed batch size fails with one of them
@@ -51,9 +51,9 @@ def logits_of(saved: SavedModel, images: Tensor) -> NDArray[numpy.float32]:
 def write_program(saved: SavedModel, path: Path) -> None:
     """Write the model as a torch.export program to `path`, unless it exists with the same weights.
 
-    `torch.export.load` reads it without executing code from the file: graph, weights and shapes are JSON and plain
-    bytes, and the example input, which torch would pickle, is omitted. Raises InputError if the model cannot be
-    exported or the program gives other logits, Halt if the disk is full.
+    It holds no code to execute: graph, weights and shapes are JSON and plain bytes, and in place of the example input,
+    which torch pickles, there is a 0. Raises InputError if the model cannot be exported or the program gives other
+    logits, Halt if the disk is full.
     """
     import torch
 
@@ -61,9 +61,9 @@ def write_program(saved: SavedModel, path: Path) -> None:
     if program_weights(path) == weights:
         return
     program = _program(saved)
-    program.example_inputs = None
+    program.example_inputs = ((0,), {})  # an archive without any does not pass MLflow's check for pickles
     written = io.BytesIO()  # not the file itself: torch's error for a full disk does not name the disk
-    torch.export.save(program, written, extra_files={WEIGHTS: weights})
+    torch.export.save(program, written, extra_files={WEIGHTS: json.dumps(weights)})
     loaded = torch.export.load(written).module()
     _check(f"The exported program {path}", saved, lambda images: loaded(images).detach().numpy())
     replace_file(path, written.getvalue())
@@ -74,8 +74,8 @@ def program_weights(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             entry = next((name for name in archive.namelist() if name.endswith(WEIGHTS)), None)
-            return None if entry is None else archive.read(entry).decode()
-    except (OSError, zipfile.BadZipFile, UnicodeDecodeError):
+            return None if entry is None else json.loads(archive.read(entry))
+    except (OSError, zipfile.BadZipFile, ValueError):
         return None
 
 

@@ -44,6 +44,7 @@ class SavedModel:
     config: TrainConfig
     description: dict[str, Any]  # model.json
     check_images: Tensor | None = None  # standardised test images, float32 [N, 3, S, S], if the final run saved some
+    program: Path | None = None  # the place of its exported program, which may be missing
 
     @property
     def trained(self) -> nn.Module:
@@ -91,7 +92,8 @@ def load_saved(study: Study, store: Store, folder: Path) -> SavedModel:
         images = None
     if (temperature := description.get("temperature")) is not None:
         model = Calibrated(model, temperature)
-    return SavedModel(model=model.eval(), config=config, description=description, check_images=images)
+    program = folder / model_files.PROGRAM
+    return SavedModel(model=model.eval(), config=config, description=description, check_images=images, program=program)
 
 
 def _why_missing(study: Study, store: Store) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from harness.data.splits import ImageSet, items_of, load_split
 from harness.final.model_files import CHECK_IMAGES
 from harness.final.sentences import test_sentence
 from harness.serving.checker import Checker
-from harness.serving.export import EXAMPLE_BATCH, disagreement, logits_of, weights_of
+from harness.serving.export import EXAMPLE_BATCH, disagreement, logits_of, weights_of, write_program
 from harness.tracking.client import UID
 from harness.tracking.library import artifact_store, faults, first_line, found_set, is_refusal, no_stray_folder
 from harness.tracking.mlflow import MLflowTracker
@@ -33,6 +34,7 @@ from harness.tracking.mlflow import MLflowTracker
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion
+    from mlflow.models import Model
     from torch import Tensor
 
     from harness.config.contracts import Dataset
@@ -189,8 +191,9 @@ def _write_model(folder: Path, model: LoggedModel, run: Run, saved: SavedModel) 
         metadata={"classes": list(saved.classes), "preprocessing": saved.description["preprocessing"]},
     )
     try:
+        # MLflow would export the model a second time, which takes longer than all else: it exports this layer instead.
         mlflow.pytorch.save_model(
-            saved.model,
+            torch.nn.Flatten(),
             str(folder),
             mlflow_model=described,
             signature=signature,
@@ -199,8 +202,21 @@ def _write_model(folder: Path, model: LoggedModel, run: Run, saved: SavedModel) 
             pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", f"numpy=={numpy.__version__}"],
             serialization_format="pt2",
         )
-    except RuntimeError as error:  # it was exported before: only writing can fail, with this torch error
+    except RuntimeError as error:  # only writing can fail, with this torch error
         raise Halt(f"{folder} cannot be written ({first_line(error)}); make room for temporary files.") from error
+    _replace_program(folder, described, saved)
+
+
+def _replace_program(folder: Path, described: Model, saved: SavedModel) -> None:
+    """Put the model's own program, exported before, in the place of MLflow's."""
+    (program,) = folder.glob("data/*.pt2")
+    described.model_size_bytes -= program.stat().st_size
+    program.unlink()
+    if saved.program is not None and saved.program.is_file():
+        shutil.copyfile(saved.program, program)
+    write_program(saved, program)  # unless it is the right one
+    described.model_size_bytes += program.stat().st_size
+    described.save(str(folder / "MLmodel"))
 
 
 def _measure(client: Any, tracker: MLflowTracker, model: LoggedModel, wanted: Candidate) -> None:
