@@ -35,7 +35,7 @@ from harness.models.timm import EfficientNetLite0
 from harness.training.checkpoint import remove
 
 KEEP = Path(__file__).with_name("recipe.jsonl")
-TODAY = "today"
+TODAY, MIRRORED = "today", "today, the mean over image and mirror image"
 VALIDATION_IMAGES = 1020
 RECIPES: dict[str, dict[str, Any]] = {
     TODAY: {},
@@ -141,6 +141,12 @@ def show(lines: Sequence[Mapping[str, Any]]) -> None:
         val, test = (accuracies(found, name, split) for split in ("val", "test"))
         seconds = statistics.median(run["seconds"] for run in runs.values())
         print(f"| {name} | {len(runs)} | {val[0]} | {val[1]} | {test[0]} | {test[1]} | {test[2]} | {seconds:.0f} |")
+    mirrored = {
+        seed: {**run, "test_correct": run["test_flipped"] * run["test_total"]} for seed, run in found[TODAY].items()
+    }
+    if mirrored:  # of the same models; the validation images were not mirrored
+        test = accuracies({**found, MIRRORED: mirrored}, MIRRORED, "test")
+        print(f"| {MIRRORED} | {len(mirrored)} | | | {test[0]} | {test[1]} | {test[2]} | |")
 
 
 def accuracies(found: Mapping[str, Mapping[int, Mapping[str, Any]]], name: str, split: str) -> tuple[str, str, str]:

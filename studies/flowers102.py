@@ -3,8 +3,8 @@
     python run_study.py --trials 50
 
 Expected test accuracy after training on train and validation images: 97.5 to 98.3 % (an estimate from published results
-of like models; not yet measured here, for the pretrained weights could not be had). A GPU is needed to end the same
-day; the harness says after the first epoch how long this machine will take.
+of like models; not measured here). A GPU is needed to end the same day; the harness says after the first epoch how long
+this machine will take.
 """
 
 from harness import Choice, FinalConfig, Float, Flowers102, MaxViTT, OptimConfig, Study, TrainConfig, asha, gp

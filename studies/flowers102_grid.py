@@ -1,4 +1,4 @@
-"""The search that the original notebook walked by hand: three base rates by three multipliers, nothing pruned.
+"""The search that was first made by hand in a notebook: three base rates by three multipliers, nothing pruned.
 
     python run_study.py --study flowers102_grid --data-root FOLDER
 

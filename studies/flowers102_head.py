@@ -3,9 +3,8 @@
     python run_study.py --study flowers102_head
 
 Before the first trial the backbone sees every training and validation image once as it is and in four augmented views;
-after that a trial trains its head on these features alone. It is the original notebook's stage 1, which found .94 to
-.95 by hand (15 epochs, Adam, its own split with 6,552 training images; the official one has 1,020). What it reaches
-here was not measured yet, for the pretrained weights could not be had.
+after that a trial trains its head on these features alone. A search by hand in a notebook found .94 to .95 (15 epochs,
+Adam, its own split with 6,552 training images; the official one has 1,020). What this study reaches was not measured.
 """
 
 from harness import Choice, FinalConfig, Float, Flowers102, MaxViTT, OptimConfig, Study, TrainConfig, gp, no_pruning

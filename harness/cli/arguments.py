@@ -69,7 +69,7 @@ def build_parser(program: str) -> argparse.ArgumentParser:
     for command in (show, report, reproduce, audit, ablate, doctor):
         _add_shared(command, "--tracking-uri")
     _add_predict(add("predict", "classify photographs with the saved model"))
-    _add_demo(add("demo", "open a page where the saved model names the flower in a photograph"))
+    _add_demo(add("demo", "open a page where the saved model classifies a photograph"))
     _add_ui(add("ui", "open the MLflow UI on the logged runs", of_a_study=False))
     return parser
 
@@ -111,7 +111,11 @@ def _add_overviews(add: Callable[..., argparse.ArgumentParser]) -> None:
 def _add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
     """Add options that several commands share."""
     options: dict[str, dict[str, Any]] = {
-        "--data-root": {"metavar": "DIR", "type": _recorded, "help": "the folder that holds the data set"},
+        "--data-root": {
+            "metavar": "DIR",
+            "type": _recorded,
+            "help": "the folder that holds the data set (default: the study's)",
+        },
         "--set": {
             "metavar": "PATH=VALUE",
             "action": "append",
@@ -149,7 +153,7 @@ def _add_address(parser: argparse.ArgumentParser, port: int) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--study", metavar="NAME|FILE", default="flowers102", help=f"the study {IS}")
-    trials = "total number of finished trials"
+    trials = "total number of finished trials (default: the study's)"
     add("--trials", metavar="N", type=_whole(1, MOST_TRIALS), help=trials)
     hours = "hours of training, over all workers and restarts; what the final run needs is set aside first"
     add("--hours", metavar="H", type=_positive(1_000_000), help=hours)
@@ -212,7 +216,12 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_address(parser, 7860)
-    add("--data-root", metavar="DIR", type=_recorded, help="the data set, for example images")
+    add(
+        "--data-root",
+        metavar="DIR",
+        type=_recorded,
+        help="the folder that holds the data set, from which the page takes its examples",
+    )
     add("--device", default="auto", help=f"{DEVICE} {IS}")
     _add_shared(parser, "--storage")
 

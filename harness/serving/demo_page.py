@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 EXAMPLES = 8
+TITLE = "What is in this photograph?"
 EXAMPLE_PIXELS = 384  # drawn flowers are drawn at this size, photographs reduced to it
 LARGEST_FILE = "50mb"
 # The browser may load from this server only. Gradio's scripts and styles are inline.
@@ -153,7 +154,7 @@ def build_page(predictor: Predictor, examples: Sequence[Path], folder: Path) -> 
                 raise gradio.Error("This page accepts uploaded files only.", print_exception=False)
             super().validate_inputs(block_fn, inputs)
 
-    with Page(title="Which flower is this?", analytics_enabled=False) as blocks:
+    with Page(title=TITLE, analytics_enabled=False) as blocks:
         gradio.Markdown(heading(predictor.saved.description))
         with gradio.Row():
             with gradio.Column():
@@ -186,7 +187,7 @@ def heading(description: Mapping[str, Any]) -> str:
     test = description["test"]
     lost = " These weights were retrained after the tested ones were lost; the result is that of the tested ones."
     return (
-        "# Which flower is this?\n\nDrop an image of a flower and press Submit. The model knows "
+        f"# {TITLE}\n\nDrop a photograph and press Submit. The model knows "
         f"{len(description['classes'])} classes; trained from seed {test['seed']}, it was right on "
         f"{test['correct']:,} of the {test['total']:,} test images ({percent(test['accuracy'])})."
         f"{'' if description['weights'].get('tested') else lost}"
