@@ -8,12 +8,12 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.base.errors import InputError, Told, masked
-from harness.base.files import sqlite_file, sqlite_url
+from harness.base.files import folder_for, sqlite_file, sqlite_url
 from harness.config import find as finding
 from harness.config.events import Event
 from harness.config.final_result import FinalResult
@@ -25,7 +25,7 @@ from harness.final.sentences import test_sentence
 from harness.report import overview
 from harness.report.write import write_report
 from harness.search.replay import replay_study
-from harness.store.opening import as_begun, exists, read_store, url_of
+from harness.store.opening import as_begun, exists, names_in, read_store, url_of
 from harness.store.store import Store
 from harness.tracking.library import variables_back
 from harness.tracking.places import uri_of
@@ -54,9 +54,9 @@ def run(
     """Run or resume a study, and return its result; a finished study is not run again.
 
     `study` is a `Study`, the name of one in `home`/studies, or a file. `trials` is the total number of finished trials.
-    `storage` and `tracking_uri` are database URLs; both default to files in `home`, by default the current folder.
-    `on_event` is called with every event (`harness.config.events`). `options` are the other fields of `RunOptions`, as
-    on the command line: `set=["epochs=3"]`, `device`, `data_root`, `engine`, `fresh`, `reopen_test`.
+    `storage` and `tracking_uri` are database URLs; both default to files in `home`: the current folder, or for a name
+    the one where its file was found. `on_event` is called with every event (`harness.config.events`). `options` are
+    the other fields of `RunOptions`, as on the command line: `set=["epochs=3"]`, `device`, `data_root`, `fresh`.
 
     Ctrl-C, or a notebook's stop button, finishes the batch, writes a checkpoint, and raises KeyboardInterrupt. Raises
     InputError for user errors, Halt if the study cannot continue here, StudyFailed if no trial has a result.
@@ -78,9 +78,7 @@ def run(
             "Workers load a study from its file, but this study has no file; give the name or the file of a study, or "
             "workers=1."
         )
-    with _as_before():
-        if found.study is study and storage is None:
-            found.file.parent.mkdir(parents=True, exist_ok=True)
+    with _as_before(), folder_for(found.file.parent if found.study is study and storage is None else Path.cwd()):
         start.run(asked, found, StudyConsole(quiet=not progress), [] if on_event is None else [on_event])
     return Result(found, storage, tracking_uri)
 
@@ -342,9 +340,11 @@ def rows(home: str | Path | None = None) -> list[overview.Row]:
 
 def _row(name: str, url: str, trials: int) -> overview.Row:
     try:
-        if not exists(name, url):
+        # A database without a study file, such as a copy, may have another name than the study in it.
+        inside = name if trials else next(iter(names_in(url)), name)
+        if not exists(inside, url):
             return overview.Row(study=name, state="not begun", trials=trials)
-        with read_store(name, url) as store:
-            return overview.row_of(name, store, trials)
+        with read_store(inside, url) as store:
+            return replace(overview.row_of(inside, store, trials), study=name)
     except Told as error:  # for example another program's database, or a damaged one
         return overview.Row(study=name, state="cannot be read", note=str(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -275,3 +276,18 @@ def test_the_list_names_studies_that_cannot_be_read(workspace: Path, capsys: pyt
 
 def test_the_list_of_an_empty_folder_has_columns(tmp_path: Path) -> None:
     assert {"study", "state", "best"} <= set(harness.studies(tmp_path).columns)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("mlruns")
+def test_a_copy_of_a_database_is_listed_and_what_is_refused_leaves_no_folder(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError):
+        harness.run(study, trials=0, home=tmp_path)
+    assert not (tmp_path / "studies").exists()
+    harness.run(study, trials=1, home=tmp_path, progress=False)
+    shutil.copy(tmp_path / "studies" / f"{study.name}.db", tmp_path / "studies" / "copy.db")
+    listed = harness.studies(tmp_path).set_index("study")
+    assert listed.state["copy"] == listed.state[study.name]

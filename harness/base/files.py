@@ -85,6 +85,19 @@ def _opened(partial: Path) -> BinaryIO:
     return partial.open("wb")
 
 
+@contextmanager
+def folder_for(path: Path) -> Iterator[None]:
+    """Create a folder, if it is missing; remove it again if it stays empty."""
+    made = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # it has files
+                path.rmdir()
+
+
 def replace_file(path: Path, content: bytes, check: Callable[[], object] | None = None) -> None:
     """Write `content` to `path` atomically, as `replacing` does. Raises Halt if it cannot be written."""
     with replacing(path, check) as file:

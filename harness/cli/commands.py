@@ -55,14 +55,16 @@ def main(arguments: Sequence[str], program: str = "python -m harness") -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    trains = False
     try:
         # `run_study.py` is `run` alone; its parser has no command to name.
         args = build_parser(program).parse_args(arguments[1:] if program == "run_study.py" else arguments)
+        trains = args.command in ("run", "work")
         code = COMMANDS[args.command](args)
         sys.stdout.flush()
     except BrokenPipeError:  # `show | head`: the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        return FAILED if trains else DONE
     except Told as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code

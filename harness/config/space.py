@@ -7,6 +7,7 @@ A configuration is a frozen dataclass of frozen dataclasses. A path such as `opt
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -146,10 +147,8 @@ def is_config(value: Any) -> bool:
 
 
 def is_plain(value: Any) -> bool:
-    """Return whether a value's repr is stable: a number, string, None, or a tuple, list or dict of them.
-
-    False for subclasses of these, such as numpy's numbers, whose repr changes with its version.
-    """
+    """Return whether a value's repr is stable: a number, string, None, or a tuple, list or dict of them; not of
+    subclasses of these, such as numpy's numbers, whose repr changes with its version."""
     if type(value) in (tuple, list):
         return all(is_plain(each) for each in value)
     if type(value) is dict:
@@ -280,14 +279,10 @@ def parse(config: Any, path: str, text: str) -> Any:
 
 
 def _literal(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass  # not JSON: perhaps a Python literal, such as 1024,512 or None
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # {[]: 1}, or endless brackets
-        return text
+    for read in (json.loads, ast.literal_eval):  # JSON, or a Python literal such as 1024,512 or None
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # {[]: 1}
+            return read(text)
+    return text
 
 
 def _check_path(config: Any, path: str) -> None:
@@ -338,7 +333,11 @@ def extremes(dimension: Dimension) -> tuple[Any, ...]:
 
 def encode(space: Space, config: Any) -> dict[str, Any]:
     """Return the configuration's values of the searched fields, as Optuna stores them."""
-    return {path: label(get(config, path)) for path in space}
+    found = {path: get(config, path) for path in space}
+    for path, value in found.items():
+        options = getattr(space[path], "options", ())
+        found[path] = label(next((option for option in options if option == value), value))  # 1.0 may be written 1
+    return found
 
 
 def apply(space: Space, base: ConfigT, params: Mapping[str, Any]) -> ConfigT:

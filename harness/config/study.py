@@ -139,7 +139,7 @@ class Study:
             config = spaces.replace(config, path, value)
             if not self.space[path].contains(spaces.get(config, path)):
                 raise InputError(f"{path} = {value!r} is outside of {self.space[path]}; choose a value within.")
-            params[path] = spaces.label(spaces.get(config, path))  # of a searched backbone only what was given
+            params |= spaces.encode({path: self.space[path]}, config)  # of a searched backbone only what was given
         self.config(params)  # raises
         return params
 

@@ -30,7 +30,7 @@ from harness.data.splits import item_name
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 2  # increment when the same images give other pairs
+FORMAT = 3  # increment when the same images give other pairs
 SIDE = 32  # pixels of the grey square that is hashed
 LOW = 8  # low frequencies per side in the hash
 # Differing bits of 64, and correlation of the grey squares. Checked by eye on Oxford Flowers-102: pairs just inside

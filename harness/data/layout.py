@@ -190,10 +190,13 @@ def check_text(text: str, what: str) -> None:
 
 def check_names(names: Sequence[str], keys: Sequence[str], where: str) -> None:
     """Raise InputError unless all class names differ. `keys` are the names that the user knows."""
-    seen: dict[str, str] = {}
-    for name, key in zip(names, keys, strict=True):
+    seen: dict[str, tuple[int, str]] = {}
+    for place, (name, key) in enumerate(zip(names, keys, strict=True)):
         check_text(name, f"The name of class {key!r} {where}")
-        if (other := seen.setdefault(look(name), key)) != key:
+        before, other = seen.setdefault(look(name), (place, key))
+        if before != place and other == key:
+            raise InputError(f"The classes {before} and {place} {where} have the same name, {name!r}; give two.")
+        if before != place:
             raise InputError(
                 f"The classes {told_apart(other, key)} would both be shown as {name!r} {where}; give them different "
                 "names, or merge them."

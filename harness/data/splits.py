@@ -169,7 +169,7 @@ def prepare(dataset: Dataset, *preprocessings: Preprocessing) -> str:
     Returns a fingerprint of all images and labels for each preprocessing. Raises InputError if the data are missing,
     a class is missing from a split, or a file is not an image.
     """
-    for loaded in (_load, load_train_and_val, _on_cuda):
+    for loaded in (classes_of, _load, load_train_and_val, _on_cuda):
         loaded.cache_clear()  # in a program's second study, files may have changed
     check_names(dataset.classes(), dataset.classes(), "in the data set")
     if len(dataset.classes()) > MOST_CLASSES:
@@ -217,9 +217,15 @@ def count(dataset: Dataset) -> int:
     return sum(len(_select(dataset, split)[0]) for split in SPLITS)
 
 
+@lru_cache(maxsize=8)
+def classes_of(dataset: Dataset) -> tuple[str, ...]:
+    """Return the classes; those of the start, as are the images, should the folders change while trials run."""
+    return dataset.classes()
+
+
 def load_splits(dataset: Dataset, preprocessing: Preprocessing) -> Splits:
     return Splits(
-        classes=dataset.classes(),
+        classes=classes_of(dataset),
         train=load_split(dataset, preprocessing, "train", margin=True),
         val=load_split(dataset, preprocessing, "val"),
     )

@@ -97,7 +97,7 @@ class Wrapped(DataConfig):
 
     def classes(self) -> tuple[str, ...]:
         known = getattr(self.train.dataset, "classes", ())
-        names = self.names or tuple(map(str, () if callable(known) else known))
+        names = self.names or tuple(map(str, known if isinstance(known, list | tuple) else ()))
         names = names or tuple(str(label) for label in range(1 + max(label for _, label in self.train.read())))
         if len(names) < 2:
             raise InputError(f"{self.train} has one class, {names[0]!r}; a classifier needs at least two.")

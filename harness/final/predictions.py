@@ -215,5 +215,5 @@ def calibration_sentence(tested: Mapping[str, Any]) -> str:
         return raw
     return (
         f"{raw} Calibrated, it is {100 * tested['ece_calibrated']:.2f} points: predictions divide the logits by "
-        f"{tested['temperature']:.3g}, fitted on validation images that the model was not trained on."
+        f"{tested['temperature']:.3g}, fitted on the validation images, by a training without them."
     )

@@ -227,7 +227,10 @@ def test_sentence(store: Store) -> str:
         )
     if final is None and (leader := store.leader()) is not None:
         return f"The final run is running in {leader}. {final_sentence(None)}"
-    return " ".join(filter(None, (final_sentence(final), _untested(store))))
+    again = None
+    if final is not None and len(opened) > final.test_openings:
+        again = f"It was opened again for trial {opened[-1]['trial']}, whose result is not recorded yet."
+    return " ".join(filter(None, (final_sentence(final), again, _untested(store))))
 
 
 def _untested(store: Store) -> str | None:

@@ -260,9 +260,12 @@ def _with_result(store: Store, final: FinalResult) -> list[ledger.Line]:
 
 def _duplicates(data: Dataset, test: ImageSet) -> dict[str, Any]:
     """Find images that are in more than one split."""
-    train = load_split(data, test.preprocessing, "train", margin=True)
+    train = load_split(data, test.preprocessing, "train", margin=True).images
     val = load_split(data, test.preprocessing, "val")
-    images: dict[SplitName, Any] = {"train": train.images, "val": val.images, "test": test.images}
+    size = test.preprocessing.evaluation(data.image_size)
+    margin = round(train.shape[1] * (1 - size.side / size.short_side) / 2)  # outside of the others' centre crop
+    train = train[:, margin : train.shape[1] - margin, margin : train.shape[2] - margin]
+    images: dict[SplitName, Any] = {"train": train, "val": val.images, "test": test.images}
     splits: dict[SplitName, Any] = {split: (items_of(data, split), each) for split, each in images.items()}
     return find(data, splits, Path(data.cache))
 

@@ -118,6 +118,8 @@ def _timm(pattern: str) -> Iterator[Model]:
 
     known = (name for name in timm.list_models(pretrained=True) if fnmatch.fnmatch(name.lower(), pattern.lower()))
     names = list(filter(_can_be_named, known))
+    if len(names) <= COUNTED:
+        names = list(filter(_has_head, names))
     for name in names:
         settings = get_pretrained_cfg(name)
         if settings is not None:
@@ -139,6 +141,17 @@ def _can_be_named(name: str) -> bool:
     except InputError:
         return False
     return True
+
+
+def _has_head(name: str) -> bool:
+    """Return whether the model has a linear layer to replace."""
+    from harness.models.backbone import last_linear
+    from harness.models.timm import with_classes
+
+    try:
+        return bool(last_linear(with_classes(name)))
+    except InputError:
+        return False
 
 
 def _downloaded(repository: str | None, url: str) -> bool:

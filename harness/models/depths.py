@@ -70,6 +70,7 @@ def _blocks(module: nn.Module, prefix: str, most: float, top: str) -> Iterator[U
 def _layers(prefix: str, module: nn.Module | None) -> list[Unit]:
     """Return the repeated parts of a block, or the block if it has none."""
     inner, parts = prefix, list(module.named_children()) if module is not None else []
+    own = [(prefix + name, None) for name, _ in module.named_parameters(recurse=False)] if module is not None else []
     if len(parts) == 1 and isinstance(parts[0][1], nn.ModuleList):
         inner, parts = f"{prefix}{parts[0][0]}.", list(parts[0][1].named_children())
     elif not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
@@ -77,7 +78,7 @@ def _layers(prefix: str, module: nn.Module | None) -> list[Unit]:
     kinds = {type(part) for _, part in parts}
     if len(kinds) != 1 or issubclass(kinds.pop(), ConvNormActivation):
         return [(prefix, module)]
-    return [(f"{inner}{name}.", part) for name, part in parts]
+    return [*own, *((f"{inner}{name}.", part) for name, part in parts)]
 
 
 def whole_modules(module: nn.Module, names: Collection[str], prefix: str = "") -> Iterator[str]:
@@ -107,7 +108,7 @@ def skeleton(build: Callable[[], nn.Module]) -> nn.Module:
 def _check_head(name: str, model: nn.Module, last: str, image: torch.Tensor) -> None:
     """Raise InputError unless a new head in place of the layer `last` gives the logits."""
     shape: object = None
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+    with image.device, torch.random.fork_rng(devices=[]):
         model = with_head(model, (), 0.0, 2)
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -125,13 +126,14 @@ def _check_head(name: str, model: nn.Module, last: str, image: torch.Tensor) -> 
 
 
 def check_size(name: str, build: Callable[[], nn.Module], image_size: int) -> None:
-    """Pass an image through a model's skeleton.
+    """Pass an image through a model's skeleton, or through the model if that is what `build` returns.
 
     Raises InputError if the model refuses it, or has no head to replace.
     """
     try:
         model = skeleton(build).eval()
-        last, image = last_linear(model, name), torch.empty(1, 3, image_size, image_size, device="meta")
+        device = next(model.parameters()).device
+        last, image = last_linear(model, name), torch.zeros(1, 3, image_size, image_size, device=device)
         with torch.no_grad():
             logits = model(image)
         if not isinstance(logits, torch.Tensor) or logits.ndim != 2:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import metadata
 from types import CodeType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -47,7 +48,7 @@ class Function(str):
                 "level, without arguments."
             )
         source = "\n".join([*_sources(build, set()), repr(cells) if cells else ""])
-        name = super().__new__(cls, f"{build.__qualname__}-{hashlib.sha256(source.encode()).hexdigest()[:8]}")
+        name = super().__new__(cls, f"{build.__qualname__}-{_digest(source)}")
         name.build = build  # type: ignore[assignment]
         return name
 
@@ -67,6 +68,20 @@ class Function(str):
     def plain(self) -> str:
         """The name without the digest."""
         return self.rpartition("-")[0]
+
+
+def code_of(backbone: Any) -> str:
+    """Return what stands for a backbone's code beyond torch's and torchvision's versions."""
+    if isinstance(backbone, OwnModule):
+        return str(backbone.function)
+    kind = type(backbone)
+    if kind.__module__ == "harness.models.timm":
+        return metadata.version("timm")
+    return "" if kind.__module__.startswith("harness.") else _digest("\n".join(_sources(kind, set())))
+
+
+def _digest(source: str) -> str:
+    return hashlib.sha256(source.encode()).hexdigest()[:8]
 
 
 def _sources(of: Any, known: set[Any]) -> Iterator[str]:
@@ -162,7 +177,7 @@ class OwnModule(PretrainedBackbone):
 
         try:
             with torch.random.fork_rng(devices=[]):
-                self.function.model()
+                model = self.function.model()
         except InputError:
             raise
         except Exception as error:  # it is the user's code
@@ -171,7 +186,7 @@ class OwnModule(PretrainedBackbone):
                 f"{self.function.plain}() failed ({why}); it must build a model without arguments."
             ) from error
         _check_parameters(self.function)
-        check_size(self.function.plain, self.function.model, image_size)
+        check_size(self.function.plain, lambda: model, image_size)  # its forward need not work without memory
         depths, names, head = self.depths("block"), _parameters(self.function), _head(self.function)
         for name in names:
             fits = any(name.startswith(depth) for depth in depths)

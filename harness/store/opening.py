@@ -177,7 +177,8 @@ def url_of(found: Found, storage: str | None) -> str:
     with suppress(InputError), read_store(name, url, any_format=True) as store:  # a missing study is reported later
         # A study that no command has run has no such attribute.
         twin = found.file.with_name(store.attributes().get("file") or f"{name}.py")
-    if twin.is_file() and not twin.samefile(found.file) and defines(twin, name):
+    is_other = twin.is_file() and not (found.file.is_file() and twin.samefile(found.file))
+    if is_other and found.file.is_file() and defines(twin, name):
         raise InputError(
             f"{found.file} defines the study {name!r}, and so does {twin}, whose results are in {url}: "
             f"change `name` in {found.file.name}."
@@ -217,7 +218,7 @@ def check_format(name: str, store: Store) -> None:
         raise InputError(
             f"Study {name!r} in {store.url} was written by another version of the harness (format "
             f"{known.get('format') or 0}, this version reads {FORMAT}); open it with that version, or "
-            f"{_anew(store.url)}."
+            f"{anew(store.url)}."
         )
 
 
@@ -253,7 +254,7 @@ def check_definition(study: Study, store: Store, content: Mapping[str, str] | No
         command = store.facts().command  # of the last start, which had the same definition
         raise InputError(
             f"Study {study.name!r} was started with another definition ({changes}); the results would not be "
-            f"comparable. Change it back, or {_anew(store.url)}." + (f" It was run with: {command}" if command else "")
+            f"comparable. Change it back, or {anew(store.url)}." + (f" It was run with: {command}" if command else "")
         )
 
 
@@ -291,7 +292,7 @@ def _begin(name: str) -> str:
     return f"run it with '{run_command(name)}'"
 
 
-def _anew(url: str) -> str:
+def anew(url: str) -> str:
     if sqlite_file(url) is None:
         return "give the new study its own database with --storage"
     return "start a new one with --fresh (the old study is kept under another name)"

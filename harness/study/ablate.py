@@ -101,8 +101,11 @@ def train(context: Context, record: dict[str, Any]) -> Generator[str, None, None
                 epoch = f"epoch {event.result.epoch}/{retraining.config.epochs}"
                 yield f"{what}, seed {number}  {epoch}  val {event.result.val.value:.2%}"
         if retraining.diverged:
-            why = f"with {', '.join(changed) or 'the base'} the {retraining.divergence()}"
-            raise StudyFailed(f"The study cannot be ablated, because {why}.")
+            with_what, last = ", ".join(changed) or "the base", retraining.diverged.epoch
+            yield from map(str, retraining.end())  # removes the checkpoint
+            raise StudyFailed(
+                f"The study cannot be ablated, because with {with_what} seed {number} diverged in epoch {last}."
+            )
         val = retraining.trained().progress.epochs[-1].val
         assert val is not None, "an ablation needs validation images"
         record["results"].setdefault(str(step), []).append(_result(val))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
@@ -78,7 +78,7 @@ def write_report_again(study: Study, store: Store, found: Found, tracking_uri: s
 def check_ended(study: Study, store: Store) -> None:
     """Raise InputError unless the study is complete and has a best trial."""
     under_way = [trial.number for trial in store.trials() if trial.state == "running"]
-    if under_way:
+    if under_way and not store.is_settled():  # else it was left over by a smaller --trials
         raise InputError(
             f"Trial {under_way[0]} of study {study.name!r} is not finished; run the study to its end first."
         )
@@ -102,15 +102,23 @@ def train(
 
     Writes the study's attribute "audit" only. Killed anywhere, it resumes to the same record.
     """
-    trials, results, asked = sample(store, fraction, seed)
+    trials, _, asked = sample(store, fraction, seed)
     courses = [course(study, trial) for trial in store.trials()]
+
+    def keep(new: Mapping[str, Any]) -> None:
+        """Add to what is recorded by now: on a server, another machine may audit, too."""
+        with store.exclusive("audit"):
+            results = sample(store, fraction, seed)[1] | dict(new)
+            store.set_attribute("audit", audit.record(courses, results, len(asked), seed))
+
     for number in asked:
         path = checkpoints / f"{audit_key(number)}{SUFFIX}"
-        if str(number) not in results:
-            results[str(number)] = yield from _to_the_end(study, trials[number], store, runtime, path)
-            store.set_attribute("audit", audit.record(courses, results, len(asked), seed))
-        remove(path)
-    store.set_attribute("audit", audit.record(courses, results, len(asked), seed))
+        with store.exclusive(audit_key(number)):
+            if str(number) not in sample(store, fraction, seed)[1]:
+                record = yield from _to_the_end(study, trials[number], store, runtime, path)
+                keep({str(number): record})
+            remove(path)
+    keep({})
 
 
 def course(study: Study, trial: TrialRecord) -> audit.Course:

@@ -22,7 +22,7 @@ from harness.report import overview
 from harness.report.display import Display
 from harness.report.write import write_report
 from harness.serving.checker import Checker
-from harness.store import database
+from harness.store import database, opening
 from harness.store.store import Store, wanted
 from harness.study.command import Command
 from harness.study.publish import START, describe_model, register
@@ -127,7 +127,7 @@ def _keep_depths(study: Study, store: Store) -> None:
     if store.facts().depths not in (None, depths):
         raise InputError(
             "The model's depths differ from those of the study's start, which had another version of this project or "
-            "of the model's library; install that version, or start anew with --fresh."
+            f"of the model's library; install that version, or {opening.anew(store.url)}."
         )
     store.set_attribute("depths", depths)
 
@@ -267,6 +267,6 @@ def _no_result(store: Store) -> str:
     remedies = " ".join(remedy for state, remedy in REMEDIES.items() if state in last)
     what = f"{counted} ({reasons})" if reasons else counted
     return (
-        f"No trial is complete: {what}. {remedies} Then start a new study with --fresh, or run more trials with a "
-        "larger --trials."
+        f"No trial is complete: {what}. {remedies} Then {opening.anew(store.url)}, or run more trials with a larger "
+        "--trials."
     )

@@ -33,6 +33,7 @@ from harness.search.rehearsal import rehearse
 from harness.search.samplers import earlier_trials
 from harness.serving.card import CARD
 from harness.store import database, opening
+from harness.store.ledger import openings
 from harness.store.locks import holder
 from harness.store.store import Store, wanted
 from harness.study import coordinator, publish
@@ -62,10 +63,9 @@ def run(
         opening.compare(study, url, content)
         with opening.open_store(study, url, content) as store:
             model_files.check_folder(model, url, store.uid)
-            if options.reopen_test:
-                _check_reopening(study, store)
+            opens = options.reopen_test is not None and _opens_again(study, store, options.reopen_test)
             saved = _is_saved(study, store, model)
-            if store.is_complete(study) and saved and not options.reopen_test:
+            if store.is_complete(study) and saved and not opens:
                 _keep_price(options, store)
                 with telling(options, study, store):
                     _look_at_mlflow(command, store)
@@ -218,16 +218,22 @@ def _is_saved(study: Study, store: Store, folder: Path) -> bool:
     return store.facts().is_registered()
 
 
-def _check_reopening(study: Study, store: Store) -> None:
-    """Raise InputError if there is no reason to open the test set again."""
-    store.ledger()
-    if store.opened_for() is None:
+def _opens_again(study: Study, store: Store, reason: str) -> bool:
+    """Return whether the test set is still to be opened for this reason; the command of a stopped study says it again.
+
+    Raises InputError if there is nothing to open it for.
+    """
+    opened = openings(store.ledger())
+    if not opened:
         raise InputError("--reopen-test: this study has no test result yet; omit the option.")
     if store.finished() >= wanted(study, store) and store.has_final():
+        if opened[-1]["reason"] == reason:
+            return False
         raise InputError(
             f"--reopen-test: the chosen trial {store.opened_for()} is already tested, and would give the same number; "
             "omit the option, or ask for more --trials."
         )
+    return True
 
 
 def _run_what_is_missing(command: Command, begun: bool) -> None:

@@ -6,6 +6,7 @@ A thread writes the entries, run by run, so that training does not wait for MLfl
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -85,10 +86,12 @@ class StudyClient:
     def connect(self) -> None:
         """Open the client. Raises MLflow's error if it does not answer."""
         from mlflow import MlflowClient
+        from mlflow.store.db import utils as db_utils
 
         quiet()
         let_commits_return()
         set_aside(self.uri)
+        db_utils.MAX_RETRY_COUNT = 2  # MLflow's ten take 100 s, in which nothing says what is wrong
         with no_stray_folder(self.uri):
             # A program may have set another registry for all clients.
             self.client = MlflowClient(self.uri, None if self.uri.startswith("databricks") else self.uri)
@@ -105,10 +108,11 @@ class StudyClient:
         found = self.client.get_experiment_by_name(name)
         if found is None or found.lifecycle_stage == "active":
             return None
+        uri = shlex.quote(masked(self.uri))
         return (
             f"The experiment {name!r} was deleted in MLflow; restore it and its runs with `python -m harness doctor "
-            f"{name} --fix`, or with `MLFLOW_TRACKING_URI={self.uri} mlflow experiments restore --experiment-id "
-            f"{found.experiment_id}`"
+            f"{name} --fix --tracking-uri {uri}`, or with `MLFLOW_TRACKING_URI={uri} mlflow experiments restore "
+            f"--experiment-id {found.experiment_id}`"
         )
 
     def has_file(self, run_id: str, name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from harness.base.errors import InputError
 from harness.base.files import sqlite_path, sqlite_url
@@ -60,6 +61,10 @@ def tracker_at(uri: str) -> MLflowTracker:
     """
     file, scheme = sqlite_path(uri), uri.partition(":")[0].partition("+")[0]
     if file is None:
+        try:
+            urlsplit(uri)
+        except ValueError as error:
+            raise InputError(f"--tracking-uri {uri} is not a URI ({error}); write http://HOST:PORT.") from error
         if scheme not in SCHEMES:
             raise InputError(
                 f"--tracking-uri {uri} is not an MLflow server or database; write http://HOST:PORT or sqlite:///FILE."

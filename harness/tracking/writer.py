@@ -50,6 +50,8 @@ class MLflowRun:
     def monitor(self) -> None:
         """Log system metrics, from a thread of MLflow's, until the run ends."""
 
+        self.stop_monitor()  # that of a worker which was lost
+
         def start() -> None:
             run_id = self._open()
             try:

@@ -15,7 +15,7 @@ from harness.base.seeds import derive_seed
 from harness.config.contracts import Backbone, prefixes
 from harness.config.events import Objective
 from harness.config.train import TrainConfig
-from harness.data.splits import ImageSet, load_split, load_splits, load_train_and_val
+from harness.data.splits import ImageSet, classes_of, load_split, load_splits, load_train_and_val
 from harness.training.features import FeatureSet, features_to_train_on, frozen_body, split
 from harness.training.loop import Source, Training
 from harness.training.optim import Average, build_optimizer, freeze, groups_for, without_weights
@@ -26,7 +26,7 @@ from harness.training.step import Runtime, compile_parts, predict, seeded
 def assemble(config: TrainConfig, runtime: Runtime, seed: int, objective: Objective = "accuracy") -> Training:
     """Build everything that `loop.fit` needs. The new head is drawn from `seed`; pretrained weights are not."""
     with seeded(derive_seed(seed, "model"), runtime.device):
-        model = config.backbone.build(len(config.data.classes()), config.data.image_size)
+        model = config.backbone.build(len(classes_of(config.data)), config.data.image_size)
     if config.feature_views is None:
         splits = load_splits(config.data, config.backbone.preprocessing())
         train: Source = splits.train.on(runtime.device)
@@ -47,7 +47,7 @@ def assemble(config: TrainConfig, runtime: Runtime, seed: int, objective: Object
         compile_parts(model, compilable(config))
     return Training(
         config=config,
-        classes=config.data.classes(),
+        classes=classes_of(config.data),
         train=train,
         val=val,
         model=model,
@@ -120,7 +120,7 @@ def decide_runtime(config: TrainConfig, kept: Mapping[str, Any] | None, trials: 
     not available, or torch cannot compile the model.
     """
     if kept is None:
-        build = partial(config.backbone.build, len(config.data.classes()), config.data.image_size)
+        build = partial(config.backbone.build, len(classes_of(config.data)), config.data.image_size)
         return resolve(config.runtime, build, config.data.image_size, _work(config, trials) if trials else None)
     device = find_device(kept["device"] if config.runtime.device == "auto" else config.runtime.device)
     if device.type != kept["device"]:

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from harness.base.environment import versions
-from harness.base.errors import InputError
+from harness.base.errors import InputError, first_line
 from harness.base.files import Damaged
 from harness.base.seeds import derive_seed
-from harness.config.contracts import Backbone, Preprocessing, name_of
+from harness.config.contracts import Backbone, Preprocessing, name_of, prefixes
 from harness.config.train import AugmentConfig, TrainConfig
 from harness.data.augment import IMAGENET, augment, normalise
-from harness.data.splits import ImageSet, fits, free_bytes, load_split
+from harness.data.splits import ImageSet, classes_of, fits, free_bytes, load_split
+from harness.models.module import code_of
 from harness.training.checkpoint import SUFFIX, fingerprint, read_tensors, write_tensors
 from harness.training.loop import EVALUATION_BATCH, outputs_of
 from harness.training.step import Runtime, seeded
@@ -66,7 +67,7 @@ class FeatureSet:
     def parts(self, size: int, runtime: Runtime) -> Iterator[Tensor]:
         """Yield all images' plain versions, `size` at a time."""
         for part in self.features[:, 0].split(size):
-            yield part.to(runtime.device)
+            yield part.to(runtime.device, copy=True)  # a layer of the head may work in place
 
 
 def split(model: nn.Module, head: str) -> tuple[nn.Module, nn.Sequential]:
@@ -109,8 +110,13 @@ class FrozenBody:
         self._size, self._runtime, self._folder = image_size, runtime, folder / "features"
         self._weights = {name: each for name, each in model.state_dict().items() if not name.startswith(f"{head}.")}
         pixels = torch.linspace(-2, 2, 2 * 3 * image_size**2, device=runtime.device).view(2, 3, image_size, image_size)
-        whole, features = (outputs_of(each, pixels.split, runtime) for each in (model, self._body))
-        if not torch.allclose(whole, outputs_of(rest, features.split, runtime), rtol=1e-2, atol=1e-2):
+        whole = outputs_of(model, pixels.split, runtime)
+        try:
+            features = outputs_of(self._body, pixels.split, runtime)
+            is_split = torch.allclose(whole, outputs_of(rest, features.split, runtime), rtol=1e-2, atol=1e-2)
+        except Exception as error:  # its forward uses parts of the head
+            raise InputError(f"The model is not its body and then {head} ({first_line(error)}); {WHOLE}.") from error
+        if not is_split:
             raise InputError(f"The model is not its body and then {head}: features cannot be cached; {WHOLE}.")
         self._identity = {
             "format": FORMAT,
@@ -260,15 +266,17 @@ def frozen_body(config: TrainConfig, runtime: Runtime) -> FrozenBody:
     backbone: Any = config.backbone
     backbone = replace(backbone, **{name: value for name, value in without.items() if name in known})
     data = config.data
-    return _frozen_body(backbone, len(data.classes()), data.image_size, runtime, Path(data.cache))
+    return _frozen_body(backbone, len(classes_of(data)), data.image_size, runtime, Path(data.cache))
 
 
 @lru_cache(maxsize=2)
 def _frozen_body(backbone: Backbone, classes: int, image_size: int, runtime: Runtime, folder: Path) -> FrozenBody:
     with seeded(derive_seed("frozen body"), runtime.device):
         model = runtime.place(backbone.build(classes, image_size))
-    code = str(getattr(backbone, "function", ""))
-    return FrozenBody(model, name_of(backbone.depths("block")[-1]), image_size, runtime, folder, code)
+    last = prefixes(backbone.depths("block")[-1])
+    if len(last) > 1:
+        raise InputError(f"The last depth is {' and '.join(last)}, not one module: features cannot be cached; {WHOLE}.")
+    return FrozenBody(model, name_of(last), image_size, runtime, folder, code_of(backbone))
 
 
 def features_to_train_on(config: TrainConfig, runtime: Runtime, split: Literal["train", "val"]) -> FeatureSet:

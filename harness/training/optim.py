@@ -171,6 +171,7 @@ class Average:
     def __init__(self, model: nn.Module, learner: nn.Module, groups: Sequence[ParameterGroup]) -> None:
         names = [name for group in groups if not group.frozen for name in group.names]
         buffers = {name: each for name, each in learner.named_buffers() if each.is_floating_point()}
+        buffers = {name: each for name, each in buffers.items() if each.isfinite().all()}  # not masks of -inf
         self._current = {**{name: model.get_parameter(name).detach() for name in names}, **buffers}
         self.tensors = {name: each.clone() for name, each in self._current.items()}
 

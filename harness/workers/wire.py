@@ -11,6 +11,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import socket
 import stat
 import struct
@@ -44,7 +45,7 @@ def read_key(file: Path) -> bytes:
     if not file.is_file():
         raise InputError(f"There is no key file {file}; copy the one of `run --serve` to this machine.")
     if stat.S_IMODE(file.stat().st_mode) & 0o077:
-        raise InputError(f"Other users may read the key file {file}; run chmod 600 {file}.")
+        raise InputError(f"Other users may read the key file {file}; run chmod 600 {shlex.quote(str(file))}.")
     key = file.read_bytes().strip()
     if len(key) < KEY_BYTES:
         raise InputError(

@@ -107,7 +107,9 @@ def opened(config: WorkerConfig) -> Iterator[Context]:
 
     study = config.study()
     with open_store(study, config.url, joining=True) as store:
-        yield context_of(config, study, store)
+        context = context_of(config, study, store)
+        context.check_content()  # it may have changed before a lost worker was replaced
+        yield context
 
 
 def context_of(config: WorkerConfig, study: Study, store: Store) -> Context:

@@ -143,6 +143,7 @@ ROWS: dict[str, tuple[Preparation | None, list[str], list[str]]] = {
     "a study in MySQL": (None, ["show", "demo", "--storage", "mysql://a@h/x"], ["SQLite or PostgreSQL"]),
     "an empty storage": (as_begun, ["show", "demo", "--storage="], ["argument --storage", "it is empty"]),
     "an empty tracking": (as_begun, ["doctor", "demo", "--tracking-uri="], ["argument --tracking-uri", "it is empty"]),
+    "tracking that is no URI": (as_begun, ["doctor", "demo", "--tracking-uri", "http://[::1:5000"], ["is not a URI"]),
     "tracking of no known kind": (as_begun, ["doctor", "demo", "--tracking-uri", "x://y"], ["--tracking-uri"]),
     "tracking in a study": (
         as_begun,

@@ -390,3 +390,11 @@ def test_only_a_configuration_replaces_a_configuration() -> None:
 def test_configurations_that_cannot_be_searched_are_refused(space: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
         check({path: made() for path, made in space.items()}, BASE)
+
+
+def test_a_value_is_stored_as_the_option_that_equals_it() -> None:
+    space: dict[str, Dimension] = {"augment.crop_scale": Choice(((0.5, 1), (0.8, 1)))}
+    check(space, BASE)
+    stored = encode(space, BASE)
+    assert stored["augment.crop_scale"] in space["augment.crop_scale"].labels  # type: ignore[union-attr]
+    assert apply(space, BASE, stored) == BASE

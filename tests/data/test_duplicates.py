@@ -13,11 +13,12 @@ import torch
 from PIL import Image, ImageEnhance
 
 from harness.base.errors import Halt
-from harness.config.contracts import SplitName
+from harness.config.contracts import Preprocessing, SplitName
 from harness.data.augment import IMAGENET
 from harness.data.duplicates import _name, find
 from harness.data.splits import items_of, load_split, load_test
 from harness.datasets.image_folder import ImageFolder
+from harness.final.test_set import _duplicates
 from harness.garden.dataset import Garden
 from harness.garden.drawing import draw
 from harness.garden.species import DEMO_SPECIES
@@ -141,3 +142,19 @@ def test_a_cache_that_cannot_be_written_or_is_damaged_stops_nothing(
 
     monkeypatch.setattr("harness.data.duplicates.replace_file", refused)
     assert found(photographs, tmp_path / "other") == right
+
+
+@pytest.mark.parametrize("resize", [224, 256])
+def test_training_images_are_compared_as_others_are_cropped(tmp_path: Path, resize: int) -> None:
+    flowers = [draw(species, 1, 3 * SIDE) for species in DEMO_SPECIES]
+    for split, first in (("train", 0), ("valid", 4), ("test", 8)):
+        for number, flower in enumerate(flowers[first : first + 4]):
+            folder = tmp_path / split / "ab"[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            flower.save(folder / f"{split}-{number}.png")
+    copies = [tmp_path / "test" / "ab"[number % 2] / f"copy-{number}.jpg" for number in range(4)]
+    for flower, copy in zip(flowers, copies, strict=False):
+        flower.resize((2 * SIDE, 2 * SIDE), Image.Resampling.BICUBIC).save(copy, quality=90)
+    data = ImageFolder(root=str(tmp_path), image_size=SIDE, stored_size=SIDE + 8, cache=str(tmp_path / "cache"))
+    pairs = _duplicates(data, load_test(data, Preprocessing(resize=resize)))["near"]
+    assert sorted(second for _, second in pairs) == sorted(copy.relative_to(tmp_path).as_posix() for copy in copies)

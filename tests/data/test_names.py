@@ -108,3 +108,8 @@ def test_names_of_any_data_set_are_checked_before_its_images_are_looked_at() -> 
 
     with pytest.raises(InputError, match="The classes 'rose' and 'rose ' would both be shown as 'rose '"):
         prepare(Twins(), IMAGENET)
+
+
+def test_equal_names_are_refused_by_their_places() -> None:
+    with pytest.raises(InputError, match="classes 0 and 2 here have the same name, 'crane'; give two"):
+        check_names(("crane", "ox", "crane"), ("crane", "ox", "crane"), "here")

@@ -126,11 +126,12 @@ def test_what_is_no_image_with_a_label_is_refused(tmp_path: Path, dataset: Any, 
         wrapped(tmp_path, train=dataset).samples("train")
 
 
-def test_names_may_be_a_list_and_classes_a_method(tmp_path: Path) -> None:
+def test_names_may_be_a_list_and_classes_anything(tmp_path: Path) -> None:
     assert wrapped(tmp_path, names=["daisy", "rose"]).classes() == ("daisy", "rose")
     dataset = Colours(0)
-    dataset.classes = lambda: ["daisy", "rose"]  # type: ignore[attr-defined]
-    assert wrapped(tmp_path, train=dataset).classes() == ("0", "1")
+    for classes in (lambda: ["daisy", "rose"], 2, None, {"rose": 1, "daisy": 0}):
+        dataset.classes = classes  # type: ignore[attr-defined]
+        assert wrapped(tmp_path, train=dataset).classes() == ("0", "1")
     with pytest.raises(InputError, match="has one class, '0'; a classifier needs at least two"):
         wrapped(tmp_path, train=Colours(0, label=lambda number: 0)).classes()
 

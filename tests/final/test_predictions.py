@@ -96,8 +96,8 @@ def test_the_calibrated_error_stands_beside_the_raw_one() -> None:
     found = described(record)
     assert (found["ece_saved"], found["ece_calibrated"]) == (pytest.approx(0.4), pytest.approx(0.0))
     assert calibration_sentence(found).endswith(
-        "Calibrated, it is 0.00 points: predictions divide the logits by 2, fitted on validation images that the model "
-        "was not trained on."
+        "Calibrated, it is 0.00 points: predictions divide the logits by 2, fitted on the validation images, by a "
+        "training without them."
     )
 
 

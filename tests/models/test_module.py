@@ -249,3 +249,55 @@ def test_it_is_the_same_if_its_source_is_and_survives_pickling() -> None:
 def test_what_does_not_fit_is_refused(fields: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
         Module(**fields).check(64)
+
+
+MEAN = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)
+
+
+class Careful(nn.Module):
+    """Uses a tensor of its file, and looks at values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 8, 3, stride=2), nn.Linear(8, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        assert torch.isfinite(images).all()
+        logits: torch.Tensor = self.head(self.body(images - MEAN).mean((2, 3)))
+        return logits
+
+
+def test_a_forward_may_use_tensors_of_its_file_and_look_at_values() -> None:
+    Module(build=Careful).check(64)
+
+
+class Positioned(nn.Module):
+    """Two encoders, each with a parameter of its own beside its list of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Encoder(), Encoder()
+        self.head = nn.Linear(3, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.two(self.one(images)).mean((2, 3)))
+        return logits
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(3, 1, 1))
+        self.blocks = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        images = images + self.position
+        for block in self.blocks:
+            images = block(images)
+        return images
+
+
+def test_every_parameter_beside_a_list_of_layers_has_a_depth() -> None:
+    prefixes = [prefix for depth in Module(build=Positioned).depths("layer") for prefix in depth]
+    for name, _ in Positioned().named_parameters():
+        assert any(name.startswith(prefix) for prefix in prefixes), name

@@ -93,6 +93,15 @@ def test_weights_from_a_file_fit_a_head_that_is_wider_than_the_features(tmp_path
         assert torch.equal(ours.state_dict()[name], theirs.state_dict()[name])
 
 
+@pytest.mark.parametrize("hidden", [(), (16,)])
+def test_weights_that_the_harness_has_trained_fit(hidden: tuple[int, ...], tmp_path: Path) -> None:
+    trained = small(pretrained=False, hidden=hidden).build(5, 64)
+    save_file(trained.state_dict(), tmp_path / "w.safetensors")
+    ours = small(pretrained=True, weights=str(tmp_path / "w.safetensors")).build(3, 64)
+    first = next(iter(trained.state_dict()))
+    assert torch.equal(ours.state_dict()[first], trained.state_dict()[first])
+
+
 @pytest.mark.parametrize("name", ["caformer_s18", "rdnet_tiny"])
 def test_models_without_groups_of_their_own_have_those_of_their_modules(name: str) -> None:
     backbone = Timm(name, pretrained=False)

@@ -212,3 +212,9 @@ def test_a_file_may_have_the_auxiliary_tensors_of_the_published_one(tmp_path: Pa
 def test_a_file_with_another_suffix_is_told_which_fit() -> None:
     with pytest.raises(InputError, match=r"or give a file \(\.safetensors, \.pth, \.pt, \.bin\)"):
         small(pretrained=True, weights="x.ckpt").build(5, 64)
+
+
+def test_position_embeddings_that_are_no_square_are_refused(tmp_path: Path) -> None:
+    save_file({"encoder.pos_embedding": torch.zeros(1, 198, 768)}, tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match=r"do not fit: encoder\.pos_embedding .*check that they are of vit_b_16"):
+        Torchvision("vit_b_16", weights=str(tmp_path / "w.safetensors")).load(224)

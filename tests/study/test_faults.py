@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from harness.base.errors import Halt, StudyFailed
+from harness.base.errors import Halt, InputError, StudyFailed
 from harness.config.events import EpochEnded, Event, TrialEnded, TrialStarted
 from harness.config.space import Float
 from harness.config.study import Study
@@ -237,6 +237,22 @@ def test_a_device_that_fails_stops_the_study_and_the_trial_goes_on_in_the_next_p
         with pytest.raises(
             Halt, match=r"^The device failed \(CUDA error: .* encountered\); run the same command again"
         ):
+            complete(study, failing)
+    assert complete(study, failing) == complete(study, straight)
+
+
+@pytest.mark.slow
+def test_images_out_of_reach_fail_no_trial(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*arguments: Any) -> Any:
+        raise InputError("photos does not exist; give another --data-root.")
+
+    straight, failing = tmp_path / "straight", tmp_path / "failing"
+    for place in (straight, failing):
+        place.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("harness.search.loop.assemble", gone)
+        said = r"^Trial 0 cannot begin \(photos does not exist; give another --data-root\); run the same command again"
+        with pytest.raises(Halt, match=said):
             complete(study, failing)
     assert complete(study, failing) == complete(study, straight)
 

@@ -178,6 +178,8 @@ def test_the_same_command_again_is_a_no_op_and_a_larger_total_extends(
         assert extended["final"]["trial"] == first["trial"], "the test set stays closed"
         run(place, "--trials", "6", "--reopen-test", "a longer search")
         extended = outcome(place)
+        again = run(place, "--trials", "6", "--reopen-test", "a longer search")
+        assert "Nothing is missing" in again, "as after a stop, whose command says it again"
     expected = uninterrupted["final"] | {"test_openings": openings}
     if openings == 1:  # what the choice adds is known of the trials that it was made among
         expected["selection"] = first["selection"]

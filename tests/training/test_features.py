@@ -98,6 +98,28 @@ def test_a_model_that_does_more_after_its_head_is_refused(tmp_path: Path) -> Non
         FrozenBody(model, "2", 64, CPU, tmp_path)
 
 
+def test_a_model_that_uses_parts_of_its_head_is_refused(tmp_path: Path) -> None:
+    class Piecewise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            self.head = nn.ModuleDict({"norm": nn.LayerNorm(8), "fc": nn.Linear(8, 4)})
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits: Tensor = self.head["fc"](self.head["norm"](self.body(images)))
+            return logits
+
+    with pytest.raises(InputError, match="is not its body and then head"):
+        FrozenBody(Piecewise(), "head", 64, CPU, tmp_path)
+
+
+def test_a_head_that_works_in_place_leaves_the_features_as_they_are(cache: Path) -> None:
+    kept = FeatureSet(features=torch.ones(4, 1, 2), labels=torch.zeros(4))
+    for part in kept.parts(2, CPU):
+        part.mul_(3)
+    assert torch.equal(kept.features, torch.ones(4, 1, 2))
+
+
 def test_a_last_depth_that_is_a_parameter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="class_token, is not a module"):
         FrozenBody(OtherNet().build(4, 64), "class_token", 64, CPU, tmp_path)

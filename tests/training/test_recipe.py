@@ -305,3 +305,13 @@ def test_nothing_is_asked_of_mps_that_it_cannot_do() -> None:
     source = {each.name: each.read_text(encoding="utf-8") for each in (PROJECT / "harness").rglob("*.py")}
     assert not any(".double().cpu()" in text for text in source.values())
     assert [name for name, text in source.items() if "non_blocking=True" in text] == ["splits.py"]  # a CUDA device's
+
+
+def test_a_mask_of_infinities_is_not_averaged() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.full((2, 2), -torch.inf))
+    model.register_buffer("mean", torch.zeros(2))
+    average = Average(model, model, [])
+    average.update(0, 10, 0.1)
+    average.swap()
+    assert torch.equal(model.mask, torch.full((2, 2), -torch.inf))  # type: ignore[arg-type]
