@@ -341,7 +341,8 @@ def rows(home: str | Path | None = None) -> list[overview.Row]:
 def _row(name: str, url: str, trials: int) -> overview.Row:
     try:
         # A database without a study file, such as a copy, may have another name than the study in it.
-        inside = name if trials else next(iter(names_in(url)), name)
+        known = [] if trials else names_in(url)
+        inside = name if name in known else next(iter(known), name)
         if not exists(inside, url):
             return overview.Row(study=name, state="not begun", trials=trials)
         with read_store(inside, url) as store:

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str], program: str = "python -m harness") -> int:
     try:
         # `run_study.py` is `run` alone; its parser has no command to name.
         args = build_parser(program).parse_args(arguments[1:] if program == "run_study.py" else arguments)
-        trains = args.command in ("run", "work")
+        trains = args.command in ("run", "work", "audit", "ablate", "reproduce")
         code = COMMANDS[args.command](args)
         sys.stdout.flush()
     except BrokenPipeError:  # `show | head`: the reader closed the pipe

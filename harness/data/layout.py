@@ -195,7 +195,9 @@ def check_names(names: Sequence[str], keys: Sequence[str], where: str) -> None:
         check_text(name, f"The name of class {key!r} {where}")
         before, other = seen.setdefault(look(name), (place, key))
         if before != place and other == key:
-            raise InputError(f"The classes {before} and {place} {where} have the same name, {name!r}; give two.")
+            raise InputError(
+                f"The classes {before} and {place} {where} have the same name, {name!r}; give them different names."
+            )
         if before != place:
             raise InputError(
                 f"The classes {told_apart(other, key)} would both be shown as {name!r} {where}; give them different "

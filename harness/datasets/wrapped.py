@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 from itertools import islice
 from threading import Lock
@@ -97,7 +97,8 @@ class Wrapped(DataConfig):
 
     def classes(self) -> tuple[str, ...]:
         known = getattr(self.train.dataset, "classes", ())
-        names = self.names or tuple(map(str, known if isinstance(known, list | tuple) else ()))
+        named = isinstance(known, Iterable) and not isinstance(known, str | Mapping)
+        names = self.names or tuple(map(str, known if named else ()))
         names = names or tuple(str(label) for label in range(1 + max(label for _, label in self.train.read())))
         if len(names) < 2:
             raise InputError(f"{self.train} has one class, {names[0]!r}; a classifier needs at least two.")

@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -74,10 +75,13 @@ def code_of(backbone: Any) -> str:
     """Return what stands for a backbone's code beyond torch's and torchvision's versions."""
     if isinstance(backbone, OwnModule):
         return str(backbone.function)
-    kind = type(backbone)
-    if kind.__module__ == "harness.models.timm":
-        return metadata.version("timm")
-    return "" if kind.__module__.startswith("harness.") else _digest("\n".join(_sources(kind, set())))
+    code, kind = "", type(backbone)
+    if any(each.__module__ == "harness.models.timm" for each in kind.__mro__):
+        code = metadata.version("timm")
+    if not kind.__module__.startswith("harness."):
+        with suppress(InputError):  # of what was typed in, there is no source
+            code += _digest("\n".join(_sources(kind, set())))
+    return code
 
 
 def _digest(source: str) -> str:

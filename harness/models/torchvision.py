@@ -59,7 +59,7 @@ class Torchvision(PretrainedBackbone):
             if isinstance(model, VisionTransformer) and "encoder.pos_embedding" in state:
                 try:
                     state = interpolate_embeddings(image_size, model.patch_size, OrderedDict(state))
-                except ValueError as error:  # a file's
+                except ValueError as error:  # published weights fit
                     text = f"The weights {self.weights} do not fit: encoder.pos_embedding ({first_line(error)})"
                     raise InputError(f"{text}; check that they are of {self.name}.") from error
             source = self.weights if pretrained.is_file(self.weights) else str(pretrained.path(self._version()))

@@ -15,6 +15,7 @@ from harness.base.keys import trial_key
 from harness.base.seeds import derive_seed
 from harness.config import events
 from harness.config.study import Study
+from harness.data.splits import content_of
 from harness.search import limits
 from harness.store.leases import LeaseLost
 from harness.store.store import POLL_SECONDS, Asked, NoTrialFree, Store, wanted
@@ -53,8 +54,8 @@ def search(study: Study, store: Store, runtime: Runtime, checkpoints: Path) -> I
             yield events.TrialLost(number=asked.number)
             continue
         failures = failures + 1 if isinstance(outcome, events.Failed) else 0
-        # Not of the last trials, after which the same command would find nothing left to search.
-        is_done = store.finished() >= count and store.best() is not None
+        # After the last trial the study goes on with what it has, as it would if it had been killed here.
+        is_done = store.finished() >= count and any(trial.state == "complete" for trial in store.trials())
         if failures >= FAILURES_IN_A_ROW and isinstance(outcome, events.Failed) and not is_done:
             raise TooManyFailures(
                 f"{failures} trials in a row failed, the last one with {outcome.reason}; "
@@ -88,11 +89,11 @@ def evaluate_trial(
         outcome = yield from _train(training, study, asked, store, checkpoint)
     except Skipped:
         outcome = events.Pruned(epoch=len(training.progress.epochs), reason=SKIPPED)
-    except (Halt, LeaseLost, BrokenPipeError):  # who reads the terminal's lines has gone
+    except (Halt, LeaseLost):
         raise
     except Exception as error:  # noqa: BLE001 - the backbone's code may raise any
         begun = None if checkpoint is None else len(training.progress.epochs)
-        outcome = _outcome_of(error, study.name, asked, store, begun)
+        outcome = _outcome_of(error, study, asked, store, begun)
     if checkpoint is None:
         store.tell(asked, outcome, [], time.monotonic() - start)
     else:
@@ -104,25 +105,35 @@ def evaluate_trial(
     return outcome
 
 
-def _outcome_of(error: Exception, name: str, asked: Asked, store: Store, epochs: int | None) -> events.TrialOutcome:
+def _outcome_of(error: Exception, study: Study, asked: Asked, store: Store, epochs: int | None) -> events.TrialOutcome:
     """Return the outcome of a trial that ended with an error after `epochs`; None: before it could be built.
 
     Raises Halt for what is not the trial's fault: a full disk, a lost device, images or weights out of reach.
     """
     if no_room(error):
         raise Halt(f"{error}; make room.") from error
-    unreached = epochs is None and isinstance(error, InputError | OSError)
+    unreached = epochs is None and _is_out_of_reach(error, study)
     if not unreached and not is_device_failure(error):
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return events.Failed(reason=reason, traceback=traceback.format_exc())
     if store.is_skipped(asked):
         return events.Pruned(epoch=epochs or 0, reason=SKIPPED)
     what = f"Trial {asked.number} cannot begin" if unreached else "The device failed"
-    remedy = f"python -m harness skip {name} {asked.number}" if asked.number else "change the base"
+    remedy = f"python -m harness skip {study.name} {asked.number}" if asked.number else "change the base"
     raise Halt(
         f"{what} ({first_line(error).rstrip('.')}); run the same command again. "
         f"If trial {asked.number} fails each time: {remedy}"
     ) from error
+
+
+def _is_out_of_reach(error: Exception, study: Study) -> bool:
+    """Return whether images or weights cannot be read; other errors of a configuration are its own."""
+    if isinstance(error, InputError):
+        try:
+            content_of(study)
+        except (InputError, OSError):
+            return True
+    return isinstance(error, OSError)
 
 
 def _end_if_skipped(asked: Asked, store: Store, restored: Sequence[events.EpochResult]) -> None:

@@ -70,9 +70,11 @@ def write_program(saved: SavedModel, path: Path) -> None:
 
 
 def program_weights(path: Path) -> str | None:
-    """Return the fingerprint of a program's weights; None if there is no program."""
+    """Return the fingerprint of a program's weights; None if there is no program, or it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                return None
             entry = next((name for name in archive.namelist() if name.endswith(WEIGHTS)), None)
             return None if entry is None else json.loads(archive.read(entry))
     except (OSError, zipfile.BadZipFile, ValueError):

@@ -202,9 +202,9 @@ def _write_model(folder: Path, model: LoggedModel, run: Run, saved: SavedModel) 
             pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", f"numpy=={numpy.__version__}"],
             serialization_format="pt2",
         )
-    except RuntimeError as error:  # only writing can fail, with this torch error
+        _replace_program(folder, described, saved)
+    except (RuntimeError, OSError) as error:  # only writing can fail, with RuntimeError in torch
         raise Halt(f"{folder} cannot be written ({first_line(error)}); make room for temporary files.") from error
-    _replace_program(folder, described, saved)
 
 
 def _replace_program(folder: Path, described: Model, saved: SavedModel) -> None:

@@ -295,7 +295,7 @@ def _begin(name: str) -> str:
 def anew(url: str) -> str:
     if sqlite_file(url) is None:
         return "give the new study its own database with --storage"
-    return "start a new one with --fresh (the old study is kept under another name)"
+    return "start a new study with --fresh (the old one is kept under another name)"
 
 
 def move_aside(name: str, url: str, *folders: Path) -> Path | None:

@@ -78,7 +78,9 @@ def write_report_again(study: Study, store: Store, found: Found, tracking_uri: s
 def check_ended(study: Study, store: Store) -> None:
     """Raise InputError unless the study is complete and has a best trial."""
     under_way = [trial.number for trial in store.trials() if trial.state == "running"]
-    if under_way and not store.is_settled():  # else it was left over by a smaller --trials
+    facts = store.facts()
+    # Not if a smaller --trials has left it over.
+    if under_way and (not store.is_settled() or store.finished() < facts.limited(facts.wanted or 1)):
         raise InputError(
             f"Trial {under_way[0]} of study {study.name!r} is not finished; run the study to its end first."
         )
@@ -103,7 +105,7 @@ def train(
     Writes the study's attribute "audit" only. Killed anywhere, it resumes to the same record.
     """
     trials, _, asked = sample(store, fraction, seed)
-    courses = [course(study, trial) for trial in store.trials()]
+    courses = [course(study, trial) for trial in store.trials() if trial.state != "running"]
 
     def keep(new: Mapping[str, Any]) -> None:
         """Add to what is recorded by now: on a server, another machine may audit, too."""

@@ -224,10 +224,10 @@ def _opens_again(study: Study, store: Store, reason: str) -> bool:
     Raises InputError if there is nothing to open it for.
     """
     opened = openings(store.ledger())
-    if not opened:
+    if store.opened_for() is None:
         raise InputError("--reopen-test: this study has no test result yet; omit the option.")
     if store.finished() >= wanted(study, store) and store.has_final():
-        if opened[-1]["reason"] == reason:
+        if store.facts().published != store.finished() or (opened and opened[-1]["reason"] == reason):
             return False
         raise InputError(
             f"--reopen-test: the chosen trial {store.opened_for()} is already tested, and would give the same number; "

@@ -50,7 +50,7 @@ class MLflowRun:
     def monitor(self) -> None:
         """Log system metrics, from a thread of MLflow's, until the run ends."""
 
-        self.stop_monitor()  # that of a worker which was lost
+        self.stop_monitor()  # if the worker was lost that had the run before
 
         def start() -> None:
             run_id = self._open()

@@ -129,8 +129,10 @@ class Checkpoint:
         progress.micro_batch, progress.seconds = record["micro_batch"], record["seconds"]
         progress.random_states = _part(tensors, "random")
         if training.average:
+            average = training.average.tensors
             for name, kept in _part(tensors, "average").items():
-                training.average.tensors[name].copy_(kept)
+                if name in average:  # earlier versions averaged masks of infinities, too
+                    average[name].copy_(kept)
         self.seconds_before = record["training_seconds"]
         progress.trace = tensors["trace"].to(training.runtime.device)
         before, here = record["environments"], self.environments

@@ -33,7 +33,7 @@ from harness.data.splits import ImageSet, classes_of, fits, free_bytes, load_spl
 from harness.models.module import code_of
 from harness.training.checkpoint import SUFFIX, fingerprint, read_tensors, write_tensors
 from harness.training.loop import EVALUATION_BATCH, outputs_of
-from harness.training.step import Runtime, seeded
+from harness.training.step import Runtime, is_device_failure, is_out_of_memory, seeded
 
 FORMAT = 2  # increment when the same images give other features
 SAY_EVERY_SECONDS = 30.0
@@ -115,6 +115,8 @@ class FrozenBody:
             features = outputs_of(self._body, pixels.split, runtime)
             is_split = torch.allclose(whole, outputs_of(rest, features.split, runtime), rtol=1e-2, atol=1e-2)
         except Exception as error:  # its forward uses parts of the head
+            if is_out_of_memory(error) or is_device_failure(error):
+                raise
             raise InputError(f"The model is not its body and then {head} ({first_line(error)}); {WHOLE}.") from error
         if not is_split:
             raise InputError(f"The model is not its body and then {head}: features cannot be cached; {WHOLE}.")

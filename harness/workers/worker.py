@@ -107,9 +107,7 @@ def opened(config: WorkerConfig) -> Iterator[Context]:
 
     study = config.study()
     with open_store(study, config.url, joining=True) as store:
-        context = context_of(config, study, store)
-        context.check_content()  # it may have changed before a lost worker was replaced
-        yield context
+        yield context_of(config, study, store)
 
 
 def context_of(config: WorkerConfig, study: Study, store: Store) -> Context:
@@ -132,6 +130,7 @@ def work(config: WorkerConfig, line: connection.Connection) -> None:
         _end_with_coordinator()
         try:
             with opened(config) as context:
+                context.check_content()  # images may have changed before this worker replaced another
                 while (job := line.recv()) is not None:
                     do(job, context, tell)
         except (Halt, InputError) as error:

@@ -111,5 +111,5 @@ def test_names_of_any_data_set_are_checked_before_its_images_are_looked_at() -> 
 
 
 def test_equal_names_are_refused_by_their_places() -> None:
-    with pytest.raises(InputError, match="classes 0 and 2 here have the same name, 'crane'; give two"):
+    with pytest.raises(InputError, match="classes 0 and 2 here have the same name, 'crane'; give them different names"):
         check_names(("crane", "ox", "crane"), ("crane", "ox", "crane"), "here")

@@ -480,6 +480,7 @@ def test_a_study_under_way_is_refused(place: Path, run: Run, image_cache: Path) 
     with open_store(pruning_study(image_cache), f"sqlite:///{place}/studies/tiny.db") as store:
         refused(run, "is being run by process")
         store.ask(pruning_study(image_cache))
+        store.set_attribute("wanted", 11)
     refused(run, "Trial 10 of study 'tiny' is not finished", "run the study to its end first")
 
 

@@ -22,13 +22,14 @@ import numpy
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.models import Model
 
 from harness.config.study import Study
 from harness.data.augment import IMAGENET, normalise
 from harness.data.splits import load_split, load_test
 from harness.final.model_files import CHECK_IMAGES
 from harness.serving import registry as mlflow_model
-from harness.serving.export import logits_of
+from harness.serving.export import logits_of, write_program
 from harness.serving.model import load_saved
 from harness.serving.registry import (
     CHAMPION,
@@ -181,6 +182,29 @@ def test_it_loads_by_its_alias_without_pickles_and_with_any_batch_size(
     assert (folder / "input_example.json").is_file()
     kinds = {each.suffix for each in folder.rglob("*") if each.is_file()}
     assert not kinds & {".pkl", ".pickle", ".pth", ".pt"}
+
+
+@pytest.mark.slow
+def test_mlflow_gets_the_program_that_was_checked_unless_it_is_damaged(
+    finished: Finished, tracker: MLflowTracker, unchecked: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    saved = dataclasses.replace(finished.wanted.saved, program=tmp_path / "model.pt2")
+    write_program(saved, tmp_path / "model.pt2")
+    with monkeypatch.context() as patch:
+        patch.setattr("harness.serving.export._program", lambda *arguments: pytest.fail("exported again"))
+        assert publish(tracker, dataclasses.replace(finished.wanted, saved=saved))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/tiny@{CHAMPION}"))
+    content = (folder / "data" / "model.pt2").read_bytes()
+    assert content == (tmp_path / "model.pt2").read_bytes()
+    assert Model.load(folder).model_size_bytes >= len(content)
+    place = content.index(b"weight_0") + 200
+    damaged = content[:place] + bytes(100) + content[place + 100 :]
+    (tmp_path / "model.pt2").write_bytes(damaged)
+    write_program(saved, tmp_path / "model.pt2")
+    assert (tmp_path / "model.pt2").read_bytes() != damaged
 
 
 # -- killed anywhere -----------------------------------------------------------------------------------------------

@@ -242,15 +242,19 @@ def test_a_device_that_fails_stops_the_study_and_the_trial_goes_on_in_the_next_p
 
 
 @pytest.mark.slow
-def test_images_out_of_reach_fail_no_trial(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [InputError, OSError])
+def test_images_out_of_reach_fail_no_trial(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
     def gone(*arguments: Any) -> Any:
-        raise InputError("photos does not exist; give another --data-root.")
+        raise error("photos does not exist; give another --data-root.")
 
     straight, failing = tmp_path / "straight", tmp_path / "failing"
     for place in (straight, failing):
         place.mkdir()
     with monkeypatch.context() as patch:
         patch.setattr("harness.search.loop.assemble", gone)
+        patch.setattr("harness.search.loop.content_of", gone)
         said = r"^Trial 0 cannot begin \(photos does not exist; give another --data-root\); run the same command again"
         with pytest.raises(Halt, match=said):
             complete(study, failing)

@@ -237,6 +237,6 @@ def test_a_study_in_another_format_is_left_alone_and_can_be_moved_aside(line: Co
         store.set_attribute("format", None)
     refused = line.run("--trials", "2")
     assert (refused.code, one_sentence(refused.err)) == (2, True)
-    assert "start a new one with --fresh" in refused.err
+    assert "start a new study with --fresh" in refused.err
     assert line.run("--trials", "1", "--fresh").code == 0
     assert len(list((line.place / "studies").glob("tiny.2*.db"))) == 1
