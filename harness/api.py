@@ -341,8 +341,7 @@ def rows(home: str | Path | None = None) -> list[overview.Row]:
 def _row(name: str, url: str, trials: int) -> overview.Row:
     try:
         # A database without a study file, such as a copy, may have another name than the study in it.
-        known = [] if trials else names_in(url)
-        inside = name if name in known else next(iter(known), name)
+        inside = next(iter([] if trials else sorted(names_in(url), key=lambda each: each != name)), name)
         if not exists(inside, url):
             return overview.Row(study=name, state="not begun", trials=trials)
         with read_store(inside, url) as store:

@@ -184,7 +184,8 @@ def test_a_recipe_of_another_configuration_does_not_count(
     now = fingerprint(recipe.configured(recipe.TODAY, tmp_path, 128, 12))
     line = {"recipe": recipe.TODAY, "size": 128, "epochs": 12, "machine": "a machine", "test_total": 100}
     kept = [
-        line | {"seed": seed, "definition": now, "test_correct": 80, "val_correct": 0, "seconds": 1.0}
+        line
+        | {"seed": seed, "definition": now, "test_correct": 80, "test_flipped": 0.8, "val_correct": 0, "seconds": 1.0}
         for seed in (0, 1)
     ]
     kept.append(kept[0] | {"seed": 2, "definition": "of a former recipe"})

@@ -111,6 +111,12 @@ def remove_abandoned(path: Path) -> None:
             each.unlink(missing_ok=True)
 
 
+def file_sha256(path: str | Path) -> str:
+    """Return the sha256 of a file, read in parts."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def check_tensors(path: Path) -> None:
     """Raise Damaged unless a tensor file is as `harness.training.checkpoint.write_tensors` wrote it.
 

@@ -30,3 +30,6 @@ def ablation_key(step: int, seed_number: int) -> str:
 def audit_key(trial: int) -> str:
     """Return the key of the training that completes a pruned trial."""
     return f"audit-of-trial-{trial}"
+
+
+RETRAINING = {"final": final_key, "base": base_key, "rerank": rerank_key, "ablation": ablation_key}  # by kind

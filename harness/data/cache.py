@@ -29,7 +29,7 @@ from PIL import Image
 
 from harness.base.environment import cores
 from harness.base.errors import Halt, InputError
-from harness.base.files import replace_file, replacing
+from harness.base.files import file_sha256, replace_file, replacing
 from harness.config.contracts import Dataset, Square
 from harness.config.train import DataConfig, location
 from harness.data.decoding import check_proportions, open_image, revision
@@ -127,7 +127,7 @@ def _open(folder: Path, key: str) -> NDArray[np.uint8] | None:
         return None
     known = read_record(record)
     if known.get("file") != (file := _state(array)):
-        if _checksum(array) != known.get("sha256"):
+        if file_sha256(array) != known.get("sha256"):
             print(f"The image cache {array} is damaged (its checksum is wrong); rebuilding it.", file=sys.stderr)
             return None
         with contextlib.suppress(Halt):  # in a read-only folder, the checksum is verified every time
@@ -144,7 +144,7 @@ def damaged(folder: Path) -> Iterator[Path]:
     """Yield the arrays in a cache folder whose checksum is wrong; reads all of them."""
     for array in sorted(folder.glob("*.npy")):
         record = array.with_suffix(".json")
-        if record.exists() and _checksum(array) != read_record(record).get("sha256"):
+        if record.exists() and file_sha256(array) != read_record(record).get("sha256"):
             yield array
 
 
@@ -152,11 +152,6 @@ def _state(array: Path) -> list[int]:
     """Return attributes that writing, replacing or copying changes."""
     stat = array.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def read_record(file: Path) -> dict[str, Any]:
@@ -228,7 +223,7 @@ def content_hashes(stamps: Mapping[Path, str], kept: Path) -> dict[Path, str]:
     known = {stamp: digest for stamp, digest in read_record(kept).items() if SHA256.fullmatch(str(digest))}
     unread = [file for file, stamp in stamps.items() if stamp not in known]
     with ThreadPoolExecutor(WORKERS) as pool:
-        known |= zip((stamps[file] for file in unread), pool.map(_checksum, unread), strict=True)
+        known |= zip((stamps[file] for file in unread), pool.map(file_sha256, unread), strict=True)
     if unread:
         content = json.dumps({stamp: known[stamp] for stamp in stamps.values()}).encode()
         with contextlib.suppress(Halt):  # in a read-only folder, the files are read every time

@@ -70,7 +70,7 @@ def open_image(path: Path) -> Image.Image:
 
 def decode(path: Path, source: IO[bytes]) -> Image.Image:
     """Decode as `open_image` does, from the content of the file `path`."""
-    with _noting() as notes, _guard(path):
+    with _noting(shown(str(path))), _guard(path):
         head = source.read(HEAD)
         source.seek(0)
         # TGA has no signature: almost anything could be one.
@@ -79,10 +79,7 @@ def decode(path: Path, source: IO[bytes]) -> Image.Image:
         if (why := refusal(head, found, heif=found == HEIC and _heif())) is not None:
             raise InputError(f"{path} cannot be read as an image: {why}.")
         with _guard(path, found):
-            image = _decoded(path, source, (*FORMATS, *named, *(("HEIF",) if found == HEIC else ())))
-    for note in dict.fromkeys(notes):
-        print(f"{shown(str(path))} was read with a warning: {shown(note)}", file=sys.stderr)
-    return image
+            return _decoded(path, source, (*FORMATS, *named, *(("HEIF",) if found == HEIC else ())))
 
 
 def revision(content: bytes) -> bytes:
@@ -131,18 +128,24 @@ SMALLER = "replace it with a smaller one or remove it"
 
 
 @contextlib.contextmanager
-def _noting() -> Iterator[list[str]]:
-    """Collect Pillow's warnings in this thread. Not `warnings.catch_warnings`, which affects all threads."""
+def _noting(name: str = "") -> Iterator[None]:
+    """Collect Pillow's warnings in this thread; print them at the end, unless it fails, or there is no `name`.
+
+    Not `warnings.catch_warnings`, which affects all threads.
+    """
     global _others
     if warnings.showwarning is not _note:
         _others, warnings.showwarning = warnings.showwarning, _note
         # By default the same warning for a second image would be dropped.
         warnings.filterwarnings("always", category=UserWarning, module=r"(PIL|pillow_heif)\b")
-    _reading.notes = []
+    notes: list[str] = []
+    _reading.notes = notes
     try:
-        yield _reading.notes
+        yield
     finally:
         _reading.notes = None
+    for note in dict.fromkeys(notes) if name else ():
+        print(f"{name} was read with a warning: {shown(note)}", file=sys.stderr)
 
 
 _others = warnings.showwarning
@@ -197,24 +200,15 @@ def flat_rgb(image: Image.Image, *, name: str = "the image", turn: bool = False)
 
     Raises InputError with its `name` if it is damaged or empty.
     """
-    with _noting() as notes:
-        found = _flat_rgb(image, Path(name), turn)
-    for note in dict.fromkeys(notes):
-        print(f"{name[:1].upper()}{name[1:]} was read with a warning: {shown(note)}", file=sys.stderr)
-    return found
-
-
-def _flat_rgb(image: Image.Image, name: Path, turn: bool) -> Image.Image:
-    with _guard(name):
+    with _noting(f"{name[:1].upper()}{name[1:]}"), _guard(Path(name)):
         image.load()
-    if not all(image.size):
-        raise InputError(f"{name} has no pixels; give another.")
-    if not turn:
-        image = image.copy()
-        for key in ORIENTATIONS:
-            image.info.pop(key, None)
-    with _guard(name):
-        return _rgb(name, image, 1)
+        if not all(image.size):
+            raise InputError(f"{name} has no pixels; give another.")
+        if not turn:
+            image = image.copy()
+            for key in ORIENTATIONS:
+                image.info.pop(key, None)
+        return _rgb(Path(name), image, 1)
 
 
 def _rgb(path: Path, image: Image.Image, factor: int) -> Image.Image:

@@ -133,7 +133,6 @@ class Splits:
 
 @lru_cache(maxsize=4)  # by identity, as no two sets have the same tensors
 def _on_cuda(images: ImageSet, device: torch.device) -> ImageSet:
-
     if not fits(images.images.nbytes, free_bytes(device)):
         return replace(images, reader=Reader(images.images, device))
     return replace(images, images=images.images.to(device), labels=images.labels.to(device))

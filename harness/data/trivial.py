@@ -62,37 +62,12 @@ def change(images: Tensor, operations: Operations) -> None:
             images[places] = COLOUR[NAMES[name]](images[places], strength)
 
 
-# -- geometry: rows of the map for a strength --------------------------------------------------------------------------
-
 Rows = list[list[float]]
-
-
-def _shear_x(strength: float) -> Rows:  # around the upper left corner, as torchvision's
-    return [[1, MOST_SHEAR * strength, MOST_SHEAR * strength], [0, 1, 0]]
-
-
-def _shear_y(strength: float) -> Rows:
-    return [[1, 0, 0], [MOST_SHEAR * strength, 1, MOST_SHEAR * strength]]
-
-
-def _translate_x(strength: float) -> Rows:
-    return [[1, 0, -2 * MOST_TRANSLATION * strength], [0, 1, 0]]
-
-
-def _translate_y(strength: float) -> Rows:
-    return [[1, 0, 0], [0, 1, -2 * MOST_TRANSLATION * strength]]
 
 
 def _rotate(strength: float) -> Rows:
     angle = math.radians(MOST_DEGREES * strength)
     return [[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]]
-
-
-# -- colour: images [b, 3, H, W] and strengths [b, 1, 1, 1] to images --------------------------------------------------
-
-
-def _identity(images: Tensor, strength: Tensor) -> Tensor:
-    return images
 
 
 def _blend(images: Tensor, others: Tensor, strength: Tensor) -> Tensor:
@@ -113,18 +88,6 @@ def _smoothing(device: torch.device) -> Tensor:
     return torch.tensor([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]], device=device).div_(13).expand(3, 1, 3, 3)
 
 
-def _brightness(images: Tensor, strength: Tensor) -> Tensor:
-    return _blend(images, torch.zeros_like(images), strength)
-
-
-def _colour(images: Tensor, strength: Tensor) -> Tensor:
-    return _blend(images, _grey(images), strength)
-
-
-def _contrast(images: Tensor, strength: Tensor) -> Tensor:
-    return _blend(images, _grey(images).mean((2, 3), keepdim=True), strength)
-
-
 def _sharpness(images: Tensor, strength: Tensor) -> Tensor:
     blurred = images.clone()  # the border stays
     if min(images.shape[2:]) > 2:
@@ -135,10 +98,6 @@ def _sharpness(images: Tensor, strength: Tensor) -> Tensor:
 def _posterize(images: Tensor, strength: Tensor) -> Tensor:
     step = 2 ** (strength.abs() * 6).round()  # of 256 levels; 8 to 2 bits remain
     return (images * 255).round_().div_(step).floor_().mul_(step).div_(255)
-
-
-def _solarize(images: Tensor, strength: Tensor) -> Tensor:
-    return torch.where(images >= 1 - strength.abs(), 1 - images, images)
 
 
 def _autocontrast(images: Tensor, strength: Tensor) -> Tensor:
@@ -162,21 +121,22 @@ def _equalize(images: Tensor, strength: Tensor) -> Tensor:
     return torch.where((step == 0).unsqueeze(3), images, equal)
 
 
-GEOMETRY: dict[str, Callable[[float], Rows]] = {
-    "ShearX": _shear_x,
-    "ShearY": _shear_y,
-    "TranslateX": _translate_x,
-    "TranslateY": _translate_y,
+GEOMETRY: dict[str, Callable[[float], Rows]] = {  # rows of the map for a strength
+    # Shears are around the upper left corner, as torchvision's.
+    "ShearX": lambda strength: [[1, MOST_SHEAR * strength, MOST_SHEAR * strength], [0, 1, 0]],
+    "ShearY": lambda strength: [[1, 0, 0], [MOST_SHEAR * strength, 1, MOST_SHEAR * strength]],
+    "TranslateX": lambda strength: [[1, 0, -2 * MOST_TRANSLATION * strength], [0, 1, 0]],
+    "TranslateY": lambda strength: [[1, 0, 0], [0, 1, -2 * MOST_TRANSLATION * strength]],
     "Rotate": _rotate,
 }
-COLOUR: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "Identity": _identity,
-    "Brightness": _brightness,
-    "Color": _colour,
-    "Contrast": _contrast,
+COLOUR: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # images [b, 3, H, W], strengths [b, 1, 1, 1] to images
+    "Identity": lambda images, strength: images,
+    "Brightness": lambda images, strength: _blend(images, torch.zeros_like(images), strength),
+    "Color": lambda images, strength: _blend(images, _grey(images), strength),
+    "Contrast": lambda images, strength: _blend(images, _grey(images).mean((2, 3), keepdim=True), strength),
     "Sharpness": _sharpness,
     "Posterize": _posterize,
-    "Solarize": _solarize,
+    "Solarize": lambda images, strength: torch.where(images >= 1 - strength.abs(), 1 - images, images),
     "AutoContrast": _autocontrast,
     "Equalize": _equalize,
 }

@@ -92,7 +92,7 @@ def choose(trials: Sequence[TrialRecord], space: Space) -> dict[str, Any] | None
     highest = min(candidates, key=lambda trial: (-(trial.value or 0.0), trial.number)).number
     ended = sum(trial.state != "running" for trial in trials)
     made = {"trials": ended, "trial": highest, "highest": highest, "estimates": None, "more": None}
-    fitted = _fitted([trial for trial in trials if trial.curve and trial.state != "running"], space)
+    fitted = _fitted(trials, space)
     if fitted is None:
         return made
     numbers, points, process = fitted
@@ -107,20 +107,8 @@ def choose(trials: Sequence[TrialRecord], space: Space) -> dict[str, Any] | None
     return made | {
         "trial": chosen,
         "estimates": {str(number): [m, s] for number, (m, s) in sorted(estimates.items())},
-        "more": _foreseen(trials, chosen, space),
+        "more": _prospects(trials, chosen, space),
     }
-
-
-def _foreseen(trials: Sequence[TrialRecord], chosen: int, space: Space) -> dict[str, float] | None:
-    """Return `_prospects` of a process that knows bad configurations as such, and not how bad they are.
-
-    On the scale of the worst, unexplored regions seem to promise several times what they hold (RESULTS.md).
-    """
-    fitted = _fitted([trial for trial in trials if trial.curve and trial.state != "running"], space, share=0.5)
-    if fitted is None:
-        return None
-    numbers, points, process = fitted
-    return _prospects(process, points, numbers.index(chosen), space)
 
 
 def ablation_path(
@@ -131,7 +119,7 @@ def ablation_path(
     Without a prediction, as few trials are, in the order of the space.
     """
     left, path, params = [name for name in space if base.get(name) != chosen.get(name)], [], dict(base)
-    fitted = _fitted([trial for trial in trials if trial.curve and trial.state != "running"], space)
+    fitted = _fitted(trials, space)
     while left:
         values = [0.0] * len(left)
         if fitted is not None:
@@ -157,6 +145,7 @@ def _fitted(
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
+    trials = [trial for trial in trials if trial.curve and trial.state != "running"]
     # A curve that diverged says nothing about its end: it is the worst, as for the samplers.
     curves = [{} if trial.state == "diverged" else trial.curve for trial in trials]
     ends = extrapolated(curves, [trial.value for trial in trials])
@@ -186,7 +175,7 @@ def _fitted(
     return [trials[each].number for each in kept], points, process
 
 
-def _prospects(process: Any, points: NDArray[Any], chosen: int, space: Space) -> dict[str, float] | None:
+def _prospects(trials: Sequence[TrialRecord], chosen: int, space: Space) -> dict[str, float] | None:
     """Return the accuracy that MORE trials would gain over the chosen one, and a bound for any number.
 
     None if there are too few trials.
@@ -194,11 +183,14 @@ def _prospects(process: Any, points: NDArray[Any], chosen: int, space: Space) ->
     Thompson sampling (Thompson, 1933) places the trials by one half of the draws, the other half evaluates them; the
     bound takes the best configuration of each draw.
     """
-    if len(points) < FORESEEING:
+    # It knows bad configurations as such, and not how bad they are: on the scale of the worst, unexplored regions seem
+    # to promise several times what they hold (RESULTS.md).
+    fitted = _fitted(trials, space, share=0.5)
+    if fitted is None or len(fitted[0]) < FORESEEING:
         return None
-
+    numbers, points, process = fitted
     rng = np.random.default_rng(0)
-    places = [points[chosen], *(_drawn(space, rng) for _ in range(PLACES))]
+    places = [points[numbers.index(chosen)], *(_drawn(space, rng) for _ in range(PLACES))]
     mean, covariance = process.predict(np.array(places), return_cov=True)
     values, vectors = np.linalg.eigh(covariance)
     root = vectors * np.sqrt(values.clip(min=0))

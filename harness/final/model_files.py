@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.base.errors import InputError
-from harness.base.files import Damaged, check_tensors, replace_file, sqlite_file
+from harness.base.files import Damaged, check_tensors, file_sha256, replace_file, sqlite_file
 from harness.config.events import EpochResult
 from harness.config.space import label, leaves
 from harness.final.predictions import temperature_of
@@ -100,7 +99,7 @@ def record_files(store: Store, folder: Path, *names: str) -> None:
     if sqlite_file(store.url) is None:
         return
     others = {name: value for name, value in store.facts().files.items() if name not in names}
-    here = {name: _sha256(folder / name) for name in names if (folder / name).is_file()}
+    here = {name: file_sha256(folder / name) for name in names if (folder / name).is_file()}
     store.set_attribute("files", others | here)
 
 
@@ -121,7 +120,7 @@ def file_fault(store: Store, folder: Path, name: str) -> str | None:
     if not path.is_file():
         return f"{path} is missing"
     if recorded is not None:
-        return None if _sha256(path) == recorded else f"{path} is damaged (its checksum is wrong)"
+        return None if file_sha256(path) == recorded else f"{path} is damaged (its checksum is wrong)"
     try:  # a study on a server stores none
         if name == WEIGHTS:
             check_tensors(path)
@@ -130,11 +129,6 @@ def file_fault(store: Store, folder: Path, name: str) -> str | None:
     except Damaged as error:
         return str(error)
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 DESCRIBED = {

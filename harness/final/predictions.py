@@ -70,8 +70,8 @@ def temperature_of(trial: TrialRecord, epochs: Sequence[EpochResult]) -> float |
     That is its own after the last of its `epochs`; if it was trained on the validation images, the trial's. None if
     neither is known.
     """
-    known = [each[-1].val for each in (epochs, trial.epochs) if each and each[-1].val is not None]
-    return known[0].temperature if known and known[0] is not None else None
+    vals = (each[-1].val for each in (epochs, trial.epochs) if each)
+    return next((val.temperature for val in vals if val is not None), None)
 
 
 def from_record(record: Mapping[str, Any]) -> Predictions:

@@ -12,7 +12,7 @@ import torch
 
 from harness.base.environment import environment
 from harness.base.errors import Halt, first_line
-from harness.base.keys import ablation_key, base_key, final_key, rerank_key
+from harness.base.keys import RETRAINING
 from harness.base.seeds import derive_seed
 from harness.config.events import EpochEnded, EpochResult, Event, Kind, RetrainingEnded, TrialStarted
 from harness.config.jobs import Train, Workers
@@ -24,8 +24,6 @@ from harness.training.assemble import assemble, with_validation_images
 from harness.training.checkpoint import SUFFIX, Checkpoint, fingerprint, identity_of, remove
 from harness.training.loop import Training, fit
 from harness.training.step import Runtime, is_device_failure
-
-KEYS = {"final": final_key, "base": base_key, "rerank": rerank_key, "ablation": ablation_key}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +57,7 @@ class Retraining:
         """`logged`: whether to log the events to MLflow."""
         self.kind, self.trial, self.number, self.logged = kind, trial, number, logged
         self.config = context.study.config(trial.params)
-        self.key = KEYS[kind](trial.number, number)
+        self.key = RETRAINING[kind](trial.number, number)
         # Set by `trained`: the training's epochs, and the environments it ran in.
         self.epochs: tuple[EpochResult, ...] = ()
         self.diverged: EpochResult | None = None  # set by `train`: the epoch in which it diverged

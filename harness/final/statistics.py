@@ -104,7 +104,7 @@ def holm(p: Sequence[float]) -> list[float]:
     return corrected
 
 
-def selection_excess(hits: NDArray[Any], seed: int = 0, resamples: int = RESAMPLES) -> Selection | None:
+def selection_excess(hits: NDArray[Any], resamples: int = RESAMPLES) -> Selection | None:
     """Bootstrap over images (Efron and Tibshirani, 1993, chapter 17: optimism) of hits [candidates, images].
 
     Each resample of the images chooses its own winner; the excess is how much better that winner scores there than on
@@ -115,7 +115,7 @@ def selection_excess(hits: NDArray[Any], seed: int = 0, resamples: int = RESAMPL
     if candidates < 2 or images < 1:
         return None
     scores = hits.mean(axis=1)
-    resampled = _resampled(hits.T.astype(numpy.float64), seed, resamples)
+    resampled = _resampled(hits.T.astype(numpy.float64), 0, resamples)
     winners = resampled.argmax(axis=1)
     noise = resampled - scores
     lead = scores.max() - scores.mean()
@@ -142,21 +142,21 @@ class Bin:
     accuracy: float
 
 
-def reliability(confidence: NDArray[Any], hits: NDArray[Any], bins: int = BINS) -> list[Bin]:
+def reliability(confidence: NDArray[Any], hits: NDArray[Any]) -> list[Bin]:
     """Return confidence of the predicted class [N] against accuracy, in bins of equal width, without empty ones.
 
     The reliability diagram of Guo et al., "On Calibration of Modern Neural Networks" (2017).
     """
-    place = numpy.clip(numpy.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    place = numpy.clip(numpy.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     return [
         Bin(
-            low=number / bins,
-            high=(number + 1) / bins,
+            low=number / BINS,
+            high=(number + 1) / BINS,
             count=int((place == number).sum()),
             confidence=float(confidence[place == number].mean()),
             accuracy=float(hits[place == number].mean()),
         )
-        for number in range(bins)
+        for number in range(BINS)
         if (place == number).any()
     ]
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from harness.base.packing import unpack, unpack_bits
-from harness.config.contracts import Dataset
 from harness.data.splits import item_name, items_of, load_split
 from harness.final.predictions import thumbnails
 
@@ -50,7 +49,7 @@ def suspects(study: Study, trials: Sequence[TrialRecord]) -> dict[str, Any] | No
     better = better_half(trials)
     if len(better) < FEWEST:
         return None
-    listed: Any = functools.cache(_items)
+    listed: Any = functools.cache(lambda data: items_of(data, "val"))
     items = listed(study.train.data)
     # A space may change the data set itself.
     vals = [val for trial, val in better if listed(study.config(trial.params).data) == items]
@@ -89,10 +88,6 @@ def better_half(trials: Sequence[TrialRecord]) -> list[tuple[TrialRecord, Metric
     complete = [trial for trial in trials if trial.value is not None and trial.value > median and trial.epochs]
     vals = [(trial, trial.epochs[-1].val) for trial in complete]
     return [(trial, val) for trial, val in vals if val is not None and val.hits is not None]
-
-
-def _items(data: Dataset) -> list[Any]:
-    return items_of(data, "val")
 
 
 def _predicted(val: Metrics) -> dict[int, int]:

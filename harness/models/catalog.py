@@ -11,9 +11,9 @@ from pathlib import Path
 
 from harness.base.errors import InputError
 from harness.models import pretrained, torchvision
-from harness.models.backbone import PretrainedBackbone
+from harness.models.backbone import PretrainedBackbone, last_linear
 from harness.models.maxvit import MaxViTT, TinyMaxViT
-from harness.models.timm import EfficientNetLite0, Timm
+from harness.models.timm import EfficientNetLite0, Timm, with_classes
 
 OWN = (MaxViTT, EfficientNetLite0, TinyMaxViT)
 COUNTED = 40  # models of timm; with more, counting their parameters takes too long
@@ -93,12 +93,10 @@ def _ours(pattern: str) -> Iterator[Model]:
 def _torchvision(pattern: str) -> Iterator[Model]:
     from torchvision.models import get_model_weights
 
-    from harness.models.torchvision import Torchvision, names
-
-    for name in names():
+    for name in torchvision.names():
         if fnmatch.fnmatch(name, pattern.lower()) and not name.startswith("squeezenet"):  # which has no linear layer
             version = get_model_weights(name)["DEFAULT"]
-            backbone = Torchvision(name)
+            backbone = torchvision.Torchvision(name)
             yield Model(
                 model=f'Torchvision("{name}")',
                 parameters=version.meta["num_params"],
@@ -114,18 +112,16 @@ def _timm(pattern: str) -> Iterator[Model]:
     import timm
     from timm.models import get_pretrained_cfg
 
-    from harness.models.timm import parameters
-
     known = (name for name in timm.list_models(pretrained=True) if fnmatch.fnmatch(name.lower(), pattern.lower()))
     names = list(filter(_can_be_named, known))
-    if len(names) <= COUNTED:
+    if counted := len(names) <= COUNTED:
         names = list(filter(_has_head, names))
     for name in names:
         settings = get_pretrained_cfg(name)
         if settings is not None:
             yield Model(
                 model=f'Timm("{name}")',
-                parameters=parameters(name) if len(names) <= COUNTED else None,
+                parameters=sum(each.numel() for each in with_classes(name).parameters()) if counted else None,
                 image_size=settings.input_size[1],
                 weights_here=_downloaded(settings.hf_hub_id, settings.url),
                 licence=settings.license or "unknown",
@@ -134,8 +130,6 @@ def _timm(pattern: str) -> Iterator[Model]:
 
 def _can_be_named(name: str) -> bool:
     """Return whether the model has one head, and prepares images in a way that is supported."""
-    from harness.models.timm import Timm
-
     try:
         Timm(name).preprocessing()
     except InputError:
@@ -145,9 +139,6 @@ def _can_be_named(name: str) -> bool:
 
 def _has_head(name: str) -> bool:
     """Return whether the model has a linear layer to replace."""
-    from harness.models.backbone import last_linear
-    from harness.models.timm import with_classes
-
     try:
         return bool(last_linear(with_classes(name)))
     except InputError:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 IMAGENET = Preprocessing()
+READS = ("LOAD_GLOBAL", "LOAD_NAME")  # instructions that read a global
 
 
 class Function(str):
@@ -97,9 +98,10 @@ def _sources(of: Any, known: set[Any]) -> Iterator[str]:
         raise InputError(f"The source of {of.__qualname__} cannot be read; define it in a file.") from error
     around = vars(sys.modules[of.__module__])
     functions = list(filter(inspect.isfunction, (*map(_plain, vars(of).values()), of)))
-    names = [name for each in functions for name in _names(each.__code__)]
-    used_globals = {name for each in functions for name in _globals(each.__code__)} & around.keys()
-    yield from _constants({name: around[name] for name in sorted(used_globals)})
+    codes = [code for each in functions for code in _codes(each.__code__)]
+    names = [name for code in codes for name in code.co_names]
+    reads = (each.argval for code in codes for each in dis.get_instructions(code) if each.opname in READS)
+    yield from _constants({name: around[name] for name in sorted(around.keys() & set(reads))})
     yield from _constants(vars(of) if inspect.isclass(of) else {})
     for each in functions:
         yield from _constants({"defaults": each.__defaults__ or None, "keywords": each.__kwdefaults__ or None})
@@ -122,20 +124,12 @@ def _plain(member: Any) -> Any:
     return getattr(member, "__func__", None) or (member.fget if isinstance(member, property) else member)
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    """Yield the names that a function uses, also inside its comprehensions and lambdas."""
-    yield from code.co_names
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """Yield a function's code, and that of its comprehensions and lambdas."""
+    yield code
     for each in code.co_consts:
         if isinstance(each, CodeType):
-            yield from _names(each)
-
-
-def _globals(code: CodeType) -> Iterator[str]:
-    """Yield the global names that a function reads, also inside its comprehensions and lambdas."""
-    yield from (each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
-    for each in code.co_consts:
-        if isinstance(each, CodeType):
-            yield from _globals(each)
+            yield from _codes(each)
 
 
 def Module(
@@ -191,7 +185,8 @@ class OwnModule(PretrainedBackbone):
             ) from error
         _check_parameters(self.function)
         check_size(self.function.plain, lambda: model, image_size)  # its forward need not work without memory
-        depths, names, head = self.depths("block"), _parameters(self.function), _head(self.function)
+        depths, empty = self.depths("block"), _skeleton(self.function)
+        names, head = [name for name, _ in empty.named_parameters()], last_linear(empty)
         for name in names:
             fits = any(name.startswith(depth) for depth in depths)
             require(fits, f"depths of Module: the parameter {name} matches none of them; add its prefix.")
@@ -238,20 +233,11 @@ def _check_parameters(function: Function) -> None:
             )
 
 
+@lru_cache
 def _skeleton(function: Function) -> nn.Module:
     from harness.models.depths import skeleton
 
     return skeleton(function.model)
-
-
-@lru_cache
-def _head(function: Function) -> str:
-    return last_linear(_skeleton(function))
-
-
-@lru_cache
-def _parameters(function: Function) -> list[str]:
-    return [name for name, _ in _skeleton(function).named_parameters()]
 
 
 @lru_cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from harness.base.errors import InputError, first_line
+from harness.base.files import file_sha256
 from harness.config.train import require
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ def check_file(weights: str | None) -> None:
 def fingerprint(file: str) -> str:
     """Return 16 hexadecimal digits of a file's sha256. Raises InputError if it cannot be read."""
     try:
-        with open(file, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+        return file_sha256(file)[:16]
     except OSError as error:
         raise _unreadable(file, error) from error
 
@@ -117,10 +116,12 @@ def _stamp(file: str | Path) -> tuple[int, ...]:
 
 @lru_cache(KEPT)
 def _read(file: str, _stamp: tuple[int, ...]) -> dict[str, Tensor]:
+    import torch
     from safetensors.torch import load_file
 
+    is_safe = file.endswith(".safetensors")
     try:
-        state: Any = load_file(file) if file.endswith(".safetensors") else _unpickled(file)
+        state: Any = load_file(file) if is_safe else torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise _unreadable(file, error) from error
     # A damaged file can raise any exception. torch's text would advise to run the code in it.
@@ -144,12 +145,6 @@ def _tensors(state: Any, source: str, remedy: str) -> dict[str, Tensor]:
     ):
         raise InputError(f"{source} is not a dictionary of tensors; {remedy}.")
     return dict(state)
-
-
-def _unpickled(file: str) -> Any:
-    import torch
-
-    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def load(model: nn.Module, state: Mapping[str, Tensor], head: str, source: str) -> None:

@@ -183,11 +183,6 @@ def _skeleton(name: str) -> Any:
     return skeleton(lambda: _created(name))
 
 
-def parameters(name: str) -> int:
-    """Return the number of a model's parameters, with the classes of its published weights."""
-    return sum(each.numel() for each in with_classes(name).parameters())
-
-
 def with_classes(name: str) -> nn.Module:
     """Return the skeleton of a model with the classes of its published weights."""
     from harness.models.depths import skeleton

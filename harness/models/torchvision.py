@@ -145,12 +145,6 @@ def _built(name: str, image_size: int | None = None) -> nn.Module:
     return models.get_model(name, **arguments)
 
 
-def _skeleton(name: str) -> nn.Module:
-    from harness.models.depths import skeleton
-
-    return skeleton(lambda: _built(name))
-
-
 @lru_cache
 def _check_size(name: str, image_size: int) -> None:
     from harness.models.depths import check_size
@@ -160,8 +154,8 @@ def _check_size(name: str, image_size: int) -> None:
 
 @lru_cache
 def _depths(name: str, by: Literal["block", "layer"]) -> Depths:
-    from harness.models.depths import depths_of
+    from harness.models.depths import depths_of, skeleton
 
     _check_name(name)
-    model = _skeleton(name)
+    model = skeleton(lambda: _built(name))
     return depths_of(model, last_linear(model), by)

@@ -6,7 +6,7 @@ Everything comes from storages; no test set is opened.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -51,7 +51,7 @@ def pairs(tested: Mapping[str, Predictions | str]) -> list[Pair]:
     """Compare every two studies; in place of predictions, a sentence says why there are none."""
     found = [_pair(*two, tested) for two in combinations(tested, 2)]
     corrected = iter(holm([each.p for each in found if each.p is not None]))
-    return [each if each.p is None else Pair(**asdict(each) | {"corrected": next(corrected)}) for each in found]
+    return [each if each.p is None else replace(each, corrected=next(corrected)) for each in found]
 
 
 def _pair(first: str, second: str, tested: Mapping[str, Predictions | str]) -> Pair:

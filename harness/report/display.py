@@ -124,7 +124,7 @@ class Display:
         ended = [trial for trial in self._store.trials() if trial.state != "running"]
         self._finished, self._best = self._store.finished(), self._store.best()
         self._asked = wanted(self._study, self._store)
-        self._hours = None if self._study.hours is None else hours_left(self._study, self._store)
+        self._hours = None if self._study.hours is None else hours_left(self._study, self._store.trials())
         self._settled = self._best is not None and self._store.is_settled()
         self._trial_seconds = [trial.seconds for trial in ended if trial.seconds is not None]
         epochs = [epoch for trial in ended for epoch in trial.epochs]

@@ -193,9 +193,8 @@ def _chosen_line(store: Store) -> list[str]:
 
 def in_short(params: Mapping[str, Any], whole_paths: bool = True) -> str:
     """Return names and values on one line, with only the last part of each path if not `whole_paths`."""
-    names = params if whole_paths else [path.rsplit(".", 1)[-1] for path in params]
-    values = [f"{value:.4g}" if isinstance(value, float) else value for value in params.values()]
-    return ", ".join(f"{name} = {value}" for name, value in zip(names, values, strict=True))
+    names = {path: path if whole_paths else path.rpartition(".")[2] for path in params}
+    return ", ".join(f"{names[path]} = {sentences.short(value)}" for path, value in params.items())
 
 
 def _remarks(store: Store) -> list[str]:

@@ -41,7 +41,7 @@ class Importance:
     high: float
 
 
-def importances(study: optuna.Study, names: Sequence[str], seed: int = 0) -> list[Importance]:
+def importances(study: optuna.Study, names: Sequence[str]) -> list[Importance]:
     """Return PED-ANOVA importances (Watanabe et al., 2023) of the complete trials, most important first.
 
     The intervals are percentiles over bootstrap resamples of the trials (Efron and Tibshirani, 1993, chapter 13),
@@ -50,7 +50,7 @@ def importances(study: optuna.Study, names: Sequence[str], seed: int = 0) -> lis
     complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     if len({trial.value for trial in complete}) < 2:
         return []
-    generator = numpy.random.default_rng(seed)
+    generator = numpy.random.default_rng(0)
     samples = []
     for _ in range(RESAMPLES):
         drawn = [complete[number] for number in generator.integers(len(complete), size=len(complete))]

@@ -69,9 +69,7 @@ def rendered(template: str, view: Mapping[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     """Return a table cell's text; empty for None and NaN."""
-    if value is None or value != value:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "" if value is None or value != value else sentences.short(value)
 
 
 def _view(name: str, store: Store, tracking: str) -> dict[str, Any]:

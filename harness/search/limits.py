@@ -31,7 +31,7 @@ def reason_to_stop(study: Study, store: StudyView) -> str | None:
     complete = [trial for trial in ended if trial.value is not None]
     best = max(complete, key=lambda trial: (trial.value or 0.0, -trial.number), default=None)
     if best is None:
-        used = study.hours is not None and any(trial.number == 0 for trial in ended) and _hours_left(study, trials) <= 0
+        used = study.hours is not None and any(trial.number == 0 for trial in ended) and hours_left(study, trials) <= 0
         return f"{study.hours:g} h are used, or set aside, and no trial is complete" if used else None
     if study.until is not None and (best.value or 0.0) >= study.until:
         noun = OBJECTIVES[study.objective]
@@ -41,17 +41,13 @@ def reason_to_stop(study: Study, store: StudyView) -> str | None:
     if study.patience is not None and sum(each.number > best.number for each in ended) >= study.patience:
         count = f"{study.patience} trials" if study.patience > 1 else "1 trial"
         return f"{count} without a new best after trial {best.number}"
-    if study.hours is not None and _hours_left(study, trials) <= _first_rung(study) * _epoch_seconds(trials) / 3600:
+    if study.hours is not None and hours_left(study, trials) <= _first_rung(study) * _epoch_seconds(trials) / 3600:
         return f"{study.hours:g} h are used, or set aside for the final run"
     return None
 
 
-def hours_left(study: Study, store: StudyView) -> float:
-    """Return the hours that are left for the search; a study without this limit has no end."""
-    return _hours_left(study, store.trials())
-
-
-def _hours_left(study: Study, trials: Sequence[TrialRecord]) -> float:
+def hours_left(study: Study, trials: Sequence[TrialRecord]) -> float:
+    """Return the hours that are left for the search."""
     assert study.hours is not None
     spent = sum(trial.seconds or 0.0 for trial in trials)
     # Where all have diverged or failed, there is nothing to set time aside for.

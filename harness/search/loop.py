@@ -198,6 +198,6 @@ def _train(
                 return events.Pruned(epoch=result.epoch)
             if study.hours is not None:
                 store.spend(asked, checkpoint.seconds())
-                if asked.number and limits.hours_left(study, store) <= 0:
+                if asked.number and limits.hours_left(study, store.trials()) <= 0:
                     return events.Pruned(epoch=result.epoch, reason=limits.OUT_OF_HOURS)
     return events.Completed(value=value)

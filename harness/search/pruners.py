@@ -93,9 +93,7 @@ class Asha(optuna.pruners.BasePruner):
         # A diverged trial reached the rung too; NaN must not enter the ranking.
         ranked = sorted([value, *(v for v in reached if not math.isnan(v))])
         promotable = max(len(ranked) // self.reduction, 1)
-        if study.direction == optuna.study.StudyDirection.MAXIMIZE:
-            return value < ranked[-promotable]
-        return value > ranked[promotable - 1]
+        return value < ranked[-promotable]
 
 
 def asha(*, first: float | None = None, min_epochs: int | None = None, reduction: int = 2) -> Pruner:

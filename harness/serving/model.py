@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from harness.data.cache import square
 from harness.final import model_files
 from harness.store.store import Store
 from harness.training.checkpoint import read_tensors
+from harness.training.optim import without_weights
 
 
 class Calibrated(nn.Module):
@@ -80,10 +80,7 @@ def load_saved(study: Study, store: Store, folder: Path) -> SavedModel:
         config = study.config(trials[description["trial"]].params)
     except (Damaged, ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(f"The model in {folder} cannot be read ({error}); {model_files.AGAIN}.") from error
-    backbone: Any = config.backbone
-    if "pretrained" in {field.name for field in dataclasses.fields(backbone)}:  # the weights are replaced anyway
-        backbone = dataclasses.replace(backbone, pretrained=False)
-    model = backbone.build(len(description["classes"]), config.data.image_size)
+    model = without_weights(config.backbone).build(len(description["classes"]), config.data.image_size)
     model.load_state_dict(tensors)
     try:  # the final run's test images; a retrained model has none
         images = read_tensors(folder / model_files.CHECK_FILE)[0]["images"]

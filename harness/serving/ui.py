@@ -20,7 +20,6 @@ def serve_ui(folder: Path, tracking_uri: str | None, host: str, port: int) -> bo
 
     Raises InputError if there are no runs, or the port is not available.
     """
-
     uri = tracking_uri or local_uri(folder)
     if not tracking_uri and not (folder / "mlflow.db").is_file():
         raise InputError(f"There are no runs yet ({folder / 'mlflow.db'} does not exist); run a study first.")

@@ -110,10 +110,6 @@ class Leases:
         with self._engine.begin() as connection:
             return bool(connection.execute(line, values).rowcount)
 
-    def holder(self, key: str) -> str | None:
-        """Return the owner of a key, None if it is free."""
-        return self.holders().get(key)
-
     def holders(self) -> dict[str, str]:
         """Return the owners of this study's leases by key, without dead processes of this machine."""
         return {key: owner for key, owner in _noted(self._engine, self._study).items() if not is_gone(owner)}

@@ -13,7 +13,6 @@ from harness.config.events import EpochResult
 from harness.config.final_result import FinalResult
 
 BY_HAND, SKIP = "by_hand", "skip"  # attributes of a trial that `harness try` queued, and that `harness skip` ends
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +41,9 @@ def record_of(trial: FrozenTrial) -> TrialRecord:
     """Return the record of an Optuna trial."""
     states = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
     outcome = trial.user_attrs.get("outcome", {})
-    finished = trial.state in FINISHED
     return TrialRecord(
         number=trial.number,
-        state=(outcome.get("state") or states[trial.state]) if finished else "running",
+        state=(outcome.get("state") or states[trial.state]) if trial.state.is_finished() else "running",
         value=trial.value if trial.state is TrialState.COMPLETE else None,
         params=dict(trial.params),
         epochs=tuple(EpochResult.from_dict(each) for each in trial.user_attrs.get("epochs", [])),
@@ -68,7 +66,7 @@ class Snapshot:
     @staticmethod
     def now(trials: Sequence[FrozenTrial], number: int, space: Iterable[str]) -> Snapshot:
         """Return the current snapshot for trial `number`."""
-        lower = [trial for trial in trials if trial.number < number and trial.state not in FINISHED]
+        lower = [trial for trial in trials if trial.number < number and not trial.state.is_finished()]
         running = [trial.number for trial in lower if all(path in trial.params for path in space)]
         return Snapshot(tuple(trial.number for trial in lower), tuple(running))
 
@@ -108,7 +106,6 @@ class StudyFacts:
 
     # First start
     uid: str = ""
-    format: int = 0
     definition: dict[str, Any] | None = None  # `Study.definition()`, and fingerprints of images and weights
     images: int | None = None
     after: dict[str, Any] | None = (
@@ -116,7 +113,6 @@ class StudyFacts:
     )
     depths: dict[str, list[str]] | None = None  # prefixes of parameter names by "block" and by "layer"
     # Last start
-    file: str | None = None
     command: str | None = None
     data_root: str | None = None  # the folder of the images, if given
     runtime: dict[str, Any] | None = None  # `Runtime.to_dict()`

@@ -26,7 +26,7 @@ from harness.store.leases import LeaseLost, Leases
 from harness.store.ledger import Line
 from harness.store.locks import OpenedFile
 from harness.store.queue import NoTrialFree as NoTrialFree
-from harness.store.records import BY_HAND, FINISHED, SKIP, Snapshot, record_of
+from harness.store.records import BY_HAND, SKIP, Snapshot, record_of
 from harness.store.records import TrialRecord as TrialRecord
 from harness.store.view import StudyView, outlasting
 
@@ -221,7 +221,7 @@ class Store(StudyView):
         trial = next((each for each in self._study.get_trials(deepcopy=False) if each.number == number), None)
         if trial is None or trial.state is TrialState.WAITING:
             raise InputError(f"There is no trial {number} yet; `report` lists the trials.")
-        if trial.state in FINISHED:
+        if trial.state.is_finished():
             raise InputError(
                 f"Trial {number} has ended ({record_of(trial).state}); only an unfinished one can be skipped."
             )

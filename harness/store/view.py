@@ -14,7 +14,7 @@ from harness.config.study import Study
 from harness.store import ledger
 from harness.store.database import Unreadable, outlast
 from harness.store.ledger import Line
-from harness.store.records import FINISHED, StudyFacts, TrialRecord, record_of
+from harness.store.records import StudyFacts, TrialRecord, record_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -92,7 +92,7 @@ class StudyView:
 
     @outlasting
     def finished(self) -> int:
-        return sum(trial.state in FINISHED for trial in self._all_trials())
+        return sum(trial.state.is_finished() for trial in self._all_trials())
 
     @outlasting
     def trials(self) -> list[TrialRecord]:

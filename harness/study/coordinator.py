@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.base.environment import environment, versions
@@ -196,7 +197,7 @@ def _workers(
         file=command.found.file,
         home=command.found.home,
         settings=options.set,
-        data_root=options.data_root,
+        data_root=options.data_root and str(Path(options.data_root).resolve()),  # for other folders and machines
         device=options.device,
         trials=study.trials,
         limits=study.limits(),

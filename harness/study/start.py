@@ -90,8 +90,8 @@ def _asked_for(
         raise InputError("--key-file needs --serve; give both, or omit the option.")
     if options.on_event is not None:
         check_command(options.on_event)
-    if options.price is not None:
-        _check_price(options.price)
+    if options.price is not None and not 0 < options.price <= 1e6:
+        raise InputError(f"price must be a number above 0 and at most 1,000,000, not {options.price}.")
     if options.engine == "ray":  # even if a finished study needs no cluster
         ray_cluster.check_address(options.ray_address)
     study = found.study.with_settings(options.set).located(found.home, options.data_root, options.device)
@@ -142,11 +142,6 @@ def _check_serving(command: Command, address: str) -> None:
         wire.read_key(file)
     elif not os.access(file.parent, os.W_OK):
         raise InputError(f"No key can be written to {file}; give --key-file in a folder that can be written to.")
-
-
-def _check_price(price: object) -> None:
-    if not isinstance(price, int | float) or isinstance(price, bool) or not 0 < price <= 1e6:
-        raise InputError(f"price must be a number above 0 and at most 1,000,000, not {price!r}.")
 
 
 def _keep_price(options: RunOptions, store: Store) -> None:

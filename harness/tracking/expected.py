@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.base.environment import HARDWARE, git_commit, versions
 from harness.base.errors import InputError, masked
-from harness.base.keys import base_key, final_key, rerank_key, trial_key
+from harness.base.keys import RETRAINING, trial_key
 from harness.base.seeds import derive_seed
 from harness.base.words import metric_name
 from harness.config.events import EpochResult, Kind
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 
 LONGEST_DIGEST = 36  # of MLflow
-KEYS = {"rerank": rerank_key, "final": final_key, "base": base_key}
 
 
 def trial_tags(study: Study, number: int) -> dict[str, str]:
@@ -74,7 +73,7 @@ def expected_runs(study: Study, store: Store) -> list[Expected]:
     ]
     return runs + [
         Expected(
-            key=KEYS[kind](trial, seed),
+            key=RETRAINING[kind](trial, seed),
             config=study.config(params[trial]),
             tags=retraining_tags(kind, trial, seed),
             epochs=tuple(map(EpochResult.from_dict, epochs)),

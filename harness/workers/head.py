@@ -21,9 +21,11 @@ import filelock
 
 from harness.base.errors import Halt, InputError
 from harness.base.files import replace_file, sqlite_file
+from harness.base.keys import RETRAINING
 from harness.config.jobs import Job, Train
 from harness.config.study import Study
-from harness.final.retrain import KEYS, Context
+from harness.data.splits import content_of
+from harness.final.retrain import Context
 from harness.store.database import outlast
 from harness.store.leases import LeaseLost, renewing
 from harness.store.opening import check_definition, open_store
@@ -31,6 +33,7 @@ from harness.store.records import StudyFacts
 from harness.store.store import Asked, Store
 from harness.training import interrupt
 from harness.training.checkpoint import SUFFIX, remove
+from harness.training.features import keep_features
 from harness.workers.worker import Message, WorkerConfig, context_of, do
 
 CHECK_SECONDS = 2.0  # between two lease checks of a trial
@@ -193,9 +196,6 @@ def opened_through(ask: Ask, owner: str, config: WorkerConfig) -> Iterator[Conte
 
 def prepare(context: Context) -> None:
     """Create the files that all workers of this machine need, once. Raises InputError if images or weights differ."""
-    from harness.data.splits import content_of
-    from harness.training.features import keep_features
-
     study = context.study
     name = hashlib.sha256(str(study.train.data.cache).encode()).hexdigest()[:16]
     with filelock.FileLock(Path(tempfile.gettempdir()) / f"harness-{os.getuid()}-{name}.lock"):
@@ -233,4 +233,4 @@ def _carry(ask: Ask, job: Train, path: Path) -> None:
 
 
 def _file(job: Train) -> str:
-    return f"{KEYS[job.kind](job.trial, job.seed_number)}{SUFFIX}"
+    return f"{RETRAINING[job.kind](job.trial, job.seed_number)}{SUFFIX}"

@@ -43,8 +43,7 @@ class RayWorkers(Crew):
         self, config: WorkerConfig, store: Store, needs: Needs, tell: Callable[[Event], None] = lambda _: None
     ) -> None:
         device = "cuda" if needs.gpus else config.device  # a task sees only its own GPU, so the index is useless
-        data_root = None if config.data_root is None else str(Path(config.data_root).resolve())
-        super().__init__(dataclasses.replace(config, device=device, data_root=data_root), needs.workers, tell)
+        super().__init__(dataclasses.replace(config, device=device), needs.workers, tell)
         self._store, self._needs = store, needs
         self._begun = self._fetched = 0
         self._tasks: dict[Any, tuple[int, Job]] = {}  # Ray's reference -> the worker's number and job

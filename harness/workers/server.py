@@ -6,7 +6,6 @@ leases more often.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import multiprocessing
 import socket
@@ -57,9 +56,7 @@ class Server(Pool):
         address: str,
         key: bytes,
     ) -> None:
-        data_root = None if config.data_root is None else str(Path(config.data_root).resolve())
         self._listener, self._key = wire.listen(address), key
-        config = dataclasses.replace(config, data_root=data_root)
         self._head, self._one_at_a_time = Head(), threading.Lock()
         self._head.open(config, Path.cwd())
         super().__init__(config, environments, tell)

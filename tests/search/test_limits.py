@@ -87,7 +87,7 @@ def test_the_final_run_is_set_aside() -> None:
     epoch = sum(each.seconds for each in trials[0].epochs) / len(trials[0].epochs)
     # two seeds of the best and of the base, of two epochs each
     assert limits.final_seconds(study, trials) == pytest.approx(2 * 2 * 2 * epoch)
-    assert limits._hours_left(study, trials) == pytest.approx(1.0 - (300.0 + 8 * epoch) / 3600)
+    assert limits.hours_left(study, trials) == pytest.approx(1.0 - (300.0 + 8 * epoch) / 3600)
 
 
 def test_no_trial_begins_that_cannot_reach_its_first_rung() -> None:
