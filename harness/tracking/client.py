@@ -86,12 +86,14 @@ class StudyClient:
     def connect(self) -> None:
         """Open the client. Raises MLflow's error if it does not answer."""
         from mlflow import MlflowClient
-        from mlflow.store.db import utils as db_utils
 
         quiet()
         let_commits_return()
         set_aside(self.uri)
-        db_utils.MAX_RETRY_COUNT = 2  # MLflow's ten take 100 s, in which nothing says what is wrong
+        if not self.uri.startswith(("http", "databricks")):  # for a server, nothing of databases is imported
+            from mlflow.store.db import utils
+
+            utils.MAX_RETRY_COUNT = 2  # MLflow's ten take 100 s, in which nothing says what is wrong
         with no_stray_folder(self.uri):
             # A program may have set another registry for all clients.
             self.client = MlflowClient(self.uri, None if self.uri.startswith("databricks") else self.uri)
