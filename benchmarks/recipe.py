@@ -55,6 +55,19 @@ RECIPES: dict[str, dict[str, Any]] = {
     "batch of 17": {"batch_size": 17},
     "crops from 0.25": {"augment.crop_scale": (0.25, 1.0)},
     "stochastic depth 0.1": {"backbone.stochastic_depth": 0.1},
+    "label smoothing 0.2": {"label_smoothing": 0.2},
+    # Touvron et al., 2019: what is cut at random looks larger than what is evaluated. Takes as long as today's.
+    "trained at 112 px, evaluated at 160": {
+        "data.stored_size": 183,
+        "data.image_size": 160,
+        "augment.early_size": 112,
+        "augment.tail": 0.0,
+    },
+    "head first, no weight decay, floor": {
+        "optim.head_epochs": 2,
+        "optim.weight_decay": 0.0,
+        "optim.lr_floor": 0.05,
+    },
 }
 
 

@@ -29,7 +29,6 @@ from harness.data.splits import SPLITS, remarks
 from harness.store import opening
 from harness.store.opening import read_store, url_of
 
-TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "labels.csv")  # looked for in a folder
 UNBALANCED = 3.0  # images of the largest class, times those of the smallest, from which classes count alike
 TRIALS = 20
 HOUR = 3600.0  # seconds that the trials may take, if none is pruned
@@ -138,11 +137,11 @@ def _new_file(folder: Path, name: str, option: str) -> Path:
 def _data(place: Path, home: Path, cache: str) -> tuple[Any, str]:
     """Return the data set, and how it is written. Raises InputError if there is none."""
     from harness.datasets.image_folder import ImageFolder
-    from harness.datasets.image_table import ImageTable
+    from harness.datasets.image_table import ImageTable, table_in
 
     if not place.exists():
         raise InputError(f"There is no {place}; give a folder of photographs, or a table of them.")
-    table = place if place.is_file() else _table_in(place)
+    table = place if place.is_file() else table_in(place)
     root = place if table is None else table.parent
     resolved = root.resolve()
     shown = resolved.relative_to(home).as_posix() if resolved.is_relative_to(home) else resolved.as_posix()
@@ -155,19 +154,17 @@ def _data(place: Path, home: Path, cache: str) -> tuple[Any, str]:
     return ImageTable(root=str(root), file=table.name, cache=cache), f"ImageTable(root={shown!r}, file={table.name!r}"
 
 
-def _table_in(folder: Path) -> Path | None:
-    return next((folder / name for name in TABLES if (folder / name).is_file()), None)
-
-
 def _without_options(text: str, place: Path) -> str:
     """Return what is wrong with the data, without the options of `run`, which `init` does not have."""
+    from harness.datasets.image_table import table_in
+
     for said, instead in (
         (" with --data-root", ""),
         ("; is --data-root right?", "; move it away."),
         ("--data-root is the folder above", "give init the folder above"),
     ):
         text = text.replace(said, instead)
-    unfit = " has no column " in text and place.is_dir() and _table_in(place)
+    unfit = " has no column " in text and place.is_dir() and table_in(place)
     folders = unfit and any(each.is_dir() for each in place.iterdir())
     return f"{text[:-1]}; or move the table away, so that its folders are the classes." if folders else text
 

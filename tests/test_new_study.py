@@ -99,6 +99,16 @@ def test_a_table_gets_a_study(photos: Path, name: str) -> None:
         assert type(find(str(made.file)).study.train.data).__name__ == "ImageTable"
 
 
+def test_a_table_in_the_folder_of_each_split_gets_a_study(photos: Path) -> None:
+    for split in ("train", "validation", "test"):
+        copied = shutil.copytree(photos, photos.parent / "split" / split)
+        lines = [f"{each.relative_to(copied)},{each.parent.name}" for each in sorted(copied.rglob("*.png"))]
+        (copied / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+    made = harness.init(photos.parent / "split", home=photos.parent)
+    assert made.findings[0].endswith("72 for training, 72 for validation, 72 for testing.")
+    assert type(find(str(made.file)).study.train.data).__name__ == "ImageTable"
+
+
 def test_a_table_may_lie_where_the_study_is_written(photos: Path) -> None:
     lines = [f"{each.relative_to(photos.parent)},{each.parent.name}" for each in sorted(photos.rglob("*.png"))]
     (photos.parent / "labels.csv").write_text("\n".join(["path,label", *lines]))

@@ -16,7 +16,7 @@ from unicodedata import normalize
 from harness.base.errors import InputError, first_line
 from harness.config.contracts import SplitName
 from harness.data.cache import ImageFiles, content_hashes
-from harness.data.layout import check_names, split_of
+from harness.data.layout import SPLIT_NAMES, check_names, split_of
 from harness.datasets.image_folder import by_content
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ COLUMNS = {
     "split": ("split",),
     "group": ("group",),
 }
+FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "labels.csv")  # looked for in a folder
 
 
 class Row(NamedTuple):
@@ -61,7 +62,8 @@ class ImageTable(ImageFiles):
     """A table with the columns path and label, and perhaps split and group.
 
     `file` is a CSV, JSON lines (.jsonl) or Parquet file, in `root` unless absolute, or a pandas DataFrame. Paths are
-    relative to the file's folder, those of a DataFrame to `root`; Hugging Face's metadata.csv and metadata.jsonl fit.
+    relative to the file's folder, those of a DataFrame to `root`. Hugging Face's metadata.csv and metadata.jsonl fit,
+    also one in each of the folders train, validation and test of `root`.
 
     Photographs of one group (a plant, a patient, a burst) are never in two splits. Without a column split, groups are
     split about 70 / 15 / 15 by their names, photographs without a group by their content: each stays in its split if
@@ -110,6 +112,8 @@ class ImageTable(ImageFiles):
         if isinstance(self.file, Frame):
             return _of_frame(self.file, self.root)
         path = Path(self.root) / self.file
+        if not path.exists() and (tables := _split_tables(Path(self.root), self.file)):
+            return _joined(Path(self.root), tables)
         try:
             stat = path.stat()
         except OSError as error:
@@ -117,6 +121,39 @@ class ImageTable(ImageFiles):
                 f"There is no table {path} ({error.strerror}); correct data.file, or give its folder with --data-root."
             ) from error
         return _read(path, stat.st_mtime_ns, stat.st_size)
+
+
+def table_in(folder: Path) -> Path | None:
+    """Return a folder's table, or the path that stands for those of its split folders; None if there is none."""
+    found = (folder / each for each in FILES if (folder / each).is_file() or len(_split_tables(folder, each)) > 1)
+    return next(found, None)
+
+
+def _split_tables(root: Path, file: str) -> dict[Path, SplitName]:
+    """Return the tables of this name in the split folders of `root`, as Hugging Face's image folders have them."""
+    folders = sorted(each for each in root.iterdir() if each.is_dir()) if root.is_dir() else []
+    found = {folder / file: split_of(folder.name) for folder in folders if (folder / file).is_file()}
+    return {path: split for path, split in found.items() if split is not None}
+
+
+def _joined(root: Path, tables: Mapping[Path, SplitName]) -> list[Row]:
+    """Return the rows of a table for each split. Raises InputError if they contradict each other."""
+    if missing := [split for split in SPLIT_NAMES if split not in tables.values()]:
+        listed = " and ".join(map(str, tables))
+        raise InputError(f"{root} has {listed}, but no table for the {missing[0]} split; add one, or make one of all.")
+    rows: list[Row] = []
+    groups: dict[str, SplitName] = {}
+    for path, split in tables.items():
+        stat = path.stat()
+        for row in _read(path, stat.st_mtime_ns, stat.st_size):
+            if row.split not in (None, split):
+                raise InputError(f"Row {row.number} of {path} has the split {row.split}; write {split}, as its folder.")
+            if row.group and (other := groups.setdefault(row.group, split)) != split:
+                raise InputError(
+                    f"Group {row.group!r} of {path} is in the {other} split, too; put all its photographs into one."
+                )
+            rows.append(row._replace(split=split))
+    return rows
 
 
 def _split(row: Row, hashes: Mapping[Path, str]) -> SplitName:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,46 @@ def test_metadata_of_hugging_face_lies_beside_the_images(photos: Path) -> None:
     data = ImageTable(root=str(photos), file="a/metadata.jsonl", cache=str(photos.parent / "cache"))
     assert data.classes() == ("0", "1", "2")
     assert sum(len(each) for each in names(data).values()) == 60
+
+
+def in_folders(photos: Path, **rows: Rows) -> ImageTable:
+    """Hugging Face's layout: a folder for each split, with a metadata.csv beside its images."""
+    for folder, table in rows.items():
+        (photos / folder).mkdir()
+        for row in table:
+            shutil.copy(photos / "a" / row["file_name"], photos / folder)
+        pandas.DataFrame(table).to_csv(photos / folder / "metadata.csv", index=False)
+    return ImageTable(root=str(photos), file="metadata.csv", cache=str(photos.parent / "cache"))
+
+
+def rows_of(*numbers: int, **columns: Any) -> Rows:
+    return [{"file_name": f"{number}.png", "label": ("daisy", "rose")[number % 2]} | columns for number in numbers]
+
+
+def test_metadata_of_hugging_face_lies_in_the_folder_of_each_split(photos: Path) -> None:
+    data = in_folders(photos, train=rows_of(0, 1, 2, 3), validation=rows_of(4, 5), test=rows_of(6, 7))
+    assert names(data) == {
+        "train": [f"{n}.png" for n in range(4)],
+        "val": ["4.png", "5.png"],
+        "test": ["6.png", "7.png"],
+    }
+    assert [label for _, label in data.samples("val")] == [0, 1]
+    assert all(path.parent.name == "validation" for path, _ in data.samples("val"))
+
+
+@pytest.mark.parametrize(
+    ("validation", "words"),
+    [
+        (None, "no table for the val split"),
+        (rows_of(4, 5, split="test"), "has the split test; write val"),
+        (rows_of(4, 5, group="plant 7"), "Group 'plant 7'"),
+    ],
+)
+def test_tables_of_splits_that_contradict_are_refused(photos: Path, validation: Rows | None, words: str) -> None:
+    tables = {"train": rows_of(0, 1, group="plant 7"), "test": rows_of(6, 7)}
+    data = in_folders(photos, **tables, **({} if validation is None else {"validation": validation}))
+    with pytest.raises(InputError, match=words):
+        data.classes()
 
 
 def test_without_a_split_photographs_stay_in_theirs_when_rows_are_added(photos: Path) -> None:
