@@ -164,7 +164,7 @@ def _without_options(text: str, place: Path) -> str:
         ("--data-root is the folder above", "give init the folder above"),
     ):
         text = text.replace(said, instead)
-    unfit = " has no column " in text and place.is_dir() and table_in(place)
+    unfit = re.search(" has no column | but no table for the ", text) and place.is_dir() and table_in(place)
     folders = unfit and any(each.is_dir() for each in place.iterdir())
     return f"{text[:-1]}; or move the table away, so that its folders are the classes." if folders else text
 

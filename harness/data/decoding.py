@@ -41,7 +41,6 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow also checks an image's parts befor
 # One colour profile or text may be as long as all of an image's together; Pillow's default is 1 MB for each.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
-ORIENTATIONS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # where Pillow looks for it
 ORIENTATION, BITS, PHOTOMETRIC, SAMPLE_FORMAT = 0x0112, 0x0102, 0x0106, 0x0153  # TIFF tags; the first is EXIF, too
 PREVIEW, DNG_VERSION = 0x00FE, 0xC612  # a camera's raw file is a TIFF with a preview in front
 TURNS = {
@@ -195,8 +194,8 @@ def _factor(width: int, height: int) -> int:
     return factor
 
 
-def flat_rgb(image: Image.Image, *, name: str = "the image", turn: bool = False) -> Image.Image:
-    """Return an image in memory as one from a file would be; by its EXIF orientation only with `turn`.
+def flat_rgb(image: Image.Image, *, name: str = "the image") -> Image.Image:
+    """Return an image in memory as one from a file would be.
 
     Raises InputError with its `name` if it is damaged or empty.
     """
@@ -204,10 +203,6 @@ def flat_rgb(image: Image.Image, *, name: str = "the image", turn: bool = False)
         image.load()
         if not all(image.size):
             raise InputError(f"{name} has no pixels; give another.")
-        if not turn:
-            image = image.copy()
-            for key in ORIENTATIONS:
-                image.info.pop(key, None)
         return _rgb(Path(name), image, 1)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from unicodedata import normalize
@@ -29,6 +31,7 @@ COLUMNS = {
     "split": ("split",),
     "group": ("group",),
 }
+SHOWN = 10  # names of columns in a message
 FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "labels.csv")  # looked for in a folder
 
 
@@ -102,6 +105,18 @@ class ImageTable(ImageFiles):
             )
         return [(row.path, labels[row.label]) for row in chosen]
 
+    def remarks(self) -> list[str]:
+        """Say that split folders of the photographs are not read as splits."""
+        paths = [row.path for row in self._rows()]
+        beyond = len(Path(os.path.commonpath(paths)).parts)
+        found = {next(filter(None, map(split_of, path.parts[beyond:-1])), None) for path in paths}
+        if any(row.split for row in self._rows()) or None in found or len(found) < 2:
+            return []
+        return [
+            f"The photographs of {self.file} lie in folders of splits, but it has no column 'split': they are split by "
+            "their content. Add the column to keep them there."
+        ]
+
     def _hashes(self) -> dict[Path, str]:
         """Return the content hashes of the photographs without a group."""
         stamps = {row.path: self.stamp(row.path) for row in self._rows() if not row.group}
@@ -141,7 +156,11 @@ def _joined(root: Path, tables: Mapping[Path, SplitName]) -> list[Row]:
     if missing := [split for split in SPLIT_NAMES if split not in tables.values()]:
         listed = " and ".join(map(str, tables))
         raise InputError(f"{root} has {listed}, but no table for the {missing[0]} split; add one, or make one of all.")
+    if len(tables) > len(SPLIT_NAMES):
+        twice = next(split for split in SPLIT_NAMES if list(tables.values()).count(split) > 1)
+        raise InputError(f"{root} has two folders with a table for the {twice} split; merge them.")
     rows: list[Row] = []
+    seen: dict[Path, Path] = {}
     groups: dict[str, SplitName] = {}
     for path, split in tables.items():
         stat = path.stat()
@@ -152,6 +171,8 @@ def _joined(root: Path, tables: Mapping[Path, SplitName]) -> list[Row]:
                 raise InputError(
                     f"Group {row.group!r} of {path} is in the {other} split, too; put all its photographs into one."
                 )
+            if (other_table := seen.setdefault(row.path, path)) != path:
+                raise InputError(f"{other_table} and {path} both list {row.path}; remove it from one of them.")
             rows.append(row._replace(split=split))
     return rows
 
@@ -174,7 +195,7 @@ def _read(path: Path, _time: int, _size: int) -> list[Row]:
 
     readers: dict[str, Any] = {
         ".csv": lambda: _csv(path),
-        ".jsonl": lambda: pandas.read_json(path, lines=True, dtype=False, encoding="utf-8-sig"),
+        ".jsonl": lambda: _json_lines(path),
         ".parquet": lambda: pandas.read_parquet(path),
     }
     if path.suffix.lower() not in readers:
@@ -183,10 +204,19 @@ def _read(path: Path, _time: int, _size: int) -> list[Row]:
         frame = readers[path.suffix.lower()]()
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8; save it as UTF-8.") from error
-    except (ValueError, OSError, ImportError, csv.Error) as error:
+    except (ValueError, TypeError, OSError, ImportError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as a table ({first_line(error)}); correct it.") from error
     is_csv = path.suffix.lower() == ".csv"
     return _checked(frame, str(path), path.parent, list(frame.index) if is_csv else range(1, 1 + len(frame)))
+
+
+def _json_lines(path: Path) -> pandas.DataFrame:
+    import pandas
+
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        raise ValueError("it is one JSON list; write one object per line")
+    return pandas.read_json(StringIO(text), lines=True, dtype=False)
 
 
 def _csv(path: Path) -> pandas.DataFrame:
@@ -213,7 +243,7 @@ def _checked(frame: pandas.DataFrame, name: str, folder: Path, numbers: Sequence
     columns = {key: next((found[name] for name in names if name in found), None) for key, names in COLUMNS.items()}
     for key in ("path", "label"):
         if columns[key] is None:
-            there = ", ".join(map(str, frame.columns)) or "none"
+            there = ", ".join(map(str, frame.columns[:SHOWN])) + ", …" * (len(frame.columns) > SHOWN) or "none"
             if len(frame.columns) == 1 and (signs := set(";\t|") & set(there)):
                 raise InputError(f"{name} separates its columns by {signs.pop()!r}; save it with commas.")
             raise InputError(f"{name} has no column {key!r}, but {there}; add it, or rename one.")
@@ -270,4 +300,4 @@ def _text(value: Any) -> str:
 
 def _group(value: Any) -> str:
     """Return a group's name. pandas makes 7 to 7.0 where a row has none, and names decide the split."""
-    return _text(int(value) if isinstance(value, float) and value.is_integer() else value)
+    return re.sub(r"(?<=\d)\.0$", "", _text(value))

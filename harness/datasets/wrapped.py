@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 READ_TWICE = 16  # images; a random flip leaves one as it is half of the time
+MOST_CLASSES = 2**16
 LOCK = Lock()  # few datasets may be read by several threads
 
 
@@ -44,6 +45,11 @@ class Source(str):
 
     def __getnewargs__(self) -> tuple[Any, ...]:
         return (self.dataset, self.rpartition("-")[2])
+
+    def classes(self) -> tuple[str, ...]:
+        """Return the dataset's own names of its classes; empty if it has none."""
+        known = getattr(self.dataset, "classes", ())
+        return tuple(map(str, known)) if isinstance(known, Iterable) and not isinstance(known, str | Mapping) else ()
 
     def read(self) -> list[tuple[Item, int]]:
         """Return all images with their labels; reads them once."""
@@ -96,18 +102,28 @@ class Wrapped(DataConfig):
             raise InputError("Wrapped needs three datasets; the same one is given for two splits.")
 
     def classes(self) -> tuple[str, ...]:
-        known = getattr(self.train.dataset, "classes", ())
-        named = isinstance(known, Iterable) and not isinstance(known, str | Mapping)
-        names = self.names or tuple(map(str, known if named else ()))
-        names = names or tuple(str(label) for label in range(1 + max(label for _, label in self.train.read())))
+        names = self.names or self.train.classes()
+        if not names:
+            labels = {label for _, label in self.train.read()}
+            if max(labels) >= MOST_CLASSES:
+                raise InputError(f"{self.train} has the label {max(labels)}; number the classes from 0.")
+            if min(labels) > 0:
+                raise InputError(f"The labels of {self.train} begin at {min(labels)}; number the classes from 0.")
+            names = tuple(map(str, range(1 + max(labels))))
         if len(names) < 2:
             raise InputError(f"{self.train} has one class, {names[0]!r}; a classifier needs at least two.")
         return names
 
     def samples(self, split: SplitName) -> list[tuple[Item, int]]:
         """Return a split. Raises InputError for an item that is no image with a label, or changes between two reads."""
-        known = len(self.classes())
-        for item, label in (found := getattr(self, split).read()):
+        source, known = getattr(self, split), len(self.classes())
+        theirs, mine = self.train.classes(), source.classes()
+        if not self.names and theirs and mine and mine != theirs:
+            raise InputError(
+                f"The classes of {source} are {_shown(mine)}, and those of {self.train} {_shown(theirs)}; give all "
+                "datasets the same classes, in one order, or say with names= what the labels mean."
+            )
+        for item, label in (found := source.read()):
             if label >= known:
                 raise InputError(f"The label of {item} is {label}, but there are {known} classes, from 0.")
         return found
@@ -120,6 +136,10 @@ class Wrapped(DataConfig):
 
     def open(self, item: Item) -> Image.Image:
         return _image(item.source, item.number)[0]
+
+
+def _shown(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + f", … ({len(names)})" * (len(names) > 3)
 
 
 def _items(source: Source) -> Iterator[tuple[Item, int]]:

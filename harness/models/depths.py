@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from typing import Literal
+from typing import Any, Literal
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from harness.models.backbone import last_linear, with_head
 
 Depths = list[tuple[str, ...]]  # per depth, the prefixes of its parameters' names; the longest matching prefix counts
 
+LARGE = 1000.0  # a logit that no softmax, sigmoid or hyperbolic tangent leaves as it is
 SHARE = 0.9  # of the parameters: a part that holds more is only a container of the blocks
 ALL = 0.99  # of the parameters: a part that holds more and the head only wraps the model
 Unit = tuple[str, nn.Module | None]  # a prefix and its module; None for a parameter
@@ -97,7 +99,8 @@ def whole_modules(module: nn.Module, names: Collection[str], prefix: str = "") -
 
 def skeleton(build: Callable[[], nn.Module]) -> nn.Module:
     """Build a model without memory for its parameters, and without a draw from torch's global generator."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), catch_warnings():
+        filterwarnings("ignore", ".*copying from a non-meta parameter")  # own modules may load their weights
         try:
             with torch.device("meta"):
                 return build()
@@ -107,22 +110,26 @@ def skeleton(build: Callable[[], nn.Module]) -> nn.Module:
 
 def _check_head(name: str, model: nn.Module, last: str, image: torch.Tensor) -> None:
     """Raise InputError unless a new head in place of the layer `last` gives the logits."""
-    shape: object = None
     with image.device, torch.random.fork_rng(devices=[]):
         model = with_head(model, (), 0.0, 2)
+    head: Any = model.get_submodule(last_linear(model))
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            shape = model(image).shape
+            head.weight.zero_()
+            head.bias.copy_(torch.tensor([LARGE, -LARGE]))
+            logits = model(image)
     # A layer after it takes another width, or the forward uses the layer's own fields.
     except Exception as error:
         raise InputError(
             f"The forward of {name} fails with a new head in place of {last}, its last linear layer "
             f"({first_line(error)}); define the layer that gives the logits last, and do not use its weights."
         ) from error
-    if shape != (1, 2):
+    if logits.shape != (1, 2):
         raise InputError(
             f"{last}, the last linear layer of {name}, does not give the logits; define the layer that does last."
         )
+    if not logits.is_meta and logits.abs().max() <= 1:
+        raise InputError(f"{name} returns probabilities, such as a softmax's; return the logits.")
 
 
 def check_size(name: str, build: Callable[[], nn.Module], image_size: int) -> None:

@@ -91,11 +91,14 @@ def _digest(source: str) -> str:
 
 def _sources(of: Any, known: set[Any]) -> Iterator[str]:
     """Yield the source of a function or class, and of those of its module that it uses."""
+    made = bool(known) and inspect.isclass(of)
     known.add(of)
     try:
         yield inspect.getsource(of)
     except OSError as error:
-        raise InputError(f"The source of {of.__qualname__} cannot be read; define it in a file.") from error
+        if not made:
+            raise InputError(f"The source of {of.__qualname__} cannot be read; define it in a file.") from error
+        yield of.__qualname__  # of a function such as namedtuple, with the constants below
     around = vars(sys.modules[of.__module__])
     functions = list(filter(inspect.isfunction, (*map(_plain, vars(of).values()), of)))
     codes = [code for each in functions for code in _codes(each.__code__)]
@@ -183,6 +186,11 @@ class OwnModule(PretrainedBackbone):
             raise InputError(
                 f"{self.function.plain}() failed ({why}); it must build a model without arguments."
             ) from error
+        if set(map(id, model.parameters())) & set(map(id, _skeleton(self.function).parameters())):
+            raise InputError(
+                f"{self.function.plain}() returns the same model each time, so that trials would share its weights; "
+                "make a new one in it."
+            )
         _check_parameters(self.function)
         check_size(self.function.plain, lambda: model, image_size)  # its forward need not work without memory
         depths, empty = self.depths("block"), _skeleton(self.function)
@@ -207,6 +215,12 @@ class OwnModule(PretrainedBackbone):
 
     def preprocessing(self) -> Preprocessing:
         return self.images
+
+    def fingerprint(self) -> str:
+        return super().fingerprint() if self.pretrained and self.weights else self.published()
+
+    def origin(self) -> str:
+        return super().origin() if self.pretrained and self.weights else f"{self.published()} ({self.licence()})"
 
     def published(self) -> str:
         return str(self.function)

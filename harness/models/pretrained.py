@@ -127,12 +127,17 @@ def _read(file: str, _stamp: tuple[int, ...]) -> dict[str, Tensor]:
     # A damaged file can raise any exception. torch's text would advise to run the code in it.
     except Exception as error:
         raise InputError(f"backbone.weights {file} is not a file of weights; save a model's state_dict().") from error
+    lightning = isinstance(state, Mapping) and "pytorch-lightning_version" in state
     for key in WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     found = _tensors(state, f"backbone.weights {file}", "save a model's state_dict()")
-    parallel = all(name.startswith("module.") for name in found)  # saved from torch.nn.DataParallel
-    return {name.removeprefix("module."): each for name, each in found.items()} if parallel else found
+    found.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
+    parts = {name.partition(".")[0] for name in found}
+    while len(parts) == 1 and (lightning or parts <= {"module", "_orig_mod"}):
+        found, lightning = {name.partition(".")[2]: each for name, each in found.items()}, False
+        parts = {name.partition(".")[0] for name in found}
+    return found
 
 
 def _tensors(state: Any, source: str, remedy: str) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ class Predictor:
 
         Raises InputError naming the file if it is not an image, damaged, or too large or too narrow to decode safely.
         """
-        image = open_image(given) if isinstance(given, Path) else flat_rgb(given, turn=True)
+        image = open_image(given) if isinstance(given, Path) else flat_rgb(given)
         name = given if isinstance(given, Path) else Path("the image")
         check_proportions(name, *image.size, self.saved.image_size)
         return preprocess([image], self.saved.config)[0]

@@ -78,7 +78,7 @@ def in_folders(photos: Path, **rows: Rows) -> ImageTable:
     for folder, table in rows.items():
         (photos / folder).mkdir()
         for row in table:
-            shutil.copy(photos / "a" / row["file_name"], photos / folder)
+            shutil.copy(photos / "a" / Path(row["file_name"]).name, photos / folder)
         pandas.DataFrame(table).to_csv(photos / folder / "metadata.csv", index=False)
     return ImageTable(root=str(photos), file="metadata.csv", cache=str(photos.parent / "cache"))
 
@@ -104,6 +104,7 @@ def test_metadata_of_hugging_face_lies_in_the_folder_of_each_split(photos: Path)
         (None, "no table for the val split"),
         (rows_of(4, 5, split="test"), "has the split test; write val"),
         (rows_of(4, 5, group="plant 7"), "Group 'plant 7'"),
+        ([{"file_name": "../train/0.png", "label": "rose"}], r"both list .*0\.png"),
     ],
 )
 def test_tables_of_splits_that_contradict_are_refused(photos: Path, validation: Rows | None, words: str) -> None:
@@ -111,6 +112,27 @@ def test_tables_of_splits_that_contradict_are_refused(photos: Path, validation: 
     data = in_folders(photos, **tables, **({} if validation is None else {"validation": validation}))
     with pytest.raises(InputError, match=words):
         data.classes()
+
+
+def test_two_folders_of_one_split_are_refused(photos: Path) -> None:
+    some = {"train": rows_of(0, 1), "val": rows_of(2, 3), "test": rows_of(4, 5), "training": rows_of(6, 7)}
+    with pytest.raises(InputError, match="two folders with a table for the train split; merge them"):
+        in_folders(photos, **some).classes()
+
+
+def test_folders_of_splits_that_a_table_does_not_name_are_told(photos: Path) -> None:
+    for folder, numbers in (("train", range(0, 30)), ("val", range(30, 45)), ("test", range(45, 60))):
+        (photos / folder).mkdir()
+        for number in numbers:
+            (photos / "a" / f"{number}.png").rename(photos / folder / f"{number}.png")
+    rows = [{"path": f"{path.parent.name}/{path.name}", "label": path.stem[-1:]} for path in photos.rglob("*.png")]
+    (said,) = at(photos, rows).remarks()
+    assert "has no column 'split': they are split by their content" in said
+    assert at(photos, [row | {"split": row["path"].partition("/")[0]} for row in rows]).remarks() == []
+
+
+def test_a_table_without_folders_of_splits_has_no_remarks(photos: Path) -> None:
+    assert at(photos, listed()).remarks() == []
 
 
 def test_without_a_split_photographs_stay_in_theirs_when_rows_are_added(photos: Path) -> None:
@@ -161,7 +183,7 @@ def test_a_frame_that_changes_later_changes_no_table(photos: Path) -> None:
     assert names(ImageTable(root=str(photos), file=frame)) != first == names(before)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", "frame"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet", "frame"])
 def test_numbered_groups_stay_in_their_split_when_a_row_without_one_is_added(photos: Path, suffix: str) -> None:
     whole = names(at(photos, listed(58, group=lambda number: number // 2), suffix))
     more = names(at(photos, listed(59, group=lambda number: number // 2 if number < 58 else None), suffix))
@@ -222,6 +244,9 @@ def test_what_is_wrong_is_said_with_its_row(photos: Path, rows: Rows, words: str
         ("labels.csv", b"path,Label,label\na/0.png,rose,5\n", "has two columns 'label'; rename one"),
         ("labels.csv", b"image,label\n" + b"A" * 5000 + b",rose\n", r"Row 2 of .* lists .*which is no file"),
         ("labels.jsonl", b"{", "cannot be read as a table"),
+        ("labels.jsonl", b'[{"path": "a/0.png", "label": "rose"}]', "it is one JSON list; write one object per line"),
+        ("labels.jsonl", b'{"path": "a/0.png", "label": "rose"}\nnull\n', "cannot be read as a table"),
+        ("labels.csv", ",".join(map(str, range(99))).encode() + b"\n", "but 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …; add it"),
         ("labels.parquet", b"PAR1", "cannot be read as a table"),
         ("labels.xlsx", b"PK", r"is no table; give a file that ends with \.csv"),
     ],

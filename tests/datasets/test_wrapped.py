@@ -90,6 +90,32 @@ def test_transparent_and_deep_images_are_as_files_of_them_are(tmp_path: Path) ->
     assert len(set(images["deep"].getdata())) > 32
 
 
+def test_an_image_is_turned_by_its_orientation_as_predict_turns_it(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.arange(96, dtype=np.uint8).reshape(4, 8, 3)).save(file := tmp_path / "a.png", exif=exif)
+    for opened in (Image.open, lambda file: Image.open(file).convert("RGB")):
+        data = wrapped(tmp_path, train=Colours(0, made=lambda pixels, opened=opened: opened(file)))
+        image = data.open(data.samples("train")[0][0])
+        assert (image.size, image.tobytes()) == ((4, 8), open_image(file).tobytes())
+
+
+def test_other_classes_of_the_validation_images_are_refused(tmp_path: Path) -> None:
+    train, val = Colours(0), Colours(50)
+    train.classes, val.classes = ["cat", "dog"], ["dog", "cat"]  # type: ignore[attr-defined]
+    with pytest.raises(
+        InputError, match="of Colours-8-val are dog, cat, and those of Colours-8-train cat, dog"
+    ):
+        wrapped(tmp_path, train=train, val=val).samples("val")
+    assert wrapped(tmp_path, train=train, val=val, names=("a", "b")).samples("val")
+
+
+@pytest.mark.parametrize(("first", "words"), [(1, "begin at 1; number"), (1_700_000_000, "has the label 17")])
+def test_labels_that_do_not_begin_at_0_need_names(tmp_path: Path, first: int, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        wrapped(tmp_path, train=Colours(0, label=lambda number: first + number % 2)).classes()
+
+
 def test_a_truncated_image_is_named(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(file := tmp_path / "cut.png")
     file.write_bytes(file.read_bytes()[:60])

@@ -9,8 +9,10 @@ import linecache
 import os
 import pickle
 import sys
+from collections import namedtuple
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from warnings import catch_warnings
 
 import pytest
 import torch
@@ -75,6 +77,21 @@ class HeadFirst(nn.Module):
 
     def forward(self, x: Any) -> Any:
         return self.head(self.projection(x.mean((2, 3))))
+
+
+SHARED = small()
+
+
+def shared() -> nn.Module:
+    return SHARED
+
+
+def softmax() -> nn.Module:
+    return nn.Sequential(small(), nn.Softmax(1))
+
+
+def sigmoid() -> nn.Module:
+    return nn.Sequential(small(), nn.Sigmoid())
 
 
 def lazy() -> nn.Module:
@@ -234,6 +251,9 @@ def test_it_is_the_same_if_its_source_is_and_survives_pickling() -> None:
         ({"build": HeadFirst}, "new head in place of projection, its last linear layer"),
         ({"build": lazy}, r"lazy: 1\.weight is of a lazy layer; give the layer its size"),
         ({"build": frozen}, r"frozen: 0\.weight is frozen, but the harness would train it"),
+        ({"build": shared}, r"shared\(\) returns the same model each time"),
+        ({"build": softmax}, "softmax returns probabilities, such as a softmax's; return the logits"),
+        ({"build": sigmoid}, "sigmoid returns probabilities"),
         ({"build": half}, r"half: 0\.weight is float16; return a model in float32"),
         ({"build": no_head}, "has no linear layer to replace"),
         ({"build": flat}, "does not take images of 64 x 64 pixels"),
@@ -249,6 +269,36 @@ def test_it_is_the_same_if_its_source_is_and_survives_pickling() -> None:
 def test_what_does_not_fit_is_refused(fields: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
         Module(**fields).check(64)
+
+
+class Sizes(NamedTuple):
+    width: int
+
+
+Settings = namedtuple("Settings", "width")
+
+
+def loading() -> nn.Module:
+    model = small()
+    model.load_state_dict({name: torch.ones_like(each) for name, each in small().state_dict().items()})
+    return model
+
+
+def of_settings() -> nn.Module:
+    width = Settings(8).width + Sizes(0).width
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
+@pytest.mark.parametrize("build", [loading, of_settings])
+def test_a_build_may_load_its_weights_and_use_named_tuples(build: Any) -> None:
+    with catch_warnings(action="error"):
+        Module(build=build).check(64)
+
+
+def test_pretrained_false_does_not_hide_the_weights_of_a_build() -> None:
+    module = Module(build=loading, pretrained=False)
+    assert module.fingerprint() == Module(build=loading).fingerprint()
+    assert module.origin() == Module(build=loading).origin()
 
 
 MEAN = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,25 @@ def test_weights_are_read_once_until_the_file_changes(tmp_path: Path, suffix: st
     Path(file).unlink()
     with pytest.raises(InputError, match="cannot be read \\(No such file or directory\\)"):
         read(file)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda state: {f"module.{name}": each for name, each in state.items()},
+        lambda state: {f"_orig_mod.{name}": each for name, each in state.items()},
+        lambda state: {f"module._orig_mod.{name}": each for name, each in state.items()},
+        lambda state: {"n_averaged": torch.tensor(3)} | {f"module.{name}": each for name, each in state.items()},
+        lambda state: {
+            "pytorch-lightning_version": "2.5",
+            "state_dict": {f"net.{name}": each for name, each in state.items()},
+        },
+    ],
+)
+def test_what_wraps_a_model_is_removed_from_its_names(tmp_path: Path, wrapped: Any) -> None:
+    state = {"stem.weight": torch.ones(2), "head.weight": torch.zeros(2)}
+    torch.save(wrapped(state), tmp_path / "weights.pth")
+    assert read(str(tmp_path / "weights.pth")).keys() == state.keys()
 
 
 def test_a_folder_is_no_file_of_weights(tmp_path: Path) -> None:
