@@ -215,13 +215,15 @@ def trials(count: int) -> None:
     with tempfile.TemporaryDirectory() as cache:
         for number in range(count):
             counters.clear()
+            if CUDA:
+                torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             train = config(cache, base_lr=1e-4 * (number + 1), depth_lr_mult=0.0 if number == 2 else 0.3 + 0.1 * number)
             backbone = dataclasses.replace(
                 BACKBONE, dropout=0.1 * number, stochastic_depth=0.1 + 0.05 * number, hidden=(256 * (1 + number % 2),)
             )
             list(fit(assemble(dataclasses.replace(train, backbone=backbone), HARNESS, number)))
-            memory = f", {torch.cuda.memory_reserved() / 2**30:.2f} GiB reserved" if CUDA else ""
+            memory = f", at most {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved" if CUDA else ""
             print(
                 f"trial {number + 1}: {counters['stats']['unique_graphs']} graphs compiled, "
                 f"{time.perf_counter() - start:.1f} s{memory}",
@@ -245,7 +247,8 @@ def study(keep: Path | None) -> None:
         "    'optim.depth_lr_mult': Float(0.1, 1.0), 'backbone.dropout': Float(0.0, 0.6)})\n"
     )
     with contextlib.ExitStack() as kept:
-        folder = keep.with_suffix(".study") if keep else Path(kept.enter_context(tempfile.TemporaryDirectory()))
+        place = keep.with_suffix(".study") if keep else kept.enter_context(tempfile.TemporaryDirectory())
+        folder = Path(place).resolve()  # the study's process runs there
         folder.mkdir(exist_ok=True)
         file, runs = folder / "gpu.py", folder / "began"  # a line for each process
         file.write_text(text)
@@ -292,6 +295,8 @@ def full(keep: Path | None) -> None:
         except (Told, RuntimeError, MemoryError, OSError, ValueError, subprocess.SubprocessError) as error:
             print(f"{name}: failed, {type(error).__name__}: {first_line(error)}", flush=True)
             continue
+        finally:
+            free_memory(DEVICE)
         if keep:
             with keep.open("a") as file:
                 file.write(f"# {name}, {device}\n{said.getvalue()}")

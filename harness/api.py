@@ -86,7 +86,7 @@ def run(
 @contextmanager
 def _as_before() -> Iterator[None]:
     """Leave signals, environment variables and torch's modes to a program as it had them."""
-    from harness.training.step import modes_back
+    from harness.training.runtime import modes_back
 
     with interrupt.handled(), variables_back(), modes_back():
         yield

@@ -170,9 +170,12 @@ def test_a_gpu_part_that_was_not_measured_is_tried_again(
     }
     monkeypatch.setattr(gpu, "PARTS", parts)
     monkeypatch.setattr(gpu, "study", lambda keep: None)
+    freed: list[object] = []
+    monkeypatch.setattr(gpu, "free_memory", freed.append)
     for _ in range(2):
         gpu.full(tmp_path / "kept.txt")
     assert len(tried) == 4
+    assert len(freed) == 6  # what is measured next has the memory
     assert (tmp_path / "kept.txt").read_text().count("three is measured") == 1
     assert "whose results differ" in capsys.readouterr().out
 

@@ -46,31 +46,42 @@ def mix(
     partner = torch.from_numpy(random.permutation(count)).to(device, non_blocking=device.type == "cuda")
     cuts = random.random(count) < (0.5 if config.mixup else 1.0) if config.cutmix else np.zeros(count, dtype=bool)
     drawn = random.beta(*[np.where(cuts, config.cutmix or 1.0, config.mixup or 1.0)] * 2)
-    shares = torch.from_numpy(drawn).float().view(-1, *[1] * (images.ndim - 1))
+    shares = _sent(torch.from_numpy(drawn).float().view(-1, *[1] * (images.ndim - 1)), device)
     if cuts.any():
-        kept = torch.from_numpy(_outside_of_boxes(drawn, images.shape[2], images.shape[3], random))
-        shares = torch.where(torch.from_numpy(cuts).view(-1, 1, 1, 1), kept, shares)
-    if device.type == "cuda":  # otherwise the copy of a mask waits for the step before
-        shares = shares.pin_memory()
-    shares = shares.to(device, non_blocking=device.type == "cuda")
+        boxes = _sent(torch.from_numpy(_boxes(drawn, images.shape[2], images.shape[3], random)), device)
+        cut = _sent(torch.from_numpy(cuts), device).view(-1, 1, 1, 1)
+        shares = torch.where(cut, _outside(boxes, images.shape[2], images.shape[3]), shares)
     mixed = torch.lerp(images[partner], images, shares)
     return mixed, Target(labels=labels, others=labels[partner], share=shares.flatten(1).mean(1))
 
 
-def _outside_of_boxes(shares: np.ndarray, height: int, width: int, random: np.random.Generator) -> np.ndarray:
-    """Return float32 [B, 1, height, width]: 0 in a box with the image's proportions, of 1 - share of its area, else 1.
+def _sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without waiting for the step before."""
+    cuda = device.type == "cuda"
+    return (numbers.pin_memory() if cuda else numbers).to(device, non_blocking=cuda)
+
+
+def _boxes(shares: np.ndarray, height: int, width: int, random: np.random.Generator) -> np.ndarray:
+    """Return int64 [B, 4]: top, bottom, left and right of a box with the image's proportions, of 1 - share of its area.
 
     Its centre is anywhere, so a part of it may lie outside.
     """
-    kept = np.ones((len(shares), 1, height, width), dtype=np.float32)
-    for image, (share, y, x) in enumerate(zip(shares, *random.random((2, len(shares))), strict=True)):
-        half = np.sqrt(1 - share) / 2
-        rows, columns = (
-            slice(round(max(0.0, centre - half) * side), round(min(1.0, centre + half) * side))
-            for centre, side in ((y, height), (x, width))
-        )
-        kept[image, 0, rows, columns] = 0
-    return kept
+    half = np.sqrt(1 - shares) / 2
+    centres = random.random((2, len(shares)))
+    found = [
+        np.rint(side * edge)
+        for centre, side in zip(centres, (height, width), strict=True)
+        for edge in ((centre - half).clip(min=0), (centre + half).clip(max=1))
+    ]
+    return np.stack(found, axis=1).astype(np.int64)
+
+
+def _outside(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Return float32 [B, 1, height, width]: 0 in the boxes, 1 outside of them."""
+    top, bottom, left, right = boxes.view(-1, 4, 1).unbind(1)
+    rows, columns = (torch.arange(side, device=boxes.device) for side in (height, width))
+    inside = ((rows >= top) & (rows < bottom)).unsqueeze(2) & ((columns >= left) & (columns < right)).unsqueeze(1)
+    return (~inside).unsqueeze(1).float()
 
 
 def mean_loss(logits: Tensor, labels: Tensor | Target, label_smoothing: float, class_weights: Tensor | None) -> Tensor:

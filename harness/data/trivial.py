@@ -110,9 +110,10 @@ def _equalize(images: Tensor, strength: Tensor) -> Tensor:
     """Even out each channel's histogram of 256 levels, as Pillow does."""
     levels = (images * 255).round_().long().flatten(2)  # [b, 3, H * W]
     channels = levels.shape[0] * levels.shape[1]
-    # scatter_add_ is not deterministic on CUDA.
-    numbered = levels + 256 * torch.arange(channels, device=levels.device).view(-1, levels.shape[1], 1)
-    counts = numbered.flatten().bincount(minlength=256 * channels).view(*levels.shape[:2], 256)
+    numbered = (levels + 256 * torch.arange(channels, device=levels.device).view(-1, levels.shape[1], 1)).flatten()
+    # bincount would wait for the device to see how many there are.
+    counts = torch.zeros(256 * channels, dtype=torch.int64, device=levels.device)
+    counts = counts.scatter_add_(0, numbered, torch.ones_like(numbered)).view(*levels.shape[:2], 256)
     # A step is the mean count of the levels but the highest.
     step = (levels.shape[2] - counts.gather(2, levels.amax(2, keepdim=True))).div(255, rounding_mode="floor")
     before = counts.cumsum(2) - counts

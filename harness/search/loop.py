@@ -23,7 +23,7 @@ from harness.training.assemble import assemble
 from harness.training.checkpoint import SUFFIX, Checkpoint, identity_of, remove
 from harness.training.loop import Training, fit
 from harness.training.optim import group_table
-from harness.training.step import Runtime, is_device_failure
+from harness.training.step import Runtime, free_memory, is_device_failure
 
 FAILURES_IN_A_ROW = 3
 SKIPPED = "skipped by hand"
@@ -53,6 +53,8 @@ def search(study: Study, store: Store, runtime: Runtime, checkpoints: Path) -> I
         except LeaseLost:
             yield events.TrialLost(number=asked.number)
             continue
+        if runtime.device.type != "cpu":
+            free_memory(runtime.device)  # a compiled model is cyclic garbage; the next trial, or a neighbour, needs it
         failures = failures + 1 if isinstance(outcome, events.Failed) else 0
         # After the last trial the study goes on with what it has, as it would if it had been killed here.
         is_done = store.finished() >= count and any(trial.state == "complete" for trial in store.trials())

@@ -137,8 +137,11 @@ def build_optimizer(model: nn.Module, groups: Sequence[ParameterGroup], config: 
         options["betas"] = (config.momentum, known["betas"].default[1])
     if "decoupled_weight_decay" in known and config.name != "adam":
         options["decoupled_weight_decay"] = True
+    device = next(model.parameters()).device.type
     if "fused" in known:
-        options["fused"] = next(model.parameters()).device.type in ("cpu", "cuda")
+        options["fused"] = device in ("cpu", "cuda")
+    elif config.name == "asgd":  # otherwise it reads its step from the device for every parameter
+        options["capturable"] = device == "cuda"
     return kind(training, lr=config.base_lr, **options)
 
 

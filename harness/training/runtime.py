@@ -6,11 +6,13 @@ arithmetic half-way, its results would not be comparable.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +31,22 @@ WORTHWHILE = 1.15
 # Compiling takes minutes, and so does trying it; in a shorter study it could not gain much.
 LONG_ENOUGH_SECONDS = 1800.0
 IMAGES = 4  # in the steps that time precision and layout
+
+
+@contextlib.contextmanager
+def modes_back() -> Iterator[None]:
+    """Restore what `Runtime.place` changes in torch, for a program's own use of it."""
+    fill: Any = torch.utils.deterministic
+    products = {"tf32": "high", "bf16": "medium"}.get(torch.backends.cuda.matmul.fp32_precision, "highest")
+    wanted, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = fill.fill_uninitialized_memory, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(wanted, warn_only=warns)
+        fill.fill_uninitialized_memory, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = before
+        if torch.get_float32_matmul_precision() != products:
+            torch.set_float32_matmul_precision(products)
 
 
 def find_device(name: str) -> torch.device:
@@ -79,7 +97,8 @@ def resolve(
         for bf16 in precisions.get(config.precision, [usual])
         for channels_last in layouts.get(config.channels_last, [bf16 or last])
     ]
-    chosen = _fastest(candidates, build, image_size) if len(candidates) > 1 else candidates[0]
+    images = _timed_images(device, work)
+    chosen = _fastest(candidates, build, image_size, images) if len(candidates) > 1 else candidates[0]
     if config.compile == "on":
         check_compiler(device)
         return dataclasses.replace(chosen, compiled=True)
@@ -108,16 +127,23 @@ def rule(device: torch.device, build: Callable[[], nn.Module]) -> tuple[bool, bo
     return bf16, large and len(convolutions) > linear
 
 
-def _fastest(candidates: Sequence[Runtime], build: Callable[[], nn.Module], image_size: int) -> Runtime:
+def _timed_images(device: torch.device, work: Work | None) -> int:
+    """Return the batch size to time with: on a GPU the study's, since launching a few images' kernels takes longest."""
+    if work is None:
+        return IMAGES
+    return min(IMAGES, work.batch_size) if device.type == "cpu" else work.batch_size
+
+
+def _fastest(candidates: Sequence[Runtime], build: Callable[[], nn.Module], image_size: int, images: int) -> Runtime:
     """Return the fastest candidate if it is clearly faster than the first, else the first."""
-    seconds = [min(step_seconds(each, build, image_size, IMAGES)[1:]) for each in candidates]
+    seconds = [min(step_seconds(each, build, image_size, images)[1:]) for each in candidates]
     fastest = min(range(len(candidates)), key=seconds.__getitem__)
     return candidates[fastest] if seconds[0] > WORTHWHILE * seconds[fastest] else candidates[0]
 
 
 def _compiling_pays(runtime: Runtime, build: Callable[[], nn.Module], image_size: int, work: Work) -> bool:
     """Return whether compiled steps are clearly faster and recover the cost of compiling; by timing."""
-    few = min(IMAGES, work.batch_size)
+    few = _timed_images(runtime.device, work)
     guess = min(step_seconds(runtime, build, image_size, few)[1:]) * work.batch_size / few
     if guess * work.steps < LONG_ENOUGH_SECONDS:
         return False

@@ -67,8 +67,8 @@ class Runtime:
     def place(self, model: nn.Module) -> nn.Module:
         if self.compiled or self.device.type == "cuda":
             compute_deterministically(self.deterministic)
-        if self.device.type == "cuda":  # otherwise fp32 convolutions are computed with 10 bits of mantissa
-            torch.backends.cudnn.allow_tf32 = False
+        if self.device.type == "cuda":
+            compute_in_whole_fp32()
         if self.device.type == "cpu":
             keep_freed_memory()
             if self.bf16:
@@ -97,17 +97,10 @@ def compute_deterministically(wanted: bool) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-@contextlib.contextmanager
-def modes_back() -> Iterator[None]:
-    """Restore what `Runtime.place` changes in torch, for a program's own use of it."""
-    fill: Any = torch.utils.deterministic
-    wanted, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    before = fill.fill_uninitialized_memory, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(wanted, warn_only=warns)
-        fill.fill_uninitialized_memory, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = before
+def compute_in_whole_fp32() -> None:
+    """Compute fp32 products and convolutions on CUDA with all bits, and not with the 10 of TF32's mantissa."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")  # the environment may have chosen another
 
 
 @cache
@@ -273,17 +266,14 @@ def accumulate_gradient(
 def halving(attempt: Callable[[int], ResultT], size: int, device: torch.device) -> tuple[ResultT, int]:
     """Call `attempt` with a size, halved while memory runs out; return the result and the size.
 
+    On a GPU the first failure frees cached memory and keeps the size, since earlier trials may have left it.
     Raises MemoryError if a single image does not fit.
     """
+    freed = device.type == "cpu"
     while True:
         try:
             return attempt(size), size
         except (RuntimeError, MemoryError) as error:
-            if "CUBLAS_WORKSPACE_CONFIG" in str(error):
-                raise Halt(
-                    "This program used the GPU with other settings of cuBLAS before; restart it (in a notebook, the "
-                    "kernel), or start the study anew with --set runtime.deterministic=false."
-                ) from error
             if NOT_DETERMINISTIC in str(error):
                 operation = str(error).partition(NOT_DETERMINISTIC)[0].strip()
                 raise Halt(
@@ -292,10 +282,11 @@ def halving(attempt: Callable[[int], ResultT], size: int, device: torch.device) 
                 ) from error
             if not is_out_of_memory(error):
                 raise
-            if size == 1:
+            if size == 1 and freed:
                 raise MemoryError(f"out of memory with one image at a time ({first_line(error)})") from error
         # Outside the except: its traceback keeps the activations.
-        size = -(-size // 2)
+        size = -(-size // 2) if freed else size
+        freed = True
         free_memory(device)
 
 
@@ -304,15 +295,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     cuBLAS and cuDNN have texts of their own, for example if no engine has room for its workspace.
     """
-    words = ["can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED"]
+    words = ["can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED"]
     words += ["unable to find an engine", "CUBLAS_STATUS_NOT_INITIALIZED"]
     said = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
     return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def is_device_failure(error: BaseException) -> bool:
-    """Return whether the device failed: all later calls of this process would fail, too."""
-    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
+    """Return whether the device failed: all later calls of this process would fail, too.
+
+    Compiled code launches its kernels without torch's own error.
+    """
+    launched = isinstance(error, RuntimeError) and str(error).startswith(("CUDA driver error", "Triton Error [CUDA]"))
+    return (launched or isinstance(error, torch.AcceleratorError)) and not is_out_of_memory(error)
 
 
 def free_memory(device: torch.device) -> None:

@@ -227,6 +227,7 @@ def test_no_memory_for_the_final_run_is_one_sentence_and_the_same_command_goes_o
         "MPS backend out of memory (MPS allocated: 1.0 GB)",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
         "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
         "GET was unable to find an engine to execute this computation",
     ],

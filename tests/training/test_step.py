@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -16,18 +17,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.base.errors import Halt, InputError
-from harness.config.train import RuntimeConfig
+from harness.config.contracts import Preprocessing
+from harness.config.train import AugmentConfig, RuntimeConfig
+from harness.data.augment import augment
+from harness.data.mixing import mix
 from harness.models.maxvit import TinyMaxViT
-from harness.training.runtime import find_device, resolve
+from harness.training.runtime import find_device, modes_back, resolve
 from harness.training.step import (
     Runtime,
     _update,
     accumulate_gradient,
+    compute_in_whole_fp32,
     free_memory,
     halving,
-    modes_back,
+    is_device_failure,
     predict,
     train_step,
 )
@@ -351,13 +357,98 @@ def test_torchs_modes_are_as_before_and_follow_each_study() -> None:
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_a_program_that_has_used_the_gpu_before_is_told_to_restart() -> None:
-    def attempt(size: int) -> None:
-        raise RuntimeError("Deterministic behavior was enabled ... CUBLAS_WORKSPACE_CONFIG=:4096:8")
+def test_fp32_on_cuda_is_no_tf32_until_the_program_goes_on() -> None:
+    torch.set_float32_matmul_precision("high")
+    try:
+        with modes_back():
+            compute_in_whole_fp32()
+            assert not torch.backends.cuda.matmul.allow_tf32
+            assert not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    with modes_back():
+        compute_in_whole_fp32()
+    assert torch.get_float32_matmul_precision() == "highest"
 
-    with pytest.raises(Halt, match="used the GPU with other settings of cuBLAS before; restart it"):
-        halving(attempt, 4, torch.device("cpu"))
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
+
+def test_memory_that_earlier_trials_left_on_a_gpu_halves_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+    monkeypatch.setattr("harness.training.step.free_memory", lambda device: events.append("freed"))
+
+    def attempt(size: int, fits: int, failures: int) -> int:
+        events.append(size)
+        if size > fits or events.count(size) <= failures:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return size
+
+    assert halving(partial(attempt, fits=8, failures=1), 8, torch.device("cuda")) == (8, 8)
+    assert events == [8, "freed", 8]
+    events.clear()
+    assert halving(partial(attempt, fits=2, failures=0), 8, torch.device("cuda")) == (2, 2)
+    assert events == [8, "freed", 8, "freed", 4, "freed", 2]
+    with pytest.raises(MemoryError, match="one image at a time"):
+        halving(partial(attempt, fits=0, failures=0), 1, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("text", "failed"),
+    [
+        ("CUDA driver error: unspecified launch failure", True),
+        ("Triton Error [CUDA]: an illegal memory access was encountered", True),
+        ("Triton Error [CUDA]: out of memory", False),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_a_device_that_fails_in_compiled_code_is_no_failure_of_the_trial(text: str, failed: bool) -> None:
+    assert is_device_failure(RuntimeError(text)) == failed
+
+
+class Meta(Runtime):
+    """Computes shapes only; torch raises an error for whatever would wait for a device's value."""
+
+    def autocast(self) -> Any:
+        return contextlib.nullcontext()
+
+
+class Copied(TorchDispatchMode):
+    """Counts the bytes that are copied to the device."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu":
+            self.total += args[0].nbytes
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"trivial_augment": True},
+        {"random_erasing": 0.5},
+        {"mixup": 0.2},
+        {"cutmix": 1.0},
+        {"mixup": 0.2, "cutmix": 1.0},
+        {"contrast": 0.2, "saturation": 0.2},
+    ],
+)
+def test_no_step_waits_for_the_device_or_sends_it_much(fields: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.training.step.free_memory", lambda device: None)
+    device, count = torch.device("meta"), 64
+    config, generator = AugmentConfig(**fields), torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    model = model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    images = torch.zeros(count, 72, 72, 3, dtype=torch.uint8, device=device)
+    labels = torch.zeros(count, dtype=torch.int64, device=device)
+    with Copied() as copied:
+        batch, target = mix(augment(images, config, 64, generator, Preprocessing()), labels, config, generator)
+        meta = Meta(device=device, bf16=False, channels_last=False)
+        train_step(model, batch, target, optimizer, meta, label_smoothing=0.1, clip_norm=1.0)
+    assert batch.shape == (count, 3, 64, 64)
+    assert copied.total < 2000 * count
 
 
 @pytest.mark.parametrize(("count", "size"), [(34, 3), (34, 9), (5, 3), (4, 8)])
