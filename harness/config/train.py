@@ -240,8 +240,9 @@ class FinalConfig:
         require(fits, f"final.rerank must be at least 2 and at most 1,000, or 0 for no reranking, not {self.rerank}.")
 
     def trainings(self, trials: int) -> int:
-        """Return the maximum number of trainings after a search of `trials`."""
-        return self.seeds * (1 + self.compare_base + min(self.rerank, trials))
+        """Return the maximum number of trainings after a search of `trials`; if only the base is tried, of it alone."""
+        others = self.compare_base + min(self.rerank, trials) if trials > 1 else 0
+        return self.seeds * (1 + others)
 
 
 def fingerprint(config: TrainConfig) -> str:

@@ -78,7 +78,7 @@ class Display:
         self._heard = False  # whether an event has arrived
         self._price, self._after_seconds = store.facts().price, after_seconds(store)
         self._begun = 0  # number of started trainings after the search, including earlier processes'
-        self._compares = study.final.compare_base  # whether the base is trained too
+        self._compares = study.final.compare_base and study.trials > 1  # whether the base is trained too
         # Each process's first epoch compiles the model: it says nothing about the others.
         self._compiling = workers if (store.facts().runtime or {}).get("compile") else 0
         self._look()

@@ -244,7 +244,7 @@ def test_a_resumed_study_knows_what_is_left_from_the_trials_before(store: Store)
 
 
 def test_what_is_left_shrinks_in_the_final_run(store: Store) -> None:
-    study = make_study("cache", trials=1, final=FinalConfig(seeds=3, fit_on="train", compare_base=True))
+    study = make_study("cache", trials=2, final=FinalConfig(seeds=3, fit_on="train", compare_base=True))
     for value in (0.5, 0.6):
         store.tell(store.ask(study), Completed(value=value), [epoch_result(1, 0.3), epoch_result(2, value)], 1.0)
     display = Display(study, store, Console(file=io.StringIO()))
@@ -261,12 +261,19 @@ def test_what_is_left_shrinks_in_the_final_run(store: Store) -> None:
 
 
 def test_where_the_base_is_the_chosen_one_it_is_not_trained_again(store: Store) -> None:
-    study = make_study("cache", trials=1, final=FinalConfig(seeds=3, fit_on="train", compare_base=True))
-    store.tell(store.ask(study), Completed(value=0.6), [epoch_result(1, 0.3), epoch_result(2, 0.6)], 1.0)
+    study = make_study("cache", trials=2, final=FinalConfig(seeds=3, fit_on="train", compare_base=True))
+    for value in (0.6, 0.5):
+        store.tell(store.ask(study), Completed(value=value), [epoch_result(1, 0.3), epoch_result(2, value)], 1.0)
     display = Display(study, store, Console(file=io.StringIO()))
-    assert display._left() == 6.0  # a better one may still be found
+    assert display._left() == 6.0  # it is not chosen yet
     display.show(started("final seed 2", 2))
     assert display._left() == 1.0
+
+
+def test_where_only_the_base_is_tried_no_other_is_expected(store: Store) -> None:
+    study = make_study("cache", trials=1, final=FinalConfig(seeds=3, fit_on="train", compare_base=True))
+    store.tell(store.ask(study), Completed(value=0.6), [epoch_result(1, 0.3), epoch_result(2, 0.6)], 1.0)
+    assert Display(study, store, Console(file=io.StringIO()))._left() == 3.0
 
 
 def test_several_trials_under_way_share_the_time_that_is_left(store: Store) -> None:

@@ -15,7 +15,7 @@ import harness
 from harness.base.errors import InputError
 from harness.config import events
 from harness.config.study import Study
-from harness.config.train import OptimConfig
+from harness.config.train import FinalConfig, OptimConfig
 from harness.search import limits
 from harness.store.opening import read_store
 from harness.store.store import Store
@@ -41,6 +41,11 @@ def stopped(study: Study, store: Store) -> str | None:
 
 
 # -- patience, and a value that is good enough -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("trials", "rerank", "count"), [(1, 0, 3), (1, 5, 3), (2, 0, 6), (2, 5, 12), (20, 5, 21)])
+def test_trainings_after_the_search_are_counted(trials: int, rerank: int, count: int) -> None:
+    assert FinalConfig(seeds=3, rerank=rerank).trainings(trials) == count
 
 
 def test_patience_ends_after_so_many_trials_without_a_new_best() -> None:
