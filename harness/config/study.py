@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,6 +176,17 @@ class Study:
     def early_sizes(self) -> set[int]:
         """Return all sizes of training images before the tail (`augment.early_size`)."""
         return self._possible("augment.early_size") - {None}
+
+    def check_frozen_depths(self) -> None:
+        """Raise InputError if a trial may freeze as many depths as its model has."""
+        most = max(self._possible("optim.frozen_depths"))
+        for backbone, by in itertools.product(self.backbones() if most else (), self._possible("optim.depth_by")):
+            known = len(backbone.depths(by))
+            require(
+                most < known,
+                f"optim.frozen_depths is or may become {most}, and {spaces.label(backbone)} has {known} depths "
+                f"with its head; choose at most {known - 1}.",
+            )
 
     def _possible(self, path: str) -> set[Any]:
         """Return a field's value and the extremes of its dimension."""

@@ -109,6 +109,7 @@ class OptimConfig:
     base_lr: float
     depth_lr_mult: float  # a block's rate is base_lr * depth_lr_mult ** (its distance from the head)
     depth_by: Literal["block", "layer"] = "block"
+    frozen_depths: int = 0  # number of first depths that do not train, and cost no backward pass
     head_epochs: int = 0  # first epochs, in which only the head trains; then the other blocks warm up
     weight_decay: float = 0.02
     momentum: float = 0.9  # of Adam and its kin the first beta
@@ -121,7 +122,8 @@ class OptimConfig:
         spaces.check_types(self, "optim.")
         require(0 < self.base_lr < math.inf, f"optim.base_lr must be greater than 0 and finite, not {self.base_lr}.")
         require(0 <= self.depth_lr_mult <= 1, f"optim.depth_lr_mult must lie in 0..1, not {self.depth_lr_mult}.")
-        require(self.head_epochs >= 0, f"optim.head_epochs must be 0 or more, not {self.head_epochs}.")
+        for name in ("head_epochs", "frozen_depths"):
+            require(getattr(self, name) >= 0, f"optim.{name} must be 0 or more, not {getattr(self, name)}.")
         require(0 <= self.lr_floor <= 1, f"optim.lr_floor must lie in 0..1, not {self.lr_floor}.")
         require(0 <= self.momentum < 1, f"optim.momentum must lie in 0..1, 1 excluded, not {self.momentum}.")
         for name in ("weight_decay", "warmup_epochs"):

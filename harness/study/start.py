@@ -243,6 +243,7 @@ def _run_what_is_missing(command: Command, begun: bool) -> None:
     if not options.tracking_uri:
         check_writable(found.mlruns)
     study.train.data.samples("train")
+    study.check_frozen_depths()
     for backbone, image_size in itertools.product(study.backbones(), study.image_sizes()):
         backbone.check(image_size)
         for early_size in study.early_sizes():

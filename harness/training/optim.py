@@ -65,7 +65,7 @@ def parameter_groups(
         ParameterGroup(
             depth=name_of(depth),
             distance=distance,
-            lr=config.base_lr * config.depth_lr_mult**distance,
+            lr=config.base_lr * config.depth_lr_mult**distance * (len(depths) - distance > config.frozen_depths),
             weight_decay=config.weight_decay if decays else 0.0,
             names=tuple(names),
             count=sum(model.get_parameter(name).numel() for name in names),

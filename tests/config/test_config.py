@@ -66,6 +66,7 @@ OTHER: dict[str, Any] = {
     "optim.depth_lr_mult": 0.7,
     "optim.depth_by": "layer",
     "optim.head_epochs": 1,
+    "optim.frozen_depths": 1,
     "optim.momentum": 0.8,
     "optim.lr_floor": 0.1,
     "optim.weight_decay": 0.01,

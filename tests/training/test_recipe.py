@@ -46,6 +46,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "smaller images first": {"augment.early_size": 48, "augment.tail": 0.4},
     "average": {"ema": 0.2},
     "head first": {"optim.head_epochs": 1},
+    "frozen depths": {"optim.frozen_depths": 1, "ema": 0.2},
     "floor": {"optim.lr_floor": 0.1},
     "SGD": {"optim.name": "sgd", "optim.base_lr": 0.1},
     "all": {
@@ -188,6 +189,30 @@ def test_only_the_head_trains_in_its_epochs_and_then_all_warms_up(plain: TrainCo
     assert [body[step] for step in steps[2:]] == pytest.approx([cosine[2] / 3, cosine[3] * 2 / 3, *cosine[4:]])
 
 
+# --- frozen depths ---
+
+
+@pytest.mark.parametrize(("frozen", "moved"), [(0, "012"), (1, "12"), (2, "2")])
+def test_the_first_depths_are_frozen_with_their_statistics(plain: TrainConfig, frozen: int, moved: str) -> None:
+    training = assemble(changed(plain, {"optim.frozen_depths": frozen}), CPU, 0)
+    before = state(training)
+    list(fit(training))
+    after = state(training)
+    assert {name[0] for name in after if not torch.equal(before[name], after[name])} == set(moved)
+    trained = {each for group in training.optimizer.param_groups for each in group["params"]}
+    assert {name[0] for name, each in training.model.named_parameters() if each in trained} == set(moved)
+
+
+def test_not_all_depths_can_be_frozen(study: Study) -> None:
+    study = dataclasses.replace(study, train=dataclasses.replace(study.train, backbone=SmallNet()))
+    study.with_settings(["optim.frozen_depths=2"]).check_frozen_depths()
+    with pytest.raises(InputError, match=r"frozen_depths is or may become 3, and .* has 3 depths.*choose at most 2"):
+        study.with_settings(["optim.frozen_depths=3"]).check_frozen_depths()
+    searched = dataclasses.replace(study, space={"optim.frozen_depths": space.Int(0, 3)})
+    with pytest.raises(InputError, match="choose at most 2"):
+        harness.run(searched, progress=False)
+
+
 # --- the tail, and smaller images before it ---
 
 
@@ -253,6 +278,7 @@ def test_the_loss_is_that_of_mixed_labels(micro_batch: int | None, weighted: boo
         ({"optim.momentum": 1.0}, r"optim\.momentum must lie in 0\.\.1, 1 excluded"),
         ({"optim.lr_floor": -0.1}, r"optim\.lr_floor must lie in 0\.\.1"),
         ({"optim.head_epochs": -1}, r"optim\.head_epochs must be 0 or more"),
+        ({"optim.frozen_depths": -1}, r"optim\.frozen_depths must be 0 or more"),
         (
             {"optim.head_epochs": 3},
             r"optim\.head_epochs is or may become 3, and epochs is or may become 3; choose fewer",
