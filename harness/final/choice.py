@@ -21,7 +21,7 @@ from harness.config.events import Event
 from harness.config.final_result import value_of
 from harness.config.space import Choice, Space
 from harness.final.retrain import Context, Retraining
-from harness.search.extrapolation import clipped, extrapolated, thinned
+from harness.search.extrapolation import clipped, epochs_of, extrapolated, thinned
 
 if TYPE_CHECKING:
     from harness.config.study import Study
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from harness.store.store import Store
 
 MOST = 300  # trials that the process is fitted to (`harness.search.extrapolation.thinned`)
+EQUAL = 1e-9  # differences below are of rounding
 FEWEST = 4  # with fewer, nothing is fitted
 FORESEEING = 20  # with fewer, a process overestimates unexplored regions
 MORE = 10  # trials whose gain is estimated
@@ -145,10 +146,11 @@ def _fitted(
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
-    trials = [trial for trial in trials if trial.curve and trial.state != "running"]
+    ended = [trial for trial in trials if trial.state != "running"]
+    trials = [trial for trial in ended if trial.curve or trial.state == "diverged"]
     # A curve that diverged says nothing about its end: it is the worst, as for the samplers.
     curves = [{} if trial.state == "diverged" else trial.curve for trial in trials]
-    ends = extrapolated(curves, [trial.value for trial in trials])
+    ends = extrapolated(curves, [trial.value for trial in trials], [epochs_of(trial.params) for trial in trials])
     ends = clipped(ends, share)  # the best may be close together, and the base far below
     # Candidates come first, and the highest of them always stays.
     ranked = sorted(range(len(trials)), key=lambda n: (trials[n].number != 0, trials[n].value is None, -ends[n]))
@@ -158,7 +160,7 @@ def _fitted(
     values = np.array([ends[each] for each in kept])
     points = np.array([_point(space, trials[each].params) for each in kept])
     scale = float(values.std())
-    if not scale > 0 or not points.std(axis=0).any():
+    if np.ptp(values) < EQUAL or np.ptp(points, axis=0).max() < EQUAL:
         return None
     accuracy = np.clip(values, 0.01, 0.99)
     known = accuracy * (1 - accuracy) / np.array([_images(trials[each]) for each in kept])

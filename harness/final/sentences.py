@@ -140,6 +140,8 @@ def _compared(store: Store) -> str:
             "No configuration is shown to be better than another: with one seed of the base, the spread of seeds "
             "is unknown; set final.seeds to 2 or more."
         )
+    if found is not None and found.p is None and found.images < 2:
+        return "No configuration is shown to be better than another: with one test image, the spread is unknown."
     if found is not None and found.p is None and found.seeds > 1:
         return (
             "No configuration is shown to be better than another: all images and seeds differ alike, by "
@@ -186,7 +188,7 @@ def choice_sentence(store: Store) -> str | None:
     name = f"Trial {chosen}" if chosen else "The base configuration, trial 0,"
     said = f"{name} was chosen: smoothed over its neighbours, its estimate is {estimated(chosen)}"
     if chosen == highest:
-        return f"{said}, and no trial has a lower bound that is {'higher' if chosen else 'an image higher'}."
+        return f"{said}, and no complete trial has a lower bound that is {'higher' if chosen else 'an image higher'}."
     bound = "without a lower bound that is higher" if chosen else "with no lower bound that is an image higher"
     return (
         f"{said}; trial {highest} has the highest measured value, {percent(values[highest])}, and an estimate of "

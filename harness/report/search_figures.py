@@ -13,6 +13,7 @@ from harness.report import figures
 from harness.report.figures import ACCENT, ACCURACIES, INK, LINE, SCALE, SHARE, SOFT, STATES, Plot, empty, whole_numbers
 from harness.report.overview import subject
 from harness.report.parameters import importance_plot, parallel_coordinates
+from harness.search.extrapolation import epochs_of
 from harness.store.store import Store, TrialRecord
 
 if TYPE_CHECKING:
@@ -122,8 +123,9 @@ def _add_ends(
     figure: Figure, pruned: Sequence[TrialRecord], last: int, estimates: Mapping[str, tuple[float, float]]
 ) -> bool:
     """Draw the ends of pruned trials as the choice's Gaussian process predicts; return whether there are any."""
-    known = [trial for trial in pruned if str(trial.number) in estimates and max(trial.curve) < last]
-    lines = [(f"trial {trial.number}", [_end(trial), (last, estimates[str(trial.number)][0])]) for trial in known]
+    ends = {trial.number: int(min(last, epochs_of(trial.params))) for trial in pruned}
+    known = [each for each in pruned if str(each.number) in estimates and max(each.curve) < ends[each.number]]
+    lines = [(f"trial {n}", [_end(each), (ends[n], estimates[str(n)][0])]) for each in known for n in [each.number]]
     deviations = [each for trial in known for each in (None, estimates[str(trial.number)][1], None)]
     if known:
         figures.add_lines(

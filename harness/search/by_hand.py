@@ -42,7 +42,8 @@ def queue(found: Found, storage: str | None, given: Sequence[str]) -> str:
     params = study.params(settings(study, given))
     with opening.open_store(study, url, joining=True) as store:
         if len(store.optuna_study.trials) <= len(study.first):
-            raise InputError("The study has not begun its first configurations; try again when it has.")
+            first = f"its base and the {len(study.first)} configurations of first" if study.first else "its base"
+            raise InputError(f"The study tries {first} before others; try again when it has begun them.")
         number = store.queue(params)
         facts = store.facts()
         when = f"runs when the study is asked for more trials: --trials {number + 1}"

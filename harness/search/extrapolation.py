@@ -46,9 +46,15 @@ class ExtrapolatingGPSampler(optuna.samplers.GPSampler):
     def _sample_relative_impl(self, *trials_and_space: Any) -> dict[str, Any]:
         import torch  # only here: commands that ask no process start without it
 
-        # Optuna sets a default device, which makes every operation a call in Python: a sixth of the time.
-        with torch._C.DisableTorchFunction():
-            return super()._sample_relative_impl(*trials_and_space)
+        # From about 170 trials on, several threads sum in another order, and workers have fewer of them than `replay`.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            # Optuna sets a default device, which makes every operation a call in Python: a sixth of the time.
+            with torch._C.DisableTorchFunction():
+                return super()._sample_relative_impl(*trials_and_space)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _as_complete(study: optuna.Study) -> optuna.Study:
@@ -80,13 +86,22 @@ def final_values(trials: Sequence[FrozenTrial]) -> list[float]:
     """Return each trial's final value, extrapolated if it was stopped; see `extrapolated`."""
     # Optuna gives a pruned trial its last value.
     ends = [trial.value if trial.state is TrialState.COMPLETE else None for trial in trials]
-    return extrapolated([trial.intermediate_values for trial in trials], ends)
+    planned = [epochs_of(trial.params) for trial in trials]
+    return extrapolated([trial.intermediate_values for trial in trials], ends, planned)
 
 
-def extrapolated(curves: Sequence[Mapping[int, float]], values: Sequence[float | None]) -> list[float]:
+def epochs_of(params: Mapping[str, Any]) -> float:
+    """Return a trial's epochs if the study searches them; else infinity."""
+    return float(params.get("epochs", "inf"))
+
+
+def extrapolated(
+    curves: Sequence[Mapping[int, float]], values: Sequence[float | None], planned: Sequence[float]
+) -> list[float]:
     """Return each trial's final value, extrapolated if it has none; NaN if it reported no number.
 
-    `curves` are values by epoch, `values` the final ones. The last epoch is the last that any trial has reached.
+    `curves` are values by epoch, `values` the final ones, `planned` the epochs that a trial was to have. The last epoch
+    is the last that any trial has reached.
     """
     curves = [{epoch: value for epoch, value in curve.items() if not np.isnan(value)} for curve in curves]
     last = [max(curve, default=None) for curve in curves]
@@ -96,13 +111,15 @@ def extrapolated(curves: Sequence[Mapping[int, float]], values: Sequence[float |
         through = [curve[end] - curve[start] for curve in curves if start in curve and end in curve]
         gains[start] = median(through) * len(through) / (len(through) + PRIOR_TRIALS) if through else 0.0
     found = []
-    for value, curve, stopped in zip(values, curves, last, strict=True):
+    for value, curve, stopped, until in zip(values, curves, last, planned, strict=True):
         if value is not None:
             found.append(value)
         elif stopped is None:
             found.append(float("nan"))
         else:
-            found.append(curve[stopped] + sum(gains[epoch] for epoch in ends[:-1] if epoch >= stopped))
+            left = [(start, end) for start, end in pairwise(ends) if stopped <= start < until]
+            parts = [gains[a] if b <= until else gains[a] * (until - a) / (b - a) for a, b in left]
+            found.append(curve[stopped] + sum(parts))
     return found
 
 

@@ -142,7 +142,10 @@ def with_earlier(study: Study, earlier: Sequence[Mapping[str, Any]], history: li
     scores = _scores([each["value"] for each in earlier])
     for place in sorted(thinned(sorted(range(len(earlier)), key=lambda place: (-scores[place], place)), most)):
         params = earlier[place]["params"]
-        trial = optuna.trial.create_trial(params=params, distributions=ranges, value=scores[place])
+        outcome = {"state": "diverged" if earlier[place]["value"] is None else "complete"}
+        trial = optuna.trial.create_trial(
+            params=params, distributions=ranges, value=scores[place], user_attrs={"outcome": outcome}
+        )
         trial.number = trial._trial_id = place - len(earlier)
         shown.append(trial)
     ended = [trial for trial in history if trial.state in ENDED]

@@ -249,6 +249,11 @@ def check_definition(study: Study, store: Store, content: Mapping[str, str] | No
     unknown = {path for path in stored if path.startswith("content of ") and path not in now}
     unknown |= {path for path in now if path not in stored and study.has_default(path)}  # a new field
     differing = [path for path in {**stored, **now} if stored.get(path) != now.get(path) and path not in unknown]
+    if not differing and study.sampler.name == "grid" and (order := _order(stored)) != _order(now):
+        raise InputError(
+            f"Study {study.name!r} was started with its space in another order ({', '.join(order)}), in which its grid "
+            f"tries the points. Change it back, or {anew(store.url)}."
+        )
     if differing:
         changes = "; ".join(_change(path, stored, now, study, store) for path in differing)
         command = store.facts().command  # of the last start, which had the same definition
@@ -256,6 +261,11 @@ def check_definition(study: Study, store: Store, content: Mapping[str, str] | No
             f"Study {study.name!r} was started with another definition ({changes}); the results would not be "
             f"comparable. Change it back, or {anew(store.url)}." + (f" It was run with: {command}" if command else "")
         )
+
+
+def _order(definition: Mapping[str, Any]) -> list[str]:
+    """Return the searched fields of a definition in their order."""
+    return [path.removeprefix("space.") for path in definition if path.startswith("space.")]
 
 
 def _change(path: str, stored: Mapping[str, Any], now: Mapping[str, Any], study: Study, store: Store) -> str:

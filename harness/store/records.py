@@ -88,7 +88,7 @@ class Snapshot:
 
 def has_diverged(trial: FrozenTrial) -> bool:
     """Return whether a trial, stored as pruned, ended with a non-finite loss or gradient."""
-    return trial.state is TrialState.PRUNED and trial.user_attrs.get("outcome", {}).get("state") == "diverged"
+    return bool(trial.user_attrs.get("outcome", {}).get("state") == "diverged")
 
 
 def without_values(trial: FrozenTrial, state: TrialState = TrialState.PRUNED) -> FrozenTrial:

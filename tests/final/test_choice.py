@@ -87,7 +87,8 @@ def test_a_difference_of_less_than_an_image_goes_to_the_base() -> None:
 def test_with_few_trials_or_one_configuration_the_highest_value_is_chosen() -> None:
     few = [trial(0, 1e-3, 0.7), trial(1, 1e-2, 0.8), trial(2, 3e-2, 0.6)]
     alike = [trial(number, 1e-3, 0.7 + 0.01 * number) for number in range(6)]
-    for trials, number in ((few, 1), (alike, 5)):
+    equal = [trial(number, lr, 0.7) for number, lr in enumerate(rates(20))]
+    for trials, number in ((few, 1), (alike, 5), (equal, 0)):
         found = choose(trials, SPACE)
         assert found is not None
         assert (found["trial"], found["estimates"]) == (number, None)
@@ -104,20 +105,23 @@ def test_only_complete_trials_are_candidates_and_stopped_ones_are_weighed() -> N
     assert choose([*trials, running], SPACE) == found
 
 
-def test_the_edge_of_divergence_is_not_chosen_for_what_diverged_beyond_it() -> None:
+@pytest.mark.parametrize("epochs", [5, 0])
+def test_the_edge_of_divergence_is_not_chosen_for_what_diverged_beyond_it(epochs: int) -> None:
     def course(number: int, lr: float, end: float, epochs: int, state: str) -> TrialRecord:
         curve = {epoch: round(1000 * end * (1 - math.exp(-epoch / 3))) / 1000 for epoch in range(1, epochs + 1)}
         results = tuple(epoch_result(epoch, value) for epoch, value in curve.items())
-        found = trial(number, lr, curve[epochs], state)
+        found = trial(number, lr, curve.get(epochs, 0.0), state)
         return dataclasses.replace(found, curve=curve, epochs=results)
 
     trials = []
     for number in range(16):
         lr = 10 ** (-4 + 2.1 * number / 15)
         trials.append(course(number, lr, 0.86 - 0.03 * (math.log10(lr) + 2.6) ** 2, 10, "complete"))
-    beyond = [course(16 + each, 10 ** (-1.85 + 0.85 * each / 7), 0.88, 5, "diverged") for each in range(8)]
+    beyond = [course(16 + each, 10 ** (-1.85 + 0.85 * each / 7), 0.88, epochs, "diverged") for each in range(8)]
     found = choose([*trials, *beyond], SPACE)
     assert found is not None
+    assert len(found["estimates"]) == 24
+    assert found["more"] is not None
     assert abs(math.log10(trials[found["trial"]].params["lr"]) + 2.6) < 0.3
 
 
@@ -229,7 +233,7 @@ def test_the_sentence_says_why_and_names_the_highest_value() -> None:
         assert words in said
         assert "trial 5 has the highest measured value" in said
     store.set_attribute("choice", kept | {"trial": 5})
-    assert "no trial has a lower bound that is higher" in (choice_sentence(store) or "")
+    assert "no complete trial has a lower bound that is higher" in (choice_sentence(store) or "")
     best = store.best()
     assert best is not None
     store.set_attribute("choice", kept | {"trial": 0})

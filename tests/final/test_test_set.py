@@ -474,6 +474,15 @@ def test_better_is_said_only_where_it_is_shown(study: Study, store: Store, tmp_p
         )
 
 
+@pytest.mark.slow
+def test_one_test_image_shows_nothing(study: Study, store: Store, tmp_path: Path) -> None:
+    finished_with_a_base(study, store, tmp_path)
+    found = store.attributes()["final"]
+    unknown = {"images": 1, "low": None, "high": None, "p": None}
+    store.set_attribute("final", found | {"comparison": found["comparison"] | unknown})
+    assert conclusion(store).endswith("with one test image, the spread is unknown.")
+
+
 def finished_with_a_base(study: Study, store: Store, folder: Path) -> int:
     """A study that ended, whose best trial is not the base; returns the best."""
     list(search(study, store, CPU, folder / "checkpoints"))

@@ -12,10 +12,11 @@ import harness
 from harness.base.errors import InputError
 from harness.cli.commands import main
 from harness.config.find import find
-from harness.config.space import Choice, Float
+from harness.config.space import Choice, Float, encode
 from harness.config.study import Study
 from harness.search.replay import replay
 from harness.search.samplers import MOST_EARLIER, Sampler, earlier_trials, gp, grid, tpe, with_earlier
+from harness.search.suggest import _sampler
 from harness.store.opening import read_earlier
 from harness.store.store import Store
 from tests.analytic import ceiling, memory_store, run_analytic
@@ -83,6 +84,16 @@ def test_values_enter_by_rank() -> None:
     assert [trial.value for trial in shown[:5]] == [trial.value for trial in shown[5:]]
     best = max(history, key=lambda trial: trial.value or 0.0)
     assert max(shown[:5], key=lambda trial: trial.value or 0.0).params == best.params
+
+
+def test_earlier_trials_that_diverged_are_never_good_ones_of_tpe() -> None:
+    study = dataclasses.replace(make_study("cache", sampler=tpe()), after="old", name="new")
+    earlier: list[dict[str, Any]] = [{"params": encode(study.space, study.train), "value": None} for _ in range(10)]
+    sampler: Any = _sampler(study, 0, with_earlier(study, earlier, []))
+    assert sampler._gamma(10) == 0
+    earlier[0]["value"] = 0.5
+    sampler = _sampler(study, 0, with_earlier(study, earlier, []))
+    assert sampler._gamma(10) == 1
 
 
 def test_every_trial_takes_the_place_of_an_earlier_one() -> None:

@@ -184,7 +184,7 @@ def test_a_queue_waits_for_the_first_configurations(
     first = dataclasses.replace(begun, first=FIRST, name="other")
     harness.run(first, home=tmp_path, trials=2, progress=False)
     found = Found(study=first, file=tmp_path / "studies" / "other.py", home=tmp_path)
-    with pytest.raises(InputError, match="has not begun its first configurations"):
+    with pytest.raises(InputError, match="tries its base and the 2 configurations of first before others"):
         by_hand.queue(found, None, ["optim.base_lr=0.005"])
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import optuna
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from harness.base.errors import InputError
 from harness.config.events import Completed, Pruned
-from harness.search.extrapolation import clipped, final_values
+from harness.search.extrapolation import ExtrapolatingGPSampler, clipped, final_values
 from harness.search.extrapolation import extrapolated as extrapolated_curves
 from harness.search.pruners import asha, no_pruning
 from harness.search.rehearsal import rehearse
@@ -35,7 +38,8 @@ def trial(*values: float, epochs: int = EPOCHS) -> FrozenTrial:
 
 
 def extrapolated(trials: list[FrozenTrial]) -> list[float]:
-    return extrapolated_curves([each.intermediate_values for each in trials], [each.value for each in trials])
+    ends = [each.value for each in trials]
+    return extrapolated_curves([each.intermediate_values for each in trials], ends, [math.inf] * len(trials))
 
 
 WHOLE = [trial(*(0.1 * epoch for epoch in range(1, 9))), trial(*(0.05 * epoch for epoch in range(1, 9)))]
@@ -51,6 +55,38 @@ def test_a_stopped_trial_gains_what_those_that_went_on_have_gained() -> None:
     first, second = 0.2 * 3 / 5, 0.3 * 2 / 4
     found = extrapolated([*WHOLE, *stopped])
     assert found[2:] == [pytest.approx(0.2 + first + second), pytest.approx(0.4 + second)]
+
+
+def test_a_stopped_trial_gains_nothing_after_the_epochs_that_it_was_to_have() -> None:
+    stopped = [trial(0.1, 0.2), trial(0.1, 0.2), trial(0.1, 0.2)]
+    trials, planned = [*WHOLE, trial(0.1, 0.2, 0.3, 0.4), *stopped], [8, 8, 8, 4, 6, 8]
+    curves, ends = [each.intermediate_values for each in trials], [each.value for each in trials]
+    found = extrapolated_curves(curves, ends, planned)[3:]
+    first, second = 0.2 * 3 / 5, 0.3 * 2 / 4
+    assert found == pytest.approx([0.2 + first, 0.2 + first + second / 2, 0.2 + first + second])
+
+
+def test_threads_change_no_suggestion() -> None:
+    """Workers have fewer threads than the process that asks again."""
+    space = {f"x{number}": FloatDistribution(0, 1) for number in range(6)}
+    asked, before = [], torch.get_num_threads()
+    for threads in (1, 4):
+        rng = random.Random(0)
+        study = optuna.create_study(direction="maximize", sampler=ExtrapolatingGPSampler(seed=0))
+        for _ in range(200):
+            params = {name: rng.random() for name in space}
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=params, distributions=space, value=-sum((x - 0.4) ** 2 for x in params.values())
+                )
+            )
+        torch.set_num_threads(threads)
+        try:
+            asked.append(study.ask(space).params)
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+    assert asked[0] == asked[1]
 
 
 def test_where_nobody_went_on_nothing_is_gained() -> None:

@@ -14,6 +14,7 @@ import pytest
 import harness
 from harness.base.errors import InputError
 from harness.config import events
+from harness.config.events import Diverged
 from harness.config.study import Study
 from harness.config.train import FinalConfig, OptimConfig
 from harness.search import limits
@@ -56,6 +57,15 @@ def test_patience_ends_after_so_many_trials_without_a_new_best() -> None:
     assert best is not None
     assert reason == f"4 trials without a new best after trial {best.number}"
     assert store.finished() == best.number + 5
+
+
+def test_patience_also_ends_a_search_without_a_complete_trial() -> None:
+    study = dataclasses.replace(STUDY, patience=2)
+    store = memory_store(study)
+    for _ in range(3):
+        assert limits.reason_to_stop(study, store) is None
+        store.tell(store.ask(study), Diverged(epoch=1, step=1), [], 1.0)
+    assert limits.reason_to_stop(study, store) == "3 trials without one that is complete"
 
 
 def test_a_value_that_is_good_enough_ends_the_search() -> None:

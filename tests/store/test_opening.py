@@ -10,8 +10,10 @@ import pytest
 
 from harness.base.errors import InputError
 from harness.config.find import Found
+from harness.config.space import Choice
 from harness.config.study import Study
 from harness.datasets.image_folder import ImageFolder
+from harness.search.samplers import grid
 from harness.store.opening import as_begun, check_definition, located, open_store, read_store
 from harness.store.store import Store
 from tests.small import small_study
@@ -51,6 +53,20 @@ def test_a_field_that_came_later_with_another_value_is_refused(study: Study, url
         other = dataclasses.replace(study, final=dataclasses.replace(study.final, fit_on="train"))
         with pytest.raises(InputError, match=r"final\.fit_on is 'train', and was not a field"):
             check_definition(other, store, None)
+
+
+def test_a_grid_whose_space_is_in_another_order_is_refused(study: Study, url: str) -> None:
+    space = {"optim.base_lr": Choice((9e-4, 1e-3)), "backbone.dropout": Choice((0.0, 0.2))}
+    train = study.with_settings(["optim.base_lr=0.001", "backbone.dropout=0.2"]).train
+    study = dataclasses.replace(study, train=train, sampler=grid(), space=space, trials=4)
+    other = dataclasses.replace(study, space=dict(reversed(space.items())))
+    redefined(study, url)
+    with read_store(study.name, url) as store:
+        check_definition(study, store, None)
+        with pytest.raises(InputError, match=r"in another order \(optim\.base_lr, backbone\.dropout\), in which"):
+            check_definition(other, store, None)
+        plain = dataclasses.replace(other, sampler=study.sampler)
+        assert plain.definition() == study.definition()
 
 
 def test_a_field_that_is_gone_is_refused(study: Study, url: str) -> None:
