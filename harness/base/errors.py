@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Sequence
 from unicodedata import category
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130  # exit codes of every command
 
 # user:password@ after ://, up to the last @ of the word, and passwords given as a parameter.
-SECRETS = re.compile(r"(?<=://)([^\s/@:]*:)\S*(?=@)|([?&](?:password|passwd|token)=)[^\s&'\"]+", re.IGNORECASE)
+SECRETS = re.compile(
+    r"(?<=://)([^\s/@:]*:)\S*(?=@)|([?&](?:password|passwd|sslpassword|token)=)[^\s&'\"]+|(https?://)[^\s/@:]+(?=@)",
+    re.IGNORECASE,
+)
 
 
 def masked(text: str) -> str:
     """Replace every password in a URL with ***: others read what is printed and stored."""
-    return SECRETS.sub(lambda found: f"{found[1] or found[2]}***", text)
+    return SECRETS.sub(lambda found: f"{found[1] or found[2] or found[3] or ''}***", text)
+
+
+def recordable(arguments: Sequence[str]) -> list[str]:
+    """Return a command line without passwords, and without the command of --on-event, which may hold some."""
+    found = list(map(masked, arguments))
+    for place, word in enumerate(found):
+        if word == "--on-event" and place + 1 < len(found):
+            found[place + 1] = "***"
+        elif word.startswith("--on-event="):
+            found[place] = "--on-event=***"
+    return found
 
 
 def is_utf8(text: str) -> bool:

@@ -108,10 +108,14 @@ class Retraining:
             raise
 
     def trained(self) -> Training:
-        """Restore the trained model from its checkpoint. Raises Halt if that is missing or damaged."""
+        """Restore the trained model from its checkpoint. Raises Halt if that is missing, damaged or unfinished."""
         checkpoint = self._checkpoint()
         if not checkpoint.restore():
             raise Halt(f"The trained weights {self._path} are missing or damaged; run the same command again.")
+        progress = checkpoint.training.progress
+        # A machine that lost the training to another one may have written its older state over the other's.
+        if progress.epoch <= self.config.epochs and all(each.is_finite() for each in progress.epochs):
+            raise Halt(f"The training {self._path} has not ended; run the same command again.")
         self.environments = checkpoint.environments
         self.epochs = tuple(each.without_hits() for each in checkpoint.training.progress.epochs if each.is_finite())
         return checkpoint.training

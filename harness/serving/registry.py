@@ -133,9 +133,10 @@ def publish(
             say(f"serve     MLFLOW_TRACKING_URI={where} {other}{SERVE.format(wanted.name)}")
     except faults() as error:
         if not is_refusal(error):
-            print(f"MLflow at {masked(tracker.uri)} did not accept the model ({first_line(error)}).", file=sys.stderr)
+            said = f"MLflow at {tracker.uri} did not accept the model ({first_line(error)})."
+            print(masked(said), file=sys.stderr)
             return False
-        print(f"MLflow refuses the model, which is skipped: {first_line(error)}", file=sys.stderr)
+        print(masked(f"MLflow refuses the model, which is skipped: {first_line(error)}"), file=sys.stderr)
     return True
 
 

@@ -35,7 +35,8 @@ T = TypeVar("T")
 logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
 
 BUSY_TIMEOUT_SECONDS = 60
-CONNECT_SECONDS = 10  # connection timeout
+# Of connections to a server; one that vanishes closes none, which by default is noticed after two hours.
+CONNECTION = {"connect_timeout": 10, "application_name": "harness", "keepalives_idle": 30, "tcp_user_timeout": 60_000}
 AWAY_SECONDS, RETRY_SECONDS = 300.0, 2.0  # how long a server may be unreachable; time between two attempts
 IDLE_SECONDS = 30  # after which a server releases the locks of a stalled process
 # The modules that SQLAlchemy imports, and the packages that provide them.
@@ -317,8 +318,7 @@ def _connect_args(url: str) -> dict[str, Any]:
     """Return connection settings for a server; those in the URL take precedence."""
     given = sqlalchemy.engine.make_url(url).query
     options = f"{given.get('options', '')} -c idle_in_transaction_session_timeout={IDLE_SECONDS}s"
-    ours = {"connect_timeout": CONNECT_SECONDS, "application_name": "harness"}
-    return {name: value for name, value in ours.items() if name not in given} | {"options": options.strip()}
+    return {name: value for name, value in CONNECTION.items() if name not in given} | {"options": options.strip()}
 
 
 @contextmanager
@@ -333,7 +333,7 @@ def setup_lock(url: str) -> Iterator[None]:
     engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=_connect_args(url))
     try:
         connection = engine.connect()
-        connection.execute(sqlalchemy.text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+        connection.execute(sqlalchemy.text("SET LOCAL idle_in_transaction_session_timeout = '10min'"))
         connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({SETTING_UP})"))
     except SQLAlchemyError as error:
         raise _unopened(url, error) from error

@@ -93,12 +93,12 @@ def holder(file: Path | None) -> str | None:
     if file is None or not lock_file(file).exists():
         return None
     if not may_write(file):  # the lock cannot be tried: rely on the holder's PID file
-        return _pid(file) if pid_file(file).exists() else None
+        return recorded_pid(file) if pid_file(file).exists() else None
     try:
         with filelock.FileLock(lock_file(file), blocking=False):
             return None
     except filelock.Timeout:
-        return _pid(file)
+        return recorded_pid(file)
 
 
 def lock_file(file: Path, word: str = "") -> Path:
@@ -110,8 +110,11 @@ def pid_file(file: Path) -> Path:
     return Path(f"{file.resolve()}.pid")
 
 
-def _pid(file: Path) -> str:
-    return pid_file(file).read_text().strip() if pid_file(file).exists() else "unknown"
+def recorded_pid(file: Path) -> str:
+    try:
+        return pid_file(file).read_text().strip()
+    except FileNotFoundError:
+        return "unknown"
 
 
 @contextmanager
@@ -127,9 +130,9 @@ def study_lock(file: Path | None, name: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=LOCK_SECONDS)
     except filelock.Timeout as error:
-        raise InputError(
-            f"Study {name!r} is being run by process {_pid(file)}; wait for it, or stop it with `kill {_pid(file)}`."
-        ) from error
+        by = recorded_pid(file)
+        text = f"Study {name!r} is being run by process {by}; wait for it, or stop it with `kill {by}`."
+        raise InputError(text) from error
     except OSError as error:
         raise InputError(f"{file} cannot be written ({error}); make its folder writable or give --storage.") from error
     try:

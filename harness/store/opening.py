@@ -332,6 +332,8 @@ def _gather(file: Path) -> None:
     try:
         with closing(sqlite3.connect(file, timeout=BUSY_TIMEOUT_SECONDS)) as connection:
             (busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            # Fails beside any open connection: after the renaming an idle one would write into the new study's log.
+            connection.execute("PRAGMA journal_mode=DELETE")
     except sqlite3.OperationalError:
         busy = True
     if busy:

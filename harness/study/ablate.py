@@ -28,9 +28,12 @@ from harness.final.sentences import ablation_sentences
 from harness.store import opening
 from harness.store.store import Store, TrialRecord
 from harness.study.audit import check_ended, write_report_again
+from harness.study.stages import unablated
 from harness.study.start import keep_imports
 from harness.tracking.places import tracker_at
 from harness.training.assemble import decide_runtime
+
+ABLATION = "ablation"  # the lease
 
 
 def ablate_study(options: RunOptions, found: Found) -> None:
@@ -46,14 +49,16 @@ def ablate_study(options: RunOptions, found: Found) -> None:
             print(f"Study {study.name!r} chose the base configuration; there is nothing to ablate.")
             return
         runtime = decide_runtime(study.train, store.facts().runtime)
-        content = content_of(study) if missing(record) else None
+        content = content_of(study) if unablated(record) else None
         opening.as_begun(study, store, content)
     if (risk := mounts.warning(sqlite_file(url))) is not None:
         print(f"Warning: {risk}", file=sys.stderr)
     keep_imports()
     with opening.open_store(study, url, content) as store:
         context = Context(study=study, store=store, runtime=runtime, checkpoints=found.beside(url, ".checkpoints"))
-        with closing(train(context, record)) as lines:
+        if ABLATION in store.active_workers():
+            print("Another process ablates this study; waiting for its end.", file=sys.stderr)
+        with store.exclusive(ABLATION), closing(train(context, begun(study, store))) as lines:
             for line in lines:
                 store.check_file()
                 print(line, flush=True)
@@ -78,12 +83,6 @@ def begun(study: Study, store: Store) -> dict[str, Any]:
     return {"trial": chosen.number, "seeds": seeds, "fields": fields, "values": values, "results": {}}
 
 
-def missing(record: dict[str, Any]) -> list[tuple[int, int]]:
-    """Return step and seed of each training that the record lacks."""
-    steps = range(len(record["fields"]) + 1)
-    return [(step, n) for step in steps for n in record["seeds"][len(record["results"].get(str(step), [])) :]]
-
-
 def train(context: Context, record: dict[str, Any]) -> Generator[str, None, None]:
     """Train what is missing, yield a line per epoch, and record each training at its end.
 
@@ -91,7 +90,7 @@ def train(context: Context, record: dict[str, Any]) -> Generator[str, None, None
     """
     store, base, chosen = context.store, _base(context.store), _chosen(context.store)
     store.set_attribute("ablation", record)  # its checkpoints are in use from here on
-    for step, number in missing(record):
+    for step, number in unablated(record):
         changed = {path: chosen.params[path] for path in record["fields"][:step]}
         trial = dataclasses.replace(base, number=step, params=base.params | changed)
         retraining = Retraining(context, "ablation", trial, number, logged=False)

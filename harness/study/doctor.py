@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from harness.base.errors import InputError
+from harness.base.errors import InputError, masked
 from harness.base.files import Damaged, sqlite_file
 from harness.base.keys import trial_key
 from harness.base.processes import in_words
@@ -19,7 +19,7 @@ from harness.config.study import Study
 from harness.data.cache import damaged
 from harness.final import model_files
 from harness.final.predictions import from_record
-from harness.store.locks import holder, pid_file
+from harness.store.locks import holder, pid_file, recorded_pid
 from harness.store.opening import located, open_store, read_store
 from harness.store.store import Store
 from harness.study.stages import wanted_keys
@@ -27,7 +27,7 @@ from harness.tracking.check import disagreements, model_missing
 from harness.tracking.expected import Finding, expected_runs, recorded_facts, study_metrics
 from harness.tracking.mlflow import MLflowTracker
 from harness.tracking.places import attached, tracker_for
-from harness.training.checkpoint import fingerprint, read_tensors, remove, stale
+from harness.training.checkpoint import SUFFIX, fingerprint, read_tensors, remove, stale
 
 UNFINISHED = "The study has not ended, and no process runs it; run the same command to resume and repair it."
 
@@ -44,11 +44,11 @@ def consult(found: Found, url: str, tracking_uri: str | None, fix: bool) -> bool
             raise InputError(f"Study {study.name!r} is being run by {who}; wait for its end, then repair it.")
         tracker = attached(tracking_uri, found.mlruns, study, store)
         findings = list(examine(study, store, tracker, found, who is not None))
-        if file is not None and who is None and pid_file(file).exists():
-            text = f"{pid_file(file)} names process {pid_file(file).read_text().strip()}, which is gone"
+        if file is not None and who is None and holder(file) is None and pid_file(file).exists():
+            text = f"{pid_file(file)} names process {recorded_pid(file)}, which is gone"
             findings.append(Finding(text, pid_file(file).unlink))
         for finding in findings:
-            print(finding.text)
+            print(masked(finding.text))
         if not findings:
             print(_well(store, found.beside(url, ".model"), who is not None))
         elif who is not None:
@@ -157,17 +157,18 @@ def examine(study: Study, store: Store, tracker: MLflowTracker | None, found: Fo
 
 
 def _checkpoints(study: Study, store: Store, folder: Path, model: Path) -> Iterator[Finding]:
-    useless = stale(folder, wanted_keys(study, store, model))
+    useless = stale(folder, wanted_keys(study, store, model), store.uid)
     for path in useless:
         yield Finding(f"{path} is left over and unused", partial(remove, path))
-    for path in sorted(path for path in folder.glob("*") if path.is_file() and path not in useless):
+    for path in sorted(path for path in folder.glob(f"*{SUFFIX}") if path not in useless):
         try:
             identity = read_tensors(path)[1].get("identity", {})
         except Damaged as error:
             yield Finding(f"{error}; its training would restart", partial(remove, path))
             continue
         if identity.get("study") != store.uid:
-            yield Finding(f"{path} belongs to another study", partial(remove, path))
+            alone = sqlite_file(store.url) is not None  # studies on servers may share the folder
+            yield Finding(f"{path} belongs to another study", partial(remove, path) if alone else None)
 
 
 def _model(store: Store, folder: Path) -> Iterator[Finding]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
+from typing import Any
 
 from harness.base.keys import ablation_key, audit_key, base_key, final_key, rerank_key, trial_key
 from harness.config.events import Event
@@ -13,7 +14,7 @@ from harness.final.retrain import Context
 from harness.final.test_set import after_search
 from harness.search.loop import search
 from harness.store.store import Store, wanted
-from harness.training.checkpoint import SUFFIX, remove, stale
+from harness.training.checkpoint import SUFFIX, remove, stale, study_of
 
 
 def run(context: Context, model_folder: Path, reason: str | None = None) -> Generator[Event, None, None]:
@@ -23,7 +24,7 @@ def run(context: Context, model_folder: Path, reason: str | None = None) -> Gene
     """
     study, store, checkpoints = context.study, context.store, context.checkpoints
     if not store.active_workers():
-        for path in stale(checkpoints, wanted_keys(study, store, model_folder)):
+        for path in stale(checkpoints, wanted_keys(study, store, model_folder), store.uid):
             remove(path)  # its process died after recording the result
     done = False
     while not done:
@@ -40,7 +41,7 @@ def left_over(context: Context, model_folder: Path) -> list[Path]:
     """Return the unused checkpoints, without those that are being written."""
     files = list(context.checkpoints.glob(f"*{SUFFIX}"))  # list the files before asking which trials are running
     wanted = wanted_keys(context.study, context.store, model_folder)
-    return [path for path in files if path.stem not in wanted]
+    return [path for path in files if path.stem not in wanted and study_of(path) in (None, context.store.uid)]
 
 
 def wanted_keys(study: Study, store: Store, model_folder: Path) -> set[str]:
@@ -49,10 +50,8 @@ def wanted_keys(study: Study, store: Store, model_folder: Path) -> set[str]:
     audited = (store.facts().audit or {}).get("results", {})
     pruned = [trial.number for trial in store.trials() if trial.is_pruned]
     keys |= {audit_key(number) for number in pruned if str(number) not in audited}
-    if store.facts().ablation is not None:
-        keys |= {
-            ablation_key(step, number) for step in range(len(study.space) + 1) for number in range(study.final.seeds)
-        }
+    if (ablation := store.facts().ablation) is not None:
+        keys |= {ablation_key(step, number) for step, number in unablated(ablation)}
     if (final := store.facts().final) is not None and store.has_final():
         # A lost model is trained again.
         return keys if has_model(model_folder) else keys | {final_key(final.trial, 0)}
@@ -61,3 +60,9 @@ def wanted_keys(study: Study, store: Store, model_folder: Path) -> set[str]:
     if (chosen := store.chosen()) is not None:
         keys |= {key for number in seeds for key in (final_key(chosen.number, number), base_key(0, number))}
     return keys
+
+
+def unablated(record: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Return step and seed of each training that the record of an ablation lacks."""
+    steps = range(len(record["fields"]) + 1)
+    return [(step, n) for step in steps for n in record["seeds"][len(record["results"].get(str(step), [])) :]]

@@ -81,7 +81,9 @@ class StudyClient:
         self._runs: dict[str, Run] | None = {}  # by key; None if unknown
         self._said: set[str] = set()
         self._left: list[Callable[[], object]] = []  # failed artifact uploads, to be retried
-        self._outbox = WriterThread(Outbox(lambda text: print(text, file=sys.stderr), f"MLflow at {masked(uri)}"))
+        self._outbox = WriterThread(
+            Outbox(lambda text: print(masked(text), file=sys.stderr), f"MLflow at {masked(uri)}")
+        )
 
     def connect(self) -> None:
         """Open the client. Raises MLflow's error if it does not answer."""

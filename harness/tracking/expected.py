@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.base.environment import HARDWARE, git_commit, versions
-from harness.base.errors import InputError, masked
+from harness.base.errors import InputError, recordable
 from harness.base.keys import RETRAINING, trial_key
 from harness.base.seeds import derive_seed
 from harness.base.words import metric_name
@@ -147,7 +147,7 @@ def facts(study: Study, runtime: Mapping[str, Any], environment: Mapping[str, st
     return {
         **{f"version.{name}": version for name, version in versions().items()},
         "harness.seed": str(study.seed),
-        "harness.command": shlex.join(map(masked, [Path(sys.executable).name, *sys.argv])),
+        "harness.command": shlex.join(recordable([Path(sys.executable).name, *sys.argv])),
         "mlflow.source.git.commit": git_commit(),
         "mlflow.source.name": sys.argv[0],
         **{f"harness.{name}": str(value) for name, value in runtime.items()},

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sqlite3
 import sys
 import tempfile
@@ -32,12 +33,15 @@ PLACES = (
     ("model_versions", "storage_location"),
 )
 BUSY_SECONDS = 20.0  # as long as MLflow waits
+NEW = ".new-"  # prefix of folders in which a database is made
 
 
 def make_database(file: Path, *, ours: bool = False) -> None:
     """Create a database unless it exists, completely and once; two studies may start at the same time."""
     with filelock.FileLock(f"{file}.lock"):
         if not file.exists() or file.stat().st_size == 0:
+            for left in file.parent.glob(f"{NEW}*"):  # of a killed start
+                shutil.rmtree(left, ignore_errors=True)
             _create_database(file)
         if ours:
             # WAL mode makes writes several times as fast, and readers (the UI) do not block them.
@@ -58,7 +62,7 @@ def _create_database(file: Path) -> None:
     set_aside(sqlite_url(file))
     sqlalchemy.event.listen(sqlalchemy.Engine, "connect", _unsynchronised)
     try:
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".new-") as place:
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=NEW) as place:
             made = Path(place) / "mlflow.db"
             with no_stray_folder(sqlite_url(made)):
                 MlflowClient(tracking_uri=sqlite_url(made)).search_experiments(max_results=1)

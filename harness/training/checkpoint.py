@@ -197,10 +197,24 @@ def remove(path: Path) -> None:
         path.parent.rmdir()
 
 
-def stale(folder: Path, wanted: Collection[str]) -> list[Path]:
-    """Return the files in a checkpoint folder that no process writes and none of the `wanted` keys needs."""
+def stale(folder: Path, wanted: Collection[str], study: str) -> list[Path]:
+    """Return the files in a checkpoint folder that no process writes and none of the `wanted` keys needs.
+
+    Without those of another study than that of the uid: studies of one name on several servers share a folder.
+    """
     files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-    return [path for path in files if (is_abandoned(path) if path.suffix == ".partial" else path.stem not in wanted)]
+    unused = [path for path in files if (is_abandoned(path) if path.suffix == ".partial" else path.stem not in wanted)]
+    return [path for path in unused if study_of(path) in (None, study)]
+
+
+def study_of(path: Path) -> str | None:
+    """Return the uid of a checkpoint's study; None if it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads(json.loads((file.metadata() or {})[METADATA])["record"])
+        return str(record["identity"]["study"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return None
 
 
 def differences(one: Mapping[str, str], other: Mapping[str, str]) -> str:

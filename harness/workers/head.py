@@ -12,6 +12,7 @@ import os
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, Protocol, cast
 
 import filelock
 
-from harness.base.errors import Halt, InputError
+from harness.base.errors import Halt, InputError, first_line
 from harness.base.files import replace_file, sqlite_file
 from harness.base.keys import RETRAINING
 from harness.config.jobs import Job, Train
@@ -34,7 +35,7 @@ from harness.store.store import Asked, Store
 from harness.training import interrupt
 from harness.training.checkpoint import SUFFIX, remove
 from harness.training.features import keep_features
-from harness.workers.worker import Message, WorkerConfig, context_of, do
+from harness.workers.worker import Message, Stopped, WorkerConfig, context_of, do
 
 CHECK_SECONDS = 2.0  # between two lease checks of a trial
 READ = ("attributes", "trials", "finished", "stop")  # store methods that a worker calls
@@ -213,7 +214,13 @@ def do_through(ask: Ask, owner: str, job: Job, context: Context) -> None:
         if isinstance(job, Train):
             _carry(ask, job, context.checkpoints / _file(job))
 
-    do(job, context, functools.partial(tell, ask, owner), finish)
+    try:
+        do(job, context, functools.partial(tell, ask, owner), finish)
+    except (LeaseLost, Replaced):
+        raise
+    except Exception as error:  # noqa: BLE001  it may be the user's code; any worker would fail
+        traceback.print_exc()
+        tell(ask, owner, Stopped(Halt(f"A worker failed ({first_line(error)}); its output has the traceback.")))
 
 
 def tell(ask: Ask, owner: str, message: Message) -> None:

@@ -31,6 +31,7 @@ from harness.workers.head import Ended, Head
 from harness.workers.pool import POLL_SECONDS, Pool, Worker
 from harness.workers.worker import Message, Stopped, WorkerConfig
 
+MOST_STRANGERS = 32  # connections that have not shown the key yet; each holds a thread and a descriptor
 GOODBYE_SECONDS = RENEWAL_SECONDS + 5.0  # each worker asks something within this time, and hears of the end
 
 
@@ -61,6 +62,7 @@ class Server(Pool):
         self._head.open(config, Path.cwd())
         super().__init__(config, environments, tell)
         self._numbers, self._ending = itertools.count(self._count), False
+        self._strangers = threading.BoundedSemaphore(MOST_STRANGERS)
         self._threads = [threading.Thread(target=self._accept, name="listener", daemon=True)]
 
     @property
@@ -110,16 +112,23 @@ class Server(Pool):
             except OSError:  # it has left at once, or there are too many open files; others may come
                 time.sleep(POLL_SECONDS)
                 continue
+            if not self._strangers.acquire(blocking=False):
+                connected.close()
+                continue
             thread = threading.Thread(target=self._attend, args=(connected, host), daemon=True)
-            self._threads.append(thread)
+            self._threads = [each for each in self._threads if each.is_alive()] + [thread]
             thread.start()
 
     def _attend(self, connected: socket.socket, host: str) -> None:
-        guest = _Guest(next(self._numbers))
+        guest = None
         try:
             with wire.steady(connected, LEASE_SECONDS) as line:
-                deliver_challenge(line, self._key)
-                answer_challenge(line, self._key)
+                try:
+                    deliver_challenge(line, self._key)
+                    answer_challenge(line, self._key)
+                finally:
+                    self._strangers.release()
+                guest = _Guest(next(self._numbers))
                 while True:
                     method, *arguments = wire.receive(line)
                     wire.send(line, self._answer(guest, method, arguments))
@@ -128,8 +137,9 @@ class Server(Pool):
         except (OSError, EOFError):
             pass  # it has gone: the coordinator finds its line closed
         finally:
-            self._head.leave(guest.owner)
-            guest.theirs.close()
+            if guest is not None:
+                self._head.leave(guest.owner)
+                guest.theirs.close()
 
     def _answer(self, guest: _Guest, method: str, arguments: Sequence[Any]) -> tuple[bool, Any]:
         """Return True and what a method returns, or False and its error."""

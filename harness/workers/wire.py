@@ -15,6 +15,8 @@ import shlex
 import socket
 import stat
 import struct
+import tempfile
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
 from multiprocessing.connection import Connection
@@ -56,10 +58,15 @@ def read_key(file: Path) -> bytes:
 
 
 def make_key(file: Path) -> None:
-    """Write a new key, which only this user may read, unless the file exists."""
-    if not file.exists():
-        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
-            opened.write(f"{secrets.token_hex(32)}\n")
+    """Write a new key, which only this user may read, unless the file exists; whole, or not at all."""
+    if file.exists():
+        return
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f"{file.name}.") as opened:
+        opened.write(f"{secrets.token_hex(32)}\n")
+        opened.flush()
+        os.fsync(opened.fileno())
+        with suppress(FileExistsError):  # another command was faster
+            os.link(opened.name, file)
 
 
 # -- connections ----------------------------------------------------------------------------------------------------

@@ -41,11 +41,21 @@ def test_no_password_is_left_in_a_sentence(user: str, password: str) -> None:
         ("mssql://host/x?user=u&password=a/b&timeout=3", "mssql://host/x?user=u&password=***&timeout=3"),
         ("sqlite:////a/b:c@d.db", "sqlite:////a/b:c@d.db"),
         ("http://host:5000", "http://host:5000"),
+        ("https://TOKEN@host/x", "https://***@host/x"),
+        ("postgresql://flora@host/x?sslpassword=a&x=1", "postgresql://flora@host/x?sslpassword=***&x=1"),
         ("mail flora@example.org", "mail flora@example.org"),
     ],
 )
 def test_only_passwords_are_hidden(text: str, shown: str) -> None:
     assert masked(text) == shown
+
+
+@pytest.mark.parametrize("given", [["--on-event", "curl -u me:secret x"], ["--on-event=curl -u me:secret x"]])
+def test_the_command_of_events_is_not_recorded(given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["run_study.py", *given, "--trials", "9"])
+    for recorded in (facts(make_study("cache"), {})["harness.command"], running.lasting_command()):
+        assert "secret" not in recorded
+        assert recorded.endswith("--trials 9")
 
 
 def test_errors_hide_it() -> None:

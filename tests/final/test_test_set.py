@@ -9,6 +9,7 @@ import json
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from harness.store.opening import open_store
 from harness.store.store import Store
 from harness.study.stages import run
 from harness.tracking.expected import expected_runs
+from harness.training.loop import fit
 from harness.training.step import Runtime
 from tests.analytic import epoch_result, run_analytic
 from tests.faulty import CommandLine, one_sentence
@@ -523,6 +525,23 @@ def test_killed_between_the_seeds_of_the_base_none_is_trained_twice(study: Study
     assert len(store.attributes()["final"]["base"]["per_seed"]) == 2
 
 
+def test_a_training_that_has_not_ended_is_not_tested(study: Study, store: Store, tmp_path: Path) -> None:
+    """A machine that was thought dead may write its older state over what another one has ended."""
+    list(search(study, store, CPU, tmp_path / "checkpoints"))
+    chosen = store.best()
+    assert chosen is not None
+    retraining = Retraining(context_of(study, store, tmp_path), "final", chosen, 0)
+    checkpoint = retraining._checkpoint()
+    with closing(fit(checkpoint.training, checkpoint.after_batch)) as results:
+        next(results)
+        checkpoint.save()
+    with pytest.raises(Halt, match="has not ended; run the same command again"):
+        retraining.trained()
+    list(retraining.train())
+    assert retraining.trained().progress.epoch > study.train.epochs
+
+
+@pytest.mark.slow
 def test_where_all_configurations_are_the_same_none_is_better(image_cache: Path, tmp_path: Path) -> None:
     small = small_study(image_cache)
     hidden = Choice((small.train.backbone.hidden,))  # type: ignore[attr-defined]

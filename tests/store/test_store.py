@@ -862,6 +862,18 @@ def test_a_study_whose_process_was_killed_is_moved_aside_whole(tmp_path: Path) -
         assert store.finished() == 3
 
 
+def test_a_study_that_another_program_has_open_is_not_moved_aside(tmp_path: Path) -> None:
+    """Even if it is idle: its next write would go into the log of the new study."""
+    file = tmp_path / "tiny.db"
+    run_straight(searching(), file, 1)
+    with closing(sqlite3.connect(file)) as other:
+        other.execute("SELECT count(*) FROM trials").fetchall()
+        with pytest.raises(InputError, match="another program reads or writes"):
+            opening.move_aside("tiny", url_of(file), tmp_path / "tiny.model")
+        assert file.exists()
+    assert opening.move_aside("tiny", url_of(file), tmp_path / "tiny.model") is not None
+
+
 def test_moving_nothing_aside_does_nothing(tmp_path: Path) -> None:
     assert opening.move_aside("tiny", url_of(tmp_path / "tiny.db"), tmp_path / "tiny.model") is None
     assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ import numpy
 import pytest
 
 import harness
+from harness.base.keys import ablation_key
 from harness.base.packing import pack_bits
 from harness.cli.commands import main
 from harness.config.space import Float
@@ -20,7 +21,8 @@ from harness.final.choice import ablation_path
 from harness.final.sentences import ablation_sentences
 from harness.search.samplers import gp
 from harness.store.opening import read_store
-from harness.training.checkpoint import Checkpoint
+from harness.study.stages import wanted_keys
+from harness.training.checkpoint import Checkpoint, stale, write_tensors
 from tests.analytic import memory_store, run_analytic
 from tests.conftest import make_study
 from tests.small import small_study
@@ -156,3 +158,12 @@ def test_the_sentences() -> None:
     assert hidden.startswith("backbone.hidden from 256 to 512: +0.00 points (-")
     assert hidden.endswith(", no difference shown.")
     assert "biased upwards" in last
+
+
+def test_what_a_kill_after_the_last_result_left_is_unused(place: Path) -> None:
+    assert main(["ablate", "tiny"]) == 0
+    left = place / "studies" / "tiny.checkpoints" / f"{ablation_key(0, 0)}.safetensors"
+    with read_store("tiny", f"sqlite:///{place}/studies/tiny.db") as store:
+        write_tensors(left, {}, {"identity": {"study": store.uid}})
+        study = slow_base("cache")
+        assert stale(left.parent, wanted_keys(study, store, place / "studies" / "tiny.model"), store.uid) == [left]

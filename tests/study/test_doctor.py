@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from harness.base import processes
 from harness.base.keys import trial_key
 from harness.cli.commands import main
 from harness.config import find as catalogue
@@ -499,6 +500,13 @@ def test_what_a_killed_writer_left_is_dropped(waiting: Path, doctor: Doctor) -> 
     (folder / "trial-4.safetensors.partial").write_bytes(b"half")
     check(waiting, doctor, "trial-4.safetensors.partial is left over", before)
     assert [each.name for each in folder.iterdir()] == ["trial-4.safetensors"]
+
+
+@slow
+def test_a_file_that_is_being_written_is_left_alone(waiting: Path, doctor: Doctor) -> None:
+    folder = waiting / "studies" / "tiny.checkpoints"
+    (folder / f"trial-4.safetensors{processes.mark()}").write_bytes(b"half")
+    assert not any("partial" in line for line in doctor()[1])
 
 
 @slow

@@ -629,8 +629,10 @@ def test_removing_takes_the_partial_file_and_the_empty_folder_too(tmp_path: Path
 
 
 def test_stale_are_all_files_that_no_wanted_training_reads(tmp_path: Path) -> None:
-    assert stale(tmp_path / "nowhere", {"trial-1"}) == []
+    assert stale(tmp_path / "nowhere", {"trial-1"}, "uid") == []
     for name in ("trial-0.safetensors", "trial-1.safetensors", "trial-1.safetensors.partial", "notes.txt"):
         (tmp_path / name).touch()
-    names = [each.name for each in stale(tmp_path, {"trial-1"})]
-    assert names == ["notes.txt", "trial-0.safetensors", "trial-1.safetensors.partial"]
+    write_tensors(tmp_path / "trial-2.safetensors", {}, {"identity": {"study": "another"}})
+    write_tensors(tmp_path / "trial-3.safetensors", {}, {"identity": {"study": "uid"}})
+    names = [each.name for each in stale(tmp_path, {"trial-1"}, "uid")]
+    assert names == ["notes.txt", "trial-0.safetensors", "trial-1.safetensors.partial", "trial-3.safetensors"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import math
 import os
@@ -112,6 +113,20 @@ def test_what_is_no_message_makes_nothing(content: bytes) -> None:
 
 
 # -- the key --------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            wire.make_key(tmp_path / "key")
+    assert list(tmp_path.iterdir()) == []
+    wire.make_key(tmp_path / "key")
+    assert len(wire.read_key(tmp_path / "key")) == 64
+    assert [each.name for each in tmp_path.iterdir()] == ["key"]
 
 
 def test_a_new_key_is_for_this_user_alone_and_an_old_one_stays(tmp_path: Path) -> None:
@@ -302,6 +317,30 @@ def test_strangers_do_not_hold_up_a_worker(served: Served, capsys: pytest.Captur
     said = capsys.readouterr().err
     assert "A connection from 127.0.0.1 had another key; it was refused." in said
     assert "Traceback" not in said
+
+
+def test_connections_without_a_key_are_few(served: Served) -> None:
+    host, port = wire.parts(served.server.address) or ("", 0)
+    served.server._strangers = threading.BoundedSemaphore(2)
+    with contextlib.ExitStack() as kept:
+        silent = [kept.enter_context(socket.create_connection((host, port))) for _ in range(5)]
+        assert [bool(each.recv(1)) for each in silent] == [True, True, False, False, False]  # a challenge, or the end
+    until(lambda: served.server._strangers._value == 2)
+    with joined(served) as (line, _):
+        assert line("job") is None
+
+
+def test_what_fails_on_any_machine_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("the model's own code")
+
+    told: list[Any] = []
+    monkeypatch.setattr(head, "do", broken)
+    head.do_through(lambda *said: told.append(said), "owner", jobs.Train("final", 2, 1), None)  # type: ignore[arg-type]
+    ((method, owner, message),) = told
+    assert (method, owner) == ("hear", "owner")
+    assert str(message.error).startswith("A worker failed (the model's own code)")
+    assert "RuntimeError: the model's own code" in capsys.readouterr().err
 
 
 def test_a_worker_can_do_only_what_it_needs(served: Served) -> None:
