@@ -11,6 +11,8 @@ Takes some hours; requires the extra `lite`, and the photographs in ../shared.
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import json
 import math
 import multiprocessing
@@ -29,7 +31,7 @@ from scipy import stats
 from benchmarks.curves import SHARED, record
 from benchmarks.machine import describe
 from harness.config import space
-from harness.config.train import OptimConfig, RuntimeConfig, TrainConfig, fingerprint
+from harness.config.train import OptimConfig, RuntimeConfig, TrainConfig, identity, plain
 from harness.datasets.flowers102 import Flowers102
 from harness.models.timm import EfficientNetLite0
 from harness.training.checkpoint import remove
@@ -95,6 +97,18 @@ def configured(recipe: str, folder: Path, size: int, epochs: int) -> TrainConfig
     return config
 
 
+def definition(config: TrainConfig) -> str:
+    """Return what identifies a configuration. Fields at their defaults do not count: later versions have more."""
+
+    def is_default(path: str) -> bool:
+        *folders, name = path.split(".")
+        holder = functools.reduce(getattr, folders, config)
+        return hasattr(type(holder), name) and plain(getattr(type(holder), name)) == plain(getattr(holder, name))
+
+    chosen = {path: value for path, value in identity(config).items() if path.endswith(".type") or not is_default(path)}
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def kept(keep: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in keep.read_text().splitlines()] if keep.exists() else []
 
@@ -107,7 +121,7 @@ def trained(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     last = found["epochs"][-1]
     # A training that diverged has learned nothing.
     measured = {"val_correct": last["val_correct"] or 0, "test_correct": found["test_correct"] or 0}
-    about = {"definition": fingerprint(config), "machine": describe()}
+    about = {"definition": definition(config), "machine": describe()}
     other = {"test_total": found["test_total"], "test_flipped": found["test_flipped"]}
     seconds = {"seconds": round(found["seconds"], 1)}
     return {**job, **measured, **other, **seconds, **about, "checkpoint": str(file)}
@@ -198,7 +212,7 @@ def main() -> None:
     if unknown := [name for name in args.recipes if name not in RECIPES]:
         sys.exit(f"error: there is no recipe {unknown[0]!r}; choose from {', '.join(RECIPES)}.")
     # Those of another configuration of the same name do not count.
-    now = {name: fingerprint(configured(name, args.folder, args.size, args.epochs)) for name in RECIPES}
+    now = {name: definition(configured(name, args.folder, args.size, args.epochs)) for name in RECIPES}
     lines = [each for each in kept(args.keep) if each["definition"] == now.get(each["recipe"])]
     if not args.table:
         if not (SHARED / "flowers-102").is_dir():

@@ -27,5 +27,5 @@ STUDY = Study(
     sampler=gp(),
     pruner=asha(min_epochs=4),
     trials=50,
-    final=FinalConfig(seeds=3, fit_on="train+val"),
+    final=FinalConfig(seeds=3, fit_on="train+val", flip=True),
 )

@@ -21,7 +21,6 @@ from benchmarks.clock import _owner
 from benchmarks.machine import Others, kind
 from benchmarks.measure import Figures, alternate, ratios
 from harness.base.errors import Halt
-from harness.config.train import fingerprint
 from tests.conftest import PROJECT
 from tests.workers.test_pool import wait_until_gone
 
@@ -184,7 +183,7 @@ def test_a_recipe_of_another_configuration_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = pytest.importorskip("benchmarks.recipe")
-    now = fingerprint(recipe.configured(recipe.TODAY, tmp_path, 128, 12))
+    now = recipe.definition(recipe.configured(recipe.TODAY, tmp_path, 128, 12))
     line = {"recipe": recipe.TODAY, "size": 128, "epochs": 12, "machine": "a machine", "test_total": 100}
     kept = [
         line
