@@ -11,7 +11,6 @@ Takes some hours; requires the extra `lite`, and the photographs in ../shared.
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import json
 import math
@@ -31,7 +30,7 @@ from scipy import stats
 from benchmarks.curves import SHARED, record
 from benchmarks.machine import describe
 from harness.config import space
-from harness.config.train import OptimConfig, RuntimeConfig, TrainConfig, identity, plain
+from harness.config.train import OptimConfig, RuntimeConfig, TrainConfig, identity, is_default
 from harness.datasets.flowers102 import Flowers102
 from harness.models.timm import EfficientNetLite0
 from harness.training.checkpoint import remove
@@ -99,13 +98,8 @@ def configured(recipe: str, folder: Path, size: int, epochs: int) -> TrainConfig
 
 def definition(config: TrainConfig) -> str:
     """Return what identifies a configuration. Fields at their defaults do not count: later versions have more."""
-
-    def is_default(path: str) -> bool:
-        *folders, name = path.split(".")
-        holder = functools.reduce(getattr, folders, config)
-        return hasattr(type(holder), name) and plain(getattr(type(holder), name)) == plain(getattr(holder, name))
-
-    chosen = {path: value for path, value in identity(config).items() if path.endswith(".type") or not is_default(path)}
+    found = identity(config).items()
+    chosen = {path: value for path, value in found if path.endswith(".type") or not is_default(config, path)}
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 

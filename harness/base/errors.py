@@ -22,13 +22,13 @@ def masked(text: str) -> str:
 
 
 def recordable(arguments: Sequence[str]) -> list[str]:
-    """Return a command line without passwords, and without the command of --on-event, which may hold some."""
-    found = list(map(masked, arguments))
-    for place, word in enumerate(found):
-        if word == "--on-event" and place + 1 < len(found):
-            found[place + 1] = "***"
-        elif word.startswith("--on-event="):
-            found[place] = "--on-event=***"
+    """Return a command line without passwords, and without --on-event, whose command may hold some."""
+    found, words = [], iter(arguments)
+    for word in words:
+        if word == "--on-event":
+            next(words, None)
+        elif not word.startswith("--on-event="):
+            found.append(masked(word))
     return found
 
 

@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from harness.base.errors import FAILED, INTERRUPTED, Halt, masked, no_room, recordable
+from harness.base.errors import FAILED, INTERRUPTED, Halt, masked, no_room
 from harness.training import interrupt
 
 
@@ -60,7 +60,7 @@ def _command() -> str:
 
 def lasting_command() -> str:
     """Return the command line without --fresh and --reopen-test, which apply once."""
-    words = recordable([word for word in shlex.split(_command()) if word != "--fresh"])
+    words = [word for word in shlex.split(_command()) if word != "--fresh"]
     places = [place for place, word in enumerate(words) if word.startswith("--reopen-test")]
     for place in reversed(places):
         del words[place : place + (1 if "=" in words[place] else 2)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from optuna.trial import FrozenTrial
 from harness.base.errors import InputError
 from harness.config import space as spaces
 from harness.config.contracts import Backbone, Preprocessing
-from harness.config.train import FinalConfig, TrainConfig, identity, plain, require, require_count, survives
+from harness.config.train import FinalConfig, TrainConfig, identity, is_default, plain, require, require_count, survives
 
 LIMITS = ("hours", "patience", "until")
 OWN = ("seed", "objective")  # fields of a study itself that --set may change
@@ -264,11 +263,7 @@ class Study:
         """Return whether a field has its class's default, which is the value in older studies without the field."""
         if path not in {*identity(self.train), *identity(self.final, "final."), *OWN}:
             return False
-        owner, inner = self._owner(path)
-        *folders, name = inner.split(".")
-        holder = functools.reduce(getattr, folders, owner)
-        # The defaults of a dataclass are attributes of the class.
-        return hasattr(type(holder), name) and bool(plain(getattr(type(holder), name)) == plain(getattr(holder, name)))
+        return is_default(*self._owner(path))
 
     def definition(self) -> dict[str, Any]:
         """Return everything that decides the results, flat, for JSON; without `trials`, which may grow."""

@@ -6,6 +6,7 @@ is resumed.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -255,6 +256,14 @@ def fingerprint(config: TrainConfig) -> str:
 def identity(config: Any, prefix: str = "") -> dict[str, Any]:
     """Return what decides a configuration's result, flat, for JSON."""
     return {path: plain(value) for path, value in spaces.leaves(config, prefix, identity_only=True)}
+
+
+def is_default(config: Any, path: str) -> bool:
+    """Return whether a field has its class's default."""
+    *folders, name = path.split(".")
+    holder = functools.reduce(getattr, folders, config)
+    # The defaults of a dataclass are attributes of the class.
+    return hasattr(type(holder), name) and bool(plain(getattr(type(holder), name)) == plain(getattr(holder, name)))
 
 
 def plain(value: Any) -> Any:

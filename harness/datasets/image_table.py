@@ -107,7 +107,7 @@ class ImageTable(ImageFiles):
 
     def remarks(self) -> list[str]:
         """Say that split folders of the photographs are not read as splits."""
-        paths = [row.path for row in self._rows()]
+        paths = [Path(os.path.abspath(row.path)) for row in self._rows()]
         beyond = len(Path(os.path.commonpath(paths)).parts)
         found = {next(filter(None, map(split_of, path.parts[beyond:-1])), None) for path in paths}
         if any(row.split for row in self._rows()) or None in found or len(found) < 2:
@@ -146,9 +146,8 @@ def table_in(folder: Path) -> Path | None:
 
 def _split_tables(root: Path, file: str) -> dict[Path, SplitName]:
     """Return the tables of this name in the split folders of `root`, as Hugging Face's image folders have them."""
-    folders = sorted(each for each in root.iterdir() if each.is_dir()) if root.is_dir() else []
-    found = {folder / file: split_of(folder.name) for folder in folders if (folder / file).is_file()}
-    return {path: split for path, split in found.items() if split is not None}
+    splits = {each / file: split_of(each.name) for each in sorted(root.iterdir())} if root.is_dir() else {}
+    return {path: split for path, split in splits.items() if split is not None and path.is_file()}
 
 
 def _joined(root: Path, tables: Mapping[Path, SplitName]) -> list[Row]:
@@ -300,4 +299,5 @@ def _text(value: Any) -> str:
 
 def _group(value: Any) -> str:
     """Return a group's name. pandas makes 7 to 7.0 where a row has none, and names decide the split."""
-    return re.sub(r"(?<=\d)\.0$", "", _text(value))
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else _text(value)
+    return text[:-2] if re.fullmatch(r"-?\d+\.0", text) else text

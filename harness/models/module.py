@@ -216,9 +216,6 @@ class OwnModule(PretrainedBackbone):
     def preprocessing(self) -> Preprocessing:
         return self.images
 
-    def fingerprint(self) -> str:
-        return super().fingerprint() if self.pretrained and self.weights else self.published()
-
     def origin(self) -> str:
         return super().origin() if self.pretrained and self.weights else f"{self.published()} ({self.licence()})"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -127,16 +127,21 @@ def _read(file: str, _stamp: tuple[int, ...]) -> dict[str, Tensor]:
     # A damaged file can raise any exception. torch's text would advise to run the code in it.
     except Exception as error:
         raise InputError(f"backbone.weights {file} is not a file of weights; save a model's state_dict().") from error
-    lightning = isinstance(state, Mapping) and "pytorch-lightning_version" in state
     for key in WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    found = _tensors(state, f"backbone.weights {file}", "save a model's state_dict()")
-    found.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
-    parts = {name.partition(".")[0] for name in found}
-    while len(parts) == 1 and (lightning or parts <= {"module", "_orig_mod"}):
-        found, lightning = {name.partition(".")[2]: each for name, each in found.items()}, False
-        parts = {name.partition(".")[0] for name in found}
+    return _tensors(state, f"backbone.weights {file}", "save a model's state_dict()")
+
+
+def unwrapped(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    """Remove the prefixes that all names share, until some are the `wanted` ones.
+
+    DataParallel and AveragedModel put `module.` before them, torch.compile `_orig_mod.`, a LightningModule the name of
+    its attribute.
+    """
+    found = {name: each for name, each in state.items() if name in wanted or name != "n_averaged"}  # of AveragedModel
+    while not found.keys() & set(wanted) and len({name.partition(".")[0] for name in found}) == 1:
+        found = {name.partition(".")[2]: each for name, each in found.items()}
     return found
 
 
@@ -159,7 +164,7 @@ def load(model: nn.Module, state: Mapping[str, Tensor], head: str, source: str) 
     positions and counters of batches may be missing.
     """
     wanted = {name: each for name, each in model.state_dict().items() if not name.startswith(f"{head}.")}
-    given = {name: each for name, each in state.items() if not name.startswith(f"{head}.")}
+    given = {name: each for name, each in unwrapped(state, wanted).items() if not name.startswith(f"{head}.")}
     other = "it is of another model"
     for name, tensor in wanted.items():
         if name not in given and name.endswith(COMPUTED):

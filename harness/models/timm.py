@@ -70,6 +70,7 @@ class Timm(PretrainedBackbone):
             # timm ignores tensors that do not fit when it replaces the classes, so the file gets as many as the model.
             head = _settings(self.name)["classifier"]
             shapes = {name: each.shape for name, each in _skeleton(self.name).state_dict().items()}
+            state = pretrained.unwrapped(state, shapes)
             state = {name: each for name, each in state.items() if not name.startswith(f"{head}.")}
             state |= {name: torch.zeros(shape) for name, shape in shapes.items() if name.startswith(f"{head}.")}
             changes = {"pretrained_cfg_overlay": {"state_dict": state, "num_classes": 1, "label_offset": 0}}

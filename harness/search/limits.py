@@ -31,8 +31,11 @@ def reason_to_stop(study: Study, store: StudyView) -> str | None:
     complete = [trial for trial in ended if trial.value is not None]
     best = max(complete, key=lambda trial: (trial.value or 0.0, -trial.number), default=None)
     if best is None:
-        if study.patience is not None and len(ended) > study.patience:
-            return f"{len(ended)} trials without one that is complete"
+        # Of pruned ones beside a base that still runs, nothing is said.
+        before = min((trial.number for trial in trials if trial.state == "running"), default=len(trials))
+        without = sum(trial.number < before for trial in ended)
+        if study.patience is not None and without > study.patience:
+            return f"{without} trials without one that is complete"
         used = study.hours is not None and any(trial.number == 0 for trial in ended) and hours_left(study, trials) <= 0
         return f"{study.hours:g} h are used, or set aside, and no trial is complete" if used else None
     if study.until is not None and (best.value or 0.0) >= study.until:

@@ -7,6 +7,7 @@ import gc
 import itertools
 import json
 import os
+import shlex
 import sqlite3
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.base import mounts
-from harness.base.errors import Halt, InputError, is_utf8
+from harness.base.errors import Halt, InputError, is_utf8, recordable
 from harness.base.files import sqlite_file, sqlite_path, sqlite_url
 from harness.base.processes import in_words
 from harness.config import space as spaces
@@ -243,11 +244,11 @@ def _run_what_is_missing(command: Command, begun: bool) -> None:
     if not options.tracking_uri:
         check_writable(found.mlruns)
     study.train.data.samples("train")
-    study.check_frozen_depths()
     for backbone, image_size in itertools.product(study.backbones(), study.image_sizes()):
         backbone.check(image_size)
         for early_size in study.early_sizes():
             check_early_size(backbone, image_size, early_size)
+    study.check_frozen_depths()
     with command.console.status("Checking the images (the first run decodes and caches them) …"):
         content = content_of(study)
     earlier = None
@@ -268,7 +269,8 @@ def _run_what_is_missing(command: Command, begun: bool) -> None:
         try:
             if earlier is not None:
                 store.set_attribute("after", earlier)
-            store.set_attribute("command", options.command)
+            known = options.command and shlex.join(recordable(shlex.split(options.command)))
+            store.set_attribute("command", known)
             _keep_price(options, store)
             store.set_attribute("file", found.file.name)
             store.set_attribute("data_root", options.data_root and str(Path(options.data_root).resolve()))

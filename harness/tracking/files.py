@@ -6,6 +6,7 @@ Every start needs both, even of a finished study, for which MLflow itself is not
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import sqlite3
@@ -33,14 +34,13 @@ PLACES = (
     ("model_versions", "storage_location"),
 )
 BUSY_SECONDS = 20.0  # as long as MLflow waits
-NEW = ".new-"  # prefix of folders in which a database is made
 
 
 def make_database(file: Path, *, ours: bool = False) -> None:
     """Create a database unless it exists, completely and once; two studies may start at the same time."""
     with filelock.FileLock(f"{file}.lock"):
         if not file.exists() or file.stat().st_size == 0:
-            for left in file.parent.glob(f"{NEW}*"):  # of a killed start
+            for left in file.parent.glob(f"{glob.escape(_new(file))}*"):  # of a killed start
                 shutil.rmtree(left, ignore_errors=True)
             _create_database(file)
         if ours:
@@ -48,6 +48,11 @@ def make_database(file: Path, *, ours: bool = False) -> None:
             # Setting it fails while another process writes: then the next start does it.
             with contextlib.suppress(sqlite3.OperationalError), closing(sqlite3.connect(file)) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")
+
+
+def _new(file: Path) -> str:
+    """Return the prefix of folders in which the database is made."""
+    return f".{file.name}.new-"
 
 
 def _create_database(file: Path) -> None:
@@ -62,7 +67,7 @@ def _create_database(file: Path) -> None:
     set_aside(sqlite_url(file))
     sqlalchemy.event.listen(sqlalchemy.Engine, "connect", _unsynchronised)
     try:
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=NEW) as place:
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=_new(file)) as place:
             made = Path(place) / "mlflow.db"
             with no_stray_folder(sqlite_url(made)):
                 MlflowClient(tracking_uri=sqlite_url(made)).search_experiments(max_results=1)

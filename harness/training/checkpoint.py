@@ -27,6 +27,7 @@ from harness.base.files import METADATA, Damaged, remove_abandoned, replace_file
 from harness.base.processes import is_abandoned
 from harness.config.events import EpochResult
 from harness.config.space import leaves
+from harness.config.train import is_default
 from harness.training.loop import Training
 
 SUFFIX = ".safetensors"
@@ -108,6 +109,15 @@ class Checkpoint:
         self.training = training
         self._written = self._began
 
+    def _is_of_this(self, identity: Any) -> bool:
+        """Return whether an identity is that of this training; fields that came later have their defaults."""
+        mine = dict(self._identity)
+        if isinstance(identity, dict) and "configuration" in mine.keys() & identity.keys():
+            here, there = mine["configuration"], identity["configuration"]
+            later = {path for path in here if path not in there and is_default(self.training.config, path)}
+            mine["configuration"] = {path: value for path, value in here.items() if path not in later}
+        return bool(mine == identity)
+
     def restore(self) -> bool:
         """Restore model, optimizer and progress from the file; return False if there is none to use."""
         if not self.path.exists():
@@ -117,7 +127,7 @@ class Checkpoint:
         except Damaged as error:
             print(f"{error}; it is ignored, and the training starts again.", file=sys.stderr)
             return False
-        if record.get("identity") != self._identity:
+        if not self._is_of_this(record.get("identity")):
             print(f"{self.path} belongs to another training; it is ignored.", file=sys.stderr)
             return False
         training, progress = self.training, self.training.progress

@@ -37,7 +37,11 @@ IMAGES = 4  # in the steps that time precision and layout
 def modes_back() -> Iterator[None]:
     """Restore what `Runtime.place` changes in torch, for a program's own use of it."""
     fill: Any = torch.utils.deterministic
-    products = {"tf32": "high", "bf16": "medium"}.get(torch.backends.cuda.matmul.fp32_precision, "highest")
+    products = torch.backends.cuda.matmul.fp32_precision
+    try:
+        named = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by torch's newer interface, which does not mix with this one
+        named = None
     wanted, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     before = fill.fill_uninitialized_memory, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
     try:
@@ -45,8 +49,12 @@ def modes_back() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(wanted, warn_only=warns)
         fill.fill_uninitialized_memory, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = before
-        if torch.get_float32_matmul_precision() != products:
-            torch.set_float32_matmul_precision(products)
+        if torch.backends.cuda.matmul.fp32_precision == products:
+            pass
+        elif named is not None:
+            torch.set_float32_matmul_precision(named)
+        else:
+            torch.backends.cuda.matmul.fp32_precision = products
 
 
 def find_device(name: str) -> torch.device:

@@ -16,7 +16,6 @@ import socket
 import stat
 import struct
 import tempfile
-from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
 from multiprocessing.connection import Connection
@@ -61,12 +60,20 @@ def make_key(file: Path) -> None:
     """Write a new key, which only this user may read, unless the file exists; whole, or not at all."""
     if file.exists():
         return
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f"{file.name}.") as opened:
-        opened.write(f"{secrets.token_hex(32)}\n")
-        opened.flush()
-        os.fsync(opened.fileno())
-        with suppress(FileExistsError):  # another command was faster
-            os.link(opened.name, file)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f"{file.name}.", delete=False) as opened:
+        made = Path(opened.name)
+        try:
+            opened.write(f"{secrets.token_hex(32)}\n")
+            opened.flush()
+            os.fsync(opened.fileno())
+            try:
+                os.link(made, file)
+            except FileExistsError:  # another command was faster
+                pass
+            except OSError:  # a file system without hard links
+                made.replace(file)
+        finally:
+            made.unlink(missing_ok=True)
 
 
 # -- connections ----------------------------------------------------------------------------------------------------

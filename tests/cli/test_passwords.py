@@ -53,9 +53,8 @@ def test_only_passwords_are_hidden(text: str, shown: str) -> None:
 @pytest.mark.parametrize("given", [["--on-event", "curl -u me:secret x"], ["--on-event=curl -u me:secret x"]])
 def test_the_command_of_events_is_not_recorded(given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["run_study.py", *given, "--trials", "9"])
-    for recorded in (facts(make_study("cache"), {})["harness.command"], running.lasting_command()):
-        assert "secret" not in recorded
-        assert recorded.endswith("--trials 9")
+    recorded = facts(make_study("cache"), {})["harness.command"]
+    assert recorded.endswith("run_study.py --trials 9")
 
 
 def test_errors_hide_it() -> None:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from harness.base.errors import InputError
-from harness.datasets.image_table import ImageTable
+from harness.datasets.image_table import ImageTable, _group
 
 SPLITS = ("train", "val", "test")
 Rows = list[dict[str, Any]]
@@ -188,6 +188,14 @@ def test_numbered_groups_stay_in_their_split_when_a_row_without_one_is_added(pho
     whole = names(at(photos, listed(58, group=lambda number: number // 2), suffix))
     more = names(at(photos, listed(59, group=lambda number: number // 2 if number < 58 else None), suffix))
     assert all(set(each) <= set(more[split]) for split, each in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("cell", "name"),
+    [("7.0", "7"), (7.0, "7"), (1e17, str(10**17)), ("v1.0", "v1.0"), ("2.10.0", "2.10.0"), ("1:05.0", "1:05.0")],
+)
+def test_the_name_of_a_group_is_its_text(cell: Any, name: str) -> None:
+    assert _group(cell) == name
 
 
 def test_cells_of_bytes_are_text(photos: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from harness.base.errors import InputError
-from harness.models.pretrained import read
+from harness.models.pretrained import read, unwrapped
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -50,7 +50,14 @@ def test_weights_are_read_once_until_the_file_changes(tmp_path: Path, suffix: st
 def test_what_wraps_a_model_is_removed_from_its_names(tmp_path: Path, wrapped: Any) -> None:
     state = {"stem.weight": torch.ones(2), "head.weight": torch.zeros(2)}
     torch.save(wrapped(state), tmp_path / "weights.pth")
-    assert read(str(tmp_path / "weights.pth")).keys() == state.keys()
+    assert unwrapped(read(str(tmp_path / "weights.pth")), state).keys() == state.keys()
+
+
+@pytest.mark.parametrize("names", [["model.weight", "model.bias"], ["module.module.weight"], ["n_averaged"]])
+def test_names_that_the_model_has_stay(names: list[str]) -> None:
+    state = {name: torch.ones(2) for name in names}
+    assert unwrapped(state, names) == state
+    assert unwrapped({f"module.{name}": each for name, each in state.items()}, names).keys() == state.keys()
 
 
 def test_a_folder_is_no_file_of_weights(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,6 +67,10 @@ def test_patience_also_ends_a_search_without_a_complete_trial() -> None:
         assert limits.reason_to_stop(study, store) is None
         store.tell(store.ask(study), Diverged(epoch=1, step=1), [], 1.0)
     assert limits.reason_to_stop(study, store) == "3 trials without one that is complete"
+    base, *others = store.trials()
+    trials = [dataclasses.replace(base, state="running"), *others, *others]  # another worker trains the base
+    beside: Any = SimpleNamespace(trials=lambda: trials, facts=store.facts)
+    assert limits.reason_to_stop(study, beside) is None
 
 
 def test_a_value_that_is_good_enough_ends_the_search() -> None:

@@ -613,6 +613,20 @@ def test_differences_name_what_was_added_and_taken_away_too() -> None:
     )
 
 
+def test_a_checkpoint_of_a_version_with_fewer_fields_is_used_while_they_have_their_defaults(
+    tmp_path: Path, config: TrainConfig
+) -> None:
+    training = assemble(config, RUNTIMES["fp32"], 0)
+    older = identity_of("uid", "trial-0", 0, config)
+    del older["configuration"]["optim.frozen_depths"]
+    Checkpoint(tmp_path / "a.safetensors", older, training, {}).save()
+    now = identity_of("uid", "trial-0", 0, config)
+    assert Checkpoint(tmp_path / "a.safetensors", now, assemble(config, RUNTIMES["fp32"], 0), {}).restore()
+    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, frozen_depths=1))
+    now = identity_of("uid", "trial-0", 0, other)
+    assert not Checkpoint(tmp_path / "a.safetensors", now, assemble(other, RUNTIMES["fp32"], 0), {}).restore()
+
+
 # --- tidying ---
 
 

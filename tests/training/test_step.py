@@ -357,19 +357,30 @@ def test_torchs_modes_are_as_before_and_follow_each_study() -> None:
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_fp32_on_cuda_is_no_tf32_until_the_program_goes_on() -> None:
-    torch.set_float32_matmul_precision("high")
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_fp32_on_cuda_is_no_tf32_until_the_program_goes_on(precision: str) -> None:
+    torch.set_float32_matmul_precision(precision)
     try:
         with modes_back():
             compute_in_whole_fp32()
             assert not torch.backends.cuda.matmul.allow_tf32
             assert not torch.backends.cudnn.allow_tf32
-        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision("highest")
-    with modes_back():
-        compute_in_whole_fp32()
-    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_torchs_newer_names_of_precisions_come_back_too() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with modes_back():
+            pass
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        with modes_back():
+            compute_in_whole_fp32()
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_memory_that_earlier_trials_left_on_a_gpu_halves_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
