@@ -619,7 +619,9 @@ def test_a_checkpoint_of_a_version_with_fewer_fields_is_used_while_they_have_the
     training = assemble(config, RUNTIMES["fp32"], 0)
     older = identity_of("uid", "trial-0", 0, config)
     del older["configuration"]["optim.frozen_depths"]
-    Checkpoint(tmp_path / "a.safetensors", older, training, {}).save()
+    checkpoint = Checkpoint(tmp_path / "a.safetensors", older, training, {})
+    next(fit(training, checkpoint.after_batch))
+    checkpoint.save()
     now = identity_of("uid", "trial-0", 0, config)
     assert Checkpoint(tmp_path / "a.safetensors", now, assemble(config, RUNTIMES["fp32"], 0), {}).restore()
     other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, frozen_depths=1))
