@@ -362,5 +362,7 @@ def test_the_settings_of_a_connection_in_the_url_stay(database: str) -> None:
     assert not opening.exists("demo", database)
     assert databases._connect_args(url) == {
         "application_name": "harness",
+        "keepalives_idle": 30,
+        "tcp_user_timeout": 60_000,
         "options": "-csearch_path=garden -c idle_in_transaction_session_timeout=30s",
     }
