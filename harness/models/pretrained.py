@@ -140,8 +140,11 @@ def unwrapped(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str,
     its attribute.
     """
     found = {name: each for name, each in state.items() if name in wanted or name != "n_averaged"}  # of AveragedModel
-    while not found.keys() & set(wanted) and len({name.partition(".")[0] for name in found}) == 1:
-        found = {name.partition(".")[2]: each for name, each in found.items()}
+    while not found.keys() & set(wanted):
+        parts = [name.partition(".") for name in found]
+        if len({first for first, _, _ in parts}) != 1 or not all(rest for _, _, rest in parts):
+            break
+        found = {rest: each for (_, _, rest), each in zip(parts, found.values(), strict=True)}
     return found
 
 

@@ -60,6 +60,11 @@ def test_names_that_the_model_has_stay(names: list[str]) -> None:
     assert unwrapped({f"module.{name}": each for name, each in state.items()}, names).keys() == state.keys()
 
 
+@pytest.mark.parametrize("names", [["a.b.weight"], ["weight"], ["a.weight", "a"], []])
+def test_names_of_another_model_come_to_an_end(names: list[str]) -> None:
+    assert unwrapped({name: torch.ones(2) for name in names}, ["conv.bias"]).keys() <= {*names, "weight"}
+
+
 def test_a_folder_is_no_file_of_weights(tmp_path: Path) -> None:
     (tmp_path / "weights.pth").mkdir()
     with pytest.raises(InputError, match=r"weights\.pth (cannot be read|is not a file of weights)"):
