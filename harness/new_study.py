@@ -325,7 +325,9 @@ STUDY = Study(
         data={data},
         backbone={label(backbone)},
         optim=OptimConfig(base_lr={plan.base_lr:g}, depth_lr_mult=0.8, warmup_epochs=1),
-        batch_size={plan.batch_size},  # {len(look.splits["train"]):,} images make {plan.steps} steps
+        batch_size={plan.batch_size},  # {len(look.splits["train"]):,} images make {plan.steps} step{
+        "s" * (plan.steps > 1)
+    }
         epochs={plan.epochs},  # an epoch takes about {duration(plan.epoch_seconds)} where this file was written
     ),{uneven if look.unbalanced else ""}
     space={{
