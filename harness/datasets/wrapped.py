@@ -14,12 +14,12 @@ import numpy as np
 from harness.base.errors import InputError, first_line
 from harness.config.contracts import SplitName
 from harness.config.train import DataConfig
+from harness.data.splits import MOST_CLASSES
 
 if TYPE_CHECKING:
     from PIL import Image
 
 READ_TWICE = 16  # images; a random flip leaves one as it is half of the time
-MOST_CLASSES = 2**16
 LOCK = Lock()  # few datasets may be read by several threads
 
 
