@@ -43,22 +43,21 @@ def mix(
     count, device = len(images), images.device
     # torch's Beta distribution takes no generator.
     random = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-    partner = torch.from_numpy(random.permutation(count)).to(device, non_blocking=device.type == "cuda")
+    partner = _sent(random.permutation(count), device)
     cuts = random.random(count) < (0.5 if config.mixup else 1.0) if config.cutmix else np.zeros(count, dtype=bool)
     drawn = random.beta(*[np.where(cuts, config.cutmix or 1.0, config.mixup or 1.0)] * 2)
-    shares = _sent(torch.from_numpy(drawn).float().view(-1, *[1] * (images.ndim - 1)), device)
+    shares = _sent(drawn.astype(np.float32), device).view(-1, *[1] * (images.ndim - 1))
     if cuts.any():
-        boxes = _sent(torch.from_numpy(_boxes(drawn, images.shape[2], images.shape[3], random)), device)
-        cut = _sent(torch.from_numpy(cuts), device).view(-1, 1, 1, 1)
+        boxes = _sent(_boxes(drawn, images.shape[2], images.shape[3], random), device)
+        cut = _sent(cuts, device).view(-1, 1, 1, 1)
         shares = torch.where(cut, _outside(boxes, images.shape[2], images.shape[3]), shares)
     mixed = torch.lerp(images[partner], images, shares)
     return mixed, Target(labels=labels, others=labels[partner], share=shares.flatten(1).mean(1))
 
 
-def _sent(numbers: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device without waiting for the step before."""
-    cuda = device.type == "cuda"
-    return (numbers.pin_memory() if cuda else numbers).to(device, non_blocking=cuda)
+def _sent(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """Copy a few numbers to the device without waiting for the step before."""
+    return torch.from_numpy(numbers).to(device, non_blocking=device.type == "cuda")
 
 
 def _boxes(shares: np.ndarray, height: int, width: int, random: np.random.Generator) -> np.ndarray:
